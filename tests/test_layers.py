@@ -1,0 +1,114 @@
+"""The arrows of the house: who may import whom, and what is loaded late."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "tvit_cli"
+MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
+
+# A room may import the rooms named beside it, and itself.
+ROOMS = {
+    "errors": set(),
+    "settings": {"errors"},
+    "data": {"errors", "settings"},
+    "model": {"errors", "settings"},
+    "engine": {"errors", "settings", "data", "model"},
+    "options": {"errors", "settings"},
+    "console": {"errors", "options", "engine.events"},
+    "commands": {"errors", "settings", "options", "console", "engine"},
+    "main": {"errors", "settings", "options", "commands", "console"},
+    "__main__": {"main"},
+    "__init__": set(),
+}
+HEAVY = {
+    "torch",
+    "numpy",
+    "av",
+    "accelerate",
+    "peft",
+    "transformers",
+    "wandb",
+    "safetensors",
+    "huggingface_hub",
+}
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """The modules that a file imports, relative ones resolved; `top_level` leaves those in functions out."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    package = ["tvit_cli", *path.parent.parts]
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {
+                f"{module}.{alias.name}" for alias in node.names if module.startswith("tvit_cli")
+            }
+    return found
+
+
+def room(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_arrows_point_one_way(path: Path) -> None:
+    allowed = ROOMS[room(path)] | {room(path)}
+    rooms = {p.stem if p.parent == Path() else p.parts[0] for p in MODULES}
+    for name in imports(path):
+        if not name.startswith("tvit_cli."):
+            continue
+        target = name.removeprefix("tvit_cli.")
+        if target.split(".")[0] in rooms:
+            assert any(target == a or target.startswith(a + ".") for a in allowed), f"{path} imports {target}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name in ("vit.py", "attention.py")], ids=str)
+def test_the_model_itself_imports_torch_and_nothing_else(path: Path) -> None:
+    standard = {"__future__", "math", "collections.abc", "dataclasses", "typing"}
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top == "torch" or name in standard or name.startswith("tvit_cli.model."), name
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if room(p) in ("errors", "settings", "options", "commands", "main")], ids=str
+)
+def test_what_help_needs_loads_nothing_heavy(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imports(path, top_level=True)}
+    assert not tops & HEAVY
+
+
+def test_only_one_file_names_peft() -> None:
+    assert [str(p) for p in MODULES if any(n.split(".")[0] == "peft" for n in imports(p))] == [
+        "model/lora.py"
+    ]
+
+
+def test_only_the_console_writes_to_the_terminal() -> None:
+    for path in MODULES:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        writes = re.search(r"^\s*print\(|sys\.std(out|err)\.write|typer\.echo", text, re.MULTILINE)
+        assert not writes or path.name in ("console.py", "main.py"), path
+
+
+def test_every_module_says_in_its_first_line_what_it_owns() -> None:
+    for path in MODULES:
+        doc = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        assert doc and doc.splitlines()[0].strip(), path
+
+
+def test_every_note_that_is_referred_to_exists() -> None:
+    texts = [(ROOT / p).read_text(encoding="utf-8") for p in MODULES]
+    titles = {m for t in texts for m in re.findall(r"(?<!See )Note \[([^\]]+)\]", t)}
+    referred = {m for t in texts for m in re.findall(r"[Ss]ee Note \[([^\]]+)\]", t)}
+    assert referred <= titles

@@ -1,0 +1,135 @@
+"""The command line: one option per field, help, exit codes, what is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tvit_cli import options
+from tvit_cli.settings.base import Loaded, flag
+from tvit_cli.settings.predict import PredictSettings
+from tvit_cli.settings.train import TrainSettings
+
+
+def tvit(*arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    return subprocess.run(
+        [sys.executable, "-m", "tvit_cli", *arguments],
+        cwd=cwd,
+        env={
+            **clean,
+            "COLUMNS": "200",
+            "NO_COLOR": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            **environ,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_of_train_shows_every_setting_with_its_default_and_range() -> None:
+    text = tvit("train", "--help").stdout
+    for name, field in TrainSettings.model_fields.items():
+        assert flag(name) in text, name
+        assert f"default {options.default(field)}" in " ".join(text.replace("│", " ").split()), name
+    assert "at least 0, at most 1024; default 8" in text
+    for panel in ("LoRA", "Optimisation", "Augmentation", "Checkpoints", "Everywhere"):
+        assert f"─ {panel} ─" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["--version"], ["train", "--epcohs", "3"]]
+)
+def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from tvit_cli.main import run\n"
+        f"try: run({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'peft', 'av', 'numpy', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_unknown_flag_suggests_the_nearest_and_exits_2() -> None:
+    result = tvit("train", "--lora-rnak", "8")
+    assert result.returncode == 2
+    assert "--lora-rank" in result.stderr
+
+
+def test_underscores_are_accepted_beside_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Loaded[TrainSettings]] = []
+    from tvit_cli import main
+
+    monkeypatch.setattr(main.commands, "train", lambda loaded, verbosity: seen.append(loaded))
+    app = main.build_app()
+    app(["train", "--lora_rank", "3", "--per_gpu-batch_size=5", "--no_log_wandb"], standalone_mode=False)
+    assert (seen[0].settings.lora_rank, seen[0].settings.per_gpu_batch_size) == (3, 5)
+    assert seen[0].origins["log_wandb"] == "flag"
+
+
+def test_values_keep_their_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Loaded[TrainSettings]] = []
+    from tvit_cli import main
+
+    monkeypatch.setattr(main.commands, "train", lambda loaded, verbosity: seen.append(loaded))
+    main.build_app()(["train", "--lora-bias", "lora_only", "--experiment-name", "a_b"], standalone_mode=False)
+    assert (seen[0].settings.lora_bias, seen[0].settings.experiment_name) == ("lora_only", "a_b")
+
+
+def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Loaded[PredictSettings]] = []
+    from tvit_cli import main
+
+    monkeypatch.setattr(main.commands, "predict", lambda loaded, verbosity: seen.append(loaded))
+    main.build_app()(["predict", "a.avi", "b", "--top-k", "3", "--json"], standalone_mode=False)
+    settings = seen[0].settings
+    assert settings.paths == (Path("a.avi"), Path("b"))
+    assert (settings.top_k, settings.json_lines) == (3, True)
+
+
+def test_several_bad_flags_are_reported_together_with_exit_code_2() -> None:
+    result = tvit("train", "--epochs", "none", "--lora-rank", "-1", "--resize", "stretch")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for name in ("--epochs: none", "--lora-rank: -1", "--resize: stretch"):
+        assert name in result.stderr
+
+
+def test_a_misspelt_key_in_a_config_file_is_named_with_a_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("epcohs = 3\n")
+    result = tvit("train", "--config", "my.toml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "my.toml, epcohs: unknown setting. Did you mean epochs?" in result.stderr
+
+
+def test_version_is_the_packages() -> None:
+    import tvit_cli
+
+    assert tvit("--version").stdout.strip() == f"tvit {tvit_cli.__version__}"
+
+
+def test_without_data_train_says_what_to_do_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    result = tvit("train", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--path-to-data" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traceback_is_shown_only_in_debug_mode(tmp_path: Path) -> None:
+    assert "Traceback" in tvit("train", cwd=tmp_path, TVIT_DEBUG="1").stderr
+
+
+def test_json_settings_of_a_run_are_a_config_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"path_to_data": "nowhere"}))
+    assert "nowhere" in tvit("train", "--config", "settings.json", cwd=tmp_path).stderr

@@ -1,0 +1,153 @@
+"""Settings: layers, what is refused, and what an error says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tvit_cli.errors import SettingsError
+from tvit_cli.settings.base import Loaded, load, presets
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.predict import PredictSettings
+from tvit_cli.settings.train import TrainSettings
+
+VERBS = (TrainSettings, EvalSettings, PredictSettings)
+
+# The parameter table of the system that tvit re-implements.
+REFERENCE = """
+    experiment_name path_to_data working_directory checkpoint_dir hf_model_name lora_rank lora_alpha
+    lora_use_rslora lora_dropout lora_bias lora_target_modules lora_exclude_modules epochs warmup_epochs
+    save_checkpoint_interval per_gpu_batch_size gradient_accumulation_steps learning_rate weight_decay
+    label_smoothing custom_weight_init bias_weight_decay norm_weight_decay max_grad_norm img_size num_workers
+    adam_beta1 adam_beta2 adam_epsilon log_wandb resume_from_checkpoint top_k max_no_of_checkpoints n_frames
+""".split()
+
+
+def read(environ: dict[str, str] | None = None, **arguments: Any) -> Loaded[TrainSettings]:
+    flags = arguments.pop("flags", {})
+    return load(TrainSettings, flags=flags, environ=environ or {}, verbs=VERBS, **arguments)
+
+
+def test_every_parameter_of_the_reference_is_a_setting_of_train() -> None:
+    assert len(REFERENCE) == 34
+    assert set(REFERENCE) <= set(TrainSettings.model_fields)
+
+
+def test_settings_that_leave_the_references_default_say_why() -> None:
+    for name in REFERENCE:
+        extra = TrainSettings.model_fields[name].json_schema_extra
+        assert isinstance(extra, dict) and extra["reference"], name
+        default = TrainSettings.model_fields[name].default
+        same = str(extra["reference"]).strip("'") in (str(default), f"{default:g}" if default == 1e-8 else "")
+        assert same or extra["why"] or default in ((), None, 0.0, 8.0, 1e-8), name
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("lora_rank = 1\nepochs = 1\ntop-k = 1\n")
+    loaded = read(
+        flags={"lora_rank": "3"}, environ={"TVIT_LORA_RANK": "2", "TVIT_EPOCHS": "2"}, config=config
+    )
+    assert (loaded.settings.lora_rank, loaded.settings.epochs, loaded.settings.top_k) == (3, 2, 1)
+    assert loaded.origins["lora_rank"] == "flag"
+    assert loaded.origins["epochs"] == "environment"
+    assert loaded.origins["top_k"] == f"config {config}"
+    assert loaded.origins["seed"] == "default"
+
+
+def test_a_config_file_beats_a_preset(tmp_path: Path) -> None:
+    preset = read(preset="quickstart").settings
+    assert preset.hf_model_name is None
+    config = tmp_path / "c.toml"
+    config.write_text(f"epochs = {preset.epochs + 1}\n")
+    assert read(preset="quickstart", config=config).settings.epochs == preset.epochs + 1
+
+
+def test_saved_settings_replace_the_defaults_only(tmp_path: Path) -> None:
+    saved = tmp_path / "settings.json"
+    saved.write_text('{"lora_rank": 4, "epochs": 7}')
+    loaded = read(flags={"epochs": "9"}).over(saved)
+    assert (loaded.settings.lora_rank, loaded.settings.epochs) == (4, 9)
+
+
+def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("lora_rnak = 3\nweight_decay = -1\n")
+    with pytest.raises(SettingsError) as caught:
+        read(flags={"epochs": "many"}, environ={"TVIT_TOP_K": "0", "TVIT_LORA_RNAK": "8"}, config=config)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert any("lora_rnak: unknown setting. Did you mean lora_rank?" in line for line in lines)
+    assert any(
+        "TVIT_LORA_RNAK: unknown environment variable. Did you mean TVIT_LORA_RANK?" in x for x in lines
+    )
+    assert any(line.startswith("--epochs: many: ") for line in lines)
+    assert any(line.startswith("TVIT_TOP_K: 0: ") and "1" in line for line in lines)
+    assert any(line.startswith(f"{config}, weight_decay: -1: ") for line in lines)
+
+
+def test_none_resets_an_optional_setting_that_a_file_sets(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("max_grad_norm = 3.0\n")
+    assert read(config=config, flags={"max_grad_norm": "none"}).settings.max_grad_norm is None
+    assert read(config=config, flags={"val_groups": "none"}).settings.val_groups == "none"
+
+
+def test_lists_are_comma_separated() -> None:
+    assert read(flags={"lora_target_modules": "q, v,fc1"}).settings.lora_target_modules == ("q", "v", "fc1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"learning_rate": "-1"}, "--learning-rate: -1"),
+        ({"learning_rate": "nan"}, "--learning-rate: nan"),
+        ({"lora_dropout": "1"}, "--lora-dropout: 1"),
+        ({"lora_bias": "some"}, "'none', 'lora_only' or 'all'"),
+        ({"width": "64"}, "has a shape of its own"),
+        ({"epochs": "3", "warmup_epochs": "4"}, "the run has only 3 epochs"),
+        ({"tubelet_size": "2", "n_frames": "7"}, "it should be even"),
+        ({"experiment_name": "a/b"}, "one folder name"),
+        ({"group_pattern": "("}, "not a regular expression"),
+        ({"num_workers": "-1"}, "--num-workers: -1"),
+    ],
+)
+def test_bad_values_name_the_flag_and_the_limit(flags: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(flags=flags)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [("c.toml", "epochs = ", "is not TOML"), ("c.json", "{", "is not JSON"), ("c.json", "[1]", "no table")],
+)
+def test_a_config_file_that_is_no_table_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        read(config=tmp_path / name)
+
+
+def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no such file"):
+        read(config=tmp_path / "c.toml")
+    with pytest.raises(SettingsError, match="Did you mean quickstart"):
+        read(preset="quikstart")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_is_valid(preset: str) -> None:
+    read(preset=preset)
+
+
+def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs() -> None:
+    assert read(flags={"epochs": "20"}).settings.warmup() == 2
+    assert read(flags={"epochs": "1000"}).settings.warmup() == 30
+    assert read(flags={"epochs": "20", "warmup_epochs": "5"}).settings.warmup() == 5
+
+
+def test_predict_without_a_path_says_how_to_call_it() -> None:
+    with pytest.raises(SettingsError, match=r"tvit predict clip.avi"):
+        load(PredictSettings, flags={}, environ={}, verbs=VERBS)

@@ -1,0 +1,86 @@
+"""The verbs: settings in, engine called, result shown."""
+
+from __future__ import annotations
+
+from tvit_cli.console import Console
+from tvit_cli.errors import RunError
+from tvit_cli.options import Verbosity
+from tvit_cli.settings.base import Loaded
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.predict import PredictSettings
+from tvit_cli.settings.train import TrainSettings
+
+
+def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
+    """Train a model and say where it is and what to type next."""
+    from tvit_cli.engine import train as engine
+    from tvit_cli.engine.run import find_run, saved_settings
+
+    if loaded.settings.resume_from_checkpoint is not None:
+        loaded = loaded.over(saved_settings(find_run(loaded.settings)))
+    with Console(verbosity) as console:
+        result = engine.train(loaded.settings, console.report)
+    if result.best:
+        console.say(
+            f"Best epoch {result.best_epoch}: validation top-1 {result.best['val_video_top1']:.3f} "
+            f"(loss {result.best['val_loss']:.3f})."
+        )
+    if result.test is not None:
+        m = result.test.metrics
+        console.say(f"Test top-1 {m['video_top1']:.3f} on {m['videos']:.0f} videos that training never saw.")
+    console.next_steps(
+        result.model, [f"tvit predict VIDEO --model {result.model}", f"tvit eval --model {result.model}"]
+    )
+
+
+def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
+    """Score a model and show its metrics, overall and per class."""
+    from tvit_cli.engine import eval as engine
+
+    with Console(verbosity) as console:
+        result = engine.evaluate(loaded.settings, console.report)
+    for note in result.notes:
+        console.warn(note)
+    rows = [
+        (label, videos, f"{right / videos:.3f}")
+        for label, (videos, right) in sorted(result.per_class.items())
+    ]
+    console.table(["class", "videos", "top-1"], rows)
+    console.say("")
+    counts = ("videos", "unreadable")
+    console.table(
+        ["metric", result.subset],
+        [(name, f"{v:.0f}" if name in counts else f"{v:.4f}") for name, v in result.metrics.items()],
+    )
+    console.say(f"\nWritten to {result.output}")
+
+
+def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:
+    """Label videos as a table or JSON lines; exit code 1 if some could not be read."""
+    from tvit_cli.engine import predict as engine
+
+    with Console(verbosity) as console:
+        result = engine.predict(loaded.settings, console.report)
+    failed = [p for p in result.predictions if p.error]
+    if loaded.settings.json_lines:
+        for p in result.predictions:
+            answer: dict[str, object] = {"video": str(p.path)}
+            answer |= (
+                {"error": p.error}
+                if p.error
+                else {"predictions": [{"label": label, "score": score} for label, score in p.labels]}
+            )
+            console.json_line(answer)
+    else:
+        read = [p for p in result.predictions if not p.error]
+        rows = [
+            (p.path if rank == 0 else "", label, f"{score:.3f}")
+            for p in read
+            for rank, (label, score) in enumerate(p.labels)
+        ]
+        if rows:
+            console.table(["video", "label", "score"], rows)
+    for p in failed:
+        console.warn(f"{p.path}: {p.error}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(result.predictions)} videos could not be read.")

@@ -1,0 +1,146 @@
+"""All terminal output: results on stdout, progress and warnings on stderr, from the main process only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from tvit_cli.engine.events import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
+from tvit_cli.options import Verbosity
+
+
+def print_error(error: BaseException) -> None:
+    """Show an error's message on stderr, its first line marked."""
+    RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
+        f"[bold red]error:[/] {escape(str(error))}"
+    )
+
+
+class Console:
+    """Shows an engine's events while it works, and its results when it is done.
+
+    A context manager: progress bars live inside it. Without a terminal, bars become plain lines.
+    """
+
+    def __init__(self, verbosity: Verbosity = "normal") -> None:
+        self._verbosity = verbosity
+        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=self._err,
+            transient=True,
+            disable=verbosity == "quiet" or not self._err.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Console:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def report(self, event: Event) -> None:
+        """Show one event of an engine."""
+        match event:
+            case Note():
+                self._note(event)
+            case Progress():
+                self._bar(event.what, event.done, event.total)
+            case TrainingStarts():
+                for name, text in event.facts.items():
+                    self._say(f"[dim]{name:>8}[/]  {escape(text)}")
+                self._bar("training", event.first_step, event.epochs * event.steps_per_epoch)
+            case StepDone():
+                facts = (
+                    f"epoch {event.epoch} · loss {event.loss:.3f} · top-1 {event.clip_top1:.3f} · "
+                    f"rate {event.learning_rate:.1e} · {event.clips_per_second:.0f} clips/s"
+                )
+                self._bar("training", event.step, None, facts)
+            case EpochDone():
+                self._epoch(event)
+
+    def table(
+        self, columns: Iterable[str], rows: Iterable[Iterable[object]], *, title: str | None = None
+    ) -> None:
+        """Print a table on stdout; columns after the first are right-aligned."""
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self._out.print(table)
+
+    def json_line(self, value: Mapping[str, object]) -> None:
+        """Print one JSON object on a line of stdout."""
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def say(self, text: str) -> None:
+        """Print a line of the result on stdout."""
+        self._out.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr, however quiet the console is."""
+        self._err.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def next_steps(self, path: Path, commands: Iterable[str]) -> None:
+        """Say where something is, and what to type next."""
+        if self._verbosity == "quiet":
+            self._out.print(escape(str(path)))
+            return
+        self._out.print(f"The model is in [bold]{escape(str(path))}[/]. Next:")
+        for command in commands:
+            self._out.print(f"  [bold cyan]{escape(command)}[/]")
+
+    def _note(self, note: Note) -> None:
+        if note.level == "warning":
+            self.warn(note.text)
+        elif note.level == "info" or self._verbosity == "verbose":
+            self._say(escape(note.text))
+
+    def _say(self, markup: str) -> None:
+        if self._verbosity != "quiet":
+            self._err.print(markup)
+
+    def _bar(self, what: str, done: int, total: int | None, facts: str = "") -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, facts=facts)
+        task = self._tasks[what]
+        self._bars.update(task, completed=done, facts=facts)
+        if total is not None:
+            self._bars.update(task, total=total)
+            if done >= total:
+                self._bars.remove_task(self._tasks.pop(what))
+
+    def _epoch(self, event: EpochDone) -> None:
+        m = event.metrics
+        text = f"epoch {event.epoch:>3}  loss {m['train_loss']:.3f}  top-1 {m['train_clip_top1']:.3f}"
+        if "val_loss" in m:
+            text += f"  │ val loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
+        text += f"  │ {m['clips_per_second']:.0f} clips/s, {m['seconds']:.1f} s"
+        text += f", {m['data_wait']:.0%} waiting for data"
+        self._say(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))

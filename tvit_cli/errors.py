@@ -1,0 +1,55 @@
+"""The errors that a user can meet, and the exit code of each.
+
+    TvitError                  exit code 2: the user can mend it
+    ├── SettingsError          a flag, an environment variable, a key of a config file or preset
+    ├── DataError              a data folder, a manifest, a split
+    │   └── VideoError         one video that cannot be read
+    ├── ModelError             pretrained weights, a model folder, a target module
+    ├── CheckpointError        a checkpoint that cannot be resumed
+    └── RunError               exit code 1: the machine or the run failed (disk full, part of the work failed)
+        └── Interrupted        stopped by a signal; carries that signal's exit code
+
+Messages name the thing, the value, the limit and the next step.
+"""
+
+from __future__ import annotations
+
+
+class TvitError(Exception):
+    """An error with a message for the user; `exit_code` is what the process ends with."""
+
+    exit_code = 2
+
+
+class SettingsError(TvitError):
+    """A setting that cannot be used."""
+
+
+class DataError(TvitError):
+    """A data folder, manifest or split that cannot be used."""
+
+
+class VideoError(DataError):
+    """One video that cannot be read."""
+
+
+class ModelError(TvitError):
+    """Weights or a model folder that cannot be used."""
+
+
+class CheckpointError(TvitError):
+    """A checkpoint that cannot be resumed."""
+
+
+class RunError(TvitError):
+    """The machine or the run failed; nothing that the user typed was wrong."""
+
+    exit_code = 1
+
+
+class Interrupted(RunError):
+    """Stopped by a signal after the state was saved."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,1 @@
+"""What a user can set: pydantic models, one per verb, and the layers that they are read from."""

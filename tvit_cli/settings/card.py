@@ -1,0 +1,64 @@
+"""The model card: everything that a prediction depends on, as it is stored beside the weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CARD_VERSION = 1
+IMAGENET_MEAN = (
+    0.485,
+    0.456,
+    0.406,
+)  # ImageNet channel statistics, in [0, 1]; torchvision's reference training
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+ResizeMode = Literal["crop", "squash"]
+
+
+class Preprocessing(BaseModel):
+    """How a video becomes the model's input; the same at evaluation, prediction and export."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_frames: int = Field(ge=1, description="Frames per clip, one from each equal share of the video")
+    frame_size: int = Field(ge=1, description="Height and width of a frame, in pixels")
+    resize: ResizeMode = Field(
+        default="crop", description="crop: short side, then centre; squash: whole frame"
+    )
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class BaseWeights(BaseModel):
+    """Where the backbone's first weights came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    revision: str | None = None
+    sha256: str | None = None
+
+
+class ModelCard(BaseModel):
+    """`card.json` of a model folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    card_version: int = CARD_VERSION
+    tvit_version: str
+    labels: tuple[str, ...]
+    model: dict[str, Any]
+    preprocessing: Preprocessing
+    base: BaseWeights | None = None
+    weights_sha256: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _labels_match_the_classifier(self) -> ModelCard:
+        classes = self.model.get("num_classes")
+        if classes != len(self.labels):
+            raise ValueError(f"{len(self.labels)} labels for a classifier of {classes} classes")
+        return self

@@ -1,0 +1,74 @@
+"""What `tvit eval` can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.fields import Device
+
+WHAT, HOW = "What is scored", "How"
+
+
+class EvalSettings(Settings):
+    """Score a trained model on a subset, from one deterministic view of each video."""
+
+    model: Path | None = Field(
+        None,
+        description="Model folder, or the folder of its run",
+        json_schema_extra=about(WHAT, default="the newest under the working directory", short=("-m",)),
+    )
+    working_directory: Path = Field(
+        Path("working_directory"),
+        description="Folder that holds all runs",
+        json_schema_extra=about(WHAT),
+    )
+    subset: Literal["train", "val", "test"] = Field(
+        "test", description="Videos that are scored", json_schema_extra=about(WHAT)
+    )
+    path_to_data: str | None = Field(
+        None,
+        description="Folder of videos, CSV manifest, or a known data set's name",
+        json_schema_extra=about(WHAT, default="the data that the model was trained on", metavar="PATH"),
+    )
+    group_pattern: str | None = Field(
+        None,
+        description="Regular expression on file names that names a video's group",
+        json_schema_extra=about(WHAT, default="as in training", metavar="REGEX"),
+    )
+    val_groups: str | None = Field(
+        None,
+        description="Groups of the val subset: names, a count, none, or auto",
+        json_schema_extra=about(WHAT, default="as in training", metavar="NAMES|COUNT|none|auto"),
+    )
+    test_groups: str | None = Field(
+        None,
+        description="Groups of the test subset: names, a count, none, or auto",
+        json_schema_extra=about(WHAT, default="as in training", metavar="NAMES|COUNT|none|auto"),
+    )
+    top_k: int = Field(5, ge=1, description="k of the top-k accuracy", json_schema_extra=about(HOW))
+    per_gpu_batch_size: int = Field(
+        8, ge=1, description="Clips per GPU in one forward pass", json_schema_extra=about(HOW)
+    )
+    num_workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes per GPU that decode videos; 0 decodes in this process",
+        json_schema_extra=about(HOW, default="from the CPU count"),
+    )
+    device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
+    shuffle_frames: bool = Field(
+        False,
+        description="Put each clip's frames in a random order first: what is left is what single frames tell",
+        json_schema_extra=about(HOW),
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of --shuffle-frames", json_schema_extra=about(HOW))
+    output: Path | None = Field(
+        None,
+        description="Folder for the results",
+        json_schema_extra=about(HOW, default="eval/<subset> in the run's folder"),
+    )

@@ -1,0 +1,391 @@
+"""What `tvit train` can be told.
+
+A field marked `harmless` may differ between a checkpoint and the run that goes on from it: the result stays
+the same bits (another device or data path is checked through what was read from it).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.card import ResizeMode
+from tvit_cli.settings.fields import GROUP_PATTERN, Device, Names, Pattern
+
+RUN, DATA, MODEL, LORA = "Run", "Data", "Model", "LoRA"
+OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
+
+LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
+SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
+
+
+class TrainSettings(Settings):
+    """Train a temporal Vision Transformer on a folder of videos."""
+
+    # Run
+    experiment_name: str | None = Field(
+        None,
+        description="Name of the run's folder",
+        json_schema_extra=about(
+            RUN,
+            harmless=True,
+            reference="required",
+            why="nothing finished is overwritten unasked",
+            default="the first free <data>-<n>",
+        ),
+    )
+    path_to_data: str | None = Field(
+        None,
+        description="Folder of videos, CSV manifest, or a known data set's name",
+        json_schema_extra=about(
+            RUN,
+            harmless=True,
+            reference="required",
+            why="`tvit download` puts it there",
+            default="ucf101, else the only data set under data/",
+            metavar="PATH",
+        ),
+    )
+    working_directory: Path = Field(
+        Path("working_directory"),
+        description="Folder that holds all runs",
+        json_schema_extra=about(RUN, harmless=True, reference="required", why="one place for every run"),
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of every random choice", json_schema_extra=about(RUN)
+    )
+    device: Device = Field(
+        "auto", description="Where the model runs", json_schema_extra=about(RUN, harmless=True)
+    )
+    log_wandb: bool = Field(
+        False,
+        description="Log metrics to Weights & Biases as well",
+        json_schema_extra=about(RUN, harmless=True, reference="False"),
+    )
+    test_at_end: bool = Field(
+        False,
+        description="Score the test subset once when training has ended",
+        json_schema_extra=about(RUN, harmless=True),
+    )
+    top_k: int = Field(
+        5, ge=1, description="k of the top-k accuracy", json_schema_extra=about(RUN, reference="5")
+    )
+
+    # Data
+    group_pattern: Pattern = Field(
+        GROUP_PATTERN,
+        description="Regular expression on file names: clips of one recording share what it matches",
+        json_schema_extra=about(DATA, metavar="REGEX"),
+    )
+    val_groups: str = Field(
+        "auto",
+        description="Groups held out of train for validation: names, a count, none, or auto (15 % of them)",
+        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
+    )
+    test_groups: str = Field(
+        "auto",
+        description="Groups held out for the final test where the data has no test subset of its own",
+        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
+    )
+    n_frames: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Frames per clip, one from each equal share of the video",
+        json_schema_extra=about(DATA, reference="8"),
+    )
+    img_size: int = Field(
+        224,
+        ge=1,
+        le=4096,
+        description="Width and height of frames passed to the model, in pixels",
+        json_schema_extra=about(DATA, reference="224"),
+    )
+    resize: ResizeMode = Field(
+        "crop",
+        description="How a frame becomes square: crop (short side, then centre) or squash (the whole frame)",
+        json_schema_extra=about(DATA),
+    )
+    num_workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes per GPU that decode videos; 0 decodes in the training process",
+        json_schema_extra=about(
+            DATA,
+            harmless=True,
+            reference="32",
+            why="more workers than cores starve the model",
+            default="from the CPU count",
+        ),
+    )
+
+    # Model
+    hf_model_name: str | None = Field(
+        "google/vit-base-patch16-224",
+        description="Pretrained image ViT: a Hugging Face name or a local folder; none trains from scratch",
+        json_schema_extra=about(
+            MODEL, reference="required", why="the reference's own backbone", resettable=True
+        ),
+    )
+    width: int | None = Field(
+        None,
+        ge=1,
+        description="Token size, from scratch only",
+        json_schema_extra=about(MODEL, default=str(SCRATCH_SHAPE["width"])),
+    )
+    depth: int | None = Field(
+        None,
+        ge=1,
+        description="Number of blocks, from scratch only",
+        json_schema_extra=about(MODEL, default=str(SCRATCH_SHAPE["depth"])),
+    )
+    num_heads: int | None = Field(
+        None,
+        ge=1,
+        description="Attention heads per block, from scratch only",
+        json_schema_extra=about(MODEL, default=str(SCRATCH_SHAPE["num_heads"])),
+    )
+    patch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Height and width of a patch in pixels, from scratch only",
+        json_schema_extra=about(MODEL, default=str(SCRATCH_SHAPE["patch_size"])),
+    )
+    tubelet_size: int = Field(
+        1, ge=1, le=2, description="Frames per patch token", json_schema_extra=about(MODEL)
+    )
+    custom_weight_init: bool = Field(
+        False,
+        description="Initialise layers without pretrained weights from a truncated normal (sd 0.02, bias 0)",
+        json_schema_extra=about(MODEL, reference="False"),
+    )
+
+    # LoRA
+    train: Literal["lora", "all", "classifier"] = Field(
+        "lora",
+        description="What is trained: adapters and the classifier, every weight, or the classifier alone",
+        json_schema_extra=about(LORA),
+    )
+    lora_rank: int = Field(
+        8,
+        ge=0,
+        le=1024,
+        description="Rank of the adapters; 0 attaches none",
+        json_schema_extra=about(LORA, reference="8"),
+    )
+    lora_alpha: float = Field(
+        8,
+        gt=0,
+        description="Scale of the adapters: alpha / rank",
+        json_schema_extra=about(LORA, reference="8"),
+    )
+    lora_use_rslora: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)",
+        json_schema_extra=about(LORA, reference="False"),
+    )
+    lora_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Dropout before the adapters",
+        json_schema_extra=about(LORA, reference="0.1"),
+    )
+    lora_bias: Literal["none", "lora_only", "all"] = Field(
+        "none",
+        description="Biases trained beside the adapters: none, those of adapted layers, or all",
+        json_schema_extra=about(LORA, reference="'none'"),
+    )
+    lora_target_modules: Names = Field(
+        ("q", "k", "v"),
+        description=f"Layers that get an adapter, of {', '.join(LORA_TARGETS)}; or full names",
+        json_schema_extra=about(LORA, reference="None", why="LoRA trains nothing without targets"),
+    )
+    lora_exclude_modules: Names = Field(
+        (),
+        description="Layers that get no adapter and are trained in full",
+        json_schema_extra=about(LORA, reference="None", default="none"),
+    )
+
+    # Optimisation
+    epochs: int = Field(
+        300,
+        ge=1,
+        description="Passes over the training videos",
+        json_schema_extra=about(OPTIMISATION, reference="300"),
+    )
+    warmup_epochs: float | None = Field(
+        None,
+        ge=0,
+        description="Epochs in which the learning rate rises from 0",
+        json_schema_extra=about(
+            OPTIMISATION,
+            reference="30",
+            why="30 of 300; a short run would never leave the warm-up",
+            default="min(30, epochs / 10)",
+        ),
+    )
+    per_gpu_batch_size: int = Field(
+        8,
+        ge=1,
+        description="Clips per GPU in one forward pass",
+        json_schema_extra=about(
+            OPTIMISATION, reference="256", why="256 clips of 8 frames need over 100 GB with ViT-B"
+        ),
+    )
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Forward passes per optimizer update",
+        json_schema_extra=about(OPTIMISATION, reference="1"),
+    )
+    learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        description="Peak learning rate of the cosine schedule",
+        json_schema_extra=about(
+            OPTIMISATION, reference="0.003", why="PEFT starts its adapters smaller, and batches are smaller"
+        ),
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="AdamW's weight decay", json_schema_extra=about(OPTIMISATION, reference="0.1")
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the target spread over all classes",
+        json_schema_extra=about(OPTIMISATION, reference="0"),
+    )
+    bias_weight_decay: bool = Field(
+        False,
+        description="Apply weight decay to biases",
+        json_schema_extra=about(OPTIMISATION, reference="False"),
+    )
+    norm_weight_decay: bool = Field(
+        False,
+        description="Apply weight decay to normalisation layers",
+        json_schema_extra=about(OPTIMISATION, reference="False"),
+    )
+    max_grad_norm: float | None = Field(
+        1.0,
+        gt=0,
+        description="Largest norm of the gradient; none does not clip",
+        json_schema_extra=about(OPTIMISATION, reference="1.0", resettable=True),
+    )
+    adam_beta1: float = Field(
+        0.9, ge=0, lt=1, description="AdamW's beta 1", json_schema_extra=about(OPTIMISATION, reference="0.9")
+    )
+    adam_beta2: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="AdamW's beta 2",
+        json_schema_extra=about(OPTIMISATION, reference="0.999"),
+    )
+    adam_epsilon: float = Field(
+        1e-8, gt=0, description="AdamW's epsilon", json_schema_extra=about(OPTIMISATION, reference="1e-8")
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Number format of the forward pass", json_schema_extra=about(OPTIMISATION)
+    )
+
+    # Augmentation
+    crop_scale_min: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Smallest share of a frame's area that a random crop keeps",
+        json_schema_extra=about(AUGMENTATION),
+    )
+    horizontal_flip: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Probability of mirroring a clip; 0 where left and right are different classes",
+        json_schema_extra=about(AUGMENTATION),
+    )
+    brightness: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Strength of the brightness jitter",
+        json_schema_extra=about(AUGMENTATION),
+    )
+    contrast: float = Field(
+        0.2, ge=0, le=1, description="Strength of the contrast jitter", json_schema_extra=about(AUGMENTATION)
+    )
+    saturation: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Strength of the saturation jitter",
+        json_schema_extra=about(AUGMENTATION),
+    )
+    hue: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Strength of the hue jitter, in turns of the colour circle",
+        json_schema_extra=about(AUGMENTATION),
+    )
+
+    # Checkpoints
+    checkpoint_dir: str = Field(
+        "checkpoints",
+        description="Folder of checkpoints inside the run's folder",
+        json_schema_extra=about(
+            CHECKPOINTS, harmless=True, reference="required", why="one name is as good as another"
+        ),
+    )
+    save_checkpoint_interval: int = Field(
+        1,
+        ge=1,
+        description="Epochs between checkpoints; the last epoch is always saved",
+        json_schema_extra=about(CHECKPOINTS, harmless=True, reference="1"),
+    )
+    max_no_of_checkpoints: int = Field(
+        10,
+        ge=1,
+        description="Checkpoints kept on disk, the latest ones",
+        json_schema_extra=about(CHECKPOINTS, harmless=True, reference="10"),
+    )
+    resume_from_checkpoint: str | None = Field(
+        None,
+        description="Checkpoint to go on from: latest, a name, or a path",
+        json_schema_extra=about(CHECKPOINTS, harmless=True, reference="None", metavar="NAME|PATH|latest"),
+    )
+
+    @field_validator("experiment_name", "checkpoint_dir")
+    @classmethod
+    def _is_a_folder_name(cls, value: str | None) -> str | None:
+        if value is not None and (not value or value in (".", "..") or "/" in value or "\\" in value):
+            raise ValueError("it should be one folder name; the folder above it is --working-directory")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> TrainSettings:
+        if self.hf_model_name is not None:
+            given = [f"--{key.replace('_', '-')}" for key in SCRATCH_SHAPE if getattr(self, key) is not None]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: the pretrained model {self.hf_model_name} has a shape of its own. "
+                    "Leave them out, or train from scratch with --hf-model-name none"
+                )
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"--warmup-epochs {self.warmup_epochs:g}: the run has only {self.epochs} epochs. Give fewer"
+            )
+        if self.n_frames % self.tubelet_size:
+            raise ValueError(
+                f"--n-frames {self.n_frames}: with --tubelet-size {self.tubelet_size} it should be even"
+            )
+        return self
+
+    def warmup(self) -> float:
+        """Warm-up in epochs: what was given, else min(30, epochs / 10)."""
+        return min(30.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
