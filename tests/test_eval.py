@@ -1,0 +1,172 @@
+"""`tvit eval`: a model folder scored on a subset."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_clips, run
+
+from tvit_cli.engine import scoring
+from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.train import TrainResult
+from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
+from tvit_cli.settings.eval import EvalSettings
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    root = tmp_path_factory.mktemp("eval")
+    return run(
+        path_to_data=str(make_clips(root / "colours")),
+        working_directory=root / "runs",
+        hf_model_name=None,
+        width=16,
+        depth=1,
+        num_heads=2,
+        train="all",
+        epochs=8,
+    )
+
+
+def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
+    return EvalSettings.model_validate({"model": trained.model, "num_workers": 0, "device": "cpu", **changes})
+
+
+def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained: TrainResult) -> None:
+    result = evaluate(settings(trained))
+    assert result.metrics["videos"] == 3  # one held-out group of three classes
+    assert result.output == trained.run / "eval" / "test"
+    written = json.loads((result.output / "metrics.json").read_text())
+    assert written["metrics"] == result.metrics
+    rows = list(csv.DictReader((result.output / "scores.csv").read_text().splitlines()))
+    assert len(rows) == 3
+    right = sum(row["label"] == row["predicted"] for row in rows)
+    assert result.metrics["video_top1"] == right / 3
+    assert sum(r for _, r in result.per_class.values()) == right
+    for row in rows:
+        scores = {label: float(row[label]) for label in ("Blue", "Green", "Red")}
+        assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
+        assert max(scores, key=lambda label: scores[label]) == row["predicted"]
+
+
+def test_scoring_twice_gives_the_same_bytes(trained: TrainResult, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        evaluate(settings(trained, output=tmp_path / name, num_workers=2 if name == "b" else 0))
+    assert (tmp_path / "a" / "scores.csv").read_bytes() == (tmp_path / "b" / "scores.csv").read_bytes()
+
+
+def test_the_run_folder_stands_for_its_model(trained: TrainResult) -> None:
+    assert evaluate(settings(trained, model=trained.run)).model == trained.model
+
+
+def test_without_a_model_the_newest_of_the_working_directory_is_taken(trained: TrainResult) -> None:
+    assert (
+        evaluate(settings(trained, model=None, working_directory=trained.run.parent)).model == trained.model
+    )
+
+
+def test_the_validation_metrics_of_training_are_found_again(trained: TrainResult) -> None:
+    result = evaluate(settings(trained, subset="val", top_k=2))
+    for name in ("loss", "video_top1", "video_top2"):
+        assert result.metrics[name] == pytest.approx(trained.best[f"val_{name}"], abs=1e-6)
+
+
+def test_shuffled_frames_have_results_of_their_own(trained: TrainResult) -> None:
+    plain, shuffled = evaluate(settings(trained)), evaluate(settings(trained, shuffle_frames=True))
+    assert shuffled.output.name == "test-shuffled"
+    assert shuffled.metrics["loss"] != plain.metrics["loss"]
+    assert evaluate(settings(trained, shuffle_frames=True)).metrics == shuffled.metrics
+    assert evaluate(settings(trained, shuffle_frames=True, seed=1)).metrics != shuffled.metrics
+
+
+def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained: TrainResult) -> None:
+    result = evaluate(settings(trained, top_k=9))
+    assert result.metrics["video_top3"] == 1.0
+    assert any("--top-k 9" in note for note in result.notes)
+
+
+def test_an_unreadable_video_is_reported_and_left_out(trained: TrainResult, tmp_path: Path) -> None:
+    data = tmp_path / "colours"
+    shutil.copytree(json.loads((trained.run / "settings.json").read_text())["path_to_data"], data)
+    whole = evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "a"))
+    extra = data / "Red" / "v_Red_g06_c02.avi"
+    extra.write_text("not a video")
+    events: list[Event] = []
+    facts = settings(trained, path_to_data=str(data), output=tmp_path / "b", test_groups="06")
+    result = evaluate(facts, events.append)
+    again = evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "c", test_groups="06"))
+    assert result.metrics["unreadable"] == 1
+    assert list(result.unreadable) == ["Red/v_Red_g06_c02.avi"]
+    assert result.metrics["videos"] == 3 and again.metrics == result.metrics
+    assert any("v_Red_g06_c02.avi" in e.text for e in events if isinstance(e, Note) and e.level == "warning")
+    assert "unreadable" in whole.metrics
+
+
+def test_a_subset_without_videos_is_refused(trained: TrainResult) -> None:
+    with pytest.raises(DataError, match="--subset val"):
+        evaluate(settings(trained, subset="val", val_groups="none"))
+
+
+def test_classes_that_the_model_does_not_know_are_refused(trained: TrainResult, tmp_path: Path) -> None:
+    data = make_clips(tmp_path / "more", groups=3)
+    (data / "Red").rename(data / "Crimson")
+    with pytest.raises(DataError, match="Crimson"):
+        evaluate(settings(trained, path_to_data=str(data), test_groups="1"))
+
+
+def test_a_model_folder_with_a_missing_file_names_it(trained: TrainResult, tmp_path: Path) -> None:
+    for name in ("card.json", "model.safetensors"):
+        folder = tmp_path / name.split(".")[0]
+        shutil.copytree(trained.model, folder)
+        (folder / name).unlink()
+        with pytest.raises(ModelError, match=name):
+            evaluate(settings(trained, model=folder))
+
+
+def test_scores_of_several_processes_are_those_of_one(trained: TrainResult) -> None:
+    from tvit_cli.engine.source import open_source
+    from tvit_cli.engine.trained import open_trained
+
+    opened = open_trained(trained.model, working_directory=Path(), device="cpu")
+    source = open_source(
+        opened.card.settings["path_to_data"],
+        group_pattern=opened.card.settings["group_pattern"],
+        val_groups="1",
+        test_groups="1",
+        report=lambda event: None,
+    )
+    videos = source.layout.subset("train")[:7]
+
+    def score(rank: int, processes: int) -> scoring.Scores:
+        return scoring.score(
+            opened.model,
+            videos,
+            opened.card.labels,
+            opened.card.preprocessing,
+            device=opened.device,
+            batch_size=2,
+            workers=0,
+            rank=rank,
+            processes=processes,
+        )
+
+    one, parts = score(0, 1), [score(rank, 3) for rank in range(3)]
+    merged = scoring.merge_scores(parts)
+    assert merged.indices.tolist() == list(range(7))
+    assert torch.equal(merged.labels, one.labels)
+    assert torch.allclose(merged.logits, one.logits, atol=1e-5)
+
+
+def test_nothing_readable_is_an_error_and_not_a_number(trained: TrainResult, tmp_path: Path) -> None:
+    data = make_clips(tmp_path / "colours", groups=3)
+    for path in data.glob("*/*_g03_*"):
+        path.write_text("text")
+    with pytest.raises((RunError, SettingsError), match="can be read"):
+        evaluate(settings(trained, path_to_data=str(data), test_groups="03", val_groups="none"))

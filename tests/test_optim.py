@@ -1,0 +1,64 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from tvit_cli.engine.optim import adamw, learning_rate_at, parameter_groups
+from tvit_cli.model.vit import TemporalViT, ViTConfig
+
+TINY = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=8, depth=1, num_heads=2)
+
+
+def decayed(**choices: bool) -> set[str]:
+    model = TemporalViT(TINY)
+    facts = {"bias_weight_decay": False, "norm_weight_decay": False, **choices}
+    groups = parameter_groups(model, weight_decay=0.3, **facts)
+    names = {p: n for n, p in model.named_parameters()}
+    assert {p for g in groups for p in g["params"]} == set(names)  # every parameter is in one group
+    return {names[p] for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
+
+
+def test_weight_decay_leaves_out_biases_norms_and_learned_positions() -> None:
+    names = decayed()
+    assert "blocks.0.attention.q.weight" in names and "patch_embed.weight" in names
+    assert not any("norm" in n or n.endswith("bias") or "positions" in n or "temporal" in n for n in names)
+
+
+def test_biases_are_decayed_when_asked_and_norms_are_not() -> None:
+    more = decayed(bias_weight_decay=True) - decayed()
+    assert "blocks.0.attention.q.bias" in more and "classifier.bias" in more
+    assert not any("norm" in n for n in more)
+
+
+def test_norms_are_decayed_when_asked_with_their_biases() -> None:
+    more = decayed(norm_weight_decay=True) - decayed()
+    assert more == {
+        f"{n}.{kind}" for n in ("blocks.0.norm1", "blocks.0.norm2", "norm") for kind in ("weight", "bias")
+    }
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = TemporalViT(TINY)
+    model.patch_embed.requires_grad_(False)
+    groups = parameter_groups(model, weight_decay=0.1, bias_weight_decay=True, norm_weight_decay=True)
+    assert all(p.requires_grad for g in groups for p in g["params"])
+
+
+def test_adamw_takes_betas_and_epsilon() -> None:
+    groups = [{"params": list(nn.Linear(2, 2).parameters()), "weight_decay": 0.0}]
+    optimizer = adamw(groups, learning_rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
+    rates = [learning_rate_at(s, peak=2.0, warmup_steps=4, total_steps=12) for s in range(12)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[8] == pytest.approx(1.0)  # half way down
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.1
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
+    assert learning_rate_at(0, peak=2.0, warmup_steps=0, total_steps=3) == 2.0

@@ -1,0 +1,437 @@
+"""`tvit train`, from videos to a model folder: what it leaves, what it survives, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
+from tvit_cli.engine import checkpoint
+from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.run import next_name
+from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.errors import CheckpointError, DataError, ModelError, RunError, SettingsError, TvitError
+from tvit_cli.model.folder import load_model
+from tvit_cli.settings.train import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pretrained(tmp_path_factory.mktemp("weights") / "tiny-vit")
+
+
+Run = Callable[..., TrainResult]
+
+
+@pytest.fixture
+def trained(clips: Path, pretrained: Path, tmp_path: Path) -> Run:
+    """`trained(**changes)` trains on the clips below tmp_path."""
+
+    def go(**changes: Any) -> TrainResult:
+        facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
+        return run(**{**facts, **changes})
+
+    return go
+
+
+def records(result: TrainResult, kind: str = "epoch") -> list[dict[str, Any]]:
+    lines = (result.run / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in ("seconds", "clips_per_second", "data_wait")}
+
+
+def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained: Run, clips: Path) -> None:
+    result = trained()
+    model, card = load_model(result.model)
+    assert card.labels == tuple(COLOURS)
+    assert card.preprocessing.n_frames == 4 and card.preprocessing.frame_size == 32
+    assert card.settings["path_to_data"] == str(clips)
+    assert card.base is not None and card.base.name.endswith("tiny-vit")
+    assert model(torch.zeros(1, 4, 3, 32, 32)).shape == (1, 3)
+    assert [r["epoch"] for r in records(result)] == [1, 2]
+    assert {"train_loss", "train_clip_top1", "val_loss", "val_video_top1", "val_video_top2"} <= records(
+        result
+    )[0].keys()
+    assert [p.name for p in list_checkpoints(result.run / "checkpoints")] == ["step-000003", "step-000006"]
+    assert json.loads((result.run / "settings.json").read_text())["lora_rank"] == 8
+
+
+def test_it_learns_what_colour_tells(trained: Run) -> None:
+    result = trained(epochs=12, hue=0.0, test_at_end=True)
+    assert records(result)[-1]["train_clip_top1"] > 0.9
+    assert result.test is not None and result.test.metrics["video_top1"] == 1.0
+
+
+def test_two_runs_of_one_seed_are_equal_bit_for_bit(trained: Run) -> None:
+    a, b = trained(), trained(num_workers=2)
+    assert same(last_weights(a), last_weights(b))
+    assert [without_clock(r) for r in records(a)] == [without_clock(r) for r in records(b)]
+
+
+def test_the_model_folder_holds_the_best_epoch_not_the_last(trained: Run) -> None:
+    result = trained(epochs=6)
+    epochs = records(result)
+    best = max(epochs, key=lambda r: (r["val_video_top1"], -r["val_loss"]))
+    assert result.best_epoch == best["epoch"]
+    kept = load_checkpoint(list_checkpoints(result.run / "checkpoints")[best["epoch"] - 1])
+    model, _ = load_model(result.model)
+    assert torch.equal(model.classifier.weight, kept.trainable["classifier.weight"])
+
+
+def test_without_validation_the_last_epoch_is_kept(trained: Run) -> None:
+    result = trained(val_groups="none")
+    model, card = load_model(result.model)
+    assert result.best == {} and result.best_epoch == 2 and card.metrics == {}
+    assert torch.equal(model.classifier.weight, last_weights(result)["classifier.weight"])
+    assert "val_loss" not in records(result)[0]
+
+
+def test_accumulated_micro_batches_give_the_update_of_one_batch(trained: Run) -> None:
+    one = last_weights(trained(per_gpu_batch_size=8, lora_dropout=0.0))
+    cut = last_weights(trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, lora_dropout=0.0))
+    whole = last_weights(trained(per_gpu_batch_size=9, lora_dropout=0.0))
+    assert all(
+        torch.allclose(cut[k], whole[k], atol=2e-4) for k in whole
+    )  # 12 clips: the last window is partial
+    assert not all(torch.allclose(one[k], whole[k], atol=2e-4) for k in whole)
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(trained: Run) -> None:
+    whole = trained(epochs=4, save_checkpoint_interval=2)
+    half = trained(epochs=4, save_checkpoint_interval=2)
+    shutil.rmtree(list_checkpoints(half.run / "checkpoints")[-1])
+    shutil.rmtree(half.model)
+    again = trained(
+        epochs=4, save_checkpoint_interval=2, resume_from_checkpoint=str(half.run / "checkpoints/step-000006")
+    )
+    assert again.run == half.run
+    assert same(last_weights(again), last_weights(whole))
+    assert [without_clock(r) for r in records(again)] == [without_clock(r) for r in records(whole)]
+    assert (again.model / "model.safetensors").read_bytes() == (
+        whole.model / "model.safetensors"
+    ).read_bytes()
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "tvit_cli", "train", "--config", str(folder / "c.json"), *flags]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(Path(__file__).parents[1])])
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    return subprocess.Popen(
+        arguments,
+        env={**environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
+    trained: Run, tmp_path: Path, clips: Path, pretrained: Path, name: str
+) -> None:
+    changes = {"epochs": 40, "save_checkpoint_interval": 1, "max_no_of_checkpoints": 2}
+    whole = trained(experiment_name="whole", **changes)
+    facts = settings(
+        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **changes
+    ).model_dump(mode="json")
+    (tmp_path / "c.json").write_text(json.dumps(facts))
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    child = start(command(tmp_path, "--experiment-name", "killed"))
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.15)
+    child.send_signal(getattr(signal, name))
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name], errors
+    assert not (tmp_path / "killed" / "model").exists()
+    if name != "SIGKILL":
+        assert "--experiment-name killed --resume-from-checkpoint latest" in errors
+    again = start(command(tmp_path, "--experiment-name", "killed", "--resume-from-checkpoint", "latest"))
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    resumed = TrainResult(tmp_path / "killed", tmp_path / "killed" / "model", 0, {}, None)
+    assert same(last_weights(resumed), last_weights(whole))
+    assert [without_clock(r) for r in records(resumed)] == [without_clock(r) for r in records(whole)]
+    assert [without_clock(r) for r in records(resumed, "step")] == [
+        without_clock(r) for r in records(whole, "step")
+    ]
+
+
+def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> None:
+    first = trained(epochs=2, experiment_name="mine")
+    shutil.rmtree(first.model)
+    result = start([sys.executable, "-m", "tvit_cli", "train", "--resume-from-checkpoint", "latest",
+                    "--working-directory", str(tmp_path)])  # fmt: skip
+    _, errors = result.communicate(timeout=60)
+    assert result.returncode == 0, errors
+    assert (first.model / "card.json").is_file()
+
+
+def test_resuming_with_settings_that_change_the_result_is_refused_with_the_difference(trained: Run) -> None:
+    first = trained()
+    path = str(first.run / "checkpoints" / "step-000003")
+    with pytest.raises(CheckpointError, match=r"--learning-rate: 0.01 -> 0.02"):
+        trained(resume_from_checkpoint=path, learning_rate=0.02)
+    trained(resume_from_checkpoint=path, num_workers=1, max_no_of_checkpoints=1)
+
+
+def test_the_last_epoch_is_always_saved_and_old_checkpoints_go(trained: Run) -> None:
+    result = trained(epochs=5, save_checkpoint_interval=2, max_no_of_checkpoints=2)
+    assert [p.name for p in list_checkpoints(result.run / "checkpoints")] == ["step-000012", "step-000015"]
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(
+    trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = checkpoint._write
+
+    def write(path: Path, data: bytes) -> None:
+        if "step-000006" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    with pytest.raises(RunError, match="the disk is full. step-000003 is still whole"):
+        trained(experiment_name="full")
+    monkeypatch.undo()
+    result = trained(experiment_name="full", resume_from_checkpoint="latest")
+    assert same(last_weights(result), last_weights(trained()))
+
+
+def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained: Run, tmp_path: Path) -> None:
+    assert [trained(epochs=1).run.name for _ in range(2)] == ["colours-1", "colours-2"]
+    shutil.rmtree(tmp_path / "colours-1")
+    assert next_name(tmp_path, "colours") == "colours-3"
+    with pytest.raises(SettingsError, match="exists already"):
+        trained(experiment_name="colours-2")
+
+
+def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(
+    clips: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data" / "colours"
+    shutil.copytree(clips, data)
+    text, empty = data / "Red" / "v_Red_g02_c09.avi", data / "Blue" / "v_Blue_g01_c09.avi"
+    text.write_text("not a video\n" * 50)
+    empty.touch()
+    events: list[Event] = []
+    facts = settings(
+        path_to_data=str(data), hf_model_name=str(pretrained), working_directory=tmp_path / "runs", val_groups="g01",
+        test_groups="g02",
+    )  # fmt: skip
+    train(facts, events.append)
+    warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
+    assert any("v_Red_g02_c09.avi" in w for w in warnings)
+    assert any("v_Blue_g01_c09.avi" in w and "empty" in w for w in warnings)
+
+
+def make_bad(kind: str, clips: Path, root: Path) -> Path:
+    data = root / "bad"
+    if kind == "missing":
+        return data
+    shutil.copytree(clips, data)
+    if kind == "empty class":
+        (data / "Yellow").mkdir()
+    if kind == "one class":
+        for label in ("Blue", "Green"):
+            shutil.rmtree(data / label)
+    if kind == "unreadable class":
+        for path in (data / "Red").iterdir():
+            path.write_text("text")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "no such folder"),
+        ("empty class", "Yellow"),
+        ("one class", "one class"),
+        ("unreadable class", "class Red"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built(
+    clips: Path, tmp_path: Path, kind: str, words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        run(
+            path_to_data=str(make_bad(kind, clips, tmp_path)),
+            hf_model_name=None,
+            working_directory=tmp_path / "runs",
+        )
+    assert not list((tmp_path / "runs").glob("*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"lora_target_modules": "qq"}, ModelError, "patch_embed"),
+        ({"img_size": 33}, ModelError, "multiple"),
+        ({"hf_model_name": "no/such-model"}, ModelError, "no/such-model"),
+        ({"val_groups": "g99"}, DataError, "g99"),
+        ({"resume_from_checkpoint": "latest"}, TvitError, "no run with a checkpoint"),
+        pytest.param(
+            {"device": "cuda"}, ModelError, "--device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_named(trained: Run, changes: dict[str, str], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        trained(**changes)
+
+
+def test_top_k_above_the_number_of_classes_is_clamped_and_said(
+    clips: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    facts = settings(
+        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, top_k=50
+    )
+    result = train(facts, events.append)
+    assert any("top-3" in e.text for e in events if isinstance(e, Note))
+    assert "val_video_top3" in records(result)[0]
+
+
+def weights_differ(base: TrainResult, changed: TrainResult) -> bool:
+    return not same(last_weights(base), last_weights(changed))
+
+
+def counts_differ(base: TrainResult, changed: TrainResult) -> bool:
+    return records(base, "step")[-1]["step"] != records(changed, "step")[-1]["step"] or weights_differ(
+        base, changed
+    )
+
+
+SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
+ALL = {"train": "all"}
+
+# setting -> (base settings, value, what has to be true of the base run and the changed one)
+EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult], bool]]] = {
+    "experiment_name": ({}, "mine", lambda a, b: b.run.name == "mine"),
+    "working_directory": ({}, "elsewhere", lambda a, b: b.run.parent.name == "elsewhere"),
+    "seed": ({}, 5, weights_differ),
+    "log_wandb": ({}, True, lambda a, b: (b.run / "wandb").is_dir() and not (a.run / "wandb").exists()),
+    "test_at_end": ({}, True, lambda a, b: a.test is None and b.test is not None),
+    "top_k": (
+        {},
+        3,
+        lambda a, b: "val_video_top3" in records(b)[0] and "val_video_top3" not in records(a)[0],
+    ),
+    "group_pattern": ({"val_groups": "none"}, r"v_(\w)", counts_differ),
+    "val_groups": ({}, "2", counts_differ),
+    "test_groups": ({}, "2", counts_differ),
+    "n_frames": ({}, 2, weights_differ),
+    "img_size": ({}, 48, weights_differ),
+    "resize": ({}, "squash", weights_differ),
+    "hf_model_name": ({}, None, weights_differ),
+    "width": (SCRATCH, 32, weights_differ),
+    "depth": (SCRATCH, 2, weights_differ),
+    "num_heads": (SCRATCH, 4, weights_differ),
+    "patch_size": (SCRATCH, 8, weights_differ),
+    "tubelet_size": (ALL, 2, weights_differ),
+    "custom_weight_init": ({}, True, weights_differ),
+    "train": ({}, "classifier", weights_differ),
+    "lora_rank": ({}, 4, weights_differ),
+    "lora_alpha": ({}, 32, weights_differ),
+    "lora_use_rslora": ({}, True, weights_differ),
+    "lora_dropout": ({}, 0.5, weights_differ),
+    "lora_bias": ({}, "lora_only", weights_differ),
+    "lora_target_modules": ({}, "fc1", weights_differ),
+    "lora_exclude_modules": ({}, "q", weights_differ),
+    "epochs": ({}, 1, counts_differ),
+    "warmup_epochs": ({}, 2, weights_differ),
+    "per_gpu_batch_size": ({}, 5, weights_differ),
+    "gradient_accumulation_steps": ({}, 2, counts_differ),
+    "learning_rate": ({}, 0.02, weights_differ),
+    "weight_decay": ({}, 0.5, weights_differ),
+    "label_smoothing": ({}, 0.2, weights_differ),
+    "bias_weight_decay": ({}, True, weights_differ),
+    "norm_weight_decay": (ALL, True, weights_differ),
+    "max_grad_norm": ({}, 0.01, weights_differ),
+    "adam_beta1": ({}, 0.5, weights_differ),
+    "adam_beta2": ({}, 0.9, weights_differ),
+    "adam_epsilon": ({}, 1e-2, weights_differ),
+    "mixed_precision": ({}, "bf16", weights_differ),
+    "crop_scale_min": ({}, 1.0, weights_differ),
+    "horizontal_flip": ({}, 0.0, weights_differ),
+    "brightness": ({}, 0.0, weights_differ),
+    "contrast": ({}, 0.0, weights_differ),
+    "saturation": ({}, 0.0, weights_differ),
+    "hue": ({}, 0.3, weights_differ),
+    "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
+    "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
+    "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
+}
+SHOWN_ELSEWHERE = {
+    "path_to_data": test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built,
+    "resume_from_checkpoint": test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits,
+    "device": test_what_cannot_be_used_is_named,
+    "num_workers": "test_workers_are_as_many_as_asked_for",
+}
+
+
+def test_every_setting_has_a_test_of_its_effect() -> None:
+    assert set(EFFECTS) | set(SHOWN_ELSEWHERE) == set(TrainSettings.model_fields)
+
+
+BASES: dict[str, TrainResult] = {}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_no_setting_without_an_effect(
+    name: str, clips: Path, pretrained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base, value, shows = EFFECTS[name]
+    facts = {
+        "path_to_data": str(clips),
+        "hf_model_name": str(pretrained),
+        "working_directory": tmp_path,
+        **base,
+    }
+    if str(base) not in BASES:
+        BASES[str(base)] = run(**{**facts, "working_directory": tmp_path_factory.mktemp("base")})
+    if name == "working_directory":
+        value = tmp_path / value
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changed = run(**{**facts, name: value})
+    assert shows(BASES[str(base)], changed)
+
+
+def test_workers_are_as_many_as_asked_for(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvit_cli.engine import loop
+
+    asked: list[int] = []
+    real = loop.DataLoader
+
+    def spy(*arguments: Any, **keywords: Any) -> Any:
+        asked.append(keywords["num_workers"])
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "DataLoader", spy)
+    trained(epochs=1, num_workers=1)
+    assert asked == [1]

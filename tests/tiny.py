@@ -1,0 +1,113 @@
+"""The smallest things that can be trained: a folder of coloured clips, and a pretrained ViT of 16 channels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tvit_cli.data.video import write_video
+from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.settings.train import TrainSettings
+
+COLOURS = {"Blue": (40, 60, 200), "Green": (50, 190, 60), "Red": (200, 50, 40)}
+WIDTH = 16
+
+
+def make_clips(root: Path, *, groups: int = 6) -> Path:
+    """Three classes of one clip per group: a coloured square on noise, brighter on the left."""
+    for label, colour in COLOURS.items():
+        for group in range(1, groups + 1):
+            generator = np.random.default_rng([group, *colour])
+            frames = generator.integers(60, 120, (6, 40, 48, 3))
+            frames[:, :, :24] += 40
+            for i in range(6):
+                frames[i, 10:30, 4 + 4 * i : 20 + 4 * i] = colour
+            path = root / label / f"v_{label}_g{group:02d}_c01.avi"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_video(path, frames.astype(np.uint8))
+    return root
+
+
+def make_pretrained(folder: Path) -> Path:
+    """A Hugging Face ViT folder with random weights: width 16, depth 2, patches of 16, frames of 32."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    tensors = {
+        "embeddings.cls_token": random(1, 1, WIDTH),
+        "embeddings.position_embeddings": random(1, 5, WIDTH),
+        "embeddings.patch_embeddings.projection.weight": random(WIDTH, 3, 16, 16),
+        "embeddings.patch_embeddings.projection.bias": random(WIDTH),
+        "layernorm.weight": 1 + random(WIDTH),
+        "layernorm.bias": random(WIDTH),
+    }
+    for n in range(2):
+        block = f"encoder.layer.{n}"
+        for name in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
+            tensors |= {f"{block}.{name}.weight": random(WIDTH, WIDTH), f"{block}.{name}.bias": random(WIDTH)}
+        tensors |= {
+            f"{block}.attention.output.dense.weight": random(WIDTH, WIDTH),
+            f"{block}.attention.output.dense.bias": random(WIDTH),
+            f"{block}.intermediate.dense.weight": random(32, WIDTH),
+            f"{block}.intermediate.dense.bias": random(32),
+            f"{block}.output.dense.weight": random(WIDTH, 32),
+            f"{block}.output.dense.bias": random(WIDTH),
+        }
+        for norm in ("layernorm_before", "layernorm_after"):
+            tensors |= {f"{block}.{norm}.weight": 1 + random(WIDTH), f"{block}.{norm}.bias": random(WIDTH)}
+    config = {
+        "model_type": "vit",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "patch_size": 16,
+        "image_size": 32,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "qkv_bias": True,
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def settings(**changes: Any) -> TrainSettings:
+    """Settings for a run of a second; paths and the pretrained model come in `changes`."""
+    facts: dict[str, Any] = {
+        "img_size": 32,
+        "n_frames": 4,
+        "epochs": 2,
+        "per_gpu_batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "learning_rate": 0.01,
+        "top_k": 2,
+        "val_groups": "1",
+        "test_groups": "1",
+        **changes,
+    }
+    return TrainSettings.model_validate(facts)
+
+
+def run(**changes: Any) -> TrainResult:
+    """Train with `settings`."""
+    return train(settings(**changes))
+
+
+def last_weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    """The trainable tensors of a run's last checkpoint."""
+    return load_file(sorted((result.run / "checkpoints").glob("step-*"))[-1] / "trainable.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

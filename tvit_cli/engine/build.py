@@ -1,0 +1,100 @@
+"""The model that a training starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvit_cli.engine.events import Note, Report
+from tvit_cli.errors import ModelError
+from tvit_cli.model import lora
+from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.settings.card import BaseWeights, Preprocessing
+from tvit_cli.settings.train import SCRATCH_SHAPE, TrainSettings
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model ready to be trained, and what travels with it."""
+
+    model: TemporalViT
+    config: ViTConfig
+    preprocessing: Preprocessing
+    base: BaseWeights | None
+
+
+def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built:
+    """Build the model, load its pretrained weights, attach its adapters.
+
+    The result depends on the settings alone, never on the state of the global generator.
+    """
+    source = None if settings.hf_model_name is None else resolve_weights(settings.hf_model_name)
+    preprocessing = Preprocessing(
+        n_frames=settings.n_frames, frame_size=settings.img_size, resize=settings.resize
+    )
+    try:
+        if source is None:
+            shape: dict[str, Any] = {k: getattr(settings, k) or value for k, value in SCRATCH_SHAPE.items()}
+            config = ViTConfig(
+                num_classes=num_classes,
+                frame_size=settings.img_size,
+                n_frames=settings.n_frames,
+                tubelet_size=settings.tubelet_size,
+                mlp_width=4 * shape["width"],
+                **shape,
+            )
+        else:
+            pretrained = read_config(source)
+            preprocessing = preprocessing.model_copy(update={"mean": pretrained.mean, "std": pretrained.std})
+            config = ViTConfig(
+                num_classes=num_classes,
+                frame_size=settings.img_size,
+                n_frames=settings.n_frames,
+                tubelet_size=settings.tubelet_size,
+                patch_size=pretrained.patch_size,
+                width=pretrained.width,
+                depth=pretrained.depth,
+                num_heads=pretrained.num_heads,
+                mlp_width=pretrained.mlp_width,
+                norm_eps=pretrained.norm_eps,
+                activation=pretrained.activation,
+                qkv_bias=pretrained.qkv_bias,
+            )
+    except ValueError as error:
+        raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {error}") from error
+    model = build_model(
+        config, seed=settings.seed, truncated_normal=settings.custom_weight_init, from_scratch=source is None
+    )
+    base = None
+    if source is not None:
+        loaded = load_pretrained(model, source)
+        base = BaseWeights(name=pretrained.name, revision=pretrained.revision, sha256=pretrained.sha256)
+        report(
+            Note(
+                f"{settings.hf_model_name}: {loaded.matched} tensors loaded; new: "
+                f"{', '.join(loaded.new) or 'none'}; left over: {', '.join(loaded.unused) or 'none'}"
+            )
+        )
+        for note in loaded.notes:
+            report(Note(note))
+    lora.set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
+    _report_size(model, report)
+    return Built(model, config, preprocessing, base)
+
+
+def _spec(settings: TrainSettings) -> lora.LoraSpec:
+    return lora.LoraSpec(
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        use_rslora=settings.lora_use_rslora,
+        bias=settings.lora_bias,
+        targets=settings.lora_target_modules,
+        exclude=settings.lora_exclude_modules,
+    )
+
+
+def _report_size(model: TemporalViT, report: Report) -> None:
+    trainable, total = lora.trainable_report(model)
+    report(Note(f"{total:,} parameters, {trainable:,} of them trainable ({trainable / total:.1%})."))

@@ -1,0 +1,223 @@
+"""Resumable state on disk: a checkpoint is complete or absent.
+
+    <checkpoints>/step-000120/
+        state.json             where the run is, and the sha256 of the files beside it; written last
+        trainable.safetensors  the tensors that training changes
+        optimizer.safetensors  AdamW's moments, by parameter name
+        best.safetensors       the trainable tensors of the best epoch so far, if there is one
+
+Nothing in it is a pickle. A checkpoint is written beside its place, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from tvit_cli.errors import CheckpointError, RunError
+
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is: `step` optimizer updates are done."""
+
+    step: int
+    tally: tuple[float, ...] = ()  # the running sums of an epoch that is not over
+    best_step: int = 0  # the last step of the best epoch; 0: none yet
+    best: dict[str, float] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)  # what has to be the same to resume
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified."""
+
+    path: Path
+    state: State
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    best: dict[str, Tensor] | None
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: State,
+    trainable: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    best: Mapping[str, Tensor] | None,
+) -> Path:
+    """Write a checkpoint into the folder of checkpoints and return its path.
+
+    Raises RunError when the disk is full; what was there before is untouched.
+    """
+    final = folder / f"step-{state.step:06d}"
+    beside = folder / f".{final.name}.writing"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        hashes = {}
+        for name, tensors in (("trainable", trainable), ("optimizer", optimizer), ("best", best)):
+            if tensors is not None:
+                data = save_tensors(
+                    {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+                )
+                hashes[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
+                _write(beside / f"{name}.safetensors", data)
+        _write(beside / STATE_FILE, json.dumps({**asdict(state), "sha256": hashes}, indent=1).encode())
+        sync_folder(beside)
+        if final.exists():
+            final.rename(_retired(final))
+        beside.rename(final)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        kept = [path.name for path in list_checkpoints(folder)]
+        reason = "the disk is full" if error.errno in _FULL else str(error)
+        raise RunError(
+            f"{final}: the checkpoint could not be written: {reason}. "
+            + (
+                f"{kept[-1]} is still whole; make room, then go on from it with "
+                if kept
+                else "Make room, then "
+            )
+            + ("--resume-from-checkpoint latest." if kept else "start again.")
+        ) from error
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify every file against its recorded sha256.
+
+    Raises CheckpointError that names the file that is missing or damaged.
+    """
+    try:
+        raw = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        hashes = raw.pop("sha256")
+        state = State(**{**raw, "tally": tuple(raw["tally"])})
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no checkpoint ({STATE_FILE} is not there).") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE_FILE}: damaged ({error}). {_OTHERS}") from error
+    tensors = {}
+    for name, expected in hashes.items():
+        file = path / name
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: missing. {_OTHERS}") from None
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise CheckpointError(f"{file}: damaged ({len(data)} bytes, another sha256). {_OTHERS}")
+        try:
+            tensors[name.removesuffix(".safetensors")] = load_tensors(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged ({error}). {_OTHERS}") from error
+    return Checkpoint(path, state, tensors["trainable"], tensors["optimizer"], tensors.get("best"))
+
+
+_OTHERS = "Go on from an earlier one: --resume-from-checkpoint NAME."
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, earliest first; what was left half written is not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=_step)
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` latest, and what a killed process left half written.
+
+    A checkpoint is renamed before its files go, so that one that is half removed is never taken for whole.
+    """
+    for path in list_checkpoints(folder)[:-keep]:
+        gone = path.rename(_retired(path))
+        shutil.rmtree(gone, ignore_errors=True)
+    for left in (*folder.glob(".step-*.writing"), *folder.glob(".step-*.removing")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint that `--resume-from-checkpoint` names: latest, a name in the folder, or a path."""
+    known = list_checkpoints(folder)
+    if which == "latest":
+        if not known:
+            raise CheckpointError(
+                f"{folder}: no checkpoint to resume from. Leave --resume-from-checkpoint out."
+            )
+        return known[-1]
+    for path in (folder / which, Path(which)):
+        if (path / STATE_FILE).is_file():
+            return path
+    names = ", ".join(p.name for p in known) or "none"
+    raise CheckpointError(f"--resume-from-checkpoint {which}: no such checkpoint. In {folder}: {names}.")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: "exp_avg/blocks.0…" -> tensor."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{kind}/{names[parameter]}": value
+        for parameter, values in optimizer.state.items()
+        for kind, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors saved by `optimizer_tensors` back, each on its parameter's device."""
+    by_name = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        if name not in by_name:
+            raise CheckpointError(f"optimizer.safetensors: {name} is no parameter of this model.")
+        parameter = by_name[name]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable; a no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _retired(path: Path) -> Path:
+    retired = path.with_name(f".{path.name}.removing")
+    shutil.rmtree(retired, ignore_errors=True)
+    return retired
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match
+    return int(match[1])

@@ -1,0 +1,337 @@
+"""The training loop: forward, loss, backward, clip, step; validate, remember the best, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from tvit_cli.data.clips import ClipBatch, ClipDataset, collate
+from tvit_cli.data.transforms import Augmentation, train_transform
+from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
+from tvit_cli.engine.build import Built
+from tvit_cli.engine.checkpoint import State, optimizer_tensors, prune_checkpoints, save_checkpoint
+from tvit_cli.engine.clock import Clock
+from tvit_cli.engine.events import EpochDone, Note, Progress, Report, StepDone
+from tvit_cli.engine.launch import EXIT_CODES, StopSignals
+from tvit_cli.engine.metrics import Tally, video_metrics
+from tvit_cli.engine.optim import learning_rate_at
+from tvit_cli.engine.run import Run, identity
+from tvit_cli.engine.scoring import merge_scores, score
+from tvit_cli.engine.source import Source, default_workers
+from tvit_cli.engine.trackers import Trackers
+from tvit_cli.errors import Interrupted, RunError
+from tvit_cli.model import lora
+from tvit_cli.model.vit import TemporalViT
+from tvit_cli.settings.train import TrainSettings
+
+RECORDS_PER_EPOCH = 20  # lines of kind "step" in metrics.jsonl
+
+
+@dataclass
+class Loop:
+    """What the training loop holds: the parts, made once, then its state, which a checkpoint stores."""
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    run: Run
+    source: Source
+    built: Built
+    model: nn.Module  # as Accelerate wraps it
+    optimizer: AcceleratedOptimizer
+    plan: BatchPlan
+    trackers: Trackers
+    report: Report
+
+    step: int = 0
+    tally: Tally = field(init=False)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    best_tensors: dict[str, Tensor] | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tally = Tally.zeros(self.accelerator.device)
+
+    @property
+    def plain_model(self) -> TemporalViT:
+        return self.built.model
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+
+def fit(loop: Loop) -> None:
+    """Take every step of the plan that is not done yet."""
+    loader = _loader(loop)
+    clock = Clock()
+    loop.model.train()
+    with StopSignals() as signals:
+        for planned, batch in zip(loop.plan.micro_batches(loop.step), loader, strict=True):
+            clock.data_arrived()
+            loss = _forward_backward(loop, planned, batch)
+            clock.clips += planned.real * loop.plan.processes
+            if planned.closes_window:
+                grad_norm = _update(loop)
+                loop.step += 1
+                _report_step(loop, planned, loss, grad_norm, clock)
+                if planned.closes_epoch:
+                    _end_epoch(loop, planned.epoch, grad_norm, clock)
+                    clock = Clock()
+                if name := signals.agreed(loop.accelerator):
+                    _stop(loop, name)
+            clock.waits_for_data()
+
+
+def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tensor:
+    """This process's share of the window's mean loss; its gradients are added to those that are there."""
+    settings = loop.settings
+    for index, reason in batch.errors:
+        _report_unreadable(loop, index, reason)
+    torch.manual_seed(_mix(settings.seed, planned, loop.plan.rank))  # all dropout: no state to store
+    clips = train_transform(
+        batch.clips,
+        batch.epochs,
+        batch.indices,
+        augmentation=_augmentation(settings),
+        preprocessing=loop.built.preprocessing,
+        seed=settings.seed,
+        device=loop.device,
+    )
+    labels = batch.labels.to(loop.device, non_blocking=True)
+    weights = batch.weights.clone()
+    weights[planned.real :] = 0
+    weights = weights.to(loop.device, non_blocking=True)
+    with nullcontext() if planned.closes_window else loop.accelerator.no_sync(loop.model):
+        with loop.accelerator.autocast():
+            logits = loop.model(clips)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        losses = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="none")
+        loss = (losses * weights).sum() / planned.window_clips
+        # DDP divides the sum of the gradients by the number of processes; the window is already divided by.
+        loop.accelerator.backward(loss * loop.plan.processes)
+    loop.tally.add(logits.detach(), losses.detach(), labels, weights)
+    return loss.detach()
+
+
+def _update(loop: Loop) -> Tensor:
+    """One optimizer update with clipped gradients; returns the gradient's norm before clipping."""
+    settings = loop.settings
+    rate = _learning_rate(loop, loop.step)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = rate
+    limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    norm: Tensor = loop.accelerator.clip_grad_norm_(loop.model.parameters(), limit)
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    return norm
+
+
+def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
+    """Validate, log, remember the best, save."""
+    sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
+    loop.tally = Tally.zeros(loop.device)
+    training = clock.facts()
+    metrics: dict[str, float] = {
+        "train_loss": sums[0] / max(1.0, sums[2]),
+        "train_clip_top1": sums[1] / max(1.0, sums[2]),
+        "learning_rate": _learning_rate(loop, loop.step - 1),
+        "grad_norm": float(grad_norm),
+    }
+    if not math.isfinite(metrics["train_loss"]):
+        raise RunError(
+            f"Epoch {epoch + 1}: the loss is {metrics['train_loss']}, so no checkpoint of it was written. "
+            "Train with a smaller --learning-rate, a longer --warmup-epochs, or --mixed-precision no."
+        )
+    validation = _validate(loop)
+    metrics |= {f"val_{name}": value for name, value in validation.items()}
+    is_best = bool(validation) and (not loop.best or _rank(metrics) > _rank(loop.best))
+    if is_best:
+        loop.best, loop.best_step = metrics, loop.step
+        loop.best_tensors = {k: v.detach().cpu().clone() for k, v in _trainable(loop).items()}
+    record = {"kind": "epoch", "epoch": epoch + 1, "step": loop.step, **metrics, **training}
+    loop.trackers.log(record)
+    loop.report(EpochDone(epoch + 1, {**metrics, **training}, is_best))
+    if (epoch + 1) % loop.settings.save_checkpoint_interval == 0 or epoch + 1 == loop.settings.epochs:
+        _save(loop)
+
+
+def _validate(loop: Loop) -> dict[str, float]:
+    """Metrics of the val subset, or nothing where there is none."""
+    videos = loop.source.readable("val")
+    if not videos:
+        return {}
+    own = score(
+        loop.plain_model,
+        videos,
+        loop.source.layout.labels,
+        loop.built.preprocessing,
+        device=loop.device,
+        batch_size=loop.settings.per_gpu_batch_size,
+        workers=_workers(loop),
+        rank=loop.plan.rank,
+        processes=loop.plan.processes,
+        autocast=loop.accelerator.autocast,
+        progress=lambda done, total: loop.report(Progress("validating", done, total)),
+    )
+    scores = merge_scores(gather_object([own]))
+    if not len(scores.indices):
+        raise RunError(f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.")
+    return video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
+
+
+def _save(loop: Loop) -> None:
+    """Write a checkpoint and prune old ones (the main process; the others wait)."""
+    sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
+    if loop.accelerator.is_main_process:
+        scaler = loop.accelerator.scaler
+        save_checkpoint(
+            loop.run.checkpoints,
+            state=State(
+                step=loop.step,
+                tally=tuple(sums),
+                best_step=loop.best_step,
+                best=loop.best,
+                identity=identity_of(loop),
+                scaler={} if scaler is None else scaler.state_dict(),
+            ),
+            trainable=_trainable(loop),
+            optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
+            best=loop.best_tensors,
+        )
+        prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints)
+    loop.accelerator.wait_for_everyone()
+
+
+def _stop(loop: Loop, name: str) -> None:
+    _save(loop)
+    raise Interrupted(
+        f"Stopped by {name} after step {loop.step} of {loop.plan.total_steps}; all is saved. Go on with:\n"
+        f"  tvit train --experiment-name {loop.run.folder.name} --resume-from-checkpoint latest",
+        exit_code=EXIT_CODES[name],
+    )
+
+
+def _loader(loop: Loop) -> Iterable[ClipBatch]:
+    """One pass over everything that is left of the run, so that workers read ahead across epochs."""
+    dataset = ClipDataset(
+        loop.source.readable("train"),
+        loop.source.layout.labels,
+        n_frames=loop.settings.n_frames,
+        short_side=_short_side(loop.settings),
+        seed=loop.settings.seed,
+        training=True,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=BatchKeys(loop.plan, loop.step),
+        num_workers=_workers(loop),
+        collate_fn=collate,
+        pin_memory=loop.device.type == "cuda",
+        generator=torch.Generator(),  # else iterating draws from the global one
+    )
+
+
+def _short_side(settings: TrainSettings) -> int:
+    """Short side of the frames that workers hand over: the smallest crop still has the model's resolution."""
+    return math.ceil(settings.img_size / math.sqrt(settings.crop_scale_min))
+
+
+def _augmentation(settings: TrainSettings) -> Augmentation:
+    return Augmentation(
+        crop_scale=(settings.crop_scale_min, 1.0),
+        horizontal_flip=settings.horizontal_flip,
+        brightness=settings.brightness,
+        contrast=settings.contrast,
+        saturation=settings.saturation,
+        hue=settings.hue,
+    )
+
+
+def _workers(loop: Loop) -> int:
+    given = loop.settings.num_workers
+    return default_workers(loop.plan.processes) if given is None else given
+
+
+def _learning_rate(loop: Loop, step: int) -> float:
+    return learning_rate_at(
+        step,
+        peak=loop.settings.learning_rate,
+        warmup_steps=round(loop.settings.warmup() * loop.plan.steps_per_epoch),
+        total_steps=loop.plan.total_steps,
+    )
+
+
+def _trainable(loop: Loop) -> dict[str, Tensor]:
+    return lora.trainable_tensors(loop.plain_model)
+
+
+def identity_of(loop: Loop) -> dict[str, object]:
+    return identity(
+        loop.settings,
+        labels=loop.source.layout.labels,
+        videos=loop.plan.clips,
+        base=loop.built.base,
+        processes=loop.plan.processes,
+    )
+
+
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Epochs are compared by top-1, then by loss."""
+    return metrics["val_video_top1"], -metrics["val_loss"]
+
+
+def _mix(seed: int, planned: MicroBatch, rank: int) -> int:
+    """A well mixed 63-bit seed for one forward pass of one process."""
+    entropy = [seed, planned.step, planned.keys[0][1], rank]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _report_unreadable(loop: Loop, index: int, reason: str) -> None:
+    name = loop.source.readable("train")[index].name
+    if name not in loop.unreadable:
+        loop.unreadable[name] = reason
+        loop.report(Note(f"left out: {name}: {reason}", "warning"))
+
+
+def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tensor, clock: Clock) -> None:
+    number = loop.step - planned.epoch * loop.plan.steps_per_epoch
+    every = max(1, loop.plan.steps_per_epoch // RECORDS_PER_EPOCH)
+    rate = _learning_rate(loop, loop.step - 1)
+    if number % every == 0:
+        total = loop.accelerator.reduce(loss, reduction="sum")
+        loop.trackers.log(
+            {
+                "kind": "step",
+                "epoch": planned.epoch + 1,
+                "step": loop.step,
+                "train_loss": float(total),
+                "learning_rate": rate,
+                "grad_norm": float(grad_norm),
+            }
+        )
+    if clock.report_is_due():
+        sums = loop.tally.sums.tolist()
+        clips = max(1.0, sums[2])
+        loop.report(
+            StepDone(
+                epoch=planned.epoch + 1,
+                step=loop.step,
+                loss=sums[0] / clips,
+                clip_top1=sums[1] / clips,
+                learning_rate=rate,
+                clips_per_second=clock.clips_per_second(),
+            )
+        )

@@ -1,0 +1,152 @@
+"""A run's folder: which one a training writes to, and what it goes on from."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
+from tvit_cli.engine.source import find_data
+from tvit_cli.errors import CheckpointError, RunError, SettingsError
+from tvit_cli.settings.base import extra, flag
+from tvit_cli.settings.card import BaseWeights
+from tvit_cli.settings.train import TrainSettings
+
+SETTINGS_FILE = "settings.json"
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, its folder of checkpoints, and the checkpoint to go on from, if any."""
+
+    folder: Path
+    checkpoints: Path
+    resume_from: Path | None
+
+    @property
+    def model(self) -> Path:
+        """Where the trained model goes."""
+        return self.folder / MODEL_FOLDER
+
+
+def open_run(settings: TrainSettings) -> Run:
+    """Choose and make the folder that a training writes to.
+
+    Raises SettingsError when the named experiment exists and is not to be resumed, CheckpointError when there
+    is nothing to resume from.
+    """
+    if settings.resume_from_checkpoint is not None:
+        return find_run(settings)
+    root = settings.working_directory
+    name = settings.experiment_name or next_name(root, _data_name(find_data(settings.path_to_data)))
+    folder = root / name
+    if folder.is_dir() and any(folder.iterdir()):
+        raise SettingsError(
+            f"--experiment-name {name}: {folder} exists already. "
+            f"Go on with it (--experiment-name {name} --resume-from-checkpoint latest), or take another name."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be made ({error.strerror}). Choose another --working-directory."
+        ) from error
+    return Run(folder, folder / settings.checkpoint_dir, None)
+
+
+def find_run(settings: TrainSettings) -> Run:
+    """The run that `--resume-from-checkpoint` means: of the named experiment, at a path, or the newest."""
+    which = settings.resume_from_checkpoint
+    assert which is not None
+    path = Path(which)
+    if settings.experiment_name is None and path.is_dir() and len(path.parts) > 1:
+        checkpoints = path.absolute().parent
+        return Run(checkpoints.parent, checkpoints, find_checkpoint(checkpoints, path.name))
+    root = settings.working_directory
+    if settings.experiment_name is not None:
+        folder = root / settings.experiment_name
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"--experiment-name {settings.experiment_name}: there is no such run in {root}."
+            )
+    else:
+        runs = [p for p in root.glob("*/") if list_checkpoints(p / settings.checkpoint_dir)]
+        if not runs:
+            raise CheckpointError(
+                f"{root}: no run with a checkpoint to resume from. Leave --resume-from-checkpoint out."
+            )
+        folder = max(runs, key=lambda p: list_checkpoints(p / settings.checkpoint_dir)[-1].stat().st_mtime)
+    checkpoints = folder / settings.checkpoint_dir
+    return Run(folder, checkpoints, find_checkpoint(checkpoints, which))
+
+
+def next_name(root: Path, data: str) -> str:
+    """The first free name of a run on a data set. ucf101-1, ucf101-2 taken -> ucf101-3"""
+    pattern = re.compile(re.escape(data) + r"-(\d+)")
+    taken = (
+        [int(m[1]) for p in root.glob(f"{data}-*") if (m := pattern.fullmatch(p.name))]
+        if root.is_dir()
+        else []
+    )
+    return f"{data}-{max(taken, default=0) + 1}"
+
+
+def saved_settings(run: Run) -> Path:
+    """The settings file of a run that is resumed."""
+    path = run.folder / SETTINGS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, so the run cannot be resumed with its own settings.")
+    return path
+
+
+def write_settings(run: Run, settings: TrainSettings) -> None:
+    """Store what a run was told, as --config reads it."""
+    values = settings.model_dump(mode="json", exclude={"resume_from_checkpoint"})
+    (run.folder / SETTINGS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def identity(
+    settings: TrainSettings, *, labels: tuple[str, ...], videos: int, base: BaseWeights | None, processes: int
+) -> dict[str, Any]:
+    """What has to be the same for a resumed run to end as one that was never stopped."""
+    values = settings.model_dump(mode="json")
+    kept = {k: v for k, v in values.items() if not extra(TrainSettings.model_fields[k]).get("harmless")}
+    return {
+        **kept,
+        "classes": list(labels),
+        "training videos": videos,
+        "base weights": None if base is None else base.sha256,
+        "processes": processes,
+    }
+
+
+def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError that lists every setting that differs and would change the result."""
+    lines = [
+        f"  {_name(key)}: {_shown(before.get(key))} -> {_shown(value)}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if lines:
+        raise CheckpointError(
+            "The checkpoint was written with other settings, and going on would mix two runs:\n"
+            + "\n".join(lines)
+            + "\nGo on with the run's own settings, or start a new run."
+        )
+
+
+def _name(key: str) -> str:
+    return flag(key) if key in TrainSettings.model_fields else key
+
+
+def _data_name(path: Path) -> str:
+    return path.stem if path.is_file() else path.absolute().resolve().name
+
+
+def _shown(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"

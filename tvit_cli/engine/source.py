@@ -1,0 +1,117 @@
+"""The videos that a run reads: found, made if they are the demo set, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvit_cli.data.layout import Layout, Video, check_videos, read_layout
+from tvit_cli.data.motions import is_motions, make_motions
+from tvit_cli.engine.events import Note, Progress, Report
+from tvit_cli.errors import DataError
+
+DATA_DIRECTORY = Path("data")
+DEFAULT_NAME = "ucf101"
+MOTIONS = "motions"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was read and checked."""
+
+    layout: Layout
+    unreadable: Mapping[str, str]  # video name -> reason
+
+    def readable(self, subset: str) -> tuple[Video, ...]:
+        """The videos of a subset that can be opened."""
+        return tuple(v for v in self.layout.subset(subset) if v.name not in self.unreadable)
+
+
+def open_source(
+    path_to_data: str | None,
+    *,
+    group_pattern: str,
+    val_groups: str,
+    test_groups: str,
+    report: Report,
+    need_training: bool = True,
+) -> Source:
+    """Find a data set, read its layout, and set unreadable videos aside by name and reason.
+
+    Raises DataError without data, or, with `need_training`, where a class has no readable training video.
+    """
+    root = find_data(path_to_data)
+    if root.name == MOTIONS and not root.exists():
+        make_demo_data(root, report)
+    layout = read_layout(root, group_pattern=group_pattern, val_groups=val_groups, test_groups=test_groups)
+    for note in layout.notes:
+        report(Note(note))
+    workers = min(8, os.cpu_count() or 1)
+    _, unreadable = check_videos(
+        layout.videos,
+        workers=workers,
+        progress=lambda done, total: report(Progress("checking videos", done, total)),
+    )
+    for name, reason in unreadable.items():
+        report(Note(f"set aside: {name}: {reason}", "warning"))
+    source = Source(layout, unreadable)
+    if need_training:
+        _check_classes(source)
+    return source
+
+
+def find_data(path_to_data: str | None) -> Path:
+    """The folder or manifest that a run reads: what was given, else what lies under data/."""
+    known = sorted(p.name for p in DATA_DIRECTORY.iterdir() if p.is_dir()) if DATA_DIRECTORY.is_dir() else []
+    known = [name for name in known if not name.startswith(".")]
+    if path_to_data is None:
+        if DEFAULT_NAME in known:
+            return DATA_DIRECTORY / DEFAULT_NAME
+        if len(known) == 1:
+            return DATA_DIRECTORY / known[0]
+        found = (
+            f"{DATA_DIRECTORY}/ holds {', '.join(known)}"
+            if known
+            else f"there is nothing in {DATA_DIRECTORY}/"
+        )
+        raise DataError(f"No data set chosen: {found}. Name one with --path-to-data PATH.")
+    path = Path(path_to_data).expanduser()
+    if path.exists():
+        return path
+    is_name = path.parent == Path() and not path.suffix
+    if is_name and (path.name in known or path.name == MOTIONS):
+        return DATA_DIRECTORY / path.name
+    if path.name == MOTIONS and path.parent == DATA_DIRECTORY:
+        return path
+    beside = f" Under {DATA_DIRECTORY}/: {', '.join(known)}." if known else ""
+    raise DataError(f"--path-to-data {path_to_data}: no such folder or file.{beside}")
+
+
+def make_demo_data(root: Path, report: Report) -> None:
+    """Make the embedded data set unless a complete one is there."""
+    if is_motions(root):
+        return
+    report(Note(f"Making the demo data set in {root} (8 classes that only the order of frames tells apart)."))
+    make_motions(
+        root,
+        workers=os.cpu_count() or 1,
+        progress=lambda done, total: report(Progress("making clips", done, total)),
+    )
+
+
+def default_workers(processes: int = 1) -> int:
+    """Decoding processes for each training process: the cores that are left to it, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // processes - 1))
+
+
+def _check_classes(source: Source) -> None:
+    training = {video.label for video in source.readable("train")}
+    for label in source.layout.labels:
+        if label not in training:
+            raise DataError(
+                f"{source.layout.root}: no readable training video of class {label}. "
+                "Mend or remove the class, or hold fewer groups out."
+            )

@@ -1,0 +1,185 @@
+"""`tvit train`: from a folder of videos to a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+import tvit_cli
+from tvit_cli.engine.batches import BatchPlan
+from tvit_cli.engine.build import build
+from tvit_cli.engine.checkpoint import Checkpoint, load_checkpoint, load_optimizer
+from tvit_cli.engine.eval import EvalResult, evaluate
+from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
+from tvit_cli.engine.launch import make_accelerator
+from tvit_cli.engine.loop import Loop, fit, identity_of
+from tvit_cli.engine.optim import adamw, parameter_groups
+from tvit_cli.engine.run import Run, check_identity, open_run, write_settings
+from tvit_cli.engine.source import Source, open_source
+from tvit_cli.engine.trackers import Trackers
+from tvit_cli.model import lora
+from tvit_cli.model.folder import save_model
+from tvit_cli.settings.card import ModelCard
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a training left its model, and how good it is.
+
+    `best` holds the validation metrics of the epoch that was kept (empty without validation); `test` the
+    test result when it was asked for.
+    """
+
+    run: Path
+    model: Path
+    best_epoch: int
+    best: dict[str, float]
+    test: EvalResult | None
+
+
+def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
+    """Train a model, keep its best epoch, and write the model folder.
+
+    Raises DataError, ModelError or CheckpointError before the first step where the input cannot be used;
+    Interrupted after a signal, when the state has been saved; RunError when the run itself fails.
+    """
+    accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
+    if not accelerator.is_main_process:
+        report = silent
+    source = open_source(
+        settings.path_to_data,
+        group_pattern=settings.group_pattern,
+        val_groups=settings.val_groups,
+        test_groups=settings.test_groups,
+        report=report,
+    )
+    run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
+    report(Note(f"Run: {run.folder}"))
+    loop = _prepare(settings, accelerator, run, source, report)
+    if run.resume_from is not None:
+        _resume(loop, load_checkpoint(run.resume_from))
+    _announce(loop)
+    try:
+        fit(loop)
+    finally:
+        loop.trackers.close()
+    return _finish(loop)
+
+
+def _prepare(
+    settings: TrainSettings, accelerator: Accelerator, run: Run, source: Source, report: Report
+) -> Loop:
+    built = build(settings, num_classes=len(source.layout.labels), report=report)
+    built.model.to(accelerator.device)
+    optimizer = adamw(
+        parameter_groups(
+            built.model,
+            weight_decay=settings.weight_decay,
+            bias_weight_decay=settings.bias_weight_decay,
+            norm_weight_decay=settings.norm_weight_decay,
+        ),
+        learning_rate=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        epsilon=settings.adam_epsilon,
+    )
+    model, prepared = accelerator.prepare(built.model, optimizer)
+    plan = BatchPlan(
+        clips=len(source.readable("train")),
+        batch_size=settings.per_gpu_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        epochs=settings.epochs,
+        seed=settings.seed,
+    )
+    if accelerator.is_main_process:
+        write_settings(run, settings.model_copy(update={"experiment_name": run.folder.name}))
+    resume_step = 0 if run.resume_from is None else int(run.resume_from.name.rpartition("-")[2])
+    trackers = Trackers(run.folder if accelerator.is_main_process else None, resume_step=resume_step)
+    if settings.log_wandb:
+        trackers.open_wandb(name=run.folder.name, config=settings.model_dump(mode="json"), report=report)
+    return Loop(settings, accelerator, run, source, built, model, prepared, plan, trackers, report)
+
+
+def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
+    state = checkpoint.state
+    check_identity(state.identity, identity_of(loop))
+    lora.load_trainable(loop.plain_model, checkpoint.trainable)
+    load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
+    if loop.accelerator.scaler is not None and state.scaler:
+        loop.accelerator.scaler.load_state_dict(state.scaler)
+    loop.step = state.step
+    loop.best, loop.best_step, loop.best_tensors = state.best, state.best_step, checkpoint.best
+    if state.tally and loop.accelerator.is_main_process:
+        loop.tally.sums += torch.tensor(state.tally, dtype=loop.tally.sums.dtype, device=loop.device)
+    loop.report(
+        Note(f"Going on from {checkpoint.path.name} ({loop.step} of {loop.plan.total_steps} steps done).")
+    )
+
+
+def _announce(loop: Loop) -> None:
+    settings, plan, layout = loop.settings, loop.plan, loop.source.layout
+    counts = ", ".join(f"{len(loop.source.readable(s))} {s}" for s in ("train", "val", "test"))
+    loop.report(
+        TrainingStarts(
+            facts={
+                "data": f"{layout.root}: {len(layout.labels)} classes, {counts}",
+                "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
+                "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
+                "batch": f"{settings.per_gpu_batch_size} clips × {plan.processes} × {plan.accumulation}",
+                "schedule": f"{settings.epochs} epochs of {plan.steps_per_epoch} steps, "
+                f"{settings.warmup():g} warm-up, learning rate {settings.learning_rate:g}",
+            },
+            epochs=settings.epochs,
+            steps_per_epoch=plan.steps_per_epoch,
+            first_step=loop.step,
+        )
+    )
+    if settings.top_k > len(layout.labels):
+        clamped = f"the data has {len(layout.labels)} classes, so top-{len(layout.labels)} is reported."
+        loop.report(Note(f"--top-k {settings.top_k}: {clamped}", "warning"))
+
+
+def _finish(loop: Loop) -> TrainResult:
+    """Write the model folder from the best epoch, and score the test subset if that was asked for."""
+    settings, layout = loop.settings, loop.source.layout
+    if loop.best_tensors is not None:
+        lora.load_trainable(loop.plain_model, loop.best_tensors)
+    if loop.accelerator.is_main_process:
+        card = ModelCard(
+            tvit_version=tvit_cli.__version__,
+            labels=layout.labels,
+            model=loop.built.config.to_dict(),
+            preprocessing=loop.built.preprocessing,
+            base=loop.built.base,
+            weights_sha256="",
+            settings={**settings.model_dump(mode="json"), "path_to_data": str(layout.root)},
+            metrics=loop.best,
+        )
+        save_model(loop.run.model, lora.merged_state_dict(loop.plain_model), card)
+    loop.accelerator.wait_for_everyone()
+    test = None
+    if settings.test_at_end and loop.accelerator.is_main_process:
+        test = evaluate(
+            EvalSettings(
+                model=loop.run.model,
+                top_k=settings.top_k,
+                device=settings.device,
+                num_workers=settings.num_workers,
+                per_gpu_batch_size=settings.per_gpu_batch_size,
+            ),
+            loop.report,
+        )
+    return TrainResult(
+        run=loop.run.folder,
+        model=loop.run.model,
+        best_epoch=(loop.best_step or loop.step) // loop.plan.steps_per_epoch,
+        best=loop.best,
+        test=test,
+    )
