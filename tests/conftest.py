@@ -1,0 +1,94 @@
+"""Small videos that tests share: numbered frames, folders of classes, real clips where they are at hand."""
+
+from __future__ import annotations
+
+import os
+
+# Tests run side by side, and what they start inherits this: threads that wait for each other in turns would
+# make tiny steps a hundred times slower. Set before torch is imported anywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tvit_cli.data.video import write_video
+
+# Tests run on every core at once; torch's threads on top of that only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+HEIGHT, WIDTH = 48, 64
+_DARKEST, _STEP = 20, 5  # frame i is grey of this brightness plus i steps: read back after any codec
+
+
+@pytest.fixture(scope="session")
+def numbered_frames() -> Callable[..., np.ndarray]:
+    """`numbered_frames(n)`: frames whose brightness tells their number, up to 46 of them."""
+
+    def make(count: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+        assert count <= (255 - _DARKEST) // _STEP
+        levels = (_DARKEST + _STEP * np.arange(count)).astype(np.uint8)
+        return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_numbers() -> Callable[[np.ndarray], list[int]]:
+    """The inverse of `numbered_frames`, for (T, H, W, 3)."""
+
+    def read(frames: np.ndarray) -> list[int]:
+        return np.rint((frames.mean(axis=(1, 2, 3)) - _DARKEST) / _STEP).astype(int).tolist()
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def make_video(numbered_frames: Callable[..., np.ndarray]) -> Callable[..., Path]:
+    """`make_video(path, frames=12, **how)`: a file of numbered frames; `how` goes to `write_video`."""
+
+    def make(path: Path, frames: int = 12, height: int = HEIGHT, width: int = WIDTH, **how: Any) -> Path:
+        write_video(path, numbered_frames(frames, height, width), **how)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_classes(
+    make_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, Mapping[str, Sequence[str]]], Path]:
+    """`make_classes(root, {"walk": ["a_g01_c01.avi"]})`: class folders of readable videos."""
+    source = make_video(tmp_path_factory.mktemp("video") / "source.avi")
+
+    def make(root: Path, classes: Mapping[str, Sequence[str]]) -> Path:
+        for folder, names in classes.items():
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.copyfile(source, root / folder / name)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packed_xvid() -> Path:
+    """39 numbered frames (grey below row 40) in 40 packets: B-frames packed as XviD does.
+
+    Made once with Debian's `ffmpeg -f rawvideo ... -c:v libxvid -bf 2 -q:v 3 -g 300 -vtag XVID`, since PyAV's
+    wheels have no libxvid.
+    """
+    return Path(__file__).parent / "fixtures" / "xvid_packed_bframes.avi"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real clips; skips where TVIT_TEST_DATA does not name one."""
+    folder = os.environ.get("TVIT_TEST_DATA")
+    if not folder:
+        pytest.skip("TVIT_TEST_DATA is not set")
+    return Path(folder)

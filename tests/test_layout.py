@@ -1,0 +1,375 @@
+"""Folders and manifests become labelled videos in subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tvit_cli.data.layout import Layout, check_videos, read_layout
+from tvit_cli.errors import DataError
+
+UCF101 = r"_g(\d+)_"
+
+
+def place(root: Path, classes: Mapping[str, Sequence[str]]) -> Path:
+    """Files that look like videos from outside, which is all that a layout looks at."""
+    for folder, names in classes.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (root / folder / name).write_bytes(b"x")
+    return root
+
+
+def read(
+    root: Path, *, pattern: str = UCF101, val: str = "none", test: str = "none", need_test: bool = False
+) -> Layout:
+    return read_layout(root, group_pattern=pattern, val_groups=val, test_groups=test, need_test=need_test)
+
+
+def ucf101(
+    root: Path, *, groups: int = 25, clips: int = 2, classes: Sequence[str] = ("Archery", "Bowling")
+) -> Path:
+    return place(
+        root,
+        {
+            name: [f"v_{name}_g{g:02}_c{c:02}.avi" for g in range(1, groups + 1) for c in range(1, clips + 1)]
+            for name in classes
+        },
+    )
+
+
+def groups_of(layout: Layout, subset: str) -> list[str]:
+    return sorted({str(video.group) for video in layout.subset(subset)})
+
+
+# Folders
+
+
+def test_class_folders_give_labels_names_and_groups(tmp_path: Path) -> None:
+    layout = read(place(tmp_path, {"walk": ["v_g01_c01.avi", "v_g02_c01.MP4"], "run": ["v_g01_c02.avi"]}))
+    assert layout.labels == ("run", "walk")
+    assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == [
+        ("run/v_g01_c02.avi", "run", "train", "01"),
+        ("walk/v_g01_c01.avi", "walk", "train", "01"),
+        ("walk/v_g02_c01.MP4", "walk", "train", "02"),
+    ]
+    assert all(video.path == tmp_path / video.name for video in layout.videos)
+    assert layout.counts() == {"train": 3, "val": 0, "test": 0}
+    assert layout.notes == ()
+
+
+@pytest.mark.parametrize("folder", ["videos", "UCF-101"])
+def test_class_folders_are_found_one_folder_down(folder: str, tmp_path: Path) -> None:
+    ucf101(tmp_path / folder, groups=3)
+    if folder == "videos":  # beside it lie other things
+        place(tmp_path, {"ucfTrainTestlist": ["classInd.txt"]})
+    layout = read(tmp_path)
+    assert layout.labels == ("Archery", "Bowling")
+    assert layout.root == tmp_path
+    assert layout.videos[0].name == f"{folder}/Archery/v_Archery_g01_c01.avi"
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "val", "test"), ("training", "validation", "testing"), ("Train", "valid", "Test")]
+)
+def test_subset_folders_are_taken_as_they_are(names: tuple[str, str, str], tmp_path: Path) -> None:
+    for group, name in enumerate(names, start=1):
+        place(tmp_path / name, {c: [f"v_{c}_g0{group}_c01.avi"] for c in ("run", "walk")})
+    layout = read(tmp_path, val="auto", test="auto", need_test=True)
+    assert layout.counts() == {"train": 2, "val": 2, "test": 2}
+    assert groups_of(layout, "test") == ["03"]
+    assert layout.notes == ()
+
+
+def test_without_a_val_folder_groups_of_train_become_val_and_test_stays(tmp_path: Path) -> None:
+    ucf101(tmp_path / "train", groups=18)
+    place(tmp_path / "test", {c: [f"v_{c}_g19_c01.avi"] for c in ("Archery", "Bowling")})
+    layout = read(tmp_path, val="auto", test="auto")
+    assert len(groups_of(layout, "val")) == 3  # 15 % of 18
+    assert groups_of(layout, "test") == ["19"]
+
+
+def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
+    layout = read(place(tmp_path, {"train": ["a_g01_.avi"], "car": ["b_g01_.avi"], "test": ["c_g01_.avi"]}))
+    assert layout.labels == ("car", "test", "train")
+
+
+def test_folders_beside_subset_folders_are_noted(tmp_path: Path) -> None:
+    ucf101(tmp_path / "train", groups=2)
+    place(tmp_path, {"annotations": ["a.txt"]})
+    assert "not read: annotations" in read(tmp_path).notes[0]
+
+
+def test_hidden_files_are_passed_over_and_odd_ones_counted(tmp_path: Path) -> None:
+    place(
+        tmp_path,
+        {"run": ["a_g01_.avi", "._a_g01_.avi", ".DS_Store"], "walk": ["b_g01_.avi", "notes.txt", "b.srt"]},
+    )
+    place(tmp_path, {".cache": ["x.avi"], "__MACOSX": ["y.avi"]})
+    layout = read(tmp_path)
+    assert len(layout.videos) == 2
+    assert "2 entries are not read" in layout.notes[0]
+
+
+def test_classes_that_differ_in_case_only_are_one(tmp_path: Path) -> None:
+    place(tmp_path / "train", {"HandStandPushups": ["v_g01_.avi", "v_g02_.avi"], "Archery": ["v_g03_.avi"]})
+    place(tmp_path / "test", {"HandstandPushups": ["v_g04_.avi"], "Archery": ["v_g05_.avi"]})
+    layout = read(tmp_path)
+    assert layout.labels == ("Archery", "HandStandPushups")
+    assert {video.label for video in layout.subset("test")} == set(layout.labels)
+    assert "HandStandPushups and HandstandPushups are read as one class, HandStandPushups" in layout.notes[0]
+
+
+# Groups
+
+
+@pytest.mark.parametrize(
+    ("pattern", "file", "group"),
+    [
+        (UCF101, "v_Archery_g07_c01.avi", "07"),
+        (r"^([a-z]+)_", "daria_bend.avi", "daria"),
+        (r"(take|scene)(?P<group>\d+)", "scene12.avi", "12"),
+        (r"g\d+", "v_g07_c01.avi", "g07"),
+    ],
+    ids=["first group", "person", "named group", "whole match"],
+)
+def test_a_group_is_read_off_the_file_name(pattern: str, file: str, group: str, tmp_path: Path) -> None:
+    layout = read(place(tmp_path, {"run": [file], "walk": [file]}), pattern=pattern)
+    assert {video.group for video in layout.videos} == {group}
+
+
+def test_no_group_is_ever_in_two_subsets(tmp_path: Path) -> None:
+    layout = read(ucf101(tmp_path), val="auto", test="auto")
+    homes: dict[str | None, set[str]] = {}
+    for video in layout.videos:
+        homes.setdefault(video.group, set()).add(video.subset)
+    assert len(homes) == 25
+    assert all(len(subsets) == 1 for subsets in homes.values())
+    assert [len(groups_of(layout, name)) for name in ("test", "val", "train")] == [
+        5,
+        3,
+        17,
+    ]  # 20 % of 25, 15 % of 20
+
+
+def test_groups_are_spread_evenly_and_the_same_each_time(tmp_path: Path) -> None:
+    first = read(ucf101(tmp_path), test="5")
+    assert groups_of(first, "test") == ["03", "08", "13", "18", "23"]
+    assert read(tmp_path, test="5").videos == first.videos
+    assert "5 of 25 groups (20 videos) are held out of train as test: 03, 08, 13, 18, 23" in first.notes[0]
+
+
+def test_groups_are_held_out_by_name(tmp_path: Path) -> None:
+    files = [f"{person}_x.avi" for person in ("daria", "denis", "eli", "moshe")]
+    root = place(tmp_path, {"run": files, "walk": files})
+    layout = read(root, pattern="^([a-z]+)_", test="daria, moshe", val="eli")
+    assert groups_of(layout, "test") == ["daria", "moshe"]
+    assert groups_of(layout, "val") == ["eli"]
+    assert groups_of(layout, "train") == ["denis"]
+
+
+def test_a_number_with_a_leading_zero_is_a_name(tmp_path: Path) -> None:
+    assert groups_of(read(ucf101(tmp_path), test="04"), "test") == ["04"]
+    assert len(groups_of(read(tmp_path, test="4"), "test")) == 4
+
+
+def test_an_unknown_group_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    root = place(tmp_path, {"run": ["daria_x.avi", "eli_x.avi"], "walk": ["daria_y.avi", "eli_y.avi"]})
+    with pytest.raises(DataError, match=r'--test-groups: no group "dariya".*mean daria\?.*daria, eli'):
+        read(root, pattern="^([a-z]+)_", test="dariya")
+
+
+def test_a_group_cannot_be_held_out_twice(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='--val-groups: no group "03" in train'):
+        read(ucf101(tmp_path), test="03", val="03")
+
+
+def test_more_groups_than_can_be_spared_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--test-groups 3: train has 3 groups, of which 2"):
+        read(ucf101(tmp_path, groups=3), test="3")
+
+
+def test_holding_out_leaves_each_class_a_video_to_train_on(tmp_path: Path) -> None:
+    # Group 3, the middle one, has all videos of `rare`: an even spread would take it.
+    place(
+        tmp_path, {"common": [f"v_g{g:02}_.avi" for g in range(1, 6)], "rare": ["w_g03_a.avi", "w_g03_b.avi"]}
+    )
+    layout = read(tmp_path, test="auto")
+    assert groups_of(layout, "test") == ["04"]
+
+
+def test_nothing_is_held_out_where_nothing_can_be_spared(tmp_path: Path) -> None:
+    layout = read(place(tmp_path, {"run": ["a_g01_.avi"], "walk": ["b_g01_.avi"]}), val="auto", test="auto")
+    assert layout.counts() == {"train": 2, "val": 0, "test": 0}
+    assert sum("no group can be spared" in note for note in layout.notes) == 2
+
+
+def test_without_a_matching_pattern_each_video_is_a_group_and_the_leak_is_named(tmp_path: Path) -> None:
+    names = [f"{number}.avi" for number in range(10)]
+    layout = read(place(tmp_path, {"run": names, "walk": names}), val="auto", test="auto")
+    assert layout.counts() == {"train": 14, "val": 2, "test": 4}
+    assert {video.group for video in layout.videos} == {None}
+    assert "No video matches the group pattern" in layout.notes[0]
+    assert "leak" in layout.notes[0]
+    for subset in ("val", "test"):
+        assert {video.label for video in layout.subset(subset)} == {"run", "walk"}
+
+
+def test_videos_that_do_not_match_are_counted(tmp_path: Path) -> None:
+    root = place(tmp_path, {"run": ["v_g01_.avi", "odd.avi"], "walk": ["v_g01_.avi", "v_g02_.avi"]})
+    assert "1 of 4 videos do not match the group pattern" in read(root).notes[0]
+
+
+def test_a_leak_in_the_data_s_own_subsets_is_named(tmp_path: Path) -> None:
+    for subset in ("train", "test"):
+        place(tmp_path / subset, {"run": [f"{subset}_g01_.avi"], "walk": [f"{subset}_g02_.avi"]})
+    assert "share 2 groups (01, 02)" in read(tmp_path).notes[0]
+
+
+# What cannot be used
+
+
+def test_a_missing_folder_is_named_with_its_likeliest_neighbour(tmp_path: Path) -> None:
+    ucf101(tmp_path / "ucf101", groups=1)
+    with pytest.raises(DataError, match=r"ucf11: no such folder\. Did you mean ucf101\?"):
+        read(tmp_path / "ucf11")
+    with pytest.raises(DataError, match="no such folder"):
+        read(tmp_path / "nowhere" / "deep")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, "no videos found"),
+        ({"a/b/c": ["x.avi"]}, "no videos found"),
+        ({".": ["x.avi", "y.avi"]}, "videos, but no class folders"),
+        ({"train": ["x.avi"], "test": ["y.avi"]}, "videos, but no class folders"),
+        ({"run": ["x.avi"], "walk": []}, "walk: a class folder without videos; it holds nothing"),
+        ({"run": ["x.avi"], "walk": ["y.txt"]}, "walk: a class folder without videos; it holds only y.txt"),
+        ({"train/run": ["x.avi"], "train/walk": []}, "walk: a class folder without videos"),
+        ({"run": ["x.avi", "y.avi"]}, 'one class only ("run")'),
+        (
+            {"train/run": ["x.avi"], "train/walk": ["y.avi"], "val/jump": ["z.avi"]},
+            "jump in val, but no video",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(classes: dict[str, list[str]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(place(tmp_path, classes))
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_needed_test_subset_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no test subset\. Add a folder test/.*--test-groups"):
+        read(ucf101(tmp_path), need_test=True)
+    assert read(tmp_path, test="auto", need_test=True).counts()["test"] > 0
+
+
+# Manifests
+
+
+def manifest(folder: Path, text: str, *, encoding: str = "utf-8") -> Path:
+    place(folder, {"clips": ["a_g01_.avi", "b_g02_.avi", "c_g03_.avi", "d, e.avi"]})
+    path = folder / "list.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_manifest_gives_labels_subsets_and_groups(
+    delimiter: str, encoding: str, newline: str, tmp_path: Path
+) -> None:
+    rows = [
+        ["path", "Label", "subset", "group", "remark"],
+        ["clips/a_g01_.avi", "run", "training", "", "x"],
+        ["clips/b_g02_.avi", "walk", "train", "ann", ""],
+        [str(tmp_path / "clips" / "c_g03_.avi"), "walk", "test"],
+        [],
+    ]
+    path = manifest(tmp_path, newline.join(delimiter.join(row) for row in rows), encoding=encoding)
+    layout = read(path)
+    assert layout.root == tmp_path
+    assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == [
+        (str(tmp_path / "clips" / "c_g03_.avi"), "walk", "test", "03"),
+        ("clips/a_g01_.avi", "run", "train", "01"),
+        ("clips/b_g02_.avi", "walk", "train", "ann"),
+    ]
+    assert all(video.path.is_file() for video in layout.videos)
+
+
+def test_a_manifest_without_subsets_is_split_like_folders(tmp_path: Path) -> None:
+    rows = ['"clips/d, e.avi",run', "clips/a_g01_.avi,run", "clips/b_g02_.avi,walk", "clips/c_g03_.avi,walk"]
+    path = manifest(tmp_path, "\n".join(["path,label", *rows]))
+    layout = read(path, test="03")
+    assert layout.counts() == {"train": 3, "val": 0, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", 'line 1: no column "path". The header has nothing'),
+        ("clip_path,label\nx,y\n", 'line 1: no column "path". The header has clip_path, label'),
+        ("path,class\nx,y\n", 'no column "label"'),
+        ("path,label\n", "no rows below the header"),
+        ("path,label\nclips/a_g01_.avi,run\nclips/none.avi,run\n", "line 3 names"),
+        ("path,label\nclips/a_g01_.avi,\n", "line 2 has no label"),
+        ("path,label\n,run\n", "line 2 has no path"),
+        (
+            "path,label\nclips/a_g01_.avi,run\nclips/b_g02_.avi,run\n./clips/a_g01_.avi,walk\n",
+            "as line 2 does",
+        ),
+        ("path,label,subset\nclips/a_g01_.avi,run,tran\n", 'line 2 has subset "tran"'),
+        ("path,label,subset\nclips/a_g01_.avi,run,train\nclips/b_g02_.avi,run,\n", 'line 3 has subset ""'),
+        ("path,label\n" + "x.avi,run\ny.avi,run\n" * 5, "and 5 more"),
+        ('path,label\n"clips/a_g01_.avi,run\n', "no CSV manifest"),
+    ],
+)
+def test_a_faulty_manifest_is_refused_by_line(text: str, message: str, tmp_path: Path) -> None:
+    path = manifest(tmp_path, text)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_video_is_no_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "video.avi"
+    path.write_bytes(b"RIFF\xff\xfe\x00\x80")
+    with pytest.raises(DataError, match="no CSV manifest"):
+        read(path)
+
+
+# Readable or not
+
+
+def test_unreadable_videos_are_named_with_their_reasons(
+    tmp_path: Path, make_classes: Callable[[Path, Mapping[str, Sequence[str]]], Path]
+) -> None:
+    root = make_classes(tmp_path, {"run": ["a.avi", "b.avi"], "walk": ["c.avi", "d.avi"]})
+    (root / "run" / "b.avi").write_bytes(b"")
+    (root / "walk" / "d.avi").write_text("text")
+    seen: list[tuple[int, int]] = []
+    counts, reasons = check_videos(
+        read(root).videos, workers=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert counts == {"run/a.avi": 12, "walk/c.avi": 12}
+    assert list(reasons) == ["run/b.avi", "walk/d.avi"]
+    assert reasons["run/b.avi"].startswith("the file is empty")
+    assert str(tmp_path) not in "".join(reasons.values())
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.real
+def test_weizmann_is_split_by_people(real_data: Path) -> None:
+    layout = read(real_data / "weizmann", pattern="^([a-z]+)_", test="daria,eli,moshe")
+    assert layout.counts() == {"train": 60, "val": 0, "test": 30}
+    assert len(layout.labels) == 10
+    counts, reasons = check_videos(layout.videos, workers=2)
+    assert len(counts) == 90
+    assert reasons == {}

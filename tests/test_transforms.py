@@ -1,0 +1,270 @@
+"""uint8 clips become one augmented, normalised batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tvit_cli.data import transforms
+from tvit_cli.data.transforms import Augmentation, eval_transform, train_transform
+from tvit_cli.settings.card import Preprocessing
+
+CPU = torch.device("cpu")
+SIZE = 32
+STILL = Augmentation((1.0, 1.0), (1.0, 1.0), horizontal_flip=0, brightness=0, contrast=0, saturation=0, hue=0)
+GREY = torch.tensor([0.299, 0.587, 0.114])
+
+
+def card(resize: Literal["crop", "squash"] = "crop", **how: Any) -> Preprocessing:
+    return Preprocessing(**({"n_frames": 4, "frame_size": SIZE, "resize": resize} | how))
+
+
+def plain_card(resize: Literal["crop", "squash"] = "squash") -> Preprocessing:
+    """Normalises to [0, 1] and no further."""
+    return card(resize, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def noise(seed: int, height: int = 48, width: int = 64, frames: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def colour(*rgb: int, frames: int = 2) -> Tensor:
+    return torch.tensor(rgb, dtype=torch.uint8).expand(frames, SIZE, SIZE, 3).clone().permute(0, 3, 1, 2)
+
+
+def train(
+    clips: list[Tensor],
+    keys: list[tuple[int, int]],
+    augmentation: Augmentation = Augmentation(),  # noqa: B008  # frozen
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> Tensor:
+    epochs, indices = torch.tensor(keys).T
+    return train_transform(
+        clips,
+        epochs,
+        indices,
+        augmentation=augmentation,
+        preprocessing=preprocessing or card(),
+        seed=seed,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_a_clip_is_the_same_in_any_batch(resize: Literal["crop", "squash"]) -> None:
+    clips = [noise(0), noise(1, 40, 100), noise(2, 90, 30), noise(3, 32, 32)]
+    keys = [(0, 5), (0, 6), (1, 5), (2, 9)]
+    together = train(clips, keys, preprocessing=card(resize))
+    assert together.shape == (4, 4, 3, SIZE, SIZE)
+    assert together.dtype == torch.float32
+    for number in range(4):
+        assert torch.equal(
+            train([clips[number]], [keys[number]], preprocessing=card(resize))[0], together[number]
+        )
+    backwards = train(clips[::-1], keys[::-1], preprocessing=card(resize))
+    assert torch.equal(backwards.flip(0), together)
+    shown = eval_transform(clips, preprocessing=card(resize), device=CPU)
+    for number in range(4):
+        alone = eval_transform([clips[number]], preprocessing=card(resize), device=CPU)
+        assert torch.equal(alone[0], shown[number])
+
+
+def test_all_frames_of_a_clip_are_changed_alike() -> None:
+    still = noise(0, frames=1).expand(6, -1, -1, -1)
+    for index in range(8):
+        out = train([still], [(0, index)], replace(Augmentation(), hue=0.1))[0]
+        assert torch.equal(out, out[:1].expand_as(out))
+
+
+def test_seed_epoch_and_index_each_change_what_is_drawn() -> None:
+    base = train([noise(0)], [(0, 0)])
+    others = [train([noise(0)], [(1, 0)]), train([noise(0)], [(0, 1)]), train([noise(0)], [(0, 0)], seed=1)]
+    assert all(not torch.equal(base, other) for other in others)
+    torch.manual_seed(5)
+    assert torch.equal(base, train([noise(0)], [(0, 0)]))
+
+
+def test_no_augmentation_is_the_evaluation_view() -> None:
+    clips, keys = [noise(0), noise(1, 70, 40)], [(0, 0), (0, 1)]
+    shown = eval_transform(clips, preprocessing=card("squash"), device=CPU)
+    assert torch.equal(train(clips, keys, STILL, card("squash")), shown)
+    square = [noise(2, 48, 48)]
+    assert torch.equal(
+        train(square, [(0, 0)], STILL, card("crop")),
+        eval_transform(square, preprocessing=card("crop"), device=CPU),
+    )
+
+
+def test_flips_happen_as_often_as_asked() -> None:
+    clip, keys = noise(0), [(0, index) for index in range(200)]
+    shown = eval_transform([clip], preprocessing=card("squash"), device=CPU)[0]
+    for probability, low, high in ((0.0, 0, 0), (1.0, 200, 200), (0.5, 75, 125)):
+        out = train([clip] * 200, keys, replace(STILL, horizontal_flip=probability), card("squash"))
+        flipped = [torch.equal(one, shown.flip(-1)) for one in out]
+        assert all(torch.equal(one, shown) or was for one, was in zip(out, flipped, strict=True))
+        assert low <= sum(flipped) <= high
+
+
+def test_switching_the_flip_off_leaves_the_other_draws_as_they_were() -> None:
+    clip, keys = noise(0), [(0, index) for index in range(20)]
+    off = train([clip] * 20, keys, replace(Augmentation(), horizontal_flip=0.0))
+    on = train([clip] * 20, keys, replace(Augmentation(), horizontal_flip=1.0))
+    assert torch.allclose(on.flip(-1), off, atol=1e-5)
+
+
+def ramp(height: int, width: int) -> Tensor:
+    """Red grows from left to right, green from top to bottom: a crop's mean tells where it lay."""
+    red = torch.linspace(0, 255, width).expand(height, width)
+    green = torch.linspace(0, 255, height)[:, None].expand(height, width)
+    picture = torch.stack([red, green, torch.zeros(height, width)], dim=-1).round().to(torch.uint8)
+    return picture.expand(2, -1, -1, -1).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_crops_keep_to_their_scale_and_ratio_and_reach_all_places(resize: Literal["crop", "squash"]) -> None:
+    height, width, scale, ratio = 90, 160, (0.3, 0.8), (0.75, 4 / 3)
+    augmentation = replace(STILL, crop_scale=scale, crop_ratio=ratio)
+    own = width / height if resize == "squash" else 1
+    out = train([ramp(height, width)] * 300, [(0, i) for i in range(300)], augmentation, plain_card(resize))
+    edge = out[:, 0, :, [0, -1], [0, -1]]  # (clips, channels, two corners)
+    box_width = (edge[:, 0, 1] - edge[:, 0, 0]) * width
+    box_height = (edge[:, 1, 1] - edge[:, 1, 0]) * height
+    area, aspect = box_width * box_height / (height * width), box_width / box_height / own
+    assert scale[0] - 0.06 < area.min() < 0.4
+    assert 0.6 < area.max() < scale[1] + 0.06
+    assert ratio[0] - 0.08 < aspect.min() < 0.85
+    assert 1.15 < aspect.max() < ratio[1] + 0.08
+    centres = out[:, 0].mean(dim=(2, 3))[:, :2]
+    assert centres.min(dim=0).values.max() < 0.42
+    assert centres.max(dim=0).values.min() > 0.58
+
+
+def test_where_no_box_fits_the_largest_in_the_middle_is_taken() -> None:
+    # Under `crop`, a square as large as this wide frame does not fit into it.
+    out = train([ramp(40, 160)], [(0, 0)], replace(STILL, crop_scale=(1.0, 1.0)), plain_card("crop"))
+    assert out[0, 0, 0, 0, 0] == pytest.approx(60 / 160, abs=0.02)
+    assert out[0, 0, 0, 0, -1] == pytest.approx(100 / 160, abs=0.02)
+
+
+def test_evaluation_scales_the_short_side_and_takes_the_centre() -> None:
+    for clip in (noise(0, 50, 90), noise(1, 90, 50), noise(2, 20, 30)):
+        height, width = clip.shape[2:]
+        scaled = (round(height * SIZE / min(height, width)), round(width * SIZE / min(height, width)))
+        whole = F.interpolate(clip.float(), size=scaled, mode="bilinear", antialias=True)
+        top, left = (scaled[0] - SIZE) // 2, (scaled[1] - SIZE) // 2
+        expected = whole[:, :, top : top + SIZE, left : left + SIZE]
+        out = eval_transform([clip], preprocessing=plain_card("crop"), device=CPU)[0] * 255
+        assert (out - expected).abs().max() <= 1.01  # uint8 arithmetic rounds
+        squashed = eval_transform([clip], preprocessing=plain_card("squash"), device=CPU)[0] * 255
+        expected = F.interpolate(clip.float(), size=(SIZE, SIZE), mode="bilinear", antialias=True)
+        assert (squashed - expected).abs().max() <= 1.01
+
+
+def test_normalisation_is_by_channel() -> None:
+    preprocessing = card(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+    out = eval_transform([colour(255, 51, 0)], preprocessing=preprocessing, device=CPU)[0, 0, :, 0, 0]
+    assert out.tolist() == pytest.approx([(1 - 0.1) / 0.5, 0.0, -0.3 / 0.125], abs=1e-6)
+
+
+def only(**how: float) -> Augmentation:
+    return replace(STILL, **how)  # type: ignore[arg-type]
+
+
+def factors_of(monkeypatch: pytest.MonkeyPatch, **how: float) -> None:
+    """Fixes what is drawn: brightness, contrast, saturation, hue."""
+    draw = transforms._draw
+    monkeypatch.setattr(transforms, "_draw", lambda *args: replace(draw(*args), **how))  # type: ignore[arg-type]
+
+
+def test_jitter_means_what_it_means_in_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = (noise(0).float() * 0.4 + 70).to(torch.uint8)  # away from black and white: nothing is clamped
+    x = eval_transform([clip], preprocessing=plain_card(), device=CPU)[0]
+    grey = torch.einsum("c,tchw->thw", GREY, x)[:, None]
+    expected = {
+        "brightness": 1.2 * x,
+        "contrast": 1.2 * x - 0.2 * grey.mean(),
+        "saturation": 1.2 * x - 0.2 * grey,
+    }
+    for name, wanted in expected.items():
+        with monkeypatch.context() as patched:
+            factors_of(patched, **{name: 1.2})
+            assert torch.allclose(train([clip], [(0, 0)], STILL, plain_card())[0], wanted, atol=1e-5)
+    factors_of(monkeypatch, brightness=0.9, contrast=1.3, saturation=0.7)
+    wanted = 1.3 * (0.9 * x) - 0.3 * (0.9 * grey).mean()
+    wanted = 0.7 * wanted + 0.3 * torch.einsum("c,tchw->thw", GREY, wanted)[:, None]
+    assert torch.allclose(train([clip], [(0, 0)], STILL, plain_card())[0], wanted, atol=1e-5)
+
+
+def test_hue_turns_colours_and_leaves_grey(monkeypatch: pytest.MonkeyPatch) -> None:
+    red, grey = colour(150, 90, 90), colour(120, 120, 120)
+    for turn, strongest in ((0.0, 0), (1 / 3, 1), (2 / 3, 2), (1.0, 0)):
+        with monkeypatch.context() as patched:
+            factors_of(patched, hue=turn)
+            turned = train([red], [(0, 0)], STILL, plain_card())[0, 0, :, 0, 0] * 255
+            same = train([grey], [(0, 0)], STILL, plain_card()) * 255
+        assert turned.argmax() == strongest
+        assert float(GREY @ turned) == pytest.approx(float(GREY @ torch.tensor([150.0, 90.0, 90.0])), abs=0.1)
+        assert torch.allclose(same, torch.full_like(same, 120), atol=0.05)
+        if turn in (0.0, 1.0):
+            assert torch.allclose(turned, torch.tensor([150.0, 90.0, 90.0]), atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_each_jitter_draws_on_both_sides_and_can_be_off(name: str) -> None:
+    clip = colour(140, 100, 90)
+    clip[:, :, : SIZE // 2] = 60
+    keys = [(0, index) for index in range(60)]
+    shown = eval_transform([clip], preprocessing=plain_card(), device=CPU)[0]
+    assert torch.allclose(train([clip], [(0, 0)], only(**{name: 0.0}), plain_card())[0], shown, atol=1e-6)
+    out = train([clip] * 60, keys, only(**{name: 0.2}), plain_card())
+    change = (out[:, 0, 0, -1, 0] - shown[0, 0, -1, 0]) * 255
+    assert change.min() < -0.5 < 0.5 < change.max()
+    assert len(set(change.tolist())) == 60
+
+
+def test_pixels_stay_between_black_and_white() -> None:
+    wild = only(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
+    out = train([noise(0)] * 20, [(0, index) for index in range(20)], wild, plain_card())
+    assert (out.min(), out.max()) == (0, 1)
+
+
+def test_boxes_of_a_frame_of_one_pixel_are_that_pixel() -> None:
+    out = train([noise(0, 1, 1)], [(0, 0)])
+    assert torch.isfinite(out).all()
+    assert math.isclose(float(out[0, 0, 0].std()), 0, abs_tol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives_but_for_rounding() -> None:
+    clips = [noise(0, 48, 64).repeat_interleave(4, 2).repeat_interleave(4, 3), noise(1, 100, 60)]
+    keys = [(0, 0), (3, 1)]
+    gpu = torch.device("cuda")
+    for resize in ("crop", "squash"):
+        preprocessing = plain_card(resize)  # type: ignore[arg-type]
+        shown = eval_transform(clips, preprocessing=preprocessing, device=CPU)
+        assert torch.allclose(
+            eval_transform(clips, preprocessing=preprocessing, device=gpu).cpu(), shown, atol=1.01 / 255
+        )
+        augmentation = replace(Augmentation(), hue=0.05)
+        here = train(clips, keys, augmentation, preprocessing)
+        there = train(clips, keys, augmentation, preprocessing, device=gpu)
+        assert there.device.type == "cuda"
+        assert torch.allclose(there.cpu(), here, atol=2.5 / 255)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_clip_in_any_batch() -> None:
+    clips, keys, gpu = [noise(0), noise(1, 40, 100)], [(0, 5), (0, 6)], torch.device("cuda")
+    together = train(clips, keys, device=gpu)
+    for number in range(2):
+        assert torch.equal(train([clips[number]], [keys[number]], device=gpu)[0], together[number])

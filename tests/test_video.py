@@ -1,0 +1,464 @@
+"""Probing, decoding and writing video files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+
+from tvit_cli.data import video
+from tvit_cli.data.sampling import segment_indices
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, probe, read_clip, write_video
+from tvit_cli.errors import RunError, TvitError, VideoError
+
+Make = Callable[..., Path]
+ReadNumbers = Callable[[np.ndarray], list[int]]
+
+CODECS = [
+    pytest.param(".avi", {"codec": "mpeg4"}, id="mpeg4"),
+    pytest.param(".avi", {"codec": "mpeg4", "options": {"bf": "2"}}, id="mpeg4 with B-frames"),
+    pytest.param(".mp4", {"codec": "libx264", "options": {"bf": "3", "crf": "20"}}, id="h264 in mp4"),
+    pytest.param(".mkv", {"codec": "libx264", "options": {"bf": "3", "crf": "20"}}, id="h264 in mkv"),
+    pytest.param(".ts", {"codec": "libx264", "options": {"bf": "2", "crf": "20"}}, id="h264 in ts"),
+    pytest.param(".webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}}, id="vp9"),
+    pytest.param(
+        ".mpg", {"codec": "mpeg2video", "options": {"bf": "2", "qmin": "2", "qmax": "2"}}, id="mpeg2"
+    ),
+    pytest.param(".avi", {"codec": "mjpeg", "pixel_format": "yuvj420p"}, id="mjpeg"),
+    pytest.param(".mkv", {"codec": "ffv1"}, id="ffv1"),
+    pytest.param(".gif", {"codec": "gif", "pixel_format": "gray"}, id="gif"),
+]
+
+
+def decode_all(path: Path) -> np.ndarray:
+    return read_clip(path, lambda n: range(n), frame_count=None).frames
+
+
+def write_packets(path: Path, change: Callable[[int, av.Packet[Any]], bytes]) -> None:
+    """Rewrites an MJPEG file with other packet contents."""
+    changed = path.with_suffix(".changed.avi")
+    with av.open(str(path)) as source, av.open(str(changed), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for number, packet in enumerate(packets):
+            copy = av.Packet(change(number, packet))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.stream = stream
+            target.mux(copy)
+    changed.replace(path)
+
+
+def solid_colour(path: Path, yuv: tuple[int, int, int], *, height: int, space: int, full: bool) -> Path:
+    """A lossless file of one colour, given as the numbers that are stored, tagged as said."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, height, "yuv444p"
+        stream.codec_context.colorspace = space
+        stream.codec_context.color_range = 2 if full else 0
+        frame = av.VideoFrame(64, height, "yuv444p")
+        for plane, value in zip(frame.planes, yuv, strict=True):
+            plane.update(bytes([value]) * plane.buffer_size)
+        frame.colorspace, frame.color_range = space, 2 if full else 0
+        frame.pts, frame.time_base = 0, Fraction(1, 25)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def turn(path: Path, degrees: int) -> None:
+    """Writes a rotation (clockwise, 90 or 270) into an MP4's track header."""
+    one, matrix = (1 << 16).to_bytes(4, "big"), bytearray(path.read_bytes())
+    start = matrix.index(one + bytes(12) + one, matrix.index(b"tkhd"))
+    minus, zero, w = (-(1 << 16)).to_bytes(4, "big", signed=True), bytes(4), (1 << 30).to_bytes(4, "big")
+    b, c = (one, minus) if degrees == 90 else (minus, one)
+    matrix[start : start + 36] = zero + b + zero + c + zero + zero + zero + zero + w
+    path.write_bytes(matrix)
+
+
+@pytest.mark.parametrize(("suffix", "how"), CODECS)
+def test_chosen_frames_are_exactly_those_of_decoding_all(
+    suffix: str, how: dict[str, Any], tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
+) -> None:
+    if how["codec"] not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {how['codec']}")
+    path = make_video(tmp_path / f"video{suffix}", frames=30, **how)
+    every = decode_all(path)
+    clip = read_clip(path, lambda n: segment_indices(n, 8))
+    assert read_numbers(every) == list(range(30))
+    assert clip.frame_count == 30 == count_frames(path)
+    assert clip.indices == tuple(segment_indices(30, 8))
+    assert np.array_equal(clip.frames, every[list(clip.indices)])
+    assert clip.frames.dtype == np.uint8
+    assert clip.frames.shape == (8, 48, 64, 3)
+    assert list(clip.pts_seconds) == sorted(clip.pts_seconds)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_xvid_with_packed_b_frames_is_exact_though_its_packets_promise_more(
+    threads: int, packed_xvid: Path, read_numbers: ReadNumbers
+) -> None:
+    frames = probe(packed_xvid).frames
+    count = count_frames(packed_xvid)
+    with av.open(str(packed_xvid)) as container:
+        promised = container.streams.video[0].frames
+    assert (count, promised) == (39, 40)
+    assert frames <= promised
+    for wanted in (1, 2, 8, 16, 39, 45):
+        clip = read_clip(packed_xvid, lambda n, k=wanted: segment_indices(n, k), threads=threads)  # type: ignore[misc]
+        assert clip.frame_count == 39
+        assert clip.indices == tuple(segment_indices(39, wanted))
+        assert read_numbers(clip.frames[:, 40:]) == list(clip.indices)
+
+
+def test_packed_b_frames_get_times_in_order(packed_xvid: Path) -> None:
+    clip = read_clip(packed_xvid, lambda n: range(n))
+    assert all(a < b for a, b in zip(clip.pts_seconds, clip.pts_seconds[1:], strict=False))
+    assert clip.pts_seconds[-1] == pytest.approx(38 / 25, abs=0.05)
+
+
+def test_up_to_three_missing_frames_cost_no_second_pass(
+    packed_xvid: Path, tmp_path: Path, make_video: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_short = make_video(tmp_path / "short.avi", frames=30, codec="mjpeg", pixel_format="yuvj420p")
+    write_packets(three_short, lambda number, packet: b"junk" * 8 if number in (5, 6, 20) else bytes(packet))
+    opened: list[Path] = []
+    once = video._opened
+
+    def spy(path: Path, **how: Any) -> Any:
+        opened.append(path)
+        return once(path, **how)
+
+    monkeypatch.setattr(video, "_opened", spy)
+    for path, count in ((packed_xvid, 39), (three_short, 27)):
+        assert read_clip(path, lambda n: segment_indices(n, 8)).frame_count == count
+        assert opened.count(path) == 2  # its packets counted, its frames decoded
+
+
+@pytest.mark.parametrize("broken", [{4}, {0}, {11}, {2, 3, 5, 7, 8, 10}])
+def test_frames_that_do_not_decode_are_left_out_and_the_count_is_exact(
+    broken: set[int], tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
+) -> None:
+    path = make_video(tmp_path / "video.avi", frames=12, codec="mjpeg", pixel_format="yuvj420p")
+    write_packets(path, lambda number, packet: b"junk" * 8 if number in broken else bytes(packet))
+    assert probe(path).frames == 12
+    left = [number for number in range(12) if number not in broken]
+    clip = read_clip(path, lambda n: segment_indices(n, 4))
+    assert clip.frame_count == len(left)
+    assert read_numbers(clip.frames) == [left[index] for index in segment_indices(len(left), 4)]
+
+
+def test_a_known_count_stops_decoding_and_gives_the_same_clip(tmp_path: Path, make_video: Make) -> None:
+    path = make_video(tmp_path / "video.avi", frames=20, codec="mjpeg", pixel_format="yuvj420p")
+    first = read_clip(path, lambda n: [0, n // 4])
+    write_packets(path, lambda number, packet: b"junk" * 8 if number > 10 else bytes(packet))
+    again = read_clip(path, lambda n: [0, n // 4], frame_count=20)
+    assert again.frame_count == 20
+    assert np.array_equal(first.frames, again.frames)
+
+
+def test_a_count_that_is_no_longer_true_is_found_out(
+    tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
+) -> None:
+    path = make_video(tmp_path / "video.avi", frames=10)
+    clip = read_clip(path, lambda n: [0, n - 1], frame_count=30)
+    assert clip.frame_count == 10
+    assert read_numbers(clip.frames) == [0, 9]
+
+
+def test_repeated_indices_repeat_the_frame(
+    tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
+) -> None:
+    path = make_video(tmp_path / "video.avi", frames=3)
+    clip = read_clip(path, lambda n: segment_indices(n, 6))
+    assert read_numbers(clip.frames) == [0, 1, 2, 2, 2, 2]
+    assert clip.pts_seconds[2:] == (clip.pts_seconds[2],) * 4
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "short_side", "shape"),
+    [(48, 64, 24, (24, 32)), (64, 48, 24, (32, 24)), (48, 64, 48, (48, 64)), (48, 64, 96, (48, 64))],
+)
+def test_the_short_side_is_scaled_down_and_never_up(
+    height: int, width: int, short_side: int, shape: tuple[int, int], tmp_path: Path, make_video: Make
+) -> None:
+    path = make_video(tmp_path / "video.avi", frames=3, height=height, width=width)
+    assert read_clip(path, lambda n: [0], short_side=short_side).frames.shape[1:3] == shape
+
+
+def test_frames_scaled_down_a_lot_are_the_same_as_those_kept_raw(tmp_path: Path, make_video: Make) -> None:
+    path = make_video(tmp_path / "video.avi", frames=6, height=256, width=320)
+    clip = read_clip(path, lambda n: [1, 4], short_side=16)
+    single = read_clip(path, lambda n: [4], short_side=16, frame_count=6)
+    assert clip.frames.shape == (2, 16, 20, 3)
+    assert np.array_equal(clip.frames[1], single.frames[0])
+
+
+@pytest.mark.parametrize("degrees", [90, 270])
+def test_a_turned_picture_is_shown_upright(degrees: int, tmp_path: Path) -> None:
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    frames[:, :16, :16] = 255  # white corner, top left as stored
+    path = tmp_path / "video.mp4"
+    write_video(path, frames)
+    turn(path, degrees)
+    info = probe(path)
+    assert (info.width, info.height, info.rotation % 360) == (48, 64, -degrees % 360)
+    picture = read_clip(path, lambda n: [n // 2], short_side=24).frames[0].astype(int)
+    assert picture.shape == (32, 24, 3)
+    top_right, bottom_left = picture[:6, -6:].mean(), picture[-6:, :6].mean()
+    assert (top_right > 200, bottom_left > 200) == ((True, False) if degrees == 90 else (False, True))
+
+
+@pytest.mark.parametrize(
+    "pixel_format", ["gray", "gray10le", "yuv420p10le", "yuv444p", "bgra", "yuva420p", "rgb48le", "bgr0"]
+)
+def test_any_pixel_format_becomes_rgb8(
+    pixel_format: str, tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
+) -> None:
+    path = make_video(tmp_path / "video.mkv", frames=5, codec="ffv1", pixel_format=pixel_format)
+    clip = read_clip(path, lambda n: range(n))
+    assert clip.frames.shape == (5, 48, 64, 3)
+    assert read_numbers(clip.frames) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("space", "full", "height", "matrix"),
+    [
+        (2, False, 48, "601"),
+        (2, False, 720, "709"),
+        (1, False, 48, "709"),
+        (6, False, 720, "601"),
+        (1, True, 48, "709"),
+    ],
+    ids=["unsaid and small", "unsaid and large", "tagged 709", "tagged 601", "full range"],
+)
+def test_colours_follow_the_tags_and_players_rule_where_there_are_none(
+    space: int, full: bool, height: int, matrix: str, tmp_path: Path
+) -> None:
+    rgb = np.array([200, 60, 30])
+    kr, kb = {"601": (0.299, 0.114), "709": (0.2126, 0.0722)}[matrix]
+    red, green, blue = rgb / 255
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = (blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)
+    scale_y, low, scale_c = (255, 0, 255) if full else (219, 16, 224)
+    yuv = (round(low + scale_y * luma), round(128 + scale_c * chroma[0]), round(128 + scale_c * chroma[1]))
+    path = solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full)
+    picture = read_clip(path, lambda n: [0]).frames[0]
+    assert np.abs(picture.reshape(-1, 3).mean(axis=0) - rgb).max() <= 1.5
+
+
+def test_black_and_white_stay_black_and_white(tmp_path: Path) -> None:
+    frames = np.stack([np.full((48, 64, 3), level, np.uint8) for level in (0, 255)])
+    write_video(tmp_path / "video.mkv", frames, codec="ffv1")
+    assert read_clip(tmp_path / "video.mkv", lambda n: range(n)).frames.mean(axis=(1, 2, 3)).tolist() == [
+        0,
+        255,
+    ]
+
+
+def test_frames_that_change_size_take_that_of_the_first(
+    tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
+) -> None:
+    how: dict[str, Any] = {"codec": "mpeg2video", "options": {"qmin": "2", "qmax": "2"}}
+    small = make_video(tmp_path / "small.ts", frames=6, **how)
+    large = make_video(tmp_path / "large.ts", frames=6, height=96, width=96, **how)
+    path = tmp_path / "both.ts"
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    clip = read_clip(path, lambda n: range(n))
+    assert clip.frames.shape[1:] == (48, 64, 3)
+    assert clip.frame_count >= 11  # the seam may cost a frame
+    numbers = read_numbers(clip.frames)
+    assert numbers[:5] + numbers[-6:] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
+
+
+def test_probe_tells_what_a_file_holds(tmp_path: Path, make_video: Make) -> None:
+    path = make_video(tmp_path / "video.mkv", frames=30, rate=15, codec="libx264")
+    info = probe(path)
+    assert (info.codec, info.width, info.height, info.frames, info.rotation) == ("h264", 64, 48, 30, 0)
+    assert info.rate == pytest.approx(15, rel=0.01)
+    assert info.seconds == pytest.approx(2, rel=0.01)
+
+
+def test_a_name_with_a_colon_or_a_percent_sign_is_a_file_name(
+    tmp_path: Path, make_video: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("take:1.avi", "50%03d.avi", "süß walk.avi", "-y.avi"):
+        path = make_video(Path(name), frames=2)
+        assert path.exists()
+        assert read_clip(path, lambda n: [n - 1]).frame_count == 2
+
+
+def test_same_frames_give_the_same_bytes(tmp_path: Path, make_video: Make) -> None:
+    assert make_video(tmp_path / "a.avi").read_bytes() == make_video(tmp_path / "b.avi").read_bytes()
+
+
+def test_a_lower_quantiser_is_closer_to_the_source(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    far = []
+    for quantiser in (2, 20):
+        path = tmp_path / f"{quantiser}.avi"
+        write_video(path, frames, quantiser=quantiser)
+        far.append(np.abs(decode_all(path).astype(int) - frames).mean())
+    assert far[0] < far[1]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, make_video: Make) -> None:
+    path = make_video(tmp_path / "video.mp4", frames=3)
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=r"video\.mp4: the video could not be written"):
+        make_video(path, height=47, width=63, codec="libx264")  # odd sizes have no 4:2:0
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
+    for frames in (
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+    ):
+        with pytest.raises(ValueError, match="uint8"):
+            write_video(tmp_path / "video.avi", frames)  # type: ignore[arg-type]
+
+
+def _no_file(folder: Path, make_video: Make) -> Path:
+    return folder / "absent.avi"
+
+
+def _folder(folder: Path, make_video: Make) -> Path:
+    return folder
+
+
+def _empty(folder: Path, make_video: Make) -> Path:
+    (folder / "empty.avi").touch()
+    return folder / "empty.avi"
+
+
+def _text(folder: Path, make_video: Make) -> Path:
+    (folder / "text.avi").write_text("not a video\n" * 100)
+    return folder / "text.avi"
+
+
+def _notes(folder: Path, make_video: Make) -> Path:
+    (folder / "notes.txt").write_text("not a video\n" * 100)
+    return folder / "notes.txt"
+
+
+def _sound(folder: Path, make_video: Make) -> Path:
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return folder / "sound.mp4"
+
+
+def _sound_with_cover(folder: Path, make_video: Make) -> Path:
+    with av.open(str(folder / "cover.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(picture))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return folder / "cover.mp4"
+
+
+def _beheaded(folder: Path, make_video: Make) -> Path:
+    path = make_video(folder / "beheaded.mp4")
+    path.write_bytes(path.read_bytes()[:600])
+    return path
+
+
+def _undecodable(folder: Path, make_video: Make) -> Path:
+    path = make_video(folder / "undecodable.avi", codec="mjpeg", pixel_format="yuvj420p")
+    write_packets(path, lambda number, packet: b"junk" * 8)
+    return path
+
+
+def _encrypted(folder: Path, make_video: Make) -> Path:
+    clear = make_video(folder / "clear.mp4", codec="libx264")
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "ab" * 16, "encryption_kid": "cd" * 16}
+    path = folder / "encrypted.mp4"
+    with av.open(str(clear)) as source, av.open(str(path), "w", container_options=key) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    return path
+
+
+UNREADABLE = [
+    (_no_file, "no such file"),
+    (_folder, "is a folder"),
+    (_empty, "the file is empty"),
+    (_text, "not a video"),
+    (_notes, "not a video but a text file"),
+    (_sound, "no video in this file, only audio"),
+    (_sound_with_cover, "no video in this file, only a picture and audio"),
+    (_beheaded, "not a video that FFmpeg can read"),
+    (_undecodable, "0 frames decoded out of 12 packets"),
+    (_encrypted, "is encrypted"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), UNREADABLE, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("read", [probe, count_frames, lambda path: read_clip(path, lambda n: [0])])
+def test_what_cannot_be_read_is_named_with_the_reason(
+    make: Callable[[Path, Make], Path],
+    reason: str,
+    read: Callable[[Path], object],
+    tmp_path: Path,
+    make_video: Make,
+) -> None:
+    path = make(tmp_path, make_video)
+    with pytest.raises(VideoError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.real
+def test_every_odd_file_ends_as_frames_or_as_a_named_error(real_data: Path) -> None:
+    files = sorted(path for path in (real_data / "odd").rglob("*") if path.is_file())
+    read: dict[str, int] = {}
+    for path in files:
+        try:
+            clip = read_clip(path, lambda n: segment_indices(n, 8), short_side=64)
+        except TvitError as error:
+            assert str(error).startswith(f"{path}: ")
+            continue
+        assert clip.frames.shape[0] == 8
+        assert min(clip.frames.shape[1:3]) <= 64
+        assert clip.frames.shape[3] == 3
+        info = probe(path)
+        assert (info.width > info.height) == (clip.frames.shape[2] > clip.frames.shape[1])
+        assert 0 <= info.frames - clip.frame_count <= 3
+        read[path.name] = clip.frame_count
+    assert len(files) >= 50
+    assert len(read) >= 38
+    assert read["decord__corrupted.mp4"] == 49
+    assert read["exoplayer__sample_sef_super_slow_motion.mp4"] == 435
+
+
+@pytest.mark.real
+def test_every_weizmann_clip_is_read(real_data: Path) -> None:
+    files = sorted(path for path in (real_data / "weizmann").rglob("*") if path.suffix in VIDEO_SUFFIXES)
+    assert len(files) == 90
+    for path in files:
+        clip = read_clip(path, lambda n: segment_indices(n, 8), short_side=98)
+        assert clip.frames.shape[:2] == (8, 98)
+        assert 30 <= clip.frame_count <= 150
+        assert clip.frames.std() > 10

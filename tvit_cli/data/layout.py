@@ -1,0 +1,348 @@
+"""How videos lie on disk: folders or a manifest become labelled videos in subsets."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from tvit_cli.data.manifest import read_manifest
+from tvit_cli.data.video import VIDEO_SUFFIXES, probe
+from tvit_cli.errors import DataError, VideoError
+
+SUBSETS = ("train", "val", "test")
+AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
+
+# fmt: off
+_ALIASES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}
+# fmt: on
+_SHOWN = 12  # how many names a message lists
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One labelled file; `name`, its posix path below the root, is its identity from run to run."""
+
+    path: Path
+    name: str
+    label: str
+    subset: str  # train, val or test
+    group: str | None  # None: a group of its own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All videos of a data set, its sorted labels, and remarks in plain words on how it was read."""
+
+    root: Path
+    labels: tuple[str, ...]
+    videos: tuple[Video, ...]
+    notes: tuple[str, ...]
+
+    def subset(self, name: str) -> tuple[Video, ...]:
+        """Videos of `train`, `val` or `test`, in the order of their names."""
+        return tuple(video for video in self.videos if video.subset == name)
+
+    def counts(self) -> dict[str, int]:
+        """Number of videos in each subset."""
+        return {name: len(self.subset(name)) for name in SUBSETS}
+
+
+def read_layout(
+    root: Path, *, group_pattern: str, val_groups: str, test_groups: str, need_test: bool = False
+) -> Layout:
+    """Finds all videos below a folder, or in a CSV manifest, and gives each a label, a subset and a group.
+
+    Recognised are a manifest `path,label[,subset][,group]`, `train|val|test/<class>/*`, `<class>/*` and the
+    latter two one folder down. A group is what `group_pattern` finds in the file name: its group named
+    `group`, else its first, else the whole match. `val_groups` and `test_groups` hold whole groups out of
+    train: `auto`, `none`, a count, or names with commas between. Groups are chosen without chance, evenly
+    over their sorted names, and so that every class keeps a video to train on.
+
+    Raises DataError.
+    """
+    videos, notes = _find(root)
+    videos = _merge_spellings(videos, notes)
+    videos = _give_groups(videos, group_pattern, notes)
+    split = any(video.subset != "train" for video in videos)
+    videos = _hold_out(videos, "test", test_groups, automatic=not split, notes=notes)
+    has_val = any(video.subset == "val" for video in videos)
+    videos = _hold_out(videos, "val", val_groups, automatic=not has_val, notes=notes)
+    layout = Layout(
+        root=root if root.is_dir() else root.parent,
+        labels=tuple(sorted({video.label for video in videos})),
+        videos=tuple(sorted(videos, key=lambda video: video.name)),
+        notes=tuple(notes),
+    )
+    _refuse_unusable(layout, root, need_test=need_test)
+    return layout
+
+
+def check_videos(
+    videos: Sequence[Video], *, workers: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Opens every video: name -> number of packets, and name -> reason for those that cannot be read.
+
+    `progress(done, total)` is called in the caller's thread.
+    """
+    counts: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        tasks = {pool.submit(probe, video.path): video for video in videos}
+        for done, task in enumerate(as_completed(tasks), start=1):
+            video = tasks[task]
+            try:
+                counts[video.name] = task.result().frames
+            except VideoError as error:
+                reasons[video.name] = str(error).removeprefix(f"{video.path}: ")
+            if progress is not None:
+                progress(done, len(videos))
+    return counts, dict(sorted(reasons.items()))
+
+
+def _find(root: Path) -> tuple[list[Video], list[str]]:
+    """Every video with its label and the subset that its folder or row states; `train` where none does."""
+    if root.is_file():
+        return _from_manifest(root), []
+    if not root.is_dir():
+        siblings = [path.name for path in _visible(root.parent)] if root.parent.is_dir() else []
+        raise DataError(f"{root}: no such folder.{_did_you_mean(root.name, siblings)}")
+    notes: list[str] = []
+    for base in (root, *_one_down(root)):
+        if subsets := _subset_folders(base):
+            videos = [v for folder, name in subsets for v in _read_classes(folder, root, name, notes)]
+            if others := [f.name for f in _folders(base) if f.name.casefold() not in _ALIASES]:
+                notes.append(f"Folders beside train, val and test are not read: {_listed(others)}.")
+            return videos, notes
+        if _has_classes(base) and not all(f.name.casefold() in _ALIASES for f in _folders(base)):
+            return _read_classes(base, root, "train", notes), notes
+    loose = bool(_videos_in(root)) or _has_classes(root)
+    raise DataError(
+        f"{root}: {'videos, but no class folders' if loose else 'no videos found'}. "
+        "Put each class into a folder of its own (<class>/*.avi), or give a CSV manifest with the columns "
+        "path and label."
+    )
+
+
+def _one_down(root: Path) -> list[Path]:
+    """`root/videos`, or the only folder there is, as archives unpack."""
+    folders = _folders(root)
+    named = [folder for folder in folders if folder.name.casefold() == "videos"]
+    return named or (folders if len(folders) == 1 else [])
+
+
+def _subset_folders(base: Path) -> list[tuple[Path, str]]:
+    """Folders of subsets with the subset of each; empty unless one is for training and holds classes."""
+    found = [(folder, _ALIASES.get(folder.name.casefold(), "")) for folder in _folders(base)]
+    subsets = [(folder, subset) for folder, subset in found if subset]
+    # `train` may be a class, beside `car` and `ship`: then no class folders lie in it.
+    trains = [folder for folder, subset in subsets if subset == "train"]
+    return subsets if any(_has_classes(folder) for folder in trains) else []
+
+
+def _has_classes(base: Path) -> bool:
+    return any(_videos_in(folder) for folder in _folders(base))
+
+
+def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list[Video]:
+    videos: list[Video] = []
+    ignored = len(_videos_in(base))
+    for folder in _folders(base):
+        inside = _videos_in(folder)
+        others = sorted(set(_visible(folder)) - set(inside))
+        if not inside:
+            held = f"only {_listed(path.name for path in others)}" if others else "nothing"
+            raise DataError(
+                f"{folder}: a class folder without videos; it holds {held}. Remove it, or put videos in."
+            )
+        ignored += len(others)
+        videos += [
+            Video(path, path.relative_to(root).as_posix(), folder.name, subset, None) for path in inside
+        ]
+    if ignored:
+        notes.append(
+            f"{base}: {ignored} entries are not read: videos outside class folders, folders inside them, and "
+            "files whose suffix is no video's."
+        )
+    return videos
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without hidden files and the droppings of archivers."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def _videos_in(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
+
+
+def _from_manifest(path: Path) -> list[Video]:
+    rows = read_manifest(path, subsets=_ALIASES)
+    return [Video(row.path, row.name, row.label, row.subset or "train", row.group) for row in rows]
+
+
+def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
+    """Gives labels that differ in case only the spelling that most videos have.
+
+    UCF101 writes HandStandPushups and HandstandPushups: taken as they stand, 102 classes.
+    """
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
+    for video in videos:
+        spellings[video.label.casefold()][video.label] += 1
+    chosen = {key: min(found, key=lambda label: (-found[label], label)) for key, found in spellings.items()}
+    for key, found in spellings.items():
+        if len(found) > 1:
+            notes.append(f"{' and '.join(sorted(found))} are read as one class, {chosen[key]}.")
+    return [replace(video, label=chosen[video.label.casefold()]) for video in videos]
+
+
+def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Video]:
+    """Reads each group off its file's name, unless a manifest gave it."""
+    expression = re.compile(pattern)
+    videos = [
+        video if video.group is not None else replace(video, group=_group(video.path.name, expression))
+        for video in videos
+    ]
+    alone = [video.name for video in videos if video.group is None]
+    if alone:
+        which = f"{len(alone)} of {len(videos)} videos" if len(alone) < len(videos) else "No video"
+        does = "do not match" if len(alone) < len(videos) else "matches"
+        notes.append(
+            f'{which} {does} the group pattern "{pattern}"; each such video is a group of its own. If '
+            "several clips are cut from one recording, they leak from train into val and test: give "
+            "--group-pattern."
+        )
+    homes: dict[str, set[str]] = defaultdict(set)
+    for video in videos:
+        if video.group is not None:
+            homes[video.group].add(video.subset)
+    if leaking := sorted(group for group, subsets in homes.items() if len(subsets) > 1):
+        notes.append(
+            f"The data's own subsets share {len(leaking)} groups ({_listed(leaking)}): if clips of one group "
+            "come from one recording, scores on val and test are too good."
+        )
+    return videos
+
+
+def _group(file_name: str, expression: re.Pattern[str]) -> str | None:
+    match = expression.search(file_name)
+    if match is None:
+        return None
+    if "group" in expression.groupindex:
+        return match["group"]
+    return match[1] if expression.groups else match[0]
+
+
+def _hold_out(
+    videos: list[Video], subset: str, wanted: str, *, automatic: bool, notes: list[str]
+) -> list[Video]:
+    """Moves whole groups from train to `subset`, as `--val-groups` or `--test-groups` says."""
+    wanted = wanted.strip()
+    train: dict[str, Counter[str]] = defaultdict(Counter)  # group -> its videos in train, by label
+    for video in videos:
+        if video.subset == "train":
+            train[_unit(video)][video.label] += 1
+    if wanted == "none" or (wanted == "auto" and not automatic):
+        return videos
+    if wanted == "auto":
+        count = min(max(1, round(AUTO_SHARE[subset] * len(train))), len(train) - 1)
+        groups = _spread(train, count)
+        if not groups:
+            notes.append(f"No {subset} subset: no group can be spared from train without emptying a class.")
+            return videos
+    elif _is_count(wanted):
+        groups = _spread(train, int(wanted))
+        if len(groups) < int(wanted):
+            raise DataError(
+                f"--{subset}-groups {wanted}: train has {len(train)} groups, of which {len(groups)} can be "
+                "held out so that each class keeps a video to train on."
+            )
+    else:
+        groups = [name.strip() for name in wanted.split(",") if name.strip()]
+        for group in groups:
+            if group not in train:
+                raise DataError(
+                    f'--{subset}-groups: no group "{group}" in train.{_did_you_mean(group, train)} '
+                    f"Its groups are {_listed(sorted(train))}."
+                )
+    held = set(groups)
+    moved = sum(sum(train[group].values()) for group in held)
+    if moved:
+        notes.append(
+            f"{len(held)} of {len(train)} groups ({moved} videos) are held out of train as {subset}: "
+            f"{_listed(sorted(held))}."
+        )
+    return [
+        replace(video, subset=subset) if video.subset == "train" and _unit(video) in held else video
+        for video in videos
+    ]
+
+
+def _unit(video: Video) -> str:
+    """What is held out together: the group, or the video alone."""
+    return video.name if video.group is None else video.group
+
+
+def _is_count(text: str) -> bool:
+    """`4` is a count, `04` a name: UCF101's groups are written with two digits."""
+    return text.isdecimal() and text == str(int(text))
+
+
+def _spread(train: dict[str, Counter[str]], count: int) -> list[str]:
+    """`count` groups, evenly over the sorted names; fewer where a class would lose its last video."""
+    names = sorted(train)
+    left = sum(train.values(), Counter[str]())
+    chosen: dict[str, None] = {}
+    for turn in range(count):
+        start = (2 * turn + 1) * len(names) // (2 * count)
+        for name in names[start:] + names[:start]:
+            if name not in chosen and all(left[label] > n for label, n in train[name].items()):
+                chosen[name] = None
+                left -= train[name]
+                break
+    return list(chosen)
+
+
+def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:
+    if len(layout.labels) < 2:
+        raise DataError(
+            f'{root}: one class only ("{layout.labels[0]}"). A classifier needs two or more, each in a '
+            "folder of its own."
+        )
+    trained = {video.label for video in layout.subset("train")}
+    for subset in ("val", "test"):
+        if missing := sorted({video.label for video in layout.subset(subset)} - trained):
+            raise DataError(
+                f"{root}: {_listed(missing)} in {subset}, but no video of that class in train. Put one "
+                "there, or hold out other groups."
+            )
+    if need_test and not layout.subset("test"):
+        raise DataError(
+            f"{root}: no test subset. Add a folder test/<class>/, or hold groups out of train with "
+            "--test-groups (names, or a count)."
+        )
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    spelt = {name.casefold(): name for name in known}
+    near = get_close_matches(word.casefold(), spelt, n=3)
+    return f" Did you mean {' or '.join(spelt[name] for name in near)}?" if near else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    """A few names, and how many more there are."""
+    every = list(names)
+    more = len(every) - _SHOWN
+    return ", ".join(every[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
