@@ -1,0 +1,39 @@
+"""The parameter table of README.md, made from the settings. Run as a program, it rewrites the README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tvit_cli.options import bounds, default
+from tvit_cli.settings.base import extra, flag
+from tvit_cli.settings.train import TrainSettings
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(?<=<!-- parameters -->\n).*?(?=<!-- /parameters -->)", re.DOTALL)
+
+
+def table() -> str:
+    """Markdown: a table per panel of `tvit train --help`."""
+    lines = []
+    panel = ""
+    for name, field in TrainSettings.model_fields.items():
+        facts = extra(field)
+        if facts["panel"] != panel:
+            panel = facts["panel"]
+            lines += ["", f"**{panel}**", "", "| flag | what | default | reference |", "|---|---|---|---|"]
+        limits = bounds(field)
+        what = (field.description or "").replace("|", "\\|") + (f" ({limits})" if limits else "")
+        reference = facts["reference"] or ""
+        why = f"; {facts['why']}" if facts["why"] else ""
+        lines.append(f"| `{flag(name)}` | {what} | {default(field)} | {reference}{why} |")
+    return "\n".join([*lines[1:], ""])
+
+
+def updated(text: str) -> str:
+    """README text with a fresh table."""
+    return BLOCK.sub(lambda match: "\n" + table() + "\n", text)
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
