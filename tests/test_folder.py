@@ -1,0 +1,250 @@
+"""The model folder: what is saved comes back bit for bit, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tvit_cli.errors import ModelError, RunError
+from tvit_cli.model import folder as folder_module
+from tvit_cli.model.folder import find_newest_model, load_card, load_model, save_model
+from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.settings.card import CARD_VERSION, BaseWeights, ModelCard, Preprocessing
+
+CONFIG = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=16, depth=2, num_heads=2)
+CARD = ModelCard(
+    tvit_version="0.1.0",
+    labels=("jump", "run", "walk"),
+    model=CONFIG.to_dict(),
+    preprocessing=Preprocessing(n_frames=4, frame_size=16, mean=(0.1, 0.2, 0.3)),
+    base=BaseWeights(name="someone/vit", sha256="ab"),
+    weights_sha256="",
+    settings={"lora_rank": 8},
+    metrics={"video_top1": 0.1 + 0.2},
+)
+
+
+def trained(seed: int = 0) -> TemporalViT:
+    return build_model(CONFIG, seed=seed, from_scratch=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", trained().state_dict(), CARD)
+    return tmp_path / "model"
+
+
+def edit_card(folder: Path, **changes: Any) -> None:
+    path = folder / "card.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()} | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def test_a_saved_model_comes_back_bit_for_bit(folder: Path) -> None:
+    model, card = load_model(folder)
+    expected = trained().state_dict()
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    clips = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(clips), trained()(clips))
+    assert card == CARD.model_copy(update={"weights_sha256": card.weights_sha256})
+    assert card.metrics["video_top1"] == 0.1 + 0.2
+
+
+def test_a_loaded_model_is_ready_to_predict_and_can_be_trained_on(folder: Path) -> None:
+    model, _ = load_model(folder)
+    assert not model.training
+    model(torch.zeros(1, 4, 3, 16, 16)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    again, _ = load_model(folder, verify=True)  # the file is mapped, never written
+    assert not torch.equal(again.classifier.bias, model.classifier.bias)
+
+
+def test_the_folder_holds_two_files_and_nothing_lies_beside_it(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_the_card_carries_the_hash_of_the_weights(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert load_card(folder).weights_sha256 == digest
+
+
+def test_loading_draws_no_random_number(folder: Path) -> None:
+    before = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path: Path) -> None:
+    weights = dict(trained().named_parameters())
+    state = {name: w.t().contiguous().t() if w.dim() == 2 else w for name, w in weights.items()}
+    save_model(tmp_path / "model", state, CARD)
+    model, _ = load_model(tmp_path / "model")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_saving_replaces_an_older_model(folder: Path) -> None:
+    (folder / "stale.txt").write_text("of the older model")
+    save_model(folder, trained(seed=1).state_dict(), CARD)
+    model, _ = load_model(folder, verify=True)
+    assert torch.equal(model.classifier.weight, trained(seed=1).classifier.weight)
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_missing_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    save_model(tmp_path / "a" / "b" / "model", trained().state_dict(), CARD)
+    load_model(tmp_path / "a" / "b" / "model")
+    (tmp_path / "empty").mkdir()
+    save_model(tmp_path / "empty", trained().state_dict(), CARD)
+    load_model(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_model_folder_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "thesis"
+    if kind == "folder":
+        path.mkdir()
+        (path / "chapter.txt").write_text("years of work")
+    else:
+        path.write_text("years of work")
+    with pytest.raises(ModelError, match="exists and is no model folder"):
+        save_model(path, trained().state_dict(), CARD)
+    assert (path / "chapter.txt" if kind == "folder" else path).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("moment", ["weights", "card", "rename"])
+def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def save_half(tensors: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half")
+        raise full
+
+    def fail(self: Path, *arguments: Any, **options: Any) -> None:
+        raise full
+
+    rename = Path.rename
+
+    def rename_all_but_the_new(self: Path, target: Path) -> Path:
+        return fail(self) if self.name == "new" else rename(self, target)  # type: ignore[return-value]
+
+    if moment == "weights":
+        monkeypatch.setattr(folder_module, "save_file", save_half)
+    elif moment == "card":
+        monkeypatch.setattr(Path, "write_text", fail)
+    else:
+        monkeypatch.setattr(Path, "rename", rename_all_but_the_new)
+    with pytest.raises(RunError, match=r"model: the model cannot be written \(.*No space left"):
+        save_model(folder, trained(seed=1).state_dict(), CARD)
+    monkeypatch.undo()
+    model, _ = load_model(folder, verify=True)
+    assert torch.equal(model.classifier.weight, trained().classifier.weight)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: no such model folder"):
+        load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["card.json", "model.safetensors"])
+def test_a_missing_file_is_named_with_the_way_to_get_it_back(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=rf"{name}: this file .* is missing\. Copy .* or train"):
+        load_model(folder)
+
+
+def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder: Path) -> None:
+    edit_card(folder, card_version=CARD_VERSION + 1, tvit_version="9.0", new_key=1)
+    with pytest.raises(ModelError, match=r"written by tvit 9\.0; this tvit reads up to .* --upgrade tvit"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"labels": ["jump", "run"]}, "2 labels for a classifier of 3 classes"),
+        ({"metrics": "good"}, "metrics: "),
+        ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+        ({"model": {**CONFIG.to_dict(), "depth": 0}}, "model: depth is 0; it must be a whole number"),
+        ({"model": {**CONFIG.to_dict(), "deepth": 2}}, "model: unknown keys 'deepth'"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], sentence: str) -> None:
+    edit_card(folder, **changes)
+    with pytest.raises(ModelError, match=f"card.json: .*{sentence}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[]", b'"card"', b"[" * 20_000])
+def test_a_damaged_card_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "card.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"card\.json: "):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"norm.weight": None}, "norm.weight is missing"),
+        ({"extra": torch.zeros(1)}, "extra is unexpected"),
+        ({"norm.weight": torch.zeros(15)}, r"norm.weight has the shape \(15,\), not \(16,\)"),
+        ({f"extra{i}": torch.zeros(1) for i in range(6)}, "; and 2 more. The weights do not belong to"),
+    ],
+)
+def test_weights_that_do_not_fit_the_card_are_named(
+    folder: Path, changes: dict[str, torch.Tensor | None], sentence: str
+) -> None:
+    edit_weights(folder, **changes)
+    with pytest.raises(ModelError, match=f"model.safetensors: .*{sentence}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_weights_file_is_named(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read .* truncated; copy it again"):
+        load_model(folder)
+
+
+def test_changed_weights_are_found_on_request(folder: Path) -> None:
+    edit_weights(folder, **{"norm.bias": torch.ones(16)})
+    load_model(folder)
+    with pytest.raises(ModelError, match=r"its hash is not the one in card\.json"):
+        load_model(folder, verify=True)
+
+
+def test_the_newest_model_is_found_below_a_working_directory(tmp_path: Path) -> None:
+    folders = [tmp_path / name / "model" for name in ("ucf101-1", "ucf101-2", "sweep/ucf101-3")]
+    for path in folders:
+        save_model(path, trained().state_dict(), CARD)
+    for newest in folders:
+        for path in folders:
+            os.utime(path / "card.json", (1_000, 2_000 if path == newest else 1_000))
+        assert find_newest_model(tmp_path) == newest
+
+
+def test_no_model_to_be_found_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "ucf101-1" / "model").mkdir(parents=True)  # without a card: no model
+    with pytest.raises(ModelError, match=r"no trained model in it\. Train one .* --model"):
+        find_newest_model(tmp_path)
+    with pytest.raises(ModelError, match="no trained model"):
+        find_newest_model(tmp_path / "nowhere")

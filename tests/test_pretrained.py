@@ -1,0 +1,444 @@
+"""Pretrained weights: at step 0 the temporal ViT is the image ViT; a bad folder is refused with reasons."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.errors
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tvit_cli.errors import ModelError
+from tvit_cli.model import pretrained
+from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
+from tvit_cli.model.vit import TemporalViT, build_model
+from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # transformers warns of its optional dependencies
+    import transformers
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def hugging_face_config(**changes: Any) -> transformers.ViTConfig:
+    values = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "image_size": 32,
+        "patch_size": 8,
+        "layer_norm_eps": 1e-5,
+        "attn_implementation": "eager",
+    }
+    return transformers.ViTConfig(**{**values, **changes})
+
+
+def save_quietly(model: Any, folder: Path, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, **options)
+
+
+def random_weights(model: torch.nn.Module) -> None:
+    """Numbers large enough that a wrong position, bias or norm shows."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def image_vit() -> Any:
+    model = transformers.ViTModel(hugging_face_config()).eval()
+    random_weights(model)
+    return model
+
+
+@pytest.fixture
+def folder(image_vit: Any, tmp_path: Path) -> Path:
+    save_quietly(image_vit, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def loaded(folder: Path, **shape: Any) -> tuple[TemporalViT, LoadReport]:
+    source = resolve_weights(str(folder))
+    config = read_config(source).vit_config(**{"num_classes": 3, "n_frames": 8, **shape})
+    model = build_model(config, seed=0, from_scratch=False).eval()
+    return model, load_pretrained(model, source)
+
+
+def pictures(size: int) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def class_token(image_vit: Any, images: torch.Tensor, **options: Any) -> torch.Tensor:
+    output: torch.Tensor = image_vit(pixel_values=images, **options).last_hidden_state[:, 0]
+    return output
+
+
+@torch.no_grad()
+def our_class_token(model: TemporalViT, images: torch.Tensor) -> torch.Tensor:
+    return model.features(images.unsqueeze(1))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_at_step_0_a_one_frame_clip_gives_the_class_token_of_the_image_vit(
+    image_vit: Any, folder: Path
+) -> None:
+    model, _ = loaded(folder)
+    images = pictures(32)
+    expected = class_token(image_vit, images)
+    torch.testing.assert_close(our_class_token(model, images), expected, **CLOSE)
+    assert (expected - expected[:1]).abs().max() > 0.01  # it does depend on the picture
+
+
+@pytest.mark.parametrize("size", [16, 40, 56, 96])
+def test_other_frame_sizes_give_what_interpolated_positions_give(
+    image_vit: Any, folder: Path, size: int
+) -> None:
+    model, report = loaded(folder, frame_size=size)
+    images = pictures(size)
+    expected = class_token(image_vit, images, interpolate_pos_encoding=True)
+    torch.testing.assert_close(our_class_token(model, images), expected, **CLOSE)
+    assert f"positions interpolated from 4 x 4 to {size // 8} x {size // 8} patches" in report.notes
+
+
+def test_a_tubelet_of_two_frames_starts_as_the_image_vit_on_its_second(image_vit: Any, folder: Path) -> None:
+    model, report = loaded(folder, tubelet_size=2)
+    first, second = pictures(32), pictures(32).flip(-1)
+    with torch.no_grad():
+        features = model.features(torch.stack([first, second], dim=1))
+    torch.testing.assert_close(features, class_token(image_vit, second), **CLOSE)
+    assert "patch embedding: on frame 2 of each tubelet of 2" in report.notes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_act": "gelu_new"}, {"hidden_act": "relu"}, {"qkv_bias": False}, {"layer_norm_eps": 0.1}],
+    ids=str,
+)
+def test_the_network_is_read_from_the_config(tmp_path: Path, changes: dict[str, Any]) -> None:
+    image_vit = transformers.ViTModel(hugging_face_config(**changes)).eval()
+    random_weights(image_vit)
+    save_quietly(image_vit, tmp_path)
+    model, _ = loaded(tmp_path)
+    images = pictures(32)
+    torch.testing.assert_close(our_class_token(model, images), class_token(image_vit, images), **CLOSE)
+
+
+def test_the_weights_of_a_classifier_load_without_its_classifier(tmp_path: Path) -> None:
+    classifier = transformers.ViTForImageClassification(hugging_face_config()).eval()
+    random_weights(classifier)
+    save_quietly(classifier, tmp_path)
+    model, report = loaded(tmp_path)
+    images = pictures(32)
+    torch.testing.assert_close(our_class_token(model, images), class_token(classifier.vit, images), **CLOSE)
+    assert sorted(report.unused) == ["classifier.bias", "classifier.weight"]
+
+
+def test_the_weights_of_masked_modelling_load_without_its_decoder(tmp_path: Path) -> None:
+    masked = transformers.ViTForMaskedImageModeling(hugging_face_config(encoder_stride=8)).eval()
+    save_quietly(masked, tmp_path)
+    _, report = loaded(tmp_path)
+    assert sorted(report.unused) == ["decoder.0.bias", "decoder.0.weight", "embeddings.mask_token"]
+
+
+def test_the_report_counts_what_matched_and_names_what_is_new_and_unused(folder: Path) -> None:
+    _, report = loaded(folder)
+    assert report.matched == 4 + 2 * 16 + 2
+    assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
+    assert sorted(report.unused) == ["pooler.dense.bias", "pooler.dense.weight"]
+    note = "no preprocessor_config.json: frames are normalised with ImageNet's mean and std"
+    assert report.notes == (note,)
+
+
+def test_sharded_weights_load_like_one_file(image_vit: Any, folder: Path, tmp_path: Path) -> None:
+    save_quietly(image_vit, tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1
+    one, _ = loaded(folder)
+    many, _ = loaded(tmp_path / "sharded")
+    assert all(torch.equal(tensor, many.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_float_type_are_converted_to_the_models(folder: Path, dtype: torch.dtype) -> None:
+    original = load_file(folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+    model, report = loaded(folder)
+    stored = original["encoder.layer.1.output.dense.weight"].to(dtype).float()
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, stored)
+    assert model.norm.weight.dtype == torch.float32
+    assert f"weights converted from {dtype} to torch.float32" in report.notes
+
+
+def test_the_hash_is_that_of_the_weights_file(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert read_config(resolve_weights(str(folder))).sha256 == digest
+
+
+def test_the_hash_of_sharded_weights_depends_on_each_shard(image_vit: Any, tmp_path: Path) -> None:
+    save_quietly(image_vit, tmp_path, max_shard_size="20KB")
+    before = resolve_weights(str(tmp_path)).sha256
+    last = max(tmp_path.glob("model-*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(last).items()}, last)
+    assert resolve_weights(str(tmp_path)).sha256 != before
+
+
+def test_normalisation_comes_from_the_preprocessor_config(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}))
+    config = read_config(resolve_weights(str(folder)))
+    assert (config.mean, config.std, config.notes) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), ())
+    edit_json(path, do_normalize=False)
+    config = read_config(resolve_weights(str(folder)))
+    assert (config.mean, config.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_without_a_preprocessor_config_normalisation_is_imagenets(folder: Path) -> None:
+    config = read_config(resolve_weights(str(folder)))
+    assert (config.mean, config.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_values_left_out_of_the_config_are_those_of_hugging_face(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": [384, 384]}))
+    config = read_config(resolve_weights(str(folder)))
+    default = transformers.ViTConfig()
+    assert (config.width, config.depth, config.num_heads) == (768, 12, 12)
+    assert config.norm_eps == default.layer_norm_eps
+    assert (config.mlp_width, config.image_size) == (default.intermediate_size, 384)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "swin"}, "its model_type is 'swin'; tvit reads vit"),
+        ({"model_type": None}, "its model_type is None; tvit reads vit"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'; tvit knows gelu"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\]"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; it must be a number above 0"),
+        ({"image_size": []}, r"image_size is \[\]; it must be a whole number"),
+        ({"num_channels": 1}, "num_channels is 1; frames of a video have 3"),
+        ({"patch_size": [8, 16]}, r"patch_size is \[8, 16\]; it must be a whole number"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(
+    folder: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=sentence):
+        read_config(resolve_weights(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("{", "cannot be read"), ("[" * 20_000, "cannot be read"), ("[]", "holds no JSON object")],
+)
+def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str, sentence: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"config.json {sentence}"):
+        read_config(resolve_weights(str(folder)))
+
+
+@pytest.mark.parametrize("mean", [[0.5, 0.5], "grey", 0.5, ["a", "b", "c"]], ids=str)
+def test_a_normalisation_of_other_than_three_numbers_is_refused(folder: Path, mean: object) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean}))
+    with pytest.raises(ModelError, match="must be three numbers"):
+        read_config(resolve_weights(str(folder)))
+
+
+def drop(*names: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (drop("layernorm.weight"), "layernorm.weight missing from the weights"),
+        (
+            drop(*(f"encoder.layer.1.attention.attention.{n}.bias" for n in ("query", "key", "value"))),
+            "query.bias, encoder.layer.1.attention.attention.value.bias missing",
+        ),
+        (put("encoder.layer.2.output.dense.bias", torch.zeros(32)), "no place for encoder.layer.2.output"),
+        (put("vit.layernorm.bias", torch.zeros(32)), "layernorm.bias is stored twice"),
+        (put("layernorm.bias", torch.zeros(31)), r"layernorm.bias has the shape \(31,\), not \(32,\)"),
+        (put("layernorm.bias", torch.full((32,), torch.nan)), "layernorm.bias holds NaN or infinite"),
+        (put("layernorm.bias", torch.full((32,), torch.inf)), "layernorm.bias holds NaN or infinite"),
+        (put("layernorm.bias", torch.zeros(32, dtype=torch.int8)), "layernorm.bias is torch.int8"),
+        (put("embeddings.position_embeddings", torch.zeros(1, 16, 32)), "are no square grid"),
+        (put("embeddings.position_embeddings", torch.zeros(0)), "are no square grid"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], sentence: str
+) -> None:
+    edit_tensors(folder, change)
+    with pytest.raises(ModelError, match=sentence):
+        loaded(folder)
+
+
+def test_a_long_list_of_tensors_is_cut(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({f"extra.{i}": torch.zeros(1) for i in range(9)}))
+    with pytest.raises(ModelError, match=r"extra\.0, extra\.1, extra\.2, extra\.3 and 5 more"):
+        loaded(folder)
+
+
+def test_a_model_of_another_network_is_refused(folder: Path) -> None:
+    source = resolve_weights(str(folder))
+    config = read_config(source).vit_config(num_classes=3, n_frames=8)
+    values = {**config.to_dict(), "num_heads": 8}  # the same shapes, other numbers
+    with pytest.raises(ModelError, match="num_heads is 4, and 8 in the model"):
+        load_pretrained(TemporalViT(type(config).from_dict(values)), source)
+
+
+def test_a_truncated_weights_file_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read .* may be truncated"):
+        loaded(folder)
+
+
+def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        resolve_weights(str(folder))
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors missing"):
+        resolve_weights(str(folder))
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickle .*\.save_pretrained\('weights-safetensors'\)"):
+        resolve_weights(str(folder))
+
+
+def test_a_missing_shard_is_named(image_vit: Any, tmp_path: Path) -> None:
+    save_quietly(image_vit, tmp_path, max_shard_size="20KB")
+    last = max(tmp_path.glob("model-*.safetensors"))
+    last.unlink()
+    with pytest.raises(ModelError, match=f"{last.name} missing"):
+        resolve_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "a\\b.safetensors"])
+def test_an_index_may_not_name_a_file_outside_its_folder(folder: Path, shard: str) -> None:
+    index = {"weight_map": {"layernorm.bias": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="is no file of this folder"):
+        resolve_weights(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}'])
+def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is no index"):
+        resolve_weights(str(folder))
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="this is a file"):
+        resolve_weights(str(folder / "model.safetensors"))
+
+
+def test_a_name_from_the_hub_is_found_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = folder.rename(folder.parent / "0123abcd")
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(snapshot)
+
+    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    source = resolve_weights("someone/vit")
+    assert (source.name, source.revision) == ("someone/vit", "0123abcd")
+    assert read_config(source).revision == "0123abcd"
+    assert asked["name"] == "someone/vit"
+    assert not any(pattern.endswith(".bin") for pattern in asked["allow_patterns"])
+
+
+def test_a_snapshot_in_the_hubs_own_cache_is_read_without_a_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "cache" / "models--someone--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd")
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / "0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve_weights("someone/vit").revision == "0123abcd"
+
+
+def test_without_a_network_and_with_nothing_cached_the_way_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"hub cannot be reached\. Connect once to fetch it, or copy"):
+        resolve_weights("someone/vit")
+
+
+def test_a_path_that_is_no_folder_is_not_looked_up_on_the_hub() -> None:
+    with pytest.raises(ModelError, match="no such folder, and no name that a hub repository can have"):
+        resolve_weights("./no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (huggingface_hub.errors.RepositoryNotFoundError, "no such public repository .* hf auth login"),
+        (ConnectionResetError, "cannot be fetched from the Hugging Face hub"),
+    ],
+)
+def test_what_the_hub_answers_is_said(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], sentence: str
+) -> None:
+    def fetch(name: str, **options: Any) -> str:
+        raise error.__new__(error, "refused")
+
+    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    with pytest.raises(ModelError, match=f"someone/vit: .*{sentence}"):
+        resolve_weights("someone/vit")
+
+
+@pytest.mark.real
+@pytest.mark.skipif("TVIT_TEST_DATA" not in os.environ, reason="TVIT_TEST_DATA is not set")
+def test_truly_pretrained_weights_load_whole_and_equal_transformers_at_98_pixels() -> None:
+    folder = Path(os.environ["TVIT_TEST_DATA"]).parent / "weights" / "vit-small-patch14-224"
+    model, report = loaded(folder, frame_size=98)
+    assert set(report.unused) <= {"pooler.dense.weight", "pooler.dense.bias"}
+    assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image_vit = transformers.ViTModel.from_pretrained(
+            folder, dtype=torch.float32, add_pooling_layer=False
+        )
+    images = pictures(98)
+    expected = class_token(image_vit.eval(), images, interpolate_pos_encoding=True)
+    torch.testing.assert_close(our_class_token(model, images), expected, **CLOSE)

@@ -1,0 +1,256 @@
+"""The temporal ViT's shapes, its start, and what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tvit_cli.model.vit import ACTIVATIONS, TemporalViT, ViTConfig, build_model, count_flops
+
+SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
+
+
+def small(**changes: object) -> ViTConfig:
+    return ViTConfig.from_dict({**SMALL.to_dict(), **changes})
+
+
+def clips_for(
+    config: ViTConfig, *, n_clips: int = 2, n_frames: int | None = None, seed: int = 0
+) -> torch.Tensor:
+    size = config.frame_size
+    shape = (n_clips, n_frames or config.n_frames, config.num_channels, size, size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"frame_size": 100, "patch_size": 14},
+            "frame_size 100 is not a multiple of patch_size 14; use 98 or 112",
+        ),
+        ({"frame_size": 10, "patch_size": 14}, "frame_size 10 is not a multiple of patch_size 14; use 14"),
+        ({"n_frames": 7, "tubelet_size": 2}, "n_frames 7 is not a multiple of tubelet_size 2; use 6 or 8"),
+        ({"width": 100, "num_heads": 12}, "width 100 is not a multiple of num_heads 12; use 96 or 108"),
+        ({"depth": 0}, "depth is 0; it must be a whole number, 1 or more"),
+        ({"depth": 2.5}, "depth is 2.5; it must be a whole number"),
+        ({"mlp_width": -1}, "mlp_width is -1; it must be a whole number"),
+        ({"norm_eps": 0}, "norm_eps is 0; it must be a number above 0"),
+        ({"qkv_bias": "yes"}, "qkv_bias is 'yes'; it must be true or false"),
+        ({"activation": "gloo"}, "activation 'gloo' is not known; use one of gelu, gelu_tanh"),
+        ({"activation": ["gelu"]}, r"activation is \['gelu'\]; it must be a name"),
+        ({"attention": "joined"}, "attention 'joined' is not known; use one of joint"),
+        ({"widht": 3}, "unknown keys 'widht'; known are num_classes, frame_size"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_with_the_nearest_that_do(
+    changes: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        small(**changes)
+
+
+def test_a_config_without_a_class_count_is_refused() -> None:
+    with pytest.raises(ValueError, match="'num_classes' is missing"):
+        ViTConfig.from_dict({"width": 32})
+
+
+def test_a_config_survives_the_way_through_plain_values() -> None:
+    assert ViTConfig.from_dict(SMALL.to_dict()) == SMALL
+    assert SMALL.mlp_width == 4 * SMALL.width
+
+
+def test_parameters_carry_the_documented_names_and_shapes() -> None:
+    shapes = {
+        name: tuple(weight.shape) for name, weight in TemporalViT(small(tubelet_size=2)).named_parameters()
+    }
+    expected = {
+        "patch_embed.weight": (32, 6, 8, 8),
+        "patch_embed.bias": (32,),
+        "temporal.embedding": (1, 2, 1, 32),
+        "positions.class_token": (1, 1, 32),
+        "positions.class_position": (1, 1, 32),
+        "positions.spatial": (1, 9, 32),
+        "norm.weight": (32,),
+        "norm.bias": (32,),
+        "classifier.weight": (5, 32),
+        "classifier.bias": (5,),
+    }
+    layers = {"attention.q": (32, 32), "attention.k": (32, 32), "attention.v": (32, 32)}
+    layers |= {"attention.proj": (32, 32), "mlp.fc1": (128, 32), "mlp.fc2": (32, 128)}
+    for block in (0, 1):
+        for layer, shape in layers.items():
+            expected[f"blocks.{block}.{layer}.weight"] = shape
+            expected[f"blocks.{block}.{layer}.bias"] = shape[:1]
+        for norm in ("norm1", "norm2"):
+            expected |= {f"blocks.{block}.{norm}.weight": (32,), f"blocks.{block}.{norm}.bias": (32,)}
+    assert shapes == expected
+
+
+def test_the_state_dict_holds_parameters_and_nothing_else() -> None:
+    model = TemporalViT(SMALL)
+    assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
+    assert list(model.buffers()) == []
+
+
+def test_shape_comments_are_true() -> None:
+    config = small(tubelet_size=2)
+    model = build_model(config, seed=0, from_scratch=True)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str) -> object:
+        return lambda module, inputs, output: shapes.__setitem__(name, tuple(output.shape))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(record(name))  # type: ignore[arg-type]
+    assert model.features(clips_for(config, n_clips=3)).shape == (3, 32)
+    assert model(clips_for(config, n_clips=3)).shape == (3, 5)
+    tokens = 1 + 2 * 9
+    assert shapes["patch_embed"] == (3 * 2, 32, 3, 3)
+    assert shapes["temporal"] == (3, 2, 9, 32)
+    assert shapes["positions"] == (3, tokens, 32)
+    assert shapes["blocks.0"] == shapes["blocks.0.attention"] == shapes["blocks.0.mlp"] == (3, tokens, 32)
+    assert shapes["blocks.1.attention.k"] == (3, tokens, 32)
+    assert shapes["blocks.1"] == shapes["blocks.1.attention.q"] == (3, 1, 32)
+    assert shapes["norm"] == (3, 32)
+
+
+def test_asking_for_the_class_token_alone_changes_nothing_about_it() -> None:
+    model = build_model(SMALL, seed=0, from_scratch=True)
+    tokens = torch.randn(2, 37, 32, generator=torch.Generator().manual_seed(0))
+    block = model.blocks[1]
+    torch.testing.assert_close(block(tokens, n_queries=1), block(tokens)[:, :1], atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_depends_on_its_seed_alone_and_leaves_the_global_state() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_model(SMALL, seed=7, from_scratch=True).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = build_model(SMALL, seed=7, from_scratch=True).state_dict()
+    other = build_model(SMALL, seed=8, from_scratch=True).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["blocks.0.attention.q.weight"], other["blocks.0.attention.q.weight"])
+
+
+def test_layers_start_as_torch_starts_them() -> None:
+    model = build_model(SMALL, seed=0, from_scratch=True)
+    pairs = [
+        (model.blocks[0].mlp.fc1, torch.nn.Linear(32, 128)),
+        (model.patch_embed, torch.nn.Conv2d(3, 32, kernel_size=8)),
+    ]
+    for ours, theirs in pairs:
+        assert ours.weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=0.1)
+        assert ours.weight.abs().max().item() == pytest.approx(theirs.weight.abs().max().item(), rel=0.02)
+        assert ours.bias.abs().max().item() == pytest.approx(theirs.bias.abs().max().item(), rel=0.2)
+    assert model.classifier.weight.std() < 0.05 * model.blocks[0].attention.q.weight.std()
+    assert torch.equal(model.classifier.bias, torch.zeros(5))
+
+
+def test_truncated_normal_starts_every_layer_within_two_deviations_and_without_bias() -> None:
+    model = build_model(small(width=128), seed=0, truncated_normal=True, from_scratch=True)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    assert len(layers) == 2 + 2 * 6
+    for layer in layers:
+        assert layer.weight.abs().max() <= 0.04 + 1e-6
+        assert layer.weight.std().item() == pytest.approx(0.88 * 0.02, rel=0.1)  # 0.88: what the cut leaves
+        assert torch.count_nonzero(layer.bias) == 0
+
+
+def test_the_temporal_embedding_starts_at_zero_beside_pretrained_weights_only() -> None:
+    assert torch.count_nonzero(build_model(SMALL, seed=0, from_scratch=False).temporal.embedding) == 0
+    drawn = build_model(SMALL, seed=0, from_scratch=True).temporal.embedding
+    assert drawn.std().item() == pytest.approx(0.88 * 0.02, rel=0.25)
+
+
+def test_first_logits_favour_no_class() -> None:
+    logits = build_model(small(width=128), seed=0, from_scratch=True)(clips_for(SMALL))
+    assert logits.softmax(-1).sub(1 / 5).abs().max() < 0.01
+
+
+def test_without_a_temporal_embedding_the_order_of_frames_is_unseen_and_with_one_it_is_seen() -> None:
+    clips = clips_for(SMALL)
+    blind, seeing = (build_model(SMALL, seed=0, from_scratch=flag) for flag in (False, True))
+    torch.testing.assert_close(blind.features(clips.flip(1)), blind.features(clips), atol=1e-5, rtol=1e-4)
+    assert (seeing.features(clips.flip(1)) - seeing.features(clips)).abs().max() > 1e-3
+
+
+def test_a_tubelet_sees_the_order_of_its_own_frames() -> None:
+    model = build_model(small(tubelet_size=2), seed=0, from_scratch=False)
+    clips = clips_for(SMALL)
+    swapped = clips[:, [1, 0, 3, 2]]
+    assert (model.features(swapped) - model.features(clips)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("n_frames", [1, 3, 4, 9])
+def test_clips_of_other_lengths_are_taken(n_frames: int) -> None:
+    model = build_model(SMALL, seed=0, from_scratch=True)
+    assert model(clips_for(SMALL, n_frames=n_frames)).shape == (2, 5)
+
+
+def test_the_temporal_embedding_is_interpolated_linearly_between_times() -> None:
+    temporal = TemporalViT(SMALL).temporal
+    with torch.no_grad():
+        temporal.embedding.copy_(torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 1, 32))
+    assert temporal(torch.zeros(1, 4, 9, 32))[0, :, 0, 0].tolist() == [0, 1, 2, 3]
+    assert temporal(torch.zeros(1, 2, 9, 32))[0, :, 0, 0].tolist() == [0.5, 2.5]
+    assert temporal(torch.zeros(1, 1, 9, 32))[0, :, 0, 0].tolist() == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((2, 4, 3, 16, 24), r"have the shape \(2, 4, 3, 16, 24\); it must be \(B, T, 3, 24, 24\)"),
+        ((4, 3, 24, 24), r"have the shape \(4, 3, 24, 24\)"),
+        ((2, 3, 3, 24, 24), "3 frames, no multiple of tubelet_size 2"),
+        ((2, 0, 3, 24, 24), "0 frames"),
+    ],
+)
+def test_clips_of_the_wrong_shape_are_refused(shape: tuple[int, ...], sentence: str) -> None:
+    model = TemporalViT(small(tubelet_size=2))
+    with pytest.raises(ValueError, match=sentence):
+        model(torch.zeros(shape))
+
+
+def test_every_activation_changes_what_is_computed() -> None:
+    clips = clips_for(SMALL)
+    features = [
+        build_model(small(activation=name), seed=0, from_scratch=True).features(clips) for name in ACTIVATIONS
+    ]
+    for i, first in enumerate(features):
+        for second in features[:i]:
+            assert (first - second).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_frames"), [({}, None), ({"tubelet_size": 2}, None), ({"depth": 1, "mlp_width": 48}, 2)]
+)
+def test_counted_operations_agree_with_torch(changes: dict[str, object], n_frames: int | None) -> None:
+    config = small(**changes)
+    model = TemporalViT(config)
+    # the fused CPU kernel is unknown to torch's counter
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(clips_for(config, n_clips=1, n_frames=n_frames))
+    assert count_flops(config, n_frames) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_a_vit_base_on_one_picture_takes_the_operations_that_its_paper_counts() -> None:
+    flops = count_flops(ViTConfig(num_classes=1000, n_frames=1))
+    assert flops == pytest.approx(2 * 17.6e9, rel=0.08)  # DeiT (arXiv:2012.12877): 17.6 G multiply-adds
+
+
+def test_the_model_exports_with_a_free_number_of_clips() -> None:
+    model = build_model(SMALL, seed=0, from_scratch=True).eval()
+    clips = clips_for(SMALL, n_clips=3)
+    shapes = {"clips": {0: torch.export.Dim("clips", min=1, max=64)}}
+    exported = torch.export.export(model, (clips_for(SMALL),), dynamic_shapes=shapes)
+    torch.testing.assert_close(exported.module()(clips), model(clips), atol=1e-6, rtol=1e-5)
+
+
+def test_building_without_initialising_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    TemporalViT(SMALL, initialise=False)
+    assert torch.equal(torch.get_rng_state(), before)

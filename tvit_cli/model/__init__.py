@@ -1,0 +1,1 @@
+"""The temporal Vision Transformer, its pretrained weights, its adapters, and its folder on disk."""

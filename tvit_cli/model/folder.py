@@ -1,0 +1,193 @@
+"""What a trained model is on disk: `card.json` beside `model.safetensors`.
+
+The weights are merged and carry the plain names of `TemporalViT`: to load them takes no PEFT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tvit_cli.errors import ModelError, RunError
+from tvit_cli.model.vit import TemporalViT, ViTConfig
+from tvit_cli.settings.card import CARD_VERSION, ModelCard
+
+CARD_FILE = "card.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
+    """Writes a model folder, whole or not at all; an older one is replaced only by a whole new one.
+
+    The card's `weights_sha256` is filled in. Raises ModelError when something that is no model folder is in
+    the way, RunError when the disk is full or cannot be written.
+    """
+    if folder.exists() and not _may_be_replaced(folder):
+        raise ModelError(f"{folder}: exists and is no model folder. Name another one, or move it away.")
+    try:
+        with _replacing(folder) as new:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
+            card = card.model_copy(update={"weights_sha256": _sha256(new / WEIGHTS_FILE)})
+            (new / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: the model cannot be written ({error}). Free some space, or choose another disk."
+        ) from error
+
+
+def load_card(folder: Path) -> ModelCard:
+    """The card of a model folder. Raises ModelError when it is missing, damaged, or newer than this tvit."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder. Name the folder that holds {CARD_FILE}.")
+    path = folder / CARD_FILE
+    if not path.is_file():
+        raise _missing_file(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deep
+        raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from error
+    version = raw.get("card_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > CARD_VERSION:
+        raise ModelError(
+            f"{path}: card version {version}, written by tvit {raw.get('tvit_version', '?')}; this tvit "
+            f"reads up to version {CARD_VERSION}. Upgrade it: python -m pip install --upgrade tvit"
+        )
+    try:
+        return ModelCard.model_validate_json(text)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'card'}: {fault['msg']}" for fault in error.errors()]
+        raise ModelError(f"{path}: {'; '.join(faults)}. Copy the folder again.") from error
+
+
+def load_model(
+    folder: Path, *, device: torch.device | str = "cpu", verify: bool = False
+) -> tuple[TemporalViT, ModelCard]:
+    """The model, ready to predict (`eval()`), with its card.
+
+    On the CPU the weights are mapped from the file, not read. `verify` first compares their hash with the
+    card's. Raises ModelError for a folder that is incomplete or damaged, or whose parts do not belong
+    together.
+    """
+    card = load_card(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise _missing_file(path)
+    if verify and _sha256(path) != card.weights_sha256:
+        raise ModelError(
+            f"{path}: its hash is not the one in {CARD_FILE}. The file was changed; copy it again."
+        )
+    try:
+        config = ViTConfig.from_dict(card.model)
+    except ValueError as error:
+        raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
+    model = TemporalViT(config, initialise=False)
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error}). The file may be truncated; copy it again."
+        ) from error
+    _check_state(path, state, model.state_dict())
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval(), card
+
+
+def find_newest_model(working_directory: Path) -> Path:
+    """The model folder below `working_directory` whose card was written last.
+
+    Looks for `<experiment>/model` and `<experiment>/<any>/model`. Raises ModelError when there is none.
+    """
+    written = []
+    for pattern in (f"*/model/{CARD_FILE}", f"*/*/model/{CARD_FILE}"):
+        for card in working_directory.glob(pattern):
+            try:
+                written.append((card.stat().st_mtime_ns, card.parent))
+            except FileNotFoundError:
+                continue  # replaced since it was listed
+    if not written:
+        raise ModelError(
+            f"{working_directory}: no trained model in it. Train one (tvit train --preset quickstart), or "
+            "name a model folder with --model."
+        )
+    return max(written)[1]
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    return (folder / CARD_FILE).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new, old = work / "new", work / "old"
+    try:
+        new.mkdir()
+        yield new
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _missing_file(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: this file of the model folder is missing. Copy the whole folder again, or train again: a "
+        "run writes it at its end."
+    )
+
+
+def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in expected]
+    problems += [
+        f"{name} has the shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ModelError(
+            f"{path}: {'; '.join(problems[:4])}{more}. The weights do not belong to the {CARD_FILE} beside "
+            "them; copy both from one place."
+        )
