@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-
-# Tests run side by side, and what they start inherits this: threads that wait for each other in turns would
-# make tiny steps a hundred times slower. Set before torch is imported anywhere.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +13,8 @@ import pytest
 
 from tvit_cli.data.video import write_video
 
-# Tests run on every core at once; torch's threads on top of that only wait for each other.
+# Tests run on every core at once, and so does what they start; torch's threads on top of that only wait for
+# each other. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HEIGHT, WIDTH = 48, 64

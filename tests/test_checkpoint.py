@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch
         real_write(path, data)
 
     monkeypatch.setattr(module, "_write", full)
-    with pytest.raises(RunError, match="the disk is full. step-000001 is still whole"):
+    with pytest.raises(RunError, match=r"the disk is full\. step-000001 is still whole"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     assert load_checkpoint(tmp_path / "step-000001").state.step == 1

@@ -16,13 +16,18 @@ from tvit_cli.settings.train import TrainSettings
 VERBS = (TrainSettings, EvalSettings, PredictSettings)
 
 # The parameter table of the system that tvit re-implements.
-REFERENCE = """
-    experiment_name path_to_data working_directory checkpoint_dir hf_model_name lora_rank lora_alpha
-    lora_use_rslora lora_dropout lora_bias lora_target_modules lora_exclude_modules epochs warmup_epochs
-    save_checkpoint_interval per_gpu_batch_size gradient_accumulation_steps learning_rate weight_decay
-    label_smoothing custom_weight_init bias_weight_decay norm_weight_decay max_grad_norm img_size num_workers
-    adam_beta1 adam_beta2 adam_epsilon log_wandb resume_from_checkpoint top_k max_no_of_checkpoints n_frames
-""".split()
+# fmt: off
+REFERENCE = [
+    "experiment_name", "path_to_data", "working_directory", "checkpoint_dir", "hf_model_name",
+    "lora_rank", "lora_alpha", "lora_use_rslora", "lora_dropout", "lora_bias",
+    "lora_target_modules", "lora_exclude_modules", "epochs", "warmup_epochs",
+    "save_checkpoint_interval", "per_gpu_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "weight_decay", "label_smoothing", "custom_weight_init", "bias_weight_decay",
+    "norm_weight_decay", "max_grad_norm", "img_size", "num_workers", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "log_wandb", "resume_from_checkpoint", "top_k", "max_no_of_checkpoints",
+    "n_frames",
+]
+# fmt: on
 
 
 def read(environ: dict[str, str] | None = None, **arguments: Any) -> Loaded[TrainSettings]:

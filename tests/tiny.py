@@ -1,4 +1,4 @@
-"""The smallest things that can be trained: a folder of coloured clips, and a pretrained ViT of 16 channels."""
+"""The smallest things that can be trained: coloured clips, and a pretrained ViT 16 wide."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
 from tvit_cli.data.video import write_video
 from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.settings.train import TrainSettings

@@ -1,18 +1,22 @@
-"""The verbs: settings in, engine called, result shown."""
+"""The verbs: settings in, engine called, result shown. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
-from tvit_cli.console import Console
+from typing import TYPE_CHECKING
+
 from tvit_cli.errors import RunError
-from tvit_cli.options import Verbosity
-from tvit_cli.settings.base import Loaded
-from tvit_cli.settings.eval import EvalSettings
-from tvit_cli.settings.predict import PredictSettings
-from tvit_cli.settings.train import TrainSettings
+
+if TYPE_CHECKING:
+    from tvit_cli.options import Verbosity
+    from tvit_cli.settings.base import Loaded
+    from tvit_cli.settings.eval import EvalSettings
+    from tvit_cli.settings.predict import PredictSettings
+    from tvit_cli.settings.train import TrainSettings
 
 
 def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train a model and say where it is and what to type next."""
+    from tvit_cli.console import Console
     from tvit_cli.engine import train as engine
     from tvit_cli.engine.run import find_run, saved_settings
 
@@ -35,6 +39,7 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
 
 def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
     """Score a model and show its metrics, overall and per class."""
+    from tvit_cli.console import Console
     from tvit_cli.engine import eval as engine
 
     with Console(verbosity) as console:
@@ -57,6 +62,7 @@ def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
 
 def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:
     """Label videos as a table or JSON lines; exit code 1 if some could not be read."""
+    from tvit_cli.console import Console
     from tvit_cli.engine import predict as engine
 
     with Console(verbosity) as console:

@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 import tvit_cli
-from tvit_cli import commands, options
+from tvit_cli import commands
 from tvit_cli.errors import TvitError
-from tvit_cli.settings.eval import EvalSettings
-from tvit_cli.settings.predict import PredictSettings
-from tvit_cli.settings.train import TrainSettings
 
-VERBS = (TrainSettings, EvalSettings, PredictSettings)
+if TYPE_CHECKING:
+    from tvit_cli.options import Verbosity
+    from tvit_cli.settings.base import Loaded, Settings
+
+S = TypeVar("S", bound="Settings")
+Command = Callable[..., None]
 
 
-def build_app() -> typer.Typer:
-    """The Typer app with all verbs."""
+def _train() -> Command:
+    """Train a temporal Vision Transformer on a folder of videos."""
+    from tvit_cli.settings.train import TrainSettings
+
+    return _command(TrainSettings, commands.train, preset=True)
+
+
+def _eval() -> Command:
+    """Score a trained model on a subset, from one deterministic view of each video."""
+    from tvit_cli.settings.eval import EvalSettings
+
+    return _command(EvalSettings, commands.evaluate)
+
+
+def _predict() -> Command:
+    """Label videos with a trained model."""
+    from tvit_cli.settings.predict import PredictSettings
+
+    return _command(PredictSettings, commands.predict)
+
+
+VERBS: dict[str, Callable[[], Command]] = {"train": _train, "eval": _eval, "predict": _predict}
+
+
+def build_app(arguments: Sequence[str] | None = None) -> typer.Typer:
+    """The Typer app for a command line.
+
+    See Note [Only the verb that is typed]. Without arguments, all verbs get their options.
+    """
+    typed = None if arguments is None else {word for word in arguments if word in VERBS}
     app = typer.Typer(
         name="tvit",
         help="From a folder of videos to a trained, measured action classifier.",
@@ -33,10 +63,33 @@ def build_app() -> typer.Typer:
         },
     )
     app.callback()(_program)
-    app.command("train")(options.command(TrainSettings, commands.train, verbs=VERBS, preset=True))
-    app.command("eval")(options.command(EvalSettings, commands.evaluate, verbs=VERBS, preset=False))
-    app.command("predict")(options.command(PredictSettings, commands.predict, verbs=VERBS, preset=False))
+    for name, verb in VERBS.items():
+        has_options = typed is None or name in typed
+        app.command(name, help=verb.__doc__)(verb() if has_options else lambda: None)
     return app
+
+
+# Note [Only the verb that is typed]
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# A verb's options are made from its pydantic model, and importing pydantic takes longer than all the rest of
+# `tvit --help`. So a verb gets its options only when its name is among the words typed; the others are listed
+# with their sentence, which is all that --help shows of them. Shell completion builds every verb.
+
+
+def _command(
+    settings: type[S], run: Callable[[Loaded[S], Verbosity], None], *, preset: bool = False
+) -> Command:
+    from tvit_cli import options
+
+    return options.command(settings, run, verbs=_all_settings, preset=preset)
+
+
+def _all_settings() -> tuple[type[Settings], ...]:
+    from tvit_cli.settings.eval import EvalSettings
+    from tvit_cli.settings.predict import PredictSettings
+    from tvit_cli.settings.train import TrainSettings
+
+    return TrainSettings, EvalSettings, PredictSettings
 
 
 def _print_version(asked: bool) -> None:
@@ -58,7 +111,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     TVIT_DEBUG=1 shows tracebacks.
     """
-    app = build_app()
+    words = sys.argv[1:] if arguments is None else arguments
+    app = build_app(None if "_TVIT_COMPLETE" in os.environ else words)
     if os.environ.get("TVIT_DEBUG") == "1":
         app(arguments, prog_name="tvit")
     try:

@@ -29,7 +29,7 @@ def command(
     cls: type[S],
     run: Callable[[Loaded[S], Verbosity], None],
     *,
-    verbs: Iterable[type[Settings]],
+    verbs: Callable[[], Iterable[type[Settings]]],
     preset: bool,
 ) -> Callable[..., None]:
     """A function with one parameter per field of `cls`, as Typer wants it; it calls `run` with the result."""
@@ -42,9 +42,7 @@ def command(
         **given: Any,
     ) -> None:
         flags = {key: value for key, value in given.items() if value is not None and value != []}
-        loaded = load(
-            cls, flags=flags, config=Path(config) if config else None, preset=preset, verbs=tuple(verbs)
-        )
+        loaded = load(cls, flags=flags, config=Path(config) if config else None, preset=preset, verbs=verbs())
         run(loaded, "verbose" if verbose else "quiet" if quiet else "normal")
 
     annotations = {key: _annotation(key, field) for key, field in cls.model_fields.items()}
@@ -57,7 +55,6 @@ def command(
     ]
     body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     body.__annotations__ = dict(annotations)
-    body.__doc__ = cls.__doc__
     return body
 
 

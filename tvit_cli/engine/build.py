@@ -41,25 +41,16 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
                 frame_size=settings.img_size,
                 n_frames=settings.n_frames,
                 tubelet_size=settings.tubelet_size,
-                mlp_width=4 * shape["width"],
                 **shape,
             )
         else:
             pretrained = read_config(source)
             preprocessing = preprocessing.model_copy(update={"mean": pretrained.mean, "std": pretrained.std})
-            config = ViTConfig(
+            config = pretrained.vit_config(
                 num_classes=num_classes,
                 frame_size=settings.img_size,
                 n_frames=settings.n_frames,
                 tubelet_size=settings.tubelet_size,
-                patch_size=pretrained.patch_size,
-                width=pretrained.width,
-                depth=pretrained.depth,
-                num_heads=pretrained.num_heads,
-                mlp_width=pretrained.mlp_width,
-                norm_eps=pretrained.norm_eps,
-                activation=pretrained.activation,
-                qkv_bias=pretrained.qkv_bias,
             )
     except ValueError as error:
         raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {error}") from error

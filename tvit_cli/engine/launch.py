@@ -8,6 +8,7 @@ from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from tvit_cli.engine.trained import pick_device
 
@@ -21,6 +22,7 @@ EXIT_CODES = {
 def make_accelerator(*, device: str, mixed_precision: str) -> Accelerator:
     """An Accelerator on the device asked for. Raises ModelError when this machine has no such device."""
     chosen = pick_device(device)
+    AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
     return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed_precision)
 
 
