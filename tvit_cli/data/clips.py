@@ -99,7 +99,8 @@ class ClipDataset(Dataset[ClipItem]):
             clip = self._read(epoch, index)
         except VideoError as error:
             black = torch.zeros(self._n_frames, self._short_side, self._short_side, 3, dtype=torch.uint8)
-            return ClipItem(black.permute(0, 3, 1, 2), self._targets[index], epoch, index, 0.0, str(error))
+            reason = str(error).removeprefix(f"{self._paths[index]}: ")
+            return ClipItem(black.permute(0, 3, 1, 2), self._targets[index], epoch, index, 0.0, reason)
         self._frame_counts[index] = clip.frame_count
         frames = torch.from_numpy(clip.frames)  # (T, H, W, C)
         if self._shuffle_frames:

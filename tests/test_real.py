@@ -1,0 +1,78 @@
+"""The whole road on real clips: Weizmann, with a pretrained ViT beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import run
+
+from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.predict import predict
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.predict import PredictSettings
+
+pytestmark = pytest.mark.real
+
+
+def weights() -> Path:
+    folder = Path(os.environ.get("TVIT_TEST_DATA", "")).parent / "weights" / "vit-small-patch14-224"
+    if not os.environ.get("TVIT_TEST_DATA") or not folder.is_dir():
+        pytest.skip("no pretrained weights beside TVIT_TEST_DATA")
+    return folder
+
+
+def test_people_who_were_left_out_are_scored_and_predicted(real_data: Path, tmp_path: Path) -> None:
+    result = run(
+        path_to_data=str(real_data / "weizmann"),
+        working_directory=tmp_path,
+        hf_model_name=str(weights()),
+        group_pattern="^([a-z]+)_",
+        test_groups="daria,eli,moshe",
+        val_groups="none",
+        img_size=42,
+        n_frames=2,
+        resize="squash",
+        epochs=1,
+        learning_rate=5e-4,
+        train="classifier",
+        top_k=5,
+        num_workers=1,
+    )
+    scored = evaluate(EvalSettings(model=result.model, device="cpu", num_workers=0))
+    assert scored.metrics["videos"] == 30
+    assert {name.split("/")[1].split("_")[0] for name in read_names(scored.output)} == {
+        "daria",
+        "eli",
+        "moshe",
+    }
+    answer = predict(
+        PredictSettings(paths=(real_data / "weizmann" / "walk",), model=result.model, device="cpu")
+    )
+    assert len(answer.predictions) == 9 and not any(p.error for p in answer.predictions)
+
+
+def read_names(output: Path) -> list[str]:
+    return [line.split(",")[0] for line in (output / "scores.csv").read_text().splitlines()[1:]]
+
+
+def test_odd_files_are_predicted_or_named(real_data: Path, tmp_path: Path) -> None:
+    result = run(
+        path_to_data=str(real_data / "weizmann"),
+        working_directory=tmp_path,
+        hf_model_name=None,
+        width=16,
+        depth=1,
+        num_heads=2,
+        train="all",
+        group_pattern="^([a-z]+)_",
+        epochs=1,
+    )
+    odd = sorted((real_data / "odd").iterdir())
+    answer = predict(PredictSettings(paths=tuple(odd), model=result.model, device="cpu"))
+    assert len(answer.predictions) == 54
+    failed = [p for p in answer.predictions if p.error]
+    assert len(failed) == 15
+    assert sum("no video in this file" in p.error for p in failed) == 14  # the last one is damaged
+    assert all(p.labels or p.error for p in answer.predictions)
