@@ -96,7 +96,7 @@ def test_an_unreadable_video_becomes_black_frames_of_no_weight(videos: list[Vide
     assert item.frames.shape == (8, 3, 24, 24)
     assert not item.frames.any()
     assert (item.label, item.weight) == (1, 0.0)
-    assert "text.avi: not a video" in item.error
+    assert item.error.startswith("not a video")
     batch = collate([dataset([videos[0], bad])[(0, index)] for index in (0, 1)])
     assert batch.weights.tolist() == [1, 0]
     assert [index for index, _ in batch.errors] == [1]
