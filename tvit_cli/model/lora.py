@@ -111,8 +111,8 @@ def resolve_layers(model: TemporalViT, names: Iterable[str], *, option: str) -> 
             close = difflib.get_close_matches(wanted, [*LORA_TARGETS, *layers], n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ModelError(
-                f"{option}: {wanted!r} is no layer of the model.{hint} Legal names are {', '.join(LORA_TARGETS)}, "
-                "or one layer in full, such as blocks.0.attention.q."
+                f"{option}: {wanted!r} is no layer of the model.{hint} Legal names are "
+                f"{', '.join(LORA_TARGETS)}, or one layer in full, such as blocks.0.attention.q."
             )
         meant.update(found)
     return [name for name in layers if name in meant]
