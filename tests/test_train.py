@@ -293,7 +293,7 @@ def test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built(
     ("changes", "error", "words"),
     [
         ({"lora_target_modules": "qq"}, ModelError, "patch_embed"),
-        ({"img_size": 33}, ModelError, "multiple"),
+        ({"img_size": 33}, ModelError, "--img-size 33 is not a multiple"),
         ({"hf_model_name": "no/such-model"}, ModelError, "no/such-model"),
         ({"val_groups": "g99"}, DataError, "g99"),
         ({"resume_from_checkpoint": "latest"}, TvitError, "no run with a checkpoint"),
@@ -303,9 +303,12 @@ def test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built(
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_named(trained: Run, changes: dict[str, str], error: type, words: str) -> None:
+def test_what_cannot_be_used_is_named_and_leaves_no_run(
+    trained: Run, changes: dict[str, str], error: type, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(error, match=words):
         trained(**changes)
+    assert not list(tmp_path.iterdir())
 
 
 def test_top_k_above_the_number_of_classes_is_clamped_and_said(
@@ -393,7 +396,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
 SHOWN_ELSEWHERE = {
     "path_to_data": test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built,
     "resume_from_checkpoint": test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits,
-    "device": test_what_cannot_be_used_is_named,
+    "device": test_what_cannot_be_used_is_named_and_leaves_no_run,
     "num_workers": "test_workers_are_as_many_as_asked_for",
 }
 

@@ -111,6 +111,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     TVIT_DEBUG=1 shows tracebacks.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # See Note [Threads that wait must sleep]
     words = sys.argv[1:] if arguments is None else arguments
     app = build_app(None if "_TVIT_COMPLETE" in os.environ else words)
     if os.environ.get("TVIT_DEBUG") == "1":
@@ -128,6 +129,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001  # the last resort: one sentence instead of a traceback
         text = f"{type(error).__name__}: {error}\nThis is a mistake in tvit itself; TVIT_DEBUG=1 shows where."
         _fail(TvitError(text), 1)
+
+
+# Note [Threads that wait must sleep]
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# Between two operations, OpenMP's threads spin on their cores by default. Beside a process that decodes videos
+# they then steal the very core that the thread they wait for needs: on 2 cores, an epoch of the quickstart took
+# 87 s spinning and 12 s sleeping (tests/bench/RESULTS.md). It has to be said before torch is imported.
 
 
 def _fail(error: TvitError, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,14 @@ from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import BaseWeights, Preprocessing
 from tvit_cli.settings.train import SCRATCH_SHAPE, TrainSettings
+
+# What a user calls the numbers that a ViTConfig refuses.
+FLAGS = {
+    name: flag(name) for name in ("width", "depth", "num_heads", "patch_size", "tubelet_size", "n_frames")
+} | {"frame_size": "--img-size"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
                 tubelet_size=settings.tubelet_size,
             )
     except ValueError as error:
-        raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {error}") from error
+        sentence = re.sub(r"\b\w+\b", lambda word: FLAGS.get(word[0], word[0]), str(error))
+        raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error
     model = build_model(
         config, seed=settings.seed, truncated_normal=settings.custom_weight_init, from_scratch=source is None
     )

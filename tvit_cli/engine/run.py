@@ -34,7 +34,7 @@ class Run:
 
 
 def open_run(settings: TrainSettings) -> Run:
-    """Choose and make the folder that a training writes to.
+    """Choose the folder that a training writes to; `write_settings` makes it, once all else was found good.
 
     Raises SettingsError when the named experiment exists and is not to be resumed, CheckpointError when there
     is nothing to resume from.
@@ -49,12 +49,6 @@ def open_run(settings: TrainSettings) -> Run:
             f"--experiment-name {name}: {folder} exists already. "
             f"Go on with it (--experiment-name {name} --resume-from-checkpoint latest), or take another name."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{folder}: cannot be made ({error.strerror}). Choose another --working-directory."
-        ) from error
     return Run(folder, folder / settings.checkpoint_dir, None)
 
 
@@ -104,9 +98,15 @@ def saved_settings(run: Run) -> Path:
 
 
 def write_settings(run: Run, settings: TrainSettings) -> None:
-    """Store what a run was told, as --config reads it."""
+    """Make the run's folder and store what the run was told, as --config reads it."""
     values = settings.model_dump(mode="json", exclude={"resume_from_checkpoint"})
-    (run.folder / SETTINGS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / SETTINGS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"{run.folder}: cannot be written ({error.strerror}). Choose another --working-directory."
+        ) from error
 
 
 def identity(
