@@ -136,16 +136,15 @@ def test_a_model_depends_on_its_seed_alone_and_leaves_the_global_state() -> None
     assert not torch.equal(first["blocks.0.attention.q.weight"], other["blocks.0.attention.q.weight"])
 
 
-def test_layers_start_as_torch_starts_them() -> None:
+def test_layers_start_with_xaviers_uniform_weights_and_no_bias() -> None:
     model = build_model(SMALL, seed=0, from_scratch=True)
-    pairs = [
-        (model.blocks[0].mlp.fc1, torch.nn.Linear(32, 128)),
-        (model.patch_embed, torch.nn.Conv2d(3, 32, kernel_size=8)),
-    ]
-    for ours, theirs in pairs:
-        assert ours.weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=0.1)
-        assert ours.weight.abs().max().item() == pytest.approx(theirs.weight.abs().max().item(), rel=0.02)
-        assert ours.bias.abs().max().item() == pytest.approx(theirs.bias.abs().max().item(), rel=0.2)
+    for layer in (model.blocks[0].mlp.fc1, model.patch_embed):
+        rows, columns = layer.weight.flatten(1).shape
+        bound = (6 / (rows + columns)) ** 0.5
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+        assert layer.weight.abs().max().item() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not layer.bias.any()
     assert model.classifier.weight.std() < 0.05 * model.blocks[0].attention.q.weight.std()
     assert torch.equal(model.classifier.bias, torch.zeros(5))
 

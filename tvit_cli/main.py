@@ -133,9 +133,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 # Note [Threads that wait must sleep]
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# Between two operations, OpenMP's threads spin on their cores by default. Beside a process that decodes videos
-# they then steal the very core that the thread they wait for needs: on 2 cores, an epoch of the quickstart took
-# 87 s spinning and 12 s sleeping (tests/bench/RESULTS.md). It has to be said before torch is imported.
+# Between two operations, OpenMP's threads spin on their cores by default. Beside a process that decodes
+# videos they then take the very core that the thread they wait for needs: on 2 busy cores, an epoch of the
+# quickstart took 87 s spinning and 12 s sleeping (tests/bench/RESULTS.md). Torch reads this on import.
 
 
 def _fail(error: TvitError, code: int) -> None:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .attention import SCHEMES
 
 INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
-CLASSIFIER_SCALE = 0.01  # of torch's default: the first loss is close to log(K), whatever the features are
+CLASSIFIER_SCALE = 0.01  # of Xavier's: the first loss is close to log(K), whatever the features are
 
 
 class QuickGELU(nn.Module):
@@ -171,26 +171,23 @@ class TemporalViT(nn.Module):
     ) -> None:
         """Draws all parameters anew.
 
-        Linear and convolution layers take torch's default, or with `truncated_normal` a truncated normal of
-        std 0.02 and zero biases. The classifier starts small. The temporal embedding is drawn only when
-        trained from scratch; beside pretrained weights it starts at zero.
+        Linear and convolution layers take Xavier's uniform weights and zero biases, as ViT's official code
+        does, or with `truncated_normal` a truncated normal of std 0.02. The classifier starts small. The
+        temporal embedding is drawn where all is trained from scratch, zero beside pretrained weights.
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear | nn.Conv2d) and truncated_normal:
-                _truncated_normal(module.weight, generator)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                if truncated_normal:
+                    _truncated_normal(module.weight, generator)
+                else:
+                    nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear | nn.Conv2d):
-                bound = 1 / math.sqrt(module.weight[0].numel())  # fan-in: what torch's default amounts to
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                if module.bias is not None:
-                    nn.init.uniform_(module.bias, -bound, bound, generator=generator)
         if not truncated_normal:
             self.classifier.weight.mul_(CLASSIFIER_SCALE)
-            nn.init.zeros_(self.classifier.bias)
         for position in self.positions.parameters():
             _truncated_normal(position, generator)
         if from_scratch:

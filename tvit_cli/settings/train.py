@@ -160,7 +160,7 @@ class TrainSettings(Settings):
     )
     custom_weight_init: bool = Field(
         False,
-        description="Initialise layers without pretrained weights from a truncated normal (sd 0.02, bias 0)",
+        description="Draw layers without pretrained weights from a truncated normal, sd 0.02",
         json_schema_extra=about(MODEL, reference="False"),
     )
 
