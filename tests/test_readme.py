@@ -10,7 +10,8 @@ import pytest
 from readme_table import README, updated
 
 from tvit_cli import main
-from tvit_cli.settings.base import presets
+from tvit_cli.settings.base import load, presets
+from tvit_cli.settings.train import TrainSettings
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -44,3 +45,11 @@ def test_the_two_commands_are_one_line_each_under_their_heading() -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL)
     assert [len(block.strip().splitlines()) for block in blocks] == [1, 1]
     assert (Path(__file__).parents[1] / ".ci" / "run").read_text().count("## Two commands") >= 1
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_config_is_valid(path: Path) -> None:
+    assert load(TrainSettings, flags={}, config=path, environ={}).settings

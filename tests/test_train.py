@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
 
+from tvit_cli.data.clips import ClipDataset
 from tvit_cli.engine import checkpoint
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.events import Event, Note
@@ -145,6 +146,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -155,7 +157,10 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     changes = {"epochs": 40, "save_checkpoint_interval": 1, "max_no_of_checkpoints": 2}
     whole = trained(experiment_name="whole", **changes)
     facts = settings(
-        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **changes
+        path_to_data=str(clips),
+        hf_model_name=str(pretrained),
+        working_directory=tmp_path,
+        **{**changes, "num_workers": 1},
     ).model_dump(mode="json")
     (tmp_path / "c.json").write_text(json.dumps(facts))
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -164,7 +169,7 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.15)
-    child.send_signal(getattr(signal, name))
+    os.killpg(child.pid, getattr(signal, name))  # as a terminal or a queue does: the loader's worker, too
     _, errors = child.communicate(timeout=60)
     assert child.returncode == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name], errors
     assert not (tmp_path / "killed" / "model").exists()
@@ -321,6 +326,17 @@ def test_top_k_above_the_number_of_classes_is_clamped_and_said(
     result = train(facts, events.append)
     assert any("top-3" in e.text for e in events if isinstance(e, Note))
     assert "val_video_top3" in records(result)[0]
+
+
+def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: ClipDataset, key: tuple[int, int]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", dies)
+    with pytest.raises(RunError, match="A process that decodes videos died after step 0"):
+        trained(num_workers=1)
 
 
 def weights_differ(base: TrainResult, changed: TrainResult) -> bool:

@@ -5,6 +5,7 @@ Letters: B clips, T frames, C channels, H W pixels.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,6 +133,17 @@ def collate(items: Sequence[ClipItem]) -> ClipBatch:
         weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
         errors=[(item.index, item.error) for item in items if item.error],
     )
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Start a loader worker that leaves stopping to its parent; a DataLoader's `worker_init_fn`.
+
+    A terminal and most queues signal the whole process group. The parent finishes its step and saves, for
+    which it needs the worker; when it is gone, torch ends the worker.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, collate
+from tvit_cli.data.clips import ClipBatch, ClipDataset, collate, ignore_stop_signals
 from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
 from tvit_cli.engine.build import Built
@@ -75,11 +75,11 @@ class Loop:
 
 def fit(loop: Loop) -> None:
     """Take every step of the plan that is not done yet."""
-    loader = _loader(loop)
+    batches = _clips(loop)
     clock = Clock()
     loop.model.train()
     with StopSignals() as signals:
-        for planned, batch in zip(loop.plan.micro_batches(loop.step), loader, strict=True):
+        for planned, batch in zip(loop.plan.micro_batches(loop.step), batches, strict=True):
             clock.data_arrived()
             loss = _forward_backward(loop, planned, batch)
             clock.clips += planned.real * loop.plan.processes
@@ -224,8 +224,23 @@ def _stop(loop: Loop, name: str) -> None:
     )
 
 
+def _clips(loop: Loop) -> Iterator[ClipBatch]:
+    """The batches of everything that is left of the run, so that workers read ahead across epochs.
+
+    Raises RunError when a process that decodes videos dies.
+    """
+    try:
+        yield from _loader(loop)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"A process that decodes videos died after step {loop.step}: {error}. If memory ran out, take "
+            "fewer --num-workers. Go on from the last checkpoint with --resume-from-checkpoint latest."
+        ) from error
+
+
 def _loader(loop: Loop) -> Iterable[ClipBatch]:
-    """One pass over everything that is left of the run, so that workers read ahead across epochs."""
     dataset = ClipDataset(
         loop.source.readable("train"),
         loop.source.layout.labels,
@@ -239,6 +254,7 @@ def _loader(loop: Loop) -> Iterable[ClipBatch]:
         batch_sampler=BatchKeys(loop.plan, loop.step),
         num_workers=_workers(loop),
         collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=loop.device.type == "cuda",
         generator=torch.Generator(),  # else iterating draws from the global one
     )

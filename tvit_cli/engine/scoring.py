@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, collate
+from tvit_cli.data.clips import ClipBatch, ClipDataset, collate, ignore_stop_signals
 from tvit_cli.data.layout import Video
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.settings.card import Preprocessing
@@ -62,6 +62,7 @@ def score(
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
         num_workers=min(workers, -(-len(keys) // batch_size)),
         collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
     )
     was_training = model.training
     model.eval()

@@ -172,8 +172,9 @@ class TemporalViT(nn.Module):
         """Draws all parameters anew.
 
         Linear and convolution layers take Xavier's uniform weights and zero biases, as ViT's official code
-        does, or with `truncated_normal` a truncated normal of std 0.02. The classifier starts small. The
-        temporal embedding is drawn where all is trained from scratch, zero beside pretrained weights.
+        does, or with `truncated_normal` a truncated normal of std 0.02. Beside pretrained weights the
+        classifier starts small and the temporal embedding at zero; from scratch, a small classifier would
+        only slow what is below it (tests/bench/RESULTS.md).
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -186,7 +187,7 @@ class TemporalViT(nn.Module):
                     nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if not truncated_normal:
+        if not (truncated_normal or from_scratch):
             self.classifier.weight.mul_(CLASSIFIER_SCALE)
         for position in self.positions.parameters():
             _truncated_normal(position, generator)
