@@ -1,0 +1,485 @@
+"""`tvit download` against mirrors on the loopback interface: what lands, what is refused, what goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import loopback
+import pytest
+from archives import Entry, write_rar4, write_tar, write_zip
+from loopback import Server
+
+from tvit_cli.data.remote import rar, supply
+from tvit_cli.data.remote.catalog import Dataset, Layout, Part, Source
+from tvit_cli.data.remote.fetch import MirrorsFailed
+from tvit_cli.data.remote.http import Http, Retry
+from tvit_cli.data.splits import parse_split_lists
+from tvit_cli.engine.download import DownloadResult, Progress, download
+from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.settings.download import DownloadSettings
+
+CLASSES = ("Archery", "Bowling", "HandStandPushups")
+HTTP = Http(timeout=5, retry=Retry(attempts=2, sleep=lambda _: None, jitter=lambda: 0.5))
+needs_rar = pytest.mark.skipif(not rar.ways(), reason="nothing here reads RAR")
+
+
+def videos(size: int = 4000) -> dict[str, bytes]:
+    """Small stand-ins for clips: 3 classes x 6 groups, by the name that the lists use."""
+    draw = random.Random(7)
+    return {
+        f"{action}/v_{action}_g{group:02}_c01.avi": draw.randbytes(size)
+        for action in CLASSES
+        for group in (1, 2, 8, 9, 15, 22)
+    }
+
+
+VIDEOS = videos()
+
+
+def split_archive(path: Path) -> bytes:
+    texts = {"classInd.txt": "".join(f"{index} {name}\r\n" for index, name in enumerate(CLASSES, start=1))}
+    for split, (first, last) in enumerate(((1, 7), (8, 14), (15, 21)), start=1):
+        for side in ("train", "test"):
+            lines = [
+                name + ("" if side == "test" else f" {CLASSES.index(name.split('/')[0]) + 1}")
+                for name in VIDEOS
+                if (first <= int(name.split("_g")[1][:2]) <= last) == (side == "test")
+            ]
+            texts[f"{side}list{split:02}.txt"] = "\r\n".join(lines) + "\n"
+    write_zip(path, [Entry(f"ucfTrainTestlist/{name}", text.encode()) for name, text in texts.items()])
+    return path.read_bytes()
+
+
+@dataclass
+class World:
+    """A server, a catalog of one set, and the folder that it is downloaded to."""
+
+    server: Server
+    root: Path
+    dataset: Dataset
+    spelt: str = "HandstandPushups"  # as the flat ZIP spells it
+
+    def run(self, **how: object) -> DownloadResult:
+        given = {key: how.pop(key) for key in ("progress", "report", "free", "http", "makers") if key in how}
+        settings = DownloadSettings(name="mini", data_directory=self.root / "data", **how)  # type: ignore[arg-type]
+        given.setdefault("http", HTTP)
+        return download(settings, catalog=[self.dataset], **given)  # type: ignore[arg-type]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "data" / "mini"
+
+    def landed(self) -> dict[str, bytes]:
+        base = self.folder / "videos"
+        return {path.relative_to(base).as_posix(): path.read_bytes() for path in base.rglob("*.avi")}
+
+    def source(self, path: str, body: bytes, layout: Layout = "ucf101", **how: object) -> Source:
+        kind = "rar" if body[:3] == b"Rar" else "zip" if body[:2] == b"PK" else "tar"
+        url = self.server.add(path, body, **how)
+        return Source((url,), kind, layout, len(body), hashlib.sha256(body).hexdigest())  # type: ignore[arg-type]
+
+    def use(self, *sources: Source) -> None:
+        self.dataset = replace(self.dataset, videos=(Part("videos", sources),))
+
+    def flat_zip(self) -> bytes:
+        spelt = {name: name.split("/")[1].replace("HandStandPushups", self.spelt) for name in VIDEOS}
+        write_zip(
+            self.root / "flat.zip", [Entry(f"UCF101/{spelt[name]}", data) for name, data in VIDEOS.items()]
+        )
+        return (self.root / "flat.zip").read_bytes()
+
+    def foldered(self, form: str) -> bytes:
+        write = {"rar": write_rar4, "tar": write_tar}[form]
+        write(self.root / "foldered", [Entry(f"UCF-101/{name}", data) for name, data in VIDEOS.items()])
+        return (self.root / "foldered").read_bytes()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with loopback.serving() as server:
+        world = World(
+            server, tmp_path, Dataset("mini", "mini", 3, len(VIDEOS), "ours", "https://example.org")
+        )
+        world.use(world.source("/flat.zip", world.flat_zip()))
+        lists = world.source("/lists.zip", split_archive(tmp_path / "lists.zip"), "lists")
+        world.dataset = replace(
+            world.dataset, splits=(Part("splits", (lists,)),), test_groups=((1, 7), (8, 14), (15, 21))
+        )
+        yield world
+
+
+def test_set_lands_in_one_tidy_folder_with_its_manifest(world: World) -> None:
+    seen: list[Progress] = []
+    result = world.run(progress=seen.append)
+    assert world.landed() == VIDEOS  # three classes, although the archive spells one of them in another way
+    assert (result.classes, result.videos, result.landed) == (3, len(VIDEOS), len(VIDEOS) + 7)
+    assert result.bytes_received == world.server.sent
+    assert {path.name for path in world.folder.iterdir()} == {"videos", "splits", "download.json", ".lock"}
+    assert len(parse_split_lists(world.folder / "splits", 1)["test"]) == 6
+    manifest = json.loads((world.folder / "download.json").read_text())
+    record = manifest["files"]["videos/HandStandPushups/v_HandStandPushups_g01_c01.avi"]
+    assert record["member"] == "UCF101/v_HandstandPushups_g01_c01.avi"
+    data = VIDEOS["HandStandPushups/v_HandStandPushups_g01_c01.avi"]
+    assert (record["bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    source = manifest["sources"][record["source"]]
+    assert source["url"].endswith("/flat.zip") and source["verified"] is True
+    assert {event.stage for event in seen} == {"fetch", "unpack"} and seen[-1].done == seen[-1].total
+
+
+def test_second_run_asks_for_nothing(world: World) -> None:
+    world.run()
+    world.server.forget()
+    result = world.run()
+    assert world.server.requests == [] and result.landed == 0 and result.videos == len(VIDEOS)
+
+
+def test_second_run_fetches_only_the_file_that_is_missing(world: World) -> None:
+    world.run()
+    world.server.forget()
+    lost = "Archery/v_Archery_g02_c01.avi"
+    (world.folder / "videos" / lost).unlink()
+    before = {path: path.stat().st_mtime_ns for path in world.folder.rglob("*.avi")}
+    assert world.run().landed == 1
+    assert world.landed() == VIDEOS and world.server.sent < 45_000
+    assert all(path.stat().st_mtime_ns == time_ for path, time_ in before.items())
+
+
+def test_verify_names_what_differs_and_repair_mends_it(world: World) -> None:
+    world.run()
+    world.server.forget()
+    gone, short, wrong = sorted(VIDEOS)[:3]
+    (world.folder / "videos" / gone).unlink()
+    (world.folder / "videos" / short).write_bytes(b"x")
+    (world.folder / "videos" / wrong).write_bytes(VIDEOS[wrong][:-1] + b"?")
+    (world.folder / "splits" / "testlist02.txt").write_text("")
+    result = world.run(verify=True)
+    assert [(one.path, one.kind) for one in result.differences] == [
+        ("splits/testlist02.txt", "size"),
+        (f"videos/{gone}", "missing"),
+        (f"videos/{short}", "size"),
+        (f"videos/{wrong}", "content"),
+    ]
+    assert world.server.requests == []
+    assert world.run(repair=True).differences == ()
+    assert world.landed() == VIDEOS and world.run(verify=True).differences == ()
+
+
+def test_verify_before_a_download_says_so(world: World) -> None:
+    with pytest.raises(DataError, match=r"has no download\.json. Run `tvit download mini` first"):
+        world.run(verify=True)
+
+
+@pytest.mark.parametrize("form", [pytest.param("rar", marks=needs_rar), "tar"])
+def test_archive_with_class_folders_lands_the_same(world: World, form: str) -> None:
+    world.use(world.source(f"/a.{form}", world.foldered(form)))
+    world.run()
+    assert world.landed() == VIDEOS
+
+
+@needs_rar
+def test_next_source_of_another_form_is_taken_where_the_first_fails(world: World) -> None:
+    good = world.source("/a.rar", world.foldered("rar"))
+    world.use(replace(good, urls=(f"{world.server.base}/gone.zip",), kind="zip"), good)
+    notes: list[str] = []
+    result = world.run(report=notes.append)
+    assert world.landed() == VIDEOS and result.sources[-1].url.endswith("/a.rar")
+    assert any("gone.zip: HTTP 404" in note for note in notes)
+
+
+def test_all_sources_that_failed_are_listed(world: World) -> None:
+    good = world.source("/flat.zip", world.flat_zip())
+    world.use(
+        replace(good, urls=(f"{world.server.base}/gone.zip",)),
+        replace(good, sha256="0" * 64),
+        replace(world.source("/page", b"<html>" * 99), kind="zip"),
+    )
+    with pytest.raises(MirrorsFailed) as caught:
+        world.run()
+    said = str(caught.value)
+    assert (
+        "404" in said and f"{'0' * 64} is expected" in said and "sent a page" in said and "--archive" in said
+    )
+    assert not (world.folder / "videos").exists()
+    assert not [
+        path
+        for path in (world.folder / "archives").iterdir()
+        if path.suffix == ".part" or path.name == "flat.zip"
+    ]
+
+
+def test_split_lists_are_made_where_their_server_is_down(world: World) -> None:
+    world.run()
+    wanted = [parse_split_lists(world.folder / "splits", split) for split in (1, 2, 3)]
+    (world.root / "data").rename(world.root / "before")
+    del world.server.pages["/lists.zip"]
+    world.spelt = "HandStandPushups"
+    world.use(world.source("/flat.zip", world.flat_zip()))
+    notes: list[str] = []
+    result = world.run(report=notes.append)
+    assert [parse_split_lists(world.folder / "splits", split) for split in (1, 2, 3)] == wanted
+    assert result.sources[-1].url == "made from the file names by the rule of the official lists"
+    assert "HTTP 404" in notes[-1] and "made from the file names" in notes[-1]
+    world.server.forget()
+    world.run()
+    assert world.server.requests == []
+
+
+def test_chosen_classes_cost_little_more_than_their_bytes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = {f"UCF101/v_{action}_g{group:02}_c01.avi": random.Random(group).randbytes(30_000)
+           for action in CLASSES for group in range(1, 26)}  # fmt: skip
+    write_zip(world.root / "big.zip", [Entry(name, data) for name, data in big.items()])
+    world.use(world.source("/big.zip", (world.root / "big.zip").read_bytes()))
+    monkeypatch.setattr(supply, "WHOLE_BYTES", 1000)
+    world.run(classes=["Bowling", "archery"], clips_per_class=10)
+    assert (
+        sorted(path.parent.name for path in world.folder.rglob("*.avi"))
+        == ["Archery"] * 10 + ["Bowling"] * 10
+    )
+    lists = len(world.server.pages["/lists.zip"].body)
+    directory = 32 * 1024  # asked for at once, since its size is not known before
+    assert world.server.sent - lists - directory < 1.3 * 20 * 30_000
+    world.server.forget()
+    world.run(classes=["Archery", "Bowling"], clips_per_class=10)
+    assert world.server.requests == []
+    world.run(classes=["Bowling"], clips_per_class=12)
+    assert len(list(world.folder.rglob("*.avi"))) >= 22
+    assert world.run().videos == 75
+
+
+def test_unknown_class_is_refused_with_near_names_before_the_videos(world: World) -> None:
+    with pytest.raises(SettingsError, match=r"--classes bowlin: no such class\. Did you mean Bowling"):
+        world.run(classes=["Bowlin"])
+    assert {path for path, _ in world.server.requests} == {"/lists.zip"}
+
+
+def test_server_without_range_gives_a_small_archive_whole_and_refuses_a_large_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.use(world.source("/flat.zip", world.flat_zip(), ranges=False))
+    assert world.run(clips_per_class=1).videos == 3
+    monkeypatch.setattr(supply, "WHOLE_BYTES", 1000)
+    with pytest.raises(MirrorsFailed, match=r"(?s)ignores Range.*leave out --classes and --clips-per-class"):
+        world.run(clips_per_class=2)
+
+
+def test_given_archive_is_used_without_a_request_for_it(world: World) -> None:
+    path = world.root / "mine.bin"
+    path.write_bytes(world.flat_zip())
+    world.run(archive=path, splits_archive=world.root / "lists.zip")
+    assert world.landed() == VIDEOS and world.server.requests == [] and path.exists()
+
+
+def test_given_archive_with_another_hash_is_refused_with_both(world: World) -> None:
+    (world.root / "mine.zip").write_bytes(world.flat_zip() + b"x")
+    known = world.dataset.videos[0].sources[0].sha256
+    with pytest.raises(DataError, match=f"has sha256 [0-9a-f]{{64}}, mini has {known}"):
+        world.run(archive=world.root / "mine.zip")
+
+
+def test_set_of_several_archives_lands_class_by_class(world: World) -> None:
+    parts = []
+    for action in ("bend", "wave1"):
+        write_zip(
+            world.root / f"{action}.zip",
+            [Entry(f"{who}_{action}.avi", who.encode()) for who in ("daria", "eli")],
+        )
+        source = world.source(f"/{action}.zip", (world.root / f"{action}.zip").read_bytes(), "one class")
+        parts.append(Part(action, (replace(source, bytes=None, sha256=None),)))
+    world.dataset = replace(world.dataset, videos=tuple(parts), splits=(), test_groups=())
+    result = world.run(classes=["wave1"])
+    assert set(world.landed()) == {"wave1/daria_wave1.avi", "wave1/eli_wave1.avi"}
+    assert [path for path, _ in world.server.requests if "bend" in path] == []
+    assert result.sources[0].verified is False
+    result = world.run()
+    assert (result.classes, result.videos) == (2, 4)
+    (world.root / "data").rename(world.root / "before")
+    world.server.forget()
+    assert world.run(archive=world.root).videos == 4 and world.server.requests == []
+    with pytest.raises(DataError, match=r"has no bend\.zip"):
+        world.root.joinpath("data").rename(world.root / "again")
+        world.run(archive=world.root / "before")
+
+
+def test_subset_folders_are_kept(world: World) -> None:
+    write_tar(
+        world.root / "s.tar.gz",
+        [Entry(f"S/{side}/Bowling/v_{side}.avi") for side in ("train", "val", "test")],
+    )
+    world.use(world.source("/s.tar.gz", (world.root / "s.tar.gz").read_bytes(), "subset folders"))
+    world.run()
+    assert set(world.landed()) == {f"{side}/Bowling/v_{side}.avi" for side in ("train", "val", "test")}
+
+
+def test_hostile_archive_of_a_mirror_writes_nothing(world: World) -> None:
+    write_zip(world.root / "bad.zip", [Entry("UCF101/v_Archery_g01_c01.avi"), Entry("../../../x.avi")])
+    world.use(world.source("/bad.zip", (world.root / "bad.zip").read_bytes()))
+    with pytest.raises(MirrorsFailed, match="leads out of the folder"):
+        world.run()
+    assert not list(world.root.rglob("*.avi"))
+
+
+def test_videos_of_somebody_else_are_not_touched(world: World) -> None:
+    (world.folder / "videos").mkdir(parents=True)
+    (world.folder / "videos" / "mine.avi").write_bytes(b"mine")
+    with pytest.raises(DataError, match="did not put there"):
+        world.run()
+    assert world.landed() == {"mine.avi": b"mine"}
+
+
+def test_archive_is_kept_where_that_is_asked_for(world: World) -> None:
+    world.run(keep_archive=True)
+    assert (world.folder / "archives" / "flat.zip").read_bytes() == world.server.pages["/flat.zip"].body
+
+
+def test_disk_too_small_is_named_before_the_fetch(world: World) -> None:
+    with pytest.raises(RunError, match=r"needs .* are free"):
+        world.run(free=lambda _: 64 * 1024**2 + 20_000)
+    assert not [path for path, _ in world.server.requests if "flat" in path]
+
+
+def test_set_that_is_made_is_made(world: World) -> None:
+    world.dataset = replace(world.dataset, videos=(), splits=())
+    with pytest.raises(DataError, match="made on this machine"):
+        world.run()
+    made: list[Path] = []
+    assert world.run(makers={"mini": made.append}).videos == len(VIDEOS) and made == [world.folder]
+
+
+def test_settings_that_contradict_are_refused() -> None:
+    for wrong in (
+        {"verify": True, "repair": True},
+        {"repair": True, "classes": ["A"]},
+        {"clips_per_class": 0},
+    ):
+        with pytest.raises(ValueError):
+            DownloadSettings(name="x", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--list"):
+        DownloadSettings()
+
+
+def test_manifest_that_is_damaged_is_named(world: World) -> None:
+    world.run()
+    (world.folder / "download.json").write_text("{")
+    with pytest.raises(DataError, match="no manifest that this tvit can read"):
+        world.run()
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tvit_cli.data.remote import disk, landing
+from tvit_cli.data.remote.catalog import Dataset, Part, Source
+from tvit_cli.engine.download import download
+from tvit_cli.settings.download import DownloadSettings
+slow = disk.rename
+def rename(source, target):
+    print("rename", flush=True)
+    sys.stdin.readline()
+    slow(source, target)
+disk.rename = rename
+catalog = [{dataset!r}]
+download(DownloadSettings(name="mini", data_directory=Path({data!r})), catalog=catalog)
+"""
+
+
+def test_killed_before_a_rename_it_goes_on(world: World) -> None:
+    """What lasts is made by a rename: the process is killed before the 1st, 3rd, 5th ..."""
+    code = CHILD.format(dataset=world.dataset, data=str(world.root / "data"))
+    for stop in range(1, 40, 2):
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None and child.stdin is not None
+            for _ in range(stop - 1):
+                if child.stdout.readline() != "rename\n":
+                    break
+                child.stdin.write("\n")
+                child.stdin.flush()
+            else:
+                if child.stdout.readline() == "rename\n":
+                    child.send_signal(signal.SIGKILL)
+                    child.wait()
+                    assert world.landed().items() <= VIDEOS.items()
+                    world.run()
+                    assert world.landed() == VIDEOS and world.run(verify=True).differences == ()
+                    assert not [path for path in world.folder.iterdir() if "incoming" in path.name]
+                    (world.root / "data").rename(world.root / f"before{stop}")
+                    continue
+            child.wait()
+            assert child.returncode == 0 and world.landed() == VIDEOS
+            assert stop > 8  # so many steps were tried
+            return
+    pytest.fail("the download never came to its end")
+
+
+def test_killed_while_receiving_it_goes_on(world: World) -> None:
+    page = world.server.pages["/flat.zip"]
+    page.chunk, page.seconds_per_chunk = 2000, 0.02
+    code = CHILD.format(dataset=world.dataset, data=str(world.root / "data")).replace(
+        "disk.rename = rename", ""
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        while world.server.sent < 0.3 * len(page.body):
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+    page.seconds_per_chunk = 0
+    world.server.forget()
+    world.run()
+    assert world.landed() == VIDEOS and world.server.sent < 0.8 * len(page.body)
+
+
+@pytest.fixture
+def real() -> Path:
+    folder = os.environ.get("TVIT_TEST_DATA")
+    if not folder:
+        pytest.skip("TVIT_TEST_DATA is not set")
+    return Path(folder) / "archives"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "name",
+    ["flat.zip", pytest.param(".rar", marks=needs_rar), pytest.param("-solid.rar", marks=needs_rar)],
+)
+def test_real_archives_land_with_their_lists(world: World, real: Path, name: str) -> None:
+    path = real / f"UCF101-mini{name if name[0] in '.-' else '-' + name}"
+    lists = world.source("/real-lists.zip", (real / "UCF101TrainTestSplits-mini.zip").read_bytes(), "lists")
+    world.dataset = replace(world.dataset, splits=(Part("splits", (lists,)),))
+    body = path.read_bytes()
+    world.use(world.source(f"/{path.name}", body, cut_after=int(0.3 * len(body)), cuts=1))
+    result = world.run()
+    assert result.videos == (8 if "solid" in name else 48)
+    assert world.server.sent == len(body) + len(world.server.pages["/real-lists.zip"].body)
+    with zipfile.ZipFile(real / "UCF101-mini-flat.zip") as archive:
+        for clip, data in world.landed().items():
+            assert data == archive.read(f"UCF101/{Path(clip).name}")
+    split = parse_split_lists(world.folder / "splits", 1)
+    assert {f"{action}/{file}" for action, file in split["train"] + split["test"]} >= set(world.landed())
+
+
+@pytest.mark.real
+def test_real_classes_cost_little_more_than_their_bytes(
+    world: World, real: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = world.source("/real-lists.zip", (real / "UCF101TrainTestSplits-mini.zip").read_bytes(), "lists")
+    world.dataset = replace(world.dataset, splits=(Part("splits", (lists,)),))
+    world.use(world.source("/a.zip", (real / "UCF101-mini-flat.zip").read_bytes()))
+    monkeypatch.setattr(supply, "WHOLE_BYTES", 1000)
+    world.run(classes=["Bend", "Walk"], clips_per_class=4)
+    with zipfile.ZipFile(real / "UCF101-mini-flat.zip") as archive:
+        packed = sum(archive.getinfo(f"UCF101/{Path(clip).name}").compress_size for clip in world.landed())
+    cost = world.server.sent - len(world.server.pages["/real-lists.zip"].body) - 32 * 1024
+    assert len(world.landed()) == 8 and cost < 1.3 * packed

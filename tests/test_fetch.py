@@ -1,0 +1,368 @@
+"""Download of one file: resumed, verified, from the next mirror, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import loopback
+import pytest
+from loopback import Server
+
+from tvit_cli.data.remote.fetch import Fetched, MirrorsFailed, fetch
+from tvit_cli.data.remote.http import Broken, Http, Refused, Retry
+from tvit_cli.data.remote.remotezip import RangeFile, RemoteZip
+from tvit_cli.errors import RunError
+
+BODY = random.Random(1).randbytes(300_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+FETCH = """
+from pathlib import Path
+from tvit_cli.data.remote.fetch import fetch
+fetch([{url!r}], Path({target!r}))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with loopback.serving() as running:
+        yield running
+
+
+def quick(waits: list[float] | None = None, **how: float) -> Http:
+    """An Http that does not sleep, but tells how long it would have."""
+    sleep = waits.append if waits is not None else lambda _: None
+    return Http(timeout=5, retry=Retry(sleep=sleep, jitter=lambda: 0.5, **how))  # type: ignore[arg-type]
+
+
+def get(urls: list[str], target: Path, **how: object) -> Fetched:
+    how.setdefault("http", quick())
+    return fetch(urls, target, **how)  # type: ignore[arg-type]
+
+
+def names(folder: Path) -> set[str]:
+    """Files of a folder, without the lock and the record of the source."""
+    return {path.name for path in folder.iterdir() if not path.name.endswith((".lock", ".source.json"))}
+
+
+def test_file_comes_whole_with_its_hash(server: Server, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    done = get(
+        [server.add("/a", BODY)],
+        tmp_path / "a",
+        size=len(BODY),
+        sha256=SHA256,
+        progress=lambda *at: seen.append(at),
+    )
+    assert (tmp_path / "a").read_bytes() == BODY
+    assert (done.sha256, done.bytes_received, done.verified) == (SHA256, len(BODY), True)
+    assert seen[0] == (0, len(BODY)) and seen[-1] == (len(BODY), len(BODY))
+    assert names(tmp_path) == {"a"}
+
+
+def test_unknown_hash_is_recorded(server: Server, tmp_path: Path) -> None:
+    done = get([server.add("/a", BODY, no_length=True)], tmp_path / "a")
+    assert (done.sha256, done.verified) == (SHA256, False)
+
+
+def test_file_that_is_there_costs_no_request(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY)
+    get([url], tmp_path / "a", sha256=SHA256)
+    server.forget()
+    done = get([url], tmp_path / "a", sha256=SHA256)
+    assert server.requests == [] and done.bytes_received == 0 and done.url == url
+
+
+def test_cut_connection_is_resumed_where_it_broke(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY, cut_after=90_000, cuts=1)
+    done = get([url], tmp_path / "a", sha256=SHA256)
+    assert server.sent == done.bytes_received == len(BODY)  # not a byte twice
+    assert server.requests[1][1]["Range"] == "bytes=90000-" and "If-Range" in server.requests[1][1]
+
+
+def test_part_of_an_earlier_run_is_resumed(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY, cut_after=90_000, cuts=1)
+    with pytest.raises(MirrorsFailed, match="are kept"):
+        get([url], tmp_path / "a", http=quick(attempts=1))
+    server.forget()
+    assert get([url], tmp_path / "a").sha256 == SHA256
+    assert server.sent == len(BODY) - 90_000
+
+
+def test_server_that_always_cuts_still_delivers(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY, cut_after=20_000)
+    assert get([url], tmp_path / "a", sha256=SHA256, http=quick(attempts=2)).bytes_received == len(BODY)
+
+
+def test_server_without_range_starts_over_and_gives_up_in_the_end(server: Server, tmp_path: Path) -> None:
+    once = server.add("/once", BODY, ranges=False, cut_after=90_000, cuts=1)
+    assert get([once], tmp_path / "once").sha256 == SHA256
+    assert server.sent == len(BODY) + 90_000
+    always = server.add("/always", BODY, ranges=False, cut_after=90_000)
+    with pytest.raises(MirrorsFailed, match=r"cut at 90000 of 300000 bytes \(3 attempts\)"):
+        get([always], tmp_path / "always", http=quick(attempts=3))
+
+
+@pytest.mark.parametrize("ignore_if_range", [False, True])
+def test_file_that_changed_meanwhile_starts_over(
+    server: Server, tmp_path: Path, ignore_if_range: bool
+) -> None:
+    url = server.add("/a", bytes(len(BODY)), cut_after=90_000, cuts=1)
+    with pytest.raises(MirrorsFailed):
+        get([url], tmp_path / "a", http=quick(attempts=1))
+    server.add("/a", BODY, ignore_if_range=ignore_if_range)
+    assert get([url], tmp_path / "a").sha256 == SHA256
+
+
+def test_file_that_shrank_meanwhile_starts_over(server: Server, tmp_path: Path) -> None:
+    url = server.add(
+        "/a", BODY, cut_after=90_000, cuts=1, etag=None, last_modified="Mon, 01 Jan 2024 00:00:00 GMT"
+    )
+    with pytest.raises(MirrorsFailed):
+        get([url], tmp_path / "a", http=quick(attempts=1))
+    server.add("/a", BODY[:1000], etag=None, last_modified="Mon, 01 Jan 2024 00:00:00 GMT")
+    assert get([url], tmp_path / "a").bytes == 1000
+
+
+def test_wrong_range_is_not_appended(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY, cut_after=90_000, cuts=1, wrong_range=True)
+    assert get([url], tmp_path / "a").sha256 == SHA256
+
+
+def test_part_without_validator_or_hash_starts_over(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY, cut_after=90_000, cuts=1, etag=None)
+    get([url], tmp_path / "a")
+    assert server.sent == len(BODY) + 90_000
+
+
+def test_next_mirror_goes_on_with_the_part_where_the_hash_is_known(server: Server, tmp_path: Path) -> None:
+    first = server.add("/first", BODY, cut_after=90_000)
+    second = server.add("/second", BODY)
+    done = get([first, second], tmp_path / "a", sha256=SHA256, http=quick(attempts=1))
+    assert done.url == second and server.sent == len(BODY)
+
+
+def test_mixed_part_that_turns_out_wrong_is_fetched_once_more(server: Server, tmp_path: Path) -> None:
+    first = server.add("/first", bytes(len(BODY)), cut_after=90_000, ranges=False)
+    second = server.add("/second", BODY)
+    done = get([first, second], tmp_path / "a", sha256=SHA256, http=quick(attempts=2))
+    assert (tmp_path / "a").read_bytes() == BODY and done.url == second
+
+
+def test_wrong_hash_keeps_nothing_and_goes_to_the_next_mirror(server: Server, tmp_path: Path) -> None:
+    wrong = server.add("/wrong", bytes(len(BODY)))
+    with pytest.raises(MirrorsFailed, match=f"{SHA256} is expected"):
+        get([wrong], tmp_path / "a", sha256=SHA256)
+    assert names(tmp_path) == set()
+    assert get([wrong, server.add("/right", BODY)], tmp_path / "a", sha256=SHA256).url.endswith("/right")
+
+
+def test_wrong_size_is_refused_before_a_byte_is_read(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(MirrorsFailed, match="offers 300000 bytes, 299999 are expected"):
+        get([server.add("/a", BODY)], tmp_path / "a", size=len(BODY) - 1)
+    endless = server.add("/endless", BODY, no_length=True)
+    with pytest.raises(MirrorsFailed, match="more than the 1000 bytes expected"):
+        get([endless], tmp_path / "b", size=1000)
+    assert names(tmp_path) == set()
+
+
+def test_every_mirror_that_failed_is_listed_with_its_reason(server: Server, tmp_path: Path) -> None:
+    gone = f"{server.base}/gone"
+    busy = server.add("/busy", BODY, statuses=[(503, {})] * 9)
+    with pytest.raises(MirrorsFailed) as caught:
+        get([gone, busy, "ftp://localhost/a"], tmp_path / "a", http=quick(attempts=3))
+    assert [url for url, _ in caught.value.reasons] == [gone, busy, "ftp://localhost/a"]
+    assert "404" in str(caught.value) and "503" in str(caught.value) and "(3 attempts)" in str(caught.value)
+    assert [path for path, _ in server.requests] == ["/gone", "/busy", "/busy", "/busy"]
+    assert caught.value.exit_code == 1
+
+
+def test_retry_after_is_honoured_up_to_a_bound(server: Server, tmp_path: Path) -> None:
+    waits: list[float] = []
+    url = server.add("/a", BODY, statuses=[(503, {"Retry-After": "7"}), (503, {})])
+    get([url], tmp_path / "a", http=quick(waits))
+    assert waits == [7, 2.0]
+    far = server.add("/far", BODY, statuses=[(503, {"Retry-After": "7200"})])
+    with pytest.raises(MirrorsFailed, match="asks to wait 7200 s"):
+        get([far], tmp_path / "far")
+
+
+def test_back_off_doubles_up_to_its_bound() -> None:
+    waits: list[float] = []
+    retry = Retry(attempts=9, first_seconds=1, most_seconds=5, sleep=waits.append, jitter=lambda: 0.0)
+    for attempt in range(1, 5):
+        retry.wait(attempt, Broken("x"))
+    assert waits == [0.75, 1.5, 3.0, 3.75]
+
+
+def test_redirect_is_followed_with_its_range(server: Server, tmp_path: Path) -> None:
+    server.add("/real", BODY, cut_after=90_000, cuts=1)
+    url = server.add("/a", b"", redirect="/real")
+    assert get([url], tmp_path / "a").sha256 == SHA256
+    assert server.sent == len(BODY)
+    loop = server.add("/loop", b"", redirect="/loop")
+    with pytest.raises(MirrorsFailed, match="HTTP 302"):
+        get([loop], tmp_path / "b")
+
+
+def test_slow_server_is_waited_for_and_a_silent_one_is_not(server: Server, tmp_path: Path) -> None:
+    slow = server.add("/slow", BODY, seconds_per_chunk=0.05)
+    assert get([slow], tmp_path / "slow").sha256 == SHA256
+    silent = server.add("/silent", BODY, seconds_per_chunk=0.8, chunk=1000)
+    http = Http(timeout=0.2, retry=Retry(attempts=1, sleep=lambda _: None))
+    with pytest.raises(MirrorsFailed, match="timed out"):
+        fetch([silent], tmp_path / "silent", http=http, sha256="0" * 64)
+
+
+def test_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MirrorsFailed, match=r"no connection .*\(2 attempts\)"):
+        get(["http://localhost:9/a"], tmp_path / "a", http=quick(attempts=2))
+
+
+def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path: Path) -> None:
+    pair = loopback.self_signed(tmp_path)
+    with loopback.serving(certificate=pair) as server:
+        url = server.add("/a", BODY)
+        with pytest.raises(MirrorsFailed, match="TLS certificate does not verify"):
+            get([url], tmp_path / "a")
+        assert server.requests == []  # not asked again without the check
+        trust = ssl.create_default_context(cafile=str(pair[0]))
+        assert fetch([url], tmp_path / "a", http=Http(trust=trust)).sha256 == SHA256
+        server.add("/down", b"", redirect="http://localhost:9/a")
+        with pytest.raises(MirrorsFailed, match="redirects from https to http"):
+            fetch([f"{server.base}/down"], tmp_path / "b", http=Http(trust=trust))
+
+
+def test_context_that_does_not_verify_is_never_used() -> None:
+    blind = ssl.create_default_context()
+    blind.check_hostname = False
+    blind.verify_mode = ssl.CERT_NONE
+    with pytest.raises(ValueError, match="never used"):
+        Http(trust=blind).open("https://localhost/")
+
+
+def test_full_disk_is_seen_before_and_names_what_is_needed(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY)
+    with pytest.raises(RunError, match=r"needs 300 kB, 100 bytes are free.*--data-directory"):
+        get([url], tmp_path / "a", free=lambda _: 100)
+    assert names(tmp_path) == set()
+
+
+def test_disk_that_fills_up_keeps_the_part_for_later(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY)
+    child = f"""
+import resource, signal, sys
+from pathlib import Path
+from tvit_cli.data.remote.fetch import fetch
+from tvit_cli.errors import RunError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    fetch([{url!r}], Path({str(tmp_path / "a")!r}))
+except RunError as error:
+    sys.exit(str(error))
+"""
+    ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=False)
+    assert "no room left" in ended.stderr and "200 kB more are needed" in ended.stderr
+    server.forget()
+    assert get([url], tmp_path / "a", sha256=SHA256).bytes_received <= 200_000 + 64 * 1024
+
+
+def test_two_fetches_of_one_file_do_not_mix(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", BODY, seconds_per_chunk=0.5)
+    code = FETCH.format(url=url, target=str(tmp_path / "a"))
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        while not server.sent:
+            time.sleep(0.01)
+        with pytest.raises(RunError, match="another process is busy with fetching a"):
+            get([url], tmp_path / "a")
+        child.kill()
+
+
+def test_killed_at_any_byte_it_goes_on(server: Server, tmp_path: Path) -> None:
+    body = random.Random(2).randbytes(2_000_000)
+    url = server.add("/a", body, seconds_per_chunk=0.05)
+    code = FETCH.format(url=url, target=str(tmp_path / "a"))
+    for point in (1, 200_000, 400_000):
+        server.forget()
+        with subprocess.Popen([sys.executable, "-c", code]) as child:
+            while server.sent < point:
+                time.sleep(0.005)
+            child.send_signal(signal.SIGKILL)
+        assert not (tmp_path / "a").exists()
+    server.forget()
+    server.pages["/a"].seconds_per_chunk = 0
+    done = get([url], tmp_path / "a")
+    assert done.sha256 == hashlib.sha256(body).hexdigest()
+    assert server.sent < len(body)
+
+
+def make_zip(path: Path, count: int = 40, *, size: int = 20_000) -> bytes:
+    source = random.Random(3)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for index in range(count):
+            archive.writestr(f"set/{index:03}.bin", source.randbytes(size))
+    return path.read_bytes()
+
+
+def test_chosen_members_cost_little_more_than_their_bytes(server: Server, tmp_path: Path) -> None:
+    body = make_zip(tmp_path / "a.zip")
+    remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
+    chosen = [remote.infos[index] for index in (3, 4, 5, 20, 39)]
+    read = {info.filename: stream.read() for info, stream in remote.read(chosen)}
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert read == {info.filename: archive.read(info.filename) for info in chosen}
+    packed = sum(info.compress_size for info in chosen)
+    assert server.sent == remote.received <= 1.05 * packed + 33_000
+    assert len(server.requests) == 4  # tail; 3 to 5 in one; 20; 39 is apart from the tail that is there
+
+
+def test_members_near_each_other_share_a_request(server: Server, tmp_path: Path) -> None:
+    body = make_zip(tmp_path / "a.zip", size=5_000)
+    remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
+    assert [len(stream.read()) for _, stream in remote.read([remote.infos[3], remote.infos[5]])] == [
+        5_000
+    ] * 2
+    assert len(server.requests) == 2
+
+
+def test_cut_range_goes_on_and_a_changed_archive_is_refused(server: Server, tmp_path: Path) -> None:
+    body = make_zip(tmp_path / "a.zip")
+    url = server.add("/a.zip", body)
+    remote = RemoteZip(url, http=quick(), most_directory=10**6)
+    server.pages["/a.zip"].cut_after, server.pages["/a.zip"].cuts = 5_000, 3
+    assert [len(stream.read()) for _, stream in remote.read(remote.infos[:2])] == [20_000, 20_000]
+    server.add("/a.zip", body[:-1] + b"x")
+    with pytest.raises(Refused, match="changed on the server"):
+        next(remote.read(remote.infos[30:31]))[1].read()
+
+
+def test_server_that_ignores_range_is_told_apart_without_reading_it(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a.zip", make_zip(tmp_path / "a.zip", 200), ranges=False, seconds_per_chunk=0.05)
+    with pytest.raises(Refused, match="ignores Range"):
+        RemoteZip(url, http=quick(), most_directory=10**6)
+    assert server.sent < 2_000_000
+
+
+def test_large_directory_and_no_zip_are_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="directory cannot be read"):
+        RemoteZip(server.add("/page", b"<html>" * 100), http=quick(), most_directory=10**6)
+    file = RangeFile(server.add("/b", BODY), quick(), most_read=1000)
+    with pytest.raises(Refused, match="at once, limit 1000"):
+        file.read(2000)
+
+
+def test_zip64_directory_is_read(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    body = make_zip(tmp_path / "a.zip", 5, size=100)
+    assert b"PK\x06\x06" in body
+    remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
+    assert [len(stream.read()) for _, stream in remote.read(remote.infos)] == [100] * 5

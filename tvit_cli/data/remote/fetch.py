@@ -1,0 +1,306 @@
+"""Resumable HTTP download of one file: from the first mirror that serves it whole and right, or not at all.
+
+Note [What makes a part usable]
+A download goes on from `.<name>.part` only if the bytes to come belong to the bytes already there. The same
+address proves it by its entity tag or date (If-Range: a changed file is sent whole). Another mirror, or an
+address without either, can prove it afterwards only, by a known sha256; without one the file starts over. A
+part that was put together so and turns out wrong is thrown away and fetched once more from this one address
+before the address is blamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from tvit_cli.data.remote import disk
+from tvit_cli.data.remote.http import OK, PARTIAL, RANGE_NOT_SATISFIABLE, Broken, Http, Refused, Response
+from tvit_cli.errors import RunError
+
+Progress = Callable[[int, int | None], None]  # bytes there, bytes in all where known
+CHUNK_BYTES: Final = 256 * 1024
+
+
+class MirrorsFailed(RunError):
+    """No address served the file; `reasons` holds (address, why) in the order they were tried."""
+
+    def __init__(self, what: str, reasons: Sequence[tuple[str, str]], *, advice: str) -> None:
+        self.reasons = tuple(reasons)
+        lines = "".join(f"\n  {url}: {reason}" for url, reason in reasons)
+        super().__init__(f"{what} could not be had from any of {len(self.reasons)} sources:{lines}\n{advice}")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A whole file. `bytes_received` came over the wire now; `verified`: its hash was known before."""
+
+    path: Path
+    url: str
+    bytes: int
+    sha256: str
+    verified: bool
+    bytes_received: int = 0
+    etag: str | None = None
+
+
+def fetch(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    http: Http | None = None,
+    progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
+    free: disk.FreeBytes = disk.free_bytes,
+) -> Fetched:
+    """Bring a file to `target` from the first of `urls` that serves it with this size (bytes) and sha256.
+
+    A target that is already there and right costs no request. Raises MirrorsFailed, and RunError where the
+    disk is too small, fills up, or another process fetches the same file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk.held(target.with_name(f".{target.name}.lock"), what=f"fetching {target.name}"):
+        work = _Fetch(target, size, sha256, http or Http(), progress or _quiet, report or _quiet, free)
+        return work.already_there() or work.from_any(urls)
+
+
+def file_sha256(path: Path, *, progress: Progress | None = None) -> str:
+    """sha256 of a file, as 64 hexadecimal digits."""
+    total = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1024 * 1024):
+            digest.update(chunk)
+            if progress:
+                progress(file.tell(), total)
+    return digest.hexdigest()
+
+
+def _quiet(*_: object) -> None:
+    pass
+
+
+@dataclass
+class _Origin:
+    """Where the bytes of a part came from; stored beside it."""
+
+    url: str
+    etag: str | None = None
+    last_modified: str | None = None
+    total: int | None = None
+
+    @property
+    def validator(self) -> str | None:
+        """What If-Range may carry: a strong entity tag, else the date."""
+        if self.etag and not self.etag.startswith("W/"):
+            return self.etag
+        return self.last_modified
+
+
+class _Part:
+    """The bytes had so far, and their running hash."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.with_name(f".{target.name}.part")
+        self.side = target.with_name(f".{target.name}.part.json")
+        self.digest = hashlib.sha256()
+        self.length = self.path.stat().st_size if self.path.exists() else 0
+        self.origin: _Origin | None = None
+        self.mixed = self.length > 0  # holds bytes that this run has not received from one address
+        try:
+            self.origin = _Origin(**json.loads(self.side.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self.discard()  # nobody knows what these bytes are
+        if self.length:
+            with self.path.open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    self.digest.update(chunk)
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.side.unlink(missing_ok=True)
+        self.digest, self.length, self.origin, self.mixed = hashlib.sha256(), 0, None, False
+
+    def add(self, file: IO[bytes], chunk: bytes) -> None:
+        """Append a chunk; where the disk is full in its middle, length and hash still tell the truth."""
+        rest = memoryview(chunk)
+        while rest:
+            count = file.write(rest)  # a raw file may take less than it is given
+            self.digest.update(rest[:count])
+            self.length += count
+            rest = rest[count:]
+
+
+class _Stale(Exception):
+    """What the server has now does not belong to the part; the part is gone."""
+
+
+class _Fetch:
+    def __init__(
+        self,
+        target: Path,
+        size: int | None,
+        sha256: str | None,
+        http: Http,
+        progress: Progress,
+        report: Callable[[str], None],
+        free: disk.FreeBytes,
+    ) -> None:
+        self.target, self.size, self.sha256 = target, size, sha256
+        self.http, self.progress, self.report, self.free = http, progress, report, free
+        self.record = target.with_name(f".{target.name}.source.json")
+        self.received = 0
+
+    def already_there(self) -> Fetched | None:
+        """The target, if a finished fetch left it; a file of another size or hash is removed."""
+        if not self.target.is_file():
+            return None
+        found = file_sha256(self.target)
+        size = self.target.stat().st_size
+        if found != (self.sha256 or found) or size != (self.size or size):
+            self.report(f"{self.target}: {size} bytes, sha256 {found}, not what is wanted; fetched anew")
+            self.target.unlink()
+            return None
+        try:
+            url = str(json.loads(self.record.read_text(encoding="utf-8"))["url"])
+        except (OSError, ValueError, KeyError, TypeError):
+            url = self.target.name
+        return Fetched(self.target, url, size, found, self.sha256 is not None)
+
+    def from_any(self, urls: Sequence[str]) -> Fetched:
+        part = _Part(self.target)
+        reasons: list[tuple[str, str]] = []
+        for url in urls:
+            try:
+                return self._from_one(url, part)
+            except Refused as failure:
+                reasons.append((url, str(failure)))
+                self.report(f"{url}: {failure}")
+        advice = "Try again later, or give a file that you already have with --archive."
+        if part.length:
+            advice += f" {disk.size_text(part.length)} are kept in {part.path} and will not be fetched again."
+        raise MirrorsFailed(self.target.name, reasons, advice=advice)
+
+    def _from_one(self, url: str, part: _Part) -> Fetched:
+        """Attempts at one address until the file is whole. Raises Refused."""
+        most, attempt = part.length, 0
+        while True:
+            try:
+                self._receive(url, part)
+                if (wrong := self._wrong(part)) is None:
+                    return self._finish(url, part)
+                mixed = part.mixed
+                part.discard()
+                if not mixed:
+                    raise Refused(wrong)  # See Note [What makes a part usable]
+                failure = Broken(f"{wrong}, put together from several answers")
+            except (Broken, _Stale) as error:
+                failure = error if isinstance(error, Broken) else Broken(str(error))
+            attempt = 1 if part.length > most else attempt + 1
+            most = max(most, part.length)
+            self.http.retry.wait(attempt, failure)
+
+    def _receive(self, url: str, part: _Part) -> None:
+        """One request, from where the part ends, written as it comes."""
+        if not self._may_continue(url, part):
+            part.discard()
+        if part.length and part.length == (self.size or (part.origin and part.origin.total)):
+            return
+        headers = {}
+        if part.length:
+            headers["Range"] = f"bytes={part.length}-"
+            if part.origin and part.origin.url == url and part.origin.validator:
+                headers["If-Range"] = part.origin.validator
+        with self.http.open(url, headers=headers) as answer:
+            total = self._accept(url, answer, part)
+            if total is None or total > part.length:
+                self._write(answer, part, total)
+
+    def _may_continue(self, url: str, part: _Part) -> bool:
+        """See Note [What makes a part usable]."""
+        if part.length == 0 or part.origin is None or (self.size and part.length > self.size):
+            return False
+        return self.sha256 is not None or (part.origin.url == url and part.origin.validator is not None)
+
+    def _accept(self, url: str, answer: Response, part: _Part) -> int | None:
+        """Bytes in all that the answer promises; the part is emptied where the answer starts at 0."""
+        if answer.status == RANGE_NOT_SATISFIABLE:
+            if part.length and answer.total == part.length:
+                return part.length
+            part.discard()
+            raise _Stale("has fewer bytes than were received before; starting over")
+        if answer.status == PARTIAL:
+            total = answer.total
+            same = part.origin is None or part.origin.url != url or part.origin.etag in (None, answer.etag)
+            if answer.start != part.length or not same:
+                part.discard()
+                raise _Stale("the file has changed on the server; starting over")
+            part.mixed = True
+        elif answer.status == OK:
+            if part.length:
+                self.report(f"{url}: sends the whole file again; starting over")
+            part.discard()
+            total = answer.length
+        else:
+            raise Refused(f"HTTP {answer.status} with nothing in it")
+        if self.size is not None and total is not None and total != self.size:
+            raise Refused(f"offers {total} bytes, {self.size} are expected")
+        need = (total or self.size or 0) - part.length
+        disk.require_free(self.target.parent, need, purpose=f"fetching {self.target.name}", free=self.free)
+        if part.length == 0 or (part.origin and part.origin.url == url):
+            part.origin = _Origin(url, answer.etag, answer.last_modified, total)
+            disk.write_json(part.side, asdict(part.origin))
+        return total
+
+    def _write(self, answer: Response, part: _Part, total: int | None) -> None:
+        limit = total or self.size
+
+        def still_needed() -> int:
+            return (limit or 0) - part.length
+
+        self.progress(part.length, limit)
+        with (
+            disk.full_disk_named(
+                self.target.parent, purpose=f"fetching {self.target.name}", need=still_needed
+            ),
+            part.path.open("ab", buffering=0) as file,
+        ):
+            while chunk := answer.read(CHUNK_BYTES):
+                self.received += len(chunk)
+                if limit is not None and part.length + len(chunk) > limit:
+                    part.discard()
+                    raise Refused(f"sends more than the {limit} bytes expected")
+                part.add(file, chunk)
+                self.progress(part.length, limit)
+            disk.sync(file.fileno())
+        if total is not None and part.length < total:
+            raise Broken(f"connection cut at {part.length} of {total} bytes")
+
+    def _wrong(self, part: _Part) -> str | None:
+        if self.size is not None and part.length != self.size:
+            return f"sent {part.length} bytes, {self.size} are expected"
+        found = part.digest.hexdigest()
+        if self.sha256 is not None and found != self.sha256:
+            return f"sent a file of sha256 {found}, {self.sha256} is expected"
+        return None
+
+    def _finish(self, url: str, part: _Part) -> Fetched:
+        done = Fetched(
+            path=self.target,
+            url=url,
+            bytes=part.length,
+            sha256=part.digest.hexdigest(),
+            verified=self.sha256 is not None,
+            bytes_received=self.received,
+            etag=part.origin.etag if part.origin else None,
+        )
+        part.path.touch()  # an empty file has had no chunk
+        disk.write_json(self.record, {"url": url, "sha256": done.sha256})
+        disk.rename(part.path, self.target)
+        part.side.unlink(missing_ok=True)
+        return done
