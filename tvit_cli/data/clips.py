@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.sampling import segment_indices
+from tvit_cli.data.sampling import indices_on_grid, segment_indices
 from tvit_cli.data.video import Clip, read_clip
 from tvit_cli.errors import VideoError
 
@@ -66,6 +67,10 @@ class ClipDataset(Dataset[ClipItem]):
     resumed run and any number of workers see the same clips; otherwise the segments' centres are taken.
     `shuffle_frames` destroys the order of time, the same way in every epoch: a diagnostic. A video that
     cannot be read becomes black frames of weight 0, so that every process keeps the same number of steps.
+
+    Frames come from `store` where there is one, else from the videos. `grid` restricts both to the frames
+    that a store of so many frames per video holds, so that both choose the very same; without it, the store
+    gives the stored frames nearest to those that the video would give.
     """
 
     def __init__(
@@ -79,9 +84,12 @@ class ClipDataset(Dataset[ClipItem]):
         training: bool,
         shuffle_frames: bool = False,
         threads: int = 1,
+        store: FrameStore | None = None,
+        grid: int | None = None,
     ) -> None:
         position = {label: number for number, label in enumerate(labels)}
         self._paths = [video.path for video in videos]
+        self._names = [video.name for video in videos]
         self._targets = [position[video.label] for video in videos]
         self._n_frames = n_frames
         self._short_side = short_side
@@ -89,6 +97,8 @@ class ClipDataset(Dataset[ClipItem]):
         self._training = training
         self._shuffle_frames = shuffle_frames
         self._threads = threads
+        self._store = store
+        self._grid = grid
         self._frame_counts: dict[int, int] = {}  # exact, once a video was read; each worker learns its own
 
     def __len__(self) -> int:
@@ -114,9 +124,17 @@ class ClipDataset(Dataset[ClipItem]):
         offsets: list[float] | None = None
         if self._training:
             offsets = _generator(self._seed, _DRAW_OFFSETS, epoch, index).random(self._n_frames).tolist()
+
+        def choose(frame_count: int) -> list[int]:
+            if self._grid is None:
+                return segment_indices(frame_count, self._n_frames, offsets)
+            return indices_on_grid(frame_count, self._n_frames, offsets, grid=self._grid)
+
+        if self._store is not None:
+            return self._store.read(self._names[index], choose, short_side=self._short_side)
         return read_clip(
             self._paths[index],
-            lambda frame_count: segment_indices(frame_count, self._n_frames, offsets),
+            choose,
             short_side=self._short_side,
             frame_count=self._frame_counts.get(index),
             threads=self._threads,

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from tvit_cli.data.manifest import read_manifest
+from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
+from tvit_cli.data.storeformat import is_store
 from tvit_cli.data.video import VIDEO_SUFFIXES, probe
 from tvit_cli.errors import DataError, VideoError
 
@@ -57,7 +59,13 @@ class Layout:
 
 
 def read_layout(
-    root: Path, *, group_pattern: str, val_groups: str, test_groups: str, need_test: bool = False
+    root: Path,
+    *,
+    group_pattern: str,
+    val_groups: str,
+    test_groups: str,
+    split: int = 1,
+    need_test: bool = False,
 ) -> Layout:
     """Finds all videos below a folder, or in a CSV manifest, and gives each a label, a subset and a group.
 
@@ -67,10 +75,14 @@ def read_layout(
     train: `auto`, `none`, a count, or names with commas between. Groups are chosen without chance, evenly
     over their sorted names, and so that every class keeps a video to train on.
 
+    Where the lists of UCF101's official splits lie in `splits/`, `split` (1 to 3) says which one is followed.
+
     Raises DataError.
     """
     videos, notes = _find(root)
     videos = _merge_spellings(videos, notes)
+    if (root / "splits" / CLASS_LIST).is_file():
+        videos = _follow_lists(videos, root / "splits", split, notes)
     videos = _give_groups(videos, group_pattern, notes)
     split = any(video.subset != "train" for video in videos)
     videos = _hold_out(videos, "test", test_groups, automatic=not split, notes=notes)
@@ -181,7 +193,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir()]
+    return [path for path in _visible(folder) if path.is_dir() and not is_store(path)]
 
 
 def _videos_in(folder: Path) -> list[Path]:
@@ -208,6 +220,24 @@ def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
     return [replace(video, label=chosen[video.label.casefold()]) for video in videos]
 
 
+def _follow_lists(videos: list[Video], lists: Path, split: int, notes: list[str]) -> list[Video]:
+    """Gives each video the subset that an official split list states; unlisted videos are left out."""
+    listed = {
+        (label.casefold(), file.casefold()): subset
+        for subset, entries in parse_split_lists(lists, split).items()
+        for label, file in entries
+    }
+    found = [(video, listed.get((video.label.casefold(), video.path.name.casefold()))) for video in videos]
+    chosen = [replace(video, subset=subset) for video, subset in found if subset is not None]
+    if not chosen:
+        raise DataError(f"{lists}: none of the {len(videos)} videos is in the lists of split {split}.")
+    notes.append(f"Official split {split}: {len(chosen)} of the {len(listed)} listed videos are here.")
+    if len(chosen) < len(videos):
+        names = _listed(video.name for video, subset in found if subset is None)
+        notes.append(f"{len(videos) - len(chosen)} videos are in no list and left out: {names}.")
+    return chosen
+
+
 def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Video]:
     """Reads each group off its file's name, unless a manifest gave it."""
     expression = re.compile(pattern)
@@ -223,15 +253,6 @@ def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Vi
             f'{which} {does} the group pattern "{pattern}"; each such video is a group of its own. If '
             "several clips are cut from one recording, they leak from train into val and test: give "
             "--group-pattern."
-        )
-    homes: dict[str, set[str]] = defaultdict(set)
-    for video in videos:
-        if video.group is not None:
-            homes[video.group].add(video.subset)
-    if leaking := sorted(group for group, subsets in homes.items() if len(subsets) > 1):
-        notes.append(
-            f"The data's own subsets share {len(leaking)} groups ({_listed(leaking)}): if clips of one group "
-            "come from one recording, scores on val and test are too good."
         )
     return videos
 

@@ -29,3 +29,19 @@ def segment_indices(frame_count: int, n_frames: int, offsets: Sequence[float] | 
         last = -(-(segment + 1) * frame_count // n_frames) - 1  # of the segment; rounding may reach beyond
         indices.append(min(index, last))
     return indices
+
+
+def grid_indices(frame_count: int, grid: int) -> list[int]:
+    """The frames that a frame store keeps: the centres of `grid` segments, or all where there are fewer."""
+    return segment_indices(frame_count, min(grid, frame_count))
+
+
+def indices_on_grid(
+    frame_count: int, n_frames: int, offsets: Sequence[float] | None = None, *, grid: int
+) -> list[int]:
+    """`segment_indices` of a video that had no other frames than those on its grid.
+
+    16 frames, grid of 4 -> 2 6 10 14; 2 wanted, their centres -> [6, 14].
+    """
+    kept = grid_indices(frame_count, grid)
+    return [kept[position] for position in segment_indices(len(kept), n_frames, offsets)]

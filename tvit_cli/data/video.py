@@ -166,6 +166,17 @@ def count_frames(path: Path) -> int:
     return count
 
 
+def promised_frames(path: Path) -> int:
+    """Counts the frames that a file should give: packets, or what its header says if that is more.
+
+    Frames that an edit list hides are not among them. Raises VideoError.
+    """
+    with _opened(path, threads=1) as (container, stream):
+        packets = [p for p in _packets(path, container, stream) if p is not None and p.size > 0]
+        hidden = sum(packet.is_discard for packet in packets)
+        return max(stream.frames, len(packets)) - hidden
+
+
 def write_video(
     path: Path,
     frames: Frames,

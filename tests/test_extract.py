@@ -1,0 +1,373 @@
+"""`tvit extract`: a store made by any number of processes, broken off and gone on with; files checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tvit_cli.data.framestore import FrameStore
+from tvit_cli.data.sampling import grid_indices
+from tvit_cli.data.scan import scan_video
+from tvit_cli.data.storewriter import shard_paths
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, write_video
+from tvit_cli.engine.events import Event, Note, silent
+from tvit_cli.engine.extract import ExtractResult, check, extract
+from tvit_cli.engine.pool import in_order
+from tvit_cli.errors import DataError, RunError
+from tvit_cli.settings.extract import ExtractSettings
+from tvit_cli.settings.maxbad import most_bad
+
+GROUPS = 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise clips: three records of 12 frames fill a shard of 1 MiB."""
+    root = tmp_path_factory.mktemp("source")
+    for number, label in enumerate(("run", "walk")):
+        for group in range(GROUPS):
+            frames = np.random.default_rng([number, group]).integers(0, 256, (14, 150, 192, 3), np.uint8)
+            write_video(root / label / f"v_{label}_g{group:02d}_c01.avi", frames)
+    return root
+
+
+@pytest.fixture
+def data(source: Path, tmp_path: Path) -> Path:
+    """A copy of the source that a test may spoil, with its times."""
+    root = tmp_path / "data"
+    for path in sorted(source.rglob("*.avi")):
+        target = root / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return root
+
+
+def settings(data: Path, **changes: Any) -> ExtractSettings:
+    facts = {"frames_per_video": 12, "num_workers": 0, "shard_mib": 1, "path_to_data": str(data), **changes}
+    return ExtractSettings.model_validate(facts)
+
+
+def run(data: Path, report: Callable[[Event], None] = silent, **changes: Any) -> ExtractResult:
+    return extract(settings(data, **changes), report)
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    """Every frame of every clip of a store."""
+    store = FrameStore(folder)
+    return {
+        store.name(i): store.read(i, lambda n: grid_indices(n, 12)).frames.tobytes()
+        for i in range(len(store))
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run that nothing disturbs stores."""
+    return pixels(run(source, output=tmp_path_factory.mktemp("whole") / "frames").folder)
+
+
+def test_a_store_lands_beside_the_videos_and_a_second_run_does_nothing(
+    data: Path, expected: dict[str, bytes]
+) -> None:
+    first = run(data)
+    assert first.folder == data / "frames"
+    assert (first.videos, first.skipped, dict(first.unreadable)) == (2 * GROUPS, 0, {})
+    assert len(shard_paths(first.folder)) == 3
+    assert all(path.stat().st_size <= (1 << 20) + 2_000 for path in shard_paths(first.folder))
+    assert first.bytes <= sum(path.stat().st_size for path in shard_paths(first.folder))
+    assert pixels(first.folder) == expected
+    again = run(data)
+    assert (again.videos, again.skipped, again.bytes) == (0, 2 * GROUPS, 0)
+    assert pixels(first.folder) == expected
+    assert not [path.name for path in first.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_worker_processes_write_the_same_bytes_as_one(data: Path, tmp_path: Path) -> None:
+    alone, together = run(data, output=tmp_path / "a"), run(data, output=tmp_path / "b", num_workers=2)
+    for a, b in zip(shard_paths(alone.folder), shard_paths(together.folder), strict=True):
+        assert (a.name, a.read_bytes()) == (b.name, b.read_bytes())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tvit_cli.engine.events import silent
+from tvit_cli.engine.extract import extract
+from tvit_cli.settings.extract import ExtractSettings
+if __name__ == "__main__":
+    extract(ExtractSettings.model_validate({settings!r}), silent)
+"""
+
+
+def start(data: Path, **changes: Any) -> subprocess.Popen[bytes]:
+    facts = settings(data, **changes).model_dump(mode="json")
+    return subprocess.Popen([sys.executable, "-c", KILLED.format(settings=facts)])
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("shards", [0, 1, 2])
+def test_killed_and_started_again_it_goes_on_with_what_is_missing(
+    data: Path, expected: dict[str, bytes], shards: int
+) -> None:
+    folder = data / "frames"
+    process = start(data)
+    wait_until(lambda: list(folder.glob(f"shard-{shards - 1:05d}-*" if shards else ".shard-*.part")))
+    process.kill()
+    process.wait()
+    kept = sum(1 for _ in shard_paths(folder))
+    assert kept >= shards
+    result = run(data)
+    assert result.skipped == min(3 * kept, 2 * GROUPS)
+    assert result.videos + result.skipped == 2 * GROUPS
+    assert pixels(folder) == expected
+    assert not list(folder.glob(".shard-*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_workers_end_when_their_parent_is_killed(data: Path, expected: dict[str, bytes]) -> None:
+    process = start(data, num_workers=1)
+    wait_until(lambda: list((data / "frames").glob(".shard-*.part")))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.kill()
+    process.wait()
+
+    def is_gone(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
+
+    wait_until(lambda: all(map(is_gone, children)), seconds=20)
+    assert run(data).skipped < 2 * GROUPS
+    assert pixels(data / "frames") == expected
+
+
+def test_an_interrupt_keeps_what_was_done(data: Path) -> None:
+    def report(event: Event) -> None:
+        if getattr(event, "done", 0) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data, report)
+    assert run(data).skipped == 2
+
+
+def test_several_processes_share_the_work_and_one_joins_it(data: Path, expected: dict[str, bytes]) -> None:
+    def both_at(turn: int) -> Callable[[], None]:
+        """Stands in for a barrier: rank 1 works while rank 0 waits for the second time."""
+        waits = []
+
+        def wait() -> None:
+            waits.append(1)
+            if len(waits) == turn:
+                results.append(extract(settings(data), silent, rank=1, processes=2))
+
+        return wait
+
+    results: list[ExtractResult] = []
+    results.append(extract(settings(data), silent, rank=0, processes=2, wait_for_all=both_at(2)))
+    assert [result.videos for result in results] == [GROUPS, GROUPS]
+    assert {path.name[-9:-7] for path in shard_paths(data / "frames")} == {"00", "01"}
+    assert pixels(data / "frames") == expected
+
+
+def test_an_unreadable_video_is_recorded_by_name_and_reason(data: Path) -> None:
+    bad = data / "run" / "v_run_g00_c01.avi"
+    whole = bad.read_bytes()
+    bad.write_text("text")
+    result = run(data)
+    assert "not a video" in result.unreadable["run/v_run_g00_c01.avi"]
+    store = FrameStore(result.folder)
+    assert len(store) == 2 * GROUPS - 1
+    assert store.unreadable == dict(result.unreadable)
+    bad.write_bytes(whole)  # mended
+    assert (run(data).videos, FrameStore(result.folder).unreadable) == (1, {})
+
+
+def test_too_many_unreadable_videos_are_an_error_after_the_rest_is_stored(data: Path) -> None:
+    for group in range(2):
+        (data / "run" / f"v_run_g{group:02d}_c01.avi").write_bytes(b"")
+    with pytest.raises(RunError, match=r"2 of 8 videos cannot be read; --max-bad 1 allows 1"):
+        run(data, max_bad="1")
+    assert len(FrameStore(data / "frames")) == 6
+    assert len(run(data, max_bad="25%").unreadable) == 2
+
+
+def test_a_changed_video_is_packed_anew_and_a_touched_one_is_not(data: Path) -> None:
+    folder = run(data).folder
+    changed, touched = data / "run" / "v_run_g00_c01.avi", data / "run" / "v_run_g01_c01.avi"
+    write_video(changed, np.full((5, 150, 192, 3), 77, np.uint8))
+    os.utime(touched)
+    assert run(data).videos == 1
+    clip = FrameStore(folder).read("run/v_run_g00_c01.avi", lambda n: [0])
+    assert clip.frame_count == 5
+    assert abs(float(clip.frames.mean()) - 77) < 2
+    changed.write_text("no longer a video")
+    assert run(data).unreadable
+    assert FrameStore(folder).find("run/v_run_g00_c01.avi") is None  # its old frames are not given instead
+
+
+def test_a_removed_video_leaves_the_index_and_its_empty_shard_the_disk(data: Path) -> None:
+    folder = run(data).folder
+    assert FrameStore(folder).find("run/v_run_g00_c01.avi") is not None
+    for group in range(3):
+        (data / "run" / f"v_run_g{group:02d}_c01.avi").unlink()
+    run(data)
+    assert FrameStore(folder).find("run/v_run_g00_c01.avi") is None
+    assert [path.name for path in shard_paths(folder)] == ["shard-00001-00.frames", "shard-00002-00.frames"]
+
+
+def test_a_damaged_shard_is_made_anew(data: Path, expected: dict[str, bytes]) -> None:
+    folder = run(data).folder
+    shard = shard_paths(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    notes: list[str] = []
+    result = run(data, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    assert result.videos == 3
+    assert any(shard.name in note and "damaged" in note for note in notes)
+    assert pixels(folder) == expected
+
+
+def test_repair_finds_a_flipped_bit_and_packs_that_clip_anew(data: Path, expected: dict[str, bytes]) -> None:
+    folder = run(data).folder
+    shard = shard_paths(folder)[0]
+    damaged = bytearray(shard.read_bytes())
+    damaged[100_000] ^= 1
+    shard.write_bytes(damaged)
+    assert run(data).videos == 0
+    assert run(data, repair=True).videos == 1
+    assert run(data, repair=True).videos == 0
+    assert pixels(folder) == expected
+
+
+def test_other_parameters_are_refused_unless_told_to_overwrite(data: Path) -> None:
+    folder = run(data).folder
+    with pytest.raises(DataError, match=r"made with 12 frames per video.*--overwrite, or .*--output"):
+        run(data, frames_per_video=4)
+    assert len(FrameStore(folder)) == 2 * GROUPS
+    assert run(data, frames_per_video=4, quality=50, short_side=60, overwrite=True).videos == 2 * GROUPS
+    store = FrameStore(folder)
+    clip = store.read(0, lambda n: list(range(n)))
+    assert len(set(clip.indices)) == 4
+    assert clip.frames.shape[1:] == (60, 77, 3)
+    assert (store.parameters.quality, store.parameters.short_side) == (50, 60)
+
+
+def test_quality_decides_the_size(data: Path, tmp_path: Path) -> None:
+    sizes = [run(data, quality=q, output=tmp_path / str(q)).bytes for q in (50, 90)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_folder_of_other_files_is_not_written_into(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    with pytest.raises(DataError, match="holds other files"):
+        run(data, output=tmp_path / "mine", overwrite=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_groups_and_subsets_are_noted_down_and_brought_up_to_date(data: Path) -> None:
+    folder = run(data, val_groups="01", test_groups="00,02").folder
+
+    def groups(subset: str) -> set[str | None]:
+        return {video.group for video in FrameStore(folder).layout().subset(subset)}
+
+    assert (groups("train"), groups("val"), groups("test")) == ({"03"}, {"01"}, {"00", "02"})
+    assert run(data, val_groups="none", test_groups="03").videos == 0
+    assert (groups("train"), groups("val"), groups("test")) == ({"00", "01", "02"}, set(), {"03"})
+    run(data, group_pattern=r"c(\d+)", val_groups="none", test_groups="none")
+    assert groups("train") == {"01"}
+
+
+def explode(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on() -> None:
+    results = list(in_order(explode, range(6), workers=2, crashed=lambda job: -job))
+    assert results == [0, 1, 4, -3, 16, 25]
+
+
+def fail(number: int) -> int:
+    raise ZeroDivisionError(number)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_of_ours_in_a_worker_is_not_hidden(workers: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(fail, [1], workers=workers, crashed=lambda job: -job))
+
+
+def test_check_tells_what_files_hold_and_writes_nothing(data: Path) -> None:
+    (data / "run" / "v_run_g00_c01.avi").write_bytes(b"")
+    cut = data / "walk" / "v_walk_g00_c01.avi"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    result = check(settings(data, check=True), silent)
+    assert len(result.scans) == 2 * GROUPS
+    assert [scan.path.name for scan in result.unreadable] == ["v_run_g00_c01.avi"]
+    assert "empty" in result.unreadable[0].problem
+    good = next(scan for scan in result.scans if scan.path.name == "v_run_g01_c01.avi")
+    assert (good.codec, good.width, good.height, good.frames, good.rate) == ("mpeg4", 192, 150, 14, 25)
+    assert (round(good.seconds, 3), good.rotation, good.problem) == (0.56, 0, "")
+    broken = next(scan for scan in result.scans if scan.path == cut)
+    assert (
+        broken.problem
+        == f"truncated or damaged: {count_frames(cut)} frames decode of 14 that the file promises"
+    )
+    assert not (data / "frames").exists()
+
+
+def test_a_header_that_counts_two_frames_too_many_is_no_fault(packed_xvid: Path) -> None:
+    scan = scan_video(packed_xvid)
+    assert (scan.frames, scan.problem) == (39, "")
+
+
+@pytest.mark.parametrize(
+    ("value", "videos", "most"),
+    [
+        ("3 or 1%", 100, 3),
+        ("3 or 1%", 1_000, 10),
+        ("0", 50, 0),
+        ("2.5%", 200, 5),
+        ("7", 3, 7),
+        ("10 % or 1", 5, 1),
+    ],
+)
+def test_most_bad_is_the_larger_of_what_is_given(value: str, videos: int, most: int) -> None:
+    assert most_bad(value, videos) == most
+
+
+@pytest.mark.parametrize("value", ["", "-1", "101%", "few", "3 and 1%"])
+def test_other_words_are_refused_as_max_bad(value: str) -> None:
+    with pytest.raises(ValueError, match="neither a count nor a percentage"):
+        ExtractSettings(max_bad=value)
+
+
+@pytest.mark.real
+def test_every_odd_file_is_told_apart(real_data: Path) -> None:
+    paths = [path for path in sorted((real_data / "odd").iterdir()) if path.suffix in VIDEO_SUFFIXES]
+    for path in paths[::4]:
+        scan = scan_video(path)
+        assert scan.is_readable or scan.problem
+        json.dumps({name: str(getattr(scan, name)) for name in scan.__slots__})
+        if scan.is_readable:
+            assert scan.frames == count_frames(path)

@@ -1,0 +1,435 @@
+"""The frame store: what was written is what is read, nearest frames, damage, scale."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tvit_cli.data import framestore
+from tvit_cli.data.clips import ClipDataset
+from tvit_cli.data.framestore import FrameStore, find_store, nearest, record_problem
+from tvit_cli.data.layout import Layout, Video, read_layout
+from tvit_cli.data.packing import pack_video
+from tvit_cli.data.sampling import grid_indices, indices_on_grid, segment_indices
+from tvit_cli.data.storeformat import CLIP, Header, Parameters, make_table, write_header, write_table
+from tvit_cli.data.storewriter import ShardWriter, read_contents, shard_paths, write_index
+from tvit_cli.data.video import read_clip, write_video
+from tvit_cli.errors import DataError, RunError, VideoError
+
+PARAMETERS = Parameters(frames_per_video=8, quality=90, short_side=256)
+LABELS = ("run", "walk")
+LENGTHS = {"v_run_g01_c01.avi": 40, "v_run_g02_c01.avi": 5, "v_walk_g01_c01.avi": 23, "v_walk_g02_c01.avi": 8}
+
+
+JPEG_ERROR = 2  # mean of absolute differences, of 255
+
+
+def textured(count: int, height: int = 120, width: int = 160) -> np.ndarray:
+    """A smooth texture that moves: JPEG's error on it is what it is on natural pictures, or more."""
+    y, x = np.mgrid[:height, :width]
+    frames = [
+        np.stack([128 + 90 * np.sin((x + 3 * t) / 9) * np.cos(y / 7), x * 255 / width, y * 255 / height], -1)
+        for t in range(count)
+    ]
+    return np.stack(frames).astype(np.uint8)
+
+
+def build(folder: Path, videos: list[Video], *, shard_bytes: int = 1 << 20, **changes: int) -> FrameStore:
+    """A finished store of the videos."""
+    parameters = Parameters(**{**{k: getattr(PARAMETERS, k) for k in PARAMETERS.__slots__}, **changes})
+    write_header(folder, Header(parameters, str(folder.parent)))
+    with ShardWriter(folder, rank=0, shard_bytes=shard_bytes) as writer:
+        for video in videos:
+            writer.add(video.name, pack_video(video.path, parameters))
+    write_index(folder, Layout(folder.parent, LABELS, tuple(videos), ()), {})
+    return FrameStore(folder)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
+    root = tmp_path_factory.mktemp("data")
+    found = []
+    for name, frames in LENGTHS.items():
+        label = name.split("_")[1]
+        write_video(root / label / name, textured(frames))
+        found.append(Video(root / label / name, f"{label}/{name}", label, "train", name.split("_")[2]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def store(videos: list[Video], tmp_path_factory: pytest.TempPathFactory) -> FrameStore:
+    return build(tmp_path_factory.mktemp("store") / "frames", videos, shard_bytes=60_000)
+
+
+@pytest.fixture
+def own_store(videos: list[Video], tmp_path: Path) -> FrameStore:
+    """A store that a test may damage; one shard."""
+    return build(tmp_path / "frames", videos)
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_the_grid_is_read_back_in_time_order_with_its_times(store: FrameStore, videos: list[Video]) -> None:
+    assert len(store) == len(videos)
+    assert len(shard_paths(store.folder)) > 1
+    for video in videos:
+        frames = LENGTHS[video.path.name]
+        clip = store.read(video.name, lambda count: grid_indices(count, 8))
+        direct = read_clip(video.path, lambda count: grid_indices(count, 8))
+        assert clip.frame_count == frames
+        assert clip.indices == direct.indices == tuple(sorted(set(segment_indices(frames, 8))))
+        assert clip.pts_seconds == direct.pts_seconds
+        assert clip.frames.shape == direct.frames.shape
+        error = np.abs(clip.frames.astype(int) - direct.frames).mean()
+        assert 0 < error < JPEG_ERROR
+
+
+def test_the_texture_tells_one_frame_from_the_next() -> None:
+    frames = textured(20).astype(int)
+    assert np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).min() > 1.5 * JPEG_ERROR
+
+
+def test_the_answer_names_the_frames_that_it_gives(store: FrameStore, videos: list[Video]) -> None:
+    clip = store.read(videos[0].name, lambda count: [0, 7, 7, 20, 39])
+    assert grid_indices(40, 8) == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert clip.indices == (2, 7, 7, 22, 37)
+    assert (clip.frames[1] == clip.frames[2]).all()
+    direct = read_clip(videos[0].path, lambda count: clip.indices)
+    assert np.abs(clip.frames.astype(int) - direct.frames).mean() < JPEG_ERROR
+
+
+def test_nearest_takes_the_earlier_of_two_as_near() -> None:
+    stored = np.array([1, 4, 8, 10], np.uint32)
+    wanted = list(range(13))
+    expected = [min(range(4), key=lambda k: (abs(int(stored[k]) - w), k)) for w in wanted]
+    assert nearest(stored, wanted) == expected
+    assert nearest(stored[:1], wanted) == [0] * 13
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("n_frames", [3, 8, 12])
+def test_on_the_same_grid_videos_and_store_choose_the_very_same_frames(
+    store: FrameStore,
+    videos: list[Video],
+    monkeypatch: pytest.MonkeyPatch,
+    training: bool,
+    n_frames: int,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def dataset(from_store: FrameStore | None) -> ClipDataset:
+        return ClipDataset(
+            videos,
+            LABELS,
+            n_frames=n_frames,
+            short_side=256,
+            seed=3,
+            training=training,
+            store=from_store,
+            grid=8,
+        )
+
+    inner_video, inner_store = framestore.Clip, dataset(store)
+
+    def spy(*args: object, **how: object) -> object:
+        clip = inner_video(*args, **how)  # type: ignore[arg-type]
+        seen.append(clip.indices)
+        return clip
+
+    monkeypatch.setattr(framestore, "Clip", spy)
+    monkeypatch.setattr("tvit_cli.data.video.Clip", spy)
+    for key in [(0, 0), (1, 0), (0, 1), (0, 2), (2, 3)]:
+        a, b = dataset(None)[key], inner_store[key]
+        assert (a.error, b.error) == ("", "")
+        assert seen[-2] == seen[-1]
+        assert set(seen[-1]) <= set(grid_indices(LENGTHS[videos[key[1]].path.name], 8))
+        assert (a.frames.int() - b.frames.int()).abs().float().mean() < JPEG_ERROR
+        assert b.frames.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sampling_on_a_grid_is_sampling_of_its_positions() -> None:
+    for frames in (1, 3, 8, 9, 100):
+        kept = grid_indices(frames, 8)
+        assert len(kept) == min(frames, 8)
+        for n in (1, 5, 8, 11):
+            chosen = indices_on_grid(frames, n, grid=8)
+            assert chosen == sorted(chosen)
+            assert len(chosen) == n
+            assert set(chosen) <= set(kept)
+    assert indices_on_grid(16, 2, grid=4) == [6, 14]
+    assert indices_on_grid(100, 8, grid=8) == grid_indices(100, 8)
+
+
+def test_large_frames_are_stored_smaller_and_small_ones_as_they_are(tmp_path: Path) -> None:
+    write_video(tmp_path / "large.avi", textured(2, 400, 600))
+    write_video(tmp_path / "small.avi", textured(2, 50, 40))
+    names = ("large.avi", "small.avi")
+    videos = [Video(tmp_path / name, name, "run", "train", None) for name in names]
+    store = build(tmp_path / "frames", videos, short_side=200)
+    assert store.read("large.avi", lambda n: [0]).frames.shape == (1, 200, 300, 3)
+    assert store.read("small.avi", lambda n: [0]).frames.shape == (1, 50, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("short_side", "shape"),
+    [(None, (120, 160)), (500, (120, 160)), (61, (120, 160)), (60, (60, 80)), (20, (30, 40)), (1, (15, 20))],
+)
+def test_decoding_scales_down_by_halves_and_never_below_what_is_asked(
+    store: FrameStore, videos: list[Video], short_side: int | None, shape: tuple[int, int]
+) -> None:
+    clip = store.read(videos[0].name, lambda n: [2, 37], short_side=short_side)
+    assert clip.frames.shape == (2, *shape, 3)
+    whole = store.read(videos[0].name, lambda n: [2, 37]).frames
+    step = 120 // shape[0]
+    means = whole.reshape(2, shape[0], step, shape[1], step, 3).mean(axis=(2, 4))
+    assert np.abs(means - clip.frames).mean() < 3
+
+
+def test_odd_sizes_scale_too(tmp_path: Path) -> None:
+    write_video(tmp_path / "odd.mkv", textured(2, 121, 163), codec="ffv1", pixel_format="bgr0")
+    store = build(tmp_path / "frames", [Video(tmp_path / "odd.mkv", "odd.mkv", "run", "train", None)])
+    for short_side, shape in ((121, (121, 163)), (61, (61, 82)), (31, (31, 41)), (16, (16, 21))):
+        assert store.read(0, lambda n: [0], short_side=short_side).frames.shape == (1, *shape, 3)
+
+
+def test_names_of_every_kind_are_found(tmp_path: Path, videos: list[Video]) -> None:
+    names = ["a.avi", "Z/é.avi", "Z/\U0001f600.avi", "b\udcff.avi", "aa.avi", "dir with space/ü.avi"]
+    given = [Video(videos[1].path, name, "run", "test", None) for name in names]
+    store = build(tmp_path / "frames", given)
+    assert sorted(store.name(i) for i in range(len(names))) == sorted(names)
+    for name in names:
+        index = store.find(name)
+        assert index is not None
+        assert store.name(index) == name
+    assert store.find("ab.avi") is store.find("") is store.find("zzz") is None
+
+
+def test_the_layout_is_remembered(store: FrameStore, videos: list[Video]) -> None:
+    layout = store.layout()
+    assert layout.labels == LABELS
+    facts = [(v.name, v.label, v.subset, v.group) for v in videos]
+    assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == facts
+
+
+def test_a_clip_that_is_not_there_is_a_video_error(store: FrameStore) -> None:
+    with pytest.raises(
+        VideoError, match=r"nobody\.avi: not in the frame store .*tvit extract --path-to-data"
+    ):
+        store.read("nobody.avi", lambda n: [0])
+
+
+def test_a_store_can_be_pickled_and_read_in_another_process(store: FrameStore, videos: list[Video]) -> None:
+    first = store.read(videos[0].name, lambda n: [0])
+    text = pickle.dumps(store)
+    assert len(text) < 1_000  # the path, no tables and no open files
+    assert (pickle.loads(text).read(videos[0].name, lambda n: [0]).frames == first.frames).all()
+    data = ClipDataset(videos, LABELS, n_frames=4, short_side=64, seed=0, training=True, store=store)
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_sampler=[[(0, 0)], [(0, 1)]],
+            num_workers=1,
+            collate_fn=list,
+            multiprocessing_context=context,
+        )
+        for index, items in enumerate(loader):
+            assert torch.equal(items[0].frames, data[(0, index)].frames)
+
+
+def test_few_shards_are_open_at_a_time(
+    store: FrameStore, videos: list[Video], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(framestore, "MOST_OPEN_SHARDS", 1)
+    fresh = FrameStore(store.folder)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        for video in videos:
+            fresh.read(video.name, lambda n: [0])
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
+def test_a_flipped_bit_anywhere_in_a_record_is_noticed(own_store: FrameStore, videos: list[Video]) -> None:
+    contents, _ = read_contents(own_store.folder)
+    name = videos[0].name
+    row, shard = contents.row(name), contents.shard(name)
+    assert row is not None
+    good = shard.read_bytes()
+    start, size = int(row["offset"]), int(row["bytes"])
+    for place in [
+        start,
+        start + 161,
+        start + 163,
+        *range(start + 170, start + size, 1_000),
+        start + size - 1,
+    ]:
+        flip(shard, place)
+        assert "checksum" in record_problem(shard, row)
+        with pytest.raises(VideoError, match=rf"^{name}: its record in .* is damaged .*--repair"):
+            own_store.read(name, lambda n: grid_indices(n, 8))
+        own_store.read(videos[1].name, lambda n: [0])  # the others are unharmed
+        shard.write_bytes(good)
+    assert record_problem(shard, row) == ""
+
+
+def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store: FrameStore, videos: list[Video]) -> None:
+    flip(shard_paths(own_store.folder)[0], 200)
+    data = ClipDataset(videos, LABELS, n_frames=8, short_side=64, seed=0, training=False, store=own_store)
+    items = [data[(0, index)] for index in range(4)]
+    assert [item.weight for item in items] == [0, 1, 1, 1]
+    assert items[0].error.startswith(videos[0].name)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5_000, -1])
+def test_a_truncated_shard_is_named_with_the_command_that_mends_it(own_store: FrameStore, keep: int) -> None:
+    shard = shard_paths(own_store.folder)[0]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(DataError, match=rf"{shard.name}: this shard .* has .* bytes, not .*tvit extract"):
+        FrameStore(own_store.folder)
+    contents, damaged = read_contents(own_store.folder)
+    assert not contents.places
+    assert shard.name in str(damaged[0])
+
+
+def test_a_missing_shard_or_index_or_header_is_a_data_error(own_store: FrameStore) -> None:
+    shard, folder = shard_paths(own_store.folder)[0], own_store.folder
+    moved = shard.rename(folder / "elsewhere")
+    with pytest.raises(DataError, match=r"is missing. Run `tvit extract --path-to-data"):
+        FrameStore(folder)
+    moved.rename(shard)
+    (folder / "index.frames").unlink()
+    with pytest.raises(DataError, match=r"not finished .*Go on with `tvit extract"):
+        FrameStore(folder)
+    (folder / "store.json").unlink()
+    with pytest.raises(DataError, match="no frame store"):
+        FrameStore(folder)
+
+
+def test_a_flipped_bit_in_the_index_is_noticed(own_store: FrameStore) -> None:
+    index = own_store.folder / "index.frames"
+    good = index.read_bytes()
+    for place in range(0, len(good), 37):
+        flip(index, place)
+        with pytest.raises(DataError, match="damaged"):
+            FrameStore(own_store.folder)
+        index.write_bytes(good)
+    for size in (0, 20, len(good) - 1):
+        index.write_bytes(good[:size])
+        with pytest.raises(DataError, match="damaged"):
+            FrameStore(own_store.folder)
+
+
+def test_a_store_of_a_later_version_is_refused(own_store: FrameStore) -> None:
+    header = own_store.folder / "store.json"
+    header.write_text(header.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(DataError, match=r"version 9.*Update tvit"):
+        FrameStore(own_store.folder)
+    header.write_text("{}")
+    with pytest.raises(DataError, match="cannot be read as a frame store's header"):
+        FrameStore(own_store.folder)
+
+
+def test_a_full_disk_keeps_the_shards_that_were_complete(
+    videos: list[Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "frames"
+    write_header(folder, Header(PARAMETERS, str(tmp_path)))
+    packed = pack_video(videos[1].path, PARAMETERS)
+    writer = ShardWriter(folder, rank=0, shard_bytes=len(packed.record))
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match="No space left"), writer:
+        writer.add("a", packed)
+        writer.add("b", packed)  # completes the first
+        monkeypatch.setattr("tvit_cli.data.storewriter.os.fsync", full)
+        writer.add("c", packed)
+    assert sorted(p.name for p in folder.iterdir()) == ["shard-00000-00.frames", "store.json"]
+
+
+def test_the_store_beside_the_videos_is_found_and_is_no_class(videos: list[Video], tmp_path: Path) -> None:
+    for video in videos:
+        target = tmp_path / "data" / video.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(video.path.read_bytes())
+    root = tmp_path / "data"
+    assert find_store(root) is None
+    build(root / "frames", videos)
+    assert find_store(root) == find_store(root / "frames") == find_store(root / "list.csv") == root / "frames"
+    layout = read_layout(root, group_pattern="_g(..)", val_groups="none", test_groups="none")
+    assert layout.labels == LABELS
+    store = FrameStore(root / "frames")
+    assert store.outdated(layout.videos) == []
+    write_video(layout.videos[0].path, textured(4))
+    extra = Video(root / "new.avi", "new.avi", "run", "train", None)
+    assert store.outdated([*layout.videos, extra]) == [layout.videos[0].name, "new.avi"]
+    layout.videos[0].path.unlink()
+    assert store.outdated(layout.videos) == []
+    (root / "frames" / "index.frames").unlink()
+    assert find_store(root) is None  # unfinished
+    assert read_layout(root, group_pattern="_g(..)", val_groups="none", test_groups="none").labels == LABELS
+
+
+def synthetic_index(folder: Path, clips: int) -> None:
+    """A store without frames whose index lists so many clips under names as Kinetics has them."""
+    write_header(folder, Header(PARAMETERS, "data"))
+    keys = [b"train/playing squash or racquetball/%011d_000012_000022.mp4" % n for n in range(clips)]
+    facts = {"labels": ["a"], "groups": [], "shards": [], "unreadable": {}}
+    with (folder / "index.frames").open("wb") as file:
+        write_table(file, make_table(facts, np.zeros(clips, CLIP), keys))
+
+
+def measure_index(folder: Path) -> tuple[float, float, float]:
+    """Seconds to open a store's index, MiB of memory that this and 1,000 look-ups take, seconds of these."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    store = FrameStore(folder)
+    opened = time.perf_counter()
+    for n in range(0, len(store), max(1, len(store) // 1_000)):
+        assert store.find(store.name(n)) == n
+    ended = time.perf_counter()
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return opened - began, memory, ended - opened
+
+
+def test_an_index_of_100_000_clips_opens_at_once_and_takes_little_memory(tmp_path: Path) -> None:
+    synthetic_index(tmp_path / "frames", 100_000)
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom test_framestore import measure_index\n"
+        f"print(*measure_index(Path({str(tmp_path / 'frames')!r})))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    seconds, mebibytes, lookups = map(float, result.stdout.split())
+    assert seconds < 0.5  # measured 0.03 s; a million clips may take 2 s
+    assert mebibytes < 30  # a million clips may take 300 MB
+    assert lookups < 2
+
+
+def test_errors_of_the_user_are_no_assertions(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no frame store .*Make one with `tvit extract`"):
+        FrameStore(tmp_path)
+
+
+@pytest.mark.real
+def test_real_clips_come_back_as_they_were_but_for_jpeg(real_data: Path, tmp_path: Path) -> None:
+    paths = sorted((real_data / "weizmann").rglob("*.avi"))[::15]
+    videos = [Video(path, path.name, "run", "train", None) for path in paths]
+    store = build(tmp_path / "frames", videos, frames_per_video=32)
+    for video in videos:
+        direct = read_clip(video.path, lambda n: grid_indices(n, 32))
+        clip = store.read(video.name, lambda n: grid_indices(n, 32))
+        assert (clip.indices, clip.pts_seconds) == (direct.indices, direct.pts_seconds)
+        assert np.abs(clip.frames.astype(int) - direct.frames).mean() < 2.2  # measured 1.6 to 1.9

@@ -1,0 +1,226 @@
+"""Videos decoded once into a frame store, or only checked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvit_cli.data.framestore import record_problem
+from tvit_cli.data.layout import Layout, Video, read_layout
+from tvit_cli.data.packing import Packed, is_unchanged, pack_video
+from tvit_cli.data.scan import Scan, scan_video
+from tvit_cli.data.storeformat import (
+    FOLDER,
+    INDEX,
+    SHARDS,
+    Header,
+    Parameters,
+    is_store,
+    read_header,
+    write_header,
+)
+from tvit_cli.data.storewriter import (
+    Contents,
+    ShardWriter,
+    read_contents,
+    write_index,
+)
+from tvit_cli.engine.events import Note, Progress, Report
+from tvit_cli.engine.pool import in_order
+from tvit_cli.engine.source import MOTIONS, default_workers, find_data, make_demo_data
+from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.settings.extract import ExtractSettings
+from tvit_cli.settings.maxbad import most_bad
+
+MIB = 1 << 20
+_CRASHED = "the decoder crashed on it. The file may be damaged; encode it anew"
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What one process did; `skipped` videos were in the store already, `unreadable` names reasons."""
+
+    folder: Path
+    videos: int
+    skipped: int
+    unreadable: Mapping[str, str]
+    bytes: int  # written
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """All files of a data set, in the order of their names."""
+
+    scans: tuple[Scan, ...]
+
+    @property
+    def unreadable(self) -> tuple[Scan, ...]:
+        """Files that give no frame."""
+        return tuple(scan for scan in self.scans if not scan.is_readable)
+
+
+def extract(
+    settings: ExtractSettings,
+    report: Report,
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    wait_for_all: Callable[[], None] = lambda: None,
+) -> ExtractResult:
+    """Pack the videos that the store does not hold yet, and write its index.
+
+    Of several processes, started alike on one file system, each takes every `processes`-th video and writes
+    shards of its own; rank 0 prepares the folder before and joins the index after, and `wait_for_all` is the
+    barrier between. A video that was changed since is packed anew.
+
+    Raises DataError where a store with other parameters is in the way, RunError where the disk is full or,
+    after the index was written, where more than `max_bad` videos are unreadable.
+    """
+    began = time.perf_counter()
+    layout, data = _read_data(settings, report)
+    folder = (layout.root / FOLDER) if settings.output is None else settings.output.expanduser()
+    parameters = Parameters(settings.frames_per_video, settings.quality, settings.short_side)
+    if rank == 0:
+        _prepare(folder, Header(parameters, str(data)), report, overwrite=settings.overwrite)
+    wait_for_all()
+
+    contents, _ = read_contents(folder)
+    own = layout.videos[rank::processes]
+    missing = [video for video in own if not _is_done(contents, video, repair=settings.repair, report=report)]
+    unreadable: dict[str, str] = {}
+    jobs = [(video.path, parameters) for video in missing]
+    workers = default_workers(processes) if settings.num_workers is None else settings.num_workers
+    with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib * MIB) as writer:
+        results = in_order(_pack, jobs, workers=workers, crashed=lambda job: _CRASHED)
+        for done, (video, packed) in enumerate(zip(missing, results, strict=True), start=1):
+            if isinstance(packed, str):
+                unreadable[video.name] = packed
+                report(Note(f"set aside: {video.name}: {packed}", "warning"))
+            else:
+                writer.add(video.name, packed)
+            report(Progress("extracting", done, len(missing)))
+    _reasons_file(folder, rank).write_text(json.dumps(unreadable), encoding="utf-8")
+    wait_for_all()
+
+    if rank == 0:
+        everyones = _collect_reasons(folder, processes)
+        write_index(folder, layout, everyones)
+        _refuse_too_many(len(everyones), len(layout.videos), settings.max_bad, layout.root)
+    return ExtractResult(
+        folder=folder,
+        videos=len(missing) - len(unreadable),
+        skipped=len(own) - len(missing),
+        unreadable=unreadable,
+        bytes=writer.bytes,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def check(settings: ExtractSettings, report: Report) -> CheckResult:
+    """Decode every video to its end and tell what it holds and what is wrong; write nothing."""
+    layout, _ = _read_data(settings, report)
+    paths = [video.path for video in layout.videos]
+    workers = default_workers() if settings.num_workers is None else settings.num_workers
+    scans: list[Scan] = []
+    for scan in in_order(
+        scan_video, paths, workers=workers, crashed=lambda p: Scan(p, problem=_CRASHED, is_readable=False)
+    ):
+        scans.append(scan)
+        report(Progress("checking", len(scans), len(paths)))
+    return CheckResult(tuple(scans))
+
+
+def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]:
+    data = find_data(settings.path_to_data)
+    if data.name == MOTIONS and not data.exists():
+        make_demo_data(data, report)
+    layout = read_layout(
+        data,
+        group_pattern=settings.group_pattern,
+        val_groups=settings.val_groups,
+        test_groups=settings.test_groups,
+        split=settings.split,
+    )
+    for note in layout.notes:
+        report(Note(note))
+    return layout, data
+
+
+def _prepare(folder: Path, header: Header, report: Report, *, overwrite: bool) -> None:
+    """Makes the folder ready to take shards: its header written, what a killed run left removed."""
+    if not is_store(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(
+                f"{folder}: holds other files and is no frame store. Give another folder with --output."
+            )
+        _or_run_error(folder, lambda: write_header(folder, header))
+        return
+    if overwrite:
+        # The index goes first: without it the store is unfinished, and nobody reads half of it.
+        (folder / INDEX).unlink(missing_ok=True)
+        for path in folder.glob(SHARDS):
+            path.unlink()
+    elif (found := read_header(folder).parameters) != header.parameters:
+        raise DataError(
+            f"{folder}: this frame store was made with {found}; asked for are {header.parameters}. Replace "
+            "it with --overwrite, or make another with --output FOLDER."
+        )
+    _or_run_error(folder, lambda: write_header(folder, header))
+    contents, damaged = read_contents(folder)
+    for error in damaged:
+        report(Note(str(error), "warning"))
+    leftovers = {path for pattern in (".shard-*.part", ".unreadable-*.json") for path in folder.glob(pattern)}
+    for path in leftovers | (set(folder.glob(SHARDS)) - set(contents.shards)):
+        path.unlink()
+
+
+def _or_run_error(folder: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise RunError(f"{folder}: the frame store cannot be made here ({error.strerror}).") from error
+
+
+def _is_done(contents: Contents, video: Video, *, repair: bool, report: Report) -> bool:
+    row = contents.row(video.name)
+    if row is None or not is_unchanged(video.path, row):
+        return False
+    if repair and (problem := record_problem(contents.shard(video.name), row)):
+        report(Note(f"made anew: {video.name}: {problem}", "warning"))
+        return False
+    return True
+
+
+def _pack(job: tuple[Path, Parameters]) -> Packed | str:
+    """A packed video, or why it cannot be read."""
+    path, parameters = job
+    try:
+        return pack_video(path, parameters)
+    except VideoError as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _reasons_file(folder: Path, rank: int) -> Path:
+    return folder / f".unreadable-{rank:02d}.json"
+
+
+def _collect_reasons(folder: Path, processes: int) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for rank in range(processes):
+        path = _reasons_file(folder, rank)
+        reasons |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return dict(sorted(reasons.items()))
+
+
+def _refuse_too_many(unreadable: int, videos: int, max_bad: str, root: Path) -> None:
+    most = most_bad(max_bad, videos)
+    if unreadable > most:
+        raise RunError(
+            f"{root}: {unreadable} of {videos} videos cannot be read; --max-bad {max_bad} allows {most}. The "
+            "others are in the frame store. Mend or remove those, and run the same command again."
+        )
