@@ -105,6 +105,10 @@ def test_an_unreadable_video_is_reported_and_left_out(trained: TrainResult, tmp_
     assert result.metrics["unreadable"] == 1
     assert list(result.unreadable) == ["Red/v_Red_g06_c02.avi"]
     assert result.metrics["videos"] == 3 and again.metrics == result.metrics
+    wrong = evaluate(
+        settings(trained, path_to_data=str(data), output=tmp_path / "d", test_groups="06", unreadable="wrong")
+    )
+    assert wrong.metrics["video_top1"] == pytest.approx(result.metrics["video_top1"] * 3 / 4)
     assert any("v_Red_g06_c02.avi" in e.text for e in events if isinstance(e, Note) and e.level == "warning")
     assert "unreadable" in whole.metrics
 
@@ -140,6 +144,7 @@ def test_scores_of_several_processes_are_those_of_one(trained: TrainResult) -> N
         group_pattern=opened.card.settings["group_pattern"],
         val_groups="1",
         test_groups="1",
+        split=1,
         report=lambda event: None,
     )
     videos = source.layout.subset("train")[:7]

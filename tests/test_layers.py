@@ -34,6 +34,7 @@ HEAVY = {
     "transformers",
     "wandb",
     "safetensors",
+    "simplejpeg",
     "huggingface_hub",
 }
 

@@ -222,12 +222,6 @@ def test_videos_that_do_not_match_are_counted(tmp_path: Path) -> None:
     assert "1 of 4 videos do not match the group pattern" in read(root).notes[0]
 
 
-def test_a_leak_in_the_data_s_own_subsets_is_named(tmp_path: Path) -> None:
-    for subset in ("train", "test"):
-        place(tmp_path / subset, {"run": [f"{subset}_g01_.avi"], "walk": [f"{subset}_g02_.avi"]})
-    assert "share 2 groups (01, 02)" in read(tmp_path).notes[0]
-
-
 # What cannot be used
 
 
@@ -373,3 +367,42 @@ def test_weizmann_is_split_by_people(real_data: Path) -> None:
     counts, reasons = check_videos(layout.videos, workers=2)
     assert len(counts) == 90
     assert reasons == {}
+
+
+# Official splits
+
+
+def read_split(root: Path, split: int) -> Layout:
+    return read_layout(root, group_pattern=UCF101, val_groups="none", test_groups="auto", split=split)
+
+
+def test_the_official_split_lists_are_followed(tmp_path: Path) -> None:
+    names = [f"v_HandStandPushups_g{g:02d}_c01.avi" for g in (1, 2, 8, 9)]
+    place(
+        tmp_path / "videos",
+        {"HandstandPushups": names, "Run": [n.replace("HandStandPushups", "Run") for n in names]},
+    )
+    lists = tmp_path / "splits"
+    lists.mkdir()
+    (lists / "classInd.txt").write_bytes(b"1 HandstandPushups\r\n2 Run\n")
+    for split, held in ((1, (1, 2)), (2, (8,)), (3, (9,))):
+        for side in ("train", "test"):
+            rows = [
+                f"{c}/v_{'HandStandPushups' if c != 'Run' else c}_g{g:02d}_c01.avi"
+                for c in ("HandstandPushups", "Run")
+                for g in (1, 2, 8)
+                if (g in held) == (side == "test")
+            ]
+            (lists / f"{side}list{split:02d}.txt").write_text(
+                "\n".join(rows or ["Run/v_Run_g99_c01.avi"]) + "\n"
+            )
+    one = read_split(tmp_path, 1)
+    assert {v.group for v in one.subset("test")} == {"01", "02"} and one.counts()["train"] == 2
+    two = read_split(tmp_path, 2)
+    assert {v.group for v in two.subset("test")} == {"08"} and two.counts() == {
+        "train": 4,
+        "val": 0,
+        "test": 2,
+    }
+    assert any("2 videos are in no list" in note for note in two.notes)
+    assert any("Official split 2" in note for note in two.notes)

@@ -279,7 +279,7 @@ def make_bad(kind: str, clips: Path, root: Path) -> Path:
         ("missing", "no such folder"),
         ("empty class", "Yellow"),
         ("one class", "one class"),
-        ("unreadable class", "class Red"),
+        ("unreadable class", "cannot be read|class Red"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built(
@@ -337,6 +337,53 @@ def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(
     monkeypatch.setattr(ClipDataset, "__getitem__", dies)
     with pytest.raises(RunError, match="A process that decodes videos died after step 0"):
         trained(num_workers=1)
+
+
+def test_leaks_are_said_and_strict_refuses_them(clips: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for subset in ("train", "test"):
+        for label in COLOURS:
+            shutil.copytree(clips / label, data / subset / label)
+    facts = {
+        "path_to_data": str(data),
+        "hf_model_name": None,
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "epochs": 1,
+    }
+    facts |= {
+        "working_directory": tmp_path / "runs",
+        "val_groups": "none",
+        "test_groups": "none",
+        "train": "all",
+    }
+    events: list[Event] = []
+    train(settings(**facts), events.append)
+    warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
+    assert any("share 6 groups" in w for w in warnings) and any(
+        "18 videos stand in two subsets" in w for w in warnings
+    )
+    with pytest.raises(DataError, match="share 6 groups"):
+        train(settings(**facts, strict=True))
+
+
+def test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts(
+    clips: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clips, data)
+    for group in (2, 3, 4, 5):
+        (data / "Red" / f"v_Red_g{group:02d}_c01.avi").write_text("text")
+    facts = {
+        "path_to_data": str(data),
+        "hf_model_name": str(pretrained),
+        "working_directory": tmp_path / "runs",
+    }
+    with pytest.raises(DataError, match=r"4 of 18 videos cannot be read.*allows 3"):
+        run(**facts)
+    assert not (tmp_path / "runs").exists()
+    run(**facts, max_bad="25%", epochs=1)
 
 
 def weights_differ(base: TrainResult, changed: TrainResult) -> bool:
@@ -410,6 +457,9 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
 }
 SHOWN_ELSEWHERE = {
+    "split": "tests/test_layout.py::test_the_official_split_lists_are_followed",
+    "strict": test_leaks_are_said_and_strict_refuses_them,
+    "max_bad": test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts,
     "path_to_data": test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built,
     "resume_from_checkpoint": test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits,
     "device": test_what_cannot_be_used_is_named_and_leaves_no_run,

@@ -2,16 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tvit_cli.errors import RunError
 
 if TYPE_CHECKING:
+    from tvit_cli.console import Console
+    from tvit_cli.engine.extract import CheckResult
     from tvit_cli.options import Verbosity
     from tvit_cli.settings.base import Loaded
+    from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
+    from tvit_cli.settings.extract import ExtractSettings
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
+
+
+def download(loaded: Loaded[DownloadSettings], verbosity: Verbosity) -> None:
+    """Fetch, verify or repair a data set, or list the known ones."""
+    from tvit_cli.console import Console, size
+    from tvit_cli.engine import download as engine
+    from tvit_cli.engine.events import Note, Progress
+    from tvit_cli.engine.source import make_demo_data
+
+    settings = loaded.settings
+    console = Console(verbosity)
+    if settings.list_sets:
+        rows = [
+            (d.name, d.classes, f"{d.clips:,}", size(d.bytes), d.licence, d.title) for d in engine.known()
+        ]
+        console.table(["name", "classes", "clips", "download", "licence", "what"], rows)
+        return
+    with console:
+        result = engine.download(
+            settings,
+            makers={"motions": lambda folder: make_demo_data(folder, console.report)},
+            progress=lambda p: console.report(Progress(f"{p.stage} {p.what}", p.done, p.total, "bytes")),
+            report=lambda text: console.report(Note(text)),
+        )
+    for difference in result.differences:
+        console.warn(f"{difference.path}: {difference.kind}: {difference.detail}")
+    if result.differences:
+        raise RunError(
+            f"{len(result.differences)} files of {result.folder} are not as they were fetched. "
+            f"Mend them: tvit download {result.name} --repair"
+        )
+    console.say(
+        f"{result.folder}: {result.videos:,} videos of {result.classes} classes; "
+        f"{result.landed:,} files are new, {size(result.bytes_received)} were fetched."
+    )
+
+
+def extract(loaded: Loaded[ExtractSettings], verbosity: Verbosity) -> None:
+    """Make a frame store and say what it holds, or show what `--check` found."""
+    from tvit_cli.console import Console
+    from tvit_cli.engine import extract as engine
+
+    settings = loaded.settings
+    with Console(verbosity) as console:
+        if settings.check:
+            found = engine.check(settings, console.report)
+        else:
+            result = engine.extract(settings, console.report)
+    if settings.check:
+        _show_check(console, found, as_json=settings.json_lines)
+        return
+    console.say(
+        f"{result.videos} videos extracted ({result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s), "
+        f"{result.skipped} were there already, {len(result.unreadable)} cannot be read."
+    )
+    console.say(f"Frame store: {result.folder}")
+
+
+def _show_check(console: Console, found: CheckResult, *, as_json: bool) -> None:
+    if as_json:
+        for scan in found.scans:
+            console.json_line({**asdict(scan), "path": str(scan.path)})
+    else:
+        rows = [
+            (
+                scan.path,
+                scan.codec,
+                f"{scan.width}x{scan.height}" if scan.is_readable else "",
+                scan.frames,
+                f"{scan.seconds:.2f}",
+                f"{scan.rate:.2f}" if scan.rate else "",
+                scan.rotation,
+                scan.problem,
+            )
+            for scan in found.scans
+        ]
+        console.table(["video", "codec", "size", "frames", "seconds", "rate", "rotation", "problem"], rows)
+    if bad := found.unreadable:
+        raise RunError(f"{len(bad)} of {len(found.scans)} videos cannot be read.")
 
 
 def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:

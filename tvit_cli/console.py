@@ -24,12 +24,26 @@ from rich.table import Table
 from tvit_cli.engine.events import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
 from tvit_cli.options import Verbosity
 
+UNWRAPPED = 10_000  # columns
+
 
 def print_error(error: BaseException) -> None:
     """Show an error's message on stderr, its first line marked."""
     RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
         f"[bold red]error:[/] {escape(str(error))}"
     )
+
+
+def size(count: int | None) -> str:
+    """Bytes as people read them. 6960400115 -> 7.0 GB"""
+    if count is None:
+        return "?"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
 class Console:
@@ -40,7 +54,10 @@ class Console:
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
         self._verbosity = verbosity
-        self._out = RichConsole(highlight=False, soft_wrap=True)
+        # A file or a pipe has no width: nothing in it is wrapped, so that it can be searched line by line.
+        self._out = RichConsole(
+            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else UNWRAPPED
+        )
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._bars = RichProgress(
             TextColumn("{task.description}"),
@@ -70,7 +87,8 @@ class Console:
             case Note():
                 self._note(event)
             case Progress():
-                self._bar(event.what, event.done, event.total)
+                done = size(event.done) if event.unit == "bytes" else ""
+                self._bar(event.what, event.done, event.total, done)
             case TrainingStarts():
                 for name, text in event.facts.items():
                     self._say(f"[dim]{name:>8}[/]  {escape(text)}")
@@ -78,7 +96,7 @@ class Console:
             case StepDone():
                 facts = (
                     f"epoch {event.epoch} · loss {event.loss:.3f} · top-1 {event.clip_top1:.3f} · "
-                    f"rate {event.learning_rate:.1e} · {event.clips_per_second:.0f} clips/s"
+                    f"rate {event.learning_rate:.1e} · {event.clips_per_second:.3g} clips/s"
                 )
                 self._bar("training", event.step, None, facts)
             case EpochDone():
@@ -87,12 +105,14 @@ class Console:
     def table(
         self, columns: Iterable[str], rows: Iterable[Iterable[object]], *, title: str | None = None
     ) -> None:
-        """Print a table on stdout; columns after the first are right-aligned."""
+        """Print a table on stdout; columns of numbers are right-aligned."""
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        cells = [[str(cell) for cell in row] for row in rows]
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
+            are_numbers = all(not row[number] or row[number][0].isdigit() for row in cells)
+            table.add_column(column, justify="right" if are_numbers else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*map(escape, row))
         self._out.print(table)
 
     def json_line(self, value: Mapping[str, object]) -> None:
@@ -141,6 +161,6 @@ class Console:
         text = f"epoch {event.epoch:>3}  loss {m['train_loss']:.3f}  top-1 {m['train_clip_top1']:.3f}"
         if "val_loss" in m:
             text += f"  │ val loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
-        text += f"  │ {m['clips_per_second']:.0f} clips/s, {m['seconds']:.1f} s"
+        text += f"  │ {m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
         text += f", {m['data_wait']:.0%} waiting for data"
         self._say(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))

@@ -21,6 +21,13 @@ S = TypeVar("S", bound="Settings")
 Command = Callable[..., None]
 
 
+def _download() -> Command:
+    """Bring a known data set into a tidy folder; run again, it does what is missing and nothing else."""
+    from tvit_cli.settings.download import DownloadSettings
+
+    return _command(DownloadSettings, commands.download)
+
+
 def _train() -> Command:
     """Train a temporal Vision Transformer on a folder of videos."""
     from tvit_cli.settings.train import TrainSettings
@@ -42,7 +49,20 @@ def _predict() -> Command:
     return _command(PredictSettings, commands.predict)
 
 
-VERBS: dict[str, Callable[[], Command]] = {"train": _train, "eval": _eval, "predict": _predict}
+def _extract() -> Command:
+    """Decode videos once into a frame store that is read many times, or check them."""
+    from tvit_cli.settings.extract import ExtractSettings
+
+    return _command(ExtractSettings, commands.extract)
+
+
+VERBS: dict[str, Callable[[], Command]] = {
+    "download": _download,
+    "extract": _extract,
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+}
 
 
 def build_app(arguments: Sequence[str] | None = None) -> typer.Typer:
@@ -85,11 +105,13 @@ def _command(
 
 
 def _all_settings() -> tuple[type[Settings], ...]:
+    from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
+    from tvit_cli.settings.extract import ExtractSettings
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
 
-    return TrainSettings, EvalSettings, PredictSettings
+    return DownloadSettings, ExtractSettings, TrainSettings, EvalSettings, PredictSettings
 
 
 def _print_version(asked: bool) -> None:

@@ -104,10 +104,9 @@ def default(field: FieldInfo) -> str:
 def _annotation(key: str, field: FieldInfo) -> Any:
     facts = extra(field)
     if facts.get("positional"):
-        return Annotated[
-            list[str] | None,
-            typer.Argument(help=field.description, metavar=facts["metavar"], show_default=False),
-        ]
+        argument = typer.Argument(help=field.description, metavar=facts["metavar"], show_default=False)
+        is_one = base_type(field) is str
+        return Annotated[str | None, argument] if is_one else Annotated[list[str] | None, argument]
     kind = base_type(field)
     if kind is bool:
         name = facts.get("flag") or f"{flag(key)}/--no-{flag(key)[2:]}"

@@ -54,6 +54,7 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
         group_pattern=choose("group_pattern"),
         val_groups=choose("val_groups"),
         test_groups=choose("test_groups"),
+        split=int(choose("split")),
         need_training=False,
         report=report,
     )
@@ -68,6 +69,7 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
         batch_size=settings.per_gpu_batch_size,
         workers=default_workers() if settings.num_workers is None else settings.num_workers,
         shuffle_seed=settings.seed if settings.shuffle_frames else None,
+        store=source.store,
         progress=lambda done, total: report(Progress("scoring videos", done, total)),
     )
     if not len(scores.indices):
@@ -102,6 +104,8 @@ def _write_result(
         )
     metrics = video_metrics(scores.logits, scores.labels, top_k=settings.top_k)
     metrics["unreadable"] = float(len(scores.errors))
+    if settings.unreadable == "wrong":
+        metrics |= _with_wrong(metrics, len(scores.errors))
     right = scores.logits.argmax(1) == scores.labels
     per_class = {
         label: (int((scores.labels == i).sum()), int(right[scores.labels == i].sum()))
@@ -123,6 +127,12 @@ def _write_result(
     _write_metrics(output / "metrics.json", result)
     _write_scores(output / "scores.csv", videos, scores, labels)
     return result
+
+
+def _with_wrong(metrics: dict[str, float], unreadable: int) -> dict[str, float]:
+    """The share of right answers when unreadable videos count as wrong ones; they have no loss."""
+    read = metrics["videos"]
+    return {k: v * read / (read + unreadable) for k, v in metrics.items() if k.startswith("video_top")}
 
 
 def _write_metrics(path: Path, result: EvalResult) -> None:

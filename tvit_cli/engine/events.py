@@ -17,11 +17,12 @@ class Note:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of a named piece of work."""
+    """`done` of `total` (None: not known) units of a named piece of work."""
 
     what: str
     done: int
-    total: int
+    total: int | None
+    unit: Literal["", "bytes"] = ""
 
 
 @dataclass(frozen=True)

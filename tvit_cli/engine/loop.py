@@ -184,6 +184,7 @@ def _validate(loop: Loop) -> dict[str, float]:
         rank=loop.plan.rank,
         processes=loop.plan.processes,
         autocast=loop.accelerator.autocast,
+        store=loop.source.store,
         progress=lambda done, total: loop.report(Progress("validating", done, total)),
     )
     scores = merge_scores(gather_object([own]))
@@ -248,6 +249,7 @@ def _loader(loop: Loop) -> Iterable[ClipBatch]:
         short_side=_short_side(loop.settings),
         seed=loop.settings.seed,
         training=True,
+        store=loop.source.store,
     )
     return DataLoader(
         dataset,
@@ -300,6 +302,7 @@ def identity_of(loop: Loop) -> dict[str, object]:
         labels=loop.source.layout.labels,
         videos=loop.plan.clips,
         base=loop.built.base,
+        frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
         processes=loop.plan.processes,
     )
 

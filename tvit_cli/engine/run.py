@@ -110,7 +110,13 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
 
 
 def identity(
-    settings: TrainSettings, *, labels: tuple[str, ...], videos: int, base: BaseWeights | None, processes: int
+    settings: TrainSettings,
+    *,
+    labels: tuple[str, ...],
+    videos: int,
+    base: BaseWeights | None,
+    frames: str,
+    processes: int,
 ) -> dict[str, Any]:
     """What has to be the same for a resumed run to end as one that was never stopped."""
     values = settings.model_dump(mode="json")
@@ -120,6 +126,7 @@ def identity(
         "classes": list(labels),
         "training videos": videos,
         "base weights": None if base is None else base.sha256,
+        "frames": frames,
         "processes": processes,
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tvit_cli.data.clips import ClipBatch, ClipDataset, collate, ignore_stop_signals
+from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.settings.card import Preprocessing
@@ -44,6 +45,7 @@ def score(
     processes: int = 1,
     shuffle_seed: int | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    store: FrameStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score this process's share of the videos: every `processes`-th, from `rank` on."""
@@ -55,6 +57,7 @@ def score(
         seed=shuffle_seed or 0,
         training=False,
         shuffle_frames=shuffle_seed is not None,
+        store=store,
     )
     keys = [(0, index) for index in range(rank, len(videos), processes)]
     loader: Iterable[ClipBatch] = DataLoader(

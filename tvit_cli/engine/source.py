@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tvit_cli.data.framestore import FrameStore, find_store
 from tvit_cli.data.layout import Layout, Video, check_videos, read_layout
 from tvit_cli.data.motions import is_motions, make_motions
+from tvit_cli.data.remote.catalog import CATALOG
+from tvit_cli.data.storeformat import is_store
 from tvit_cli.engine.events import Note, Progress, Report
 from tvit_cli.errors import DataError
 
@@ -23,6 +26,7 @@ class Source:
 
     layout: Layout
     unreadable: Mapping[str, str]  # video name -> reason
+    store: FrameStore | None = None  # where frames are read from instead of the videos
 
     def readable(self, subset: str) -> tuple[Video, ...]:
         """The videos of a subset that can be opened."""
@@ -35,8 +39,10 @@ def open_source(
     group_pattern: str,
     val_groups: str,
     test_groups: str,
+    split: int,
     report: Report,
     need_training: bool = True,
+    need_test: bool = False,
 ) -> Source:
     """Find a data set, read its layout, and set unreadable videos aside by name and reason.
 
@@ -45,18 +51,24 @@ def open_source(
     root = find_data(path_to_data)
     if root.name == MOTIONS and not root.exists():
         make_demo_data(root, report)
-    layout = read_layout(root, group_pattern=group_pattern, val_groups=val_groups, test_groups=test_groups)
+    if is_store(root):
+        layout = FrameStore(root).layout()
+    else:
+        layout = read_layout(
+            root,
+            group_pattern=group_pattern,
+            val_groups=val_groups,
+            test_groups=test_groups,
+            split=split,
+            need_test=need_test,
+        )
     for note in layout.notes:
         report(Note(note))
-    workers = min(8, os.cpu_count() or 1)
-    _, unreadable = check_videos(
-        layout.videos,
-        workers=workers,
-        progress=lambda done, total: report(Progress("checking videos", done, total)),
-    )
+    store = _find_store(root, layout, report)
+    unreadable = _unreadable(layout, report) if store is None else store.unreadable
     for name, reason in unreadable.items():
         report(Note(f"set aside: {name}: {reason}", "warning"))
-    source = Source(layout, unreadable)
+    source = Source(layout, unreadable, store)
     if need_training:
         _check_classes(source)
     return source
@@ -76,7 +88,10 @@ def find_data(path_to_data: str | None) -> Path:
             if known
             else f"there is nothing in {DATA_DIRECTORY}/"
         )
-        raise DataError(f"No data set chosen: {found}. Name one with --path-to-data PATH.")
+        raise DataError(
+            f"No data set chosen: {found}. Name one with --path-to-data PATH, or fetch one: "
+            f"tvit download {DEFAULT_NAME}."
+        )
     path = Path(path_to_data).expanduser()
     if path.exists():
         return path
@@ -86,7 +101,8 @@ def find_data(path_to_data: str | None) -> Path:
     if path.name == MOTIONS and path.parent == DATA_DIRECTORY:
         return path
     beside = f" Under {DATA_DIRECTORY}/: {', '.join(known)}." if known else ""
-    raise DataError(f"--path-to-data {path_to_data}: no such folder or file.{beside}")
+    fetch = f" Fetch it: tvit download {path.name}." if path.name in (d.name for d in CATALOG) else ""
+    raise DataError(f"--path-to-data {path_to_data}: no such folder or file.{beside}{fetch}")
 
 
 def make_demo_data(root: Path, report: Report) -> None:
@@ -105,6 +121,35 @@ def default_workers(processes: int = 1) -> int:
     """Decoding processes for each training process: the cores that are left to it, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // processes - 1))
+
+
+def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None:
+    """The frame store of a data set, if it holds every video as it is now."""
+    folder = find_store(root)
+    if folder is None:
+        return None
+    store = FrameStore(folder)
+    if outdated := store.outdated(layout.videos):
+        report(
+            Note(
+                f"{folder}: not used, since {len(outdated)} of {len(layout.videos)} videos (such as "
+                f"{outdated[0]}) are new or changed. Bring it up to date with "
+                f"`{store.header.command(folder)}`.",
+                "warning",
+            )
+        )
+        return None
+    report(Note(f"Frames are read from {folder} ({store.parameters}), not from the videos."))
+    return store
+
+
+def _unreadable(layout: Layout, report: Report) -> dict[str, str]:
+    _, unreadable = check_videos(
+        layout.videos,
+        workers=min(8, os.cpu_count() or 1),
+        progress=lambda done, total: report(Progress("checking videos", done, total)),
+    )
+    return unreadable
 
 
 def _check_classes(source: Source) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 import tvit_cli
+from tvit_cli.data.leaks import find_leaks
 from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import build
 from tvit_cli.engine.checkpoint import Checkpoint, load_checkpoint, load_optimizer
@@ -21,10 +22,12 @@ from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.run import Run, check_identity, open_run, write_settings
 from tvit_cli.engine.source import Source, open_source
 from tvit_cli.engine.trackers import Trackers
+from tvit_cli.errors import DataError
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.maxbad import most_bad
 from tvit_cli.settings.train import TrainSettings
 
 
@@ -57,8 +60,11 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         group_pattern=settings.group_pattern,
         val_groups=settings.val_groups,
         test_groups=settings.test_groups,
+        split=settings.split,
+        need_test=settings.test_at_end,
         report=report,
     )
+    _refuse_bad_data(settings, source, report)
     run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
     loop = _prepare(settings, accelerator, run, source, report)
@@ -70,6 +76,23 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     finally:
         loop.trackers.close()
     return _finish(loop)
+
+
+def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) -> None:
+    """Raise DataError for more unreadable videos than --max-bad allows, or, with --strict, for any leak."""
+    videos = source.layout.videos
+    most = most_bad(settings.max_bad, len(videos))
+    if len(source.unreadable) > most:
+        raise DataError(
+            f"{source.layout.root}: {len(source.unreadable)} of {len(videos)} videos cannot be read, and "
+            f'--max-bad "{settings.max_bad}" allows {most}. Mend or remove them (tvit extract --check names '
+            "them all), or allow more."
+        )
+    leaks = find_leaks(videos)
+    if leaks and settings.strict:
+        raise DataError(f"{source.layout.root}: " + " ".join(leaks))
+    for leak in leaks:
+        report(Note(leak, "warning"))
 
 
 def _prepare(

@@ -39,6 +39,13 @@ class EvalSettings(Settings):
         description="Regular expression on file names that names a video's group",
         json_schema_extra=about(WHAT, default="as in training", metavar="REGEX"),
     )
+    split: int | None = Field(
+        None,
+        ge=1,
+        le=3,
+        description="Official split, where the data has the lists of UCF101's three",
+        json_schema_extra=about(WHAT, default="as in training"),
+    )
     val_groups: str | None = Field(
         None,
         description="Groups of the val subset: names, a count, none, or auto",
@@ -61,6 +68,11 @@ class EvalSettings(Settings):
         json_schema_extra=about(HOW, default="from the CPU count"),
     )
     device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
+    unreadable: Literal["exclude", "wrong"] = Field(
+        "exclude",
+        description="Videos that cannot be read are left out of all metrics, or counted as wrong answers",
+        json_schema_extra=about(HOW),
+    )
     shuffle_frames: bool = Field(
         False,
         description="Put each clip's frames in a random order first: what is left is what single frames tell",

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tvit_cli.settings.base import Settings, about
 from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.fields import GROUP_PATTERN, Device, Names, Pattern
+from tvit_cli.settings.maxbad import MAX_BAD, MaxBad
 
 RUN, DATA, MODEL, LORA = "Run", "Data", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
@@ -80,6 +81,13 @@ class TrainSettings(Settings):
         description="Regular expression on file names: clips of one recording share what it matches",
         json_schema_extra=about(DATA, metavar="REGEX"),
     )
+    split: int = Field(
+        1,
+        ge=1,
+        le=3,
+        description="Official split, where the data has the lists of UCF101's three",
+        json_schema_extra=about(DATA),
+    )
     val_groups: str = Field(
         "auto",
         description="Groups held out of train for validation: names, a count, none, or auto (15 % of them)",
@@ -89,6 +97,16 @@ class TrainSettings(Settings):
         "auto",
         description="Groups held out for the final test where the data has no test subset of its own",
         json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
+    )
+    strict: bool = Field(
+        False,
+        description="Refuse data whose val or test videos share groups or files with train",
+        json_schema_extra=about(DATA, harmless=True),
+    )
+    max_bad: MaxBad = Field(
+        MAX_BAD,
+        description="Most videos that may be unreadable: a count, a percentage, or the larger of two",
+        json_schema_extra=about(DATA, metavar="COUNT|PERCENT%", harmless=True),
     )
     n_frames: int = Field(
         8,

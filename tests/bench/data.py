@@ -1,0 +1,185 @@
+"""How fast clips are read and augmented, beside a plain baseline; A and B in turn, medians and ratios.
+
+    python -m pip install ".[bench]" && python tests/bench/data.py [--clips 12] [--rounds 5] [--workers 0,1,2]
+
+The baseline does what most training scripts do: decode every frame, make a PIL image of the chosen ones, and crop,
+flip, jitter (hue included) and normalise frame by frame, to float. T=18 frames at 224 px from clips of 180 frames
+of 320×240 in MPEG-4 with B-frames. tvit hands over uint8 frames; its augmentation is measured by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch.utils.data import DataLoader, Dataset
+
+from tvit_cli.data.clips import ClipDataset, collate
+from tvit_cli.data.framestore import FrameStore
+from tvit_cli.data.layout import Video
+from tvit_cli.data.transforms import Augmentation, train_transform
+from tvit_cli.data.video import count_frames, write_video
+from tvit_cli.engine.extract import extract
+from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from tvit_cli.settings.extract import ExtractSettings
+
+T, SIZE, FRAMES, HEIGHT, WIDTH = 18, 224, 180, 240, 320
+MEAN, STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def make_clips(root: Path, count: int) -> list[Video]:
+    """Clips of a drifting scene with some grain, in two classes."""
+    videos = []
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        coarse = generator.integers(0, 255, (HEIGHT // 16 + 8, WIDTH // 16 + 24, 3)).astype(np.uint8)
+        scene = np.asarray(
+            Image.fromarray(coarse).resize((WIDTH + 256, HEIGHT + 64), Image.Resampling.BICUBIC)
+        )
+        grain = generator.integers(-6, 7, (8, HEIGHT, WIDTH, 1))
+        frames = np.stack([scene[i // 6 : i // 6 + HEIGHT, i : i + WIDTH] for i in range(FRAMES)])
+        frames = np.clip(frames + grain[np.arange(FRAMES) % 8], 0, 255).astype(np.uint8)
+        label = ("a", "b")[number % 2]
+        path = root / "videos" / label / f"v_{label}_g{number:02d}_c01.avi"
+        write_video(path, frames, quantiser=5, options={"bf": "2", "g": "250"})
+        videos.append(Video(path, path.relative_to(root).as_posix(), label, "train", f"{number:02d}"))
+    return videos
+
+
+def hue_shifted(image: Image.Image, turns: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    shifted = (np.asarray(hue).astype(np.int16) + round(turns * 255)).astype(np.uint8)
+    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
+
+
+def baseline_augment(images: list[Image.Image]) -> torch.Tensor:
+    """Random-resized crop, flip, brightness, contrast, saturation, hue and normalisation of PIL images."""
+    side = random.randint(int(0.7 * HEIGHT), HEIGHT)
+    left, top = random.randint(0, WIDTH - side), random.randint(0, HEIGHT - side)
+    flip = random.random() < 0.5
+    factors = [random.uniform(0.8, 1.2) for _ in range(3)]
+    turns = random.uniform(-0.1, 0.1)
+    tensors = []
+    for image in images:
+        image = image.crop((left, top, left + side, top + side)).resize(
+            (SIZE, SIZE), Image.Resampling.BILINEAR
+        )
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for enhance, factor in zip(
+            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
+        ):
+            image = enhance(image).enhance(factor)
+        image = hue_shifted(image, turns)
+        tensors.append((torch.from_numpy(np.asarray(image)).permute(2, 0, 1) / 255 - MEAN) / STD)
+    return torch.stack(tensors)
+
+
+class Baseline(Dataset[torch.Tensor]):
+    """Decodes all frames, then augments the chosen ones."""
+
+    def __init__(self, videos: list[Video]) -> None:
+        self.paths = [video.path for video in videos]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with av.open(str(self.paths[index])) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        chosen = [int((i + 0.5) * len(frames) / T) for i in range(T)]
+        return baseline_augment([Image.fromarray(frames[i]) for i in chosen])
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def drain(dataset: Dataset[object], keys: list[object], workers: int) -> None:
+    """Read every key once, in batches of one, by a loader with so many workers."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[[key] for key in keys],  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=(lambda items: items) if isinstance(dataset, Baseline) else collate,
+    )
+    for _ in loader:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", default="0,1,2")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name) / "clips"
+        videos = make_clips(root, options.clips)
+        settings = ExtractSettings(
+            path_to_data=str(root), num_workers=0, val_groups="none", test_groups="none"
+        )
+        extraction = timed(lambda: extract(settings))
+        decoding = timed(lambda: [count_frames(video.path) for video in videos])
+        results["extract / decode"] = decoding / extraction
+        facts = {"n_frames": T, "short_side": 317, "seed": 0, "training": True}
+        sets: dict[str, Dataset[object]] = {
+            "baseline": Baseline(videos),
+            "video": ClipDataset(videos, ("a", "b"), **facts),
+            "store": ClipDataset(videos, ("a", "b"), store=FrameStore(root / "frames"), **facts),
+        }
+        for workers in map(int, options.workers.split(",")):
+            times: dict[str, list[float]] = {kind: [] for kind in sets}
+            for epoch in range(options.rounds + 1):
+                for kind, dataset in sets.items():
+                    keys = [i if kind == "baseline" else (epoch, i) for i in range(len(videos))]
+                    seconds = timed(lambda d=dataset, k=keys, w=workers: drain(d, k, w))
+                    if epoch:  # the first round warms up
+                        times[kind].append(seconds / len(videos))
+            per_clip = {kind: statistics.median(values) * 1e3 for kind, values in times.items()}
+            for kind, values in times.items():
+                ratio = statistics.median(b / a for a, b in zip(values, times["baseline"], strict=True))
+                results[f"{kind}, {workers} workers"] = ratio
+                print(f"{workers} workers  {kind:9} {per_clip[kind]:7.1f} ms per clip   x {ratio:.1f}")
+        clip = torch.from_numpy(
+            np.random.default_rng(0).integers(0, 255, (T, HEIGHT, WIDTH, 3)).astype(np.uint8)
+        )
+        images = [Image.fromarray(frame) for frame in clip.numpy()]
+        chosen = {
+            "augmentation": Augmentation(crop_scale=(0.5, 1.0), hue=0.1),
+            "preprocessing": Preprocessing(n_frames=T, frame_size=SIZE),
+            "seed": 0,
+            "device": torch.device("cpu"),
+        }
+        pairs = []
+        for index in range(3 * options.rounds):
+            keys = (torch.tensor([0]), torch.tensor([index]))
+            ours = timed(lambda k=keys: train_transform([clip.permute(0, 3, 1, 2)], *k, **chosen))
+            pairs.append((ours, timed(lambda: baseline_augment(images))))
+        ratio = statistics.median(b / a for a, b in pairs[1:])
+        own, base = (statistics.median(pair[i] for pair in pairs[1:]) * 1e3 for i in (0, 1))
+        print(f"augmentation {own:.1f} ms, baseline {base:.1f} ms per clip   x {ratio:.1f}")
+        results["augmentation"] = ratio
+    print(f"extraction runs at {results['extract / decode']:.2f} of the speed of decoding alone")
+    machine = {"torch": torch.__version__, "av": av.__version__, "python": platform.python_version()}
+    print(json.dumps({"benchmark": "data", "cores": os.cpu_count(), **machine, "ratios": results}))
+
+
+if __name__ == "__main__":
+    main()
