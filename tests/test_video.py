@@ -462,3 +462,12 @@ def test_every_weizmann_clip_is_read(real_data: Path) -> None:
         assert clip.frames.shape[:2] == (8, 98)
         assert 30 <= clip.frame_count <= 150
         assert clip.frames.std() > 10
+
+
+def test_the_first_frame_tells_a_video_from_what_is_none(
+    make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    decode_first(make_video(tmp_path / "a.avi"))
+    (tmp_path / "text.avi").write_text("not a video")
+    with pytest.raises(VideoError, match="not a video"):
+        decode_first(tmp_path / "text.avi")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tvit_cli.data.manifest import read_manifest
 from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
 from tvit_cli.data.storeformat import is_store
-from tvit_cli.data.video import VIDEO_SUFFIXES, probe
+from tvit_cli.data.video import VIDEO_SUFFIXES, decode_first
 from tvit_cli.errors import DataError, VideoError
 
 SUBSETS = ("train", "val", "test")
@@ -100,24 +100,23 @@ def read_layout(
 
 def check_videos(
     videos: Sequence[Video], *, workers: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Opens every video: name -> number of packets, and name -> reason for those that cannot be read.
+) -> dict[str, str]:
+    """Decodes the first frame of every video: name -> reason for those that cannot be read.
 
     `progress(done, total)` is called in the caller's thread.
     """
-    counts: dict[str, int] = {}
     reasons: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        tasks = {pool.submit(probe, video.path): video for video in videos}
+        tasks = {pool.submit(decode_first, video.path): video for video in videos}
         for done, task in enumerate(as_completed(tasks), start=1):
             video = tasks[task]
             try:
-                counts[video.name] = task.result().frames
+                task.result()
             except VideoError as error:
                 reasons[video.name] = str(error).removeprefix(f"{video.path}: ")
             if progress is not None:
                 progress(done, len(videos))
-    return counts, dict(sorted(reasons.items()))
+    return dict(sorted(reasons.items()))
 
 
 def _find(root: Path) -> tuple[list[Video], list[str]]:

@@ -118,6 +118,16 @@ def probe(path: Path) -> VideoInfo:
     return VideoInfo(path, codec, width, height, packets, seconds, rate, rotation)
 
 
+def decode_first(path: Path) -> None:
+    """Decodes the first frame and reads no further, which tells a video from what is none.
+
+    Raises VideoError, `<path>: <reason>`, where no frame can be read.
+    """
+    with _opened(path, threads=1) as (container, stream):
+        if next(iter(_all_frames(path, container, stream)), None) is None:
+            raise _no_frame(path)
+
+
 def read_clip(
     path: Path,
     choose: Callable[[int], Sequence[int]],

@@ -144,12 +144,11 @@ def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None
 
 
 def _unreadable(layout: Layout, report: Report) -> dict[str, str]:
-    _, unreadable = check_videos(
+    return check_videos(
         layout.videos,
         workers=min(8, os.cpu_count() or 1),
         progress=lambda done, total: report(Progress("checking videos", done, total)),
     )
-    return unreadable
 
 
 def _check_classes(source: Source) -> None:
