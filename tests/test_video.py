@@ -14,7 +14,7 @@ from av.stream import Disposition
 
 from tvit_cli.data import video
 from tvit_cli.data.sampling import segment_indices
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, probe, read_clip, write_video
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, decode_first, probe, read_clip, write_video
 from tvit_cli.errors import RunError, TvitError, VideoError
 
 Make = Callable[..., Path]
