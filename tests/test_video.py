@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -471,3 +473,25 @@ def test_the_first_frame_tells_a_video_from_what_is_none(
     (tmp_path / "text.avi").write_text("not a video")
     with pytest.raises(VideoError, match="not a video"):
         decode_first(tmp_path / "text.avi")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_thousand_reads_leave_no_file_open_and_no_memory_behind(
+    make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = make_video(tmp_path / "good.avi")
+    bad = tmp_path / "bad.avi"
+    bad.write_bytes(good.read_bytes()[:600])
+
+    def read(times: int) -> tuple[int, int]:
+        for _ in range(times):
+            read_clip(good, lambda n: [0, n - 1])
+            with contextlib.suppress(VideoError):
+                read_clip(bad, lambda n: [0])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(list(Path("/proc/self/fd").iterdir())), pages * os.sysconf("SC_PAGE_SIZE")
+
+    files, memory = read(100)  # the allocator's own pools fill first
+    later_files, later_memory = read(500)
+    assert later_files == files
+    assert later_memory - memory < 4_000_000
