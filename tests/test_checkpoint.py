@@ -82,8 +82,15 @@ def test_only_the_latest_are_kept_and_left_overs_are_swept(tmp_path: Path) -> No
     (tmp_path / ".step-000011.writing").mkdir()
     (tmp_path / ".step-000000.removing").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    prune_checkpoints(tmp_path, keep=2)
+    prune_checkpoints(tmp_path, keep=2, newest=10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-000009", "step-000010"]
+
+
+def test_checkpoints_of_a_course_that_was_left_go_before_any_other(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 8, 9):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, keep=2, newest=3)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 
 
 def test_latest_is_the_last_step_and_half_written_ones_are_not_seen(tmp_path: Path) -> None:
@@ -122,7 +129,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 1, trainable={"c": torch.ones(1)})
-    prune_checkpoints(tmp_path, keep=3)
+    prune_checkpoints(tmp_path, keep=3, newest=1)
     assert set(load_checkpoint(path).trainable) == {"c"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 

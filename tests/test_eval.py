@@ -17,6 +17,8 @@ from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
+from tvit_cli.model.folder import load_card
+from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
 
@@ -108,9 +110,36 @@ def test_an_unreadable_video_is_reported_and_left_out(trained: TrainResult, tmp_
     wrong = evaluate(
         settings(trained, path_to_data=str(data), output=tmp_path / "d", test_groups="06", unreadable="wrong")
     )
+    assert result.metrics["video_top1"] > 0
     assert wrong.metrics["video_top1"] == pytest.approx(result.metrics["video_top1"] * 3 / 4)
+    assert wrong.per_class["Red"] == (2, result.per_class["Red"][1]) and wrong.metrics["videos"] == 4
+    assert wrong.metrics["mean_class_accuracy"] < result.metrics["mean_class_accuracy"]
     assert any("v_Red_g06_c02.avi" in e.text for e in events if isinstance(e, Note) and e.level == "warning")
     assert "unreadable" in whole.metrics
+
+
+def test_groups_that_came_after_training_do_not_move_the_test_subset(tmp_path: Path) -> None:
+    data = make_clips(tmp_path / "colours", groups=6)
+    facts = {"path_to_data": str(data), "hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2}
+    result = run(
+        **facts, working_directory=tmp_path, train="all", epochs=1, test_groups="auto", val_groups="auto"
+    )
+    before = evaluate(settings(result))
+    make_clips(data, groups=10)
+    after = evaluate(settings(result))
+    assert after.metrics == before.metrics
+    assert load_card(result.model).held_out["test"]
+
+
+def test_none_and_bad_patterns_are_taken_as_they_are_typed(trained: TrainResult) -> None:
+    assert load(EvalSettings, flags={"val_groups": "none"}, environ={}).settings.val_groups == "none"
+    with pytest.raises(SettingsError, match="not a regular expression"):
+        load(EvalSettings, flags={"group_pattern": "("}, environ={})
+
+
+def test_the_metrics_file_says_what_was_scored(trained: TrainResult) -> None:
+    written = json.loads((evaluate(settings(trained)).output / "metrics.json").read_text())
+    assert written["data"].endswith("colours") and written["frames"] == "videos" and written["split"] == 1
 
 
 def test_a_subset_without_videos_is_refused(trained: TrainResult) -> None:

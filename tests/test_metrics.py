@@ -46,6 +46,11 @@ def test_a_model_that_says_nothing_is_right_about_nothing() -> None:
     assert not top_k_right(torch.zeros(3, 5), torch.tensor([0, 1, 4]), 1).any()
 
 
+def test_scores_that_are_no_numbers_are_wrong() -> None:
+    logits = torch.full((2, 3), float("nan"))
+    assert not top_k_right(logits, torch.tensor([0, 2]), 1).any()
+
+
 def test_the_confusion_matrix_has_true_classes_in_rows() -> None:
     matrix = confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2)
     assert matrix.tolist() == [[1, 1], [0, 1]]

@@ -23,7 +23,15 @@ from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.run import next_name
 from tvit_cli.engine.train import TrainResult, train
-from tvit_cli.errors import CheckpointError, DataError, ModelError, RunError, SettingsError, TvitError
+from tvit_cli.errors import (
+    CheckpointError,
+    DataError,
+    ModelError,
+    RunError,
+    SettingsError,
+    TvitError,
+    VideoError,
+)
 from tvit_cli.model.folder import load_model
 from tvit_cli.settings.train import TrainSettings
 
@@ -174,7 +182,8 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     assert child.returncode == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name], errors
     assert not (tmp_path / "killed" / "model").exists()
     if name != "SIGKILL":
-        assert "--experiment-name killed --resume-from-checkpoint latest" in errors
+        line = next(x for x in errors.splitlines() if "--resume-from-checkpoint" in x)
+        assert Path(line.split()[-1]).parent == checkpoints
     again = start(command(tmp_path, "--experiment-name", "killed", "--resume-from-checkpoint", "latest"))
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
@@ -199,9 +208,82 @@ def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> N
 def test_resuming_with_settings_that_change_the_result_is_refused_with_the_difference(trained: Run) -> None:
     first = trained()
     path = str(first.run / "checkpoints" / "step-000003")
+    before = {name: (first.run / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
     with pytest.raises(CheckpointError, match=r"--learning-rate: 0.01 -> 0.02"):
         trained(resume_from_checkpoint=path, learning_rate=0.02)
+    assert before == {name: (first.run / name).read_bytes() for name in before}
     trained(resume_from_checkpoint=path, num_workers=1, max_no_of_checkpoints=1)
+
+
+def test_resuming_with_other_videos_is_refused(trained: Run, clips: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clips, data)
+    first = trained(path_to_data=str(data))
+    old = next(data.glob("Red/*_g01_*"))
+    old.rename(old.with_name("v_Red_g01_c09.avi"))  # as many as before, but not the same
+    with pytest.raises(CheckpointError, match="training videos"):
+        trained(path_to_data=str(data), resume_from_checkpoint=str(first.run / "checkpoints" / "step-000003"))
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_now(trained: Run, tmp_path: Path) -> None:
+    first = trained(epochs=2, checkpoint_dir="saved", experiment_name="mine")
+    moved = tmp_path / "else" / "where"
+    moved.parent.mkdir()
+    shutil.move(first.run, moved)
+    shutil.rmtree(moved / "model")
+    result = trained(epochs=2, resume_from_checkpoint=str(moved / "saved" / "step-000003"))
+    assert result.run == moved and (moved / "model" / "card.json").is_file()
+    assert not first.run.exists()
+    written = json.loads((moved / "settings.json").read_text())
+    assert (written["experiment_name"], written["checkpoint_dir"]) == ("where", "saved")
+
+
+def test_a_checkpoint_under_another_name_is_resumed(trained: Run) -> None:
+    first = trained()
+    good = first.run / "checkpoints" / "step-000003"
+    copy = good.with_name("good")
+    shutil.copytree(good, copy)
+    again = trained(resume_from_checkpoint=str(copy))
+    assert [r["step"] for r in records(again)] == [3, 6]
+
+
+def test_two_trainings_never_share_a_folder(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvit_cli.engine import run as module
+
+    trained(experiment_name="colours-1")
+    monkeypatch.setattr(module, "next_name", lambda root, data: "colours-9")
+    (trained(epochs=1).run / "settings.json").rename(trained(epochs=1, experiment_name="x").run / "kept.json")
+    folder = module.Run(trained(epochs=1, experiment_name="y").run, Path(), None)
+    with pytest.raises(SettingsError, match="another training has just taken this name"):
+        module.write_settings(folder, settings())
+
+
+def test_logged_losses_do_not_depend_on_how_a_batch_is_cut(trained: Run) -> None:
+    facts = {"lora_dropout": 0.0, "epochs": 1}
+    whole = trained(per_gpu_batch_size=9, **facts)
+    cut = trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, **facts)
+    for a, b in zip(records(whole, "step"), records(cut, "step"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_a_manifest_is_trained_on_and_scored_at_the_end(trained: Run, clips: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "list.csv"
+    rows = [f"{path},{path.parent.name}" for path in sorted(clips.glob("*/*.avi"))]
+    manifest.write_text("\n".join(["path,label", *rows]) + "\n")
+    result = trained(path_to_data=str(manifest), test_at_end=True, epochs=1)
+    assert result.run.name == "list-1"
+    assert result.test is not None and result.test.metrics["videos"] == 3
+
+
+def test_data_that_vanishes_in_mid_run_ends_it(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvit_cli.data import clips as module
+
+    def gone(*arguments: Any, **keywords: Any) -> None:
+        raise VideoError("gone")
+
+    monkeypatch.setattr(module, "read_clip", gone)
+    with pytest.raises(RunError, match="no training video could be read"):
+        trained(val_groups="none")
 
 
 def test_the_last_epoch_is_always_saved_and_old_checkpoints_go(trained: Run) -> None:
@@ -251,7 +333,10 @@ def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(
         val_groups="01",
         test_groups="03",
     )
-    train(facts, events.append)
+    with_bad = train(facts, events.append)
+    text.unlink()
+    empty.unlink()
+    assert same(last_weights(with_bad), last_weights(train(facts)))
     warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
     assert any("v_Red_g02_c09.avi" in w for w in warnings)
     assert any("v_Blue_g01_c09.avi" in w and "empty" in w for w in warnings)
@@ -335,7 +420,7 @@ def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(ClipDataset, "__getitem__", dies)
-    with pytest.raises(RunError, match="A process that decodes videos died after step 0"):
+    with pytest.raises(RunError, match="A process that decodes videos died"):
         trained(num_workers=1)
 
 

@@ -142,12 +142,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         app(arguments, prog_name="tvit")
     except TvitError as error:
         _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        _fail(TvitError("interrupted"), 130)
-    except BrokenPipeError:
-        # The reader of our stdout is gone (`tvit … | head`): nothing is left to say, and closing would raise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        _fail(TvitError(f"{error.filename or 'a file'}: {error.strerror or error}."), 1)
     except Exception as error:  # noqa: BLE001  # the last resort: one sentence instead of a traceback
         text = f"{type(error).__name__}: {error}\nThis is a mistake in tvit itself; TVIT_DEBUG=1 shows where."
         _fail(TvitError(text), 1)

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Layout:
     labels: tuple[str, ...]
     videos: tuple[Video, ...]
     notes: tuple[str, ...]
+    held_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # subset -> groups taken out of train
 
     def subset(self, name: str) -> tuple[Video, ...]:
         """Videos of `train`, `val` or `test`, in the order of their names."""
@@ -85,14 +86,15 @@ def read_layout(
         videos = _follow_lists(videos, root / "splits", split, notes)
     videos = _give_groups(videos, group_pattern, notes)
     split = any(video.subset != "train" for video in videos)
-    videos = _hold_out(videos, "test", test_groups, automatic=not split, notes=notes)
+    videos, test_held = _hold_out(videos, "test", test_groups, automatic=not split, notes=notes)
     has_val = any(video.subset == "val" for video in videos)
-    videos = _hold_out(videos, "val", val_groups, automatic=not has_val, notes=notes)
+    videos, val_held = _hold_out(videos, "val", val_groups, automatic=not has_val, notes=notes)
     layout = Layout(
         root=root if root.is_dir() else root.parent,
         labels=tuple(sorted({video.label for video in videos})),
         videos=tuple(sorted(videos, key=lambda video: video.name)),
         notes=tuple(notes),
+        held_out={"val": val_held, "test": test_held},
     )
     _refuse_unusable(layout, root, need_test=need_test)
     return layout
@@ -267,21 +269,21 @@ def _group(file_name: str, expression: re.Pattern[str]) -> str | None:
 
 def _hold_out(
     videos: list[Video], subset: str, wanted: str, *, automatic: bool, notes: list[str]
-) -> list[Video]:
-    """Moves whole groups from train to `subset`, as `--val-groups` or `--test-groups` says."""
+) -> tuple[list[Video], tuple[str, ...]]:
+    """Moves whole groups from train to `subset`, as `--val-groups` or `--test-groups` says; names them, too."""
     wanted = wanted.strip()
     train: dict[str, Counter[str]] = defaultdict(Counter)  # group -> its videos in train, by label
     for video in videos:
         if video.subset == "train":
             train[_unit(video)][video.label] += 1
     if wanted == "none" or (wanted == "auto" and not automatic):
-        return videos
+        return videos, ()
     if wanted == "auto":
         count = min(max(1, round(AUTO_SHARE[subset] * len(train))), len(train) - 1)
         groups = _spread(train, count)
         if not groups:
             notes.append(f"No {subset} subset: no group can be spared from train without emptying a class.")
-            return videos
+            return videos, ()
     elif _is_count(wanted):
         groups = _spread(train, int(wanted))
         if len(groups) < int(wanted):
@@ -304,10 +306,11 @@ def _hold_out(
             f"{len(held)} of {len(train)} groups ({moved} videos) are held out of train as {subset}: "
             f"{_listed(sorted(held))}."
         )
-    return [
+    moved_videos = [
         replace(video, subset=subset) if video.subset == "train" and _unit(video) in held else video
         for video in videos
     ]
+    return moved_videos, tuple(sorted(held))
 
 
 def _unit(video: Video) -> str:

@@ -72,11 +72,12 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         report(
             Note(
                 f"{settings.hf_model_name}: {loaded.matched} tensors loaded; new: "
-                f"{', '.join(loaded.new) or 'none'}; left over: {', '.join(loaded.unused) or 'none'}"
+                f"{', '.join(loaded.new) or 'none'}; left over: {', '.join(loaded.unused) or 'none'}",
+                "detail",
             )
         )
         for note in loaded.notes:
-            report(Note(note))
+            report(Note(note, "detail"))
     lora.set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
     _report_size(model, report)
     return Built(model, config, preprocessing, base)

@@ -70,7 +70,7 @@ def save_checkpoint(
 
     Raises RunError when the disk is full; what was there before is untouched.
     """
-    final = folder / f"step-{state.step:06d}"
+    final = checkpoint_path(folder, state.step)
     beside = folder / f".{final.name}.writing"
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -144,16 +144,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=_step)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:06d}"
+
+
+def prune_checkpoints(folder: Path, keep: int, *, newest: int) -> None:
     """Remove all checkpoints but the `keep` latest, and what a killed process left half written.
 
-    A checkpoint is renamed before its files go, so that one that is half removed is never taken for whole.
+    Checkpoints after step `newest` go first: they are of a course that a resumed run has left. A checkpoint is
+    renamed before its files go, so that one that is half removed is never taken for whole.
     """
-    for path in list_checkpoints(folder)[:-keep]:
+    known = list_checkpoints(folder)
+    left = [path for path in known if _step(path) > newest]
+    for path in [*left, *known[: len(known) - len(left)][:-keep]]:
         gone = path.rename(_retired(path))
         shutil.rmtree(gone, ignore_errors=True)
-    for left in (*folder.glob(".step-*.writing"), *folder.glob(".step-*.removing")):
-        shutil.rmtree(left, ignore_errors=True)
+    for rest in (*folder.glob(".step-*.writing"), *folder.glob(".step-*.removing")):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

@@ -14,7 +14,9 @@ from tvit_cli.engine.scoring import Scores, score
 from tvit_cli.engine.source import default_workers, open_source
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError
+from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.train import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,13 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
         settings.model, working_directory=settings.working_directory, device=settings.device
     )
     report(Note(f"Model: {trained.folder}"))
-    as_trained = trained.card.settings
-
-    def choose(name: str) -> str:
-        given = getattr(settings, name)
-        return str(as_trained[name] if given is None else given)
-
+    choice = _choose_videos(settings, trained.card)
     source = open_source(
-        settings.path_to_data or as_trained.get("path_to_data"),
-        group_pattern=choose("group_pattern"),
-        val_groups=choose("val_groups"),
-        test_groups=choose("test_groups"),
-        split=int(choose("split")),
+        settings.path_to_data or trained.card.settings.get("path_to_data"),
+        group_pattern=str(choice["group_pattern"]),
+        val_groups=str(choice["val_groups"]),
+        test_groups=str(choice["test_groups"]),
+        split=int(choice["split"]),
         need_training=False,
         report=report,
     )
@@ -76,7 +73,32 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
         raise RunError(
             f"{source.layout.root}: none of the {len(videos)} {settings.subset} videos can be read."
         )
-    return _write_result(settings, trained, videos, scores)
+    for index, reason in scores.errors.items():
+        if videos[index].name not in source.unreadable:
+            report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
+    facts = {
+        "data": str(source.root),
+        "frames": "videos" if source.store is None else "frame store",
+        **choice,
+    }
+    return _write_result(settings, trained, videos, scores, facts)
+
+
+def _choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
+    """How the subsets are made: as was given, else as in training.
+
+    On the data that the model was trained on, the groups that were held out then are meant by name: videos that
+    came later must not move what was trained on into the test subset.
+    """
+    chosen: dict[str, str | int] = {}
+    for name in ("group_pattern", "val_groups", "test_groups", "split"):
+        given = getattr(settings, name)
+        default = TrainSettings.model_fields[name].default
+        chosen[name] = card.settings.get(name, default) if given is None else given
+        groups = card.held_out.get(name.removesuffix("_groups"))
+        if given is None and settings.path_to_data is None and groups is not None:
+            chosen[name] = "".join(f"{group}," for group in groups) or "none"
+    return chosen
 
 
 def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSettings) -> None:
@@ -94,7 +116,11 @@ def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSet
 
 
 def _write_result(
-    settings: EvalSettings, trained: Trained, videos: tuple[Video, ...], scores: Scores
+    settings: EvalSettings,
+    trained: Trained,
+    videos: tuple[Video, ...],
+    scores: Scores,
+    facts: dict[str, str | int],
 ) -> EvalResult:
     labels = trained.card.labels
     notes = []
@@ -104,14 +130,17 @@ def _write_result(
         )
     metrics = video_metrics(scores.logits, scores.labels, top_k=settings.top_k)
     metrics["unreadable"] = float(len(scores.errors))
-    if settings.unreadable == "wrong":
-        metrics |= _with_wrong(metrics, len(scores.errors))
     right = scores.logits.argmax(1) == scores.labels
     per_class = {
         label: (int((scores.labels == i).sum()), int(right[scores.labels == i].sum()))
         for i, label in enumerate(labels)
     }
     per_class = {label: counts for label, counts in per_class.items() if counts[0]}
+    if settings.unreadable == "wrong":
+        for index in scores.errors:
+            count, hits = per_class.get(videos[index].label, (0, 0))
+            per_class[videos[index].label] = (count + 1, hits)
+        metrics |= _with_wrong(metrics, per_class, len(scores.errors))
     name = settings.subset + ("-shuffled" if settings.shuffle_frames else "")
     output = settings.output or trained.folder.parent / "eval" / name
     result = EvalResult(
@@ -124,20 +153,25 @@ def _write_result(
         notes=tuple(notes),
     )
     output.mkdir(parents=True, exist_ok=True)
-    _write_metrics(output / "metrics.json", result)
+    _write_metrics(output / "metrics.json", result, {**facts, "unreadable_videos": settings.unreadable})
     _write_scores(output / "scores.csv", videos, scores, labels)
     return result
 
 
-def _with_wrong(metrics: dict[str, float], unreadable: int) -> dict[str, float]:
-    """The share of right answers when unreadable videos count as wrong ones; they have no loss."""
+def _with_wrong(
+    metrics: dict[str, float], per_class: dict[str, tuple[int, int]], unreadable: int
+) -> dict[str, float]:
+    """What changes when unreadable videos count as wrong answers; the loss stays that of the others."""
     read = metrics["videos"]
-    return {k: v * read / (read + unreadable) for k, v in metrics.items() if k.startswith("video_top")}
+    shares = {k: v * read / (read + unreadable) for k, v in metrics.items() if k.startswith("video_top")}
+    recall = sum(right / count for count, right in per_class.values()) / len(per_class)
+    return {**shares, "videos": read + unreadable, "mean_class_accuracy": recall}
 
 
-def _write_metrics(path: Path, result: EvalResult) -> None:
+def _write_metrics(path: Path, result: EvalResult, facts: dict[str, str | int]) -> None:
     content = {
         "subset": result.subset,
+        **facts,
         "model": str(result.model),
         "metrics": result.metrics,
         "per_class": {label: {"videos": n, "right": right} for label, (n, right) in result.per_class.items()},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,18 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, collate, ignore_stop_signals
+from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, collate, ignore_stop_signals
+from tvit_cli.data.layout import Video
 from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
 from tvit_cli.engine.build import Built
-from tvit_cli.engine.checkpoint import State, optimizer_tensors, prune_checkpoints, save_checkpoint
+from tvit_cli.engine.checkpoint import (
+    State,
+    checkpoint_path,
+    optimizer_tensors,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from tvit_cli.engine.clock import Clock
 from tvit_cli.engine.events import EpochDone, Note, Progress, Report, StepDone
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals
 from tvit_cli.engine.metrics import Tally, video_metrics
 from tvit_cli.engine.optim import learning_rate_at
 from tvit_cli.engine.run import Run, identity
-from tvit_cli.engine.scoring import merge_scores, score
+from tvit_cli.engine.scoring import batches, merge_scores, score
 from tvit_cli.engine.source import Source, default_workers
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.errors import Interrupted, RunError
@@ -75,18 +84,19 @@ class Loop:
 
 def fit(loop: Loop) -> None:
     """Take every step of the plan that is not done yet."""
-    batches = _clips(loop)
     clock = Clock()
     loop.model.train()
+    window_loss = torch.zeros((), device=loop.device)
     with StopSignals() as signals:
-        for planned, batch in zip(loop.plan.micro_batches(loop.step), batches, strict=True):
+        for planned, batch in zip(loop.plan.micro_batches(loop.step), batches(_loader(loop)), strict=True):
             clock.data_arrived()
-            loss = _forward_backward(loop, planned, batch)
+            window_loss = window_loss + _forward_backward(loop, planned, batch)
             clock.clips += planned.real * loop.plan.processes
             if planned.closes_window:
                 grad_norm = _update(loop)
                 loop.step += 1
-                _report_step(loop, planned, loss, grad_norm, clock)
+                _report_step(loop, planned, window_loss, grad_norm, clock)
+                window_loss = torch.zeros_like(window_loss)
                 if planned.closes_epoch:
                     _end_epoch(loop, planned.epoch, grad_norm, clock)
                     clock = Clock()
@@ -99,7 +109,7 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
     """This process's share of the window's mean loss; its gradients are added to those that are there."""
     settings = loop.settings
     for index, reason in batch.errors:
-        _report_unreadable(loop, index, reason)
+        _report_unreadable(loop, loop.source.readable("train")[index], reason)
     torch.manual_seed(_mix(settings.seed, planned, loop.plan.rank))  # all dropout: no state to store
     clips = train_transform(
         batch.clips,
@@ -143,10 +153,12 @@ def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
     """Validate, log, remember the best, save."""
     sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     loop.tally = Tally.zeros(loop.device)
+    if not sums[2]:
+        raise RunError(f"Epoch {epoch + 1}: no training video could be read. Is the disk still there?")
     training = clock.facts()
     metrics: dict[str, float] = {
-        "train_loss": sums[0] / max(1.0, sums[2]),
-        "train_clip_top1": sums[1] / max(1.0, sums[2]),
+        "train_loss": sums[0] / sums[2],
+        "train_clip_top1": sums[1] / sums[2],
         "learning_rate": _learning_rate(loop, loop.step - 1),
         "grad_norm": float(grad_norm),
     }
@@ -188,13 +200,21 @@ def _validate(loop: Loop) -> dict[str, float]:
         progress=lambda done, total: loop.report(Progress("validating", done, total)),
     )
     scores = merge_scores(gather_object([own]))
+    for index, reason in scores.errors.items():
+        _report_unreadable(loop, videos[index], reason)
     if not len(scores.indices):
         raise RunError(f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.")
-    return video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
+    metrics = video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
+    if not math.isfinite(metrics["loss"]):
+        raise RunError(
+            f"Step {loop.step}: the validation loss is {metrics['loss']}, so no checkpoint of it was written. "
+            "Train with a smaller --learning-rate, a longer --warmup-epochs, or --mixed-precision no."
+        )
+    return metrics | {"unreadable": float(len(scores.errors))}
 
 
-def _save(loop: Loop) -> None:
-    """Write a checkpoint and prune old ones (the main process; the others wait)."""
+def _save(loop: Loop) -> Path:
+    """Write a checkpoint and prune the others (the main process does; the rest wait); returns its path."""
     sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     if loop.accelerator.is_main_process:
         scaler = loop.accelerator.scaler
@@ -212,36 +232,22 @@ def _save(loop: Loop) -> None:
             optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
             best=loop.best_tensors,
         )
-        prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints)
+        prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints, newest=loop.step)
     loop.accelerator.wait_for_everyone()
+    return checkpoint_path(loop.run.checkpoints, loop.step)
 
 
 def _stop(loop: Loop, name: str) -> None:
-    _save(loop)
+    path = _save(loop)
     raise Interrupted(
         f"Stopped by {name} after step {loop.step} of {loop.plan.total_steps}; all is saved. Go on with:\n"
-        f"  tvit train --experiment-name {loop.run.folder.name} --resume-from-checkpoint latest",
+        f"  tvit train --resume-from-checkpoint {shlex.quote(str(path))}",
         exit_code=EXIT_CODES[name],
     )
 
 
-def _clips(loop: Loop) -> Iterator[ClipBatch]:
-    """The batches of everything that is left of the run, so that workers read ahead across epochs.
-
-    Raises RunError when a process that decodes videos dies.
-    """
-    try:
-        yield from _loader(loop)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            f"A process that decodes videos died after step {loop.step}: {error}. If memory ran out, take "
-            "fewer --num-workers. Go on from the last checkpoint with --resume-from-checkpoint latest."
-        ) from error
-
-
-def _loader(loop: Loop) -> Iterable[ClipBatch]:
+def _loader(loop: Loop) -> DataLoader[ClipItem]:
+    """Everything that is left of the run in one pass, so that workers read ahead across epochs."""
     dataset = ClipDataset(
         loop.source.readable("train"),
         loop.source.layout.labels,
@@ -300,9 +306,11 @@ def identity_of(loop: Loop) -> dict[str, object]:
     return identity(
         loop.settings,
         labels=loop.source.layout.labels,
-        videos=loop.plan.clips,
+        training=[video.name for video in loop.source.readable("train")],
+        validation=[video.name for video in loop.source.readable("val")],
         base=loop.built.base,
         frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
+        device=loop.device.type,
         processes=loop.plan.processes,
     )
 
@@ -318,11 +326,10 @@ def _mix(seed: int, planned: MicroBatch, rank: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _report_unreadable(loop: Loop, index: int, reason: str) -> None:
-    name = loop.source.readable("train")[index].name
-    if name not in loop.unreadable:
-        loop.unreadable[name] = reason
-        loop.report(Note(f"left out: {name}: {reason}", "warning"))
+def _report_unreadable(loop: Loop, video: Video, reason: str) -> None:
+    if video.name not in loop.unreadable:
+        loop.unreadable[video.name] = reason
+        loop.report(Note(f"left out: {video.name}: {reason}", "warning"))
 
 
 def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tensor, clock: Clock) -> None:

@@ -33,10 +33,10 @@ def top_k_right(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """Whether each label is among the k largest logits: (V, K), (V,) -> bool (V,).
 
     Ties count as a model that guesses would be counted at worst: a label is right only if fewer than k
-    others score as high or higher.
+    others score as high or higher. A score that is no number counts against the model.
     """
     own = logits.gather(1, labels[:, None])  # (V, 1)
-    return (logits >= own).sum(1) <= k
+    return (~(logits < own)).sum(1) <= k
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def find_run(settings: TrainSettings) -> Run:
     which = settings.resume_from_checkpoint
     assert which is not None
     path = Path(which)
-    if settings.experiment_name is None and path.is_dir() and len(path.parts) > 1:
+    if path.is_dir() and len(path.parts) > 1:
         checkpoints = path.absolute().parent
         return Run(checkpoints.parent, checkpoints, find_checkpoint(checkpoints, path.name))
     root = settings.working_directory
@@ -98,14 +99,28 @@ def saved_settings(run: Run) -> Path:
 
 
 def write_settings(run: Run, settings: TrainSettings) -> None:
-    """Make the run's folder and store what the run was told, as --config reads it."""
-    values = settings.model_dump(mode="json", exclude={"resume_from_checkpoint"})
+    """Make the run's folder and store what the run was told, as --config reads it.
+
+    Raises SettingsError where another training took a new run's name meanwhile.
+    """
+    text = settings.model_dump_json(exclude={"resume_from_checkpoint"}, indent=1) + "\n"
+    path = run.folder / SETTINGS_FILE
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / SETTINGS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        if run.resume_from is None:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            beside = path.with_suffix(".writing")
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+    except FileExistsError:
+        raise SettingsError(
+            f"{run.folder}: another training has just taken this name. Start again."
+        ) from None
     except OSError as error:
         raise RunError(
-            f"{run.folder}: cannot be written ({error.strerror}). Choose another --working-directory."
+            f"{run.folder}: cannot be written ({error.strerror}). Make room, or choose another --working-directory."
         ) from error
 
 
@@ -113,9 +128,11 @@ def identity(
     settings: TrainSettings,
     *,
     labels: tuple[str, ...],
-    videos: int,
+    training: Iterable[str],
+    validation: Iterable[str],
     base: BaseWeights | None,
     frames: str,
+    device: str,
     processes: int,
 ) -> dict[str, Any]:
     """What has to be the same for a resumed run to end as one that was never stopped."""
@@ -124,9 +141,11 @@ def identity(
     return {
         **kept,
         "classes": list(labels),
-        "training videos": videos,
+        "training videos": _digest(training),
+        "validation videos": _digest(validation),
         "base weights": None if base is None else base.sha256,
         "frames": frames,
+        "device type": device,
         "processes": processes,
     }
 
@@ -144,6 +163,12 @@ def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
             + "\n".join(lines)
             + "\nGo on with the run's own settings, or start a new run."
         )
+
+
+def _digest(names: Iterable[str]) -> str:
+    """How many names there are, and a hash of them in their order."""
+    every = list(names)
+    return f"{len(every)} ({hashlib.sha256(chr(10).join(every).encode()).hexdigest()[:12]})"
 
 
 def _name(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, collate, ignore_stop_signals
+from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, collate, ignore_stop_signals
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.transforms import eval_transform
+from tvit_cli.errors import RunError
 from tvit_cli.settings.card import Preprocessing
 
 
@@ -60,7 +61,7 @@ def score(
         store=store,
     )
     keys = [(0, index) for index in range(rank, len(videos), processes)]
-    loader: Iterable[ClipBatch] = DataLoader(
+    loader: DataLoader[ClipItem] = DataLoader(
         dataset,
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
         num_workers=min(workers, -(-len(keys) // batch_size)),
@@ -72,7 +73,7 @@ def score(
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     errors: dict[int, str] = {}
     done = 0
-    for batch in loader:
+    for batch in batches(loader):
         clips = eval_transform(batch.clips, preprocessing=preprocessing, device=device)
         with autocast():
             logits = model(clips)
@@ -84,6 +85,19 @@ def score(
             progress(done, len(keys))
     model.train(was_training)
     return _join(rows, errors, classes=len(labels))
+
+
+def batches(loader: DataLoader[ClipItem]) -> Iterator[ClipBatch]:
+    """The batches of a loader. Raises RunError when a process that decodes videos dies."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"A process that decodes videos died: {error}. If memory ran out, take fewer --num-workers. "
+            "A training goes on from its last checkpoint with --resume-from-checkpoint latest."
+        ) from error
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:

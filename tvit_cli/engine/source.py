@@ -11,7 +11,7 @@ from tvit_cli.data.framestore import FrameStore, find_store
 from tvit_cli.data.layout import Layout, Video, check_videos, read_layout
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.remote.catalog import CATALOG
-from tvit_cli.data.storeformat import is_store
+from tvit_cli.data.storeformat import is_store, read_header
 from tvit_cli.engine.events import Note, Progress, Report
 from tvit_cli.errors import DataError
 
@@ -24,6 +24,7 @@ MOTIONS = "motions"
 class Source:
     """A data set that was read and checked."""
 
+    root: Path  # what was found for --path-to-data: a folder, a manifest, or a frame store
     layout: Layout
     unreadable: Mapping[str, str]  # video name -> reason
     store: FrameStore | None = None  # where frames are read from instead of the videos
@@ -51,11 +52,17 @@ def open_source(
     root = find_data(path_to_data)
     if root.name == MOTIONS and not root.exists():
         make_demo_data(root, report)
-    if is_store(root):
+    videos = _videos_of(root)
+    if videos is None:
         layout = FrameStore(root).layout()
+        report(
+            Note("Its videos are gone: subsets and groups are those noted down when it was made.", "warning")
+        )
+        if need_test and not layout.subset("test"):
+            raise DataError(f"{root}: holds no test subset. Leave out --test-at-end.")
     else:
         layout = read_layout(
-            root,
+            videos,
             group_pattern=group_pattern,
             val_groups=val_groups,
             test_groups=test_groups,
@@ -68,7 +75,7 @@ def open_source(
     unreadable = _unreadable(layout, report) if store is None else store.unreadable
     for name, reason in unreadable.items():
         report(Note(f"set aside: {name}: {reason}", "warning"))
-    source = Source(layout, unreadable, store)
+    source = Source(root, layout, unreadable, store)
     if need_training:
         _check_classes(source)
     return source
@@ -98,7 +105,7 @@ def find_data(path_to_data: str | None) -> Path:
     is_name = path.parent == Path() and not path.suffix
     if is_name and (path.name in known or path.name == MOTIONS):
         return DATA_DIRECTORY / path.name
-    if path.name == MOTIONS and path.parent == DATA_DIRECTORY:
+    if path.name == MOTIONS and path.absolute().parent == DATA_DIRECTORY.absolute():
         return path
     beside = f" Under {DATA_DIRECTORY}/: {', '.join(known)}." if known else ""
     fetch = f" Fetch it: tvit download {path.name}." if path.name in (d.name for d in CATALOG) else ""
@@ -121,6 +128,14 @@ def default_workers(processes: int = 1) -> int:
     """Decoding processes for each training process: the cores that are left to it, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // processes - 1))
+
+
+def _videos_of(root: Path) -> Path | None:
+    """What holds the videos: the root itself, or what a frame store was made from; None where that is gone."""
+    if not is_store(root):
+        return root
+    made_from = Path(read_header(root).data)
+    return made_from if made_from.exists() else None
 
 
 def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.events import Note, Report
+from tvit_cli.errors import RunError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,12 +18,15 @@ METRICS_FILE = "metrics.jsonl"
 class Trackers:
     """Writes each record to metrics.jsonl, and to W&B where a run is open."""
 
-    def __init__(self, folder: Path | None, *, resume_step: int) -> None:
+    def __init__(self, folder: Path | None) -> None:
         """Without a folder (a process that is not the main one) nothing is written."""
         self._folder = folder
         self._wandb: Any = None
-        if folder is not None:
-            _keep_until(folder / METRICS_FILE, resume_step)
+
+    def cut_after(self, step: int) -> None:
+        """Drop the records after a step: a resumed run writes them again."""
+        if self._folder is not None:
+            _keep_until(self._folder / METRICS_FILE, step)
 
     def open_wandb(self, *, name: str, config: dict[str, Any], report: Report) -> None:
         """Open, or go on with, the W&B run of an experiment; offline where nobody is logged in."""
@@ -60,8 +64,15 @@ class Trackers:
         if self._folder is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        path = self._folder / METRICS_FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror}). Make room, then go on from the last checkpoint "
+                "with --resume-from-checkpoint latest."
+            ) from error
         if self._wandb is not None:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
             self._wandb.log(numbers, step=record["step"])
@@ -73,7 +84,7 @@ class Trackers:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the records after a step, and a last line that was cut off: a resumed run writes them again."""
+    """Drop the records after a step, and a last line that was cut off."""
     if not path.exists():
         return
     kept = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,11 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     _refuse_bad_data(settings, source, report)
     run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
+    checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     loop = _prepare(settings, accelerator, run, source, report)
-    if run.resume_from is not None:
-        _resume(loop, load_checkpoint(run.resume_from))
+    if checkpoint is not None:
+        _resume(loop, checkpoint)
+    _open_records(loop)
     _announce(loop)
     try:
         fit(loop)
@@ -121,13 +124,25 @@ def _prepare(
         epochs=settings.epochs,
         seed=settings.seed,
     )
-    if accelerator.is_main_process:
-        write_settings(run, settings.model_copy(update={"experiment_name": run.folder.name}))
-    resume_step = 0 if run.resume_from is None else int(run.resume_from.name.rpartition("-")[2])
-    trackers = Trackers(run.folder if accelerator.is_main_process else None, resume_step=resume_step)
-    if settings.log_wandb:
-        trackers.open_wandb(name=run.folder.name, config=settings.model_dump(mode="json"), report=report)
+    trackers = Trackers(run.folder if accelerator.is_main_process else None)
     return Loop(settings, accelerator, run, source, built, model, prepared, plan, trackers, report)
+
+
+def _open_records(loop: Loop) -> None:
+    """Write the run's settings and open its metrics: the first files touched, once all was found good."""
+    run, settings = loop.run, loop.settings
+    if loop.accelerator.is_main_process:
+        own: dict[str, object] = {
+            "experiment_name": run.folder.name,
+            "working_directory": run.folder.parent,
+            "checkpoint_dir": run.checkpoints.name,
+            "path_to_data": str(loop.source.root),
+        }
+        write_settings(run, settings.model_copy(update=own))
+    loop.trackers.cut_after(loop.step)
+    if settings.log_wandb:
+        config = settings.model_dump(mode="json")
+        loop.trackers.open_wandb(name=run.folder.name, config=config, report=loop.report)
 
 
 def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
@@ -152,7 +167,7 @@ def _announce(loop: Loop) -> None:
     loop.report(
         TrainingStarts(
             facts={
-                "data": f"{layout.root}: {len(layout.labels)} classes, {counts}",
+                "data": f"{loop.source.root}: {len(layout.labels)} classes, {counts}",
                 "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
                 "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
                 "batch": f"{settings.per_gpu_batch_size} clips × {plan.processes} × {plan.accumulation}",
@@ -182,8 +197,9 @@ def _finish(loop: Loop) -> TrainResult:
             preprocessing=loop.built.preprocessing,
             base=loop.built.base,
             weights_sha256="",
-            settings={**settings.model_dump(mode="json"), "path_to_data": str(layout.root)},
-            metrics=loop.best,
+            settings={**settings.model_dump(mode="json"), "path_to_data": str(loop.source.root)},
+            held_out=layout.held_out,
+            metrics={k: v for k, v in loop.best.items() if k.startswith("val_") and math.isfinite(v)},
         )
         save_model(loop.run.model, lora.merged_state_dict(loop.plain_model), card)
     loop.accelerator.wait_for_everyone()

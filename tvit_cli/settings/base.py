@@ -204,7 +204,8 @@ def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resets(value: Any, field: FieldInfo) -> bool:
-    return isinstance(value, str) and value.strip().lower() == "none" and is_optional(field)
+    says_none = isinstance(value, str) and value.strip().lower() == "none"
+    return says_none and is_optional(field) and extra(field).get("resettable") is not False
 
 
 def _describe(

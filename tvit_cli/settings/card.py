@@ -54,6 +54,7 @@ class ModelCard(BaseModel):
     base: BaseWeights | None = None
     weights_sha256: str
     settings: dict[str, Any] = Field(default_factory=dict)
+    held_out: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # subset -> its groups, by name
     metrics: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from tvit_cli.settings.base import Settings, about
-from tvit_cli.settings.fields import Device
+from tvit_cli.settings.fields import Device, Pattern
 
 WHAT, HOW = "What is scored", "How"
 
@@ -34,7 +34,7 @@ class EvalSettings(Settings):
         description="Folder of videos, CSV manifest, or a known data set's name",
         json_schema_extra=about(WHAT, default="the data that the model was trained on", metavar="PATH"),
     )
-    group_pattern: str | None = Field(
+    group_pattern: Pattern | None = Field(
         None,
         description="Regular expression on file names that names a video's group",
         json_schema_extra=about(WHAT, default="as in training", metavar="REGEX"),
@@ -49,12 +49,16 @@ class EvalSettings(Settings):
     val_groups: str | None = Field(
         None,
         description="Groups of the val subset: names, a count, none, or auto",
-        json_schema_extra=about(WHAT, default="as in training", metavar="NAMES|COUNT|none|auto"),
+        json_schema_extra=about(
+            WHAT, default="as in training", metavar="NAMES|COUNT|none|auto", resettable=False
+        ),
     )
     test_groups: str | None = Field(
         None,
         description="Groups of the test subset: names, a count, none, or auto",
-        json_schema_extra=about(WHAT, default="as in training", metavar="NAMES|COUNT|none|auto"),
+        json_schema_extra=about(
+            WHAT, default="as in training", metavar="NAMES|COUNT|none|auto", resettable=False
+        ),
     )
     top_k: int = Field(5, ge=1, description="k of the top-k accuracy", json_schema_extra=about(HOW))
     per_gpu_batch_size: int = Field(
