@@ -204,3 +204,63 @@ def test_nothing_readable_is_an_error_and_not_a_number(trained: TrainResult, tmp
         path.write_text("text")
     with pytest.raises((RunError, SettingsError), match="can be read"):
         evaluate(settings(trained, path_to_data=str(data), test_groups="03", val_groups="none"))
+
+
+def test_settings_given_to_eval_reach_the_layout(
+    trained: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tvit_cli.engine import source
+
+    seen: list[dict[str, Any]] = []
+    real = source.read_layout
+
+    def spy(root: Path, **choice: Any) -> Any:
+        seen.append(choice)
+        return real(root, **choice)
+
+    monkeypatch.setattr(source, "read_layout", spy)
+    evaluate(settings(trained, split=3, test_groups="2", group_pattern=r"g(\d\d)"))
+    assert (seen[0]["split"], seen[0]["test_groups"], seen[0]["group_pattern"]) == (3, "2", r"g(\d\d)")
+
+
+def test_batches_and_workers_are_as_asked_for(trained: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    real = scoring.DataLoader
+
+    def spy(*arguments: Any, **keywords: Any) -> Any:
+        seen.append((max(map(len, keywords["batch_sampler"])), keywords["num_workers"]))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(scoring, "DataLoader", spy)
+    evaluate(settings(trained, per_gpu_batch_size=2, num_workers=1))
+    assert seen == [(2, 1)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused(trained: TrainResult) -> None:
+    with pytest.raises(ModelError, match="--device cpu"):
+        evaluate(settings(trained, device="cuda"))
+
+
+SHOWN = {
+    "model": test_the_run_folder_stands_for_its_model,
+    "working_directory": test_without_a_model_the_newest_of_the_working_directory_is_taken,
+    "subset": test_the_validation_metrics_of_training_are_found_again,
+    "path_to_data": test_classes_that_the_model_does_not_know_are_refused,
+    "group_pattern": test_none_and_bad_patterns_are_taken_as_they_are_typed,
+    "split": test_settings_given_to_eval_reach_the_layout,
+    "val_groups": test_a_subset_without_videos_is_refused,
+    "test_groups": test_settings_given_to_eval_reach_the_layout,
+    "top_k": test_top_k_above_the_number_of_classes_is_clamped_and_said,
+    "per_gpu_batch_size": test_batches_and_workers_are_as_asked_for,
+    "num_workers": test_batches_and_workers_are_as_asked_for,
+    "device": test_a_device_that_is_not_there_is_refused,
+    "unreadable": test_an_unreadable_video_is_reported_and_left_out,
+    "shuffle_frames": test_shuffled_frames_have_results_of_their_own,
+    "seed": test_shuffled_frames_have_results_of_their_own,
+    "output": test_scoring_twice_gives_the_same_bytes,
+}
+
+
+def test_every_setting_of_eval_has_a_test_of_its_effect() -> None:
+    assert set(SHOWN) == set(EvalSettings.model_fields)

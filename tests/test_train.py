@@ -541,19 +541,6 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
     "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
 }
-SHOWN_ELSEWHERE = {
-    "split": "tests/test_layout.py::test_the_official_split_lists_are_followed",
-    "strict": test_leaks_are_said_and_strict_refuses_them,
-    "max_bad": test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts,
-    "path_to_data": test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built,
-    "resume_from_checkpoint": test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits,
-    "device": test_what_cannot_be_used_is_named_and_leaves_no_run,
-    "num_workers": "test_workers_are_as_many_as_asked_for",
-}
-
-
-def test_every_setting_has_a_test_of_its_effect() -> None:
-    assert set(EFFECTS) | set(SHOWN_ELSEWHERE) == set(TrainSettings.model_fields)
 
 
 BASES: dict[str, TrainResult] = {}
@@ -593,3 +580,46 @@ def test_workers_are_as_many_as_asked_for(trained: Run, monkeypatch: pytest.Monk
     monkeypatch.setattr(loop, "DataLoader", spy)
     trained(epochs=1, num_workers=1)
     assert asked == [1]
+
+
+def test_the_official_split_decides_what_is_trained_on(trained: Run, clips: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clips, data / "videos")
+    lists = data / "splits"
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("".join(f"{i} {label}\n" for i, label in enumerate(COLOURS, start=1)))
+    for split in (1, 2, 3):
+        for side in ("train", "test"):
+            rows = [
+                f"{label}/v_{label}_g{group:02d}_c01.avi"
+                for label in COLOURS
+                for group in range(1, 7)
+                if (group <= split) == (side == "test")
+            ]
+            (lists / f"{side}list{split:02d}.txt").write_text("\n".join(rows) + "\n")
+    facts = {
+        "path_to_data": str(data),
+        "val_groups": "none",
+        "test_groups": "none",
+        "epochs": 1,
+        "test_at_end": True,
+    }
+    for split, tested in ((1, 3), (3, 9)):
+        result = trained(**facts, split=split)
+        assert result.test is not None and result.test.metrics["videos"] == tested
+        assert sum(r["kind"] == "step" for r in records(result, "step")) == -(-(18 - tested) // 4)
+
+
+SHOWN_ELSEWHERE = {
+    "split": test_the_official_split_decides_what_is_trained_on,
+    "strict": test_leaks_are_said_and_strict_refuses_them,
+    "max_bad": test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts,
+    "path_to_data": test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built,
+    "resume_from_checkpoint": test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits,
+    "device": test_what_cannot_be_used_is_named_and_leaves_no_run,
+    "num_workers": test_workers_are_as_many_as_asked_for,
+}
+
+
+def test_every_setting_has_a_test_of_its_effect() -> None:
+    assert set(EFFECTS) | set(SHOWN_ELSEWHERE) == set(TrainSettings.model_fields)
