@@ -188,6 +188,23 @@ def test_several_processes_share_the_work_and_one_joins_it(data: Path, expected:
     assert pixels(data / "frames") == expected
 
 
+def test_two_processes_that_torchrun_starts_share_the_work(data: Path, expected: dict[str, bytes]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    verb = ["-m", "tvit_cli", "extract", "--path-to-data", str(data), "--num-workers", "0"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    result = subprocess.run(
+        [*launcher, *verb, "--frames-per-video", "12", "--shard-mib", "1"],
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name[-9:-7] for path in shard_paths(data / "frames")} == {"00", "01"}
+    assert pixels(data / "frames") == expected
+
+
 def test_an_unreadable_video_is_recorded_by_name_and_reason(data: Path) -> None:
     bad = data / "run" / "v_run_g00_c01.avi"
     whole = bad.read_bytes()

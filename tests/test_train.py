@@ -21,6 +21,7 @@ from tvit_cli.data.clips import ClipDataset
 from tvit_cli.engine import checkpoint
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.extract import extract
 from tvit_cli.engine.run import next_name
 from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.errors import (
@@ -33,6 +34,7 @@ from tvit_cli.errors import (
     VideoError,
 )
 from tvit_cli.model.folder import load_model
+from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.train import TrainSettings
 
 
@@ -501,6 +503,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "test_groups": ({}, "2", counts_differ),
     "n_frames": ({}, 2, weights_differ),
     "img_size": ({}, 48, weights_differ),
+    "frame_grid": ({}, 4, weights_differ),
     "resize": ({}, "squash", weights_differ),
     "hf_model_name": ({}, None, weights_differ),
     "width": (SCRATCH, 32, weights_differ),
@@ -608,6 +611,33 @@ def test_the_official_split_decides_what_is_trained_on(trained: Run, clips: Path
         result = trained(**facts, split=split)
         assert result.test is not None and result.test.metrics["videos"] == tested
         assert sum(r["kind"] == "step" for r in records(result, "step")) == -(-(18 - tested) // 4)
+
+
+def test_a_frame_store_beside_the_videos_is_found_used_and_scored(
+    clips: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "colours"
+    shutil.copytree(clips, data)
+    facts = {
+        "path_to_data": str(data),
+        "hf_model_name": str(pretrained),
+        "working_directory": tmp_path / "runs",
+    }
+    facts |= {"epochs": 6, "test_at_end": True, "frame_grid": 6}
+    from_videos = run(**facts)
+    extract(ExtractSettings(path_to_data=str(data), num_workers=0, frames_per_video=6), lambda event: None)
+    events: list[Event] = []
+    from_store = train(settings(**facts), events.append)
+    assert any("Frames are read from" in e.text for e in events if isinstance(e, Note))
+    losses = [[r["train_loss"] for r in records(result)] for result in (from_videos, from_store)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(
+        losses[1], abs=0.1
+    )  # the same frames, as JPEG
+    assert from_store.test is not None and from_store.test.metrics["videos"] == 3
+    written = json.loads((from_store.run / "eval" / "test" / "metrics.json").read_text())
+    assert written["frames"] == "frame store"
+    with pytest.raises(CheckpointError, match="frames"):
+        train(settings(**facts, resume_from_checkpoint=str(from_videos.run / "checkpoints" / "step-000003")))
 
 
 SHOWN_ELSEWHERE = {

@@ -58,13 +58,21 @@ def extract(loaded: Loaded[ExtractSettings], verbosity: Verbosity) -> None:
     """Make a frame store and say what it holds, or show what `--check` found."""
     from tvit_cli.console import Console
     from tvit_cli.engine import extract as engine
+    from tvit_cli.engine.events import silent
 
     settings = loaded.settings
     with Console(verbosity) as console:
         if settings.check:
             found = engine.check(settings, console.report)
         else:
-            result = engine.extract(settings, console.report)
+            rank, processes, wait = engine.process_place()
+            result = engine.extract(
+                settings,
+                console.report if rank == 0 else silent,
+                rank=rank,
+                processes=processes,
+                wait_for_all=wait,
+            )
     if settings.check:
         _show_check(console, found, as_json=settings.json_lines)
         return

@@ -38,7 +38,10 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
     """
     source = None if settings.hf_model_name is None else resolve_weights(settings.hf_model_name)
     preprocessing = Preprocessing(
-        n_frames=settings.n_frames, frame_size=settings.img_size, resize=settings.resize
+        n_frames=settings.n_frames,
+        frame_grid=settings.frame_grid,
+        frame_size=settings.img_size,
+        resize=settings.resize,
     )
     try:
         if source is None:

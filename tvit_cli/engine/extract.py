@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,6 +119,16 @@ def extract(
         bytes=writer.bytes,
         seconds=time.perf_counter() - began,
     )
+
+
+def process_place() -> tuple[int, int, Callable[[], None]]:
+    """This process's rank, how many there are, and a barrier, as `accelerate launch` or torchrun started them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState  # only here: it loads torch
+
+    state = PartialState(cpu=True)
+    return state.process_index, state.num_processes, state.wait_for_everyone
 
 
 def check(settings: ExtractSettings, report: Report) -> CheckResult:

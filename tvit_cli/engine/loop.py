@@ -256,6 +256,7 @@ def _loader(loop: Loop) -> DataLoader[ClipItem]:
         seed=loop.settings.seed,
         training=True,
         store=loop.source.store,
+        grid=loop.settings.frame_grid,
     )
     return DataLoader(
         dataset,

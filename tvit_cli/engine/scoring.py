@@ -59,6 +59,7 @@ def score(
         training=False,
         shuffle_frames=shuffle_seed is not None,
         store=store,
+        grid=preprocessing.frame_grid,
     )
     keys = [(0, index) for index in range(rank, len(videos), processes)]
     loader: DataLoader[ClipItem] = DataLoader(

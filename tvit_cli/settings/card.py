@@ -23,6 +23,9 @@ class Preprocessing(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_frames: int = Field(ge=1, description="Frames per clip, one from each equal share of the video")
+    frame_grid: int | None = Field(
+        default=None, ge=1, description="Frames of each video, evenly spaced, that a clip is drawn from"
+    )
     frame_size: int = Field(ge=1, description="Height and width of a frame, in pixels")
     resize: ResizeMode = Field(
         default="crop", description="crop: short side, then centre; squash: whole frame"

@@ -115,6 +115,12 @@ class TrainSettings(Settings):
         description="Frames per clip, one from each equal share of the video",
         json_schema_extra=about(DATA, reference="8"),
     )
+    frame_grid: int | None = Field(
+        None,
+        ge=1,
+        description="Draw frames from this many evenly spaced ones of each video only, as a frame store holds them",
+        json_schema_extra=about(DATA, resettable=True),
+    )
     img_size: int = Field(
         224,
         ge=1,
@@ -397,6 +403,10 @@ class TrainSettings(Settings):
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs:g}: the run has only {self.epochs} epochs. Give fewer"
+            )
+        if self.frame_grid is not None and self.frame_grid < self.n_frames:
+            raise ValueError(
+                f"--frame-grid {self.frame_grid}: it should be at least --n-frames {self.n_frames}"
             )
         if self.n_frames % self.tubelet_size:
             raise ValueError(
