@@ -197,6 +197,28 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     ]
 
 
+def test_two_processes_take_the_steps_of_one_and_one_of_them_speaks(
+    trained: Run, tmp_path: Path, clips: Path, pretrained: Path
+) -> None:
+    facts = {"epochs": 3, "lora_dropout": 0.0, "per_gpu_batch_size": 5, "experiment_name": "one"}
+    one = trained(**facts, gradient_accumulation_steps=2)
+    own = settings(
+        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts
+    )
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    child = start([*launcher, *command(tmp_path, "--experiment-name", "two")[1:]])
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert out.count("The model is in") == 1
+    two = TrainResult(tmp_path / "two", tmp_path / "two" / "model", 0, {}, None)
+    a, b = last_weights(one), last_weights(two)
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)  # 12 clips: the last window has 2 of 10
+    for x, y in zip(records(one), records(two), strict=True):
+        assert x["train_loss"] == pytest.approx(y["train_loss"], rel=1e-4)
+        assert x["val_video_top1"] == y["val_video_top1"]
+
+
 def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> None:
     first = trained(epochs=2, experiment_name="mine")
     shutil.rmtree(first.model)

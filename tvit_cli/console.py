@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,11 +55,13 @@ class Console:
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
         self._verbosity = verbosity
+        self._speaks = (
+            os.environ.get("RANK", "0") == "0"
+        )  # torchrun and accelerate launch number the processes
         # A file or a pipe has no width: nothing in it is wrapped, so that it can be searched line by line.
-        self._out = RichConsole(
-            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else UNWRAPPED
-        )
-        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        width = None if sys.stdout.isatty() else UNWRAPPED
+        self._out = RichConsole(highlight=False, soft_wrap=True, width=width, quiet=not self._speaks)
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not self._speaks)
         self._bars = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -117,7 +120,8 @@ class Console:
 
     def json_line(self, value: Mapping[str, object]) -> None:
         """Print one JSON object on a line of stdout."""
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        if self._speaks:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def say(self, text: str) -> None:
         """Print a line of the result on stdout."""
