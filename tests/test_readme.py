@@ -21,8 +21,9 @@ def test_the_parameter_table_is_the_one_that_the_settings_make() -> None:
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    typed = [block for language, block in blocks if language in ("", "bash")]  # `text` is what is printed
+    lines = [part.strip() for block in typed for line in block.splitlines() for part in line.split("&&")]
     return [line for line in lines if line.startswith("tvit ")]
 
 
