@@ -662,7 +662,53 @@ def test_a_frame_store_beside_the_videos_is_found_used_and_scored(
         train(settings(**facts, resume_from_checkpoint=str(from_videos.run / "checkpoints" / "step-000003")))
 
 
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits(
+    tmp_path: Path, clips: Path, pretrained: Path, name: str
+) -> None:
+    changes = {"epochs": 60, "num_processes": 2, "max_no_of_checkpoints": 2, "val_groups": "none"}
+    own = settings(
+        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **changes
+    )
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    whole = start(command(tmp_path, "--experiment-name", "whole"))
+    out, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0 and out.count("The model is in") == 1, errors
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    child = start(command(tmp_path, "--experiment-name", "killed"))
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if name == "SIGKILL":  # one rank dies: the launcher ends the other, and says so
+        ranks = [p for p in Path("/proc").iterdir() if p.name.isdigit() and is_rank(p, "1", tmp_path)]
+        os.kill(int(ranks[0].name), signal.SIGKILL)
+    else:
+        child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=90)
+    assert child.returncode == (1 if name == "SIGKILL" else 143), errors
+    assert ("was killed (SIGKILL)" if name == "SIGKILL" else "all is saved") in errors
+    assert "Traceback" not in errors
+    again = start(command(tmp_path, "--experiment-name", "killed", "--resume-from-checkpoint", "latest"))
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    runs = [TrainResult(tmp_path / n, tmp_path / n / "model", 0, {}, None) for n in ("whole", "killed")]
+    assert same(*map(last_weights, runs))
+    one, two = ([without_clock(r) for r in records(run, "step")] for run in runs)
+    assert one == two
+
+
+def is_rank(process: Path, rank: str, folder: Path) -> bool:
+    """Whether a process is that rank of a training whose configuration lies in a folder."""
+    try:
+        environ = (process / "environ").read_bytes().split(b"\0")
+        words = (process / "cmdline").read_text()
+    except OSError:
+        return False
+    return f"RANK={rank}".encode() in environ and str(folder) in words and "killed" in words
+
+
 SHOWN_ELSEWHERE = {
+    "num_processes": test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits,
     "split": test_the_official_split_decides_what_is_trained_on,
     "strict": test_leaks_are_said_and_strict_refuses_them,
     "max_bad": test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts,

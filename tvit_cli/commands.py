@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -110,8 +111,13 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train a model and say where it is and what to type next."""
     from tvit_cli.console import Console
     from tvit_cli.engine import train as engine
+    from tvit_cli.engine.processes import are_started, run_processes
     from tvit_cli.engine.run import find_run, saved_settings
 
+    if loaded.settings.num_processes > 1 and not are_started():
+        if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
+            sys.exit(code)
+        return
     if loaded.settings.resume_from_checkpoint is not None:
         loaded = loaded.over(saved_settings(find_run(loaded.settings)))
     with Console(verbosity) as console:

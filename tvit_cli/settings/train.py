@@ -61,6 +61,13 @@ class TrainSettings(Settings):
     device: Device = Field(
         "auto", description="Where the model runs", json_schema_extra=about(RUN, harmless=True)
     )
+    num_processes: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes of this machine that share the work, one per GPU",
+        json_schema_extra=about(RUN, harmless=True),
+    )
     log_wandb: bool = Field(
         False,
         description="Log metrics to Weights & Biases as well",
