@@ -337,8 +337,46 @@ def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained: Ru
     assert [trained(epochs=1).run.name for _ in range(2)] == ["colours-1", "colours-2"]
     shutil.rmtree(tmp_path / "colours-1")
     assert next_name(tmp_path, "colours") == "colours-3"
-    with pytest.raises(SettingsError, match="exists already"):
+    with pytest.raises(
+        SettingsError, match=r"is finished\. Take another name, or replace it with --overwrite"
+    ):
         trained(experiment_name="colours-2")
+
+
+def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -> None:
+    whole = trained(experiment_name="whole", epochs=3)
+    half = trained(experiment_name="half", epochs=3)
+    shutil.rmtree(list_checkpoints(half.run / "checkpoints")[-1])
+    shutil.rmtree(half.model)
+    again = trained(experiment_name="half", epochs=3)
+    assert same(last_weights(again), last_weights(whole)) and again.run == half.run
+    shutil.rmtree(again.model)
+    shutil.rmtree(again.run / "checkpoints")
+    with pytest.raises(SettingsError, match="has no checkpoint"):
+        trained(experiment_name="half", epochs=3)
+
+
+def test_an_experiment_is_replaced_only_when_told_to(trained: Run) -> None:
+    first = trained(experiment_name="mine", epochs=3)
+    (first.run / "notes.txt").write_text("old")
+    second = trained(experiment_name="mine", epochs=1, overwrite=True)
+    assert second.run == first.run and not (first.run / "notes.txt").exists()
+    assert [p.name for p in list_checkpoints(second.run / "checkpoints")] == ["step-000003"]
+    assert len(records(second)) == 1
+
+
+def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained: Run) -> None:
+    first = trained(experiment_name="mine", epochs=3)
+    shutil.rmtree(first.model)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(first.run / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(RunError, match="another training is busy in it"):
+        trained(experiment_name="mine", epochs=3)
+    holder.communicate(b"")
+    trained(experiment_name="mine", epochs=3)
 
 
 def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(
@@ -564,6 +602,14 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "hue": ({}, 0.3, weights_differ),
     "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
     "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
+    "save_every_steps": (
+        {},
+        2,
+        lambda a, b: (
+            [p.name for p in list_checkpoints(b.run / "checkpoints")]
+            == [f"step-{n:06d}" for n in (2, 3, 4, 6)]
+        ),
+    ),
     "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
 }
 
@@ -708,6 +754,7 @@ def is_rank(process: Path, rank: str, folder: Path) -> bool:
 
 
 SHOWN_ELSEWHERE = {
+    "overwrite": test_an_experiment_is_replaced_only_when_told_to,
     "num_processes": test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits,
     "split": test_the_official_split_decides_what_is_trained_on,
     "strict": test_leaks_are_said_and_strict_refuses_them,

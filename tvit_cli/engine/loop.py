@@ -100,6 +100,8 @@ def fit(loop: Loop) -> None:
                 if planned.closes_epoch:
                     _end_epoch(loop, planned.epoch, grad_norm, clock)
                     clock = Clock()
+                elif loop.settings.save_every_steps and loop.step % loop.settings.save_every_steps == 0:
+                    _save(loop)
                 if name := signals.agreed(loop.accelerator):
                     _stop(loop, name)
             clock.waits_for_data()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from tvit_cli.settings.card import BaseWeights
 from tvit_cli.settings.train import TrainSettings
 
 SETTINGS_FILE = "settings.json"
+LOCK_FILE = ".lock"
 MODEL_FOLDER = "model"
 
 
@@ -37,20 +41,24 @@ class Run:
 def open_run(settings: TrainSettings) -> Run:
     """Choose the folder that a training writes to; `write_settings` makes it, once all else was found good.
 
-    Raises SettingsError when the named experiment exists and is not to be resumed, CheckpointError when there
-    is nothing to resume from.
+    A named experiment that is not finished is gone on with. Raises SettingsError where it is finished or has no
+    checkpoint, unless it is to be overwritten; CheckpointError where there is nothing to resume from.
     """
     if settings.resume_from_checkpoint is not None:
         return find_run(settings)
     root = settings.working_directory
     name = settings.experiment_name or next_name(root, _data_name(find_data(settings.path_to_data)))
     folder = root / name
-    if folder.is_dir() and any(folder.iterdir()):
-        raise SettingsError(
-            f"--experiment-name {name}: {folder} exists already. "
-            f"Go on with it (--experiment-name {name} --resume-from-checkpoint latest), or take another name."
-        )
-    return Run(folder, folder / settings.checkpoint_dir, None)
+    checkpoints = folder / settings.checkpoint_dir
+    if _is_new(folder) or settings.overwrite:
+        return Run(folder, checkpoints, None)
+    choices = "Take another name, or replace it with --overwrite."
+    if (folder / MODEL_FOLDER).exists():
+        raise SettingsError(f"--experiment-name {name}: {folder} is finished. {choices}")
+    known = list_checkpoints(checkpoints)
+    if not known:
+        raise SettingsError(f"--experiment-name {name}: {folder} was begun and has no checkpoint. {choices}")
+    return Run(folder, checkpoints, known[-1])
 
 
 def find_run(settings: TrainSettings) -> Run:
@@ -103,11 +111,12 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
 
     Raises SettingsError where another training took a new run's name meanwhile.
     """
-    text = settings.model_dump_json(exclude={"resume_from_checkpoint"}, indent=1) + "\n"
+    text = settings.model_dump_json(exclude={"resume_from_checkpoint", "overwrite"}, indent=1) + "\n"
     path = run.folder / SETTINGS_FILE
     try:
         if run.resume_from is None:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            if settings.overwrite:
+                _empty(run.folder)
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         else:
@@ -122,6 +131,33 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
         raise RunError(
             f"{run.folder}: cannot be written ({error.strerror}). Make room, or choose another --working-directory."
         ) from error
+
+
+@contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Make the run's folder and keep other trainings out of it; the lock falls with the process.
+
+    The lock is one that loader workers do not inherit: they may outlive a process that was killed by seconds.
+    Raises RunError where another process holds it, or where the folder cannot be made.
+    """
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        file = (run.folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise RunError(
+            f"{run.folder}: cannot be written ({error.strerror}). Choose another --working-directory."
+        ) from error
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"{run.folder}: another training is busy in it. Wait for it to end."
+                ) from error
+        yield
 
 
 def identity(
@@ -163,6 +199,18 @@ def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
             + "\n".join(lines)
             + "\nGo on with the run's own settings, or start a new run."
         )
+
+
+def _is_new(folder: Path) -> bool:
+    return not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 def _digest(names: Iterable[str]) -> str:

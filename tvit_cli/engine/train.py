@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.loop import Loop, fit, identity_of
 from tvit_cli.engine.optim import adamw, parameter_groups
-from tvit_cli.engine.run import Run, check_identity, open_run, write_settings
+from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
 from tvit_cli.engine.source import Source, open_source
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.errors import DataError
@@ -72,13 +73,14 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     loop = _prepare(settings, accelerator, run, source, report)
     if checkpoint is not None:
         _resume(loop, checkpoint)
-    _open_records(loop)
-    _announce(loop)
-    try:
-        fit(loop)
-    finally:
-        loop.trackers.close()
-    return _finish(loop)
+    with held(run) if accelerator.is_main_process else nullcontext():
+        _open_records(loop)
+        _announce(loop)
+        try:
+            fit(loop)
+        finally:
+            loop.trackers.close()
+        return _finish(loop)
 
 
 def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) -> None:

@@ -379,11 +379,22 @@ class TrainSettings(Settings):
         description="Epochs between checkpoints; the last epoch is always saved",
         json_schema_extra=about(CHECKPOINTS, harmless=True, reference="1"),
     )
+    save_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between checkpoints within an epoch, besides those at its end",
+        json_schema_extra=about(CHECKPOINTS, harmless=True, resettable=True),
+    )
     max_no_of_checkpoints: int = Field(
         10,
         ge=1,
         description="Checkpoints kept on disk, the latest ones",
         json_schema_extra=about(CHECKPOINTS, harmless=True, reference="10"),
+    )
+    overwrite: bool = Field(
+        False,
+        description="Replace the experiment of that name",
+        json_schema_extra=about(CHECKPOINTS, harmless=True),
     )
     resume_from_checkpoint: str | None = Field(
         None,
