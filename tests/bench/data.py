@@ -31,6 +31,7 @@ from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.data.video import count_frames, write_video
+from tvit_cli.engine.events import silent
 from tvit_cli.engine.extract import extract
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tvit_cli.settings.extract import ExtractSettings
@@ -83,7 +84,7 @@ def baseline_augment(images: list[Image.Image]) -> torch.Tensor:
         ):
             image = enhance(image).enhance(factor)
         image = hue_shifted(image, turns)
-        tensors.append((torch.from_numpy(np.asarray(image)).permute(2, 0, 1) / 255 - MEAN) / STD)
+        tensors.append((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - MEAN) / STD)
     return torch.stack(tensors)
 
 
@@ -135,7 +136,7 @@ def main() -> None:
         settings = ExtractSettings(
             path_to_data=str(root), num_workers=0, val_groups="none", test_groups="none"
         )
-        extraction = timed(lambda: extract(settings))
+        extraction = timed(lambda: extract(settings, silent))
         decoding = timed(lambda: [count_frames(video.path) for video in videos])
         results["extract / decode"] = decoding / extraction
         facts = {"n_frames": T, "short_side": 317, "seed": 0, "training": True}
