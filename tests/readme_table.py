@@ -15,19 +15,17 @@ BLOCK = re.compile(r"(?<=<!-- parameters -->\n).*?(?=<!-- /parameters -->)", re.
 
 def table() -> str:
     """Markdown: a table per panel of `tvit train --help`."""
-    lines = []
-    panel = ""
+    panels: dict[str, list[str]] = {}
     for name, field in TrainSettings.model_fields.items():
         facts = extra(field)
-        if facts["panel"] != panel:
-            panel = facts["panel"]
-            lines += ["", f"**{panel}**", "", "| flag | what | default | reference |", "|---|---|---|---|"]
         limits = bounds(field)
         what = (field.description or "").replace("|", "\\|") + (f" ({limits})" if limits else "")
         reference = facts["reference"] or ""
         why = f"; {facts['why']}" if facts["why"] else ""
-        lines.append(f"| `{flag(name)}` | {what} | {default(field)} | {reference}{why} |")
-    return "\n".join([*lines[1:], ""])
+        row = f"| `{flag(name)}` | {what} | {default(field)} | {reference}{why} |"
+        panels.setdefault(facts["panel"], []).append(row)
+    head = "| flag | what | default | reference |\n|---|---|---|---|"
+    return "\n\n".join(f"**{panel}**\n\n{head}\n" + "\n".join(rows) for panel, rows in panels.items()) + "\n"
 
 
 def updated(text: str) -> str:

@@ -6,52 +6,19 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tvit_cli.settings.base import Settings, about
-from tvit_cli.settings.fields import GROUP_PATTERN, Pattern
-from tvit_cli.settings.maxbad import MAX_BAD, MaxBad
+from tvit_cli.settings.base import about
+from tvit_cli.settings.data import DATA, DataSettings
 
-DATA, FRAMES, HOW = "Data", "Frames", "How"
+FRAMES, HOW = "Frames", "How"
 
 
-class ExtractSettings(Settings):
+class ExtractSettings(DataSettings):
     """Decode videos once into a frame store that is read many times, or check them."""
 
-    path_to_data: str | None = Field(
-        None,
-        description="Folder of videos, CSV manifest, or a known data set's name",
-        json_schema_extra=about(DATA, default="ucf101, else the only data set under data/", metavar="PATH"),
-    )
-    group_pattern: Pattern = Field(
-        GROUP_PATTERN,
-        description="Regular expression on file names: clips of one recording share what it matches",
-        json_schema_extra=about(DATA, metavar="REGEX"),
-    )
-    split: int = Field(
-        1,
-        ge=1,
-        le=3,
-        description="Official split noted down, where the data has the lists of UCF101's three",
-        json_schema_extra=about(DATA),
-    )
-    val_groups: str = Field(
-        "auto",
-        description="Groups noted down as held out of train for validation",
-        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
-    )
-    test_groups: str = Field(
-        "auto",
-        description="Groups noted down as held out for the final test",
-        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
-    )
     output: Path | None = Field(
         None,
         description="Folder of the frame store",
         json_schema_extra=about(DATA, default="frames/ beside the videos, where train and eval find it"),
-    )
-    max_bad: MaxBad = Field(
-        MAX_BAD,
-        description="Most videos that may be unreadable: a count, a percentage, or the larger of two",
-        json_schema_extra=about(DATA, metavar="COUNT|PERCENT%"),
     )
     frames_per_video: int = Field(
         32,

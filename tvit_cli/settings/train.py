@@ -11,19 +11,19 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.base import about
 from tvit_cli.settings.card import ResizeMode
-from tvit_cli.settings.fields import GROUP_PATTERN, Device, Names, Pattern
-from tvit_cli.settings.maxbad import MAX_BAD, MaxBad
+from tvit_cli.settings.data import DATA, DataSettings
+from tvit_cli.settings.fields import Device, Names
 
-RUN, DATA, MODEL, LORA = "Run", "Data", "Model", "LoRA"
+RUN, MODEL, LORA = "Run", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
 
 LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
 
 
-class TrainSettings(Settings):
+class TrainSettings(DataSettings):
     """Train a temporal Vision Transformer on a folder of videos."""
 
     # Run
@@ -36,18 +36,6 @@ class TrainSettings(Settings):
             reference="required",
             why="nothing finished is overwritten unasked",
             default="the first free <data>-<n>",
-        ),
-    )
-    path_to_data: str | None = Field(
-        None,
-        description="Folder of videos, CSV manifest, or a known data set's name",
-        json_schema_extra=about(
-            RUN,
-            harmless=True,
-            reference="required",
-            why="`tvit download` puts it there",
-            default="ucf101, else the only data set under data/",
-            metavar="PATH",
         ),
     )
     working_directory: Path = Field(
@@ -83,37 +71,10 @@ class TrainSettings(Settings):
     )
 
     # Data
-    group_pattern: Pattern = Field(
-        GROUP_PATTERN,
-        description="Regular expression on file names: clips of one recording share what it matches",
-        json_schema_extra=about(DATA, metavar="REGEX"),
-    )
-    split: int = Field(
-        1,
-        ge=1,
-        le=3,
-        description="Official split, where the data has the lists of UCF101's three",
-        json_schema_extra=about(DATA),
-    )
-    val_groups: str = Field(
-        "auto",
-        description="Groups held out of train for validation: names, a count, none, or auto (15 % of them)",
-        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
-    )
-    test_groups: str = Field(
-        "auto",
-        description="Groups held out for the final test where the data has no test subset of its own",
-        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
-    )
     strict: bool = Field(
         False,
         description="Refuse data whose val or test videos share groups or files with train",
         json_schema_extra=about(DATA, harmless=True),
-    )
-    max_bad: MaxBad = Field(
-        MAX_BAD,
-        description="Most videos that may be unreadable: a count, a percentage, or the larger of two",
-        json_schema_extra=about(DATA, metavar="COUNT|PERCENT%", harmless=True),
     )
     n_frames: int = Field(
         8,
