@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
 
+from tvit_cli import main
 from tvit_cli.data.clips import ClipDataset
 from tvit_cli.engine import checkpoint
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
@@ -753,7 +754,23 @@ def is_rank(process: Path, rank: str, folder: Path) -> bool:
     return f"RANK={rank}".encode() in environ and str(folder) in words and "killed" in words
 
 
+def test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TVIT_EPOCHS", "7")
+    words = ["train", "--show-settings", "--preset", "quickstart", "--lora-rank", "3"]
+    main.build_app()(words, standalone_mode=False)
+    shown = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert [word.strip() for word in shown["lora_rank"]] == ["3", "flag"]
+    assert [word.strip() for word in shown["epochs"]] == ["7", "environment"]
+    assert [word.strip() for word in shown["width"]] == ["128", "preset quickstart"]
+    assert [word.strip() for word in shown["adam_beta1"]] == ["0.9", "default"]
+    assert not list(tmp_path.iterdir())
+
+
 SHOWN_ELSEWHERE = {
+    "show_settings": test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained,
     "overwrite": test_an_experiment_is_replaced_only_when_told_to,
     "num_processes": test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits,
     "split": test_the_official_split_decides_what_is_trained_on,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -110,6 +111,12 @@ def _show_check(console: Console, found: CheckResult, *, as_json: bool) -> None:
 def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train a model and say where it is and what to type next."""
     from tvit_cli.console import Console
+
+    if loaded.settings.show_settings:
+        values = loaded.settings.model_dump(mode="json", exclude={"show_settings"})
+        rows = [(name, json.dumps(value), loaded.origins[name]) for name, value in values.items()]
+        Console(verbosity).table(["setting", "value", "from"], rows)
+        return
     from tvit_cli.engine import train as engine
     from tvit_cli.engine.processes import are_started, run_processes
     from tvit_cli.engine.run import find_run, saved_settings

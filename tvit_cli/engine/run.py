@@ -111,7 +111,10 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
 
     Raises SettingsError where another training took a new run's name meanwhile.
     """
-    text = settings.model_dump_json(exclude={"resume_from_checkpoint", "overwrite"}, indent=1) + "\n"
+    text = (
+        settings.model_dump_json(exclude={"resume_from_checkpoint", "overwrite", "show_settings"}, indent=1)
+        + "\n"
+    )
     path = run.folder / SETTINGS_FILE
     try:
         if run.resume_from is None:

@@ -61,6 +61,11 @@ class TrainSettings(DataSettings):
         description="Log metrics to Weights & Biases as well",
         json_schema_extra=about(RUN, harmless=True, reference="False"),
     )
+    show_settings: bool = Field(
+        False,
+        description="Print all settings and where each comes from, and stop",
+        json_schema_extra=about(RUN, harmless=True),
+    )
     test_at_end: bool = Field(
         False,
         description="Score the test subset once when training has ended",
