@@ -133,3 +133,13 @@ def test_a_traceback_is_shown_only_in_debug_mode(tmp_path: Path) -> None:
 def test_json_settings_of_a_run_are_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"path_to_data": "nowhere"}))
     assert "nowhere" in tvit("train", "--config", "settings.json", cwd=tmp_path).stderr
+
+
+def test_a_download_that_failed_is_no_data_set(tmp_path: Path) -> None:
+    result = tvit("download", "ucf101", "--archive", "nope.zip", cwd=tmp_path)
+    assert result.returncode == 2 and "--archive nope.zip: no such file" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data" / "ucf101").mkdir(parents=True)
+    (tmp_path / "data" / "ucf101" / ".lock").touch()
+    result = tvit("train", cwd=tmp_path)
+    assert result.returncode == 2 and "tvit download ucf101" in result.stderr

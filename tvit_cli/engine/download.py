@@ -63,6 +63,9 @@ def download(
     """
     assert settings.name is not None, "--list needs no engine"
     dataset = find(settings.name, catalog)
+    for option, given in (("--archive", settings.archive), ("--splits-archive", settings.splits_archive)):
+        if given is not None and not given.exists():
+            raise DataError(f"{option} {given}: no such file.")
     folder = settings.data_directory / dataset.name
     if not dataset.videos:
         return _made(dataset, folder, makers or {})

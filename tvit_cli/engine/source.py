@@ -83,8 +83,9 @@ def open_source(
 
 def find_data(path_to_data: str | None) -> Path:
     """The folder or manifest that a run reads: what was given, else what lies under data/."""
-    known = sorted(p.name for p in DATA_DIRECTORY.iterdir() if p.is_dir()) if DATA_DIRECTORY.is_dir() else []
-    known = [name for name in known if not name.startswith(".")]
+    folders = [p for p in DATA_DIRECTORY.glob("*/") if not p.name.startswith(".")]
+    # A download that failed leaves a folder with nothing but its lock.
+    known = sorted(p.name for p in folders if any(not inside.name.startswith(".") for inside in p.iterdir()))
     if path_to_data is None:
         if DEFAULT_NAME in known:
             return DATA_DIRECTORY / DEFAULT_NAME
