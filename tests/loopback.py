@@ -118,10 +118,15 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             while start < end:
                 piece = page.body[start : min(start + page.chunk, end)]
-                self.wfile.write(piece)
-                start += len(piece)
-                with server.lock:
+                with server.lock:  # before the client can have it, and so before a test can ask
                     server.sent += len(piece)
+                try:
+                    self.wfile.write(piece)
+                except ConnectionError:
+                    with server.lock:
+                        server.sent -= len(piece)
+                    raise
+                start += len(piece)
                 if page.seconds_per_chunk:
                     time.sleep(page.seconds_per_chunk)
 
