@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tvit_cli.options import bounds, default
+from tvit_cli.options import bounds, default, what
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.train import TrainSettings
 
@@ -19,10 +19,11 @@ def table() -> str:
     for name, field in TrainSettings.model_fields.items():
         facts = extra(field)
         limits = bounds(field)
-        what = (field.description or "").replace("|", "\\|") + (f" ({limits})" if limits else "")
+        text = what(field, is_series=name in TrainSettings.SERIES).replace("|", "\\|")
+        text += f" ({limits})" if limits else ""
         reference = facts["reference"] or ""
         why = f"; {facts['why']}" if facts["why"] else ""
-        row = f"| `{flag(name)}` | {what} | {default(field)} | {reference}{why} |"
+        row = f"| `{flag(name)}` | {text} | {default(field)} | {reference}{why} |"
         panels.setdefault(facts["panel"], []).append(row)
     head = "| flag | what | default | reference |\n|---|---|---|---|"
     return "\n\n".join(f"**{panel}**\n\n{head}\n" + "\n".join(rows) for panel, rows in panels.items()) + "\n"

@@ -611,6 +611,14 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
             == [f"step-{n:06d}" for n in (2, 3, 4, 6)]
         ),
     ),
+    "save_every_minutes": (
+        {},
+        1e-9,
+        lambda a, b: (
+            [p.name for p in list_checkpoints(b.run / "checkpoints")]
+            == [f"step-{n:06d}" for n in range(1, 7)]
+        ),
+    ),
     "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
 }
 

@@ -113,8 +113,11 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     from tvit_cli.console import Console
 
     if loaded.settings.show_settings:
-        values = loaded.settings.model_dump(mode="json", exclude={"show_settings"})
-        rows = [(name, json.dumps(value), loaded.origins[name]) for name, value in values.items()]
+        series = [settings.model_dump(mode="json", exclude={"show_settings"}) for settings in loaded.series]
+        rows = [
+            (name, ",".join(dict.fromkeys(json.dumps(s[name]) for s in series)), loaded.origins[name])
+            for name in series[0]
+        ]
         Console(verbosity).table(["setting", "value", "from"], rows)
         return
     from tvit_cli.engine import train as engine
@@ -124,6 +127,9 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     if loaded.settings.num_processes > 1 and not are_started():
         if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
             sys.exit(code)
+        return
+    if len(loaded.series) > 1:
+        _train_series(loaded, verbosity)
         return
     if loaded.settings.resume_from_checkpoint is not None:
         loaded = loaded.over(saved_settings(find_run(loaded.settings)))
@@ -140,6 +146,20 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     console.next_steps(
         result.model, [f"tvit predict VIDEO --model {result.model}", f"tvit eval --model {result.model}"]
     )
+
+
+def _train_series(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
+    """Train once for each seed and split, and say how far the results lie apart."""
+    from tvit_cli.console import Console
+    from tvit_cli.engine.series import train_series
+
+    with Console(verbosity) as console:
+        result = train_series(loaded.series, console.report)
+    names = [name for name in ("val_video_top1", "val_loss", "test_video_top1") if name in result.summary]
+    rows = [(run, *(f"{metrics[name]:.3f}" for name in names)) for run, metrics in result.runs.items()]
+    rows.append(("mean ± sd", *("{:.3f} ± {:.3f}".format(*result.summary[name]) for name in names)))
+    console.table(["run", *(name.replace("_", " ") for name in names)], rows)
+    console.say(f"\nWritten to {result.folder}")
 
 
 def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:

@@ -45,7 +45,9 @@ def command(
         loaded = load(cls, flags=flags, config=Path(config) if config else None, preset=preset, verbs=verbs())
         run(loaded, "verbose" if verbose else "quiet" if quiet else "normal")
 
-    annotations = {key: _annotation(key, field) for key, field in cls.model_fields.items()}
+    annotations = {
+        key: _annotation(key, field, is_series=key in cls.SERIES) for key, field in cls.model_fields.items()
+    }
     annotations |= _common(preset)
     parameters = [
         inspect.Parameter(
@@ -62,11 +64,16 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 _DEFAULTS: dict[str, Any] = {"verbose": False, "quiet": False}
 
 
-def describe(field: FieldInfo) -> str:
+def describe(field: FieldInfo, *, is_series: bool = False) -> str:
     """A field's help: its description, its range or choices, its default."""
-    text = (field.description or "").rstrip(".")
     limits = bounds(field)
-    return f"{text} ({limits + '; ' if limits else ''}default {default(field)})"
+    return f"{what(field, is_series=is_series)} ({limits + '; ' if limits else ''}default {default(field)})"
+
+
+def what(field: FieldInfo, *, is_series: bool) -> str:
+    """A field's description, with what a series of values does."""
+    text = (field.description or "").rstrip(".")
+    return f"{text}; several, as in 1,2,3, run one after the other" if is_series else text
 
 
 def bounds(field: FieldInfo) -> str:
@@ -101,7 +108,7 @@ def default(field: FieldInfo) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _annotation(key: str, field: FieldInfo) -> Any:
+def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
     facts = extra(field)
     if facts.get("positional"):
         argument = typer.Argument(help=field.description, metavar=facts["metavar"], show_default=False)
@@ -116,12 +123,13 @@ def _annotation(key: str, field: FieldInfo) -> Any:
         ]
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = facts.get("metavar") or ("|".join(choices) if choices else _METAVARS.get(kind, "LIST"))
+    metavar += ",…" if is_series else ""
     return Annotated[
         str | None,
         typer.Option(
             flag(key),
             *facts.get("short", ()),
-            help=describe(field),
+            help=describe(field, is_series=is_series),
             metavar=f"{metavar}|none" if is_optional(field) and facts.get("resettable") else metavar,
             rich_help_panel=facts["panel"],
             show_default=False,

@@ -18,6 +18,8 @@ from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
+METRICS_FILE = "metrics.json"
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -82,6 +84,13 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
         **choice,
     }
     return _write_result(settings, trained, videos, scores, facts)
+
+
+def read_metrics(output: Path) -> dict[str, float]:
+    """The metrics that an evaluation wrote to its folder."""
+    content = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
+    metrics: dict[str, float] = content["metrics"]
+    return metrics
 
 
 def _choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
@@ -153,7 +162,7 @@ def _write_result(
         notes=tuple(notes),
     )
     output.mkdir(parents=True, exist_ok=True)
-    _write_metrics(output / "metrics.json", result, {**facts, "unreadable_videos": settings.unreadable})
+    _write_metrics(output / METRICS_FILE, result, {**facts, "unreadable_videos": settings.unreadable})
     _write_scores(output / "scores.csv", videos, scores, labels)
     return result
 

@@ -46,14 +46,15 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def agreed(self, accelerator: Accelerator) -> str | None:
-        """The signal that any process has received; all processes get the same answer."""
+    def agreed(self, accelerator: Accelerator, *, save_is_due: bool) -> tuple[str | None, bool]:
+        """The signal that any process has received, and whether a save is due in any; the same for all."""
         if accelerator.num_processes == 1:
-            return self.received
+            return self.received, save_is_due
         names = list(EXIT_CODES)
-        own = names.index(self.received) + 1 if self.received else 0
-        highest = accelerator.gather(torch.tensor([own], device=accelerator.device)).max().item()
-        return names[int(highest) - 1] if highest else None
+        own = [names.index(self.received) + 1 if self.received else 0, int(save_is_due)]
+        gathered = accelerator.gather(torch.tensor([own], device=accelerator.device))
+        signal_number, due = gathered.amax(0).tolist()
+        return names[signal_number - 1] if signal_number else None, bool(due)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class Loop:
     best_step: int = 0
     best_tensors: dict[str, Tensor] | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
+    saved_step: int = 0  # of the last checkpoint of this process's life, and when it was written
+    saved_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.tally = Tally.zeros(self.accelerator.device)
@@ -100,10 +103,13 @@ def fit(loop: Loop) -> None:
                 if planned.closes_epoch:
                     _end_epoch(loop, planned.epoch, grad_norm, clock)
                     clock = Clock()
-                elif loop.settings.save_every_steps and loop.step % loop.settings.save_every_steps == 0:
-                    _save(loop)
-                if name := signals.agreed(loop.accelerator):
+                every = loop.settings.save_every_steps
+                due = bool(every and loop.step % every == 0) or _minutes_are_over(loop)
+                name, due = signals.agreed(loop.accelerator, save_is_due=due)
+                if name:
                     _stop(loop, name)
+                if due and loop.saved_step != loop.step:
+                    _save(loop)
             clock.waits_for_data()
 
 
@@ -236,7 +242,13 @@ def _save(loop: Loop) -> Path:
         )
         prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints, newest=loop.step)
     loop.accelerator.wait_for_everyone()
+    loop.saved_step, loop.saved_at = loop.step, time.monotonic()
     return checkpoint_path(loop.run.checkpoints, loop.step)
+
+
+def _minutes_are_over(loop: Loop) -> bool:
+    limit = loop.settings.save_every_minutes
+    return limit is not None and time.monotonic() - loop.saved_at >= 60 * limit
 
 
 def _stop(loop: Loop, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -46,9 +47,8 @@ def open_run(settings: TrainSettings) -> Run:
     """
     if settings.resume_from_checkpoint is not None:
         return find_run(settings)
-    root = settings.working_directory
-    name = settings.experiment_name or next_name(root, _data_name(find_data(settings.path_to_data)))
-    folder = root / name
+    name = experiment_name(settings)
+    folder = settings.working_directory / name
     checkpoints = folder / settings.checkpoint_dir
     if _is_new(folder) or settings.overwrite:
         return Run(folder, checkpoints, None)
@@ -59,6 +59,13 @@ def open_run(settings: TrainSettings) -> Run:
     if not known:
         raise SettingsError(f"--experiment-name {name}: {folder} was begun and has no checkpoint. {choices}")
     return Run(folder, checkpoints, known[-1])
+
+
+def experiment_name(settings: TrainSettings) -> str:
+    """The name that was given, or the first free one on the data set."""
+    if settings.experiment_name is not None:
+        return settings.experiment_name
+    return next_name(settings.working_directory, _data_name(find_data(settings.path_to_data)))
 
 
 def find_run(settings: TrainSettings) -> Run:
@@ -77,7 +84,8 @@ def find_run(settings: TrainSettings) -> Run:
                 f"--experiment-name {settings.experiment_name}: there is no such run in {root}."
             )
     else:
-        runs = [p for p in root.glob("*/") if list_checkpoints(p / settings.checkpoint_dir)]
+        folders = [*root.glob("*/"), *root.glob("*/*/")]  # the second are runs of a series
+        runs = [p for p in folders if list_checkpoints(p / settings.checkpoint_dir)]
         if not runs:
             raise CheckpointError(
                 f"{root}: no run with a checkpoint to resume from. Leave --resume-from-checkpoint out."
@@ -175,10 +183,8 @@ def identity(
     processes: int,
 ) -> dict[str, Any]:
     """What has to be the same for a resumed run to end as one that was never stopped."""
-    values = settings.model_dump(mode="json")
-    kept = {k: v for k, v in values.items() if not extra(TrainSettings.model_fields[k]).get("harmless")}
     return {
-        **kept,
+        **_recipe(settings),
         "classes": list(labels),
         "training videos": _digest(training),
         "validation videos": _digest(validation),
@@ -191,17 +197,44 @@ def identity(
 
 def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise CheckpointError that lists every setting that differs and would change the result."""
-    lines = [
-        f"  {_name(key)}: {_shown(before.get(key))} -> {_shown(value)}"
-        for key, value in now.items()
-        if before.get(key) != value
-    ]
+    lines = _differences(before, now)
     if lines:
         raise CheckpointError(
             "The checkpoint was written with other settings, and going on would mix two runs:\n"
             + "\n".join(lines)
             + "\nGo on with the run's own settings, or start a new run."
         )
+
+
+def check_recipe(folder: Path, settings: TrainSettings) -> None:
+    """Raise SettingsError that lists what a finished run was told otherwise, if that changed its result."""
+    try:
+        before = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{folder / SETTINGS_FILE}: cannot be read ({error}). Remove {folder}."
+        ) from error
+    lines = _differences(before, _recipe(settings))
+    if lines:
+        raise SettingsError(
+            f"{folder} is finished and was trained with other settings:\n"
+            + "\n".join(lines)
+            + "\nTake another --experiment-name, or replace all its runs with --overwrite."
+        )
+
+
+def _recipe(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that change a result, as JSON has them."""
+    values = settings.model_dump(mode="json")
+    return {k: v for k, v in values.items() if not extra(TrainSettings.model_fields[k]).get("harmless")}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"  {_name(key)}: {_shown(before.get(key))} -> {_shown(value)}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
 
 
 def _is_new(folder: Path) -> bool:

@@ -83,6 +83,20 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         return _finish(loop)
 
 
+def score_test(model: Path, settings: TrainSettings, report: Report) -> EvalResult:
+    """Score the test subset with a model folder, on the device and in the batches of its training."""
+    return evaluate(
+        EvalSettings(
+            model=model,
+            top_k=settings.top_k,
+            device=settings.device,
+            num_workers=settings.num_workers,
+            per_gpu_batch_size=settings.per_gpu_batch_size,
+        ),
+        report,
+    )
+
+
 def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) -> None:
     """Raise DataError for more unreadable videos than --max-bad allows, or, with --strict, for any leak."""
     videos = source.layout.videos
@@ -207,16 +221,7 @@ def _finish(loop: Loop) -> TrainResult:
     loop.accelerator.wait_for_everyone()
     test = None
     if settings.test_at_end and loop.accelerator.is_main_process:
-        test = evaluate(
-            EvalSettings(
-                model=loop.run.model,
-                top_k=settings.top_k,
-                device=settings.device,
-                num_workers=settings.num_workers,
-                per_gpu_batch_size=settings.per_gpu_batch_size,
-            ),
-            loop.report,
-        )
+        test = score_test(loop.run.model, settings, loop.report)
     return TrainResult(
         run=loop.run.folder,
         model=loop.run.model,

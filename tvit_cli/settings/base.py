@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import tomllib
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -27,7 +28,12 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """A verb's settings: frozen, closed, read by `load`."""
+    """A verb's settings: frozen, closed, read by `load`.
+
+    A setting named in `SERIES` may be given several values, separated by commas: the verb runs once for each.
+    """
+
+    SERIES: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
 
@@ -63,11 +69,19 @@ class _Layer:
 
 @dataclass(frozen=True)
 class Loaded(Generic[S]):
-    """Settings, and where each value came from ("default", "preset quickstart", "flag" …)."""
+    """Settings, and where each value came from ("default", "preset quickstart", "flag" …).
 
-    settings: S
+    `series` holds the settings of every run that was asked for, in order; the first of them is `settings`.
+    """
+
+    series: tuple[S, ...]
     origins: Mapping[str, str]
     layers: tuple[_Layer, ...]
+
+    @property
+    def settings(self) -> S:
+        """The settings of the only run, or of the first."""
+        return self.series[0]
 
     def over(self, saved: Path) -> Loaded[S]:
         """The same layers over the settings of a run that is resumed, which replace the defaults."""
@@ -145,14 +159,31 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
             values[key] = None if _resets(value, cls.model_fields[key]) else value
             origins[key] = layer.name
             places[key] = layer.where(key)
-    settings: S | None = None
-    try:
-        settings = cls.model_validate(values)
-    except ValidationError as error:
-        problems += [_describe(e, places, values, cls.model_fields) for e in error.errors()]
-    if problems or settings is None:
+    series: list[S] = []
+    for chosen in _combinations(cls, values, places, problems):
+        try:
+            series.append(cls.model_validate({**values, **chosen}))
+        except ValidationError as error:
+            found = [_describe(e, places, {**values, **chosen}, cls.model_fields) for e in error.errors()]
+            problems += [problem for problem in found if problem not in problems]
+    if problems:
         raise SettingsError("\n".join(problems))
-    return Loaded(settings, origins, layers)
+    return Loaded(tuple(series), origins, layers)
+
+
+def _combinations(
+    cls: type[Settings], values: Mapping[str, Any], places: Mapping[str, str], problems: list[str]
+) -> list[dict[str, Any]]:
+    """Every choice of one value for each setting of a series. seed 0,1 split 1 -> [{seed: 0, split: 1}, …]"""
+    lists = {}
+    for key in cls.SERIES:
+        value = values.get(key)
+        several = value.split(",") if isinstance(value, str) else value
+        if isinstance(several, list) and len(several) > 1:
+            lists[key] = [part.strip() if isinstance(part, str) else part for part in several]
+            if twice := {str(part) for part in lists[key] if lists[key].count(part) > 1}:
+                problems.append(f"{places[key]}: {', '.join(sorted(twice))} is given twice.")
+    return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
 
 
 def _preset_layer(name: str | None) -> _Layer:

@@ -7,7 +7,7 @@ the same bits (another device or data path is checked through what was read from
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,8 @@ SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  #
 
 class TrainSettings(DataSettings):
     """Train a temporal Vision Transformer on a folder of videos."""
+
+    SERIES: ClassVar[tuple[str, ...]] = ("seed", "split")
 
     # Run
     experiment_name: str | None = Field(
@@ -349,6 +351,12 @@ class TrainSettings(DataSettings):
         None,
         ge=1,
         description="Steps between checkpoints within an epoch, besides those at its end",
+        json_schema_extra=about(CHECKPOINTS, harmless=True, resettable=True),
+    )
+    save_every_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Most minutes between checkpoints",
         json_schema_extra=about(CHECKPOINTS, harmless=True, resettable=True),
     )
     max_no_of_checkpoints: int = Field(

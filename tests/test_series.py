@@ -1,0 +1,158 @@
+"""Several seeds and splits in sequence: what is left behind, what is kept, what the numbers are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_clips, make_pretrained, settings
+
+from tvit_cli import main
+from tvit_cli.engine import series as engine
+from tvit_cli.engine.checkpoint import list_checkpoints
+from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.series import SeriesResult, summarise, train_series
+from tvit_cli.errors import Interrupted, SettingsError
+from tvit_cli.settings.base import load
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.train import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("series")
+    return {
+        "path_to_data": str(make_clips(root / "colours")),
+        "hf_model_name": str(make_pretrained(root / "tiny-vit")),
+        "epochs": 1,
+        "experiment_name": "people",
+    }
+
+
+def seeds(facts: dict[str, Any], folder: Path, *numbers: int, **changes: Any) -> SeriesResult:
+    own = {**facts, "working_directory": folder, **changes}
+    return train_series([settings(seed=number, **own) for number in numbers])
+
+
+def test_each_seed_has_a_run_of_its_own_and_the_summary_is_their_mean(
+    facts: dict[str, Any], tmp_path: Path
+) -> None:
+    result = seeds(facts, tmp_path, 0, 1, test_at_end=True)
+    assert result.folder == tmp_path / "people" and list(result.runs) == ["seed0-split1", "seed1-split1"]
+    for name, metrics in result.runs.items():
+        last = (result.folder / name / "metrics.jsonl").read_text().splitlines()[-1]
+        assert metrics["val_loss"] == json.loads(last)["val_loss"]
+        assert json.loads((result.folder / name / "settings.json").read_text())["seed"] == int(name[4])
+    losses = [metrics["test_loss"] for metrics in result.runs.values()]
+    assert losses[0] != losses[1]
+    assert result.summary["test_loss"] == (statistics.fmean(losses), statistics.stdev(losses))
+    written = json.loads((result.folder / "summary.json").read_text())
+    assert written["mean"]["test_loss"] == statistics.fmean(losses) and written["runs"] == result.runs
+
+
+def test_a_series_that_was_stopped_keeps_what_is_finished_and_does_the_rest(
+    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = seeds(facts, tmp_path / "whole", 0, 1, 2)
+    real, trained = engine.train, []
+
+    def stops(own: TrainSettings, report: Any) -> Any:
+        if own.seed == 1 and not trained.count(1):
+            trained.append(1)
+            raise Interrupted("Stopped by SIGTERM.", exit_code=143)
+        trained.append(own.seed)
+        return real(own, report)
+
+    monkeypatch.setattr(engine, "train", stops)
+    with pytest.raises(Interrupted, match=r"--experiment-name people. 1 of its 3 runs are finished") as stop:
+        seeds(facts, tmp_path / "cut", 0, 1, 2)
+    assert stop.value.exit_code == 143
+    again = seeds(facts, tmp_path / "cut", 0, 1, 2)
+    assert trained == [0, 1, 1, 2]
+    assert again.runs == whole.runs
+
+
+def test_a_run_of_a_series_that_ended_before_its_first_checkpoint_begins_again(
+    facts: dict[str, Any], tmp_path: Path
+) -> None:
+    before = seeds(facts, tmp_path, 0, 1)
+    for folder in ("model", "checkpoints"):
+        shutil.rmtree(before.folder / "seed1-split1" / folder)
+    assert seeds(facts, tmp_path, 0, 1).runs == before.runs
+
+
+def test_a_test_score_that_is_missing_is_taken_of_a_finished_run(
+    facts: dict[str, Any], tmp_path: Path
+) -> None:
+    assert "test_loss" not in seeds(facts, tmp_path, 0, 1).summary
+    assert "test_loss" in seeds(facts, tmp_path, 0, 1, test_at_end=True).summary
+
+
+def test_finished_runs_of_other_settings_are_not_mixed_in(facts: dict[str, Any], tmp_path: Path) -> None:
+    seeds(facts, tmp_path, 0, 1)
+    with pytest.raises(SettingsError, match=r"--lora-rank: 8 -> 4"):
+        seeds(facts, tmp_path, 0, 1, lora_rank=4)
+    replaced = seeds(facts, tmp_path, 0, 1, lora_rank=4, overwrite=True)
+    assert json.loads((replaced.folder / "seed0-split1/settings.json").read_text())["lora_rank"] == 4
+
+
+def test_a_single_runs_folder_is_not_taken_for_a_series(facts: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "people").mkdir()
+    (tmp_path / "people" / "settings.json").write_text("{}")
+    with pytest.raises(SettingsError, match="the folder of a single run"):
+        seeds(facts, tmp_path, 0, 1)
+    with pytest.raises(SettingsError, match="a checkpoint for each run"):
+        seeds({**facts, "experiment_name": "other"}, tmp_path, 0, 1, resume_from_checkpoint="latest")
+
+
+def test_mean_and_deviation_are_those_of_a_sample() -> None:
+    runs = [{"a": 1.0, "b": 5.0}, {"a": 2.0}, {"a": 3.0, "b": 0.0}]
+    assert summarise(runs) == {"a": (2.0, 1.0)}
+
+
+def test_several_values_become_several_settings_in_order() -> None:
+    loaded = load(TrainSettings, flags={"seed": "3, 1", "split": "2,1"}, environ={})
+    assert [(s.seed, s.split) for s in loaded.series] == [(3, 2), (3, 1), (1, 2), (1, 1)]
+    assert load(TrainSettings, flags={"seed": "3"}, environ={}).series[0].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "sentence"),
+    [
+        (TrainSettings, {"seed": "0,0"}, "--seed: 0 is given twice"),
+        (TrainSettings, {"split": "1,4"}, "--split: 4: it should be less than or equal to 3"),
+        (TrainSettings, {"seed": "0,x"}, "--seed: x: it should be a valid integer"),
+        (TrainSettings, {"epochs": "1,2"}, "--epochs: 1,2: it should be a valid integer"),
+        (EvalSettings, {"seed": "0,1"}, "--seed: 0,1: it should be a valid integer"),
+    ],
+)
+def test_a_series_that_makes_no_sense_is_refused(verb: Any, given: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        load(verb, flags=given, environ={})
+
+
+def test_the_command_prints_every_run_and_the_mean(
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--seed", "0,1", "--working-directory", str(tmp_path)]
+    for key, value in settings(**facts).model_dump(mode="json", exclude_defaults=True).items():
+        if key not in ("working_directory", "seed"):
+            arguments += [f"--{key.replace('_', '-')}", str(value)]
+    with pytest.raises(SystemExit) as end:
+        main.run(arguments)
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "seed0-split1" in out and "seed1-split1" in out and "mean ± sd" in out
+    assert len(list_checkpoints(tmp_path / "people" / "seed1-split1" / "checkpoints")) == 1
+
+
+def test_runs_are_counted_while_they_are_trained(facts: dict[str, Any], tmp_path: Path) -> None:
+    said: list[Event] = []
+    own = {**facts, "working_directory": tmp_path}
+    train_series([settings(seed=number, **own) for number in (0, 1)], said.append)
+    starts = [e.text for e in said if isinstance(e, Note) and e.text.startswith("Run ")]
+    assert [text.split(":")[0] for text in starts if " of " in text] == ["Run 1 of 2", "Run 2 of 2"]
