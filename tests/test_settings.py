@@ -156,3 +156,18 @@ def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs() -> None:
 def test_predict_without_a_path_says_how_to_call_it() -> None:
     with pytest.raises(SettingsError, match=r"tvit predict clip.avi"):
         load(PredictSettings, flags={}, environ={}, verbs=VERBS)
+
+
+def test_the_reference_preset_has_the_values_of_its_script() -> None:
+    script = {
+        "lora_rank": 4, "lora_alpha": 8, "lora_use_rslora": True, "lora_dropout": 0.1, "lora_bias": "lora_only",
+        "lora_exclude_modules": ("classifier",), "max_grad_norm": 1.0, "warmup_epochs": 3, "epochs": 150,
+        "save_checkpoint_interval": 1, "learning_rate": 3e-5, "weight_decay": 0.1, "adam_beta1": 0.9,
+        "adam_beta2": 0.98, "adam_epsilon": 1e-6, "max_no_of_checkpoints": 3, "img_size": 224, "num_workers": 12,
+        "top_k": 5, "n_frames": 18, "custom_weight_init": True, "log_wandb": True,
+        "hf_model_name": "google/vit-base-patch16-224",
+    }  # fmt: skip
+    preset = read(preset="reference").settings
+    assert {name: getattr(preset, name) for name in script} == script
+    # The script's 144 clips are the sum of its passes: it divides them by the 8 steps it accumulates.
+    assert preset.per_gpu_batch_size * preset.gradient_accumulation_steps == 144
