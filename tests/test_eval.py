@@ -5,19 +5,28 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_clips, run
 
+from tvit_cli import main
+from tvit_cli.data.sampling import segment_indices
+from tvit_cli.data.transforms import eval_transform
+from tvit_cli.data.video import read_clip
 from tvit_cli.engine import scoring
+from tvit_cli.engine.compare import compare
 from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.events import Event, Note, silent
+from tvit_cli.engine.source import open_source
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
-from tvit_cli.model.folder import load_card
+from tvit_cli.model.folder import load_card, load_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
@@ -51,7 +60,7 @@ def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained:
     assert len(rows) == 3
     right = sum(row["label"] == row["predicted"] for row in rows)
     assert result.metrics["video_top1"] == right / 3
-    assert sum(r for _, r in result.per_class.values()) == right
+    assert sum(row.right for row in result.per_class.values()) == right
     for row in rows:
         scores = {label: float(row[label]) for label in ("Blue", "Green", "Red")}
         assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
@@ -112,7 +121,9 @@ def test_an_unreadable_video_is_reported_and_left_out(trained: TrainResult, tmp_
     )
     assert result.metrics["video_top1"] > 0
     assert wrong.metrics["video_top1"] == pytest.approx(result.metrics["video_top1"] * 3 / 4)
-    assert wrong.per_class["Red"] == (2, result.per_class["Red"][1]) and wrong.metrics["videos"] == 4
+    red = wrong.per_class["Red"]
+    assert (red.videos, red.right) == (2, result.per_class["Red"].right) and wrong.metrics["videos"] == 4
+    assert red.recall == result.per_class["Red"].recall / 2 and len(wrong.answers) == 4
     assert wrong.metrics["mean_class_accuracy"] < result.metrics["mean_class_accuracy"]
     assert any("v_Red_g06_c02.avi" in e.text for e in events if isinstance(e, Note) and e.level == "warning")
     assert "unreadable" in whole.metrics
@@ -242,6 +253,107 @@ def test_a_device_that_is_not_there_is_refused(trained: TrainResult) -> None:
         evaluate(settings(trained, device="cuda"))
 
 
+def test_more_views_are_averaged_scores_of_clips_at_other_places(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    one = evaluate(settings(trained, output=tmp_path / "1"))
+    model, card = load_model(trained.model)
+    source = open_source(
+        card.settings["path_to_data"], group_pattern=r"_g(\d+)_", val_groups="1", test_groups="1", split=1,
+        report=silent,
+    )  # fmt: skip
+    for number, (changes, views) in enumerate(
+        {
+            "clips_per_video": ({"clips_per_video": 2}, [(1 / 4, 0.5, False), (3 / 4, 0.5, False)]),
+            "crops_per_clip": ({"crops_per_clip": 3}, [(1 / 2, p, False) for p in (0.0, 0.5, 1.0)]),
+            "flip": ({"flip": True}, [(1 / 2, 0.5, False), (1 / 2, 0.5, True)]),
+        }.values()
+    ):
+        more = evaluate(settings(trained, output=tmp_path / str(number + 2), **changes))
+        assert "clip_top1" in more.metrics and "clip_top1" not in one.metrics
+        for answer, video in zip(more.answers, source.layout.subset("test"), strict=True):
+            scores = [
+                model(
+                    eval_transform(
+                        [
+                            torch.from_numpy(
+                                read_clip(
+                                    video.path,
+                                    lambda n, place=place: segment_indices(n, 4, [place] * 4),
+                                    short_side=32,
+                                ).frames
+                            ).permute(0, 3, 1, 2)
+                        ],
+                        preprocessing=card.preprocessing,
+                        device=torch.device("cpu"),
+                        place=where,
+                        flip=mirrored,
+                    )
+                ).softmax(1)
+                for place, where, mirrored in views
+            ]
+            torch.testing.assert_close(torch.tensor([answer.scores]), torch.stack(scores).mean(0))
+        assert [a.scores for a in more.answers] != [a.scores for a in one.answers]
+
+
+def test_crops_of_squashed_frames_are_refused(trained: TrainResult, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(trained.model, folder)
+    card = json.loads((folder / "card.json").read_text())
+    card["preprocessing"]["resize"] = "squash"
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(SettingsError, match="--crops-per-clip 3: this model squashes whole frames"):
+        evaluate(settings(trained, model=folder, crops_per_clip=3))
+
+
+def test_two_processes_find_what_one_finds(trained: TrainResult, tmp_path: Path) -> None:
+    one = evaluate(settings(trained, subset="train", output=tmp_path / "one"))
+    arguments = [
+        "eval",
+        "--model",
+        str(trained.model),
+        "--subset",
+        "train",
+        "--output",
+        str(tmp_path / "two"),
+    ]
+    command = [sys.executable, "-m", "tvit_cli", *arguments, "--num-processes", "2", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to") == 1
+    for name in ("scores.csv", "confusion.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    written = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert written["metrics"] == one.metrics
+    assert written["intervals"] == {name: list(ends) for name, ends in one.intervals.items()}
+
+
+def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_path: Path) -> None:
+    worse = tmp_path / "worse"
+    shutil.copytree(trained.model, worse)
+    weights = load_file(worse / "model.safetensors")
+    weights["classifier.weight"] = weights["classifier.weight"].roll(1, 0)  # every answer is the next class
+    weights["classifier.bias"] = weights["classifier.bias"].roll(1, 0)
+    save_file(weights, worse / "model.safetensors", metadata={"format": "pt"})
+    result = compare(
+        settings(trained, subset="train", output=tmp_path / "out", compare=(trained.model, worse))
+    )
+    right = [answer.is_right for answer in result.first.answers]
+    assert sum(right) > 6
+    assert result.difference == result.second.metrics["video_top1"] - result.first.metrics["video_top1"] < 0
+    assert len(result.lost) == sum(right) and not result.gained
+    assert result.interval is not None and result.interval[1] < 0
+    assert result.p_value == 2 / 2 ** len(result.lost)
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert (
+        len(written["lost"]) == len(result.lost)
+        and written["lost"][0]["first"] == written["lost"][0]["label"]
+    )
+    with pytest.raises(SystemExit) as end:
+        main.run(["eval", "--compare", str(trained.model), str(worse), "--output", str(tmp_path / "cli")])
+    assert end.value.code == 0
+
+
 SHOWN = {
     "model": test_the_run_folder_stands_for_its_model,
     "working_directory": test_without_a_model_the_newest_of_the_working_directory_is_taken,
@@ -258,6 +370,11 @@ SHOWN = {
     "unreadable": test_an_unreadable_video_is_reported_and_left_out,
     "shuffle_frames": test_shuffled_frames_have_results_of_their_own,
     "seed": test_shuffled_frames_have_results_of_their_own,
+    "compare": test_two_models_are_compared_on_the_same_videos,
+    "clips_per_video": test_more_views_are_averaged_scores_of_clips_at_other_places,
+    "crops_per_clip": test_more_views_are_averaged_scores_of_clips_at_other_places,
+    "flip": test_more_views_are_averaged_scores_of_clips_at_other_places,
+    "num_processes": test_two_processes_find_what_one_finds,
     "output": test_scoring_twice_gives_the_same_bytes,
 }
 

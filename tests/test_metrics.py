@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tvit_cli.engine.metrics import Tally, confusion_matrix, top_k_right, video_metrics
+from tvit_cli.engine.metrics import (
+    ClassScore,
+    Tally,
+    calibration_error,
+    class_table,
+    confusion_matrix,
+    macro_f1,
+    most_confused,
+    top_k_right,
+    video_metrics,
+)
+from tvit_cli.engine.resampling import accuracy_intervals, difference_interval, mcnemar
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
 LABELS = torch.tensor([0, 2, 2, 1])
@@ -62,3 +73,55 @@ def test_a_tally_counts_only_what_has_weight() -> None:
     tally.add(LOGITS, torch.tensor([1.0, 2.0, 100.0, 3.0]), LABELS, weights)
     tally.add(LOGITS[:1], torch.tensor([4.0]), LABELS[:1], torch.ones(1))
     assert tally.sums.tolist() == [10.0, 3.0, 4.0]
+
+
+def test_a_class_has_precision_recall_and_f1_from_its_counts() -> None:
+    confusion = torch.tensor([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
+    first, second, absent = class_table(confusion)
+    assert (first.recall, first.precision, first.f1) == (3 / 4, 3 / 5, 2 * 3 / 9)
+    assert (absent.recall, absent.precision, absent.f1) == (0.0, 0.0, 0.0)
+    assert macro_f1([first, second, absent]) == (first.f1 + second.f1) / 2
+    assert class_table(confusion, torch.tensor([1, 0, 0]))[0] == ClassScore(videos=5, right=3, said=5)
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    sure = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]).log()
+    # Bins of 1/15: two answers at 0.9, one of them right; two at 0.6, both right.
+    expected = (abs(1 - 1.8) + abs(2 - 1.2)) / 4
+    assert calibration_error(sure, torch.tensor([0, 1, 0, 0])) == pytest.approx(expected)
+    assert calibration_error(torch.tensor([[50.0, -50.0]]), torch.tensor([0])) == pytest.approx(0)
+
+
+def test_the_most_confused_pairs_come_first_and_right_answers_are_none() -> None:
+    confusion = torch.tensor([[9, 1, 0], [4, 5, 0], [0, 2, 7]])
+    assert most_confused(confusion) == [(1, 0, 4), (2, 1, 2), (0, 1, 1)]
+    assert most_confused(confusion, most=1) == [(1, 0, 4)]
+
+
+def test_intervals_resample_whole_groups() -> None:
+    right = [True] * 50 + [False] * 50
+    alone = accuracy_intervals(right, [0] * 100, [f"{n}" for n in range(100)])["video_top1"]
+    # Ten groups that are right or wrong as a whole are ten trials, not a hundred.
+    grouped = accuracy_intervals(right, [0] * 100, [f"{n // 10}" for n in range(100)])["video_top1"]
+    assert alone[0] == pytest.approx(0.40, abs=0.02) and alone[1] == pytest.approx(0.60, abs=0.02)
+    assert grouped[0] == pytest.approx(0.20, abs=0.05) and grouped[1] == pytest.approx(0.80, abs=0.05)
+    assert accuracy_intervals(right, [0] * 100, ["one"] * 100) == {}
+
+
+def test_an_interval_of_mean_class_accuracy_weighs_classes_equally() -> None:
+    right, classes = [True] * 90 + [False] * 10, [0] * 90 + [1] * 10
+    low, high = accuracy_intervals(right, classes, [f"{n}" for n in range(100)])["mean_class_accuracy"]
+    assert (low, high) == (0.5, 0.5)
+
+
+def test_a_difference_of_models_is_taken_per_video_and_resampled_by_group() -> None:
+    first, second = [False] * 30 + [True] * 70, [True] * 100
+    low, high = difference_interval(first, second, [f"{n}" for n in range(100)]) or (0, 0)
+    assert low == pytest.approx(0.21, abs=0.02) and high == pytest.approx(0.39, abs=0.02)
+    assert difference_interval(first, second, ["one"] * 100) is None
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
+    assert mcnemar(1, 8) == mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 512)
+    assert mcnemar(0, 2000) == 0.0 or mcnemar(0, 2000) < 1e-300

@@ -163,26 +163,67 @@ def _train_series(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
 
 
 def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
-    """Score a model and show its metrics, overall and per class."""
+    """Score a model and show its metrics, overall and per class; or set two side by side."""
     from tvit_cli.console import Console
     from tvit_cli.engine import eval as engine
+    from tvit_cli.engine.processes import are_started, run_processes
 
+    if loaded.settings.num_processes > 1 and not are_started():
+        if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
+            sys.exit(code)
+        return
+    if loaded.settings.compare is not None:
+        _compare(loaded.settings, verbosity)
+        return
     with Console(verbosity) as console:
         result = engine.evaluate(loaded.settings, console.report)
     for note in result.notes:
         console.warn(note)
     rows = [
-        (label, videos, f"{right / videos:.3f}")
-        for label, (videos, right) in sorted(result.per_class.items())
+        (label, c.videos, f"{c.recall:.3f}", f"{c.precision:.3f}", f"{c.f1:.3f}")
+        for label, c in sorted(result.per_class.items())
     ]
-    console.table(["class", "videos", "top-1"], rows)
+    console.table(["class", "videos", "top-1", "precision", "F1"], rows)
+    if result.confused:
+        console.say("")
+        console.table(["most confused", "taken for", "videos"], result.confused)
     console.say("")
     counts = ("videos", "unreadable")
-    console.table(
-        ["metric", result.subset],
-        [(name, f"{v:.0f}" if name in counts else f"{v:.4f}") for name, v in result.metrics.items()],
+    metrics = [
+        (name, f"{v:.0f}" if name in counts else f"{v:.4f}", _interval(result.intervals.get(name)))
+        for name, v in result.metrics.items()
+    ]
+    console.table(["metric", result.subset, "95 % interval"], metrics)
+    speed = result.metrics["videos"] / result.seconds
+    console.say(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def _compare(settings: EvalSettings, verbosity: Verbosity) -> None:
+    """Say whether the second of two models is better, and which videos they see differently."""
+    from tvit_cli.console import Console
+    from tvit_cli.engine.compare import compare
+
+    with Console(verbosity) as console:
+        result = compare(settings, console.report)
+    flips = [("gained", *pair) for pair in result.gained] + [("lost", *pair) for pair in result.lost]
+    if flips:
+        rows = [(what, a.video.name, a.video.label, a.predicted, b.predicted) for what, a, b in flips]
+        console.table(["", "video", "class", "first said", "second said"], rows)
+        console.say("")
+    names = [name for name in result.first.metrics if name in result.second.metrics]
+    both = [
+        (name, f"{result.first.metrics[name]:.4f}", f"{result.second.metrics[name]:.4f}") for name in names
+    ]
+    console.table(["metric", "first", "second"], both)
+    console.say(
+        f"\nTop-1 {result.difference:+.4f} on {result.videos} videos (95 % interval "
+        f"{_interval(result.interval) or 'not known: one group'}): {len(result.gained)} gained, "
+        f"{len(result.lost)} lost, McNemar p = {result.p_value:.3g}. Written to {result.output}"
     )
-    console.say(f"\nWritten to {result.output}")
 
 
 def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:

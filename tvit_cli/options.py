@@ -115,6 +115,16 @@ def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
         is_one = base_type(field) is str
         return Annotated[str | None, argument] if is_one else Annotated[list[str] | None, argument]
     kind = base_type(field)
+    if typing.get_origin(kind) is tuple and Ellipsis not in typing.get_args(kind):  # so many values, no more
+        words = (str,) * len(typing.get_args(kind))
+        option = typer.Option(
+            flag(key),
+            help=describe(field),
+            metavar=facts["metavar"],
+            rich_help_panel=facts["panel"],
+            show_default=False,
+        )
+        return Annotated[tuple[words] | None, option]  # type: ignore[valid-type]
     if kind is bool:
         name = facts.get("flag") or f"{flag(key)}/--no-{flag(key)[2:]}"
         return Annotated[

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.sampling import indices_on_grid, segment_indices
+from tvit_cli.data.sampling import clip_places, indices_on_grid, segment_indices
 from tvit_cli.data.video import Clip, read_clip
 from tvit_cli.errors import VideoError
 
@@ -29,7 +29,7 @@ _DRAW_ORDER = 1
 class ClipItem:
     """One clip on its way to a batch; `weight` is 0 and `error` says why where the video cannot be read."""
 
-    frames: Tensor  # uint8 (T, C, H, W), channels last in memory
+    frames: Tensor  # uint8 (T, C, H, W), channels last in memory; of several clips, one after the other
     label: int
     epoch: int
     index: int
@@ -64,7 +64,8 @@ class ClipDataset(Dataset[ClipItem]):
     """One clip per video under the key (epoch, index).
 
     In training, the frames are drawn within their segments from (seed, epoch, index) and nothing else, so a
-    resumed run and any number of workers see the same clips; otherwise the segments' centres are taken.
+    resumed run and any number of workers see the same clips. Otherwise `clips_per_video` clips are taken at
+    even places within the segments (one: their centres) and handed over as one, one after the other.
     `shuffle_frames` destroys the order of time, the same way in every epoch: a diagnostic. A video that
     cannot be read becomes black frames of weight 0, so that every process keeps the same number of steps.
 
@@ -86,7 +87,9 @@ class ClipDataset(Dataset[ClipItem]):
         threads: int = 1,
         store: FrameStore | None = None,
         grid: int | None = None,
+        clips_per_video: int = 1,
     ) -> None:
+        assert clips_per_video == 1 or not training
         position = {label: number for number, label in enumerate(labels)}
         self._paths = [video.path for video in videos]
         self._names = [video.name for video in videos]
@@ -99,6 +102,7 @@ class ClipDataset(Dataset[ClipItem]):
         self._threads = threads
         self._store = store
         self._grid = grid
+        self._clips_per_video = clips_per_video
         self._frame_counts: dict[int, int] = {}  # exact, once a video was read; each worker learns its own
 
     def __len__(self) -> int:
@@ -109,26 +113,36 @@ class ClipDataset(Dataset[ClipItem]):
         try:
             clip = self._read(epoch, index)
         except VideoError as error:
-            black = torch.zeros(self._n_frames, self._short_side, self._short_side, 3, dtype=torch.uint8)
+            n_frames = self._n_frames * self._clips_per_video
+            black = torch.zeros(n_frames, self._short_side, self._short_side, 3, dtype=torch.uint8)
             reason = str(error).removeprefix(f"{self._paths[index]}: ")
             return ClipItem(black.permute(0, 3, 1, 2), self._targets[index], epoch, index, 0.0, reason)
         self._frame_counts[index] = clip.frame_count
-        frames = torch.from_numpy(clip.frames)  # (T, H, W, C)
+        frames = torch.from_numpy(clip.frames)  # (T * clips, H, W, C): by segment, then by clip
+        if self._clips_per_video > 1:
+            frames = frames.view(-1, self._clips_per_video, *frames.shape[1:]).transpose(0, 1).flatten(0, 1)
         if self._shuffle_frames:
             order = _generator(self._seed, _DRAW_ORDER, index).permutation(self._n_frames)
-            frames = frames[torch.from_numpy(order)]
-        frames = frames.permute(0, 3, 1, 2)  # (T, C, H, W)
+            frames = frames.view(-1, self._n_frames, *frames.shape[1:])[:, torch.from_numpy(order)].flatten(
+                0, 1
+            )
+        frames = frames.permute(0, 3, 1, 2)  # (clips * T, C, H, W)
         return ClipItem(frames, self._targets[index], epoch, index, 1.0, "")
 
     def _read(self, epoch: int, index: int) -> Clip:
-        offsets: list[float] | None = None
         if self._training:
-            offsets = _generator(self._seed, _DRAW_OFFSETS, epoch, index).random(self._n_frames).tolist()
+            takes = [_generator(self._seed, _DRAW_OFFSETS, epoch, index).random(self._n_frames).tolist()]
+        else:
+            takes = [[place] * self._n_frames for place in clip_places(self._clips_per_video)]
 
         def choose(frame_count: int) -> list[int]:
-            if self._grid is None:
-                return segment_indices(frame_count, self._n_frames, offsets)
-            return indices_on_grid(frame_count, self._n_frames, offsets, grid=self._grid)
+            clips = [
+                segment_indices(frame_count, self._n_frames, offsets)
+                if self._grid is None
+                else indices_on_grid(frame_count, self._n_frames, offsets, grid=self._grid)
+                for offsets in takes
+            ]
+            return [index for segment in zip(*clips, strict=True) for index in segment]  # ascending
 
         if self._store is not None:
             return self._store.read(self._names[index], choose, short_side=self._short_side)

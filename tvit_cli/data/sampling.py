@@ -31,6 +31,11 @@ def segment_indices(frame_count: int, n_frames: int, offsets: Sequence[float] | 
     return indices
 
 
+def clip_places(clips: int) -> list[float]:
+    """Where within each segment the clips of one video take their frames. 1 -> [1/2]; 2 -> [1/4, 3/4]"""
+    return [(clip + CENTRE) / clips for clip in range(clips)]
+
+
 def grid_indices(frame_count: int, grid: int) -> list[int]:
     """The frames that a frame store keeps: the centres of `grid` segments, or all where there are fewer."""
     return segment_indices(frame_count, min(grid, frame_count))

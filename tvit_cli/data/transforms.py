@@ -83,10 +83,18 @@ def train_transform(
 
 
 @torch.no_grad()
-def eval_transform(clips: Sequence[Tensor], *, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """The one deterministic view: uint8 (T, C, H, W) each -> float32 (B, T, C, S, S).
+def eval_transform(
+    clips: Sequence[Tensor],
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    place: float = 0.5,
+    flip: bool = False,
+) -> Tensor:
+    """A deterministic view: uint8 (T, C, H, W) each -> float32 (B, T, C, S, S).
 
-    `crop` scales the short side to S and takes the centre, `squash` scales the whole frame to S x S.
+    `crop` scales the short side to S and takes S pixels of the long one, from `place` on: 0 left or top, 0.5
+    the centre, 1 right or bottom. `squash` scales the whole frame to S x S. `flip` mirrors left and right.
     """
     size = preprocessing.frame_size
     batch = _empty(clips, size, device)
@@ -98,8 +106,9 @@ def eval_transform(clips: Sequence[Tensor], *, preprocessing: Preprocessing, dev
         else:
             height, width = size, size
         pixels = _resized(clip, (height, width), device)
-        top, left = (height - size) // 2, (width - size) // 2
-        out.copy_(pixels[:, :, top : top + size, left : left + size])
+        top, left = int((height - size) * place), int((width - size) * place)
+        view = pixels[:, :, top : top + size, left : left + size]
+        out.copy_(view.flip(3) if flip else view)
         _normalise(out, preprocessing)
     return batch
 

@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from dataclasses import asdict
+
+import torch
 
 from tvit_cli.data.layout import Video
 from tvit_cli.engine.events import Note, Progress, Report, silent
-from tvit_cli.engine.metrics import video_metrics
-from tvit_cli.engine.scoring import Scores, score
+from tvit_cli.engine.metrics import (
+    calibration_error,
+    class_table,
+    confusion_matrix,
+    macro_f1,
+    mean_class_accuracy,
+    most_confused,
+    video_metrics,
+)
+from tvit_cli.engine.place import Place, join_processes
+from tvit_cli.engine.resampling import accuracy_intervals
+from tvit_cli.engine.results import Answer, EvalResult, write_result
+from tvit_cli.engine.scoring import Scores, Views, merge_scores, score
 from tvit_cli.engine.source import default_workers, open_source
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import DataError, RunError
+from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
-METRICS_FILE = "metrics.json"
 
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Metrics of a subset, per-class counts, and where they were written.
-
-    `per_class` maps a label to (videos, right answers); `unreadable` a video's name to the reason.
-    """
-
-    metrics: dict[str, float]
-    per_class: dict[str, tuple[int, int]]
-    unreadable: dict[str, str]
-    subset: str
-    model: Path
-    output: Path
-    notes: tuple[str, ...]
-
-
-def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
-    """Score a model folder on a subset and write metrics.json and scores.csv.
+def evaluate(settings: EvalSettings, report: Report = silent, place: Place | None = None) -> EvalResult:
+    """Score a model folder on a subset and write metrics.json, scores.csv and confusion.csv.
 
     Labels, frame size, sampling and normalisation come from the model folder. Videos that cannot be read are
-    reported and left out. Raises ModelError, DataError, or RunError when no video of the subset can be read.
+    reported, and left out or counted as wrong. Several processes share the videos and all get the result;
+    `place` says which this one is, where its caller knows. Raises ModelError, DataError, SettingsError for
+    views that the model's preprocessing has no room for, or RunError when no video can be read.
     """
-    trained = open_trained(
-        settings.model, working_directory=settings.working_directory, device=settings.device
-    )
+    place = place or join_processes(settings.device)
+    if not place.is_main:
+        report = silent
+    trained = open_trained(settings.model, working_directory=settings.working_directory, device=place.device)
     report(Note(f"Model: {trained.folder}"))
+    views = _views(settings, trained.card)
     choice = _choose_videos(settings, trained.card)
     source = open_source(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
@@ -59,18 +56,25 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
     )
     videos = source.layout.subset(settings.subset)
     _check_labels(videos, trained, settings)
-    scores = score(
+    started = time.perf_counter()
+    workers = default_workers(place.processes) if settings.num_workers is None else settings.num_workers
+    own = score(
         trained.model,
         videos,
         trained.card.labels,
         trained.card.preprocessing,
         device=trained.device,
         batch_size=settings.per_gpu_batch_size,
-        workers=default_workers() if settings.num_workers is None else settings.num_workers,
+        workers=workers,
+        views=views,
+        rank=place.rank,
+        processes=place.processes,
         shuffle_seed=settings.seed if settings.shuffle_frames else None,
         store=source.store,
         progress=lambda done, total: report(Progress("scoring videos", done, total)),
     )
+    scores = merge_scores(place.gather(own))
+    seconds = time.perf_counter() - started
     if not len(scores.indices):
         raise RunError(
             f"{source.layout.root}: none of the {len(videos)} {settings.subset} videos can be read."
@@ -78,19 +82,26 @@ def evaluate(settings: EvalSettings, report: Report = silent) -> EvalResult:
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
-    facts = {
+    result = _judge(settings, trained, videos, scores, views, seconds)
+    facts: dict[str, object] = {
         "data": str(source.root),
         "frames": "videos" if source.store is None else "frame store",
         **choice,
+        "views": asdict(views),
+        "unreadable_videos": settings.unreadable,
     }
-    return _write_result(settings, trained, videos, scores, facts)
+    if place.is_main:
+        write_result(result, trained.card.labels, facts)
+    return result
 
 
-def read_metrics(output: Path) -> dict[str, float]:
-    """The metrics that an evaluation wrote to its folder."""
-    content = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
-    metrics: dict[str, float] = content["metrics"]
-    return metrics
+def _views(settings: EvalSettings, card: ModelCard) -> Views:
+    if settings.crops_per_clip > 1 and card.preprocessing.resize == "squash":
+        raise SettingsError(
+            f"--crops-per-clip {settings.crops_per_clip}: this model squashes whole frames to a square, so "
+            "there is one crop of each. Leave it out."
+        )
+    return Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
 
 
 def _choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
@@ -124,12 +135,13 @@ def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSet
         )
 
 
-def _write_result(
+def _judge(
     settings: EvalSettings,
     trained: Trained,
     videos: tuple[Video, ...],
     scores: Scores,
-    facts: dict[str, str | int],
+    views: Views,
+    seconds: float,
 ) -> EvalResult:
     labels = trained.card.labels
     notes = []
@@ -138,63 +150,48 @@ def _write_result(
             f"--top-k {settings.top_k}: the model has {len(labels)} classes, so top-{len(labels)} is shown."
         )
     metrics = video_metrics(scores.logits, scores.labels, top_k=settings.top_k)
-    metrics["unreadable"] = float(len(scores.errors))
-    right = scores.logits.argmax(1) == scores.labels
-    per_class = {
-        label: (int((scores.labels == i).sum()), int(right[scores.labels == i].sum()))
-        for i, label in enumerate(labels)
-    }
-    per_class = {label: counts for label, counts in per_class.items() if counts[0]}
+    if len(views) > 1:
+        metrics["clip_top1"] = scores.right_views.mean().item()
+    metrics["calibration_error"] = calibration_error(scores.logits, scores.labels)
+    confusion = confusion_matrix(scores.logits.argmax(1), scores.labels, len(labels))
+    answers = _answers(videos, scores, labels)
+    unread = torch.zeros(len(labels), dtype=torch.long)
     if settings.unreadable == "wrong":
-        for index in scores.errors:
-            count, hits = per_class.get(videos[index].label, (0, 0))
-            per_class[videos[index].label] = (count + 1, hits)
-        metrics |= _with_wrong(metrics, per_class, len(scores.errors))
+        for index, reason in scores.errors.items():
+            unread[labels.index(videos[index].label)] += 1
+            answers[index] = Answer(videos[index], error=reason)
+        # The loss and the calibration error stay those of the videos that were read.
+        share = metrics["videos"] / (metrics["videos"] + len(scores.errors))
+        metrics |= {k: v * share for k, v in metrics.items() if k.startswith(("video_top", "clip_top"))}
+        metrics["videos"] += len(scores.errors)
+    table = class_table(confusion, unread)
+    metrics |= {"mean_class_accuracy": mean_class_accuracy(table), "macro_f1": macro_f1(table)}
+    metrics["unreadable"] = float(len(scores.errors))
+    counted = [answers[index] for index in sorted(answers)]
     name = settings.subset + ("-shuffled" if settings.shuffle_frames else "")
-    output = settings.output or trained.folder.parent / "eval" / name
-    result = EvalResult(
+    return EvalResult(
         metrics=metrics,
-        per_class=per_class,
+        intervals=accuracy_intervals(
+            [answer.is_right for answer in counted],
+            [labels.index(answer.video.label) for answer in counted],
+            [answer.video.group or answer.video.name for answer in counted],
+        ),
+        per_class={label: row for label, row in zip(labels, table, strict=True) if row.videos},
+        confused=tuple((labels[true], labels[said], count) for true, said, count in most_confused(confusion)),
+        answers=tuple(counted),
         unreadable={videos[index].name: reason for index, reason in scores.errors.items()},
+        seconds=seconds,
         subset=name,
         model=trained.folder,
-        output=output,
+        output=settings.output or trained.folder.parent / "eval" / name,
         notes=tuple(notes),
     )
-    output.mkdir(parents=True, exist_ok=True)
-    _write_metrics(output / METRICS_FILE, result, {**facts, "unreadable_videos": settings.unreadable})
-    _write_scores(output / "scores.csv", videos, scores, labels)
-    return result
 
 
-def _with_wrong(
-    metrics: dict[str, float], per_class: dict[str, tuple[int, int]], unreadable: int
-) -> dict[str, float]:
-    """What changes when unreadable videos count as wrong answers; the loss stays that of the others."""
-    read = metrics["videos"]
-    shares = {k: v * read / (read + unreadable) for k, v in metrics.items() if k.startswith("video_top")}
-    recall = sum(right / count for count, right in per_class.values()) / len(per_class)
-    return {**shares, "videos": read + unreadable, "mean_class_accuracy": recall}
-
-
-def _write_metrics(path: Path, result: EvalResult, facts: dict[str, str | int]) -> None:
-    content = {
-        "subset": result.subset,
-        **facts,
-        "model": str(result.model),
-        "metrics": result.metrics,
-        "per_class": {label: {"videos": n, "right": right} for label, (n, right) in result.per_class.items()},
-        "unreadable": result.unreadable,
+def _answers(videos: tuple[Video, ...], scores: Scores, labels: tuple[str, ...]) -> dict[int, Answer]:
+    """By the videos' index, those that were read."""
+    rows = scores.logits.double().softmax(1)
+    return {
+        index: Answer(videos[index], labels[int(row.argmax())], tuple(row.tolist()))
+        for index, row in zip(scores.indices.tolist(), rows, strict=True)
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_scores(path: Path, videos: tuple[Video, ...], scores: Scores, labels: tuple[str, ...]) -> None:
-    """One row per video: name, true and predicted label, then the score of every class."""
-    softmax = scores.logits.double().softmax(1)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["video", "label", "predicted", *labels])
-        for index, label, row in zip(scores.indices.tolist(), scores.labels.tolist(), softmax, strict=True):
-            values = [f"{value:.6f}" for value in row.tolist()]
-            writer.writerow([videos[index].name, labels[label], labels[int(row.argmax())], *values])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,17 +46,81 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def video_metrics(logits: Tensor, labels: Tensor, *, top_k: int) -> dict[str, float]:
-    """Metrics of one view per video: logits (V, K), labels (V,). Loss in nats, the rest fractions of 1."""
+    """Metrics of one answer per video: logits (V, K), labels (V,). Loss in nats, the rest fractions of 1."""
     videos, classes = logits.shape
     k = min(top_k, classes)
     logits = logits.double()
-    confusion = confusion_matrix(logits.argmax(1), labels, classes)
-    per_class = confusion.sum(1)
-    recall = confusion.diagonal()[per_class > 0].double() / per_class[per_class > 0]
+    table = class_table(confusion_matrix(logits.argmax(1), labels, classes))
     return {
         "videos": float(videos),
         "loss": F.cross_entropy(logits, labels).item(),
         "video_top1": top_k_right(logits, labels, 1).sum().item() / videos,
         f"video_top{k}": top_k_right(logits, labels, k).sum().item() / videos,
-        "mean_class_accuracy": recall.mean().item(),
+        "mean_class_accuracy": mean_class_accuracy(table),
     }
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How one class fared: its videos, how many were known, and how often its name was said."""
+
+    videos: int
+    right: int
+    said: int
+
+    @property
+    def recall(self) -> float:
+        """The share of the class's videos that were known: its accuracy."""
+        return self.right / self.videos if self.videos else 0.0
+
+    @property
+    def precision(self) -> float:
+        """The share of right answers among those that name the class; 0 where none does."""
+        return self.right / self.said if self.said else 0.0
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of precision and recall."""
+        named = self.videos + self.said
+        return 2 * self.right / named if named else 0.0
+
+
+def class_table(confusion: Tensor, unread: Tensor | None = None) -> list[ClassScore]:
+    """A row for each class of a confusion matrix (K, K); `unread` (K,) adds videos that got no answer."""
+    videos = confusion.sum(1) if unread is None else confusion.sum(1) + unread
+    columns = videos.tolist(), confusion.diagonal().tolist(), confusion.sum(0).tolist()
+    return [ClassScore(*row) for row in zip(*columns, strict=True)]
+
+
+def mean_class_accuracy(table: Sequence[ClassScore]) -> float:
+    """Mean recall of the classes that have videos."""
+    present = [row.recall for row in table if row.videos]
+    return sum(present) / len(present)
+
+
+def macro_f1(table: Sequence[ClassScore]) -> float:
+    """Mean F1 of the classes that have videos."""
+    present = [row.f1 for row in table if row.videos]
+    return sum(present) / len(present)
+
+
+def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error: the gap between confidence and accuracy, over `bins` equal bins of confidence.
+
+    Logits (V, K), labels (V,). The mean over bins is weighted by their videos (Guo et al. 2017,
+    arXiv:1706.04599, with its 15 bins).
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    number = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (0, 1/bins], (1/bins, 2/bins] …
+    gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, number, right - confidence)
+    return gaps.abs().sum().item() / len(labels)
+
+
+def most_confused(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]:
+    """The commonest mistakes: (true class, said class, videos), most frequent first, at most `most`."""
+    mistakes = confusion - torch.diag(confusion.diagonal())
+    counts, places = mistakes.flatten().sort(descending=True, stable=True)
+    classes = len(confusion)
+    pairs = zip(places[:most].tolist(), counts[:most].tolist(), strict=True)
+    return [(place // classes, place % classes, count) for place, count in pairs if count]

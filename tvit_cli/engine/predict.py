@@ -11,7 +11,7 @@ from tvit_cli.data.video import VIDEO_SUFFIXES
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import default_workers
-from tvit_cli.engine.trained import open_trained
+from tvit_cli.engine.trained import open_trained, pick_device
 from tvit_cli.errors import DataError
 from tvit_cli.settings.predict import PredictSettings
 
@@ -44,7 +44,9 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
     """
     paths = find_videos(settings.paths)
     trained = open_trained(
-        settings.model, working_directory=settings.working_directory, device=settings.device
+        settings.model,
+        working_directory=settings.working_directory,
+        device=pick_device(settings.device),
     )
     report(Note(f"Model: {trained.folder}"))
     labels = trained.card.labels

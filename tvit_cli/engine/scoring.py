@@ -1,4 +1,4 @@
-"""A model run over videos: one deterministic view of each, logits out."""
+"""A model run over videos: deterministic views of each, logits out."""
 
 from __future__ import annotations
 
@@ -19,16 +19,40 @@ from tvit_cli.settings.card import Preprocessing
 
 
 @dataclass(frozen=True)
+class Views:
+    """How often a video is looked at: clips in time, crops along the long side, mirrored as well."""
+
+    clips_per_video: int = 1
+    crops_per_clip: int = 1
+    flip: bool = False
+
+    @property
+    def crops(self) -> tuple[tuple[float, bool], ...]:
+        """The views of one clip: (place along the long side, mirrored)."""
+        last = self.crops_per_clip - 1
+        places = [crop / last for crop in range(last + 1)] if last else [0.5]
+        return tuple((place, mirrored) for place in places for mirrored in (False, True)[: 1 + self.flip])
+
+    def __len__(self) -> int:
+        return self.clips_per_video * len(self.crops)
+
+
+ONE_VIEW = Views()
+
+
+@dataclass(frozen=True)
 class Scores:
     """Logits (V, K) float32 and labels (V,) of the videos that could be read, and why the others could not.
 
     `indices` (V,) says which of the videos each row belongs to, ascending; `errors` maps the index of an
-    unreadable video to the reason.
+    unreadable video to the reason. `right_views` (V,) is the share of a video's views whose best class is
+    its label. Logits of several views are the logarithm of their mean score.
     """
 
     indices: Tensor
     logits: Tensor
     labels: Tensor
+    right_views: Tensor
     errors: dict[int, str]
 
 
@@ -42,6 +66,7 @@ def score(
     device: torch.device,
     batch_size: int,
     workers: int,
+    views: Views = ONE_VIEW,
     rank: int = 0,
     processes: int = 1,
     shuffle_seed: int | None = None,
@@ -60,6 +85,7 @@ def score(
         shuffle_frames=shuffle_seed is not None,
         store=store,
         grid=preprocessing.frame_grid,
+        clips_per_video=views.clips_per_video,
     )
     keys = [(0, index) for index in range(rank, len(videos), processes)]
     loader: DataLoader[ClipItem] = DataLoader(
@@ -71,16 +97,21 @@ def score(
     )
     was_training = model.training
     model.eval()
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows: list[_Rows] = []
     errors: dict[int, str] = {}
     done = 0
     for batch in batches(loader):
-        clips = eval_transform(batch.clips, preprocessing=preprocessing, device=device)
-        with autocast():
-            logits = model(clips)
+        logits = torch.stack(
+            [
+                _logits(model, clips, preprocessing, device, place, flip, autocast)
+                for clips in _clips(batch, views)
+                for place, flip in views.crops
+            ]
+        )  # (views, B, K)
         read = batch.weights > 0
         errors |= dict(batch.errors)
-        rows.append((batch.indices[read], logits.float().cpu()[read], batch.labels[read]))
+        right = (logits.argmax(2) == batch.labels).float().mean(0)
+        rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], right[read]))
         done += len(batch.labels)
         if progress is not None:
             progress(done, len(keys))
@@ -104,13 +135,44 @@ def batches(loader: DataLoader[ClipItem]) -> Iterator[ClipBatch]:
 def merge_scores(parts: Sequence[Scores]) -> Scores:
     """The scores of all processes as one, in the order of the videos."""
     errors = {index: reason for part in parts for index, reason in part.errors.items()}
-    return _join([(p.indices, p.logits, p.labels) for p in parts], errors, classes=parts[0].logits.shape[1])
+    rows = [(p.indices, p.logits, p.labels, p.right_views) for p in parts]
+    return _join(rows, errors, classes=parts[0].logits.shape[1])
 
 
-def _join(rows: Sequence[tuple[Tensor, Tensor, Tensor]], errors: dict[int, str], *, classes: int) -> Scores:
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, logits, labels, right views
+
+
+def _clips(batch: ClipBatch, views: Views) -> Iterator[list[Tensor]]:
+    """The first clip of each video, then the second of each …"""
+    yield from (
+        list(clips) for clips in zip(*(v.chunk(views.clips_per_video) for v in batch.clips), strict=True)
+    )
+
+
+def _logits(
+    model: nn.Module,
+    clips: list[Tensor],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    place: float,
+    flip: bool,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    frames = eval_transform(clips, preprocessing=preprocessing, device=device, place=place, flip=flip)
+    with autocast():
+        logits: Tensor = model(frames)
+    return logits.float().cpu()
+
+
+def _mean(logits: Tensor) -> Tensor:
+    """Logits of the mean score, (views, B, K) -> (B, K); of one view, its own."""
+    return logits[0] if len(logits) == 1 else logits.double().softmax(2).mean(0).log().float()
+
+
+def _join(rows: Sequence[_Rows], errors: dict[int, str], *, classes: int) -> Scores:
     if not rows:
         empty = torch.zeros(0, dtype=torch.long)
-        return Scores(empty, torch.zeros(0, classes), empty, errors)
-    indices, logits, labels = (torch.cat(column) for column in zip(*rows, strict=True))
+        return Scores(empty, torch.zeros(0, classes), empty, torch.zeros(0), errors)
+    indices, logits, labels, right = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
-    return Scores(indices[order], logits[order], labels[order], errors)
+    return Scores(indices[order], logits[order], labels[order], right[order], errors)

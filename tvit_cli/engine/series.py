@@ -11,11 +11,11 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from tvit_cli.engine.checkpoint import list_checkpoints
-from tvit_cli.engine.eval import METRICS_FILE, read_metrics
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
+from tvit_cli.engine.results import METRICS_FILE, read_metrics
 from tvit_cli.engine.run import MODEL_FOLDER, SETTINGS_FILE, check_recipe, experiment_name
-from tvit_cli.engine.train import score_test, train
+from tvit_cli.engine.train import place_of, score_test, train
 from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.model.folder import load_card
 from tvit_cli.settings.train import TrainSettings
@@ -72,8 +72,8 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
                 # One that ended before its first checkpoint has nothing to go on from: it begins again.
                 begins = not list_checkpoints(folder / run / settings.checkpoint_dir)
                 train(settings.model_copy(update={"overwrite": settings.overwrite or begins}), report)
-            elif settings.test_at_end and accelerator.is_main_process and not _tested(folder / run):
-                score_test(folder / run / MODEL_FOLDER, settings, report)
+            elif settings.test_at_end and not _tested(folder / run):
+                score_test(folder / run / MODEL_FOLDER, settings, report, place_of(accelerator))
         except Interrupted as stop:
             raise Interrupted(
                 f"{stop}\nOr go on with the whole series: the same command with --experiment-name {name}. "

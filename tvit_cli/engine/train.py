@@ -9,18 +9,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 import tvit_cli
 from tvit_cli.data.leaks import find_leaks
 from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import build
 from tvit_cli.engine.checkpoint import Checkpoint, load_checkpoint, load_optimizer
-from tvit_cli.engine.eval import EvalResult, evaluate
+from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.loop import Loop, fit, identity_of
 from tvit_cli.engine.optim import adamw, parameter_groups
+from tvit_cli.engine.place import Place
+from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
 from tvit_cli.engine.source import Source, open_source
 from tvit_cli.engine.trackers import Trackers
@@ -83,8 +85,18 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         return _finish(loop)
 
 
-def score_test(model: Path, settings: TrainSettings, report: Report) -> EvalResult:
-    """Score the test subset with a model folder, on the device and in the batches of its training."""
+def place_of(accelerator: Accelerator) -> Place:
+    """This process among those of a training."""
+    return Place(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        lambda own: list(gather_object([own])),
+    )
+
+
+def score_test(model: Path, settings: TrainSettings, report: Report, place: Place) -> EvalResult:
+    """Score the test subset with a model folder: all processes of its training do, in its batches."""
     return evaluate(
         EvalSettings(
             model=model,
@@ -94,6 +106,7 @@ def score_test(model: Path, settings: TrainSettings, report: Report) -> EvalResu
             per_gpu_batch_size=settings.per_gpu_batch_size,
         ),
         report,
+        place,
     )
 
 
@@ -220,8 +233,8 @@ def _finish(loop: Loop) -> TrainResult:
         save_model(loop.run.model, lora.merged_state_dict(loop.plain_model), card)
     loop.accelerator.wait_for_everyone()
     test = None
-    if settings.test_at_end and loop.accelerator.is_main_process:
-        test = score_test(loop.run.model, settings, loop.report)
+    if settings.test_at_end:
+        test = score_test(loop.run.model, settings, loop.report, place_of(loop.accelerator))
     return TrainResult(
         run=loop.run.folder,
         model=loop.run.model,

@@ -23,17 +23,16 @@ class Trained:
     device: torch.device
 
 
-def open_trained(given: Path | None, *, working_directory: Path, device: str) -> Trained:
+def open_trained(given: Path | None, *, working_directory: Path, device: torch.device) -> Trained:
     """Load a model folder (or the one of a run's folder); without one, the newest of the working directory.
 
-    Raises ModelError when there is none or it is not whole, or when this machine has no such device.
+    Raises ModelError when there is none or it is not whole.
     """
-    chosen = pick_device(device)
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / "model" / CARD_FILE).is_file():
         folder = folder / "model"
-    model, card = load_model(folder, device=chosen)
-    return Trained(model.eval(), card, folder, chosen)
+    model, card = load_model(folder, device=device)
+    return Trained(model.eval(), card, folder, device)
 
 
 def pick_device(name: str) -> torch.device:

@@ -26,6 +26,11 @@ class EvalSettings(Settings):
         description="Folder that holds all runs",
         json_schema_extra=about(WHAT),
     )
+    compare: tuple[Path, Path] | None = Field(
+        None,
+        description="Two models on the same videos: a paired test, and what the second answers otherwise",
+        json_schema_extra=about(WHAT, metavar="A B", default="one model alone"),
+    )
     subset: Literal["train", "val", "test"] = Field(
         "test", description="Videos that are scored", json_schema_extra=about(WHAT)
     )
@@ -60,6 +65,25 @@ class EvalSettings(Settings):
             WHAT, default="as in training", metavar="NAMES|COUNT|none|auto", resettable=False
         ),
     )
+    clips_per_video: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Clips of each video, at even places in time; their scores are averaged",
+        json_schema_extra=about(HOW),
+    )
+    crops_per_clip: int = Field(
+        1,
+        ge=1,
+        le=10,
+        description="Crops of each clip along the long side of its frames: the centre, or evenly from end to end",
+        json_schema_extra=about(HOW),
+    )
+    flip: bool = Field(
+        False,
+        description="Look at each clip mirrored as well; not where left and right are different classes",
+        json_schema_extra=about(HOW),
+    )
     top_k: int = Field(5, ge=1, description="k of the top-k accuracy", json_schema_extra=about(HOW))
     per_gpu_batch_size: int = Field(
         8, ge=1, description="Clips per GPU in one forward pass", json_schema_extra=about(HOW)
@@ -72,6 +96,13 @@ class EvalSettings(Settings):
         json_schema_extra=about(HOW, default="from the CPU count"),
     )
     device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
+    num_processes: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes of this machine that share the work, one per GPU",
+        json_schema_extra=about(HOW),
+    )
     unreadable: Literal["exclude", "wrong"] = Field(
         "exclude",
         description="Videos that cannot be read are left out of all metrics, or counted as wrong answers",

@@ -1,0 +1,109 @@
+"""Two models on the same videos: is the second better, and what does it answer otherwise?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.events import Report, silent
+from tvit_cli.engine.place import join_processes
+from tvit_cli.engine.resampling import Interval, difference_interval, mcnemar
+from tvit_cli.engine.results import Answer, EvalResult
+from tvit_cli.errors import SettingsError
+from tvit_cli.settings.eval import EvalSettings
+
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second model against the first, on the videos that both could read.
+
+    `gained` are the videos that only the second knows, `lost` those that only the first does: pairs of the
+    first's answer and the second's. `interval` is the 95 % bootstrap interval over groups of the difference of
+    accuracies, None where the videos are one group; `p_value` is McNemar's.
+    """
+
+    first: EvalResult
+    second: EvalResult
+    videos: int
+    difference: float
+    interval: Interval | None
+    p_value: float
+    gained: tuple[tuple[Answer, Answer], ...]
+    lost: tuple[tuple[Answer, Answer], ...]
+    output: Path
+
+
+def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
+    """Score both models of `--compare` with all other settings the same, and set them side by side.
+
+    Each leaves its own results where its own evaluation would; the comparison goes beside the second's. Raises
+    what `evaluate` raises, and SettingsError where the two name other classes.
+    """
+    assert settings.compare is not None
+    place = join_processes(settings.device)
+    results = []
+    for number, model in enumerate(settings.compare):
+        output = None if settings.output is None else settings.output / "AB"[number]
+        own = settings.model_copy(update={"model": model, "output": output, "compare": None})
+        results.append(evaluate(own, report, place))
+    first, second = results
+    pairs = _pairs(first, second)
+    right = [(a.is_right, b.is_right) for a, b in pairs]
+    gained = tuple(pair for pair, (a, b) in zip(pairs, right, strict=True) if b and not a)
+    lost = tuple(pair for pair, (a, b) in zip(pairs, right, strict=True) if a and not b)
+    comparison = Comparison(
+        first=first,
+        second=second,
+        videos=len(pairs),
+        difference=(len(gained) - len(lost)) / len(pairs),
+        interval=difference_interval(
+            [a for a, _ in right],
+            [b for _, b in right],
+            [a.video.group or a.video.name for a, _ in pairs],
+        ),
+        p_value=mcnemar(len(lost), len(gained)),
+        gained=gained,
+        lost=lost,
+        output=settings.output or second.output,
+    )
+    if place.is_main:
+        _write(comparison)
+    return comparison
+
+
+def _pairs(first: EvalResult, second: EvalResult) -> list[tuple[Answer, Answer]]:
+    others = {answer.video.path: answer for answer in second.answers}
+    pairs = [(answer, others[answer.video.path]) for answer in first.answers if answer.video.path in others]
+    known = [answer for pair in pairs for answer in pair]
+    if not pairs or Counter(a.video.label for a in known[::2]) != Counter(b.video.label for b in known[1::2]):
+        raise SettingsError(
+            f"--compare {first.model} {second.model}: they were not scored on the same videos. Name the data "
+            "for both with --path-to-data."
+        )
+    return pairs
+
+
+def _write(comparison: Comparison) -> None:
+    def flips(pairs: tuple[tuple[Answer, Answer], ...]) -> list[dict[str, str]]:
+        return [
+            {"video": a.video.name, "label": a.video.label, "first": a.predicted, "second": b.predicted}
+            for a, b in pairs
+        ]
+
+    content = {
+        "first": str(comparison.first.model),
+        "second": str(comparison.second.model),
+        "videos": comparison.videos,
+        "difference": comparison.difference,
+        "interval": comparison.interval,
+        "p_value": comparison.p_value,
+        "gained": flips(comparison.gained),
+        "lost": flips(comparison.lost),
+    }
+    path = comparison.output / COMPARISON_FILE
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""What an evaluation finds, and the files it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvit_cli.data.layout import Video
+from tvit_cli.engine.metrics import ClassScore
+from tvit_cli.engine.resampling import Interval
+from tvit_cli.errors import RunError
+
+METRICS_FILE = "metrics.json"
+SCORES_FILE = "scores.csv"
+CONFUSION_FILE = "confusion.csv"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one video, or why it could not be read (then `predicted` is empty)."""
+
+    video: Video
+    predicted: str = ""
+    scores: tuple[float, ...] = ()  # in the order of the model's labels
+    error: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the best class is the video's."""
+        return self.predicted == self.video.label
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Metrics of a subset, and where they were written.
+
+    `intervals` are 95 % bootstrap intervals over groups; `per_class` and `confused` (true label, said label,
+    videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    per_class: dict[str, ClassScore]
+    confused: tuple[tuple[str, str, int], ...]
+    answers: tuple[Answer, ...]
+    unreadable: dict[str, str]
+    seconds: float
+    subset: str
+    model: Path
+    output: Path
+    notes: tuple[str, ...]
+
+
+def write_result(result: EvalResult, labels: tuple[str, ...], facts: Mapping[str, object]) -> None:
+    """Write metrics.json, scores.csv (a row per video) and confusion.csv to the result's folder.
+
+    Raises RunError where they cannot be written.
+    """
+    content = {
+        "subset": result.subset,
+        **facts,
+        "model": str(result.model),
+        "metrics": result.metrics,
+        "intervals": {name: list(interval) for name, interval in result.intervals.items()},
+        "per_class": {label: _row(score) for label, score in result.per_class.items()},
+        "confused": [{"label": true, "said": said, "videos": n} for true, said, n in result.confused],
+        "unreadable": result.unreadable,
+        "seconds": round(result.seconds, 3),
+        "videos_per_second": round(result.metrics["videos"] / result.seconds, 3),
+    }
+    try:
+        result.output.mkdir(parents=True, exist_ok=True)
+        (result.output / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_rows(result.output / SCORES_FILE, _score_rows(result.answers, labels))
+        _write_rows(result.output / CONFUSION_FILE, _confusion_rows(result.answers, labels))
+    except OSError as error:
+        raise RunError(
+            f"{result.output}: cannot be written ({error.strerror}). Make room, or choose another --output."
+        ) from error
+
+
+def read_metrics(output: Path) -> dict[str, float]:
+    """The metrics that an evaluation wrote to its folder."""
+    content = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
+    metrics: dict[str, float] = content["metrics"]
+    return metrics
+
+
+def _row(score: ClassScore) -> dict[str, float]:
+    return {
+        "videos": score.videos,
+        "right": score.right,
+        "precision": score.precision,
+        "recall": score.recall,
+        "f1": score.f1,
+    }
+
+
+def _score_rows(answers: Iterable[Answer], labels: tuple[str, ...]) -> Iterable[list[str]]:
+    """Name, group, true and predicted label, then the score of every class."""
+    yield ["video", "group", "label", "predicted", *labels]
+    for answer in answers:
+        video = answer.video
+        yield [
+            video.name,
+            video.group or "",
+            video.label,
+            answer.predicted,
+            *(f"{score:.6f}" for score in answer.scores),
+        ]
+
+
+def _confusion_rows(answers: Iterable[Answer], labels: tuple[str, ...]) -> Iterable[list[str]]:
+    """Counts: a row per true class, a column per predicted one."""
+    counts = Counter((answer.video.label, answer.predicted) for answer in answers)
+    yield ["label", *labels]
+    for true in labels:
+        yield [true, *(str(counts[true, said]) for said in labels)]
+
+
+def _write_rows(path: Path, rows: Iterable[list[str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
