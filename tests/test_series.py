@@ -12,10 +12,16 @@ import pytest
 from tiny import make_clips, make_pretrained, settings
 
 from tvit_cli import main
-from tvit_cli.engine import series as engine
+from tvit_cli.engine import trainseries as engine
 from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.events import Event, Note
-from tvit_cli.engine.series import SeriesResult, summarise, train_series
+from tvit_cli.engine.series import (
+    SeriesResult,
+    evaluate_series,
+    series_models,
+    summarise,
+)
+from tvit_cli.engine.trainseries import train_series
 from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
@@ -156,3 +162,20 @@ def test_runs_are_counted_while_they_are_trained(facts: dict[str, Any], tmp_path
     train_series([settings(seed=number, **own) for number in (0, 1)], said.append)
     starts = [e.text for e in said if isinstance(e, Note) and e.text.startswith("Run ")]
     assert [text.split(":")[0] for text in starts if " of " in text] == ["Run 1 of 2", "Run 2 of 2"]
+
+
+def test_a_series_is_scored_as_a_whole(
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = seeds(facts, tmp_path, 0, 1, test_at_end=True)
+    models = series_models(trained.folder)
+    assert list(models) == ["seed0-split1", "seed1-split1"]
+    assert not series_models(models["seed0-split1"]) and not series_models(models["seed0-split1"].parent)
+    settings = EvalSettings(model=trained.folder, num_workers=0, device="cpu", top_k=2)
+    scored = evaluate_series(settings, models)
+    assert scored.summary["loss"] == trained.summary["test_loss"]
+    written = json.loads((trained.folder / "eval" / "test" / "summary.json").read_text())
+    assert written["sd"]["loss"] == scored.summary["loss"][1]
+    with pytest.raises(SystemExit) as end:
+        main.run(["eval", "--model", str(trained.folder), "--device", "cpu"])
+    assert end.value.code == 0 and "mean ± sd" in capsys.readouterr().out

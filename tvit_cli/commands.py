@@ -12,6 +12,7 @@ from tvit_cli.errors import RunError
 if TYPE_CHECKING:
     from tvit_cli.console import Console
     from tvit_cli.engine.extract import CheckResult
+    from tvit_cli.engine.series import SeriesResult
     from tvit_cli.options import Verbosity
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
@@ -151,12 +152,16 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
 def _train_series(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train once for each seed and split, and say how far the results lie apart."""
     from tvit_cli.console import Console
-    from tvit_cli.engine.series import train_series
+    from tvit_cli.engine.trainseries import train_series
 
     with Console(verbosity) as console:
         result = train_series(loaded.series, console.report)
-    names = [name for name in ("val_video_top1", "val_loss", "test_video_top1") if name in result.summary]
-    rows = [(run, *(f"{metrics[name]:.3f}" for name in names)) for run, metrics in result.runs.items()]
+    _show_series(console, result, ("val_video_top1", "val_loss", "test_video_top1"))
+
+
+def _show_series(console: Console, result: SeriesResult, metrics: tuple[str, ...]) -> None:
+    names = [name for name in metrics if name in result.summary]
+    rows = [(run, *(f"{found[name]:.3f}" for name in names)) for run, found in result.runs.items()]
     rows.append(("mean ± sd", *("{:.3f} ± {:.3f}".format(*result.summary[name]) for name in names)))
     console.table(["run", *(name.replace("_", " ") for name in names)], rows)
     console.say(f"\nWritten to {result.folder}")
@@ -167,6 +172,7 @@ def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
     from tvit_cli.console import Console
     from tvit_cli.engine import eval as engine
     from tvit_cli.engine.processes import are_started, run_processes
+    from tvit_cli.engine.series import evaluate_series, series_models
 
     if loaded.settings.num_processes > 1 and not are_started():
         if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
@@ -174,6 +180,11 @@ def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
         return
     if loaded.settings.compare is not None:
         _compare(loaded.settings, verbosity)
+        return
+    if models := series_models(loaded.settings.model):
+        with Console(verbosity) as console:
+            series = evaluate_series(loaded.settings, models, console.report)
+        _show_series(console, series, tuple(name for name in series.summary if name != "unreadable"))
         return
     with Console(verbosity) as console:
         result = engine.evaluate(loaded.settings, console.report)

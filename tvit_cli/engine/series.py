@@ -1,4 +1,4 @@
-"""Several trainings in sequence, one for each seed and split, and what they come to together."""
+"""Several runs, one for each seed and split: scored in sequence, and what they come to together."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
-from tvit_cli.engine.checkpoint import list_checkpoints
-from tvit_cli.engine.events import Note, Report, silent
-from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.results import METRICS_FILE, read_metrics
-from tvit_cli.engine.run import MODEL_FOLDER, SETTINGS_FILE, check_recipe, experiment_name
-from tvit_cli.engine.train import place_of, score_test, train
-from tvit_cli.errors import Interrupted, SettingsError
-from tvit_cli.model.folder import load_card
-from tvit_cli.settings.train import TrainSettings
+from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.events import Report, silent
+from tvit_cli.engine.place import join_processes
+from tvit_cli.model.folder import CARD_FILE
+from tvit_cli.settings.eval import EvalSettings
 
 SUMMARY_FILE = "summary.json"
-TEST = Path("eval", "test")  # where the test subset's evaluation is written, beside the model
+MODEL_FOLDER = "model"  # of each run
 
 
 @dataclass(frozen=True)
@@ -36,56 +30,33 @@ class SeriesResult:
     summary: dict[str, tuple[float, float]]
 
 
-def train_series(series: Sequence[TrainSettings], report: Report = silent) -> SeriesResult:
-    """Train one run after the other into <experiment>/seed<s>-split<n>; runs that are finished are kept.
-
-    Raises SettingsError where the experiment's name is taken by something else, or a finished run of it was
-    trained with other settings; otherwise what `train` raises.
-    """
-    first = series[0]
-    if first.resume_from_checkpoint is not None:
-        raise SettingsError(
-            f"--resume-from-checkpoint {first.resume_from_checkpoint}: a series has a checkpoint for each run. "
-            "Leave it out and name the series with --experiment-name: finished runs are kept, and one that was "
-            "stopped goes on."
-        )
-    accelerator = make_accelerator(device=first.device, mixed_precision="no")
-    name: str = broadcast_object_list([experiment_name(first)])[0]
-    folder = first.working_directory / name
-    if (folder / SETTINGS_FILE).exists():
-        raise SettingsError(
-            f"--experiment-name {name}: {folder} is the folder of a single run. Take another."
-        )
-    runs = {
-        f"seed{s.seed}-split{s.split}": s.model_copy(
-            update={"working_directory": folder, "experiment_name": f"seed{s.seed}-split{s.split}"}
-        )
-        for s in series
+def series_models(folder: Path | None) -> dict[str, Path]:
+    """The model folders of a series by the names of its runs; none where `folder` is something else."""
+    if folder is None or (folder / CARD_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
+        return {}
+    return {
+        card.parents[1].name: card.parent for card in sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
     }
-    finished = [run for run, s in runs.items() if _is_finished(folder / run) and not s.overwrite]
-    for run in finished:
-        check_recipe(folder / run, runs[run])
-    for number, (run, settings) in enumerate(runs.items()):
-        report(Note(f"Run {number + 1} of {len(runs)}: {folder / run}{' is finished' * (run in finished)}"))
-        try:
-            if run not in finished:
-                # One that ended before its first checkpoint has nothing to go on from: it begins again.
-                begins = not list_checkpoints(folder / run / settings.checkpoint_dir)
-                train(settings.model_copy(update={"overwrite": settings.overwrite or begins}), report)
-            elif settings.test_at_end and not _tested(folder / run):
-                score_test(folder / run / MODEL_FOLDER, settings, report, place_of(accelerator))
-        except Interrupted as stop:
-            raise Interrupted(
-                f"{stop}\nOr go on with the whole series: the same command with --experiment-name {name}. "
-                f"{number} of its {len(runs)} runs are finished and will be kept.",
-                exit_code=stop.exit_code,
-            ) from stop
-    accelerator.wait_for_everyone()
-    metrics = {run: _metrics(folder / run) for run in runs}
-    result = SeriesResult(folder, metrics, summarise(list(metrics.values())))
-    if accelerator.is_main_process:
-        _write(result)
-    return result
+
+
+def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
+    """Score every model of a series as `evaluate` does, each on the data and split of its own training.
+
+    The summary goes to eval/<subset>/summary.json in the series' folder, or to `--output`.
+    """
+    assert settings.model is not None
+    place = join_processes(settings.device)
+    runs = {}
+    for name, model in models.items():
+        output = None if settings.output is None else settings.output / name
+        own = settings.model_copy(update={"model": model, "output": output})
+        result = evaluate(own, report if place.is_main else silent, place)
+        runs[name], subset = result.metrics, result.subset
+    folder = settings.output or settings.model / "eval" / subset
+    whole = SeriesResult(folder, runs, summarise(list(runs.values())))
+    if place.is_main:
+        write_summary(whole)
+    return whole
 
 
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -96,26 +67,12 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]
     return {name: (statistics.fmean(values), deviation(values)) for name, values in columns.items()}
 
 
-def _is_finished(run: Path) -> bool:
-    return (run / MODEL_FOLDER).exists()
-
-
-def _tested(run: Path) -> bool:
-    return (run / TEST / METRICS_FILE).exists()
-
-
-def _metrics(run: Path) -> dict[str, float]:
-    """Validation metrics of the epoch that a finished run kept, and test metrics where they were taken."""
-    metrics = dict(load_card(run / MODEL_FOLDER).metrics)
-    if _tested(run):
-        metrics |= {f"test_{name}": value for name, value in read_metrics(run / TEST).items()}
-    return metrics
-
-
-def _write(result: SeriesResult) -> None:
+def write_summary(result: SeriesResult) -> None:
+    """Write summary.json to the series' folder: every run's metrics, their means and deviations."""
     content = {
         "runs": result.runs,
         "mean": {name: mean for name, (mean, _) in result.summary.items()},
         "sd": {name: sd for name, (_, sd) in result.summary.items()},
     }
+    result.folder.mkdir(parents=True, exist_ok=True)
     (result.folder / SUMMARY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
