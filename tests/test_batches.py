@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from typing import Any
 
 import pytest
 
 from tvit_cli.engine.batches import BatchKeys, BatchPlan
 
 
-def plan(**changes: int) -> BatchPlan:
+def plan(**changes: Any) -> BatchPlan:
     facts = {
         "clips": 21,
         "batch_size": 2,
@@ -22,7 +23,7 @@ def plan(**changes: int) -> BatchPlan:
     return BatchPlan(**{**facts, **changes})
 
 
-def windows(processes: int, **changes: int) -> dict[int, list[tuple[int, int]]]:
+def windows(processes: int, **changes: Any) -> dict[int, list[tuple[int, int]]]:
     """Optimizer step -> the keys that count, over all processes, sorted."""
     found = defaultdict(list)
     for rank in range(processes):
@@ -79,3 +80,39 @@ def test_a_plan_goes_on_from_any_step() -> None:
 
 def test_the_loader_is_given_the_keys_of_the_plan() -> None:
     assert list(BatchKeys(plan(), 4)) == [list(b.keys) for b in plan().micro_batches(4)]
+
+
+UNEVEN = (0,) * 12 + (1,) * 7 + (2,) * 2  # the classes of 21 clips
+
+
+def test_a_balanced_epoch_is_as_long_and_has_as_many_clips_of_each_class() -> None:
+    assert plan(balance=UNEVEN).total_steps == plan().total_steps
+    for epoch in range(3):
+        keys = [k for b in plan(balance=UNEVEN).micro_batches() if b.epoch == epoch for k in b.keys[: b.real]]
+        assert len(keys) == 21
+        assert Counter(UNEVEN[index] for _, index in keys) == {0: 7, 1: 7, 2: 7}
+
+
+def test_a_clip_that_is_read_again_in_an_epoch_is_drawn_anew() -> None:
+    keys = [k for b in plan(balance=UNEVEN).micro_batches() for k in b.keys[: b.real]]
+    assert len(keys) == len(set(keys)) == 3 * 21
+    firsts = {(b.epoch, index) for b in plan(balance=UNEVEN).micro_batches() for _, index in b.keys}
+    assert firsts <= set(keys)  # its first reading in an epoch is the one that it has without balance
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"processes": 2, "batch_size": 4, "accumulation": 1},
+        {"processes": 4, "batch_size": 1, "accumulation": 2},
+    ],
+)
+def test_balanced_updates_hold_the_same_clips_however_they_are_cut(cut: dict[str, int]) -> None:
+    whole = windows(processes=1, batch_size=8, accumulation=1, balance=UNEVEN)
+    assert windows(**cut, balance=UNEVEN) == whole != windows(**cut)
+
+
+def test_a_balanced_plan_goes_on_from_any_step() -> None:
+    whole = list(plan(balance=UNEVEN).micro_batches())
+    for step in range(plan().total_steps + 1):
+        assert list(plan(balance=UNEVEN).micro_batches(step)) == [b for b in whole if b.step >= step]

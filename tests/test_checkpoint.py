@@ -45,6 +45,16 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
 
 
+def test_the_average_is_saved_where_there_is_one_and_costs_nothing_where_there_is_none(
+    tmp_path: Path,
+) -> None:
+    without, with_it = save(tmp_path, 1), save(tmp_path, 2, ema=TENSORS)
+    assert {p.name for p in with_it.iterdir()} - {p.name for p in without.iterdir()} == {"ema.safetensors"}
+    assert load_checkpoint(without).ema is None
+    read = load_checkpoint(with_it).ema
+    assert read is not None and all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+
+
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     for file in save(tmp_path, 1).iterdir():
         with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError, IndexError)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from tvit_cli.engine.optim import adamw, learning_rate_at, parameter_groups
+from tvit_cli.engine.optim import adamw, layer_scale, learning_rate_at, parameter_groups, set_rates
+from tvit_cli.model.lora import LoraSpec, attach
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 
 TINY = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=8, depth=1, num_heads=2)
@@ -44,6 +45,72 @@ def test_frozen_parameters_are_in_no_group() -> None:
     model.patch_embed.requires_grad_(False)
     groups = parameter_groups(model, weight_decay=0.1, bias_weight_decay=True, norm_weight_decay=True)
     assert all(p.requires_grad for g in groups for p in g["params"])
+
+
+def scales(model: TemporalViT, layer_decay: float) -> dict[str, float]:
+    """Trainable parameter -> its share of the learning rate."""
+    groups = parameter_groups(
+        model, weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False, layer_decay=layer_decay
+    )
+    names = {p: n for n, p in model.named_parameters()}
+    return {names[p]: group["rate_scale"] for group in groups for p in group["params"]}
+
+
+def test_each_block_learns_at_a_share_of_the_rate_of_the_block_after_it() -> None:
+    model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "depth": 3}))
+    found = scales(model, 0.5)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, scale in found.items():
+        top = name.split(".")[0]
+        expected = {"blocks": 0.5 ** (3 - int(name.split(".")[1])) if top == "blocks" else 0, "norm": 1.0,
+                    "classifier": 1.0, "temporal": 1.0, "patch_embed": 0.5**4, "positions": 0.5**4}[top]  # fmt: skip
+        assert scale == expected, name
+
+
+def test_adapters_learn_at_the_rate_of_the_block_they_sit_in() -> None:
+    model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "depth": 11}))
+    targets = ("q", "fc2", "patch_embed", "classifier")
+    spec = LoraSpec(
+        rank=2,
+        alpha=2,
+        dropout=0,
+        use_rslora=False,
+        bias="none",
+        targets=targets,
+        exclude=("blocks.1.mlp.fc1",),
+    )
+    attach(model, spec, seed=0)
+    found = scales(model, 0.5)
+    assert found["blocks.0.attention.q.lora_A.default.weight"] == 0.5**11
+    assert found["blocks.1.mlp.fc1.weight"] == found["blocks.1.mlp.fc2.lora_B.default.weight"] == 0.5**10
+    assert found["blocks.10.attention.q.lora_B.default.weight"] == 0.5
+    assert found["patch_embed.lora_A.default.weight"] == 0.5**12
+    assert found["classifier.lora_A.default.weight"] == found["temporal.embedding"] == 1
+
+
+def test_layers_are_told_by_their_whole_names() -> None:
+    assert layer_scale("patch_embed_norm", depth=2, layer_decay=0.5) == 1
+    assert layer_scale("blocks", depth=2, layer_decay=0.5) == 1
+    assert layer_scale("head.blocks.0", depth=2, layer_decay=0.5) == 1
+    assert layer_scale("positions", depth=2, layer_decay=0.5) == 0.125
+
+
+def test_without_layer_decay_there_are_two_groups_of_one_rate() -> None:
+    groups = parameter_groups(
+        TemporalViT(TINY), weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False
+    )
+    assert [group["rate_scale"] for group in groups] == [1.0, 1.0]
+
+
+def test_the_schedule_moves_every_group_by_its_share() -> None:
+    groups = parameter_groups(
+        TemporalViT(TINY), weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False, layer_decay=0.5
+    )
+    optimizer = adamw(groups, learning_rate=1.0, betas=(0.9, 0.999), epsilon=1e-8)
+    for rate in (0.1, 0.02):
+        set_rates(optimizer, rate)
+        assert {group["lr"] for group in optimizer.param_groups} == {rate, rate * 0.5, rate * 0.25}
+        assert all(group["lr"] == rate * group["rate_scale"] for group in optimizer.param_groups)
 
 
 def test_adamw_takes_betas_and_epsilon() -> None:

@@ -544,8 +544,18 @@ def counts_differ(base: TrainResult, changed: TrainResult) -> bool:
     )
 
 
+def average_is_kept(base: TrainResult, changed: TrainResult) -> bool:
+    """The raw weights are trained as ever; what is validated and saved is another thing."""
+    a, b = (load_model(result.model)[0].classifier.weight for result in (base, changed))
+    said = "ema_decay" in records(changed)[0] and "ema_decay" not in records(base)[0]
+    return same(last_weights(base), last_weights(changed)) and not torch.equal(a, b) and said
+
+
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
 ALL = {"train": "all"}
+# Groups of which class Red has others than the two that are held out: 6 of its clips are in train, 4 of the rest.
+UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_groups": "g02"}
+STANDSTILL = {"epochs": 4, "learning_rate": 1e-30}
 
 # setting -> (base settings, value, what has to be true of the base run and the changed one)
 EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult], bool]]] = {
@@ -601,6 +611,12 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "contrast": ({}, 0.0, weights_differ),
     "saturation": ({}, 0.0, weights_differ),
     "hue": ({}, 0.3, weights_differ),
+    "drop_path": ({}, 0.5, weights_differ),
+    "ema_decay": ({}, 0.9, average_is_kept),
+    "layer_decay": ({}, 0.5, weights_differ),
+    "class_weights": (UNEVEN, "balanced", weights_differ),
+    "balanced_sampling": (UNEVEN, True, weights_differ),
+    "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
     "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
     "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
     "save_every_steps": (

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tvit_cli.model.vit import ACTIVATIONS, TemporalViT, ViTConfig, build_model, count_flops
+from tvit_cli.model.vit import ACTIVATIONS, DropPath, TemporalViT, ViTConfig, build_model, count_flops
 
 SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
 
@@ -253,3 +253,45 @@ def test_building_without_initialising_draws_nothing() -> None:
     before = torch.get_rng_state()
     TemporalViT(SMALL, initialise=False)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_dropped_branch_is_left_out_whole_for_its_clip_and_the_others_make_up_for_it() -> None:
+    torch.manual_seed(0)
+    scaled = DropPath(0.25)(torch.ones(400, 3, 2))
+    by_clip = scaled.flatten(1)
+    assert torch.equal(by_clip, by_clip[:, :1].expand_as(by_clip))
+    assert set(by_clip[:, 0].tolist()) == {0.0, float(torch.tensor(1) / 0.75)}
+    assert scaled.mean().item() == pytest.approx(1, abs=0.07)
+
+
+def test_drop_path_rises_in_a_line_and_leaves_the_first_block_alone() -> None:
+    blocks = TemporalViT(small(depth=5), drop_path=0.4).blocks
+    assert [getattr(block.drop_path, "keep", 1.0) for block in blocks] == pytest.approx(
+        [1, 0.9, 0.8, 0.7, 0.6]
+    )
+    assert not any(isinstance(module, DropPath) for module in TemporalViT(small(depth=5)).modules())
+
+
+def test_drop_path_is_of_the_training_alone() -> None:
+    plain = build_model(SMALL, seed=3, from_scratch=True)
+    dropping = build_model(SMALL, seed=3, from_scratch=True, drop_path=0.5)
+    assert dropping.config == plain.config and dropping.state_dict().keys() == plain.state_dict().keys()
+    clips = clips_for(SMALL, n_clips=8)
+    assert torch.equal(dropping.eval()(clips), plain(clips))
+    torch.manual_seed(0)
+    assert not torch.equal(dropping.train()(clips), plain(clips))
+
+
+def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it() -> None:
+    model = build_model(SMALL, seed=3, from_scratch=True, drop_path=1 - 1e-12)
+    before = []
+    model.blocks[0].register_forward_hook(lambda block, given, tokens: before.append(tokens))
+    features = model.features(clips_for(SMALL))
+    assert torch.equal(features, model.norm(before[0][:, 0]))
+
+
+def test_what_is_dropped_has_gradients_of_zero_so_that_no_process_waits_for_them() -> None:
+    model = build_model(SMALL, seed=3, from_scratch=True, drop_path=1 - 1e-12)
+    model(clips_for(SMALL)).sum().backward()
+    last = [parameter.grad for parameter in model.blocks[-1].parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in last)

@@ -164,7 +164,8 @@ class Console:
         m = event.metrics
         text = f"epoch {event.epoch:>3}  loss {m['train_loss']:.3f}  top-1 {m['train_clip_top1']:.3f}"
         if "val_loss" in m:
-            text += f"  │ val loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
+            average = " of the average" if "ema_decay" in m else ""
+            text += f"  │ val{average} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
         text += f"  │ {m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
         text += f", {m['data_wait']:.0%} waiting for data"
         self._say(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))

@@ -6,12 +6,17 @@ seed, the epoch and its place in the epoch only, so the update is the same howev
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-Key = tuple[int, int]  # (epoch, index of the video)
+from tvit_cli.engine.balance import balanced_order
+
+# (epoch, index of the video): what a clip's frames and augmentation are drawn from. A clip that is read again in
+# one epoch takes the number of an epoch after the run's last one, so that it is not the same again.
+Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The micro-batches of a run for one of `processes` processes."""
+    """The micro-batches of a run for one of `processes` processes.
+
+    With `balance`, the class of every clip, an epoch has equally many of each class (`balanced_order`).
+    """
 
     clips: int
     batch_size: int
@@ -42,6 +50,7 @@ class BatchPlan:
     rank: int
     epochs: int
     seed: int
+    balance: tuple[int, ...] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,11 +75,18 @@ class BatchPlan:
     def _window(self) -> int:
         return self.batch_size * self.accumulation * self.processes
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> list[Key]:
         generator = np.random.default_rng([self.seed, epoch])
-        return [int(index) for index in generator.permutation(self.clips)]
+        if self.balance is None:
+            return [(epoch, int(index)) for index in generator.permutation(self.clips)]
+        keys: list[Key] = []
+        times: Counter[int] = Counter()
+        for index in balanced_order(self.balance, generator):
+            keys.append((epoch + times[index] * self.epochs, index))
+            times[index] += 1
+        return keys
 
-    def _window_batches(self, epoch: int, step: int, window: list[int]) -> Iterator[MicroBatch]:
+    def _window_batches(self, epoch: int, step: int, window: list[Key]) -> Iterator[MicroBatch]:
         wide = self.batch_size * self.processes
         passes = -(-len(window) // wide)
         for number in range(passes):
@@ -80,7 +96,7 @@ class BatchPlan:
             yield MicroBatch(
                 epoch=epoch,
                 step=step,
-                keys=tuple((epoch, index) for index in own or window[:1]),
+                keys=tuple(own or window[:1]),
                 real=len(own),
                 window_clips=len(window),
                 closes_window=last,

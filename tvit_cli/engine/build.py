@@ -65,8 +65,17 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
     except ValueError as error:
         sentence = re.sub(r"\b\w+\b", lambda word: FLAGS.get(word[0], word[0]), str(error))
         raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error
+    if settings.drop_path and config.depth == 1:
+        raise ModelError(
+            f"--drop-path {settings.drop_path:g}: it rises from 0 in the first block, and this model has no other. "
+            "Leave it out, or take a deeper model."
+        )
     model = build_model(
-        config, seed=settings.seed, truncated_normal=settings.custom_weight_init, from_scratch=source is None
+        config,
+        seed=settings.seed,
+        truncated_normal=settings.custom_weight_init,
+        from_scratch=source is None,
+        drop_path=settings.drop_path,
     )
     base = None
     if source is not None:

@@ -5,6 +5,7 @@
         trainable.safetensors  the tensors that training changes
         optimizer.safetensors  AdamW's moments, by parameter name
         best.safetensors       the trainable tensors of the best epoch so far, if there is one
+        ema.safetensors        their moving average, with --ema-decay
 
 Nothing in it is a pickle. A checkpoint is written beside its place, synced, and renamed.
 """
@@ -56,6 +57,7 @@ class Checkpoint:
     trainable: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     best: dict[str, Tensor] | None
+    ema: dict[str, Tensor] | None
 
 
 def save_checkpoint(
@@ -65,6 +67,7 @@ def save_checkpoint(
     trainable: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     best: Mapping[str, Tensor] | None,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint into the folder of checkpoints and return its path.
 
@@ -76,7 +79,8 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         hashes = {}
-        for name, tensors in (("trainable", trainable), ("optimizer", optimizer), ("best", best)):
+        files = {"trainable": trainable, "optimizer": optimizer, "best": best, "ema": ema}
+        for name, tensors in files.items():
             if tensors is not None:
                 data = save_tensors(
                     {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
@@ -131,7 +135,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tensors[name.removesuffix(".safetensors")] = load_tensors(data)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: damaged ({error}). {_OTHERS}") from error
-    return Checkpoint(path, state, tensors["trainable"], tensors["optimizer"], tensors.get("best"))
+    return Checkpoint(
+        path, state, tensors["trainable"], tensors["optimizer"], tensors.get("best"), tensors.get("ema")
+    )
 
 
 _OTHERS = "Go on from an earlier one: --resume-from-checkpoint NAME."

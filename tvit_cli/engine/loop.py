@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -32,10 +32,11 @@ from tvit_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from tvit_cli.engine.clock import Clock
+from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import EpochDone, Note, Progress, Report, StepDone
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals
 from tvit_cli.engine.metrics import Tally, video_metrics
-from tvit_cli.engine.optim import learning_rate_at
+from tvit_cli.engine.optim import learning_rate_at, set_rates
 from tvit_cli.engine.run import Run, identity
 from tvit_cli.engine.scoring import batches, merge_scores, score
 from tvit_cli.engine.source import Source, default_workers
@@ -62,6 +63,8 @@ class Loop:
     plan: BatchPlan
     trackers: Trackers
     report: Report
+    class_weights: Tensor  # (K,) float32: what a clip of each class counts in the training loss
+    ema: WeightAverage | None = None
 
     step: int = 0
     tally: Tally = field(init=False)
@@ -86,7 +89,9 @@ class Loop:
 
 
 def fit(loop: Loop) -> None:
-    """Take every step of the plan that is not done yet."""
+    """Take every step of the plan that is not done yet, until the patience is over."""
+    if _is_patience_over(loop):
+        return
     clock = Clock()
     loop.model.train()
     window_loss = torch.zeros((), device=loop.device)
@@ -110,6 +115,8 @@ def fit(loop: Loop) -> None:
                     _stop(loop, name)
                 if due and loop.saved_step != loop.step:
                     _save(loop)
+                if planned.closes_epoch and _is_patience_over(loop):
+                    return
             clock.waits_for_data()
 
 
@@ -137,6 +144,7 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
             logits = loop.model(clips)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         losses = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="none")
+        losses = losses * loop.class_weights[labels]
         loss = (losses * weights).sum() / planned.window_clips
         # DDP divides the sum of the gradients by the number of processes; the window is already divided by.
         loop.accelerator.backward(loss * loop.plan.processes)
@@ -147,13 +155,13 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
 def _update(loop: Loop) -> Tensor:
     """One optimizer update with clipped gradients; returns the gradient's norm before clipping."""
     settings = loop.settings
-    rate = _learning_rate(loop, loop.step)
-    for group in loop.optimizer.param_groups:
-        group["lr"] = rate
+    set_rates(loop.optimizer, _learning_rate(loop, loop.step))
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     norm: Tensor = loop.accelerator.clip_grad_norm_(loop.model.parameters(), limit)
     loop.optimizer.step()
     loop.optimizer.zero_grad()
+    if loop.ema is not None:
+        loop.ema.update(loop.step)
     return norm
 
 
@@ -170,22 +178,33 @@ def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
         "learning_rate": _learning_rate(loop, loop.step - 1),
         "grad_norm": float(grad_norm),
     }
+    if loop.ema is not None:
+        metrics["ema_decay"] = loop.ema.decay_at(loop.step - 1)
     if not math.isfinite(metrics["train_loss"]):
         raise RunError(
             f"Epoch {epoch + 1}: the loss is {metrics['train_loss']}, so no checkpoint of it was written. "
             "Train with a smaller --learning-rate, a longer --warmup-epochs, or --mixed-precision no."
         )
-    validation = _validate(loop)
+    with nullcontext() if loop.ema is None else loop.ema.in_place():
+        validation = _validate(loop)
     metrics |= {f"val_{name}": value for name, value in validation.items()}
     is_best = bool(validation) and (not loop.best or _rank(metrics) > _rank(loop.best))
+    is_best = broadcast_object_list([is_best])[0]  # it decides when all processes stop
     if is_best:
         loop.best, loop.best_step = metrics, loop.step
-        loop.best_tensors = {k: v.detach().cpu().clone() for k, v in _trainable(loop).items()}
+        loop.best_tensors = {k: v.detach().cpu().clone() for k, v in kept_tensors(loop).items()}
     record = {"kind": "epoch", "epoch": epoch + 1, "step": loop.step, **metrics, **training}
     loop.trackers.log(record)
     loop.report(EpochDone(epoch + 1, {**metrics, **training}, is_best))
-    if (epoch + 1) % loop.settings.save_checkpoint_interval == 0 or epoch + 1 == loop.settings.epochs:
+    is_last = epoch + 1 == loop.settings.epochs or _is_patience_over(loop)
+    if is_last or (epoch + 1) % loop.settings.save_checkpoint_interval == 0:
         _save(loop)
+
+
+def _is_patience_over(loop: Loop) -> bool:
+    """Whether the last better validation result is --patience epochs ago."""
+    patience = loop.settings.patience
+    return patience is not None and loop.step - loop.best_step >= patience * loop.plan.steps_per_epoch
 
 
 def _validate(loop: Loop) -> dict[str, float]:
@@ -239,6 +258,7 @@ def _save(loop: Loop) -> Path:
             trainable=_trainable(loop),
             optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
             best=loop.best_tensors,
+            ema=None if loop.ema is None else loop.ema.tensors,
         )
         prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints, newest=loop.step)
     loop.accelerator.wait_for_everyone()
@@ -315,6 +335,11 @@ def _learning_rate(loop: Loop, step: int) -> float:
 
 def _trainable(loop: Loop) -> dict[str, Tensor]:
     return lora.trainable_tensors(loop.plain_model)
+
+
+def kept_tensors(loop: Loop) -> dict[str, Tensor]:
+    """What is validated and kept: the average of the trainable tensors where there is one, else they themselves."""
+    return _trainable(loop) if loop.ema is None else loop.ema.tensors
 
 
 def identity_of(loop: Loop) -> dict[str, object]:

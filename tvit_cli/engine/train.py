@@ -13,20 +13,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 import tvit_cli
 from tvit_cli.data.leaks import find_leaks
+from tvit_cli.engine.balance import class_weights
 from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import build
 from tvit_cli.engine.checkpoint import Checkpoint, load_checkpoint, load_optimizer
+from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
 from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.loop import Loop, fit, identity_of
+from tvit_cli.engine.loop import Loop, fit, identity_of, kept_tensors
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
 from tvit_cli.engine.source import Source, open_source
 from tvit_cli.engine.trackers import Trackers
-from tvit_cli.errors import DataError
+from tvit_cli.errors import DataError, SettingsError
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
 from tvit_cli.settings.card import ModelCard
@@ -111,7 +113,10 @@ def score_test(model: Path, settings: TrainSettings, report: Report, place: Plac
 
 
 def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) -> None:
-    """Raise DataError for more unreadable videos than --max-bad allows, or, with --strict, for any leak."""
+    """Raise DataError for more unreadable videos than --max-bad allows, or, with --strict, for any leak.
+
+    Raises SettingsError for --patience without a validation subset.
+    """
     videos = source.layout.videos
     most = most_bad(settings.max_bad, len(videos))
     if len(source.unreadable) > most:
@@ -125,6 +130,11 @@ def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) ->
         raise DataError(f"{source.layout.root}: " + " ".join(leaks))
     for leak in leaks:
         report(Note(leak, "warning"))
+    if settings.patience is not None and not source.readable("val"):
+        raise SettingsError(
+            f"--patience {settings.patience}: {source.root} has no validation subset to tell which epoch is "
+            "better. Hold groups out for it with --val-groups, or leave --patience out."
+        )
 
 
 def _prepare(
@@ -138,23 +148,42 @@ def _prepare(
             weight_decay=settings.weight_decay,
             bias_weight_decay=settings.bias_weight_decay,
             norm_weight_decay=settings.norm_weight_decay,
+            layer_decay=settings.layer_decay,
         ),
         learning_rate=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         epsilon=settings.adam_epsilon,
     )
     model, prepared = accelerator.prepare(built.model, optimizer)
+    labels = source.layout.labels
+    position = {label: number for number, label in enumerate(labels)}
+    targets = tuple(position[video.label] for video in source.readable("train"))
     plan = BatchPlan(
-        clips=len(source.readable("train")),
+        clips=len(targets),
         batch_size=settings.per_gpu_batch_size,
         accumulation=settings.gradient_accumulation_steps,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
         epochs=settings.epochs,
         seed=settings.seed,
+        balance=targets if settings.balanced_sampling else None,
     )
-    trackers = Trackers(run.folder if accelerator.is_main_process else None)
-    return Loop(settings, accelerator, run, source, built, model, prepared, plan, trackers, report)
+    even = settings.class_weights == "none"
+    weights = [1.0] * len(labels) if even else class_weights(targets, len(labels))
+    return Loop(
+        settings,
+        accelerator,
+        run,
+        source,
+        built,
+        model,
+        prepared,
+        plan,
+        trackers=Trackers(run.folder if accelerator.is_main_process else None),
+        report=report,
+        class_weights=torch.tensor(weights, device=accelerator.device),
+        ema=None if settings.ema_decay is None else WeightAverage(built.model, settings.ema_decay),
+    )
 
 
 def _open_records(loop: Loop) -> None:
@@ -179,6 +208,8 @@ def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
     check_identity(state.identity, identity_of(loop))
     lora.load_trainable(loop.plain_model, checkpoint.trainable)
     load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
+    if loop.ema is not None:
+        loop.ema.load(checkpoint.ema or {})
     if loop.accelerator.scaler is not None and state.scaler:
         loop.accelerator.scaler.load_state_dict(state.scaler)
     loop.step = state.step
@@ -216,8 +247,13 @@ def _announce(loop: Loop) -> None:
 def _finish(loop: Loop) -> TrainResult:
     """Write the model folder from the best epoch, and score the test subset if that was asked for."""
     settings, layout = loop.settings, loop.source.layout
-    if loop.best_tensors is not None:
-        lora.load_trainable(loop.plain_model, loop.best_tensors)
+    best_epoch = (loop.best_step or loop.step) // loop.plan.steps_per_epoch
+    if loop.step < loop.plan.total_steps:
+        epochs = f"for {settings.patience} epochs" if settings.patience != 1 else "in the epoch after it"
+        loop.report(Note(f"Stopped early: epoch {best_epoch} is the best, and none was better {epochs}."))
+    lora.load_trainable(
+        loop.plain_model, kept_tensors(loop) if loop.best_tensors is None else loop.best_tensors
+    )
     if loop.accelerator.is_main_process:
         card = ModelCard(
             tvit_version=tvit_cli.__version__,
@@ -238,7 +274,7 @@ def _finish(loop: Loop) -> TrainResult:
     return TrainResult(
         run=loop.run.folder,
         model=loop.run.model,
-        best_epoch=(loop.best_step or loop.step) // loop.plan.steps_per_epoch,
+        best_epoch=best_epoch,
         best=loop.best,
         test=test,
     )

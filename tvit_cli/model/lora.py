@@ -160,13 +160,17 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-@torch.no_grad()
 def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors, as `trainable_tensors` gives them, into the model.
 
     Raises ModelError, with the model untouched, when names or shapes differ.
     """
-    own = trainable_tensors(model)
+    copy_tensors(tensors, trainable_tensors(model))
+
+
+@torch.no_grad()
+def copy_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copies saved tensors into those of a run. Raises ModelError, with nothing copied, when they do not fit."""
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in own]
     problems += [

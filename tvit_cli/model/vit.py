@@ -115,9 +115,11 @@ class TemporalViT(nn.Module):
 
     With pretrained weights and a temporal embedding of zeros, the class token of a one-frame clip is the
     image ViT's. `initialise=False` leaves all parameters unset, for weights that are assigned at once.
+    `drop_path` is that of the last block; it rises in a line from 0 in the first, as in DeiT
+    (arXiv:2012.12877). It is of a training, not of the model: the config does not hold it.
     """
 
-    def __init__(self, config: ViTConfig, *, initialise: bool = True) -> None:
+    def __init__(self, config: ViTConfig, *, initialise: bool = True, drop_path: float = 0.0) -> None:
         super().__init__()
         self.config = config
         with _SkipInit():
@@ -129,7 +131,9 @@ class TemporalViT(nn.Module):
             )
             self.temporal = TemporalEmbedding(config.n_frames // config.tubelet_size, config.width)
             self.positions = Positions(config.patches_per_frame, config.width)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+            self.blocks = nn.ModuleList(
+                Block(config, drop_path * number / max(1, config.depth - 1)) for number in range(config.depth)
+            )
             self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.classifier = nn.Linear(config.width, config.num_classes)
         if initialise:
@@ -245,18 +249,39 @@ class Positions(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block: attention, then an MLP, each beside a residual path."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attention = SCHEMES[config.attention](config.width, config.num_heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.hidden_width, config.activation)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
         """(B, N, D) -> (B, Q, D): the first `n_queries` tokens (all when None), having attended to all N."""
-        tokens = tokens[:, :n_queries] + self.attention(self.norm1(tokens), n_queries)  # (B, Q, D)
-        output: Tensor = tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens[:, :n_queries] + self.drop_path(
+            self.attention(self.norm1(tokens), n_queries)
+        )  # (B, Q, D)
+        output: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         return output
+
+
+class DropPath(nn.Module):
+    """In training, leaves a clip's branch out with a probability, and scales it by 1 / keep where it stays.
+
+    Drawn for each clip from torch's global generator, as dropout is. Source: arXiv:1603.09382.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.keep = 1 - probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(B, …) -> (B, …)."""
+        if not self.training:
+            return branch
+        shape = (len(branch), *[1] * (branch.dim() - 1))
+        return branch * (branch.new_empty(shape).bernoulli_(self.keep) / self.keep)
 
 
 class Mlp(nn.Module):
@@ -276,10 +301,15 @@ class Mlp(nn.Module):
 
 
 def build_model(
-    config: ViTConfig, *, seed: int, truncated_normal: bool = False, from_scratch: bool
+    config: ViTConfig,
+    *,
+    seed: int,
+    truncated_normal: bool = False,
+    from_scratch: bool,
+    drop_path: float = 0.0,
 ) -> TemporalViT:
     """A model whose parameters depend on the seed alone; no other random state is read or changed."""
-    model = TemporalViT(config, initialise=False)
+    model = TemporalViT(config, initialise=False, drop_path=drop_path)
     model.reset_parameters(
         generator=torch.Generator().manual_seed(seed),
         truncated_normal=truncated_normal,

@@ -18,6 +18,7 @@ from tvit_cli.settings.fields import Device, Names
 
 RUN, MODEL, LORA = "Run", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
+REGULARISATION = "Regularisation"
 
 LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
@@ -333,6 +334,45 @@ class TrainSettings(DataSettings):
         json_schema_extra=about(AUGMENTATION),
     )
 
+    # Regularisation
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability that a clip skips a branch of the last block, in a line from 0 in the first",
+        json_schema_extra=about(REGULARISATION),
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the trained weights, which is validated and kept in their place",
+        json_schema_extra=about(REGULARISATION, resettable=True),
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Learning rate of each block as a share of that of the block after it",
+        json_schema_extra=about(REGULARISATION),
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="Weight of a clip in the training loss: one for all, or by how rare its class is",
+        json_schema_extra=about(REGULARISATION),
+    )
+    balanced_sampling: bool = Field(
+        False,
+        description="Draw equally many clips of every class in each epoch; its length stays",
+        json_schema_extra=about(REGULARISATION),
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many epochs without a better validation result",
+        json_schema_extra=about(REGULARISATION, resettable=True),
+    )
+
     # Checkpoints
     checkpoint_dir: str = Field(
         "checkpoints",
@@ -404,7 +444,25 @@ class TrainSettings(DataSettings):
             raise ValueError(
                 f"--n-frames {self.n_frames}: with --tubelet-size {self.tubelet_size} it should be even"
             )
+        self._regularisation_agrees()
         return self
+
+    def _regularisation_agrees(self) -> None:
+        if self.train == "classifier" and self.drop_path:
+            raise ValueError(
+                f"--drop-path {self.drop_path:g}: with --train classifier no block learns, so there is none to "
+                "regularise. Leave it out, or train more"
+            )
+        if self.train == "classifier" and self.layer_decay != 1:
+            raise ValueError(
+                f"--layer-decay {self.layer_decay:g}: with --train classifier no block learns, and the "
+                "classifier has the full rate. Leave it out, or train more"
+            )
+        if self.class_weights == "balanced" and self.balanced_sampling:
+            raise ValueError(
+                "--class-weights balanced and --balanced-sampling: each makes up for rare classes, and both "
+                "together would do so twice. Take one of them"
+            )
 
     def warmup(self) -> float:
         """Warm-up in epochs: what was given, else min(30, epochs / 10)."""

@@ -1,0 +1,248 @@
+"""What small data needs, in a training: its state survives a stop, processes agree on it, nonsense is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
+from torch.nn import functional as F
+
+from tvit_cli.data.clips import ClipDataset, collate
+from tvit_cli.data.layout import read_layout
+from tvit_cli.data.transforms import Augmentation, train_transform
+from tvit_cli.engine.balance import class_weights
+from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.errors import ModelError, SettingsError
+from tvit_cli.model.folder import load_model
+from tvit_cli.settings.base import load
+from tvit_cli.settings.train import TrainSettings
+
+# Groups of which class Red has others than the two that are held out: 6 of its clips are in train, 4 of the rest.
+UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_groups": "g02"}
+STANDSTILL = {"learning_rate": 1e-30}  # every epoch is as good as the first
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pretrained(tmp_path_factory.mktemp("weights") / "tiny-vit")
+
+
+@pytest.fixture
+def trained(clips: Path, pretrained: Path, tmp_path: Path) -> Callable[..., TrainResult]:
+    """`trained(**changes)` trains on the clips below tmp_path."""
+
+    def go(**changes: Any) -> TrainResult:
+        facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
+        return run(**{**facts, **changes})
+
+    return go
+
+
+def records(result: TrainResult) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl without what a clock measured."""
+    lines = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
+    clock = ("seconds", "clips_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def epochs(result: TrainResult) -> list[dict[str, Any]]:
+    return [record for record in records(result) if record["kind"] == "epoch"]
+
+
+def checkpoints(result: TrainResult) -> list[Path]:
+    return list_checkpoints(result.run / "checkpoints")
+
+
+def last_average(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(result)[-1] / "ema.safetensors")
+
+
+def classifier_of(result: TrainResult) -> torch.Tensor:
+    return load_model(result.model)[0].classifier.weight.detach()
+
+
+def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained: Callable[..., TrainResult]) -> None:
+    facts = {**UNEVEN, "epochs": 2, "save_every_steps": 2, "drop_path": 0.4, "ema_decay": 0.8}
+    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 2}
+    whole, half = trained(**facts), trained(**facts)
+    assert checkpoints(half)[2].name == "step-000006"  # 4 steps make an epoch
+    shutil.rmtree(half.model)
+    again = trained(**facts, resume_from_checkpoint=str(checkpoints(half)[2]))
+    assert again.run == half.run
+    assert same(last_weights(again), last_weights(whole)) and same(last_average(again), last_average(whole))
+    assert records(again) == records(whole)
+    models = [(result.model / "model.safetensors").read_bytes() for result in (again, whole)]
+    assert models[0] == models[1]
+
+
+def test_the_average_is_what_is_validated_and_kept(trained: Callable[..., TrainResult]) -> None:
+    result = trained(epochs=4, ema_decay=0.9, test_at_end=True)
+    best = load_checkpoint(checkpoints(result)[result.best_epoch - 1])
+    assert best.ema is not None and best.best is not None and same(best.best, best.ema)
+    assert torch.equal(classifier_of(result), best.ema["classifier.weight"])
+    assert not torch.equal(classifier_of(result), best.trainable["classifier.weight"])
+    decays = [record["ema_decay"] for record in epochs(result)]
+    assert decays == [(1 + n) / (10 + n) for n in (2, 5, 8, 11)]  # 3 steps per epoch
+
+
+def test_without_validation_the_last_average_is_kept(trained: Callable[..., TrainResult]) -> None:
+    result = trained(ema_decay=0.9, val_groups="none")
+    assert torch.equal(classifier_of(result), last_average(result)["classifier.weight"])
+    assert not torch.equal(classifier_of(result), last_weights(result)["classifier.weight"])
+
+
+def test_no_average_is_saved_unless_asked_for(trained: Callable[..., TrainResult]) -> None:
+    assert not (checkpoints(trained(epochs=1))[-1] / "ema.safetensors").exists()
+
+
+def test_training_ends_when_the_patience_does_and_is_finished(
+    clips: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    facts = settings(
+        path_to_data=str(clips),
+        hf_model_name=str(pretrained),
+        working_directory=tmp_path,
+        **{**STANDSTILL, "epochs": 9, "patience": 2, "save_checkpoint_interval": 9, "test_at_end": True},
+    )
+    result = train(facts, events.append)
+    assert [record["epoch"] for record in epochs(result)] == [1, 2, 3]
+    assert [path.name for path in checkpoints(result)] == ["step-000009"]
+    assert result.best_epoch == 1 and result.test is not None and (result.model / "card.json").is_file()
+    assert any("Stopped early: epoch 1 is the best" in e.text for e in events if isinstance(e, Note))
+
+
+def test_a_better_epoch_begins_the_patience_anew(trained: Callable[..., TrainResult]) -> None:
+    result = trained(epochs=12, warmup_epochs=0, patience=3, learning_rate=0.1)
+    ranks = [(record["val_video_top1"], -record["val_loss"]) for record in epochs(result)]
+    assert 4 < len(ranks) < 12  # else nothing is shown
+    assert result.best_epoch == len(ranks) - 3
+    for epoch in range(
+        4, len(ranks)
+    ):  # at the end of every earlier epoch, one of the last three was a record
+        assert any(ranks[n] > max(ranks[:n], default=(-1.0, 0.0)) for n in range(epoch - 3, epoch))
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_resumed_run_loses_its_patience_in_the_same_epoch(
+    trained: Callable[..., TrainResult], left: int
+) -> None:
+    facts = {**STANDSTILL, "epochs": 9, "patience": 2}
+    whole, cut = trained(**facts), trained(**facts)
+    for path in (cut.model, *checkpoints(cut)[left:]):
+        shutil.rmtree(path)
+    again = trained(**facts, resume_from_checkpoint=str(checkpoints(cut)[-1]))
+    assert records(again) == records(whole) and (again.model / "card.json").is_file()
+    shutil.rmtree(again.model)  # killed after its last step, before its end
+    trained(**facts, resume_from_checkpoint=str(checkpoints(again)[-1]))
+    assert records(again) == records(whole) and (again.model / "card.json").is_file()
+
+
+def test_the_training_loss_counts_each_clip_by_its_weight(
+    trained: Callable[..., TrainResult], clips: Path
+) -> None:
+    result = trained(**UNEVEN, **STANDSTILL, epochs=1, class_weights="balanced", lora_dropout=0.0)
+    layout = read_layout(
+        clips, group_pattern=UNEVEN["group_pattern"], val_groups="g01", test_groups="g02", split=0, need_test=False
+    )  # fmt: skip
+    videos = layout.subset("train")
+    dataset = ClipDataset(
+        videos, layout.labels, n_frames=4, short_side=46, seed=0, training=True
+    )  # 32 / sqrt(crop_scale_min)
+    batch = collate([dataset[0, index] for index in range(len(videos))])
+    model, card = load_model(result.model)
+    pixels = train_transform(
+        batch.clips, batch.epochs, batch.indices, augmentation=Augmentation(), preprocessing=card.preprocessing,
+        seed=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    losses = F.cross_entropy(model(pixels), batch.labels, reduction="none").double()
+    weights = torch.tensor(class_weights(batch.labels.tolist(), len(COLOURS)))[batch.labels]
+    assert sorted(set(weights.tolist())) == pytest.approx([14 / 3 / 6, 14 / 3 / 4])
+    (epoch,) = epochs(result)
+    assert epoch["train_loss"] == pytest.approx((losses * weights).mean().item(), rel=1e-5)
+    assert epoch["train_loss"] != pytest.approx(losses.mean().item(), rel=1e-4)
+
+
+def test_two_processes_agree_on_all_of_it(
+    trained: Callable[..., TrainResult], tmp_path: Path, clips: Path, pretrained: Path
+) -> None:
+    facts = {
+        **UNEVEN,
+        "epochs": 12,
+        "warmup_epochs": 0,
+        "lora_dropout": 0.0,
+        "per_gpu_batch_size": 4,
+        "ema_decay": 0.8,
+    }
+    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 1, "learning_rate": 0.15}
+    one = trained(**facts, gradient_accumulation_steps=2)
+    own = settings(
+        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts, num_processes=2
+    )  # fmt: skip
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    child = subprocess.run(
+        [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json"), "--experiment-name", "two"],
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    two = TrainResult(tmp_path / "two", tmp_path / "two" / "model", 0, {}, None)
+    assert 2 < len(epochs(one)) == len(epochs(two)) < 12
+    for a, b in zip(epochs(one), epochs(two), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    a, b = last_average(one), last_average(two)
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"train": "classifier", "drop_path": 0.1}, "--drop-path 0.1: with --train classifier no block learns"),
+        ({"train": "classifier", "layer_decay": 0.9}, "--layer-decay 0.9: with --train classifier no block learns"),
+        ({"class_weights": "balanced", "balanced_sampling": True}, "Take one of them"),
+        ({"drop_path": 1}, "--drop-path: 1: it should be less than 1"),
+        ({"drop_path": -0.1}, "--drop-path: -0.1: it should be greater than or equal to 0"),
+        ({"ema_decay": 1}, "--ema-decay: 1: it should be less than 1"),
+        ({"layer_decay": 0}, "--layer-decay: 0: it should be greater than 0"),
+        ({"layer_decay": 1.1}, "--layer-decay: 1.1: it should be less than or equal to 1"),
+        ({"class_weights": "even"}, "--class-weights: even"),
+        ({"patience": 0}, "--patience: 0: it should be greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load(TrainSettings, flags=flags, environ={})
+
+
+def test_patience_without_validation_and_drop_path_in_one_block_are_refused_and_leave_no_run(
+    trained: Callable[..., TrainResult], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=r"--patience 3: .* has no validation subset.*--val-groups"):
+        trained(patience=3, val_groups="none")
+    with pytest.raises(ModelError, match=r"--drop-path 0\.1: it rises from 0 in the first block"):
+        trained(hf_model_name=None, depth=1, width=16, num_heads=2, drop_path=0.1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_off_means_off(trained: Callable[..., TrainResult]) -> None:
+    off = trained(drop_path=0.0, ema_decay=None, layer_decay=1.0, class_weights="none", patience=None)
+    even = trained(class_weights="balanced")  # classes that are even weigh 1 each, to the bit
+    assert same(last_weights(off), last_weights(even))
