@@ -240,6 +240,17 @@ def test_resuming_with_settings_that_change_the_result_is_refused_with_the_diffe
     trained(resume_from_checkpoint=path, num_workers=1, max_no_of_checkpoints=1)
 
 
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained: Run) -> None:
+    result = trained(epochs=2)
+    path = list_checkpoints(result.run / "checkpoints")[0]
+    state = json.loads((path / "state.json").read_text())
+    del state["identity"]["label_smoothing"]
+    (path / "state.json").write_text(json.dumps(state))
+    assert same(last_weights(trained(epochs=2, resume_from_checkpoint=str(path))), last_weights(result))
+    with pytest.raises(CheckpointError, match=r"--label-smoothing: 0.0 -> 0.1"):
+        trained(epochs=2, label_smoothing=0.1, resume_from_checkpoint=str(path))
+
+
 def test_resuming_with_other_videos_is_refused(trained: Run, clips: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(clips, data)

@@ -23,6 +23,7 @@ from tvit_cli.settings.train import TrainSettings
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
 MODEL_FOLDER = "model"
+_DEFAULTS = TrainSettings().model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,11 @@ def identity(
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise CheckpointError that lists every setting that differs and would change the result."""
-    lines = _differences(before, now)
+    """Raise CheckpointError that lists every setting that differs and would change the result.
+
+    A setting that did not exist yet when the checkpoint was written had what is its default now.
+    """
+    lines = _differences({**_DEFAULTS, **before}, now)
     if lines:
         raise CheckpointError(
             "The checkpoint was written with other settings, and going on would mix two runs:\n"
@@ -209,7 +213,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
 def check_recipe(folder: Path, settings: TrainSettings) -> None:
     """Raise SettingsError that lists what a finished run was told otherwise, if that changed its result."""
     try:
-        before = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        before = {**_DEFAULTS, **json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))}
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{folder / SETTINGS_FILE}: cannot be read ({error}). Remove {folder}."
