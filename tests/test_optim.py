@@ -129,3 +129,25 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
 
 def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
     assert learning_rate_at(0, peak=2.0, warmup_steps=0, total_steps=3) == 2.0
+
+
+def test_layers_over_time_have_a_rate_of_their_own_and_offsets_and_gates_the_whole_one() -> None:
+    for attention, own in (
+        ("shared", {"blocks.0.temporal.down.weight", "blocks.0.temporal.up.weight"}),
+        ("conv", {"blocks.0.temporal.kernel", "blocks.0.temporal.up.weight"}),
+        ("factorized", {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"}),
+        ("divided", set()),
+    ):
+        model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "attention": attention}))
+        facts = {"weight_decay": 0.1, "bias_weight_decay": False, "norm_weight_decay": False}
+        groups = parameter_groups(model, **facts, layer_decay=0.5, temporal_rate=0.3)
+        scales = {id(p): group["rate_scale"] for group in groups for p in group["params"]}
+        by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
+        assert own <= {name for name, scale in by_name.items() if scale == 0.3}
+        assert {name for name, scale in by_name.items() if scale == 0.3} == {
+            name for name in by_name if own and (".temporal." in name or name.startswith("summary."))
+        }
+        assert by_name["blocks.0.attention.q.weight"] == 0.5
+        if attention == "divided":
+            assert by_name["blocks.0.temporal.scale.gate"] == by_name["temporal.embedding"] == 1
+            assert by_name["blocks.0.temporal.attention.q.weight"] == 0.5

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model import pretrained
+from tvit_cli.model import weights as weights_module
+from tvit_cli.model.config import ATTENTIONS
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.vit import TemporalViT, build_model
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
@@ -110,6 +111,40 @@ def test_at_step_0_a_one_frame_clip_gives_the_class_token_of_the_image_vit(
     assert (expected - expected[:1]).abs().max() > 0.01  # it does depend on the picture
 
 
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "joint"])
+def test_at_step_0_a_frame_wise_scheme_gives_the_mean_of_the_image_vits_class_tokens(
+    image_vit: Any, folder: Path, attention: str
+) -> None:
+    model, _ = loaded(folder, attention=attention)
+    frames = [pictures(32) + t for t in range(5)]
+    expected = torch.stack([class_token(image_vit, images) for images in frames]).mean(0)
+    with torch.no_grad():
+        features = model.features(torch.stack(frames, dim=1))
+    torch.testing.assert_close(features, expected, **CLOSE)
+
+
+def test_frames_of_another_size_than_the_models_give_what_interpolated_positions_give(
+    image_vit: Any, folder: Path
+) -> None:
+    model, _ = loaded(folder)
+    images = pictures(56)
+    expected = class_token(image_vit, images, interpolate_pos_encoding=True)
+    torch.testing.assert_close(our_class_token(model, images), expected, **CLOSE)
+
+
+def test_divided_attention_over_time_starts_as_a_copy_of_attention_over_space(folder: Path) -> None:
+    model, report = loaded(folder, attention="divided")
+    for block in model.blocks:
+        assert torch.equal(block.temporal.norm.weight, block.norm1.weight)
+        for layer in ("q", "k", "v", "proj"):
+            copy, original = (getattr(part.attention, layer) for part in (block.temporal, block))
+            assert torch.equal(copy.weight, original.weight) and torch.equal(copy.bias, original.bias)
+            assert copy.weight.data_ptr() != original.weight.data_ptr()
+    gates = [f"blocks.{n}.temporal.scale.gate" for n in (0, 1)]
+    assert report.new == ("temporal.embedding", *gates, "classifier.weight", "classifier.bias")
+    assert "temporal attention starts as a copy of spatial attention" in report.notes
+
+
 @pytest.mark.parametrize("size", [16, 40, 56, 96])
 def test_other_frame_sizes_give_what_interpolated_positions_give(
     image_vit: Any, folder: Path, size: int
@@ -121,13 +156,16 @@ def test_other_frame_sizes_give_what_interpolated_positions_give(
     assert f"positions interpolated from 4 x 4 to {size // 8} x {size // 8} patches" in report.notes
 
 
-def test_a_tubelet_of_two_frames_starts_as_the_image_vit_on_its_second(image_vit: Any, folder: Path) -> None:
-    model, report = loaded(folder, tubelet_size=2)
-    first, second = pictures(32), pictures(32).flip(-1)
+@pytest.mark.parametrize(("tubelet_size", "centre"), [(2, 2), (3, 2), (4, 3)])
+def test_a_tubelet_starts_as_the_image_vit_on_its_central_frame(
+    image_vit: Any, folder: Path, tubelet_size: int, centre: int
+) -> None:
+    model, report = loaded(folder, tubelet_size=tubelet_size, n_frames=12)
+    frames = [pictures(32) + t for t in range(tubelet_size)]
     with torch.no_grad():
-        features = model.features(torch.stack([first, second], dim=1))
-    torch.testing.assert_close(features, class_token(image_vit, second), **CLOSE)
-    assert "patch embedding: on frame 2 of each tubelet of 2" in report.notes
+        features = model.features(torch.stack(frames, dim=1))
+    torch.testing.assert_close(features, class_token(image_vit, frames[centre - 1]), **CLOSE)
+    assert f"patch embedding: on frame {centre} of each tubelet of {tubelet_size}" in report.notes
 
 
 @pytest.mark.parametrize(
@@ -361,9 +399,22 @@ def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
         resolve_weights(str(folder))
 
 
-def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="this is a file"):
-        resolve_weights(str(folder / "model.safetensors"))
+def test_a_weights_file_is_taken_with_the_config_beside_it(folder: Path) -> None:
+    by_file, by_folder = resolve_weights(str(folder / "model.safetensors")), resolve_weights(str(folder))
+    assert by_file.sha256 == by_folder.sha256
+    assert read_config(by_file).width == read_config(by_folder).width == 32
+
+
+def test_a_file_that_is_no_safetensors_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
+    (folder / "weights.bin").touch()
+    with pytest.raises(ModelError, match=r"this is a file, and no \.safetensors.*save_pretrained"):
+        resolve_weights(str(folder / "weights.bin"))
+
+
+def test_a_lone_file_of_unknown_names_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match="its model_type is None; tvit reads vit, deit, dinov2"):
+        read_config(resolve_weights(str(folder / "model.safetensors")))
 
 
 def test_a_name_from_the_hub_is_found_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +425,7 @@ def test_a_name_from_the_hub_is_found_in_the_cache(folder: Path, monkeypatch: py
         asked.update(options, name=name)
         return str(snapshot)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    monkeypatch.setattr(weights_module, "snapshot_download", fetch)
     source = resolve_weights("someone/vit")
     assert (source.name, source.revision) == ("someone/vit", "0123abcd")
     assert read_config(source).revision == "0123abcd"
@@ -422,7 +473,7 @@ def test_what_the_hub_answers_is_said(
     def fetch(name: str, **options: Any) -> str:
         raise error.__new__(error, "refused")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    monkeypatch.setattr(weights_module, "snapshot_download", fetch)
     with pytest.raises(ModelError, match=f"someone/vit: .*{sentence}"):
         resolve_weights("someone/vit")
 

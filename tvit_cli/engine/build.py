@@ -17,8 +17,19 @@ from tvit_cli.settings.train import SCRATCH_SHAPE, TrainSettings
 
 # What a user calls the numbers that a ViTConfig refuses.
 FLAGS = {
-    name: flag(name) for name in ("width", "depth", "num_heads", "patch_size", "tubelet_size", "n_frames")
+    name: flag(name)
+    for name in (
+        "width",
+        "depth",
+        "num_heads",
+        "patch_size",
+        "tubelet_size",
+        "n_frames",
+        "attention",
+        "temporal_depth",
+    )
 } | {"frame_size": "--img-size"}
+CHOSEN_SHAPE = ("n_frames", "tubelet_size", "attention", "pool", "temporal_depth")
 
 
 @dataclass(frozen=True)
@@ -43,25 +54,19 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         frame_size=settings.img_size,
         resize=settings.resize,
     )
+    shape: dict[str, Any] = {
+        "num_classes": num_classes,
+        "frame_size": settings.img_size,
+        **{key: getattr(settings, key) for key in CHOSEN_SHAPE},
+    }
     try:
         if source is None:
-            shape: dict[str, Any] = {k: getattr(settings, k) or value for k, value in SCRATCH_SHAPE.items()}
-            config = ViTConfig(
-                num_classes=num_classes,
-                frame_size=settings.img_size,
-                n_frames=settings.n_frames,
-                tubelet_size=settings.tubelet_size,
-                **shape,
-            )
+            shape |= {key: getattr(settings, key) or value for key, value in SCRATCH_SHAPE.items()}
+            config = ViTConfig(**shape)
         else:
             pretrained = read_config(source)
             preprocessing = preprocessing.model_copy(update={"mean": pretrained.mean, "std": pretrained.std})
-            config = pretrained.vit_config(
-                num_classes=num_classes,
-                frame_size=settings.img_size,
-                n_frames=settings.n_frames,
-                tubelet_size=settings.tubelet_size,
-            )
+            config = pretrained.vit_config(**shape)
     except ValueError as error:
         sentence = re.sub(r"\b\w+\b", lambda word: FLAGS.get(word[0], word[0]), str(error))
         raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error

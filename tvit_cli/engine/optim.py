@@ -12,10 +12,10 @@ from tvit_cli.model.vit import TemporalViT
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Learned tokens and positions are offsets, not weights of a map; decay would pull them to nothing (DeiT).
-EMBEDDINGS = frozenset({"class_token", "class_position", "spatial", "embedding"})
+EMBEDDINGS = frozenset({"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra"})
 # Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, and has
 # nothing that a small rate would protect.
-STEM = frozenset({"patch_embed", "positions"})
+STEM = frozenset({"patch_embed", "positions", "pre_norm"})
 
 
 def parameter_groups(
@@ -25,15 +25,21 @@ def parameter_groups(
     bias_weight_decay: bool,
     norm_weight_decay: bool,
     layer_decay: float = 1.0,
+    temporal_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups that share a weight decay and a `rate_scale` (`set_rates` reads it).
 
     Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens and
-    positions are never decayed. The scale is that of `layer_scale`.
+    positions are never decayed. The scale is that of `layer_scale`; parts that an image ViT lacks get
+    `temporal_rate` where they hold layers, else 1.
     """
+    new = {f"{path}.": temporal_rate if part.is_map else 1.0 for path, part in model.additions().items()}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for path, module in model.named_modules():
-        scale = layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay)
+        scale = next(
+            (scale for prefix, scale in new.items() if f"{path}.".startswith(prefix)),
+            layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay),
+        )
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue

@@ -149,6 +149,7 @@ def _prepare(
             bias_weight_decay=settings.bias_weight_decay,
             norm_weight_decay=settings.norm_weight_decay,
             layer_decay=settings.layer_decay,
+            temporal_rate=settings.temporal_share(),
         ),
         learning_rate=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),

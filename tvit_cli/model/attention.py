@@ -1,22 +1,19 @@
-"""The attention schemes of the temporal ViT.
+"""Attention among the tokens of a group, and among the same places of a clip's frames.
 
-A scheme is a module built from `(width, num_heads, qkv_bias)`, with the linear layers `q`, `k`, `v` and
-`proj`. `SCHEMES` is the table that `ViTConfig.attention` chooses from.
-
-Letters: B clips, N tokens, Q tokens that ask, D width, A attention heads, D/A head_dim.
+Letters: B clips, G groups of tokens (frames, or one for the whole clip), N tokens of a group, Q tokens that
+ask, D width, A attention heads, D/A head_dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class JointAttention(nn.Module):
-    """Every token attends to every token of the clip, across space and time.
-
-    Source: ViViT's model 1, arXiv:2103.15691.
-    """
+class SelfAttention(nn.Module):
+    """Every token of a group attends to every token of the same group."""
 
     def __init__(self, width: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -27,20 +24,23 @@ class JointAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
-        """Attended tokens, (B, N, D) -> (B, Q, D); only the first `n_queries` tokens ask, all when None."""
+        """(B, G, N, D) -> (B, G, Q, D); only the first `n_queries` tokens of a group ask, all when None."""
         # Without gaps between rows: for gapped ones torch's choice of matmul, and so the last bit of the
         # numbers, depends on which weights are frozen.
-        asking = tokens[:, :n_queries].contiguous()  # (B, Q, D)
-        q = self._split_heads(self.q(asking))  # (B, A, Q, D/A)
-        k = self._split_heads(self.k(tokens))  # (B, A, N, D/A)
-        v = self._split_heads(self.v(tokens))  # (B, A, N, D/A)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B, A, Q, D/A)
-        output: Tensor = self.proj(attended.transpose(1, 2).flatten(2))  # (B, Q, D)
+        asking = tokens[:, :, :n_queries].contiguous()  # (B, G, Q, D)
+        q = self._split_heads(self.q(asking))  # (B*G, A, Q, D/A)
+        k = self._split_heads(self.k(tokens))  # (B*G, A, N, D/A)
+        v = self._split_heads(self.v(tokens))  # (B*G, A, N, D/A)
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B*G, A, Q, D/A)
+        output: Tensor = self.proj(attended.transpose(1, 2).reshape(asking.shape))  # (B, G, Q, D)
         return output
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
-        heads = tokens.reshape(*tokens.shape[:2], self.num_heads, -1)  # (B, N, A, D/A)
-        return heads.transpose(1, 2)  # (B, A, N, D/A)
+        heads = tokens.reshape(-1, tokens.shape[2], self.num_heads, tokens.shape[3] // self.num_heads)
+        return heads.transpose(1, 2)  # (B*G, N, A, D/A) -> (B*G, A, N, D/A)
 
 
-SCHEMES: dict[str, type[JointAttention]] = {"joint": JointAttention}
+def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """Applies attention to the tokens of one place in all frames, (B, T', N, D) -> (B, T', N, D)."""
+    places = frames.transpose(1, 2).contiguous()  # (B, N, T', D)
+    return attention(places).transpose(1, 2)  # (B, T', N, D)

@@ -41,9 +41,9 @@ class LoraSpec:
 def set_trainable(model: TemporalViT, mode: TrainMode, spec: LoraSpec, *, seed: int) -> None:
     """Chooses the parameters that a training changes.
 
-    lora        what `attach` says: adapters, classifier, temporal embedding; rank 0 the same without adapters
+    lora        what `attach` says: adapters, classifier, additions; rank 0 the same without adapters
     all         every parameter
-    classifier  the classifier alone
+    classifier  the classifier, and the attentive pool that feeds it
 
     Raises ModelError for a name in the spec that is no layer of the model.
     """
@@ -51,14 +51,15 @@ def set_trainable(model: TemporalViT, mode: TrainMode, spec: LoraSpec, *, seed: 
         attach(model, spec, seed=seed)
     else:
         model.requires_grad_(mode == "all")
+        model.pool.requires_grad_(True)
         model.classifier.requires_grad_(True)
 
 
 def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     """Puts adapters on the targets, in place; their first weights depend on the seed alone.
 
-    Trainable are then the adapters, the temporal embedding, the classifier in full (unless it is a target
-    itself), the excluded layers in full, and biases: none, those of the layers with an adapter
+    Trainable are then the adapters, in full the parts that an image ViT lacks, the classifier (unless it is a
+    target itself) and the excluded layers, and biases: none, those of the layers with an adapter
     (`lora_only`), or all. An excluded layer gets no adapter, target or not, and learns its own weights, as
     in the reference. Rank 0 attaches no adapter.
 
@@ -81,7 +82,8 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
 
     own = _adapter_names(adapted)
     model.requires_grad_(False)
-    model.temporal.requires_grad_(True)
+    for addition in model.additions().values():
+        addition.requires_grad_(True)
     model.classifier.requires_grad_("classifier" not in targets)
     for name in excluded:
         model.get_submodule(name).requires_grad_(True)
@@ -96,13 +98,17 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
 def resolve_layers(model: TemporalViT, names: Iterable[str], *, option: str) -> list[str]:
     """Full names of the layers meant; a short name is every layer whose last part it is.
 
-    `["q"]` in a model of two blocks -> `["blocks.0.attention.q", "blocks.1.attention.q"]`. Raises ModelError,
-    naming the option, for a name that is no layer.
+    `["q"]` in a model of two blocks -> `["blocks.0.attention.q", "blocks.1.attention.q"]`. Layers of the parts
+    that an image ViT lacks are not among them: those are trained in full. Raises ModelError, naming the option,
+    for a name that is no layer.
     """
+    additions = tuple(f"{name}." for name in model.additions())
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name.rpartition(".")[2] in LORA_TARGETS
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and name.rpartition(".")[2] in LORA_TARGETS
+        and not name.startswith(additions)
     ]
     meant: set[str] = set()
     for wanted in names:

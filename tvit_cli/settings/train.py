@@ -126,7 +126,7 @@ class TrainSettings(DataSettings):
     # Model
     hf_model_name: str | None = Field(
         "google/vit-base-patch16-224",
-        description="Pretrained image ViT: a Hugging Face name or a local folder; none trains from scratch",
+        description="Pretrained image ViT: a Hugging Face name, a folder or a file; none trains from scratch",
         json_schema_extra=about(
             MODEL, reference="required", why="the reference's own backbone", resettable=True
         ),
@@ -156,7 +156,26 @@ class TrainSettings(DataSettings):
         json_schema_extra=about(MODEL, default=str(SCRATCH_SHAPE["patch_size"])),
     )
     tubelet_size: int = Field(
-        1, ge=1, le=2, description="Frames per patch token", json_schema_extra=about(MODEL)
+        1, ge=1, le=16, description="Frames per patch token", json_schema_extra=about(MODEL)
+    )
+    attention: Literal["joint", "divided", "factorized", "space", "shared", "conv"] = Field(
+        "joint",
+        description="How tokens see other frames: all at once (joint); over time, then within the frame, with "
+        "weights for time (divided), with the spatial ones (shared) or a convolution (conv); by blocks over "
+        "whole frames (factorized); not at all (space)",
+        json_schema_extra=about(MODEL),
+    )
+    temporal_depth: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Blocks over whole frames, with --attention factorized only",
+        json_schema_extra=about(MODEL, default="2"),
+    )
+    pool: Literal["class", "mean", "attentive"] = Field(
+        "class",
+        description="What is classified: the class token, the mean of the patches, or a learned mean of both",
+        json_schema_extra=about(MODEL),
     )
     custom_weight_init: bool = Field(
         False,
@@ -167,7 +186,8 @@ class TrainSettings(DataSettings):
     # LoRA
     train: Literal["lora", "all", "classifier"] = Field(
         "lora",
-        description="What is trained: adapters and the classifier, every weight, or the classifier alone",
+        description="What is trained: adapters, the classifier and what pretrained weights lack; every weight; "
+        "or the classifier alone",
         json_schema_extra=about(LORA),
     )
     lora_rank: int = Field(
@@ -356,6 +376,15 @@ class TrainSettings(DataSettings):
         description="Learning rate of each block as a share of that of the block after it",
         json_schema_extra=about(REGULARISATION),
     )
+    temporal_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Learning rate of layers over time that pretrained weights lack, as a share of --learning-rate",
+        json_schema_extra=about(
+            REGULARISATION, default="0.1 with --train lora on pretrained weights, else 1"
+        ),
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
         description="Weight of a clip in the training loss: one for all, or by how rare its class is",
@@ -442,10 +471,30 @@ class TrainSettings(DataSettings):
             )
         if self.n_frames % self.tubelet_size:
             raise ValueError(
-                f"--n-frames {self.n_frames}: with --tubelet-size {self.tubelet_size} it should be even"
+                f"--n-frames {self.n_frames}: it should be a multiple of --tubelet-size {self.tubelet_size}"
             )
+        self._scheme_agrees()
         self._regularisation_agrees()
         return self
+
+    def _scheme_agrees(self) -> None:
+        if self.attention == "space" and self.tubelet_size > 1:
+            raise ValueError(
+                "--attention space: it must not know the order of frames, and a tubelet of several does. Take "
+                "--tubelet-size 1"
+            )
+        if self.temporal_depth is not None and self.attention != "factorized":
+            raise ValueError(
+                f"--temporal-depth {self.temporal_depth}: --attention {self.attention} has no blocks over whole "
+                "frames. Leave it out, or take --attention factorized"
+            )
+        with_layers = ("factorized", "shared", "conv")
+        trained = self.attention in with_layers and self.train != "classifier"
+        if self.temporal_rate is not None and not trained:
+            raise ValueError(
+                f"--temporal-rate {self.temporal_rate:g}: no layers over time are trained with --attention "
+                f"{self.attention} and --train {self.train}. Leave it out, or take one of {', '.join(with_layers)}"
+            )
 
     def _regularisation_agrees(self) -> None:
         if self.train == "classifier" and self.drop_path:
@@ -463,6 +512,12 @@ class TrainSettings(DataSettings):
                 "--class-weights balanced and --balanced-sampling: each makes up for rare classes, and both "
                 "together would do so twice. Take one of them"
             )
+
+    def temporal_share(self) -> float:
+        """Share of the learning rate for layers over time; without adapters the rate is a small one already."""
+        if self.temporal_rate is not None:
+            return self.temporal_rate
+        return 0.1 if self.train == "lora" and self.hf_model_name is not None else 1.0
 
     def warmup(self) -> float:
         """Warm-up in epochs: what was given, else min(30, epochs / 10)."""

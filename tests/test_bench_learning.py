@@ -1,0 +1,82 @@
+"""The learning benchmark's plan and statistics: nothing is selected on the people it is scored on."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def learning() -> ModuleType:
+    path = Path(__file__).parent / "bench" / "learning.py"
+    spec = importlib.util.spec_from_file_location("bench_learning", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_learning"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(job: Any, top1: float, loss: float = 1.0) -> dict[str, Any]:
+    facts = {"part": job.part, "method": job.method, "recipe": job.recipe, "seed": job.seed, "fold": job.fold}
+    return {**facts, "top1": top1, "loss": loss}
+
+
+def test_every_person_is_left_out_once_and_selection_never_sees_them(learning: ModuleType) -> None:
+    plan = list(learning.jobs({}))
+    assert len({job.key for job in plan}) == len(plan)
+    folds = {job.fold: set(job.test_people) for job in plan if job.part == "test"}
+    assert sorted(person for people in folds.values() for person in people) == sorted(
+        person for people in learning.FOLDS for person in people
+    )
+    for job in plan:
+        assert not set(job.train_people) & set(job.test_people)
+        if job.part == "select":
+            assert not (set(job.train_people) | set(job.test_people)) & folds[job.fold]
+            assert len(job.train_people) == 4 and len(job.test_people) == 2
+        if job.part == "test":
+            assert len(job.train_people) == 6
+
+
+def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleType) -> None:
+    rows: dict[str, Any] = {}
+    assert [job.part for job in learning.jobs(rows)][-1] == "select"
+    for job in learning.jobs(rows):
+        rows[job.key] = row(job, {"shared": 0.9, "conv": 0.8, "joint": 0.7}.get(job.method, 0.1))
+    plan = list(learning.jobs(rows))
+    parts = [job.part for job in plan]
+    assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "final"
+    further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != "base"}
+    assert further == {(s, r) for s in ("shared", "conv", "joint") for r in ("fast", "long")}
+    finals = [job for job in plan if job.part == "final"]
+    assert len(finals) == 2 * 3 * 3 and {job.method for job in finals} == {"shared", "conv"}
+
+
+def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning: ModuleType) -> None:
+    rows = {j.key: row(j, 0.5) for j in learning.jobs({}) if j.part == "select"}
+    more = [j for j in learning.jobs(rows) if j.part == "select" and j.key not in rows]
+    first = more[0].method
+    for job in more:
+        rows[job.key] = row(job, 0.5, loss=0.9 if (job.method, job.recipe) == (first, "long") else 1.1)
+    assert learning.selected(rows, range(1, 4))[0] == (first, "long")
+    del rows[next(key for key in rows if f"/{first}/long/" in key)]  # no longer tried on all folds
+    assert learning.selected(rows, range(1, 4))[0][1] == "base"
+
+
+def test_the_interval_is_over_people_and_holds_the_mean(learning: ModuleType) -> None:
+    people = {name: [1.0] * 9 + [0.0] for name in "abcdefghi"}
+    assert learning.interval(people) == (0.9, 0.9)  # all alike: nothing hangs on who is drawn
+    people["a"] = [0.0] * 10
+    low, high = learning.interval(people)
+    assert low < 0.8 < high <= 0.9
+
+
+def test_a_line_that_was_cut_is_not_read(learning: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b"')
+    assert list(learning.read_rows(path)) == ["a"]

@@ -1,0 +1,133 @@
+"""What pretrained image weights have nothing for: parts that see time.
+
+They are trained in full, whatever is frozen. Beside pretrained weights each starts so that it adds nothing.
+
+Letters: B clips, T' times, P patches per frame, N tokens of a frame, D width, d width of a bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
+BOTTLENECK = 4  # width over bottleneck width, as in AIM (arXiv:2302.03024)
+
+
+class Addition(nn.Module):
+    """A part that an image ViT lacks.
+
+    A part that `is_map` holds linear layers. One step moves their output by the rate times the sum of all inputs,
+    an offset or a gate by the rate alone: a rate that suits those and LoRA's thin matrices is too large for maps.
+    """
+
+    is_map = False
+
+    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        """Sets the first values, once all linear layers inside have theirs; without `from_scratch` zeros."""
+        raise NotImplementedError
+
+
+class TemporalEmbedding(Addition):
+    """Adds to each patch when it is seen; interpolated linearly for clips of another length."""
+
+    def __init__(self, n_times: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(1, n_times, 1, width))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, T', P, D) -> (B, T', P, D)."""
+        embedding: Tensor = self.embedding
+        n_times = patches.shape[1]
+        if n_times != embedding.shape[1]:
+            lines = embedding[:, :, 0].transpose(1, 2)  # (1, D, T' of the parameter)
+            lines = F.interpolate(lines, size=n_times, mode="linear", align_corners=False)
+            embedding = lines.transpose(1, 2).unsqueeze(2)  # (1, T', 1, D)
+        return patches + embedding
+
+    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        if from_scratch:
+            truncated_normal(self.embedding, generator)
+        else:
+            nn.init.zeros_(self.embedding)
+
+
+class Gate(Addition):
+    """Scales each channel, beside pretrained weights from nothing (LayerScale, arXiv:2103.17239)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return tokens * self.gate
+
+    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        nn.init.constant_(self.gate, float(from_scratch))
+
+
+class Bottleneck(Addition):
+    """Two linear layers with a narrow middle (adapters, arXiv:1902.00751)."""
+
+    is_map = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, bottleneck_width(width))
+        self.act = nn.GELU()
+        self.up = nn.Linear(bottleneck_width(width), width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        output: Tensor = self.up(self.act(self.down(tokens)))
+        return output
+
+    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        if not from_scratch:
+            nn.init.zeros_(self.up.weight)
+
+
+class TemporalConvolution(Bottleneck):
+    """A bottleneck whose middle is convolved over three times, each channel by itself.
+
+    A third of the channels starts by passing on the time before, a third the time after (a temporal shift,
+    arXiv:1811.08383), the rest their own. Source: ST-Adapter, arXiv:2206.13559, with a kernel over time alone
+    so that class tokens take part.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.kernel = nn.Parameter(torch.empty(3, bottleneck_width(width)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T', N, D) -> (B, T', N, D)."""
+        present = self.down(tokens)  # (B, T', N, d)
+        past = F.pad(present[:, :-1], (0, 0, 0, 0, 1, 0))  # (B, T', N, d), nothing before the first
+        future = F.pad(present[:, 1:], (0, 0, 0, 0, 0, 1))  # (B, T', N, d), nothing after the last
+        mixed = self.kernel[0] * past + self.kernel[1] * present + self.kernel[2] * future
+        output: Tensor = self.up(self.act(mixed))
+        return output
+
+    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        super().start(generator=generator, from_scratch=from_scratch)
+        nn.init.zeros_(self.kernel)
+        for time, channels in enumerate(self.kernel.tensor_split(3, dim=1)):
+            nn.init.ones_(channels[time])
+
+
+def bottleneck_width(width: int) -> int:
+    """d, from D."""
+    return max(1, width // BOTTLENECK)
+
+
+def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> None:
+    """Normal numbers of std 0.02, none beyond two deviations, from the inverse of their distribution.
+
+    `nn.init.trunc_normal_` draws other numbers from the same seed in other torch versions, and takes longer.
+    """
+    within = math.erf(2 / math.sqrt(2))
+    parameter.uniform_(-within, within, generator=generator).erfinv_().mul_(INIT_STD * math.sqrt(2))

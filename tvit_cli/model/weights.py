@@ -1,0 +1,148 @@
+"""Where pretrained weights lie: a file, a local folder, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tvit_cli.errors import ModelError
+
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_FILES = (CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Safetensors, the folder that they and perhaps their `config.json` lie in, and where they came from."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    revision: str | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights file; of several, that of their hashes, one a line, in the order of names."""
+        digests = []
+        for path in self.files:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def read_json(self, file_name: str) -> dict[str, Any]:
+        """The JSON object in a file of the folder, empty where there is no file. Raises ModelError."""
+        if not (self.folder / file_name).is_file():
+            return {}
+        try:
+            values = json.loads((self.folder / file_name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deep
+            raise ModelError(f"{self.name}: {file_name} cannot be read ({error}). Fetch it again.") from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{self.name}: {file_name} holds no JSON object. Fetch it again.")
+        return values
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All stored tensors by name; they are mapped from the files, not read. Raises ModelError."""
+        tensors: dict[str, Tensor] = {}
+        for path in self.files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{path}: cannot be read ({error}). The file may be truncated; fetch it again."
+                ) from error
+            if twice := found.keys() & tensors.keys():
+                raise ModelError(f"{self.name}: {min(twice)} is stored twice. Fetch the weights again.")
+            tensors |= found
+        return tensors
+
+
+def resolve_weights(name: str) -> WeightsSource:
+    """The weights called `name`: a safetensors file, a local folder, or a Hugging Face repository.
+
+    A repository is taken from the cache or the hub. Raises ModelError when there is neither, when there is no
+    network and nothing cached, when a folder holds no config or no safetensors, and for a pickle.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return WeightsSource(name, path, _weights_files(name, path))
+    if path.exists():
+        if path.suffix != ".safetensors":
+            raise ModelError(
+                f"{name}: this is a file, and no .safetensors. Name one, or the folder that holds it. "
+                f"{_how_to_convert(str(path.parent))}"
+            )
+        return WeightsSource(name, path.parent, (path,))
+    folder = _fetch(name)
+    return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
+
+
+def _fetch(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except HFValidationError as error:
+        raise ModelError(f"{name}: no such folder, and no name that a hub repository can have.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: no such folder, and no such public repository on the Hugging Face hub. Check the "
+            "spelling; for a private or gated one log in: hf auth login"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{name}: no such folder, not in the Hugging Face cache, and the hub cannot be reached. Connect "
+            f"once to fetch it, or copy its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that."
+        ) from error
+    except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
+        raise ModelError(
+            f"{name}: cannot be fetched from the Hugging Face hub ({error}). Try again."
+        ) from error
+
+
+def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{name}: {CONFIG_FILE} is missing. Copy it from where the weights came from.")
+    files = _shards(name, folder) if (folder / INDEX_FILE).is_file() else (folder / WEIGHTS_FILE,)
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise ModelError(f"{name}: {listed(absent)} missing. {_how_to_convert(name)}")
+    return files
+
+
+def _shards(name: str, folder: Path) -> tuple[Path, ...]:
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        shards = sorted({str(shard) for shard in index["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{name}: {INDEX_FILE} is no index of safetensors. Fetch it again.") from error
+    for shard in shards:
+        if PurePath(shard).name != shard or "\\" in shard:
+            raise ModelError(f"{name}: {INDEX_FILE} names {shard!r}, which is no file of this folder.")
+    return tuple(folder / shard for shard in shards)
+
+
+def _how_to_convert(name: str) -> str:
+    return (
+        "If the weights are a pickle (.bin), which can run code when opened, convert them once, in Python: from "
+        f"transformers import AutoModel; AutoModel.from_pretrained({name!r}).save_pretrained("
+        f"{PurePath(name).name + '-safetensors'!r})"
+    )
+
+
+def listed(names: list[str]) -> str:
+    """The first four names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
