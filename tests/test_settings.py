@@ -109,6 +109,8 @@ def test_lists_are_comma_separated() -> None:
     [
         ({"learning_rate": "-1"}, "--learning-rate: -1"),
         ({"learning_rate": "nan"}, "--learning-rate: nan"),
+        ({"random_erasing": "1.5"}, "--random-erasing: 1.5"),
+        ({"randaugment_magnitude": "11"}, "--randaugment-magnitude: 11"),
         ({"lora_dropout": "1"}, "--lora-dropout: 1"),
         ({"lora_bias": "some"}, "'none', 'lora_only' or 'all'"),
         ({"width": "64"}, "has a shape of its own"),

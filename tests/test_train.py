@@ -632,6 +632,9 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "class_weights": (UNEVEN, "balanced", weights_differ),
     "balanced_sampling": (UNEVEN, True, weights_differ),
     "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
+    "randaugment": ({}, 2, weights_differ),
+    "randaugment_magnitude": ({"randaugment": 2}, 3.0, weights_differ),
+    "random_erasing": ({}, 1.0, weights_differ),
     "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
     "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
     "save_every_steps": (

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvit_cli.data import transforms
+from tvit_cli.data.randaugment import OPERATIONS
 from tvit_cli.data.transforms import Augmentation, eval_transform, train_transform
 from tvit_cli.settings.card import Preprocessing
 
@@ -242,6 +243,57 @@ def test_boxes_of_a_frame_of_one_pixel_are_that_pixel() -> None:
     out = train([noise(0, 1, 1)], [(0, 0)])
     assert torch.isfinite(out).all()
     assert math.isclose(float(out[0, 0, 0].std()), 0, abs_tol=1e-6)
+
+
+def test_randaugment_comes_before_the_jitter_and_leaves_the_other_draws_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clips, keys = [noise(n) for n in range(6)], [(0, index) for index in range(6)]
+    off = train(clips, keys)
+    assert not torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(transforms, "randaugment", lambda pixels, **how: seen.append(pixels) or pixels)  # type: ignore[func-returns-value]
+    assert torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
+    assert all(pixels.dtype == torch.uint8 and pixels.shape == (4, 3, SIZE, SIZE) for pixels in seen)
+
+
+def test_what_comes_in_from_outside_the_frame_is_the_mean_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = {"translate_x": OPERATIONS["translate_x"]}
+    monkeypatch.setattr("tvit_cli.data.randaugment.OPERATIONS", move)
+    one = replace(STILL, randaugment=1, randaugment_magnitude=10.0)
+    out = train([colour(255, 255, 255)] * 8, [(0, index) for index in range(8)], one, card("squash"))
+    sides = out[:, 0, :, 16, [0, -1]]
+    assert torch.allclose(sides.abs().amin(dim=(1, 2)), torch.zeros(8), atol=0.01)  # rounded to a 255th
+    assert {int(side) for side in sides.abs().amin(dim=1).argmin(dim=1)} == {0, 1}
+
+
+def test_erasing_leaves_one_box_of_the_mean_colour_through_all_frames() -> None:
+    clips, keys = [noise(n) for n in range(120)], [(0, index) for index in range(120)]
+    untouched = train(clips, keys)
+    assert torch.equal(train(clips, keys, replace(Augmentation(), random_erasing=0.0)), untouched)
+    out = train(clips, keys, replace(Augmentation(), random_erasing=1.0))
+    areas, aspects, where = [], [], torch.zeros(SIZE, SIZE)
+    for clip, before in zip(out, untouched, strict=True):
+        erased = (clip == 0).all(1).all(0)  # (S, S)
+        assert torch.equal(clip[..., ~erased], before[..., ~erased])
+        rows, columns = erased.any(1), erased.any(0)
+        assert torch.equal(erased, rows[:, None] & columns)
+        areas.append(erased.float().mean().item())
+        aspects.append((rows.sum() / columns.sum()).item())
+        where += erased
+    assert 0.01 < min(areas) < 0.06 and 0.25 < max(areas) < 0.36
+    assert 0.2 < min(aspects) < 0.5 and 2 < max(aspects) < 4.5
+    assert where.sum(0).min() > 0 and where.sum(1).min() > 0
+
+
+def test_clips_are_erased_as_often_as_asked_and_the_same_ones_in_any_batch() -> None:
+    clips, keys = [noise(n) for n in range(100)], [(2, index) for index in range(100)]
+    some = replace(Augmentation(), random_erasing=0.3)
+    out = train(clips, keys, some)
+    erased = [bool((clip == 0).all(1).any()) for clip in out]
+    assert 18 <= sum(erased) <= 42
+    for number in range(5):
+        assert torch.equal(train([clips[number]], [keys[number]], some)[0], out[number])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,20 +9,16 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tvit_cli.data.draws import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.sampling import clip_places, indices_on_grid, segment_indices
 from tvit_cli.data.video import Clip, read_clip
 from tvit_cli.errors import VideoError
-
-# Keys that keep the draws of one (seed, epoch, index) apart; transforms.py has its own.
-_DRAW_OFFSETS = 0
-_DRAW_ORDER = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +118,7 @@ class ClipDataset(Dataset[ClipItem]):
         if self._clips_per_video > 1:
             frames = frames.view(-1, self._clips_per_video, *frames.shape[1:]).transpose(0, 1).flatten(0, 1)
         if self._shuffle_frames:
-            order = _generator(self._seed, _DRAW_ORDER, index).permutation(self._n_frames)
+            order = draw_generator(self._seed, Kind.ORDER, index).permutation(self._n_frames)
             frames = frames.view(-1, self._n_frames, *frames.shape[1:])[:, torch.from_numpy(order)].flatten(
                 0, 1
             )
@@ -131,7 +127,7 @@ class ClipDataset(Dataset[ClipItem]):
 
     def _read(self, epoch: int, index: int) -> Clip:
         if self._training:
-            takes = [_generator(self._seed, _DRAW_OFFSETS, epoch, index).random(self._n_frames).tolist()]
+            takes = [draw_generator(self._seed, Kind.OFFSETS, epoch, index).random(self._n_frames).tolist()]
         else:
             takes = [[place] * self._n_frames for place in clip_places(self._clips_per_video)]
 
@@ -176,8 +172,3 @@ def ignore_stop_signals(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _generator(seed: int, *key: int) -> np.random.Generator:
-    """Well mixed for neighbouring seeds and keys, unlike `seed + index`."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

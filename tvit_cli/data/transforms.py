@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvit_cli.data.draws import Kind, draw_generator
+from tvit_cli.data.randaugment import LUMA, randaugment
 from tvit_cli.settings.card import Preprocessing
 
-_DRAW_AUGMENTATION = 2  # keeps these draws of (seed, epoch, index) apart from clips.py's
-_BOX_ATTEMPTS = 10  # boxes drawn before the largest fitting one is taken, as in torchvision
+_BOX_ATTEMPTS = 10  # boxes drawn before the largest fitting one (a crop) or none (erasing), as in torchvision
+_ERASED_AREA = (0.02, 0.33)  # of the frame; this and height to width are torchvision's RandomErasing
+_ERASED_RATIO = (0.3, 3.3)
 
-_GREY = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # luma of ITU-R BT.601
 _RGB_TO_YIQ = torch.tensor(  # NTSC; rows I and Q sum to zero, so that turning them leaves grey alone
     [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64
 )
@@ -32,7 +34,8 @@ class Augmentation:
 
     `crop_scale` is a share of the frame's area, `crop_ratio` width to height of the box (under `squash`,
     beside that of the frame), `horizontal_flip` a probability. Brightness, contrast and saturation draw a
-    factor from 1 - x to 1 + x, hue a turn of the colour circle from -x to x.
+    factor from 1 - x to 1 + x, hue a turn of the colour circle from -x to x. `randaugment` is a number of
+    operations, their magnitude 0 to 10; `random_erasing` a probability.
     """
 
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -42,6 +45,9 @@ class Augmentation:
     contrast: float = 0.2
     saturation: float = 0.2
     hue: float = 0.0
+    randaugment: int = 0
+    randaugment_magnitude: float = 9.0
+    random_erasing: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +73,34 @@ def train_transform(
     seed: int,
     device: torch.device,
 ) -> Tensor:
-    """Random-resized crop, flip, colour jitter, normalisation: uint8 (T, C, H, W) each -> (B, T, C, S, S).
+    """Each clip, uint8 (T, C, H, W), augmented and normalised: (B, T, C, S, S).
 
-    What is drawn depends on (seed, epoch, index) and the frame's size alone: not on the batch, the worker or
-    the device. All frames of a clip share it.
+    Random-resized crop, flip, RandAugment, colour jitter, normalisation, random erasing. What is drawn depends
+    on (seed, epoch, index) and the frame's size alone: not on the batch, the worker or the device. All frames
+    of a clip share it.
     """
+    fill = 255 * torch.tensor(preprocessing.mean)
     size = preprocessing.frame_size
     batch = _empty(clips, size, device)
     for out, clip, epoch, index in zip(batch, clips, epochs.tolist(), indices.tolist(), strict=True):
         draw = _draw(augmentation, preprocessing, clip.shape[2:], seed, epoch, index)
         pixels = _resized(_boxed(clip, draw.box), (size, size), device)
-        _jitter(pixels.flip(3) if draw.flip else pixels, draw, out)
+        if draw.flip:
+            pixels = pixels.flip(3)
+        if augmentation.randaugment:
+            pixels = randaugment(
+                pixels,
+                operations=augmentation.randaugment,
+                magnitude=augmentation.randaugment_magnitude,
+                fill=fill,
+                seed=seed,
+                epoch=epoch,
+                index=index,
+            )
+        _jitter(pixels, draw, out)
         _normalise(out, preprocessing)
+        if augmentation.random_erasing:
+            _erase(out, augmentation.random_erasing, draw_generator(seed, Kind.ERASING, epoch, index))
     return batch
 
 
@@ -126,8 +148,7 @@ def _draw(
     epoch: int,
     index: int,
 ) -> _Draw:
-    key = (_DRAW_AUGMENTATION, epoch, index)
-    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+    generator = draw_generator(seed, Kind.AUGMENTATION, epoch, index)
     # Each kind of change draws whether it is on or not: switching one off leaves the others as they were.
     flip = bool(generator.random() < augmentation.horizontal_flip)
     brightness, contrast, saturation, hue = generator.uniform(-1, 1, size=4).tolist()
@@ -194,13 +215,13 @@ def _jitter(pixels: Tensor, draw: _Draw, out: Tensor) -> None:
     matrix = _hue_matrix(draw.hue) @ _saturation_matrix(draw.saturation) * draw.contrast * draw.brightness
     frames = len(pixels)
     torch.bmm(matrix.to(out).expand(frames, 3, 3), pixels.flatten(2), out=out.view(frames, 3, -1))
-    mean_grey = _GREY.to(out) @ pixels.mean(dim=(0, 2, 3))
+    mean_grey = LUMA.to(out) @ pixels.mean(dim=(0, 2, 3))
     out.add_(mean_grey * ((1 - draw.contrast) * draw.brightness)).clamp_(0, 255)
 
 
 def _saturation_matrix(factor: float) -> Tensor:
     """Moves each pixel along the line from its grey to its colour."""
-    return factor * torch.eye(3, dtype=torch.float64) + (1 - factor) * _GREY.expand(3, 3)
+    return factor * torch.eye(3, dtype=torch.float64) + (1 - factor) * LUMA.expand(3, 3)
 
 
 def _hue_matrix(turn: float) -> Tensor:
@@ -216,3 +237,29 @@ def _normalise(pixels: Tensor, preprocessing: Preprocessing) -> None:
     mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(preprocessing.std, dtype=torch.float64).view(3, 1, 1)
     pixels.sub_((255 * mean).to(pixels)).mul_((1 / (255 * std)).to(pixels))
+
+
+def _erase(pixels: Tensor, probability: float, generator: np.random.Generator) -> None:
+    """With that probability, in place: 0 in one box through all frames (arXiv:1708.04896).
+
+    See Note [What erasing leaves].
+    """
+    if generator.random() >= probability:
+        return
+    side = pixels.shape[-1]
+    low, high = (math.log(ratio) for ratio in _ERASED_RATIO)
+    for _ in range(_BOX_ATTEMPTS):
+        area = side**2 * generator.uniform(*_ERASED_AREA)
+        aspect = math.exp(generator.uniform(low, high))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < height < side and 0 < width < side:
+            top, left = generator.integers((side - height + 1, side - width + 1)).tolist()
+            pixels[..., top : top + height, left : left + width] = 0
+            return
+
+
+# Note [What erasing leaves]
+# The box is filled with 0, which after normalisation is the mean colour of the data that the backbone was trained
+# on. The paper also fills with noise, and finds that slightly better for images. Noise for a clip would either
+# be one picture for all frames, a texture that stands still whatever the motion, or flicker; and drawn on the
+# device it would differ between devices. A measured gain would change this.

@@ -316,6 +316,9 @@ def _augmentation(settings: TrainSettings) -> Augmentation:
         contrast=settings.contrast,
         saturation=settings.saturation,
         hue=settings.hue,
+        randaugment=settings.randaugment,
+        randaugment_magnitude=settings.randaugment_magnitude,
+        random_erasing=settings.random_erasing,
     )
 
 

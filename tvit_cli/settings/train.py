@@ -401,6 +401,27 @@ class TrainSettings(DataSettings):
         description="Stop after so many epochs without a better validation result",
         json_schema_extra=about(REGULARISATION, resettable=True),
     )
+    randaugment: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="RandAugment: operations drawn for each clip, beside the colour jitter",
+        json_schema_extra=about(REGULARISATION),
+    )
+    randaugment_magnitude: float = Field(
+        9.0,
+        ge=0,
+        le=10,
+        description="Magnitude of RandAugment's operations",
+        json_schema_extra=about(REGULARISATION),
+    )
+    random_erasing: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability of erasing one box of a clip, through all frames",
+        json_schema_extra=about(REGULARISATION),
+    )
 
     # Checkpoints
     checkpoint_dir: str = Field(
