@@ -78,8 +78,87 @@ def test_a_plan_goes_on_from_any_step() -> None:
         assert list(plan().micro_batches(step)) == [b for b in whole if b.step >= step]
 
 
+def partners(processes: int, **changes: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """Key of each clip that counts -> key of its partner, over all processes; every read key is wanted."""
+    found = {}
+    for rank in range(processes):
+        for batch in plan(processes=processes, rank=rank, pairs=1, **changes).micro_batches():
+            read = batch.keys + batch.extra
+            assert len(read) == len(set(read)) and len(batch.partners) == len(batch.keys)
+            assert set(range(len(batch.keys), len(read))) <= set(batch.partners)
+            assert batch.real <= len(batch.keys) <= changes.get("batch_size", 2)
+            for key, partner in list(zip(batch.keys, batch.partners, strict=True))[: batch.real]:
+                found[key] = read[partner]
+    return found
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"processes": 1, "batch_size": 1, "accumulation": 8},
+        {"processes": 2, "batch_size": 4, "accumulation": 1},
+        {"processes": 4, "batch_size": 1, "accumulation": 2},
+        {"processes": 2, "batch_size": 2, "accumulation": 2},
+    ],
+)
+def test_partners_are_the_same_however_an_update_is_cut(cut: dict[str, int]) -> None:
+    whole = partners(processes=1, batch_size=8, accumulation=1)
+    assert partners(**cut) == whole
+    assert windows(**cut, pairs=1) == windows(processes=1, batch_size=8, accumulation=1)
+    assert len(whole) == 21 * 3
+    assert all(key != partner and key[0] == partner[0] for key, partner in whole.items())
+    assert sum(whole[partner] == key for key, partner in whole.items()) == 60  # 21 is odd: one joins a pair
+
+
+def test_pairs_are_read_by_one_process_and_nothing_is_read_twice() -> None:
+    facts = {"clips": 64, "batch_size": 4, "accumulation": 2, "processes": 4, "pairs": 1}
+    for rank in range(4):
+        batches = list(plan(**facts, rank=rank).micro_batches())
+        assert all(not b.extra and b.real == 4 for b in batches)
+    odd = [
+        b for rank in range(2) for b in plan(batch_size=3, processes=2, rank=rank, pairs=1).micro_batches()
+    ]
+    assert any(b.extra for b in odd)
+
+
+def test_a_clip_that_is_alone_in_its_window_is_its_own_partner() -> None:
+    (batch,) = plan(clips=1, epochs=1, pairs=1).micro_batches()
+    assert (batch.keys, batch.extra, batch.partners) == (((0, 0),), (), (0,))
+
+
+def test_pairs_are_drawn_anew_in_every_epoch() -> None:
+    pairs = partners(processes=1, batch_size=8, accumulation=1)
+    by_epoch = [{k[1]: v[1] for k, v in pairs.items() if k[0] == epoch} for epoch in range(3)]
+    assert by_epoch[0] != by_epoch[1] != by_epoch[2]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_repeats_of_a_video_are_in_one_window_under_keys_of_their_own(processes: int) -> None:
+    found = windows(processes, batch_size=12 // processes, accumulation=1, repeats=3)
+    assert len(found) == plan(batch_size=12, accumulation=1, repeats=3).total_steps == 6 * 3
+    for step, keys in found.items():
+        epoch = step // 6
+        videos = {index for _, index in keys}
+        assert sorted(keys) == sorted((epoch + 3 * n, index) for n in range(3) for index in videos)
+    every = [key for keys in found.values() for key in keys]
+    assert len(set(every)) == len(every) == 21 * 3 * 3
+    assert partners(processes, batch_size=12 // processes, accumulation=1, repeats=3).keys() == set(every)
+
+
+def test_once_each_is_what_there_was_before_repeats() -> None:
+    assert list(plan(repeats=1).micro_batches()) == list(plan().micro_batches())
+    first = {
+        step: [k for k in keys if k[0] < 3] for step, keys in windows(1, batch_size=8, repeats=2).items()
+    }
+    assert first == windows(1, batch_size=8, accumulation=1)  # half of a window that is twice as large
+
+
 def test_the_loader_is_given_the_keys_of_the_plan() -> None:
     assert list(BatchKeys(plan(), 4)) == [list(b.keys) for b in plan().micro_batches(4)]
+    paired = plan(batch_size=3, pairs=1)
+    read = list(BatchKeys(paired, 4))
+    assert read == [[*b.keys, *b.extra] for b in paired.micro_batches(4)]
+    assert max(map(len, read)) == 4
 
 
 UNEVEN = (0,) * 12 + (1,) * 7 + (2,) * 2  # the classes of 21 clips
@@ -116,3 +195,10 @@ def test_a_balanced_plan_goes_on_from_any_step() -> None:
     whole = list(plan(balance=UNEVEN).micro_batches())
     for step in range(plan().total_steps + 1):
         assert list(plan(balance=UNEVEN).micro_batches(step)) == [b for b in whole if b.step >= step]
+
+
+def test_repeats_of_a_balanced_plan_have_keys_of_their_own() -> None:
+    keys = [k for b in plan(balance=UNEVEN, repeats=2, pairs=1).micro_batches() for k in b.keys[: b.real]]
+    assert len(keys) == len(set(keys)) == 3 * 21 * 2
+    once = {k for b in plan(balance=UNEVEN).micro_batches() for k in b.keys if k[0] < 3}
+    assert once <= set(keys)

@@ -109,8 +109,10 @@ def test_lists_are_comma_separated() -> None:
     [
         ({"learning_rate": "-1"}, "--learning-rate: -1"),
         ({"learning_rate": "nan"}, "--learning-rate: nan"),
+        ({"mixup": "-0.1"}, "--mixup: -0.1"),
         ({"random_erasing": "1.5"}, "--random-erasing: 1.5"),
         ({"randaugment_magnitude": "11"}, "--randaugment-magnitude: 11"),
+        ({"repeats": "3"}, "--repeats 3: it should divide the 8 clips of an update per GPU"),
         ({"lora_dropout": "1"}, "--lora-dropout: 1"),
         ({"lora_bias": "some"}, "'none', 'lora_only' or 'all'"),
         ({"width": "64"}, "has a shape of its own"),

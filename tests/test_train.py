@@ -118,24 +118,41 @@ def test_without_validation_the_last_epoch_is_kept(trained: Run) -> None:
     assert "val_loss" not in records(result)[0]
 
 
-def test_accumulated_micro_batches_give_the_update_of_one_batch(trained: Run) -> None:
-    one = last_weights(trained(per_gpu_batch_size=8, lora_dropout=0.0))
-    cut = last_weights(trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, lora_dropout=0.0))
-    whole = last_weights(trained(per_gpu_batch_size=9, lora_dropout=0.0))
+# What is drawn for each clip, and what joins two of them: none of it may depend on how the work is cut up.
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "randaugment": 2, "random_erasing": 0.5, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("changes", [{}, MIXED, {**MIXED, "repeats": 3}], ids=["plain", "mixed", "repeated"])
+def test_accumulated_micro_batches_give_the_update_of_one_batch(
+    trained: Run, changes: dict[str, Any]
+) -> None:
+    facts = {"lora_dropout": 0.0, **changes}
+    one = last_weights(trained(per_gpu_batch_size=6, **facts))
+    cut = last_weights(trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, **facts))
+    whole = last_weights(trained(per_gpu_batch_size=9, **facts))
     assert all(
         torch.allclose(cut[k], whole[k], atol=2e-4) for k in whole
     )  # 12 clips: the last window is partial
     assert not all(torch.allclose(one[k], whole[k], atol=2e-4) for k in whole)
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(trained: Run) -> None:
-    whole = trained(epochs=4, save_checkpoint_interval=2)
-    half = trained(epochs=4, save_checkpoint_interval=2)
-    shutil.rmtree(list_checkpoints(half.run / "checkpoints")[-1])
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({}, 6), ({**MIXED, "repeats": 2, "save_every_steps": 5}, 10)],
+    ids=["plain", "mixed, within an epoch"],
+)
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
+    trained: Run, changes: dict[str, Any], kept: int
+) -> None:
+    facts = {"epochs": 4, "save_checkpoint_interval": 2, **changes}
+    whole = trained(**facts)
+    half = trained(**facts, num_workers=2)
+    checkpoints = half.run / "checkpoints"
+    for path in list_checkpoints(checkpoints):
+        if path.name > f"step-{kept:06d}":
+            shutil.rmtree(path)
     shutil.rmtree(half.model)
-    again = trained(
-        epochs=4, save_checkpoint_interval=2, resume_from_checkpoint=str(half.run / "checkpoints/step-000006")
-    )
+    again = trained(**facts, resume_from_checkpoint=str(checkpoints / f"step-{kept:06d}"))
     assert again.run == half.run
     assert same(last_weights(again), last_weights(whole))
     assert [without_clock(r) for r in records(again)] == [without_clock(r) for r in records(whole)]
@@ -201,7 +218,8 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
 def test_two_processes_take_the_steps_of_one_and_one_of_them_speaks(
     trained: Run, tmp_path: Path, clips: Path, pretrained: Path
 ) -> None:
-    facts = {"epochs": 3, "lora_dropout": 0.0, "per_gpu_batch_size": 5, "experiment_name": "one"}
+    # 5 clips each of 10: partners lie in the other process, too.
+    facts = {"epochs": 3, "lora_dropout": 0.0, "per_gpu_batch_size": 5, "experiment_name": "one", **MIXED}
     one = trained(**facts, gradient_accumulation_steps=2)
     own = settings(
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts
@@ -632,9 +650,12 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "class_weights": (UNEVEN, "balanced", weights_differ),
     "balanced_sampling": (UNEVEN, True, weights_differ),
     "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
+    "mixup": ({}, 0.8, weights_differ),
+    "cutmix": ({}, 1.0, weights_differ),
     "randaugment": ({}, 2, weights_differ),
     "randaugment_magnitude": ({"randaugment": 2}, 3.0, weights_differ),
     "random_erasing": ({}, 1.0, weights_differ),
+    "repeats": ({}, 2, lambda a, b: (records(a)[0]["step"], records(b)[0]["step"]) == (3, 6)),
     "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
     "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
     "save_every_steps": (

@@ -2,6 +2,15 @@
 
 A *window* is the clips of one optimizer update, over all processes and micro-batches. Its clips depend on the
 seed, the epoch and its place in the epoch only, so the update is the same however it is cut up.
+
+Note [Partners]
+    Mixup and CutMix give each clip a partner. Were it taken from the micro-batch, as image trainers do, the update
+    would change with the batch size and the number of processes; were it drawn from all videos, each clip
+    would cost the reading of a second. Here clips are partners two by two in the order of the window: that order
+    is a random one, so a partner is as random as a drawn one, and it is the same however the window is cut. Pairs
+    are dealt to one process and one micro-batch, so that both are read, and transformed, once; a clip whose
+    partner lies elsewhere (odd batch sizes, the last clip of an odd window) brings it along as an `extra` key.
+    What two clips share of each other is drawn for each by itself: (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -24,12 +33,15 @@ class MicroBatch:
     """One process's share of one forward pass.
 
     The first `real` of `keys` count; a process that has none left reads a clip of the window again, with no
-    weight, so that all processes take the same number of forward passes.
+    weight, so that all processes take the same number of forward passes. Where clips are mixed, `partners` has
+    for each of `keys` the place of its partner in `keys + extra`, else nothing.
     """
 
     epoch: int
     step: int
     keys: tuple[Key, ...]
+    extra: tuple[Key, ...]
+    partners: tuple[int, ...]
     real: int
     window_clips: int
     closes_window: bool
@@ -41,6 +53,8 @@ class BatchPlan:
     """The micro-batches of a run for one of `processes` processes.
 
     With `balance`, the class of every clip, an epoch has equally many of each class (`balanced_order`).
+    With `pairs` each clip has a partner: see Note [Partners]. With `repeats`, which divides the clips of a window,
+    each clip is in its window that many times, under a key of its own each time.
     """
 
     clips: int
@@ -51,11 +65,13 @@ class BatchPlan:
     epochs: int
     seed: int
     balance: tuple[int, ...] | None = None
+    pairs: bool = False
+    repeats: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer updates per epoch; the last may have fewer clips."""
-        return -(-self.clips // self._window)
+        return -(-self.clips // self._videos_per_window)
 
     @property
     def total_steps(self) -> int:
@@ -68,12 +84,14 @@ class BatchPlan:
             order = self._order(epoch)
             first = epoch * self.steps_per_epoch
             for step in range(max(first, first_step), first + self.steps_per_epoch):
-                start = (step - first) * self._window
-                yield from self._window_batches(epoch, step, order[start : start + self._window])
+                start = (step - first) * self._videos_per_window
+                once = order[start : start + self._videos_per_window]
+                keys = [self._again(key, number) for number in range(self.repeats) for key in once]
+                yield from self._window_batches(epoch, step, keys)
 
     @property
-    def _window(self) -> int:
-        return self.batch_size * self.accumulation * self.processes
+    def _videos_per_window(self) -> int:
+        return self.batch_size * self.accumulation * self.processes // self.repeats
 
     def _order(self, epoch: int) -> list[Key]:
         generator = np.random.default_rng([self.seed, epoch])
@@ -86,17 +104,28 @@ class BatchPlan:
             times[index] += 1
         return keys
 
+    def _again(self, key: Key, number: int) -> Key:
+        """The key of a clip's repeat: the numbers of its readings in an epoch stay apart."""
+        times, epoch = divmod(key[0], self.epochs)
+        return epoch + (times * self.repeats + number) * self.epochs, key[1]
+
     def _window_batches(self, epoch: int, step: int, window: list[Key]) -> Iterator[MicroBatch]:
         wide = self.batch_size * self.processes
         passes = -(-len(window) // wide)
+        dealt = 2 if self.pairs and self.batch_size % 2 == 0 else 1  # clips at a time
         for number in range(passes):
-            shared = window[number * wide : (number + 1) * wide]
-            own = shared[self.rank :: self.processes]
+            shared = range(number * wide, min((number + 1) * wide, len(window)))
+            own = [place for n, place in enumerate(shared) if n // dealt % self.processes == self.rank]
+            read = own or [0]
+            partners = [_partner(place, len(window)) for place in own] or [0] if self.pairs else []
+            extra = sorted(set(partners) - set(read))
             last = number == passes - 1
             yield MicroBatch(
                 epoch=epoch,
                 step=step,
-                keys=tuple(own or window[:1]),
+                keys=tuple(window[place] for place in read),
+                extra=tuple(window[place] for place in extra),
+                partners=tuple((read + extra).index(partner) for partner in partners),
                 real=len(own),
                 window_clips=len(window),
                 closes_window=last,
@@ -104,8 +133,14 @@ class BatchPlan:
             )
 
 
+def _partner(place: int, clips: int) -> int:
+    """The other clip of a pair; of an odd number of clips, the last joins the pair before. 0 1 2 -> 1 0 1"""
+    other = place ^ 1
+    return other if other < clips else max(place - 1, 0)
+
+
 class BatchKeys:
-    """A DataLoader's batch sampler: the keys of a plan's micro-batches."""
+    """A DataLoader's batch sampler: the keys of a plan's micro-batches, partners included."""
 
     def __init__(self, plan: BatchPlan, first_step: int) -> None:
         self.plan = plan
@@ -113,4 +148,4 @@ class BatchKeys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         for batch in self.plan.micro_batches(self.first_step):
-            yield list(batch.keys)
+            yield [*batch.keys, *batch.extra]

@@ -16,12 +16,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, collate, ignore_stop_signals
 from tvit_cli.data.layout import Video
-from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
 from tvit_cli.engine.build import Built
 from tvit_cli.engine.checkpoint import (
@@ -34,8 +32,10 @@ from tvit_cli.engine.checkpoint import (
 from tvit_cli.engine.clock import Clock
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import EpochDone, Note, Progress, Report, StepDone
+from tvit_cli.engine.inputs import make_inputs, short_side
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals
 from tvit_cli.engine.metrics import Tally, video_metrics
+from tvit_cli.engine.objective import clip_losses, window_share
 from tvit_cli.engine.optim import learning_rate_at, set_rates
 from tvit_cli.engine.run import Run, identity
 from tvit_cli.engine.scoring import batches, merge_scores, score
@@ -125,30 +125,24 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
     settings = loop.settings
     for index, reason in batch.errors:
         _report_unreadable(loop, loop.source.readable("train")[index], reason)
-    torch.manual_seed(_mix(settings.seed, planned, loop.plan.rank))  # all dropout: no state to store
-    clips = train_transform(
-        batch.clips,
-        batch.epochs,
-        batch.indices,
-        augmentation=_augmentation(settings),
-        preprocessing=loop.built.preprocessing,
-        seed=settings.seed,
-        device=loop.device,
+    torch.manual_seed(_mix(settings.seed, planned, loop.plan))  # all dropout: no state to store
+    clips, targets = make_inputs(
+        planned, batch, settings=settings, preprocessing=loop.built.preprocessing, device=loop.device
     )
-    labels = batch.labels.to(loop.device, non_blocking=True)
-    weights = batch.weights.clone()
-    weights[planned.real :] = 0
-    weights = weights.to(loop.device, non_blocking=True)
     with nullcontext() if planned.closes_window else loop.accelerator.no_sync(loop.model):
         with loop.accelerator.autocast():
             logits = loop.model(clips)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        losses = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="none")
-        losses = losses * loop.class_weights[labels]
-        loss = (losses * weights).sum() / planned.window_clips
+        losses = clip_losses(
+            logits,
+            targets,
+            class_weights=loop.class_weights,
+            label_smoothing=settings.label_smoothing,
+        )
+        loss = window_share(losses, targets, window_clips=planned.window_clips)
         # DDP divides the sum of the gradients by the number of processes; the window is already divided by.
         loop.accelerator.backward(loss * loop.plan.processes)
-    loop.tally.add(logits.detach(), losses.detach(), labels, weights)
+    loop.tally.add(logits.detach(), losses.detach(), targets.main, targets.weights)
     return loss.detach()
 
 
@@ -286,7 +280,7 @@ def _loader(loop: Loop) -> DataLoader[ClipItem]:
         loop.source.readable("train"),
         loop.source.layout.labels,
         n_frames=loop.settings.n_frames,
-        short_side=_short_side(loop.settings),
+        short_side=short_side(loop.settings),
         seed=loop.settings.seed,
         training=True,
         store=loop.source.store,
@@ -300,25 +294,6 @@ def _loader(loop: Loop) -> DataLoader[ClipItem]:
         worker_init_fn=ignore_stop_signals,
         pin_memory=loop.device.type == "cuda",
         generator=torch.Generator(),  # else iterating draws from the global one
-    )
-
-
-def _short_side(settings: TrainSettings) -> int:
-    """Short side of the frames that workers hand over: the smallest crop still has the model's resolution."""
-    return math.ceil(settings.img_size / math.sqrt(settings.crop_scale_min))
-
-
-def _augmentation(settings: TrainSettings) -> Augmentation:
-    return Augmentation(
-        crop_scale=(settings.crop_scale_min, 1.0),
-        horizontal_flip=settings.horizontal_flip,
-        brightness=settings.brightness,
-        contrast=settings.contrast,
-        saturation=settings.saturation,
-        hue=settings.hue,
-        randaugment=settings.randaugment,
-        randaugment_magnitude=settings.randaugment_magnitude,
-        random_erasing=settings.random_erasing,
     )
 
 
@@ -363,9 +338,10 @@ def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics["val_video_top1"], -metrics["val_loss"]
 
 
-def _mix(seed: int, planned: MicroBatch, rank: int) -> int:
-    """A well mixed 63-bit seed for one forward pass of one process."""
-    entropy = [seed, planned.step, planned.keys[0][1], rank]
+def _mix(seed: int, planned: MicroBatch, plan: BatchPlan) -> int:
+    """A well mixed 63-bit seed for one forward pass of one process: of its first key, which no other has."""
+    epoch, index = planned.keys[0]
+    entropy = [seed, planned.step, index + epoch // plan.epochs * plan.clips, plan.rank]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 

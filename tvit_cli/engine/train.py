@@ -168,6 +168,8 @@ def _prepare(
         epochs=settings.epochs,
         seed=settings.seed,
         balance=targets if settings.balanced_sampling else None,
+        pairs=settings.mixup > 0 or settings.cutmix > 0,
+        repeats=settings.repeats,
     )
     even = settings.class_weights == "none"
     weights = [1.0] * len(labels) if even else class_weights(targets, len(labels))

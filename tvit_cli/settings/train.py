@@ -401,6 +401,21 @@ class TrainSettings(DataSettings):
         description="Stop after so many epochs without a better validation result",
         json_schema_extra=about(REGULARISATION, resettable=True),
     )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Blend each clip with another: alpha of the Beta distribution of its share; 0 is off",
+        json_schema_extra=about(REGULARISATION),
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Paste a box of another clip, through all frames: alpha as for --mixup; 0 is off. "
+        "With both, each clip draws which",
+        json_schema_extra=about(REGULARISATION),
+    )
     randaugment: int = Field(
         0,
         ge=0,
@@ -420,6 +435,13 @@ class TrainSettings(DataSettings):
         ge=0,
         le=1,
         description="Probability of erasing one box of a clip, through all frames",
+        json_schema_extra=about(REGULARISATION),
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Times that each video is in an update, drawn and augmented anew each time",
         json_schema_extra=about(REGULARISATION),
     )
 
@@ -489,6 +511,12 @@ class TrainSettings(DataSettings):
         if self.frame_grid is not None and self.frame_grid < self.n_frames:
             raise ValueError(
                 f"--frame-grid {self.frame_grid}: it should be at least --n-frames {self.n_frames}"
+            )
+        update = self.per_gpu_batch_size * self.gradient_accumulation_steps
+        if update % self.repeats:
+            raise ValueError(
+                f"--repeats {self.repeats}: it should divide the {update} clips of an update per GPU "
+                "(--per-gpu-batch-size × --gradient-accumulation-steps)"
             )
         if self.n_frames % self.tubelet_size:
             raise ValueError(
