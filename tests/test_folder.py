@@ -248,3 +248,20 @@ def test_no_model_to_be_found_says_how_to_get_one(tmp_path: Path) -> None:
         find_newest_model(tmp_path)
     with pytest.raises(ModelError, match="no trained model"):
         find_newest_model(tmp_path / "nowhere")
+
+
+def test_what_a_killed_process_left_is_swept_and_a_model_it_moved_aside_goes_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    half = folder.parent / ".model.writing"
+    (half / "new").mkdir(parents=True)
+    (half / "new" / "model.safetensors").write_bytes(b"half")
+    folder.rename(half / "old")  # killed after it was moved aside, before the new one took its place
+    monkeypatch.setattr(folder_module, "save_file", full)
+    with pytest.raises(RunError):
+        save_model(folder, trained().state_dict(), CARD)
+    assert load_card(folder).labels == CARD.labels
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,12 +132,18 @@ def _may_be_replaced(folder: Path) -> bool:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed.
+
+    What a process that was killed left of an earlier try is swept first; a model that it had already moved
+    aside goes back to its place.
+    """
+    work = folder.parent / f".{folder.name}.writing"
     new, old = work / "new", work / "old"
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        new.mkdir()
+        new.mkdir(parents=True)
         yield new
         for path in (*new.iterdir(), new):
             _sync(path)
