@@ -174,7 +174,8 @@ def test_a_model_folder_with_a_missing_file_names_it(trained: TrainResult, tmp_p
             evaluate(settings(trained, model=folder))
 
 
-def test_scores_of_several_processes_are_those_of_one(trained: TrainResult) -> None:
+@pytest.mark.parametrize("count", [7, 8, 9, 13])
+def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained: TrainResult, count: int) -> None:
     from tvit_cli.engine.source import open_source
     from tvit_cli.engine.trained import open_trained
 
@@ -187,7 +188,8 @@ def test_scores_of_several_processes_are_those_of_one(trained: TrainResult) -> N
         split=1,
         report=lambda event: None,
     )
-    videos = source.layout.subset("train")[:7]
+    videos = source.layout.videos[:count]
+    assert len(videos) == count
 
     def score(rank: int, processes: int) -> scoring.Scores:
         return scoring.score(
@@ -196,17 +198,17 @@ def test_scores_of_several_processes_are_those_of_one(trained: TrainResult) -> N
             opened.card.labels,
             opened.card.preprocessing,
             device=opened.device,
-            batch_size=2,
+            batch_size=4,
             workers=0,
             rank=rank,
             processes=processes,
         )
 
-    one, parts = score(0, 1), [score(rank, 3) for rank in range(3)]
-    merged = scoring.merge_scores(parts)
-    assert merged.indices.tolist() == list(range(7))
-    assert torch.equal(merged.labels, one.labels)
-    assert torch.allclose(merged.logits, one.logits, atol=1e-5)
+    one = score(0, 1)
+    for processes in (2, 3, 5):
+        merged = scoring.merge_scores([score(rank, processes) for rank in range(processes)])
+        assert merged.indices.tolist() == list(range(count))
+        assert torch.equal(merged.labels, one.labels) and torch.equal(merged.logits, one.logits)
 
 
 def test_nothing_readable_is_an_error_and_not_a_number(trained: TrainResult, tmp_path: Path) -> None:

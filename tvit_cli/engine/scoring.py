@@ -74,7 +74,11 @@ def score(
     store: FrameStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Score this process's share of the videos: every `processes`-th, from `rank` on."""
+    """Score this process's share of the videos: every `processes`-th batch, from `rank` on.
+
+    The batches are the same for any number of processes, and with them each logit: the last bits of a row depend on
+    how many rows are computed together.
+    """
     dataset = ClipDataset(
         videos,
         labels,
@@ -87,11 +91,13 @@ def score(
         grid=preprocessing.frame_grid,
         clips_per_video=views.clips_per_video,
     )
-    keys = [(0, index) for index in range(rank, len(videos), processes)]
+    keys = [(0, index) for index in range(len(videos))]
+    own = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][rank::processes]
+    count = sum(map(len, own))
     loader: DataLoader[ClipItem] = DataLoader(
         dataset,
-        batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
-        num_workers=min(workers, -(-len(keys) // batch_size)),
+        batch_sampler=own,
+        num_workers=min(workers, len(own)),
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     )
@@ -114,7 +120,7 @@ def score(
         rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], right[read]))
         done += len(batch.labels)
         if progress is not None:
-            progress(done, len(keys))
+            progress(done, count)
     model.train(was_training)
     return _join(rows, errors, classes=len(labels))
 
