@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny import last_weights, make_clips, make_pretrained, run, same
 from torch import nn
 
 from tvit_cli.engine import checkpoint as module
@@ -23,6 +28,7 @@ from tvit_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from tvit_cli.errors import CheckpointError, RunError
+from tvit_cli.model import lora
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 
@@ -144,20 +150,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda p: flip_a_bit(p / "trainable.safetensors"), "another sha256"),
-        (lambda p: (p / "trainable.safetensors").write_bytes(b""), "0 bytes"),
+        (lambda p: flip_a_bit(p / "trainable.safetensors", -1), "another sha256"),
         (lambda p: (p / "optimizer.safetensors").unlink(), "missing"),
         (lambda p: (p / "state.json").write_text("{"), "damaged"),
         (lambda p: (p / "state.json").write_text(json.dumps({"step": 1})), "damaged"),
+        (lambda p: (p / "state.json").write_text("[" * 100_000), "damaged"),
         (lambda p: (p / "state.json").unlink(), "no checkpoint"),
     ],
 )
@@ -166,6 +166,183 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path: Path, damage: Any, words:
     damage(path)
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(path)
+
+
+def flip_a_bit(path: Path, place: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_any_bit_that_flips_in_any_file_is_found_or_means_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, best=TENSORS)
+    whole = load_checkpoint(path)
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        found = 0
+        places = range(0, len(content), 5)
+        for place in places:
+            flip_a_bit(file, place, place % 8)
+            try:
+                assert load_checkpoint(path).state == whole.state and file.name == "state.json"
+            except CheckpointError as error:
+                found += 1
+                assert file.name in str(error)
+            file.write_bytes(content)
+        assert found > 0.7 * len(places)  # spaces and line ends of state.json mean nothing
+
+
+@pytest.mark.parametrize(
+    "name", ["state.json", "trainable.safetensors", "optimizer.safetensors", "best.safetensors"]
+)
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_or_empty_file_is_named(tmp_path: Path, name: str, share: float) -> None:
+    path = save(tmp_path, 1, best=TENSORS)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged"):
+        load_checkpoint(path)
+
+
+class Hostile:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("hash_is_right", [False, True])
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "best.safetensors"])
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_malicious_pickle_is_refused_and_never_executed(
+    tmp_path: Path, name: str, form: str, hash_is_right: bool
+) -> None:
+    path, canary = save(tmp_path, 1, best=TENSORS), tmp_path / "executed"
+    hostile = pickle.dumps(Hostile(canary))
+    if form == "torch":
+        buffer = io.BytesIO()
+        torch.save(Hostile(canary), buffer)
+        hostile = buffer.getvalue()
+    else:
+        pickle.loads(hostile)
+        assert canary.exists()  # it would
+        canary.unlink()
+    (path / name).write_bytes(hostile)
+    if hash_is_right:
+        forge(path, name)
+    with pytest.raises(CheckpointError, match=f"{name}: damaged"):
+        load_checkpoint(path)
+    assert not canary.exists()
+
+
+def forge(path: Path, name: str) -> None:
+    """Make the hashes of a checkpoint those of its files."""
+    state = json.loads((path / "state.json").read_text())
+    del state["sha256"]["state.json"]
+    state["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    state["sha256"]["state.json"] = module._digest(state)
+    (path / "state.json").write_text(json.dumps(state))
+
+
+def test_a_forged_list_of_files_reads_no_other_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    state["sha256"] = {"../../secret": "0" * 64}
+    state["sha256"]["state.json"] = module._digest(state)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"trainable\.safetensors: damaged"):
+        load_checkpoint(path)
+
+
+def test_an_optimizer_state_of_another_shape_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for key, value in (
+        ("exp_avg/weight", torch.ones(3)),
+        ("exp_avg/other", torch.ones(2)),
+        ("step", torch.ones(())),
+    ):
+        with pytest.raises(CheckpointError, match=key.rpartition("/")[2]):
+            load_optimizer(optimizer, model, {key: value})
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set of three classes, and a pretrained model."""
+    root = tmp_path_factory.mktemp("resume")
+    return make_clips(root / "colours"), make_pretrained(root / "tiny-vit")
+
+
+def test_a_checkpoint_of_another_base_model_classes_or_processes_is_refused_with_the_difference(
+    colours: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, base = colours[0], tmp_path / "base"
+    shutil.copytree(colours[1], base)
+    facts: dict[str, Any] = {"path_to_data": str(data), "hf_model_name": str(base), "epochs": 2}
+    facts["working_directory"] = tmp_path / "runs"
+    checkpoint = run(**facts).run / "checkpoints" / "step-000003"
+    facts["resume_from_checkpoint"] = str(checkpoint)
+
+    weights = (base / "model.safetensors").read_bytes()
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "layernorm.bias": tensors["layernorm.bias"] + 1}, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"\n  base weights: \w+… -> \w+…\n"):
+        run(**facts)
+    (base / "model.safetensors").write_bytes(weights)
+
+    more = tmp_path / "more"
+    shutil.copytree(data, more)
+    shutil.copytree(more / "Red", more / "Yellow")
+    with pytest.raises(CheckpointError, match=r"classes: Blue,Green,Red -> Blue,Green,Red,Yellow"):
+        run(**facts | {"path_to_data": str(more)})
+
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["sha256"]["state.json"]
+    state["identity"]["processes"] = 2
+    state["sha256"]["state.json"] = module._digest(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"processes: 2 -> 1"):
+        run(**facts)
+    with pytest.raises(CheckpointError, match=r"learning-rate.*\n(.*\n)*.*processes: 2 -> 1"):
+        run(**facts, learning_rate=0.5)
+
+
+def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(
+    colours: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, pretrained = colours
+    facts: dict[str, Any] = {"path_to_data": str(data), "hf_model_name": str(pretrained), "epochs": 3}
+    whole = run(**facts, working_directory=tmp_path / "whole")
+    begun = run(**facts, working_directory=tmp_path / "begun")
+    moved = tmp_path / "else" / "where" / "mine"
+    moved.parent.mkdir(parents=True)
+    shutil.move(begun.run, moved)
+    shutil.rmtree(moved / "model")
+    for path in list_checkpoints(moved / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    again = run(
+        **facts, resume_from_checkpoint="latest", working_directory=moved.parent, experiment_name="mine"
+    )
+    assert again.run == moved and not begun.run.exists()
+    assert same(last_weights(again), last_weights(whole))
+    assert (moved / "model" / "model.safetensors").read_bytes() == (
+        whole.model / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path: Path) -> None:
+    from bench.checkpoint import adapted_vit_b, optimizer_after_a_step
+
+    model = adapted_vit_b()
+    trainable = lora.trainable_tensors(model)
+    moments = optimizer_tensors(optimizer_after_a_step(model), model)
+    assert sum("lora" in name for name in trainable) == 12 * 3 * 2
+    assert len(moments) == 3 * len(trainable)
+    path = save(tmp_path, 1, trainable=trainable, optimizer=moments, best=trainable)
+    assert 8e6 < sum(file.stat().st_size for file in path.iterdir()) < 12e6
 
 
 def test_list_of_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:

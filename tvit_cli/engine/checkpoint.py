@@ -1,7 +1,7 @@
 """Resumable state on disk: a checkpoint is complete or absent.
 
     <checkpoints>/step-000120/
-        state.json             where the run is, and the sha256 of the files beside it; written last
+        state.json             where the run is, and the sha256 of itself and the files beside it; written last
         trainable.safetensors  the tensors that training changes
         optimizer.safetensors  AdamW's moments, by parameter name
         best.safetensors       the trainable tensors of the best epoch so far, if there is one
@@ -85,9 +85,11 @@ def save_checkpoint(
                 data = save_tensors(
                     {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
                 )
-                hashes[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
-                _write(beside / f"{name}.safetensors", data)
-        _write(beside / STATE_FILE, json.dumps({**asdict(state), "sha256": hashes}, indent=1).encode())
+                hashes[_file(name)] = hashlib.sha256(data).hexdigest()
+                _write(beside / _file(name), data)
+        content = {**asdict(state), "sha256": hashes}
+        content["sha256"] = {**hashes, STATE_FILE: _digest(content)}
+        _write(beside / STATE_FILE, json.dumps(content, indent=1).encode())
         sync_folder(beside)
         if final.exists():
             final.rename(_retired(final))
@@ -116,28 +118,44 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         raw = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        digest = raw["sha256"].pop(STATE_FILE)
+        if _digest(raw) != digest:
+            raise ValueError("another sha256")
         hashes = raw.pop("sha256")
         state = State(**{**raw, "tally": tuple(raw["tally"])})
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no checkpoint ({STATE_FILE} is not there).") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE_FILE}: damaged ({error}). {_OTHERS}") from error
-    tensors = {}
-    for name, expected in hashes.items():
-        file = path / name
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: missing. {_OTHERS}") from None
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise CheckpointError(f"{file}: damaged ({len(data)} bytes, another sha256). {_OTHERS}")
-        try:
-            tensors[name.removesuffix(".safetensors")] = load_tensors(data)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: damaged ({error}). {_OTHERS}") from error
-    return Checkpoint(
-        path, state, tensors["trainable"], tensors["optimizer"], tensors.get("best"), tensors.get("ema")
+    trainable, optimizer = (_read(path, name, hashes) for name in ("trainable", "optimizer"))
+    best, ema = (
+        _read(path, name, hashes) if _file(name) in hashes else None for name in ("best", "ema")
     )
+    return Checkpoint(path, state, trainable, optimizer, best, ema)
+
+
+def _read(path: Path, name: str, hashes: Mapping[str, str]) -> dict[str, Tensor]:
+    file = path / _file(name)
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing. {_OTHERS}") from None
+    if hashlib.sha256(data).hexdigest() != hashes.get(file.name):
+        raise CheckpointError(f"{file}: damaged ({len(data)} bytes, another sha256). {_OTHERS}")
+    try:
+        tensors: dict[str, Tensor] = load_tensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged ({error}). {_OTHERS}") from error
+    return tensors
+
+
+def _file(name: str) -> str:
+    return f"{name}.safetensors"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """The sha256 of what state.json says, whatever its spaces and the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 _OTHERS = "Go on from an earlier one: --resume-from-checkpoint NAME."
@@ -200,10 +218,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
     """Put tensors saved by `optimizer_tensors` back, each on its parameter's device."""
     by_name = dict(model.named_parameters())
     for key, value in tensors.items():
-        kind, name = key.split("/", 1)
-        if name not in by_name:
-            raise CheckpointError(f"optimizer.safetensors: {name} is no parameter of this model.")
-        parameter = by_name[name]
+        kind, _, name = key.partition("/")
+        parameter = by_name.get(name)
+        if parameter is None:
+            raise CheckpointError(f"optimizer.safetensors: {name or key} is no parameter of this model.")
+        if value.ndim and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"optimizer.safetensors: {key} has the shape {tuple(value.shape)}, not {tuple(parameter.shape)}."
+            )
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
