@@ -122,13 +122,14 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
         Console(verbosity).table(["setting", "value", "from"], rows)
         return
     from tvit_cli.engine import train as engine
-    from tvit_cli.engine.processes import are_started, run_processes
+    from tvit_cli.engine.processes import are_started, end_with_launcher, run_processes
     from tvit_cli.engine.run import find_run, saved_settings
 
     if loaded.settings.num_processes > 1 and not are_started():
         if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
             sys.exit(code)
         return
+    end_with_launcher()
     if len(loaded.series) > 1:
         _train_series(loaded, verbosity)
         return

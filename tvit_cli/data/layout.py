@@ -108,7 +108,8 @@ def check_videos(
     `progress(done, total)` is called in the caller's thread.
     """
     reasons: dict[str, str] = {}
-    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max_workers=max(1, workers))
+    try:
         tasks = {pool.submit(decode_first, video.path): video for video in videos}
         for done, task in enumerate(as_completed(tasks), start=1):
             video = tasks[task]
@@ -118,6 +119,8 @@ def check_videos(
                 reasons[video.name] = str(error).removeprefix(f"{video.path}: ")
             if progress is not None:
                 progress(done, len(videos))
+    finally:
+        pool.shutdown(cancel_futures=True)  # stopped half-way, nobody waits for the rest
     return dict(sorted(reasons.items()))
 
 

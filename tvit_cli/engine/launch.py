@@ -2,49 +2,93 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.distributed import DistError
 
 from tvit_cli.engine.trained import pick_device
+from tvit_cli.errors import Interrupted, RunError
 
 EXIT_CODES = {
     "SIGINT": 130,
     "SIGTERM": 143,
     "SIGUSR1": 75,
 }  # 75: EX_TEMPFAIL, which queues take for "requeue"
+SECONDS_TO_BE_ENDED = 3  # a launcher looks for dead processes several times a second
 
 
 def make_accelerator(*, device: str, mixed_precision: str) -> Accelerator:
-    """An Accelerator on the device asked for. Raises ModelError when this machine has no such device."""
+    """An Accelerator on the device asked for.
+
+    Raises ModelError when this machine has no such device, RunError when the processes cannot find each other.
+    """
     chosen = pick_device(device)
     AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
-    return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed_precision)
+    try:
+        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed_precision)
+    except DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', '?')}"
+        in_use = "EADDRINUSE" in str(error) or "address already in use" in str(error)
+        raise RunError(
+            f"The processes could not meet at {place}: "
+            + (
+                "the port is in use. Set MASTER_PORT (torchrun --master-port, accelerate launch "
+                "--main_process_port) to a free one, or let --num-processes choose it."
+                if in_use
+                else f"{str(error).splitlines()[0]}. Is MASTER_ADDR right, and can every machine reach it?"
+            )
+        ) from error
+
+
+@contextmanager
+def ends_with_the_others() -> Iterator[None]:
+    """Within this block, a connection to another process that breaks is a RunError: that process has ended.
+
+    Who started the processes knows why, and ends this one; so it waits a little to be ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_TO_BE_ENDED)
+        raise RunError(
+            "Another process of this training has ended, so this one does, too. Go on from the last checkpoint "
+            "with --resume-from-checkpoint latest."
+        ) from error
 
 
 class StopSignals:
-    """Within this context, SIGINT, SIGTERM and SIGUSR1 ask for a stop; a second SIGINT stops at once."""
+    """Within this context, SIGINT, SIGTERM and SIGUSR1 ask for a stop; a second SIGINT stops at once.
+
+    One that nobody has acted upon when the context ends well is handed to whoever handled it before.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for name in EXIT_CODES:
-                if number := getattr(signal, name, None):
-                    self._before[number] = signal.signal(number, self._handle)
+        self._before = _handle_with(self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        _restore(self._before)
+        if error is None and self.received:
+            signal.raise_signal(signal.Signals[self.received])
 
     def agreed(self, accelerator: Accelerator, *, save_is_due: bool) -> tuple[str | None, bool]:
         """The signal that any process has received, and whether a save is due in any; the same for all."""
@@ -61,3 +105,37 @@ class StopSignals:
         if name == "SIGINT" and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = name
+
+
+class StopsAtOnce:
+    """Within this context, SIGINT, SIGTERM and SIGUSR1 raise Interrupted with `advice`: nothing has to be saved."""
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopsAtOnce:
+        self._before = _handle_with(self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _restore(self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Interrupted(f"Stopped by {name}. {self.advice}", exit_code=EXIT_CODES[name])
+
+
+def _handle_with(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
+    """Handle the signals that ask for a stop; the handlers before. Only a main thread can, others change none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore(handlers: dict[int, object]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # type: ignore[arg-type]

@@ -266,12 +266,18 @@ def _minutes_are_over(loop: Loop) -> bool:
 
 
 def _stop(loop: Loop, name: str) -> None:
-    path = _save(loop)
+    # A checkpoint that is there is not written again: for a moment it would not be there.
+    is_saved = loop.saved_step == loop.step
+    path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else _save(loop)
     raise Interrupted(
-        f"Stopped by {name} after step {loop.step} of {loop.plan.total_steps}; all is saved. Go on with:\n"
-        f"  tvit train --resume-from-checkpoint {shlex.quote(str(path))}",
+        f"Stopped by {name} after step {loop.step} of {loop.plan.total_steps}; all is saved. {how_to_resume(path)}",
         exit_code=EXIT_CODES[name],
     )
+
+
+def how_to_resume(checkpoint: Path) -> str:
+    """What to type to go on from a checkpoint."""
+    return f"Go on with:\n  tvit train --resume-from-checkpoint {shlex.quote(str(checkpoint))}"
 
 
 def _loader(loop: Loop) -> DataLoader[ClipItem]:

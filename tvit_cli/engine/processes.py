@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,12 +16,19 @@ from typing import Any
 from tvit_cli.engine.launch import EXIT_CODES
 from tvit_cli.errors import RunError
 
+SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 60  # what a stopped process is given to finish its step and write its checkpoint
 
 
 def are_started() -> bool:
     """Whether torchrun, `accelerate launch` or `run_processes` started this process."""
     return "WORLD_SIZE" in os.environ
+
+
+def end_with_launcher() -> None:
+    """Let this process end when the launcher that started it is gone: killed, it can end nobody any more."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, `accelerate launch` and `run_processes` are parents
+        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
@@ -32,9 +41,8 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(
-        logging.CRITICAL
-    )  # the processes say themselves what failed
+    for name in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes say themselves what failed
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     known = {field.name for field in fields(LaunchConfig)}
     signals = ",".join((*EXIT_CODES, "SIGHUP"))
@@ -64,3 +72,9 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     except SignalException as error:
         return EXIT_CODES.get(error.sigval.name, 128 + error.sigval.value)
     return 0
+
+
+def _end_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)

@@ -16,12 +16,12 @@ from tvit_cli.data.leaks import find_leaks
 from tvit_cli.engine.balance import class_weights
 from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import build
-from tvit_cli.engine.checkpoint import Checkpoint, load_checkpoint, load_optimizer
+from tvit_cli.engine.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_optimizer
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
-from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.loop import Loop, fit, identity_of, kept_tensors
+from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others, make_accelerator
+from tvit_cli.engine.loop import Loop, fit, how_to_resume, identity_of, kept_tensors
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
@@ -58,33 +58,21 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     Raises DataError, ModelError or CheckpointError before the first step where the input cannot be used;
     Interrupted after a signal, when the state has been saved; RunError when the run itself fails.
     """
-    accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
-    if not accelerator.is_main_process:
-        report = silent
-    source = open_source(
-        settings.path_to_data,
-        group_pattern=settings.group_pattern,
-        val_groups=settings.val_groups,
-        test_groups=settings.test_groups,
-        split=settings.split,
-        need_test=settings.test_at_end,
-        report=report,
-    )
-    _refuse_bad_data(settings, source, report)
-    run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
-    report(Note(f"Run: {run.folder}"))
-    checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
-    loop = _prepare(settings, accelerator, run, source, report)
-    if checkpoint is not None:
-        _resume(loop, checkpoint)
-    with held(run) if accelerator.is_main_process else nullcontext():
-        _open_records(loop)
-        _announce(loop)
-        try:
-            fit(loop)
-        finally:
-            loop.trackers.close()
-        return _finish(loop)
+    with (
+        ends_with_the_others(),
+        StopsAtOnce("Nothing is lost; start again with the same command.") as signals,
+    ):
+        loop = _open(settings, report)
+        with held(loop.run) if loop.accelerator.is_main_process else nullcontext():
+            _open_records(loop)
+            _announce(loop)
+            try:
+                fit(loop)
+                last = checkpoint_path(loop.run.checkpoints, loop.step)
+                signals.advice = f"All steps are done and saved. {how_to_resume(last)}"
+            finally:
+                loop.trackers.close()
+            return _finish(loop)
 
 
 def place_of(accelerator: Accelerator) -> Place:
@@ -110,6 +98,30 @@ def score_test(model: Path, settings: TrainSettings, report: Report, place: Plac
         report,
         place,
     )
+
+
+def _open(settings: TrainSettings, report: Report) -> Loop:
+    """A loop that is ready to run, at its checkpoint if it has one; nothing was written yet."""
+    accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
+    if not accelerator.is_main_process:
+        report = silent
+    source = open_source(
+        settings.path_to_data,
+        group_pattern=settings.group_pattern,
+        val_groups=settings.val_groups,
+        test_groups=settings.test_groups,
+        split=settings.split,
+        need_test=settings.test_at_end,
+        report=report,
+    )
+    _refuse_bad_data(settings, source, report)
+    run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
+    report(Note(f"Run: {run.folder}"))
+    checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
+    loop = _prepare(settings, accelerator, run, source, report)
+    if checkpoint is not None:
+        _resume(loop, checkpoint)
+    return loop
 
 
 def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) -> None:

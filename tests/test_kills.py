@@ -1,0 +1,255 @@
+"""Killed anywhere, resumed, finished: the same bits as a run that was left alone.
+
+Six cells of tests/bench/kills.py run here; all of them, and random kills, when the benchmark is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import kills
+from bench.kills import FACTORS, IN_THE_SUITE, Bench, Plan, Wrong, compare, covering, plan_of
+
+from tvit_cli import main
+from tvit_cli.data import layout
+from tvit_cli.data.layout import Video, check_videos
+from tvit_cli.engine import loop, processes
+from tvit_cli.engine import train as train_module
+from tvit_cli.engine.checkpoint import list_checkpoints
+from tvit_cli.engine.launch import StopsAtOnce, StopSignals, ends_with_the_others
+from tvit_cli.errors import Interrupted, RunError
+
+ONE = Plan("one process", 1, 0, "videos", ())
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return Bench(shared / "kills", may_mount=False, quick=True)
+
+
+def test_the_cells_contain_every_pair_of_values_and_those_of_the_suite_every_way_and_phase() -> None:
+    cells = covering()
+    every = {
+        ((i, a), (j, b))
+        for (i, one), (j, other) in itertools.combinations(enumerate(FACTORS.values()), 2)
+        for a in one
+        for b in other
+    }
+    assert set().union(*map(kills.pairs, cells)) == every
+    assert len(cells) == len(set(cells)) >= 24
+    assert set(IN_THE_SUITE) <= set(cells) and len(IN_THE_SUITE) == 6
+    for place, values in enumerate(FACTORS.values()):
+        assert {cell[place] for cell in IN_THE_SUITE} == set(values)
+
+
+@pytest.mark.parametrize("cell", IN_THE_SUITE, ids=lambda cell: "-".join(map(str, cell)))
+def test_killed_at_a_point_and_resumed_it_ends_with_the_same_bits(bench: Bench, cell: kills.Cell) -> None:
+    kills.run_plan(bench, plan_of(cell))
+
+
+def test_a_bit_that_is_another_is_found(bench: Bench, tmp_path: Path) -> None:
+    """The benchmark itself would see a difference of one bit in a weight, and of one digit in a metric."""
+    whole = bench.undisturbed(ONE)
+    for name in ("trainable.safetensors", "state.json"):
+        copy = copied(whole, tmp_path / name)
+        file = list_checkpoints(copy / "checkpoints")[-1] / name
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(Wrong, match=f"{name} differs"):
+            compare(copy, whole)
+    copy = copied(whole, tmp_path / "metrics")
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text.replace('"train_loss": 1', '"train_loss": 2', 1))
+    with pytest.raises(Wrong, match="metrics"):
+        compare(copy, whole)
+    (copied(whole, tmp_path / "left") / ".model.writing").mkdir()
+    with pytest.raises(Wrong, match="left behind"):
+        compare(tmp_path / "left", whole)
+    compare(copied(whole, tmp_path / "same"), whole)
+
+
+def copied(run: Path, to: Path) -> Path:
+    subprocess.run(["cp", "-r", str(run), str(to)], check=True)
+    return to
+
+
+@pytest.fixture
+def command(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """`command(*flags)` runs `tvit train` in this process: its exit code, and what it wrote to stderr."""
+
+    def run(*flags: str) -> tuple[int, str]:
+        (tmp_path / "c.json").write_text(bench.settings(ONE, tmp_path / "runs", "mine").model_dump_json())
+        with pytest.raises(SystemExit) as ended:
+            main.run(["train", "--config", str(tmp_path / "c.json"), *flags])
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def at_call(
+    module: Any, name: str, nth: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the nth call of a module's function begin with an act of ours."""
+    real, calls = getattr(module, name), itertools.count(1)
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == nth:
+            act()
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bench: Bench,
+    name: str, code: int,
+) -> None:  # fmt: skip
+    before = signal.getsignal(getattr(signal, name))
+    at_call(loop, "_update", 3, lambda: signal.raise_signal(getattr(signal, name)), monkeypatch)
+    ended, errors = command()
+    assert (ended, signal.getsignal(getattr(signal, name))) == (code, before)
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000003"
+    assert f"Stopped by {name} after step 3 of 24; all is saved. Go on with:" in errors
+    assert errors.rstrip().endswith(f"tvit train --resume-from-checkpoint {checkpoint}")
+    monkeypatch.undo()
+    assert command("--resume-from-checkpoint", str(checkpoint))[0] == 0
+    compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
+
+
+def test_a_second_sigint_leaves_at_once(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    at_call(loop, "_update", 3, twice, monkeypatch)
+    ended, errors = command()
+    assert ended == 130 and "all is saved" not in errors
+    assert [p.name for p in list_checkpoints(tmp_path / "runs" / "mine" / "checkpoints")] == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "advice"),
+    [
+        (train_module, "open_source", "start again with the same command"),
+        (train_module, "save_model", "All steps are done and saved. Go on with:"),
+    ],
+)
+def test_a_signal_before_the_first_step_or_after_the_last_has_its_exit_code_too(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, bench: Bench, tmp_path: Path,
+    module: Any, function: str, advice: str,
+) -> None:  # fmt: skip
+    at_call(module, function, 1, lambda: signal.raise_signal(signal.SIGUSR1), monkeypatch)
+    ended, errors = command()
+    assert (
+        ended == 75 and f"Stopped by SIGUSR1. {'Nothing is lost; ' * ('again' in advice)}{advice}" in errors
+    )
+    monkeypatch.undo()
+    assert command()[0] == 0  # a named experiment is gone on with
+    compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
+
+
+def test_a_signal_after_the_last_step_is_not_swallowed() -> None:
+    with pytest.raises(Interrupted, match="SIGTERM"), StopsAtOnce("All is done."), StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+
+
+def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between its removal and its return nothing would be there, and of one kept checkpoint all would be lost."""
+    written: list[int] = []
+    real = loop.save_checkpoint
+
+    def save(*arguments: Any, **keywords: Any) -> Path:
+        written.append(keywords["state"].step)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    at_call(loop, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert command()[0] == 143
+    assert written == [2, 4, 6]
+
+
+def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decoded: list[Path] = []
+
+    def slow(path: Path) -> None:
+        decoded.append(path)
+        time.sleep(0.01)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout, "decode_first", slow)
+    videos = [Video(tmp_path / str(i), str(i), "a", "train", None) for i in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        check_videos(videos, workers=2, progress=stop)
+    assert len(decoded) < 20
+
+
+def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tvit_cli.engine.launch.SECONDS_TO_BE_ENDED", 0)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunError, match="Another process of this training has ended"), ends_with_the_others():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="ours"), ends_with_the_others():
+        raise RuntimeError("a mistake of ours")
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_process_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
+    """Else it trained on, unseen, and kept the run's folder busy."""
+    worker = (
+        "import time; from tvit_cli.engine.processes import end_with_launcher;"
+        "end_with_launcher(); print('here', flush=True); time.sleep(60)"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    environ = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", launcher], env=environ, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"here\n"
+    child.kill()
+    ended = threading.Thread(target=child.stdout.read)  # the worker holds the other end
+    ended.start()
+    ended.join(20 * processes.SECONDS_BETWEEN_LOOKS)
+    assert not ended.is_alive()
+    child.wait()
+    child.stdout.close()
+
+
+def test_interrupted_processes_are_spoken_for_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main._fail(Interrupted("Stopped by SIGTERM.", exit_code=143), 143)
+        assert capsys.readouterr().err.count("Stopped by SIGTERM") == said
+        with pytest.raises(SystemExit):
+            main._fail(RunError("memory ran out"), 1)
+        assert capsys.readouterr().err.count("memory ran out") == 1
