@@ -1,0 +1,198 @@
+"""Several processes: the same losses as one, started in every way that is promised, and clear words when they cannot meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuse import sitecustomize
+from tiny import make_clips, make_pretrained, run, settings
+
+from tvit_cli.engine import loop, scoring
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """24 clips to train on, three steps of 8 in each of four epochs, and no dropout."""
+    root = tmp_path_factory.mktemp("processes")
+    return {
+        "path_to_data": str(make_clips(root / "colours", groups=10)),
+        "hf_model_name": str(make_pretrained(root / "tiny-vit")),
+        "epochs": 4,
+        "lora_dropout": 0.0,
+        "experiment_name": "mine",
+    }
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    path = os.pathsep.join([str(ROOT / "tests" / "fuse"), str(ROOT)])
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], env={**environ, "PYTHONPATH": path, **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FLOAT64 does to a process that is started, done to this one until the test ends."""
+    for module, name in ((loop, "train_transform"), (scoring, "eval_transform")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    sitecustomize.float64_in_loop(loop)
+    sitecustomize.float64_in_scoring(scoring)
+
+
+def losses(runs: Path) -> list[float]:
+    lines = map(json.loads, (runs / "mine" / "metrics.jsonl").read_text().splitlines())
+    return [line["train_loss"] for line in lines if line["kind"] == "step"]
+
+
+def test_in_float64_the_losses_are_those_of_one_process_however_a_batch_is_shared_out(
+    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int
+) -> None:
+    """Two processes are started by --num-processes, which finds a free port of its own."""
+    own = settings(**facts, working_directory=tmp_path / "two", num_processes=2, per_gpu_batch_size=4)
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    child = start(
+        ["tvit_cli", "train", "--config", str(tmp_path / "c.json")], FLOAT64="1", MASTER_PORT=str(taken_port)
+    )
+    run(**facts, working_directory=tmp_path / "float32", per_gpu_batch_size=8)
+    try:
+        in_float64(monkeypatch)
+        run(**facts, working_directory=tmp_path / "one", per_gpu_batch_size=8)
+        run(**facts, working_directory=tmp_path / "cut", per_gpu_batch_size=4, gradient_accumulation_steps=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    _, errors = child.communicate(timeout=200)
+    assert child.returncode == 0, errors
+    one = losses(tmp_path / "one")
+    assert len(one) == 12
+    for other in ("cut", "two"):
+        differences = [abs(a - b) for a, b in zip(one, losses(tmp_path / other), strict=True)]
+        assert max(differences) < 1e-9
+    # It is float64 that was tested: in float32 the losses differ by more.
+    assert max(abs(a - b) for a, b in zip(one, losses(tmp_path / "float32"), strict=True)) > 1e-9
+
+
+def test_accelerate_launch_starts_it_as_it_stands(facts: dict[str, Any], tmp_path: Path) -> None:
+    """`accelerate launch --cpu` starts one process whatever --num_processes says, so --multi_gpu and --device cpu."""
+    common = {**facts, "epochs": 2, "per_gpu_batch_size": 4}
+    own = settings(**common, working_directory=tmp_path / "two")
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = str(server.getsockname()[1])
+    launcher = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        free,
+    ]
+    child = start(
+        [*launcher, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json"), "--device", "cpu"]
+    )
+    run(**common, working_directory=tmp_path / "one", gradient_accumulation_steps=2)
+    out, errors = child.communicate(timeout=200)
+    assert child.returncode == 0 and "cpu:0 × 2" in errors, errors
+    assert out.count("The model is in") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_port_that_is_taken_is_named(facts: dict[str, Any], tmp_path: Path, taken_port: int) -> None:
+    own = settings(**facts, working_directory=tmp_path / "runs")
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    child = start(
+        ["tvit_cli", "train", "--config", str(tmp_path / "c.json")], **place, MASTER_PORT=str(taken_port)
+    )
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == 1
+    assert f"127.0.0.1, port {taken_port}: the port is in use. Set MASTER_PORT" in errors
+    assert "Traceback" not in errors and not (tmp_path / "runs").exists()
+
+
+FAKES = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1; exec "$@"',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$FAKE_LOG"; fi',
+    "tvit": f'exec {shlex.quote(sys.executable)} -m tvit_cli "$@"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """Variables of a job, and a PATH on which SLURM's commands are ours: they start one process, and note requeues."""
+    for name, text in FAKES.items():
+        fake = tmp_path / "bin" / name
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        fake.chmod(0o755)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        job = server.getsockname()[1]
+    return {
+        **environ,
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NODELIST": "nodes",
+        "FAKE_LOG": str(tmp_path / "scontrol.log"),
+        "TVIT_WORKING_DIRECTORY": str(tmp_path / "runs"),
+    }
+
+
+def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(
+    facts: dict[str, Any], tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    script = ROOT / "examples" / "slurm.sh"
+    own = settings(**{**facts, "experiment_name": None, "epochs": 30})
+    (tmp_path / "c.json").write_text(own.model_dump_json(exclude={"working_directory"}))
+    words = ["bash", str(script), "mine", "--config", str(tmp_path / "c.json")]
+    whole = tmp_path / "runs" / "mine"
+    whole.mkdir(parents=True)
+    (whole / "settings.json").touch()  # begun, and killed before its first checkpoint
+    job = subprocess.Popen(words, env=slurm, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (whole / "metrics.jsonl").exists() and job.poll() is None:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=100)
+    assert job.returncode == 75 and "Stopped by SIGUSR1 after step" in errors, errors
+    assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", slurm["SLURM_JOB_ID"]]
+    again = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and "Going on from step-" in again.stderr, again.stderr
+    assert (whole / "model" / "card.json").is_file()
+    assert (tmp_path / "scontrol.log").read_text().count("requeue") == 1
+    (tmp_path / "bin" / "tvit").write_text("#!/usr/bin/env bash\necho $@\n")
+    shutil.rmtree(whole / "checkpoints")
+    third = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=100)
+    assert "--experiment-name mine" in third.stdout and "--overwrite" not in third.stdout  # a model is there
+
+
+def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says() -> None:
+    script = ROOT / "examples" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).stderr == b""
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE))
+    assert asked["signal"] == "B:USR1@120" and "requeue" in asked
+    assert (
+        asked["ntasks-per-node"] == asked["gpus-per-node"]
+    )  # every process sees all GPUs, and takes its own
