@@ -167,6 +167,23 @@ def test_a_signal_before_the_first_step_or_after_the_last_has_its_exit_code_too(
     compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
 
 
+@pytest.mark.parametrize(("module", "function"), [(loop, "_validate"), (train_module, "save_model")])
+def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any,
+    function: str,
+) -> None:  # fmt: skip
+    standstill = ("--patience", "1", "--learning-rate", "1e-12", "--lora-dropout", "0")
+    nth = 2 if function == "_validate" else 1
+    at_call(module, function, nth, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    ended, _ = command(*standstill)
+    run = tmp_path / "runs" / "mine"
+    before = kills.records(run)
+    assert ended == 143 and before[-1]["step"] == 12 and not (run / "model").exists()
+    monkeypatch.undo()
+    assert command(*standstill)[0] == 0
+    assert kills.records(run) == before and (run / "model").exists()
+
+
 def test_a_signal_after_the_last_step_is_not_swallowed() -> None:
     with pytest.raises(Interrupted, match="SIGTERM"), StopsAtOnce("All is done."), StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)

@@ -128,9 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE_FILE}: damaged ({error}). {_OTHERS}") from error
     trainable, optimizer = (_read(path, name, hashes) for name in ("trainable", "optimizer"))
-    best, ema = (
-        _read(path, name, hashes) if _file(name) in hashes else None for name in ("best", "ema")
-    )
+    best, ema = (_read(path, name, hashes) if _file(name) in hashes else None for name in ("best", "ema"))
     return Checkpoint(path, state, trainable, optimizer, best, ema)
 
 
