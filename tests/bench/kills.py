@@ -221,7 +221,7 @@ class Bench:
         child = self.start(facts)
         _wait_for(facts.working_directory / str(facts.experiment_name) / "metrics.jsonl", child)
         started = time.monotonic()
-        _, errors = child.communicate(timeout=300)
+        errors = _errors_of(child)
         _must(child.returncode == 0, f"a run that nobody killed failed:\n{errors}")
         return time.monotonic() - started
 
@@ -257,6 +257,8 @@ class Bench:
             if is_mounted:
                 subprocess.run(["umount", str(disk)], check=True)
             shutil.rmtree(disk)
+            for beside in (".json", ".marker"):
+                disk.with_suffix(beside).unlink(missing_ok=True)
 
 
 class Wrong(Exception):
@@ -279,7 +281,7 @@ def strike(
     bench: Bench, plan: Plan, kill: Kill, runs: Path, run: Path, *, is_mounted: bool
 ) -> dict[str, Any]:
     """Start or resume the run, kill it, and look at what it left."""
-    marker, filler = bench.folder / f"{runs.name}.marker", runs / "filler"
+    marker, filler = runs.with_suffix(".marker"), runs / "filler"
     marker.unlink(missing_ok=True)
     resumes = run.exists()
     facts = bench.settings(plan, runs, run.name, **(how_to_go_on(run) if resumes else {}))
@@ -298,7 +300,7 @@ def strike(
         with suppress(ProcessLookupError):  # it is done already
             (os.kill if kill.target == "top" else os.killpg)(child.pid, signal.Signals[kill.how])
         marker.write_text(json.dumps({"checkpoints": before}))
-    _, errors = child.communicate(timeout=300)
+    errors = _errors_of(child)
     filler.unlink(missing_ok=True)
     was_hit = marker.exists()
     # A resumed run makes fewer calls than a whole one, and a run may end before its time has come.
@@ -387,6 +389,15 @@ def _step(name: str) -> int:
 def _must(is_so: bool, otherwise: str) -> None:
     if not is_so:
         raise Wrong(otherwise)
+
+
+def _errors_of(child: subprocess.Popen[str]) -> str:
+    """What a process wrote to stderr until its end; where nobody waits so long, it is killed."""
+    try:
+        return child.communicate(timeout=600)[1]
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _wait_for(path: Path, child: subprocess.Popen[str]) -> None:
