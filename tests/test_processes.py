@@ -21,7 +21,7 @@ import torch
 from fuse import sitecustomize
 from tiny import make_clips, make_pretrained, run, settings
 
-from tvit_cli.engine import loop, scoring
+from tvit_cli.engine import inputs, scoring
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,9 +56,9 @@ def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
 
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """What FLOAT64 does to a process that is started, done to this one until the test ends."""
-    for module, name in ((loop, "train_transform"), (scoring, "eval_transform")):
+    for module, name in ((inputs, "train_transform"), (scoring, "eval_transform")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    sitecustomize.float64_in_loop(loop)
+    sitecustomize.float64_in_inputs(inputs)
     sitecustomize.float64_in_scoring(scoring)
 
 

@@ -178,7 +178,7 @@ def _fuse_in_folder(fuse: Fuse, module: ModuleType) -> None:
     module.save_file = half_saved
 
 
-def float64_in_loop(module: ModuleType) -> None:
+def float64_in_inputs(module: ModuleType) -> None:
     module.train_transform = _float64(module.train_transform)
 
 
@@ -239,5 +239,7 @@ if "FUSE" in os.environ:
 if "FLOAT64" in os.environ:
     sys.meta_path.insert(
         0,
-        _Changes({"tvit_cli.engine.loop": float64_in_loop, "tvit_cli.engine.scoring": float64_in_scoring}),
+        _Changes(
+            {"tvit_cli.engine.inputs": float64_in_inputs, "tvit_cli.engine.scoring": float64_in_scoring}
+        ),
     )
