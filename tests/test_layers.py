@@ -17,7 +17,8 @@ ROOMS = {
     "settings": {"errors"},
     "data": {"errors", "settings"},
     "model": {"errors", "settings"},
-    "engine": {"errors", "settings", "data", "model"},
+    "report": {"errors", "settings", "data", "model"},
+    "engine": {"errors", "settings", "data", "model", "report"},
     "options": {"errors", "settings"},
     "console": {"errors", "options", "engine.events"},
     "commands": {"errors", "settings", "options", "console", "engine"},
@@ -36,6 +37,8 @@ HEAVY = {
     "safetensors",
     "simplejpeg",
     "huggingface_hub",
+    "PIL",
+    "tensorboard",
 }
 
 

@@ -1,6 +1,6 @@
 """How fast clips are read and augmented, beside a plain baseline; A and B in turn, medians and ratios.
 
-    python -m pip install ".[bench]" && python tests/bench/data.py [--clips 12] [--rounds 5] [--workers 0,1,2]
+    python tests/bench/data.py [--clips 12] [--rounds 5] [--workers 0,1,2]
 
 The baseline does what most training scripts do: decode every frame, make a PIL image of the chosen ones, and crop,
 flip, jitter (hue included) and normalise frame by frame, to float. T=18 frames at 224 px from clips of 180 frames

@@ -1,0 +1,82 @@
+"""A drawing as a PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Point, Role, Text
+
+FINER = 3  # drawn this many times as large and scaled down, since Pillow draws hard edges
+DASH = 4.0
+
+
+def to_png(drawing: Drawing, *, scale: int = 2) -> bytes:
+    """The drawing in its light colours, `scale` pixels per unit."""
+    zoom = scale * FINER
+    size = (round(drawing.width * zoom), round(drawing.height * zoom))
+    image = Image.new("RGB", size, PALETTE["paper"][0])
+    draw = ImageDraw.Draw(image)
+    for shape in drawing.shapes:
+        match shape:
+            case Line():
+                _line(draw, shape, zoom)
+            case Dot():
+                x, y = shape.at
+                draw.ellipse(
+                    [(v + r) * zoom for r in (-shape.radius, shape.radius) for v in (x, y)],
+                    fill=_colour(shape.role),
+                )
+            case Box():
+                x, y = shape.at
+                corners = [x * zoom, y * zoom, (x + shape.width) * zoom, (y + shape.height) * zoom]
+                draw.rectangle(corners, fill=_colour(shape.role, shape.opacity))
+            case Text():
+                _text(draw, shape, zoom)
+    data = io.BytesIO()
+    image.reduce(FINER).save(data, "PNG")
+    return data.getvalue()
+
+
+def _line(draw: ImageDraw.ImageDraw, line: Line, zoom: float) -> None:
+    points = [(x * zoom, y * zoom) for x, y in line.points]
+    colour = _colour(line.role, line.opacity)
+    width = max(1, round(line.width * zoom))
+    for part in _dashes(points, DASH * zoom) if line.dashed else [points]:
+        draw.line(part, fill=colour, width=width, joint="curve")
+    if not line.dashed:
+        for x, y in (points[0], points[-1]):  # round ends
+            draw.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], fill=colour)
+
+
+def _dashes(points: Sequence[Point], length: float) -> Iterator[list[Point]]:
+    """Every second stretch of each straight piece."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        whole = math.hypot(x1 - x0, y1 - y0)
+        for number in range(0, math.ceil(whole / length), 2):
+            a, b = number * length / whole, min(1.0, (number + 1) * length / whole)
+            yield [(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (a, b)]
+
+
+def _text(draw: ImageDraw.ImageDraw, text: Text, zoom: float) -> None:
+    font = ImageFont.load_default(text.size * zoom)
+    stroke = round(text.size * zoom / 60) if text.bold else 0  # the font that Pillow brings has one weight
+    anchor = {"start": "ls", "middle": "ms", "end": "rs"}[text.anchor]
+    colour = _colour(text.role)
+    at = (text.at[0] * zoom, text.at[1] * zoom)
+    draw.text(at, text.text, fill=colour, font=font, anchor=anchor, stroke_width=stroke, stroke_fill=colour)
+
+
+def _colour(role: Role, opacity: float = 1.0) -> tuple[int, int, int]:
+    """A role's light colour, as it looks on paper at an opacity."""
+    over, under = (_rgb(PALETTE[name][0]) for name in (role, "paper"))
+    red, green, blue = (round(a * opacity + b * (1 - opacity)) for a, b in zip(over, under, strict=True))
+    return red, green, blue
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

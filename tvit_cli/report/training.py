@@ -1,0 +1,292 @@
+"""What a training shows when it ends: report.html in the run's folder, and its curves as PNGs beside it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvit_cli.report import page
+from tvit_cli.report.charts import Curve, curves_chart
+from tvit_cli.report.drawing import Drawing
+from tvit_cli.report.machine import hardware, software
+from tvit_cli.report.pictures import Samples, film_strip
+from tvit_cli.report.png import to_png
+from tvit_cli.settings.base import extra, flag
+from tvit_cli.settings.card import Preprocessing
+from tvit_cli.settings.train import TrainSettings
+
+REPORT_FILE = "report.html"
+PLOTS_FOLDER = "plots"
+MOST_UNREADABLE = 50  # named on the page
+SUBSETS = ("train", "val", "test")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """All that the page of a training says, beside what it finds out about the machine.
+
+    `problem` is why the run ended early ("" where it did not); `epochs` and `steps` are the records of
+    metrics.jsonl of each kind; `per_class` maps a label to (videos, right answers) of the best epoch's
+    validation; `best_step` is 0 without validation.
+    """
+
+    folder: Path
+    settings: TrainSettings
+    preprocessing: Preprocessing
+    device: torch.device
+    plan: Mapping[str, str]
+    steps_per_epoch: int
+    problem: str
+    epochs: Sequence[Record]
+    steps: Sequence[Record]
+    best_step: int
+    per_class: Mapping[str, tuple[int, int]]
+    videos: Mapping[str, Mapping[str, int]]  # label -> subset -> count
+    unreadable: Mapping[str, str]  # video name -> reason
+    samples: Samples
+    parameters: tuple[int, int]  # trained, all
+    commands: Sequence[tuple[str, str]]
+    test: Mapping[str, float] = field(default_factory=dict)
+
+
+def write_training_report(facts: TrainingFacts) -> Path:
+    """Write report.html and plots/*.png into the run's folder; returns the page's path."""
+    drawings = curves(facts)
+    plots = facts.folder / PLOTS_FOLDER
+    plots.mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        (plots / f"{name}.png").write_bytes(to_png(drawing))
+    path = facts.folder / REPORT_FILE
+    beside = path.with_suffix(".writing")
+    beside.write_text(training_page(facts, drawings.values()), encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def training_page(facts: TrainingFacts, drawings: Iterable[Drawing]) -> str:
+    """The page of a training, as HTML."""
+    done, planned = len(facts.epochs), facts.settings.epochs
+    state = f"{done} of {planned} epochs" if done < planned else f"{planned} epochs"
+    return page.page(
+        facts.folder.name,
+        f"tvit train · {state} · {time.strftime('%Y-%m-%d %H:%M')}",
+        [
+            page.notice(facts.problem),
+            page.tiles(_headline(facts)),
+            page.section("Curves", page.charts(drawings)),
+            _per_class(facts),
+            _samples(facts),
+            page.section("What to do next", page.commands(facts.commands)),
+            page.section("The run", page.facts(facts.plan)),
+            _data(facts),
+            _settings(facts.settings),
+            page.section("Software", page.facts(software(Path.cwd()))),
+            page.section("Hardware", page.facts(hardware(facts.device))),
+        ],
+        footer=f"{facts.folder.absolute()}",
+    )
+
+
+def curves(facts: TrainingFacts) -> dict[str, Drawing]:
+    """The charts of a training by file name; those without a point are left out."""
+    best = (facts.best_step / facts.steps_per_epoch, "best") if facts.best_step else None
+
+    def by_epoch(key: str) -> list[tuple[float, float | None]]:
+        return [(r["epoch"], r[key]) for r in facts.epochs if key in r]
+
+    def by_step(key: str) -> list[tuple[float, float | None]]:
+        return [(r["step"] / facts.steps_per_epoch, r[key]) for r in facts.steps]
+
+    top_k = next(
+        (k for r in facts.epochs for k in r if k.startswith("val_video_top") and k != "val_video_top1"), ""
+    )
+    wanted = {
+        "loss": curves_chart(
+            "Loss",
+            [
+                Curve("train, single steps", by_step("train_loss"), "one", faint=True),
+                Curve("train", by_epoch("train_loss"), "one"),
+                Curve("val", by_epoch("val_loss"), "two"),
+            ],
+            x_name="epoch",
+            show=_number,
+            mark=best,
+        ),
+        "accuracy": curves_chart(
+            "Accuracy",
+            [
+                Curve("train clip top-1", by_epoch("train_clip_top1"), "one"),
+                Curve("val top-1", by_epoch("val_video_top1"), "two"),
+                Curve(f"val top-{top_k.removeprefix('val_video_top')}", by_epoch(top_k), "three", faint=True),
+            ],
+            x_name="epoch",
+            show=_percent,
+            y_range=(0, 1),
+            mark=best,
+        ),
+        "learning_rate": curves_chart(
+            "Learning rate",
+            [Curve("learning rate", by_step("learning_rate"), "one")],
+            x_name="epoch",
+            show=_number,
+        ),
+        "gradient_norm": curves_chart(
+            "Gradient norm, before clipping",
+            [
+                Curve("single steps", by_step("grad_norm"), "one", faint=True),
+                Curve("mean of the epoch", _means(facts, "grad_norm"), "one"),
+            ],
+            x_name="epoch",
+            show=_number,
+        ),
+        "throughput": curves_chart(
+            "Clips per second",
+            [Curve("clips/s", by_epoch("clips_per_second"), "one")],
+            x_name="epoch",
+            show=_number,
+        ),
+        "data_wait": curves_chart(
+            "Time spent waiting for data",
+            [Curve("waiting", by_epoch("data_wait"), "one")],
+            x_name="epoch",
+            show=_percent,
+            y_range=(0, 1),
+        ),
+    }
+    return {name: drawing for name, drawing in wanted.items() if drawing is not None}
+
+
+def _means(facts: TrainingFacts, key: str) -> list[tuple[float, float | None]]:
+    """The mean over the steps that are on record for each epoch, at the epoch's end."""
+    values: dict[int, list[float]] = {}
+    for record in facts.steps:
+        if record[key] is not None:
+            values.setdefault(record["epoch"], []).append(record[key])
+    return [(epoch, statistics.fmean(numbers)) for epoch, numbers in values.items()]
+
+
+def _headline(facts: TrainingFacts) -> list[tuple[str, str, str]]:
+    """The test result if there is one, the best epoch's validation, time and size."""
+    found = []
+    if facts.test:
+        found.append(("test top-1", _percent(facts.test["video_top1"]), f"{facts.test['videos']:.0f} videos"))
+    best = next((r for r in facts.epochs if r["step"] == facts.best_step), None)
+    if best is not None:
+        epoch = f"best epoch, {best['epoch']} of {len(facts.epochs)}"
+        found += [
+            (f"val {key.removeprefix('val_video_').replace('top', 'top-')}", _percent(best[key]), epoch)
+            for key in best
+            if key.startswith("val_video_top")
+        ]
+        found.append(("val loss", _number(best["val_loss"]), epoch))
+    last = facts.epochs[-1]
+    found.append(("train loss", _number(last["train_loss"]), f"last epoch, {last['epoch']}"))
+    seconds = sum(r["seconds"] for r in facts.epochs)
+    found.append(("training time", _duration(seconds), "without validation"))
+    trained, total = facts.parameters
+    found.append(("trained parameters", _count(trained), f"of {_count(total)}"))
+    return found
+
+
+def _per_class(facts: TrainingFacts) -> page.Html:
+    """A bar for each class, the worst first."""
+    rows = sorted(facts.per_class.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
+    bars = [
+        (label, right / videos, f"{right} of {videos} · {_percent(right / videos)}")
+        for label, (videos, right) in rows
+    ]
+    text = "Top-1 of the best epoch, the worst class first." if bars else ""
+    return page.section("Validation by class", page.paragraph(text), page.bars(bars))
+
+
+def _samples(facts: TrainingFacts) -> page.Html:
+    pictures = [(film_strip(clip, facts.preprocessing), caption) for clip, caption in facts.samples.clips]
+    text = "Training clips after augmentation, in the model's own resolution." if pictures else ""
+    return page.section("What the model saw", page.paragraph(text), page.strips(pictures))
+
+
+def _data(facts: TrainingFacts) -> page.Html:
+    rows: list[Sequence[object]] = [
+        (label, *(counts.get(subset, 0) for subset in SUBSETS)) for label, counts in facts.videos.items()
+    ]
+    total = ("all", *(sum(counts.get(subset, 0) for counts in facts.videos.values()) for subset in SUBSETS))
+    bad = list(facts.unreadable.items())
+    left = f"{len(bad)} videos cannot be read and were left out."
+    if len(bad) > MOST_UNREADABLE:
+        left += f" The first {MOST_UNREADABLE}:"
+    return page.section(
+        "Data",
+        page.table(("", *SUBSETS), [total]),
+        page.folded(f"Videos of each of {len(rows)} classes", page.table(("class", *SUBSETS), rows)),
+        page.paragraph(left if bad else "All videos could be read."),
+        page.table(("video", "reason"), bad[:MOST_UNREADABLE]),
+    )
+
+
+def _settings(settings: TrainSettings) -> page.Html:
+    """What was changed, then everything."""
+    values = settings.model_dump(mode="json")
+    defaults = {
+        name: info.get_default(call_default_factory=True) for name, info in TrainSettings.model_fields.items()
+    }
+    defaults = TrainSettings.model_construct(**defaults).model_dump(mode="json")
+    changed = [name for name in values if values[name] != defaults[name]]
+    rows = {
+        name: (flag(name), _shown(values[name]), _shown(_default(name, defaults[name]))) for name in values
+    }
+    columns = ("setting", "value", "default")
+    marked = [number for number, name in enumerate(rows) if name in changed]
+    return page.section(
+        "Settings",
+        page.paragraph(f"{len(changed)} of {len(rows)} differ from their defaults."),
+        page.table(columns, [rows[name] for name in changed]),
+        page.folded(f"All {len(rows)} settings", page.table(columns, list(rows.values()), changed=marked)),
+    )
+
+
+def _default(name: str, value: object) -> object:
+    """A default in words, where the default is found out at run time."""
+    return extra(TrainSettings.model_fields[name]).get("default") or value
+
+
+def _shown(value: object) -> str:
+    """A setting as it is typed."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    """Whole percent where that says it all. 0.5 -> 50 %, 0.875 -> 87.5 %"""
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def _count(value: int) -> str:
+    """1234567 -> 1.23 M"""
+    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    """75 -> 1.2 min"""
+    for limit, unit in ((3600, "h"), (60, "min")):
+        if seconds >= limit:
+            return f"{seconds / limit:.1f} {unit}"
+    return f"{seconds:.1f} s"
