@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
+
 import pytest
 
-from tvit_cli.console import Console, size
-from tvit_cli.engine.events import EpochDone, Note, Progress
+from tvit_cli import console as module
+from tvit_cli.console import Console, print_error, size
+from tvit_cli.engine.events import EpochDone, Note, Progress, StepDone, TrainingStarts
+from tvit_cli.errors import RunError
 
 LONG = "a/" * 80 + "clip.avi"
 
@@ -51,3 +57,92 @@ def test_details_are_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
     for verbosity in ("normal", "verbose"):
         Console(verbosity).report(Note("detail", "detail"))  # type: ignore[arg-type]
     assert capsys.readouterr().err == "detail\n"
+
+
+STEP = StepDone(
+    epoch=3,
+    step=120,
+    loss=1.2345,
+    clip_top1=0.5,
+    learning_rate=3e-4,
+    clips_per_second=211.4,
+    data_wait=0.07,
+)
+FACTS = "epoch 3 · loss 1.234 · top-1 0.500 · rate 3.0e-04 · 211 clips/s · 7% waiting for data"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def displayed(monkeypatch: pytest.MonkeyPatch, *, columns: int, first_step: int = 119) -> list[str]:
+    """The last picture of a live display in the middle of a training, without its colours."""
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console()
+    with console:
+        console.report(TrainingStarts({}, 10, 100, first_step))
+        console.report(STEP)
+        terminal.seek(0)
+        terminal.truncate()
+        console._bars.refresh()
+        shown = terminal.getvalue()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown).strip("\n").split("\n")
+
+
+def test_the_live_display_has_a_bar_the_time_left_and_a_line_of_facts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bar, facts = displayed(monkeypatch, columns=100)
+    assert bar.startswith("training") and "120/1000" in bar and "left" in bar
+    assert facts.rstrip() == FACTS
+
+
+def test_a_narrow_terminal_cuts_the_facts_instead_of_breaking_the_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = displayed(monkeypatch, columns=60)
+    assert len(lines) == 2 and all(len(line) <= 60 for line in lines)
+    assert lines[1].rstrip() == FACTS[:59] + "…"
+
+
+def test_a_resumed_run_does_not_count_earlier_steps_into_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Console() as console:
+        now = [100.0]
+        console._bars.get_time = lambda: now[0]
+        console.report(TrainingStarts({}, 10, 100, 500))
+        for step in (501, 502, 503):
+            now[0] += 2
+            console.report(StepDone(6, step, 1.0, 0.5, 1e-4, 9.0, 0.0))
+        assert console._bars.tasks[0].time_remaining == pytest.approx(2 * (1000 - 503), rel=0.1)
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    console = Console()
+    for second in range(200):
+        now[0] = float(second)
+        console.report(STEP)
+        console.report(Progress("checking videos", second, 1300))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[0] == f"step 120, {FACTS}"
+    console._last_line = -60
+    console.report(Progress("fetching", 5_000_000, 7_000_000_000, "bytes"))
+    assert capsys.readouterr().err == "fetching: 5.0 MB of 7.0 GB\n"
+
+
+def test_an_error_that_all_processes_raise_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        print_error(RunError("diverged", by_all=True))
+    print_error(RunError("own"))
+    assert capsys.readouterr().err == "error: diverged\nerror: own\n"

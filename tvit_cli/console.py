@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -21,18 +23,28 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from tvit_cli.engine.events import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
+from tvit_cli.errors import RunError
 from tvit_cli.options import Verbosity
 
 UNWRAPPED = 10_000  # columns
+FRAMES_PER_SECOND = 2  # of a live display; each takes some milliseconds of a core that computes
+SECONDS_BETWEEN_LINES = 60.0  # where there is no live display
 
 
 def print_error(error: BaseException) -> None:
-    """Show an error's message on stderr, its first line marked."""
+    """Show an error's message on stderr, its first line marked; one that all processes raise is shown once."""
+    if isinstance(error, RunError) and error.by_all and not _is_main_process():
+        return
     RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
         f"[bold red]error:[/] {escape(str(error))}"
     )
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch number the processes
 
 
 def size(count: int | None) -> str:
@@ -47,33 +59,50 @@ def size(count: int | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
+def _count(count: int, unit: str) -> str:
+    return size(count) if unit == "bytes" else f"{count:,}"
+
+
+class _Bars(RichProgress):
+    """Progress bars, and below them the facts of what is going on, in as much of a line as there is."""
+
+    facts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.tasks and self.facts:
+            yield Text(self.facts, style="dim", overflow="ellipsis", no_wrap=True)
+
+
 class Console:
     """Shows an engine's events while it works, and its results when it is done.
 
-    A context manager: progress bars live inside it. Without a terminal, bars become plain lines.
+    A context manager: progress bars live inside it. Without a terminal, bars become a plain line a minute.
     """
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
         self._verbosity = verbosity
-        self._speaks = (
-            os.environ.get("RANK", "0") == "0"
-        )  # torchrun and accelerate launch number the processes
+        self._speaks = _is_main_process()
         # A file or a pipe has no width: nothing in it is wrapped, so that it can be searched line by line.
         width = None if sys.stdout.isatty() else UNWRAPPED
         self._out = RichConsole(highlight=False, soft_wrap=True, width=width, quiet=not self._speaks)
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not self._speaks)
-        self._bars = RichProgress(
+        self._is_live = self._err.is_terminal and verbosity != "quiet"
+        self._bars = _Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
             console=self._err,
             transient=True,
-            disable=verbosity == "quiet" or not self._err.is_terminal,
+            refresh_per_second=FRAMES_PER_SECOND,
+            disable=not self._is_live,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Console:
         self._bars.start()
@@ -92,16 +121,20 @@ class Console:
             case Progress():
                 done = size(event.done) if event.unit == "bytes" else ""
                 self._bar(event.what, event.done, event.total, done)
+                of = "" if event.total is None else f" of {_count(event.total, event.unit)}"
+                self._line(f"{event.what}: {_count(event.done, event.unit)}{of}")
             case TrainingStarts():
                 for name, text in event.facts.items():
                     self._say(f"[dim]{name:>8}[/]  {escape(text)}")
                 self._bar("training", event.first_step, event.epochs * event.steps_per_epoch)
             case StepDone():
-                facts = (
+                self._bars.facts = (
                     f"epoch {event.epoch} · loss {event.loss:.3f} · top-1 {event.clip_top1:.3f} · "
-                    f"rate {event.learning_rate:.1e} · {event.clips_per_second:.3g} clips/s"
+                    f"rate {event.learning_rate:.1e} · {event.clips_per_second:.3g} clips/s · "
+                    f"{event.data_wait:.0%} waiting for data"
                 )
-                self._bar("training", event.step, None, facts)
+                self._bar("training", event.step, None)
+                self._line(f"step {event.step}, {self._bars.facts}")
             case EpochDone():
                 self._epoch(event)
 
@@ -150,9 +183,17 @@ class Console:
         if self._verbosity != "quiet":
             self._err.print(markup)
 
+    def _line(self, text: str) -> None:
+        """A sign of life where there is no live display, now and then."""
+        now = time.monotonic()
+        if not self._is_live and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._say(escape(text))
+
     def _bar(self, what: str, done: int, total: int | None, facts: str = "") -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, facts=facts)
+            # What was done before is no work of this process: from zero, it would make the time left too short.
+            self._tasks[what] = self._bars.add_task(what, total=total, completed=done, facts=facts)
         task = self._tasks[what]
         self._bars.update(task, completed=done, facts=facts)
         if total is not None:
@@ -162,6 +203,7 @@ class Console:
 
     def _epoch(self, event: EpochDone) -> None:
         m = event.metrics
+        self._last_line = time.monotonic()
         text = f"epoch {event.epoch:>3}  loss {m['train_loss']:.3f}  top-1 {m['train_clip_top1']:.3f}"
         if "val_loss" in m:
             average = " of the average" if "ema_decay" in m else ""

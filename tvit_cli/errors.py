@@ -46,10 +46,15 @@ class RunError(TvitError):
 
     exit_code = 1
 
+    def __init__(self, message: str, *, by_all: bool = False) -> None:
+        """With `by_all`, every process of a training raises it, so that one of them is enough to say it."""
+        super().__init__(message)
+        self.by_all = by_all
+
 
 class Interrupted(RunError):
     """Stopped by a signal after the state was saved."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(message, by_all=True)
         self.exit_code = exit_code

@@ -45,6 +45,7 @@ class StepDone:
     clip_top1: float
     learning_rate: float
     clips_per_second: float
+    data_wait: float  # share of the time that the model waited for data
 
 
 @dataclass(frozen=True)
