@@ -1,4 +1,4 @@
-"""Where metrics go: the W&B run of an experiment is one run, however often it is resumed, and needs no network."""
+"""Where metrics go: files that a resumed run cuts and goes on with, one W&B run, one log of TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,92 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_clips, make_pretrained, settings
+from tiny import make_clips, make_pretrained, run, settings
 
+from tvit_cli.engine import trackers as module
 from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.train import TrainResult, train
-from tvit_cli.errors import RunError
+from tvit_cli.errors import RunError, SettingsError
+
+SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("data") / "colours")
+
+
+def scalars(result: TrainResult) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: tag -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(result.run / "tensorboard"))
+    log.Reload()
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def test_tensorboard_goes_on_in_the_same_log_without_a_step_twice(clips: Path, tmp_path: Path) -> None:
+    facts = {
+        "path_to_data": str(clips),
+        "working_directory": tmp_path,
+        "epochs": 3,
+        "log_tensorboard": True,
+        **SCRATCH,
+    }
+    first = run(**facts, experiment_name="mine")
+    whole = scalars(first)
+    records = [json.loads(line) for line in (first.run / "metrics.jsonl").read_text().splitlines()]
+    losses = [(r["step"], r["val_loss"]) for r in records if r["kind"] == "epoch"]
+    assert [step for step, _ in whole["epoch/val_loss"]] == [3, 6, 9]
+    assert [value for _, value in whole["epoch/val_loss"]] == pytest.approx([value for _, value in losses])
+    assert [step for step, _ in whole["step/train_loss"]] == list(range(1, 10))
+    for path in list_checkpoints(first.run / "checkpoints")[1:]:  # stopped after the first epoch
+        shutil.rmtree(path)
+    shutil.rmtree(first.model)
+    again = scalars(run(**facts, experiment_name="mine"))
+    clocks = ("epoch/seconds", "epoch/clips_per_second", "epoch/data_wait")
+    assert again.keys() == whole.keys()
+    assert all([s for s, _ in again[tag]] == [s for s, _ in whole[tag]] for tag in whole)
+    assert all(again[tag] == whole[tag] for tag in whole if tag not in clocks)
+
+
+def test_without_tensorboard_the_extra_is_named_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install 'tvit\[tensorboard\]'"):
+        run(path_to_data="nowhere", working_directory=tmp_path, log_tensorboard=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_counts_its_classes_as_an_undisturbed_one(clips: Path, tmp_path: Path) -> None:
+    facts = {"path_to_data": str(clips), "working_directory": tmp_path, "epochs": 3, **SCRATCH}
+    first = run(**facts, experiment_name="mine")
+    file = first.run / "val_per_class.jsonl"
+    whole = file.read_bytes()
+    assert len(whole.splitlines()) == 3
+    for path in list_checkpoints(first.run / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    shutil.rmtree(first.model)
+    with file.open("a") as end:
+        end.write('{"step": 9, "cl')  # killed while it wrote
+    again = run(**facts, experiment_name="mine")
+    assert file.read_bytes() == whole
+    assert again.report is not None
+    page = again.report.read_text(encoding="utf-8")
+    assert all(f"epoch {n}: val " in page for n in (1, 2, 3))
+
+
+def test_counts_come_back_as_they_were_noted(tmp_path: Path) -> None:
+    trackers = Trackers(tmp_path)
+    trackers.log_per_class(3, {"a": (4, 1)})
+    trackers.log_per_class(6, {"a": (4, 2), "b": (1, 0)})
+    assert trackers.per_class(6) == {"a": (4, 2), "b": (1, 0)} and trackers.per_class(9) == {}
+    trackers.cut_after(5)
+    assert trackers.per_class(6) == {} and trackers.per_class(3) == {"a": (4, 1)}
+    assert Trackers(None).records("epoch") == [] and Trackers(None).per_class(3) == {}
 
 
 @pytest.fixture

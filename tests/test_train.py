@@ -592,6 +592,11 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "working_directory": ({}, "elsewhere", lambda a, b: b.run.parent.name == "elsewhere"),
     "seed": ({}, 5, weights_differ),
     "log_wandb": ({}, True, lambda a, b: (b.run / "wandb").is_dir() and not (a.run / "wandb").exists()),
+    "log_tensorboard": (
+        {},
+        True,
+        lambda a, b: (b.run / "tensorboard").is_dir() and not (a.run / "tensorboard").exists(),
+    ),
     "test_at_end": ({}, True, lambda a, b: a.test is None and b.test is not None),
     "top_k": (
         {},

@@ -145,6 +145,8 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     if result.test is not None:
         m = result.test.metrics
         console.say(f"Test top-1 {m['video_top1']:.3f} on {m['videos']:.0f} videos that training never saw.")
+    if result.report is not None:
+        console.say(f"Report: {result.report}")
     console.next_steps(
         result.model, [f"tvit predict VIDEO --model {result.model}", f"tvit eval --model {result.model}"]
     )

@@ -11,7 +11,7 @@ import typer
 
 import tvit_cli
 from tvit_cli import commands
-from tvit_cli.errors import Interrupted, TvitError
+from tvit_cli.errors import TvitError
 
 if TYPE_CHECKING:
     from tvit_cli.options import Verbosity
@@ -159,7 +159,5 @@ def run(arguments: Sequence[str] | None = None) -> None:
 def _fail(error: TvitError, code: int) -> None:
     from tvit_cli.console import print_error
 
-    # All processes of a training stop together, and the first of them says so.
-    if not isinstance(error, Interrupted) or os.environ.get("RANK", "0") == "0":
-        print_error(error)
+    print_error(error)
     sys.exit(code)

@@ -34,16 +34,18 @@ from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import EpochDone, Note, Progress, Report, StepDone
 from tvit_cli.engine.inputs import make_inputs, short_side
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals
-from tvit_cli.engine.metrics import Tally, video_metrics
-from tvit_cli.engine.objective import clip_losses, window_share
+from tvit_cli.engine.metrics import Tally, class_counts, video_metrics
+from tvit_cli.engine.objective import Targets, clip_losses, window_share
 from tvit_cli.engine.optim import learning_rate_at, set_rates
 from tvit_cli.engine.run import Run, identity
 from tvit_cli.engine.scoring import batches, merge_scores, score
 from tvit_cli.engine.source import Source, default_workers
 from tvit_cli.engine.trackers import Trackers
+from tvit_cli.engine.watch import LossWatch, diverged, loss_error, not_finite, some
 from tvit_cli.errors import Interrupted, RunError
 from tvit_cli.model import lora
 from tvit_cli.model.vit import TemporalViT
+from tvit_cli.report.pictures import Samples
 from tvit_cli.settings.train import TrainSettings
 
 RECORDS_PER_EPOCH = 20  # lines of kind "step" in metrics.jsonl
@@ -72,6 +74,8 @@ class Loop:
     best_step: int = 0
     best_tensors: dict[str, Tensor] | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
+    watch: LossWatch = field(default_factory=LossWatch)
+    samples: Samples = field(default_factory=Samples)
     saved_step: int = 0  # of the last checkpoint of this process's life, and when it was written
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -92,7 +96,7 @@ def fit(loop: Loop) -> None:
     """Take every step of the plan that is not done yet, until the patience is over."""
     if _is_patience_over(loop):
         return
-    clock = Clock()
+    clock = Clock.of(loop.device)
     loop.model.train()
     window_loss = torch.zeros((), device=loop.device)
     with StopSignals() as signals:
@@ -107,7 +111,7 @@ def fit(loop: Loop) -> None:
                 window_loss = torch.zeros_like(window_loss)
                 if planned.closes_epoch:
                     _end_epoch(loop, planned.epoch, grad_norm, clock)
-                    clock = Clock()
+                    clock = Clock.of(loop.device)
                 every = loop.settings.save_every_steps
                 due = bool(every and loop.step % every == 0) or _minutes_are_over(loop)
                 name, due = signals.agreed(loop.accelerator, save_is_due=due)
@@ -129,6 +133,8 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
     clips, targets = make_inputs(
         planned, batch, settings=settings, preprocessing=loop.built.preprocessing, device=loop.device
     )
+    if loop.samples.are_wanted:
+        _keep_samples(loop, planned, batch, clips, targets)
     with nullcontext() if planned.closes_window else loop.accelerator.no_sync(loop.model):
         with loop.accelerator.autocast():
             logits = loop.model(clips)
@@ -142,6 +148,7 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
         loss = window_share(losses, targets, window_clips=planned.window_clips)
         # DDP divides the sum of the gradients by the number of processes; the window is already divided by.
         loop.accelerator.backward(loss * loop.plan.processes)
+    loop.watch.saw(planned, losses)
     loop.tally.add(logits.detach(), losses.detach(), targets.main, targets.weights)
     return loss.detach()
 
@@ -161,10 +168,13 @@ def _update(loop: Loop) -> Tensor:
 
 def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
     """Validate, log, remember the best, save."""
+    _check_losses(loop)
     sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     loop.tally = Tally.zeros(loop.device)
     if not sums[2]:
-        raise RunError(f"Epoch {epoch + 1}: no training video could be read. Is the disk still there?")
+        raise RunError(
+            f"Epoch {epoch + 1}: no training video could be read. Is the disk still there?", by_all=True
+        )
     training = clock.facts()
     metrics: dict[str, float] = {
         "train_loss": sums[0] / sums[2],
@@ -174,11 +184,6 @@ def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
     }
     if loop.ema is not None:
         metrics["ema_decay"] = loop.ema.decay_at(loop.step - 1)
-    if not math.isfinite(metrics["train_loss"]):
-        raise RunError(
-            f"Epoch {epoch + 1}: the loss is {metrics['train_loss']}, so no checkpoint of it was written. "
-            "Train with a smaller --learning-rate, a longer --warmup-epochs, or --mixed-precision no."
-        )
     with nullcontext() if loop.ema is None else loop.ema.in_place():
         validation = _validate(loop)
     metrics |= {f"val_{name}": value for name, value in validation.items()}
@@ -224,18 +229,28 @@ def _validate(loop: Loop) -> dict[str, float]:
     for index, reason in scores.errors.items():
         _report_unreadable(loop, videos[index], reason)
     if not len(scores.indices):
-        raise RunError(f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.")
+        raise RunError(
+            f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.", by_all=True
+        )
     metrics = video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
     if not math.isfinite(metrics["loss"]):
-        raise RunError(
-            f"Step {loop.step}: the validation loss is {metrics['loss']}, so no checkpoint of it was written. "
-            "Train with a smaller --learning-rate, a longer --warmup-epochs, or --mixed-precision no."
-        )
+        what = f"Step {loop.step}: the validation loss is {metrics['loss']}. "
+        raise diverged(what, loop.settings, loop.run.checkpoints)
+    loop.trackers.log_per_class(
+        loop.step, class_counts(scores.logits, scores.labels, loop.source.layout.labels)
+    )
     return metrics | {"unreadable": float(len(scores.errors))}
 
 
 def _save(loop: Loop) -> Path:
-    """Write a checkpoint and prune the others (the main process does; the rest wait); returns its path."""
+    """Write a checkpoint and prune the others (the main process does; the rest wait); returns its path.
+
+    Raises RunError where a loss or a weight is not finite: such a state never takes the place of a good one.
+    """
+    _check_losses(loop)
+    if names := not_finite(_trainable(loop)):
+        what = f"Step {loop.step}: {len(names)} weights are not finite ({some(names)}). "
+        raise diverged(what, loop.settings, loop.run.checkpoints)
     sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     if loop.accelerator.is_main_process:
         scaler = loop.accelerator.scaler
@@ -258,6 +273,13 @@ def _save(loop: Loop) -> Path:
     loop.accelerator.wait_for_everyone()
     loop.saved_step, loop.saved_at = loop.step, time.monotonic()
     return checkpoint_path(loop.run.checkpoints, loop.step)
+
+
+def _check_losses(loop: Loop) -> None:
+    """Raise RunError that names the clips where a loss since the last check is not finite."""
+    if bad := loop.watch.look(loop.accelerator):
+        names = [video.name for video in loop.source.readable("train")]
+        raise loss_error(bad, names, loop.settings, loop.run.checkpoints)
 
 
 def _minutes_are_over(loop: Loop) -> bool:
@@ -351,6 +373,17 @@ def _mix(seed: int, planned: MicroBatch, plan: BatchPlan) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
+def _keep_samples(loop: Loop, planned: MicroBatch, batch: ClipBatch, clips: Tensor, targets: Targets) -> None:
+    """Keep clips as the model is given them for the report: those that were read and count."""
+    videos = loop.source.readable("train")
+    shown = [f"{video.label} · {video.path.name}" for video in (videos[i] for i in batch.indices.tolist())]
+    for place in targets.weights.nonzero().flatten().tolist():
+        caption = shown[place]
+        if targets.shares is not None and (share := float(targets.shares[place])) < 1:
+            caption += f", mixed with {shown[planned.partners[place]]} ({1 - share:.0%})"
+        loop.samples.offer(clips[place], caption)
+
+
 def _report_unreadable(loop: Loop, video: Video, reason: str) -> None:
     if video.name not in loop.unreadable:
         loop.unreadable[video.name] = reason
@@ -362,6 +395,7 @@ def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tenso
     every = max(1, loop.plan.steps_per_epoch // RECORDS_PER_EPOCH)
     rate = _learning_rate(loop, loop.step - 1)
     if number % every == 0:
+        _check_losses(loop)
         total = loop.accelerator.reduce(loss, reduction="sum")
         loop.trackers.log(
             {
@@ -374,8 +408,10 @@ def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tenso
             }
         )
     if clock.report_is_due():
+        if loop.plan.processes == 1:  # several look together, and their clocks differ
+            _check_losses(loop)
         sums = loop.tally.sums.tolist()
-        clips = max(1.0, sums[2])
+        clips, facts = max(1.0, sums[2]), clock.facts()
         loop.report(
             StepDone(
                 epoch=planned.epoch + 1,
@@ -383,6 +419,7 @@ def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tenso
                 loss=sums[0] / clips,
                 clip_top1=sums[1] / clips,
                 learning_rate=rate,
-                clips_per_second=clock.clips_per_second(),
+                clips_per_second=facts["clips_per_second"],
+                data_wait=facts["data_wait"],
             )
         )

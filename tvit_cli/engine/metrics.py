@@ -45,6 +45,12 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
+def class_counts(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(Videos, right answers) of each class that has a video: logits (V, K), labels (V,), the classes' names."""
+    table = class_table(confusion_matrix(logits.argmax(1), labels, len(names)))
+    return {name: (row.videos, row.right) for name, row in zip(names, table, strict=True) if row.videos}
+
+
 def video_metrics(logits: Tensor, labels: Tensor, *, top_k: int) -> dict[str, float]:
     """Metrics of one answer per video: logits (V, K), labels (V,). Loss in nats, the rest fractions of 1."""
     videos, classes = logits.shape

@@ -1,32 +1,38 @@
-"""Where metrics go: a file of JSON lines beside the run, and Weights & Biases if asked for."""
+"""Where metrics go: files of JSON lines beside the run, and Weights & Biases or TensorBoard if asked for."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.events import Note, Report
-from tvit_cli.errors import RunError
+from tvit_cli.errors import RunError, SettingsError
 
 METRICS_FILE = "metrics.jsonl"
+PER_CLASS_FILE = "val_per_class.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Trackers:
-    """Writes each record to metrics.jsonl, and to W&B where a run is open."""
+    """Writes each record to metrics.jsonl, and to W&B and TensorBoard where they are open."""
 
     def __init__(self, folder: Path | None) -> None:
         """Without a folder (a process that is not the main one) nothing is written."""
         self._folder = folder
         self._wandb: Any = None
+        self._tensorboard: Any = None
 
     def cut_after(self, step: int) -> None:
         """Drop the records after a step: a resumed run writes them again."""
         if self._folder is not None:
-            _keep_until(self._folder / METRICS_FILE, step)
+            for name in (METRICS_FILE, PER_CLASS_FILE):
+                _keep_until(self._folder / name, step)
 
     def open_wandb(self, *, name: str, config: dict[str, Any], report: Report) -> None:
         """Open, or go on with, the W&B run of an experiment; offline where nobody is logged in."""
@@ -59,28 +65,78 @@ class Trackers:
             settings=wandb.Settings(silent=True),
         )
 
+    def open_tensorboard(self, step: int) -> None:
+        """Write TensorBoard's log below the run; what an earlier process logged after a step is not shown."""
+        if self._folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = str(self._folder / TENSORBOARD_FOLDER)
+        self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
     def log(self, record: dict[str, Any]) -> None:
         """Append one record; a number that is not finite is written as null, which JSON has a word for."""
         if self._folder is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        path = self._folder / METRICS_FILE
+        self._append(METRICS_FILE, clean)
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            self._tensorboard.flush()
+
+    def log_per_class(self, step: int, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Note (videos, right answers) of each class at a validation."""
+        self._append(PER_CLASS_FILE, {"step": step, "classes": counts})
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind that metrics.jsonl holds: "epoch" or "step"."""
+        return [record for record in self._read(METRICS_FILE) if record["kind"] == kind]
+
+    def per_class(self, step: int) -> dict[str, tuple[int, int]]:
+        """What `log_per_class` noted at a step; nothing where there was no validation."""
+        noted = (record for record in self._read(PER_CLASS_FILE) if record["step"] == step)
+        return {
+            name: (videos, right) for name, (videos, right) in next(noted, {"classes": {}})["classes"].items()
+        }
+
+    def close(self) -> None:
+        """End the W&B run and TensorBoard's log, if there are any."""
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / name
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise RunError(
                 f"{path}: cannot be written ({error.strerror}). Make room, then go on from the last checkpoint "
                 "with --resume-from-checkpoint latest."
             ) from error
-        if self._wandb is not None:
-            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-            self._wandb.log(numbers, step=record["step"])
 
-    def close(self) -> None:
-        """End the W&B run, if there is one."""
-        if self._wandb is not None:
-            self._wandb.finish()
+    def _read(self, name: str) -> Iterable[dict[str, Any]]:
+        path = None if self._folder is None else self._folder / name
+        if path is None or not path.exists():
+            return []
+        return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def require_tensorboard() -> None:
+    """Raise SettingsError where TensorBoard's package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise SettingsError(
+            "--log-tensorboard: the package tensorboard is not installed. Install it with "
+            "`pip install 'tvit[tensorboard]'`."
+        )
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +27,9 @@ from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
 from tvit_cli.engine.source import Source, open_source
-from tvit_cli.engine.trackers import Trackers
-from tvit_cli.errors import DataError, SettingsError
+from tvit_cli.engine.summary import plan_facts, write_report
+from tvit_cli.engine.trackers import Trackers, require_tensorboard
+from tvit_cli.errors import DataError, RunError, SettingsError, TvitError
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
 from tvit_cli.settings.card import ModelCard
@@ -42,7 +43,7 @@ class TrainResult:
     """Where a training left its model, and how good it is.
 
     `best` holds the validation metrics of the epoch that was kept (empty without validation); `test` the
-    test result when it was asked for.
+    test result when it was asked for; `report` is the page, where one could be written.
     """
 
     run: Path
@@ -50,6 +51,7 @@ class TrainResult:
     best_epoch: int
     best: dict[str, float]
     test: EvalResult | None
+    report: Path | None = None
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -58,6 +60,8 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     Raises DataError, ModelError or CheckpointError before the first step where the input cannot be used;
     Interrupted after a signal, when the state has been saved; RunError when the run itself fails.
     """
+    if settings.log_tensorboard:
+        require_tensorboard()
     with (
         ends_with_the_others(),
         StopsAtOnce("Nothing is lost; start again with the same command.") as signals,
@@ -70,9 +74,20 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
                 fit(loop)
                 last = checkpoint_path(loop.run.checkpoints, loop.step)
                 signals.advice = f"All steps are done and saved. {how_to_resume(last)}"
+            except (TvitError, OSError) as error:
+                write_report(loop, problem=str(error))
+                if isinstance(error, RunError) and error.by_all:
+                    loop.accelerator.wait_for_everyone()  # else a process that ends ends the one that says why
+                raise
             finally:
                 loop.trackers.close()
-            return _finish(loop)
+            try:
+                result = _finish(loop)
+            except (TvitError, OSError) as error:
+                write_report(loop, problem=str(error))
+                raise
+            signals.advice = f"All is done, and the model is in {result.model}."
+            return replace(result, report=write_report(loop, test=result.test))
 
 
 def place_of(accelerator: Accelerator) -> Place:
@@ -216,6 +231,8 @@ def _open_records(loop: Loop) -> None:
     if settings.log_wandb:
         config = settings.model_dump(mode="json")
         loop.trackers.open_wandb(name=run.folder.name, config=config, report=loop.report)
+    if settings.log_tensorboard:
+        loop.trackers.open_tensorboard(loop.step)
 
 
 def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
@@ -238,17 +255,9 @@ def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
 
 def _announce(loop: Loop) -> None:
     settings, plan, layout = loop.settings, loop.plan, loop.source.layout
-    counts = ", ".join(f"{len(loop.source.readable(s))} {s}" for s in ("train", "val", "test"))
     loop.report(
         TrainingStarts(
-            facts={
-                "data": f"{loop.source.root}: {len(layout.labels)} classes, {counts}",
-                "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
-                "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
-                "batch": f"{settings.per_gpu_batch_size} clips × {plan.processes} × {plan.accumulation}",
-                "schedule": f"{settings.epochs} epochs of {plan.steps_per_epoch} steps, "
-                f"{settings.warmup():g} warm-up, learning rate {settings.learning_rate:g}",
-            },
+            facts=plan_facts(loop),
             epochs=settings.epochs,
             steps_per_epoch=plan.steps_per_epoch,
             first_step=loop.step,

@@ -36,7 +36,7 @@ class TrainingFacts:
 
     `problem` is why the run ended early ("" where it did not); `epochs` and `steps` are the records of
     metrics.jsonl of each kind; `per_class` maps a label to (videos, right answers) of the best epoch's
-    validation; `best_step` is 0 without validation.
+    validation; `best_step` is 0 without validation; `test_interval` is the 95 % interval of the test top-1.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class TrainingFacts:
     parameters: tuple[int, int]  # trained, all
     commands: Sequence[tuple[str, str]]
     test: Mapping[str, float] = field(default_factory=dict)
+    test_interval: tuple[float, float] | None = None
 
 
 def write_training_report(facts: TrainingFacts) -> Path:
@@ -178,7 +179,11 @@ def _headline(facts: TrainingFacts) -> list[tuple[str, str, str]]:
     """The test result if there is one, the best epoch's validation, time and size."""
     found = []
     if facts.test:
-        found.append(("test top-1", _percent(facts.test["video_top1"]), f"{facts.test['videos']:.0f} videos"))
+        remark = f"{facts.test['videos']:.0f} videos"
+        if facts.test_interval is not None:
+            low, high = facts.test_interval
+            remark += f"; 95 % within {100 * low:.0f}–{100 * high:.0f} %"
+        found.append(("test top-1", _percent(facts.test["video_top1"]), remark))
     best = next((r for r in facts.epochs if r["step"] == facts.best_step), None)
     if best is not None:
         epoch = f"best epoch, {best['epoch']} of {len(facts.epochs)}"

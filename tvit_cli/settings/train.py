@@ -64,6 +64,11 @@ class TrainSettings(DataSettings):
         description="Log metrics to Weights & Biases as well",
         json_schema_extra=about(RUN, harmless=True, reference="False"),
     )
+    log_tensorboard: bool = Field(
+        False,
+        description="Log metrics to TensorBoard as well, below the run's folder",
+        json_schema_extra=about(RUN, harmless=True),
+    )
     show_settings: bool = Field(
         False,
         description="Print all settings and where each comes from, and stop",

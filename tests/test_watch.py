@@ -1,0 +1,187 @@
+"""A loss that is not finite: the clips are named, nothing good is overwritten, the run ends with advice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_clips, run, settings
+from torch import Tensor
+
+from tvit_cli.engine import loop
+from tvit_cli.engine.batches import BatchPlan, MicroBatch
+from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.launch import make_accelerator
+from tvit_cli.engine.watch import BadClip, LossWatch, loss_error, not_finite
+from tvit_cli.errors import RunError
+from tvit_cli.model.vit import TemporalViT
+
+SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("data") / "colours")
+
+
+def micro_batch(step: int, indices: tuple[int, ...], *, real: int | None = None) -> MicroBatch:
+    keys = tuple((0, index) for index in indices)
+    return MicroBatch(
+        epoch=0,
+        step=step,
+        keys=keys,
+        extra=(),
+        partners=(),
+        real=len(keys) if real is None else real,
+        window_clips=8,
+        closes_window=True,
+        closes_epoch=False,
+    )
+
+
+def test_only_the_first_update_with_a_bad_loss_is_told_of() -> None:
+    watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
+    assert watch.look(accelerator) == []
+    watch.saw(micro_batch(3, (5, 6)), torch.tensor([1.0, 2.0]))
+    assert watch.look(accelerator) == []
+    watch.saw(micro_batch(4, (7, 8, 9), real=2), torch.tensor([1.0, INF, NAN]))  # the third does not count
+    watch.saw(micro_batch(4, (1, 2)), torch.tensor([NAN, 1.0]))
+    watch.saw(micro_batch(5, (3, 4)), torch.tensor([NAN, NAN]))
+    found = watch.look(accelerator)
+    assert [(clip.step, clip.index) for clip in found] == [(4, 8), (4, 1)]
+    assert found[0].loss == INF and watch.look(accelerator) == []
+
+
+def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_path: Path) -> None:
+    names = [f"clip{n}.avi" for n in range(20)]
+    own = settings(max_grad_norm=None, mixed_precision="bf16", learning_rate=0.25)
+    few = str(loss_error([BadClip(4, 2, NAN, 8), BadClip(4, 3, INF, 8)], names, own, tmp_path))
+    assert "Step 5: the loss of 2 of its 8 clips is not finite:\n  clip2.avi: nan\n  clip3.avi: inf\n" in few
+    assert "Look at these clips" in few and "No checkpoint had been written yet" in few
+    assert "smaller --learning-rate (it is 0.25)" in few
+    assert "--max-grad-norm 1" in few and "--mixed-precision no" in few
+    (tmp_path / "step-000003").mkdir()
+    every = str(loss_error([BadClip(4, n, NAN, 12) for n in range(12)], names, settings(), tmp_path))
+    assert "and 4 more" in every and "the run diverged" in every
+    assert f"The last good state is kept: {tmp_path / 'step-000003'}" in every
+    assert "--max-grad-norm" not in every and "--mixed-precision" not in every
+
+
+def test_tensors_that_are_not_finite_are_found_by_name() -> None:
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, INF]), "c": torch.tensor(NAN)}
+    assert not_finite(tensors) == ["b", "c"] and not_finite({}) == []
+
+
+def spoil_forward(monkeypatch: pytest.MonkeyPatch, *, call: int, row: int) -> None:
+    """Make one clip's logits NaN in the so-many-th forward pass of training."""
+    real, calls = TemporalViT.forward, [0]
+
+    def forward(self: TemporalViT, clips: Tensor) -> Tensor:
+        logits = real(self, clips)
+        if self.training:
+            calls[0] += 1
+            if calls[0] == call:
+                bad = torch.zeros_like(logits)
+                bad[row] = NAN
+                return logits + bad
+        return logits
+
+    monkeypatch.setattr(TemporalViT, "forward", forward)
+
+
+def trained_names(clips: Path) -> list[str]:
+    """The training videos of `tiny.settings`, in their order: one group of six held out for val, one for test."""
+    from tvit_cli.engine.source import open_source
+
+    facts = settings(path_to_data=str(clips))
+    source = open_source(
+        facts.path_to_data,
+        group_pattern=facts.group_pattern,
+        val_groups=facts.val_groups,
+        test_groups=facts.test_groups,
+        split=facts.split,
+        report=lambda event: None,
+    )
+    return [video.name for video in source.readable("train")]
+
+
+def test_a_nan_ends_the_run_names_the_clip_and_leaves_the_last_good_state(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"path_to_data": str(clips), "working_directory": tmp_path, "save_every_steps": 1, **SCRATCH}
+    whole = run(**facts, experiment_name="whole")
+    spoil_forward(monkeypatch, call=5, row=2)
+    plan = BatchPlan(clips=12, batch_size=4, accumulation=1, processes=1, rank=0, epochs=2, seed=0)
+    _, index = list(plan.micro_batches())[4].keys[2]
+    name = trained_names(clips)[index]
+    with pytest.raises(RunError) as caught:
+        run(**facts, experiment_name="bad")
+    assert caught.value.exit_code == 1
+    assert f"Step 5: the loss of 1 of its 4 clips is not finite:\n  {name}: nan" in str(caught.value)
+    kept = list_checkpoints(tmp_path / "bad" / "checkpoints")
+    assert kept[-1].name == "step-000004" and str(kept[-1]) in str(caught.value)
+    good = load_checkpoint(whole.run / "checkpoints" / "step-000004")
+    assert all(
+        torch.equal(value, good.trainable[key]) for key, value in load_checkpoint(kept[-1]).trainable.items()
+    )
+    page = (tmp_path / "bad" / "report.html").read_text(encoding="utf-8")
+    assert f"{name}: nan" in page and f"tvit train --resume-from-checkpoint {kept[-1]}" in page
+
+
+def test_a_nan_at_the_first_step_leaves_no_checkpoint_and_says_so(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_forward(monkeypatch, call=1, row=0)
+    with pytest.raises(RunError, match="No checkpoint had been written yet"):
+        run(path_to_data=str(clips), working_directory=tmp_path, experiment_name="bad", **SCRATCH)
+    assert not list_checkpoints(tmp_path / "bad" / "checkpoints")
+    assert not (tmp_path / "bad" / "report.html").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop._update
+
+    def update(own: loop.Loop) -> Tensor:
+        norm = real(own)
+        if own.step == 3:  # the fourth update: its loss was good, what it made of the weights is not
+            with torch.no_grad():
+                own.plain_model.classifier.bias[0] = INF
+        return norm
+
+    monkeypatch.setattr(loop, "_update", update)
+    with pytest.raises(RunError, match=r"Step 4: 1 weights are not finite \(classifier\.bias\)"):
+        run(
+            path_to_data=str(clips),
+            working_directory=tmp_path,
+            experiment_name="bad",
+            save_every_steps=1,
+            **SCRATCH,
+        )
+    assert list_checkpoints(tmp_path / "bad" / "checkpoints")[-1].name == "step-000003"
+
+
+def test_two_processes_stop_together_with_one_message(clips: Path, tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"path_to_data": str(clips), "working_directory": tmp_path, **SCRATCH}
+    own = settings(**facts, num_processes=2, learning_rate=1e30, warmup_epochs=0, experiment_name="bad")
+    (tmp_path / "c.json").write_text(json.dumps(own.model_dump(mode="json")))
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json")],
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("is not finite") == 1 and "--learning-rate" in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert not list_checkpoints(tmp_path / "bad" / "checkpoints")
