@@ -201,6 +201,7 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     _, errors = child.communicate(timeout=60)
     assert child.returncode == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name], errors
     assert not (tmp_path / "killed" / "model").exists()
+    assert (tmp_path / "killed" / "report.html").exists() == (name != "SIGKILL")
     if name != "SIGKILL":
         line = next(x for x in errors.splitlines() if "--resume-from-checkpoint" in x)
         assert Path(line.split()[-1]).parent == checkpoints

@@ -28,8 +28,8 @@ p{margin:8px 0;max-width:78ch}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:20px}
 .charts svg{display:block;width:100%;height:auto;border:1px solid var(--grid);border-radius:10px;padding:10px}
 svg text{font-family:inherit;font-variant-numeric:tabular-nums}
-.bars{columns:300px;column-gap:32px}
-.bar{display:grid;grid-template-columns:minmax(0,11em) minmax(40px,1fr) 7.2em;gap:10px;align-items:center;
+.bars{columns:330px;column-gap:36px}
+.bar{display:grid;grid-template-columns:minmax(0,11em) minmax(32px,1fr) minmax(8.8em,max-content);gap:10px;align-items:center;
   break-inside:avoid;font-size:13.5px;line-height:1.75}
 .bar>span:first-child{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar>span:last-child{color:var(--dim);text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
