@@ -11,16 +11,10 @@ from tvit_cli.engine.batches import BatchKeys, BatchPlan
 
 
 def plan(**changes: Any) -> BatchPlan:
-    facts = {
-        "clips": 21,
-        "batch_size": 2,
-        "accumulation": 2,
-        "processes": 1,
-        "rank": 0,
-        "epochs": 3,
-        "seed": 0,
-    }
-    return BatchPlan(**{**facts, **changes})
+    """A plan of 21 clips; `accumulation` passes make a window where `global_batch` does not say how large it is."""
+    facts = {"clips": 21, "batch_size": 2, "processes": 1, "rank": 0, "epochs": 3, "seed": 0, **changes}
+    window = facts["batch_size"] * facts.pop("accumulation", 2) * facts["processes"]
+    return BatchPlan(**{"global_batch": window, **facts})
 
 
 def windows(processes: int, **changes: Any) -> dict[int, list[tuple[int, int]]]:
@@ -52,6 +46,8 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     [
         {"processes": 2, "batch_size": 4, "accumulation": 1},
         {"processes": 4, "batch_size": 1, "accumulation": 2},
+        {"processes": 1, "batch_size": 3, "global_batch": 8},
+        {"processes": 2, "batch_size": 3, "global_batch": 8},
     ],
 )
 def test_updates_hold_the_same_clips_however_they_are_cut(cut: dict[str, int]) -> None:
@@ -70,6 +66,17 @@ def test_processes_take_equally_many_passes_and_say_what_does_not_count() -> Non
 def test_the_last_window_of_an_epoch_knows_how_few_clips_it_has() -> None:
     sizes = {b.step: b.window_clips for b in plan(epochs=1).micro_batches()}
     assert list(sizes.values()) == [4, 4, 4, 4, 4, 1]
+
+
+def test_a_halved_plan_has_the_same_windows_in_more_passes() -> None:
+    whole = plan(batch_size=5, accumulation=1, epochs=1)
+    halved = whole.halved()
+    assert (halved.batch_size, halved.accumulation, halved.global_batch) == (2, 3, 5)
+    assert [b.real for b in halved.micro_batches()] == [2, 2, 1] * 4 + [1]
+    assert halved.total_steps == whole.total_steps
+    for step in range(whole.total_steps):
+        keys = [[k for b in p.micro_batches() if b.step == step for k in b.keys] for p in (whole, halved)]
+        assert keys[0] == keys[1]
 
 
 def test_a_plan_goes_on_from_any_step() -> None:
@@ -99,6 +106,7 @@ def partners(processes: int, **changes: int) -> dict[tuple[int, int], tuple[int,
         {"processes": 2, "batch_size": 4, "accumulation": 1},
         {"processes": 4, "batch_size": 1, "accumulation": 2},
         {"processes": 2, "batch_size": 2, "accumulation": 2},
+        {"processes": 2, "batch_size": 3, "global_batch": 8},
     ],
 )
 def test_partners_are_the_same_however_an_update_is_cut(cut: dict[str, int]) -> None:

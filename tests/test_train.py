@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_fits
 import torch
 from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
 
@@ -634,6 +635,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "warmup_epochs": ({}, 2, weights_differ),
     "per_gpu_batch_size": ({}, 5, weights_differ),
     "gradient_accumulation_steps": ({}, 2, counts_differ),
+    "global_batch_size": ({}, 8, counts_differ),
     "learning_rate": ({}, 0.02, weights_differ),
     "weight_decay": ({}, 0.5, weights_differ),
     "label_smoothing": ({}, 0.2, weights_differ),
@@ -839,6 +841,9 @@ def test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained(
 
 
 SHOWN_ELSEWHERE = {
+    "dry_run": test_fits.test_a_dry_run_says_what_a_training_takes_and_writes_nothing,
+    "gradient_checkpointing": test_fits.test_a_run_with_gradient_checkpointing_ends_with_the_same_bits_and_takes_less_memory,
+    "compile": test_fits.test_a_compiled_run_compiles_each_size_of_a_pass_once_and_keeps_its_names,
     "show_settings": test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained,
     "overwrite": test_an_experiment_is_replaced_only_when_told_to,
     "num_processes": test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits,

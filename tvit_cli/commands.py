@@ -11,6 +11,7 @@ from tvit_cli.errors import RunError
 
 if TYPE_CHECKING:
     from tvit_cli.console import Console
+    from tvit_cli.engine.dryrun import DryRun
     from tvit_cli.engine.extract import CheckResult
     from tvit_cli.engine.series import SeriesResult
     from tvit_cli.options import Verbosity
@@ -122,6 +123,7 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
         Console(verbosity).table(["setting", "value", "from"], rows)
         return
     from tvit_cli.engine import train as engine
+    from tvit_cli.engine.dryrun import dry_run
     from tvit_cli.engine.processes import are_started, end_with_launcher, run_processes
     from tvit_cli.engine.run import find_run, saved_settings
 
@@ -130,11 +132,16 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
             sys.exit(code)
         return
     end_with_launcher()
-    if len(loaded.series) > 1:
+    if len(loaded.series) > 1 and not loaded.settings.dry_run:
         _train_series(loaded, verbosity)
         return
     if loaded.settings.resume_from_checkpoint is not None:
         loaded = loaded.over(saved_settings(find_run(loaded.settings)))
+    if loaded.settings.dry_run:
+        with Console(verbosity) as console:
+            plan = dry_run(loaded.settings, console.report)
+        _show_plan(console, plan)
+        return
     with Console(verbosity) as console:
         result = engine.train(loaded.settings, console.report)
     if result.best:
@@ -150,6 +157,38 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     console.next_steps(
         result.model, [f"tvit predict VIDEO --model {result.model}", f"tvit eval --model {result.model}"]
     )
+
+
+def _show_plan(console: Console, plan: DryRun) -> None:
+    from tvit_cli.console import duration, size
+
+    memory, clips = plan.memory, plan.micro_batch
+    terms = ("weights", "gradients", "moments", "average", "workspace")
+    parts = [f"{name} {size(getattr(memory, name))}" for name in terms if getattr(memory, name)]
+    parts.append(f"{clips} clips × {size(memory.activations_per_clip)}")
+    per_step = plan.pass_flops * plan.clips_per_step
+    rows = [
+        ("run", plan.folder),
+        ("data", plan.data),
+        ("model", plan.model),
+        ("parameters", f"{plan.parameters:,}, {plan.trainable:,} of them trained"),
+        ("device", f"{plan.device}, {plan.precision} mixed precision"),
+        ("batch", plan.batch),
+        ("steps", f"{plan.epochs} epochs of {plan.steps_per_epoch}"),
+        ("forward pass", f"{plan.forward_flops / 1e9:,.2f} GFLOP per clip"),
+        (
+            "and backward",
+            f"{plan.pass_flops / 1e9:,.2f} GFLOP per clip, {per_step / 1e12:,.3f} TFLOP per step",
+        ),
+        ("memory", f"{size(memory.needed(clips))} of {size(plan.available)}: {' + '.join(parts)}"),
+        ("step", f"{plan.seconds_per_step:.3g} s, {plan.data_wait:.0%} of it waiting for data"),
+        ("validation", duration(plan.validation_seconds)),
+        ("epoch", duration(plan.seconds_per_epoch)),
+        ("all epochs", duration(plan.epochs * plan.seconds_per_epoch)),
+    ]
+    console.table(["what", "measured in a dry run"], rows)
+    if memory.needed(clips) > plan.available:
+        console.warn("This is more memory than there is. Take --per-gpu-batch-size auto.")
 
 
 def _train_series(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:

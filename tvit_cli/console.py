@@ -59,6 +59,14 @@ def size(count: int | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds as people read them. 8130 -> 2 h 16 min"""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def _count(count: int, unit: str) -> str:
     return size(count) if unit == "bytes" else f"{count:,}"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,14 +52,15 @@ class MicroBatch:
 class BatchPlan:
     """The micro-batches of a run for one of `processes` processes.
 
-    With `balance`, the class of every clip, an epoch has equally many of each class (`balanced_order`).
-    With `pairs` each clip has a partner: see Note [Partners]. With `repeats`, which divides the clips of a window,
-    each clip is in its window that many times, under a key of its own each time.
+    `batch_size` is one process's micro-batch, `global_batch` the clips of a window. With `balance`, the class of
+    every clip, an epoch has equally many of each class (`balanced_order`). With `pairs` each clip has a partner:
+    see Note [Partners]. With `repeats`, which divides the clips of a window, each clip is in its window that many
+    times, under a key of its own each time.
     """
 
     clips: int
     batch_size: int
-    accumulation: int
+    global_batch: int
     processes: int
     rank: int
     epochs: int
@@ -91,7 +92,22 @@ class BatchPlan:
 
     @property
     def _videos_per_window(self) -> int:
-        return self.batch_size * self.accumulation * self.processes // self.repeats
+        return self.global_batch // self.repeats
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per window; the last may have fewer clips."""
+        return -(-self.global_batch // (self.batch_size * self.processes))
+
+    def halved(self) -> BatchPlan:
+        """The same windows in passes of half as many clips, rounded down."""
+        return replace(self, batch_size=self.batch_size // 2)
+
+    def __str__(self) -> str:
+        wide = (
+            f"{self.processes} {'process' if self.processes == 1 else 'processes'} × {self.batch_size} clips"
+        )
+        return f"global batch {self.global_batch} = {wide} × {self.accumulation} accumulation"
 
     def _order(self, epoch: int) -> list[Key]:
         generator = np.random.default_rng([self.seed, epoch])

@@ -41,6 +41,9 @@ class State:
     """Where a run is: `step` optimizer updates are done."""
 
     step: int
+    micro_batch: int = (
+        0  # clips per forward pass, if memory ran out fewer than the settings say; 0: as they say
+    )
     tally: tuple[float, ...] = ()  # the running sums of an epoch that is not over
     best_step: int = 0  # the last step of the best epoch; 0: none yet
     best: dict[str, float] = field(default_factory=dict)

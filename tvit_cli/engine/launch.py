@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistError
 
+from tvit_cli.engine.precision import Precision, resolve_precision
 from tvit_cli.engine.trained import pick_device
-from tvit_cli.errors import Interrupted, RunError
+from tvit_cli.errors import Interrupted, RunError, SettingsError
 
 EXIT_CODES = {
     "SIGINT": 130,
@@ -26,15 +29,26 @@ EXIT_CODES = {
 SECONDS_TO_BE_ENDED = 3  # a launcher looks for dead processes several times a second
 
 
-def make_accelerator(*, device: str, mixed_precision: str) -> Accelerator:
-    """An Accelerator on the device asked for.
+# What splits a model between processes, and the variable by which `accelerate launch` asks for it.
+SPLITTERS = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
 
-    Raises ModelError when this machine has no such device, RunError when the processes cannot find each other.
+
+def make_accelerator(*, device: str, mixed_precision: Literal["auto"] | Precision) -> Accelerator:
+    """An Accelerator on the device asked for, with the precision that `auto` means there.
+
+    Raises ModelError when this machine has no such device, SettingsError where `accelerate launch` was told to
+    split the model, RunError when the processes cannot find each other.
     """
     chosen = pick_device(device)
+    _refuse_split_models(chosen)
     AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
+    precision = resolve_precision(mixed_precision, chosen)
     try:
-        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed_precision)
+        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
     except DistError as error:
         place = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', '?')}"
         in_use = "EADDRINUSE" in str(error) or "address already in use" in str(error)
@@ -67,6 +81,21 @@ def ends_with_the_others() -> Iterator[None]:
             "Another process of this training has ended, so this one does, too. Go on from the last checkpoint "
             "with --resume-from-checkpoint latest."
         ) from error
+
+
+def _refuse_split_models(device: torch.device) -> None:
+    for name, variable in SPLITTERS.items():
+        if parse_flag_from_env(variable):
+            reason = (
+                "Accelerate ignores it without a word on a CPU"
+                if device.type == "cpu"
+                else "a checkpoint holds whole tensors, which it takes apart"
+            )
+            raise SettingsError(
+                f"{variable}={os.environ[variable]}: {name} is not supported: {reason}. Take it out of "
+                "Accelerate's config: processes then share the clips, each with the whole model. What makes that "
+                "fit: --per-gpu-batch-size auto, --gradient-checkpointing."
+            )
 
 
 class StopSignals:

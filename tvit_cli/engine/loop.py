@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,8 @@ from tvit_cli.engine.launch import EXIT_CODES, StopSignals
 from tvit_cli.engine.metrics import Tally, class_counts, video_metrics
 from tvit_cli.engine.objective import Targets, clip_losses, window_share
 from tvit_cli.engine.optim import learning_rate_at, set_rates
+from tvit_cli.engine.outofmemory import Attempt, advice
+from tvit_cli.engine.parallel import any_of_them, sum_gradients
 from tvit_cli.engine.run import Run, identity
 from tvit_cli.engine.scoring import batches, merge_scores, score
 from tvit_cli.engine.source import Source, default_workers
@@ -60,7 +62,7 @@ class Loop:
     run: Run
     source: Source
     built: Built
-    model: nn.Module  # as Accelerate wraps it
+    model: nn.Module  # as it is trained: compiled, or the plain one
     optimizer: AcceleratedOptimizer
     plan: BatchPlan
     trackers: Trackers
@@ -98,14 +100,21 @@ def fit(loop: Loop) -> None:
         return
     clock = Clock.of(loop.device)
     loop.model.train()
+    attempt, tally = Attempt(), loop.tally.sums.clone()
     window_loss = torch.zeros((), device=loop.device)
     with StopSignals() as signals:
-        for planned, batch in zip(loop.plan.micro_batches(loop.step), batches(_loader(loop)), strict=True):
+        for planned, batch in passes(loop):
             clock.data_arrived()
-            window_loss = window_loss + _forward_backward(loop, planned, batch)
-            clock.clips += planned.real * loop.plan.processes
-            if planned.closes_window:
-                grad_norm = _update(loop)
+            loss = attempt.run(forward_backward, loop, planned, batch)
+            if loss is not None:
+                window_loss = window_loss + loss
+                clock.clips += planned.real * loop.plan.processes
+            if planned.closes_window and any_of_them(attempt.failed, loop.accelerator):
+                loop.tally.sums = tally
+                _halve_micro_batch(loop)
+                attempt, tally, window_loss = Attempt(), tally.clone(), torch.zeros_like(window_loss)
+            elif planned.closes_window:
+                grad_norm = update(loop)
                 loop.step += 1
                 _report_step(loop, planned, window_loss, grad_norm, clock)
                 window_loss = torch.zeros_like(window_loss)
@@ -121,10 +130,22 @@ def fit(loop: Loop) -> None:
                     _save(loop)
                 if planned.closes_epoch and _is_patience_over(loop):
                     return
+                tally = loop.tally.sums.clone()
             clock.waits_for_data()
 
 
-def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tensor:
+def passes(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
+    """What is left of the plan with its clips; begun anew from the window where the micro-batch was changed."""
+    plan = None
+    while plan is not loop.plan:
+        plan = loop.plan
+        for planned, batch in zip(plan.micro_batches(loop.step), batches(_loader(loop)), strict=True):
+            yield planned, batch
+            if plan is not loop.plan:
+                break
+
+
+def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tensor:
     """This process's share of the window's mean loss; its gradients are added to those that are there."""
     settings = loop.settings
     for index, reason in batch.errors:
@@ -135,27 +156,23 @@ def _forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tens
     )
     if loop.samples.are_wanted:
         _keep_samples(loop, planned, batch, clips, targets)
-    with nullcontext() if planned.closes_window else loop.accelerator.no_sync(loop.model):
-        with loop.accelerator.autocast():
-            logits = loop.model(clips)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        losses = clip_losses(
-            logits,
-            targets,
-            class_weights=loop.class_weights,
-            label_smoothing=settings.label_smoothing,
-        )
-        loss = window_share(losses, targets, window_clips=planned.window_clips)
-        # DDP divides the sum of the gradients by the number of processes; the window is already divided by.
-        loop.accelerator.backward(loss * loop.plan.processes)
+    with loop.accelerator.autocast():
+        logits = loop.model(clips)
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    losses = clip_losses(
+        logits, targets, class_weights=loop.class_weights, label_smoothing=settings.label_smoothing
+    )
+    loss = window_share(losses, targets, window_clips=planned.window_clips)
+    loop.accelerator.backward(loss)
     loop.watch.saw(planned, losses)
     loop.tally.add(logits.detach(), losses.detach(), targets.main, targets.weights)
     return loss.detach()
 
 
-def _update(loop: Loop) -> Tensor:
+def update(loop: Loop) -> Tensor:
     """One optimizer update with clipped gradients; returns the gradient's norm before clipping."""
     settings = loop.settings
+    sum_gradients(loop.plain_model.parameters(), loop.accelerator)
     set_rates(loop.optimizer, _learning_rate(loop, loop.step))
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     norm: Tensor = loop.accelerator.clip_grad_norm_(loop.model.parameters(), limit)
@@ -164,6 +181,25 @@ def _update(loop: Loop) -> Tensor:
     if loop.ema is not None:
         loop.ema.update(loop.step)
     return norm
+
+
+def _halve_micro_batch(loop: Loop) -> None:
+    """Forget the window that was begun; it starts anew in smaller passes. See Note [Out of memory]."""
+    loop.optimizer.zero_grad()
+    before = loop.plan.batch_size
+    if before == 1:
+        raise RunError(
+            f"Step {loop.step + 1}: out of memory with a single clip per forward pass. "
+            f"{advice(loop.settings, loop.device)}"
+        )
+    loop.plan = loop.plan.halved()
+    loop.report(
+        Note(
+            f"Step {loop.step + 1}: out of memory with {before} clips per forward pass. From here on there are "
+            f"{loop.plan.batch_size}, and updates are the same: {loop.plan}.",
+            "warning",
+        )
+    )
 
 
 def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
@@ -217,8 +253,8 @@ def _validate(loop: Loop) -> dict[str, float]:
         loop.source.layout.labels,
         loop.built.preprocessing,
         device=loop.device,
-        batch_size=loop.settings.per_gpu_batch_size,
-        workers=_workers(loop),
+        batch_size=loop.plan.batch_size,
+        workers=workers(loop),
         rank=loop.plan.rank,
         processes=loop.plan.processes,
         autocast=loop.accelerator.autocast,
@@ -258,6 +294,7 @@ def _save(loop: Loop) -> Path:
             loop.run.checkpoints,
             state=State(
                 step=loop.step,
+                micro_batch=loop.plan.batch_size,
                 tally=tuple(sums),
                 best_step=loop.best_step,
                 best=loop.best,
@@ -317,7 +354,7 @@ def _loader(loop: Loop) -> DataLoader[ClipItem]:
     return DataLoader(
         dataset,
         batch_sampler=BatchKeys(loop.plan, loop.step),
-        num_workers=_workers(loop),
+        num_workers=workers(loop),
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
         pin_memory=loop.device.type == "cuda",
@@ -325,7 +362,7 @@ def _loader(loop: Loop) -> DataLoader[ClipItem]:
     )
 
 
-def _workers(loop: Loop) -> int:
+def workers(loop: Loop) -> int:
     given = loop.settings.num_workers
     return default_workers(loop.plan.processes) if given is None else given
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
+from tvit_cli.engine.microbatch import as_before
 from tvit_cli.engine.source import find_data
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
 from tvit_cli.settings.base import extra, flag
@@ -210,14 +211,18 @@ def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def check_recipe(folder: Path, settings: TrainSettings) -> None:
-    """Raise SettingsError that lists what a finished run was told otherwise, if that changed its result."""
+def check_recipe(folder: Path, settings: TrainSettings, processes: int) -> TrainSettings:
+    """The settings as a finished run has them, who found values of its own for `auto`.
+
+    Raises SettingsError that lists what it was told otherwise, if that changed its result.
+    """
     try:
         before = {**_DEFAULTS, **json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))}
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{folder / SETTINGS_FILE}: cannot be read ({error}). Remove {folder}."
         ) from error
+    settings = as_before(settings, before, processes)
     lines = _differences(before, _recipe(settings))
     if lines:
         raise SettingsError(
@@ -225,6 +230,7 @@ def check_recipe(folder: Path, settings: TrainSettings) -> None:
             + "\n".join(lines)
             + "\nTake another --experiment-name, or replace all its runs with --overwrite."
         )
+    return settings
 
 
 def _recipe(settings: TrainSettings) -> dict[str, Any]:

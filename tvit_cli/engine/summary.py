@@ -19,7 +19,7 @@ def plan_facts(loop: Loop) -> dict[str, str]:
         "data": f"{source.root}: {len(source.layout.labels)} classes, {counts}",
         "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
         "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
-        "batch": f"{settings.per_gpu_batch_size} clips × {plan.processes} × {plan.accumulation}",
+        "batch": str(plan),
         "schedule": f"{settings.epochs} epochs of {plan.steps_per_epoch} steps, "
         f"{settings.warmup():g} warm-up, learning rate {settings.learning_rate:g}",
     }

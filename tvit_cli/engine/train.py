@@ -17,12 +17,16 @@ from tvit_cli.engine.balance import class_weights
 from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import build
 from tvit_cli.engine.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_optimizer
+from tvit_cli.engine.compiling import compiled, compiles
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
 from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others, make_accelerator
 from tvit_cli.engine.loop import Loop, fit, how_to_resume, identity_of, kept_tensors
+from tvit_cli.engine.microbatch import as_before, find_micro_batch, resolve_batch
 from tvit_cli.engine.optim import adamw, parameter_groups
+from tvit_cli.engine.outofmemory import ends_with_advice
+from tvit_cli.engine.parallel import share_weights
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
@@ -31,6 +35,7 @@ from tvit_cli.engine.summary import plan_facts, write_report
 from tvit_cli.engine.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError
 from tvit_cli.model import lora
+from tvit_cli.model.blocks import recomputed
 from tvit_cli.model.folder import save_model
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
@@ -66,12 +71,13 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         ends_with_the_others(),
         StopsAtOnce("Nothing is lost; start again with the same command.") as signals,
     ):
-        loop = _open(settings, report)
+        loop = open_training(settings, report)
         with held(loop.run) if loop.accelerator.is_main_process else nullcontext():
             _open_records(loop)
             _announce(loop)
             try:
-                fit(loop)
+                with ends_with_advice(loop.settings, loop.device), compiles(loop.settings.compile):
+                    fit(loop)
                 last = checkpoint_path(loop.run.checkpoints, loop.step)
                 signals.advice = f"All steps are done and saved. {how_to_resume(last)}"
             except (TvitError, OSError) as error:
@@ -102,6 +108,7 @@ def place_of(accelerator: Accelerator) -> Place:
 
 def score_test(model: Path, settings: TrainSettings, report: Report, place: Place) -> EvalResult:
     """Score the test subset with a model folder: all processes of its training do, in its batches."""
+    assert settings.per_gpu_batch_size != "auto"
     return evaluate(
         EvalSettings(
             model=model,
@@ -115,11 +122,12 @@ def score_test(model: Path, settings: TrainSettings, report: Report, place: Plac
     )
 
 
-def _open(settings: TrainSettings, report: Report) -> Loop:
+def open_training(settings: TrainSettings, report: Report) -> Loop:
     """A loop that is ready to run, at its checkpoint if it has one; nothing was written yet."""
     accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
     if not accelerator.is_main_process:
         report = silent
+    settings = settings.model_copy(update={"mixed_precision": accelerator.mixed_precision})
     source = open_source(
         settings.path_to_data,
         group_pattern=settings.group_pattern,
@@ -133,6 +141,8 @@ def _open(settings: TrainSettings, report: Report) -> Loop:
     run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
+    if checkpoint is not None:
+        settings = as_before(settings, checkpoint.state.identity, accelerator.num_processes)
     loop = _prepare(settings, accelerator, run, source, report)
     if checkpoint is not None:
         _resume(loop, checkpoint)
@@ -169,6 +179,17 @@ def _prepare(
 ) -> Loop:
     built = build(settings, num_classes=len(source.layout.labels), report=report)
     built.model.to(accelerator.device)
+    share_weights(built.model, accelerator)
+    if settings.gradient_checkpointing:
+        built.model.run_block = recomputed
+    model = accelerator.prepare_model(built.model, evaluation_mode=True)  # in evaluation mode it adds no DDP
+    model = compiled(model, accelerator.device) if settings.compile else model
+    settings, window = resolve_batch(
+        settings,
+        accelerator.num_processes,
+        find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
+    )
+    assert settings.per_gpu_batch_size != "auto"
     optimizer = adamw(
         parameter_groups(
             built.model,
@@ -182,14 +203,13 @@ def _prepare(
         betas=(settings.adam_beta1, settings.adam_beta2),
         epsilon=settings.adam_epsilon,
     )
-    model, prepared = accelerator.prepare(built.model, optimizer)
     labels = source.layout.labels
     position = {label: number for number, label in enumerate(labels)}
     targets = tuple(position[video.label] for video in source.readable("train"))
     plan = BatchPlan(
         clips=len(targets),
         batch_size=settings.per_gpu_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
+        global_batch=window,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
         epochs=settings.epochs,
@@ -207,7 +227,7 @@ def _prepare(
         source,
         built,
         model,
-        prepared,
+        accelerator.prepare_optimizer(optimizer),
         plan,
         trackers=Trackers(run.folder if accelerator.is_main_process else None),
         report=report,
@@ -245,6 +265,8 @@ def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
     if loop.accelerator.scaler is not None and state.scaler:
         loop.accelerator.scaler.load_state_dict(state.scaler)
     loop.step = state.step
+    if state.micro_batch:
+        loop.plan = replace(loop.plan, batch_size=state.micro_batch)
     loop.best, loop.best_step, loop.best_tensors = state.best, state.best_step, checkpoint.best
     if state.tally and loop.accelerator.is_main_process:
         loop.tally.sums += torch.tensor(state.tally, dtype=loop.tally.sums.dtype, device=loop.device)
@@ -294,7 +316,8 @@ def _finish(loop: Loop) -> TrainResult:
     loop.accelerator.wait_for_everyone()
     test = None
     if settings.test_at_end:
-        test = score_test(loop.run.model, settings, loop.report, place_of(loop.accelerator))
+        fitting = settings.model_copy(update={"per_gpu_batch_size": loop.plan.batch_size})
+        test = score_test(loop.run.model, fitting, loop.report, place_of(loop.accelerator))
     return TrainResult(
         run=loop.run.folder,
         model=loop.run.model,

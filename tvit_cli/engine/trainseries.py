@@ -49,7 +49,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
     }
     finished = [run for run, s in runs.items() if _is_finished(folder / run) and not s.overwrite]
     for run in finished:
-        check_recipe(folder / run, runs[run])
+        runs[run] = check_recipe(folder / run, runs[run], accelerator.num_processes)
     for number, (run, settings) in enumerate(runs.items()):
         report(Note(f"Run {number + 1} of {len(runs)}: {folder / run}{' is finished' * (run in finished)}"))
         try:

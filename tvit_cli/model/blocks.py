@@ -7,10 +7,12 @@ look over time take one group per time, so that their tokens are (B, T', N, D).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .additions import Addition, Bottleneck, Gate, TemporalConvolution, TemporalEmbedding
 from .attention import SelfAttention, over_time
@@ -188,3 +190,20 @@ class Mlp(nn.Module):
         hidden = self.act(self.fc1(tokens))  # (..., hidden width)
         output: Tensor = self.fc2(hidden)
         return output
+
+
+def called(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+    """A block's output; all that its backward pass wants is kept."""
+    output: Tensor = block(*inputs, **options)
+    return output
+
+
+def recomputed(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+    """A block's output; kept are its inputs alone, and the backward pass computes the rest again, bit for bit.
+
+    Source: gradient checkpointing, arXiv:1604.06174.
+    """
+    if not torch.is_grad_enabled():
+        return called(block, *inputs, **options)
+    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
+    return output

@@ -10,6 +10,7 @@ pixels along a patch, G groups (1 or T'), N tokens of a group, Q tokens that ask
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .additions import Addition, truncated_normal
+from .blocks import called
 from .config import ViTConfig
 from .pooling import POOLING
 from .schemes import SCHEMES
@@ -35,8 +37,11 @@ class TemporalViT(nn.Module):
     that are assigned at once.
 
     `drop_path` is that of the last block; it rises in a line from 0 in the first, as in DeiT
-    (arXiv:2012.12877). It is of a training, not of the model: the config does not hold it.
+    (arXiv:2012.12877). `run_block` is how `features` calls a block: `recomputed` in its place is gradient
+    checkpointing. Both are of a training, not of the model: the config does not hold them.
     """
+
+    run_block: Callable[..., Tensor]
 
     def __init__(self, config: ViTConfig, *, initialise: bool = True, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -62,6 +67,7 @@ class TemporalViT(nn.Module):
             self.pool = POOLING[config.pool](config)
             self.summary = scheme.summary(config)
             self.classifier = nn.Linear(config.width, config.num_classes)
+        self.run_block = called
         if initialise:
             self.reset_parameters()
 
@@ -88,8 +94,9 @@ class TemporalViT(nn.Module):
         tokens = self.pre_norm(self.positions(self.temporal(patches), grid))  # (B, G, N, D)
         *blocks, last = self.blocks
         for block in blocks:
-            tokens = block(tokens)  # (B, G, N, D)
-        tokens = last(tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D): only what is read asks
+            tokens = self.run_block(block, tokens)  # (B, G, N, D)
+        # Of the last block some tokens are read, and only they ask.
+        tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D)
         groups = self.pool(self.norm(tokens))  # (B, G, D)
         features: Tensor = self.summary(groups)  # (B, D)
         return features

@@ -29,7 +29,8 @@ p{margin:8px 0;max-width:78ch}
 .charts svg{display:block;width:100%;height:auto;border:1px solid var(--grid);border-radius:10px;padding:10px}
 svg text{font-family:inherit;font-variant-numeric:tabular-nums}
 .bars{columns:330px;column-gap:36px}
-.bar{display:grid;grid-template-columns:minmax(0,11em) minmax(32px,1fr) minmax(8.8em,max-content);gap:10px;align-items:center;
+.bar{display:grid;grid-template-columns:minmax(0,11em) minmax(32px,1fr) minmax(8.8em,max-content);gap:10px;
+  align-items:center;
   break-inside:avoid;font-size:13.5px;line-height:1.75}
 .bar>span:first-child{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar>span:last-child{color:var(--dim);text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}

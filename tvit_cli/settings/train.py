@@ -14,13 +14,14 @@ from pydantic import Field, field_validator, model_validator
 from tvit_cli.settings.base import about
 from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.data import DATA, DataSettings
-from tvit_cli.settings.fields import Device, Names
+from tvit_cli.settings.fields import CountOrAuto, Device, Names
 
 RUN, MODEL, LORA = "Run", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
 REGULARISATION = "Regularisation"
 
 LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
+DEFAULT_MICRO_BATCH = 8
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
 
 
@@ -72,6 +73,11 @@ class TrainSettings(DataSettings):
     show_settings: bool = Field(
         False,
         description="Print all settings and where each comes from, and stop",
+        json_schema_extra=about(RUN, harmless=True),
+    )
+    dry_run: bool = Field(
+        False,
+        description="Build everything, print sizes, operations, memory and time per epoch, and stop",
         json_schema_extra=about(RUN, harmless=True),
     )
     test_at_end: bool = Field(
@@ -254,12 +260,14 @@ class TrainSettings(DataSettings):
             default="min(30, epochs / 10)",
         ),
     )
-    per_gpu_batch_size: int = Field(
-        8,
-        ge=1,
-        description="Clips per GPU in one forward pass",
+    per_gpu_batch_size: CountOrAuto = Field(
+        DEFAULT_MICRO_BATCH,
+        description="Clips per GPU in one forward pass, 1 or more; auto takes the most that fit",
         json_schema_extra=about(
-            OPTIMISATION, reference="256", why="256 clips of 8 frames need over 100 GB with ViT-B"
+            OPTIMISATION,
+            reference="256",
+            why="256 clips of 8 frames need over 100 GB with ViT-B",
+            metavar="INT|auto",
         ),
     )
     gradient_accumulation_steps: int = Field(
@@ -267,6 +275,21 @@ class TrainSettings(DataSettings):
         ge=1,
         description="Forward passes per optimizer update",
         json_schema_extra=about(OPTIMISATION, reference="1"),
+    )
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Clips per optimizer update, over all GPUs and forward passes",
+        json_schema_extra=about(
+            OPTIMISATION,
+            resettable=True,
+            default="per-gpu-batch-size (8 if auto) × gradient-accumulation-steps × processes",
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute each block again in the backward pass: less memory for more time",
+        json_schema_extra=about(OPTIMISATION, harmless=True),
     )
     learning_rate: float = Field(
         5e-4,
@@ -315,8 +338,15 @@ class TrainSettings(DataSettings):
     adam_epsilon: float = Field(
         1e-8, gt=0, description="AdamW's epsilon", json_schema_extra=about(OPTIMISATION, reference="1e-8")
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Number format of the forward pass", json_schema_extra=about(OPTIMISATION)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto",
+        description="Number format of the forward pass; auto is bf16 where the GPU is fast at it, else no",
+        json_schema_extra=about(OPTIMISATION),
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the model with torch.compile before it is trained",
+        json_schema_extra=about(OPTIMISATION),
     )
 
     # Augmentation
@@ -513,15 +543,25 @@ class TrainSettings(DataSettings):
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs:g}: the run has only {self.epochs} epochs. Give fewer"
             )
+        if self.global_batch_size is not None and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: it follows from "
+                f"--global-batch-size {self.global_batch_size}. Leave one of them out"
+            )
         if self.frame_grid is not None and self.frame_grid < self.n_frames:
             raise ValueError(
                 f"--frame-grid {self.frame_grid}: it should be at least --n-frames {self.n_frames}"
             )
-        update = self.per_gpu_batch_size * self.gradient_accumulation_steps
+        micro_batch = DEFAULT_MICRO_BATCH if self.per_gpu_batch_size == "auto" else self.per_gpu_batch_size
+        update = self.global_batch_size or micro_batch * self.gradient_accumulation_steps
         if update % self.repeats:
             raise ValueError(
-                f"--repeats {self.repeats}: it should divide the {update} clips of an update per GPU "
-                "(--per-gpu-batch-size × --gradient-accumulation-steps)"
+                f"--repeats {self.repeats}: it should divide the {update} clips of an update "
+                + (
+                    "(--global-batch-size)"
+                    if self.global_batch_size
+                    else "per GPU (--per-gpu-batch-size × --gradient-accumulation-steps)"
+                )
             )
         if self.n_frames % self.tubelet_size:
             raise ValueError(
