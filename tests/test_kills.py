@@ -6,6 +6,7 @@ Six cells of tests/bench/kills.py run here; all of them, and random kills, when 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -205,6 +206,19 @@ def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
     at_call(loop, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert command()[0] == 143
     assert written == [2, 4, 6]
+
+
+def test_a_decoding_process_that_dies_in_the_middle_of_a_step_is_no_mistake_of_ours(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill_a_worker() -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        time.sleep(60)  # torch raises as soon as it is told of the death
+
+    at_call(loop, "_update", 3, kill_a_worker, monkeypatch)
+    ended, errors = command("--num-workers", "2")
+    assert ended == 1 and "A process that decodes videos died" in errors
+    assert "mistake in tvit" not in errors
 
 
 def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(

@@ -40,7 +40,7 @@ from tvit_cli.engine.optim import learning_rate_at, set_rates
 from tvit_cli.engine.outofmemory import Attempt, advice
 from tvit_cli.engine.parallel import any_of_them, sum_gradients
 from tvit_cli.engine.run import Run, identity
-from tvit_cli.engine.scoring import batches, merge_scores, score
+from tvit_cli.engine.scoring import explains_dead_workers, merge_scores, score
 from tvit_cli.engine.source import Source, default_workers
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.watch import LossWatch, diverged, loss_error, not_finite, some
@@ -94,6 +94,7 @@ class Loop:
         return device
 
 
+@explains_dead_workers()
 def fit(loop: Loop) -> None:
     """Take every step of the plan that is not done yet, until the patience is over."""
     if _is_patience_over(loop):
@@ -139,7 +140,7 @@ def passes(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
     plan = None
     while plan is not loop.plan:
         plan = loop.plan
-        for planned, batch in zip(plan.micro_batches(loop.step), batches(_loader(loop)), strict=True):
+        for planned, batch in zip(plan.micro_batches(loop.step), _loader(loop), strict=True):
             yield planned, batch
             if plan is not loop.plan:
                 break

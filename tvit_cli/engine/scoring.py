@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,24 @@ class Scores:
     errors: dict[int, str]
 
 
+@contextmanager
+def explains_dead_workers() -> Iterator[None]:
+    """Within this block, or function, the death of a process that decodes videos is a RunError.
+
+    torch raises it as soon as the signal arrives, wherever the process is then: in a step as well as in its loader.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"A process that decodes videos died: {error}. If memory ran out, take fewer --num-workers. "
+            "A training goes on from its last checkpoint with --resume-from-checkpoint latest."
+        ) from error
+
+
+@explains_dead_workers()
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -106,7 +124,7 @@ def score(
     rows: list[_Rows] = []
     errors: dict[int, str] = {}
     done = 0
-    for batch in batches(loader):
+    for batch in loader:
         logits = torch.stack(
             [
                 _logits(model, clips, preprocessing, device, place, flip, autocast)
@@ -123,19 +141,6 @@ def score(
             progress(done, count)
     model.train(was_training)
     return _join(rows, errors, classes=len(labels))
-
-
-def batches(loader: DataLoader[ClipItem]) -> Iterator[ClipBatch]:
-    """The batches of a loader. Raises RunError when a process that decodes videos dies."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            f"A process that decodes videos died: {error}. If memory ran out, take fewer --num-workers. "
-            "A training goes on from its last checkpoint with --resume-from-checkpoint latest."
-        ) from error
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:
