@@ -293,8 +293,9 @@ def strike(
         child = bench.start(facts, FUSE=json.dumps(fuse))
     else:
         seconds = float((bench.undisturbed(plan) / "seconds").read_text())
+        records_before = _identity(run / "metrics.jsonl")
         child = bench.start(facts)
-        _wait_for(run / "metrics.jsonl", child)
+        _wait_for(run / "metrics.jsonl", child, other_than=records_before)
         time.sleep(kill.share * seconds)
         before = [p.name for p in list_checkpoints(run / "checkpoints")]
         with suppress(ProcessLookupError):  # it is done already
@@ -306,7 +307,7 @@ def strike(
     # A resumed run makes fewer calls than a whole one, and a run may end before its time has come.
     _must(was_hit or resumes, f"{kill}: no such call:\n{errors}")
     if was_hit:
-        codes = expected_codes(plan, kill)
+        codes = expected_codes(plan, kill, is_done=(run / "model").exists())
         _must(child.returncode in codes, f"exit code {child.returncode}, not {codes}:\n{errors}")
         _must("Traceback" not in errors and "mistake in tvit" not in errors, f"no clear message:\n{errors}")
         if kill.how == FULL:
@@ -318,15 +319,14 @@ def strike(
     return {**asdict(kill), "exit code": child.returncode, "was hit": was_hit}
 
 
-def expected_codes(plan: Plan, kill: Kill) -> tuple[int, ...]:
+def expected_codes(plan: Plan, kill: Kill, *, is_done: bool) -> tuple[int, ...]:
     """What the process that was started may exit with; a kill at a time may come when all is done."""
-    done = () if kill.phase else (0,)
+    if not kill.phase and is_done:
+        return 0, -signal.Signals[kill.how], EXIT_CODES.get(kill.how, 0)
     if kill.how != "SIGKILL":
-        return (EXIT_CODES[kill.how], *done)
-    if kill.target != "self":
-        return (-9, *done)
+        return (EXIT_CODES[kill.how],)
     in_worker = kill.phase == "decode" and plan.workers > 0
-    return (1,) if in_worker or plan.processes > 1 else (-9,)
+    return (1,) if kill.target == "self" and (in_worker or plan.processes > 1) else (-9,)
 
 
 def look(run: Path, before: Sequence[str], *, saved: bool) -> None:
@@ -400,10 +400,18 @@ def _errors_of(child: subprocess.Popen[str]) -> str:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def _wait_for(path: Path, child: subprocess.Popen[str]) -> None:
+def _wait_for(path: Path, child: subprocess.Popen[str], other_than: int | None = None) -> None:
+    """Wait until a file is there, or another than was there before; a resumed run writes its records anew."""
     deadline = time.monotonic() + 120
-    while not path.exists() and child.poll() is None and time.monotonic() < deadline:
+    while _identity(path) in (None, other_than) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def _identity(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def main() -> None:
