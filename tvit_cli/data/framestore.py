@@ -14,6 +14,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from tvit_cli.data.layout import Layout, Video
+from tvit_cli.data.pictures import Frames
 from tvit_cli.data.storeformat import (
     CRC,
     FOLDER,
@@ -26,7 +27,7 @@ from tvit_cli.data.storeformat import (
     read_header,
     read_table,
 )
-from tvit_cli.data.video import Clip, Frames
+from tvit_cli.data.video import Clip
 from tvit_cli.errors import DataError, VideoError
 
 MOST_OPEN_SHARDS = 128  # of 1,024 files that a process may usually hold open

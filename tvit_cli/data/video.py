@@ -6,24 +6,29 @@ Letters: T frames, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
 
 import av
 import numpy as np
-import numpy.typing as npt
 from av.container import InputContainer
 from av.stream import Disposition
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from tvit_cli.data.pictures import (
+    ASSUMED_RATE,
+    SCALING,
+    Frames,
+    KeptFrames,
+    matrix_by_height,
+    quarter_turns,
+)
 from tvit_cli.errors import RunError, VideoError
-
-Frames = npt.NDArray[np.uint8]
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -37,31 +42,16 @@ VIDEO_SUFFIXES = frozenset({
 # UCF101's XviD files pack B-frames and promise up to two frames more than come out; a broken packet costs
 # one as well. `choose` needs the true count, which only decoding to the end gives. So one pass keeps what
 # `choose` names for the packet count and for up to COUNT_SLACK fewer, and the true count picks among them;
-# if it lies further off, a second pass is made. Seeking was refused: AVI's index is no guide to frames, and
-# with a key frame every 300 it decodes as much. A caller who knows the count passes it, and decoding
-# stops after the last chosen frame.
+# if it lies further off, a second pass is made. The packets are counted before the first is decoded, and held
+# meanwhile; those of a file too large for that are read twice. Seeking was refused: AVI's index is no guide
+# to frames, and with a key frame every 300 it decodes as much. A caller who knows the count passes it, and
+# decoding stops after the last chosen frame.
 COUNT_SLACK = 3
 
-ASSUMED_RATE = 25.0  # frames per second, where a file names no usable time at all
+P = TypeVar("P")
+Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
 
-# AVColorSpace (libavutil/pixfmt.h) -> the matrix that swscale is told to use.
-_MATRICES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,  # BT.470BG
-    6: Colorspace.ITU601,  # SMPTE 170M
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,  # constant luminance
-}
-_HD_HEIGHT = 720  # players take BT.709 from this height on where the stream does not say
-# Without FULL_CHR_H_INT swscale converts through tables that truncate: white comes out as 253.
-_SCALING = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
+_HELD_BYTES = 64 << 20  # packets of a file up to this size stay in memory between counting and decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +78,16 @@ class Clip:
     frame_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pictures(Generic[P]):
+    """A clip whose frames are what was made of them."""
+
+    pictures: P
+    indices: tuple[int, ...]
+    pts_seconds: tuple[float, ...]
+    frame_count: int
+
+
 def probe(path: Path) -> VideoInfo:
     """Tells what a file holds from its packets and its first frame.
 
@@ -109,7 +109,7 @@ def probe(path: Path) -> VideoInfo:
         rate = float(stream.average_rate) if stream.average_rate else None
         if len(times) > 1 and stream.time_base is not None and (span := max(times) - min(times)) > 0:
             rate = (len(times) - 1) / float(span * stream.time_base)
-        rotation = _quarter_turns(first) * 90
+        rotation = quarter_turns(first) * 90
         width, height = first.width, first.height
         codec = stream.codec_context.codec.canonical_name
     if rotation % 180:
@@ -124,7 +124,7 @@ def decode_first(path: Path) -> None:
     Raises VideoError, `<path>: <reason>`, where no frame can be read.
     """
     with _opened(path, threads=1) as (container, stream):
-        if next(iter(_all_frames(path, container, stream)), None) is None:
+        if next(iter(_decoded_all(stream, _packets(path, container, stream))), None) is None:
             raise _no_frame(path)
 
 
@@ -145,24 +145,48 @@ def read_clip(
 
     Raises VideoError, `<path>: <reason>`, where no frame can be read.
     """
+    read = read_pictures(
+        path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count, threads=threads
+    )
+    return Clip(read.pictures, read.indices, read.pts_seconds, read.frame_count)
+
+
+def read_pictures(
+    path: Path,
+    choose: Callable[[int], Sequence[int]],
+    make: Callable[[KeptFrames, Sequence[int]], P],
+    *,
+    short_side: int | None = None,
+    frame_count: int | None = None,
+    threads: int = 1,
+) -> Pictures[P]:
+    """`read_clip`, but what is made of the frames that were kept is for `make(kept, indices)` to say."""
     for _ in range(2):
-        counts = [frame_count] if frame_count is not None else _likely_counts(path)
-        wanted = {index for count in counts for index in choose(count)}
-        stop = max(wanted) + 1 if frame_count is not None else None
         with _opened(path, threads=threads) as (container, stream):
-            kept = _KeptFrames(short_side)
-            seen = 0
-            for frame in islice(_all_frames(path, container, stream), stop):
-                kept.fix_shape(frame)
+            packets: Iterable[Packet] = _packets(path, container, stream)
+            if frame_count is not None:
+                counts = [frame_count]
+            elif path.stat().st_size <= _HELD_BYTES:
+                packets = list(packets)
+                counts = _likely_counts(_count(packets))
+            else:
+                counts = _likely_counts(_count_packets(path))
+            wanted = {index for count in counts for index in choose(count)}
+            stop = max(wanted) + 1 if frame_count is not None else None
+            kept, seen = None, 0
+            for frame in islice(_decoded_all(stream, packets), stop):
+                if kept is None:
+                    kept = KeptFrames(frame, short_side)
                 if seen in wanted:
                     kept.keep(seen, frame)
                 seen += 1
-            if seen == 0:
+            if kept is None:
                 raise _no_frame(path)
             whole = counts[0] if seen == stop else seen
             indices = tuple(choose(whole))
             if kept.has(indices):
-                return Clip(kept.rgb(indices), indices, kept.seconds(indices, stream.average_rate), whole)
+                seconds = kept.seconds(indices, stream.average_rate)
+                return Pictures(make(kept, indices), indices, seconds, whole)
         frame_count = whole
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
 
@@ -170,7 +194,7 @@ def read_clip(
 def count_frames(path: Path) -> int:
     """Counts the frames that decode, by decoding them all."""
     with _opened(path, threads=1) as (container, stream):
-        count = sum(1 for _ in _all_frames(path, container, stream))
+        count = sum(1 for _ in _decoded_all(stream, _packets(path, container, stream)))
     if count == 0:
         raise _no_frame(path)
     return count
@@ -207,7 +231,6 @@ def write_video(
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
     height, width = frames.shape[1:3]
-    matrix = Colorspace.ITU601 if height < _HD_HEIGHT else Colorspace.ITU709
     settings = {"flags": "+bitexact"}
     if codec == "mpeg4":
         settings |= {"qmin": str(quantiser), "qmax": str(quantiser)}  # PyAV cannot set a frame's quality
@@ -224,7 +247,11 @@ def write_video(
             for index, pixels in enumerate(frames):
                 rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 frame = reformatter.reformat(
-                    rgb, format=pixel_format, dst_colorspace=matrix, interpolation=_SCALING, threads=1
+                    rgb,
+                    format=pixel_format,
+                    dst_colorspace=matrix_by_height(height),
+                    interpolation=SCALING,
+                    threads=1,
                 )
                 frame.pts = index
                 container.mux(stream.encode(frame))
@@ -289,9 +316,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     return stream
 
 
-def _packets(
-    path: Path, container: InputContainer, stream: VideoStream
-) -> Iterator[av.Packet[VideoStream] | None]:
+def _packets(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     """Packets of the stream, then None or an empty one to flush the decoder, even if the file breaks off."""
     try:
         for packet in container.demux(stream):
@@ -303,31 +328,34 @@ def _packets(
         yield None
 
 
-def _decoded(stream: VideoStream, packet: av.Packet[VideoStream] | None) -> list[av.VideoFrame]:
+def _decoded(stream: VideoStream, packet: Packet) -> list[av.VideoFrame]:
     """Frames that this packet completes; none where it does not decode."""
     with suppress(av.FFmpegError):
         return stream.decode(packet)
     return []
 
 
-def _all_frames(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+def _decoded_all(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
     """Every frame that decodes, in the order of presentation, which is the decoder's order of output."""
-    for packet in _packets(path, container, stream):
+    for packet in packets:
         yield from _decoded(stream, packet)
 
 
-def _likely_counts(path: Path) -> list[int]:
+def _likely_counts(packets: int) -> list[int]:
     """The number of packets and a few fewer. See Note [The number of frames is known at the end]."""
-    packets = _count_packets(path)
     return list(range(packets, max(packets - COUNT_SLACK - 1, 0), -1))
 
 
 def _count_packets(path: Path) -> int:
     with _opened(path, threads=1) as (container, stream):
-        return sum(1 for packet in _packets(path, container, stream) if _is_shown(packet))
+        return _count(_packets(path, container, stream))
 
 
-def _is_shown(packet: av.Packet[VideoStream] | None) -> bool:
+def _count(packets: Iterable[Packet]) -> int:
+    return sum(map(_is_shown, packets))
+
+
+def _is_shown(packet: Packet) -> bool:
     """Whether a packet promises a frame: not the flush at the end, nor what an edit list cuts away."""
     return packet is not None and packet.size > 0 and not packet.is_discard
 
@@ -337,70 +365,3 @@ def _no_frame(path: Path) -> VideoError:
     return VideoError(
         f"{path}: 0 frames decoded out of {packets} packets. The file may be truncated, damaged or encrypted."
     )
-
-
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise quarter turns, 0 to 3, from the stored picture to the shown one."""
-    return round(frame.rotation / 90) % 4
-
-
-class _KeptFrames:
-    """Keeps chosen frames as they were decoded, and turns those that are wanted into RGB of one shape."""
-
-    def __init__(self, short_side: int | None) -> None:
-        self._short_side = short_side
-        self._shape: tuple[int, int] | None = None
-        self._turns = 0
-        self._frames: dict[int, av.VideoFrame] = {}
-        self._reformatter = VideoReformatter()
-
-    def fix_shape(self, frame: av.VideoFrame) -> None:
-        """The video's first frame decides the shape of all; a stream may change its size under way."""
-        if self._shape is None:
-            short = min(frame.width, frame.height)
-            target = short if self._short_side is None else min(short, self._short_side)
-            self._shape = (round(frame.width * target / short), round(frame.height * target / short))
-            self._turns = _quarter_turns(frame)
-
-    def keep(self, index: int, frame: av.VideoFrame) -> None:
-        assert self._shape is not None, "fix_shape comes first"
-        width, height = self._shape
-        # Where scaling takes most of the picture away, what it leaves is kept: raw 4K frames fill the memory.
-        if 8 * width * height < frame.width * frame.height:
-            frame = self._convert(frame)
-        self._frames[index] = frame
-
-    def has(self, indices: Sequence[int]) -> bool:
-        return self._frames.keys() >= set(indices)
-
-    def rgb(self, indices: Sequence[int]) -> Frames:
-        """Pictures, uint8 (T, H, W, 3), turned as the file says."""
-        pictures: dict[int, Frames] = {}
-        for index in indices:
-            if index not in pictures:
-                pixels = self._convert(self._frames[index]).to_ndarray().astype(np.uint8, copy=False)
-                pictures[index] = np.rot90(pixels, self._turns)
-        return np.stack([pictures[index] for index in indices])
-
-    def seconds(self, indices: Sequence[int], rate: Fraction | None) -> tuple[float, ...]:
-        """Presentation times; from the rate where they are missing or, with packed B-frames, out of order."""
-        distinct = list(dict.fromkeys(indices))
-        times = [self._frames[index].time for index in distinct]
-        if None in times or any(earlier >= later for earlier, later in pairwise(times)):
-            times = [index / float(rate or ASSUMED_RATE) for index in distinct]
-        at = dict(zip(distinct, times, strict=True))
-        return tuple(at[index] for index in indices)
-
-    def _convert(self, frame: av.VideoFrame) -> av.VideoFrame:
-        assert self._shape is not None, "fix_shape comes first"
-        width, height = self._shape
-        fallback = Colorspace.ITU601 if frame.height < _HD_HEIGHT else Colorspace.ITU709
-        return self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgb24",
-            src_colorspace=_MATRICES.get(frame.colorspace, fallback),
-            interpolation=_SCALING,
-            threads=1,
-        )

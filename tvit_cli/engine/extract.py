@@ -94,7 +94,7 @@ def extract(
     missing = [video for video in own if not _is_done(contents, video, repair=settings.repair, report=report)]
     unreadable: dict[str, str] = {}
     jobs = [(video.path, parameters) for video in missing]
-    workers = default_workers(processes) if settings.num_workers is None else settings.num_workers
+    workers = default_workers(processes, spare=0) if settings.num_workers is None else settings.num_workers
     with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib * MIB) as writer:
         results = in_order(_pack, jobs, workers=workers, crashed=lambda job: _CRASHED)
         for done, (video, packed) in enumerate(zip(missing, results, strict=True), start=1):
@@ -135,7 +135,7 @@ def check(settings: ExtractSettings, report: Report) -> CheckResult:
     """Decode every video to its end and tell what it holds and what is wrong; write nothing."""
     layout, _ = _read_data(settings, report)
     paths = [video.path for video in layout.videos]
-    workers = default_workers() if settings.num_workers is None else settings.num_workers
+    workers = default_workers(spare=0) if settings.num_workers is None else settings.num_workers
     scans: list[Scan] = []
     for scan in in_order(
         scan_video, paths, workers=workers, crashed=lambda p: Scan(p, problem=_CRASHED, is_readable=False)

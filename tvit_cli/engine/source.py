@@ -125,10 +125,10 @@ def make_demo_data(root: Path, report: Report) -> None:
     )
 
 
-def default_workers(processes: int = 1) -> int:
-    """Decoding processes for each training process: the cores that are left to it, at most 16."""
+def default_workers(processes: int = 1, *, spare: int = 1) -> int:
+    """Decoding processes for each of several: the cores that are left to it but for `spare`, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // processes - 1))
+    return max(1, min(16, cores // processes - spare))
 
 
 def _videos_of(root: Path) -> Path | None:
