@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tvit_cli.data.checked import unreadable_videos
 from tvit_cli.data.framestore import FrameStore, find_store
-from tvit_cli.data.layout import Layout, Video, check_videos, read_layout
+from tvit_cli.data.layout import Layout, Video, read_layout
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.remote.catalog import CATALOG
 from tvit_cli.data.storeformat import is_store, read_header
@@ -160,8 +161,9 @@ def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None
 
 
 def _unreadable(layout: Layout, report: Report) -> dict[str, str]:
-    return check_videos(
+    return unreadable_videos(
         layout.videos,
+        layout.root,
         workers=min(8, os.cpu_count() or 1),
         progress=lambda done, total: report(Progress("checking videos", done, total)),
     )

@@ -1,0 +1,74 @@
+"""Which videos were found readable before: remembered in the data folder, so that each is tried only once."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import av
+
+from tvit_cli.data.layout import Video, check_videos
+
+CHECKED = ".checked.json"  # hidden, so that it is no class to who reads the folder
+
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+_Facts = list[int]  # bytes and mtime_ns of a file
+
+
+def unreadable_videos(
+    videos: Sequence[Video],
+    folder: Path,
+    *,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """`check_videos` of those that are new or changed since `folder` noted them down: name -> reason.
+
+    Only readable videos are noted, each with its size and time; what could not be read is tried every time.
+    Where the folder cannot be written to, nothing is remembered.
+    """
+    known = _read(folder / CHECKED)
+    now = {video.name: facts for video in videos if (facts := _facts(video.path)) is not None}
+    unknown = [video for video in videos if video.name not in now or now[video.name] != known.get(video.name)]
+    if not unknown:
+        return {}
+    reasons = check_videos(unknown, workers=workers, progress=progress)
+    new = {v.name: now[v.name] for v in unknown if v.name in now and v.name not in reasons}
+    with suppress(OSError):
+        if new and folder.stat().st_mode & _WRITABLE:  # root could, but whoever said no meant it
+            _write(folder / CHECKED, {**known, **new})
+    return reasons
+
+
+def _facts(path: Path) -> _Facts | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None  # check_videos tells why
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _decoder() -> str:
+    """What is readable depends on who reads."""
+    return f"PyAV {av.__version__}"
+
+
+def _read(path: Path) -> dict[str, _Facts]:
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        return dict(noted["videos"]) if noted["decoder"] == _decoder() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # absent or spoilt: all are tried, and it is written anew
+
+
+def _write(path: Path, videos: Mapping[str, _Facts]) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        unfinished.write_text(json.dumps({"decoder": _decoder(), "videos": videos}), encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
