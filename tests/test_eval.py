@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_clips, run
 
 from tvit_cli import main
+from tvit_cli.data import loading
 from tvit_cli.data.sampling import segment_indices
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.data.video import read_clip
@@ -238,13 +239,13 @@ def test_settings_given_to_eval_reach_the_layout(
 
 def test_batches_and_workers_are_as_asked_for(trained: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    real = scoring.DataLoader
+    real = loading.DataLoader
 
     def spy(*arguments: Any, **keywords: Any) -> Any:
         seen.append((max(map(len, keywords["batch_sampler"])), keywords["num_workers"]))
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(scoring, "DataLoader", spy)
+    monkeypatch.setattr(loading, "DataLoader", spy)
     evaluate(settings(trained, per_gpu_batch_size=2, num_workers=1))
     assert seen == [(2, 1)]
 

@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -28,9 +28,10 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
-from tvit_cli.data.clips import ClipDataset, collate
+from tvit_cli.data.clips import ClipDataset
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
+from tvit_cli.data.loading import load_batches
 from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.data.video import count_frames, write_video
 from tvit_cli.engine.events import silent
@@ -125,16 +126,24 @@ def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_cou
     return clock() - started
 
 
-def drain(dataset: Dataset[object], keys: list[object], workers: int) -> None:
-    """Read every key once, in batches of one, by a loader with so many workers."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[[key] for key in keys],  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=(lambda items: items) if isinstance(dataset, Baseline) else collate,
+def loaded(dataset: Dataset[object], batches: Iterable[list[object]], workers: int) -> Iterator[object]:
+    """Batches as a training gets them; those of the baseline by torch's loader."""
+    if isinstance(dataset, ClipDataset):
+        return load_batches(dataset, batches, workers=workers)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    return iter(loader)
+
+
+def read(dataset: Dataset[object], videos: int, passes: int, workers: int) -> float:
+    """Seconds per clip of a loader that has begun, in batches of one."""
+    is_baseline = isinstance(dataset, Baseline)
+    keys = [i if is_baseline else (epoch, i) for epoch in range(passes + 1) for i in range(videos)]
+    batches = loaded(dataset, [[key] for key in keys], workers)
+    for _ in range(videos):  # workers start, and each learns what it keeps of a video
+        next(batches)
+    return timed(lambda: list(map(type, batches)), time.perf_counter if workers else time.process_time) / (
+        passes * videos
     )
-    for _ in loader:
-        pass
 
 
 def compare_extraction(settings: ExtractSettings, videos: list[Video], rounds: int) -> dict[str, float]:
@@ -174,14 +183,11 @@ def main() -> None:
             "store": ClipDataset(videos, ("a", "b"), store=FrameStore(root / "frames"), **facts),
         }
         for workers in map(int, options.workers.split(",")):
-            clock = time.perf_counter if workers else time.process_time
             times: dict[str, list[float]] = {kind: [] for kind in sets}
-            for epoch in range(options.rounds + 1):
+            for _ in range(options.rounds):
                 for kind, dataset in sets.items():
-                    keys = [i if kind == "baseline" else (epoch, i) for i in range(len(videos))]
-                    seconds = timed(lambda d=dataset, k=keys, w=workers: drain(d, k, w), clock)
-                    if epoch:  # the first round warms up
-                        times[kind].append(seconds / len(videos))
+                    passes = 1 if kind == "baseline" else 4
+                    times[kind].append(read(dataset, len(videos), passes, workers))
             per_clip = {kind: statistics.median(values) * 1e3 for kind, values in times.items()}
             for kind, values in times.items():
                 ratio = statistics.median(b / a for a, b in zip(values, times["baseline"], strict=True))

@@ -5,7 +5,6 @@ Letters: B clips, T frames, C channels, H W pixels.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 from tvit_cli.data.draws import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.sampling import clip_places, indices_on_grid, segment_indices
+from tvit_cli.data.sampling import Key, clip_places, indices_on_grid, segment_indices
 from tvit_cli.data.video import Clip, read_clip
 from tvit_cli.errors import VideoError
 
@@ -96,7 +95,7 @@ class ClipDataset(Dataset[ClipItem]):
         self._training = training
         self._shuffle_frames = shuffle_frames
         self._threads = threads
-        self._store = store
+        self.store = store
         self._grid = grid
         self._clips_per_video = clips_per_video
         self._frame_counts: dict[int, int] = {}  # exact, once a video was read; each worker learns its own
@@ -104,7 +103,7 @@ class ClipDataset(Dataset[ClipItem]):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> ClipItem:
+    def __getitem__(self, key: Key) -> ClipItem:
         epoch, index = key
         try:
             clip = self._read(epoch, index)
@@ -140,8 +139,8 @@ class ClipDataset(Dataset[ClipItem]):
             ]
             return [index for segment in zip(*clips, strict=True) for index in segment]  # ascending
 
-        if self._store is not None:
-            return self._store.read(self._names[index], choose, short_side=self._short_side)
+        if self.store is not None:
+            return self.store.read(self._names[index], choose, short_side=self._short_side)
         return read_clip(
             self._paths[index],
             choose,
@@ -161,14 +160,3 @@ def collate(items: Sequence[ClipItem]) -> ClipBatch:
         weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
         errors=[(item.index, item.error) for item in items if item.error],
     )
-
-
-def ignore_stop_signals(worker: int) -> None:
-    """Start a loader worker that leaves stopping to its parent; a DataLoader's `worker_init_fn`.
-
-    A terminal and most queues signal the whole process group. The parent finishes its step and saves, for
-    which it needs the worker; when it is gone, torch ends the worker.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)

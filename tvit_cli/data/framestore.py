@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ MOST_OPEN_SHARDS = 128  # of 1,024 files that a process may usually hold open
 
 
 class FrameStore:
-    """Clips decoded once and read many times; the same in every process that it is handed to.
+    """Clips decoded once and read many times; the same in every thread and process that it is handed to.
 
     Raises DataError where the store is unfinished, a shard is missing, or the index is damaged.
     """
@@ -52,6 +53,7 @@ class FrameStore:
             raise DataError(f"{folder / INDEX}: cannot be read ({error.strerror}).") from error
         self._check_shards()
         self._open: OrderedDict[int, _File] = OrderedDict()
+        self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
         return FrameStore, (self.folder,)  # each process maps the files for itself
@@ -164,13 +166,14 @@ class FrameStore:
 
     def _shard(self, number: int) -> _File:
         """A shard's file, kept open; the one that was not used for longest is let go."""
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            self._open[number] = _File(self.folder / self._index.facts["shards"][number][0])
-            if len(self._open) > MOST_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return self._open[number]
+        with self._opening:
+            if number in self._open:
+                self._open.move_to_end(number)
+            else:
+                self._open[number] = _File(self.folder / self._index.facts["shards"][number][0])
+                if len(self._open) > MOST_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            return self._open[number]
 
     def _again(self, *more: str) -> str:
         return self.header.command(self.folder, *more)
@@ -210,10 +213,11 @@ def nearest(stored: npt.NDArray[Any], wanted: Sequence[int]) -> list[int]:
 
 
 class _File:
-    """One open shard, read at given places, so that processes that inherit it do not disturb each other."""
+    """One open shard, read at given places, so that threads and heirs of it do not disturb each other."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seeking = threading.Lock()
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
@@ -232,8 +236,9 @@ class _File:
         if hasattr(os, "pread"):
             data = os.pread(self._descriptor, size, offset)
         else:  # Windows, where no process inherits the descriptor
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            data = os.read(self._descriptor, size)
+            with self._seeking:
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                data = os.read(self._descriptor, size)
         if len(data) != size:
             raise ValueError(f"{len(data)} of {size} bytes")
         return memoryview(data)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# (epoch, index of the video): what a clip's frames and augmentation are drawn from. A clip that is read again in
+# one epoch takes the number of an epoch after the run's last one, so that it is not the same again.
+Key = tuple[int, int]
+
 CENTRE = 0.5  # of a segment: where evaluation takes its frame
 
 

@@ -21,11 +21,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tvit_cli.data.sampling import Key
 from tvit_cli.engine.balance import balanced_order
-
-# (epoch, index of the video): what a clip's frames and augmentation are drawn from. A clip that is read again in
-# one epoch takes the number of an epoch after the run's last one, so that it is not the same again.
-Key = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, collate, ignore_stop_signals
+from tvit_cli.data.clips import ClipBatch, ClipDataset
 from tvit_cli.data.layout import Video
+from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
 from tvit_cli.engine.build import Built
 from tvit_cli.engine.checkpoint import (
@@ -40,7 +40,7 @@ from tvit_cli.engine.optim import learning_rate_at, set_rates
 from tvit_cli.engine.outofmemory import Attempt, advice
 from tvit_cli.engine.parallel import any_of_them, sum_gradients
 from tvit_cli.engine.run import Run, identity
-from tvit_cli.engine.scoring import explains_dead_workers, merge_scores, score
+from tvit_cli.engine.scoring import merge_scores, score
 from tvit_cli.engine.source import Source, default_workers
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.watch import LossWatch, diverged, loss_error, not_finite, some
@@ -140,7 +140,7 @@ def passes(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
     plan = None
     while plan is not loop.plan:
         plan = loop.plan
-        for planned, batch in zip(plan.micro_batches(loop.step), _loader(loop), strict=True):
+        for planned, batch in zip(plan.micro_batches(loop.step), _batches(loop), strict=True):
             yield planned, batch
             if plan is not loop.plan:
                 break
@@ -340,7 +340,7 @@ def how_to_resume(checkpoint: Path) -> str:
     return f"Go on with:\n  tvit train --resume-from-checkpoint {shlex.quote(str(checkpoint))}"
 
 
-def _loader(loop: Loop) -> DataLoader[ClipItem]:
+def _batches(loop: Loop) -> Iterator[ClipBatch]:
     """Everything that is left of the run in one pass, so that workers read ahead across epochs."""
     dataset = ClipDataset(
         loop.source.readable("train"),
@@ -352,14 +352,11 @@ def _loader(loop: Loop) -> DataLoader[ClipItem]:
         store=loop.source.store,
         grid=loop.settings.frame_grid,
     )
-    return DataLoader(
+    return load_batches(
         dataset,
-        batch_sampler=BatchKeys(loop.plan, loop.step),
-        num_workers=workers(loop),
-        collate_fn=collate,
-        worker_init_fn=ignore_stop_signals,
+        BatchKeys(loop.plan, loop.step),
+        workers=workers(loop),
         pin_memory=loop.device.type == "cuda",
-        generator=torch.Generator(),  # else iterating draws from the global one
     )
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, collate, ignore_stop_signals
+from tvit_cli.data.clips import ClipBatch, ClipDataset
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
+from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.data.transforms import eval_transform
-from tvit_cli.errors import RunError
 from tvit_cli.settings.card import Preprocessing
 
 
@@ -56,23 +55,6 @@ class Scores:
     errors: dict[int, str]
 
 
-@contextmanager
-def explains_dead_workers() -> Iterator[None]:
-    """Within this block, or function, the death of a process that decodes videos is a RunError.
-
-    torch raises it as soon as the signal arrives, wherever the process is then: in a step as well as in its loader.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            f"A process that decodes videos died: {error}. If memory ran out, take fewer --num-workers. "
-            "A training goes on from its last checkpoint with --resume-from-checkpoint latest."
-        ) from error
-
-
 @explains_dead_workers()
 @torch.inference_mode()
 def score(
@@ -112,19 +94,13 @@ def score(
     keys = [(0, index) for index in range(len(videos))]
     own = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][rank::processes]
     count = sum(map(len, own))
-    loader: DataLoader[ClipItem] = DataLoader(
-        dataset,
-        batch_sampler=own,
-        num_workers=min(workers, len(own)),
-        collate_fn=collate,
-        worker_init_fn=ignore_stop_signals,
-    )
+    loaded = load_batches(dataset, own, workers=min(workers, len(own)))
     was_training = model.training
     model.eval()
     rows: list[_Rows] = []
     errors: dict[int, str] = {}
     done = 0
-    for batch in loader:
+    for batch in loaded:
         logits = torch.stack(
             [
                 _logits(model, clips, preprocessing, device, place, flip, autocast)
