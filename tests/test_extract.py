@@ -320,8 +320,42 @@ def explode(number: int) -> int:
 
 
 def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on() -> None:
-    results = list(in_order(explode, range(6), workers=2, crashed=lambda job: -job))
+    results = list(in_order(explode, range(6), workers=2, lost=lambda job, too_long: -job))
     assert results == [0, 1, 4, -3, 16, 25]
+
+
+def hang(seconds: float) -> float:
+    """Sleeps where no Python code can wake it, as a decoder would."""
+    import ctypes
+
+    ctypes.CDLL(None).usleep(int(1e6 * seconds))
+    return seconds
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no alarm clock")
+def test_a_job_that_hangs_is_named_and_the_others_go_on() -> None:
+    results = in_order(
+        hang, [0.01, 60, 0.02], workers=1, lost=lambda job, too_long: (job, too_long), seconds=2
+    )
+    assert list(results) == [0.01, (60, True), 0.02]
+
+
+def test_the_time_limit_is_what_a_lost_video_is_measured_by(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def lose_all(work: Any, jobs: Any, *, workers: int, lost: Any, seconds: float) -> list[Any]:
+        asked.append(seconds)
+        return [lost(job, number == 0) for number, job in enumerate(jobs)]
+
+    monkeypatch.setattr("tvit_cli.engine.extract.in_order", lose_all)
+    reasons = list(run(data, time_limit=7, max_bad="100%").unreadable.values())
+    assert "longer than 7 seconds (--time-limit)" in reasons[0]
+    assert all("crashed" in reason for reason in reasons[1:])
+    scans = check(settings(data, check=True, time_limit=9), silent).scans
+    assert "longer than 9 seconds (--time-limit)" in scans[0].problem
+    assert asked == [7, 9]
 
 
 def fail(number: int) -> int:
@@ -331,7 +365,7 @@ def fail(number: int) -> int:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_mistake_of_ours_in_a_worker_is_not_hidden(workers: int) -> None:
     with pytest.raises(ZeroDivisionError):
-        list(in_order(fail, [1], workers=workers, crashed=lambda job: -job))
+        list(in_order(fail, [1], workers=workers, lost=lambda job, too_long: -job))
 
 
 def test_check_tells_what_files_hold_and_writes_nothing(data: Path) -> None:

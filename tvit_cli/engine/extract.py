@@ -37,7 +37,6 @@ from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.maxbad import most_bad
 
 MIB = 1 << 20
-_CRASHED = "the decoder crashed on it. The file may be damaged; encode it anew"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,13 @@ def extract(
     jobs = [(video.path, parameters) for video in missing]
     workers = default_workers(processes, spare=0) if settings.num_workers is None else settings.num_workers
     with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib * MIB) as writer:
-        results = in_order(_pack, jobs, workers=workers, crashed=lambda job: _CRASHED)
+        results = in_order(
+            _pack,
+            jobs,
+            workers=workers,
+            lost=lambda job, too_long: _lost(settings, too_long),
+            seconds=settings.time_limit,
+        )
         for done, (video, packed) in enumerate(zip(missing, results, strict=True), start=1):
             if isinstance(packed, str):
                 unreadable[video.name] = packed
@@ -138,7 +143,11 @@ def check(settings: ExtractSettings, report: Report) -> CheckResult:
     workers = default_workers(spare=0) if settings.num_workers is None else settings.num_workers
     scans: list[Scan] = []
     for scan in in_order(
-        scan_video, paths, workers=workers, crashed=lambda p: Scan(p, problem=_CRASHED, is_readable=False)
+        scan_video,
+        paths,
+        workers=workers,
+        lost=lambda p, too_long: Scan(p, problem=_lost(settings, too_long), is_readable=False),
+        seconds=settings.time_limit,
     ):
         scans.append(scan)
         report(Progress("checking", len(scans), len(paths)))
@@ -213,6 +222,13 @@ def _pack(job: tuple[Path, Parameters]) -> Packed | str:
         return pack_video(path, parameters)
     except VideoError as error:
         return str(error).removeprefix(f"{path}: ")
+
+
+def _lost(settings: ExtractSettings, too_long: bool) -> str:
+    """Why a video took its process down."""
+    if too_long:
+        return f"decoding took longer than {settings.time_limit} seconds (--time-limit). Encode it anew"
+    return "the decoder crashed on it. The file may be damaged; encode it anew"
 
 
 def _reasons_file(folder: Path, rank: int) -> Path:

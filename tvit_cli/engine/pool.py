@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,12 +22,19 @@ _AHEAD = (
 
 
 def in_order(
-    work: Callable[[J], R], jobs: Sequence[J], *, workers: int, crashed: Callable[[J], R]
+    work: Callable[[J], R],
+    jobs: Sequence[J],
+    *,
+    workers: int,
+    lost: Callable[[J, bool], R],
+    seconds: float | None = None,
 ) -> Iterator[R]:
     """`work(job)` of each job, in their order; with 0 workers in this process.
 
     `work` is an importable function. A job that takes its process down with it (a decoder that crashes, a
-    picture that no memory holds) gives `crashed(job)`, and the others go on.
+    picture that no memory holds) gives `lost(job, False)`, one that takes longer than `seconds` (a decoder
+    that hangs) `lost(job, True)`, and the others go on. The limit needs workers and an alarm clock, which
+    Windows has not.
     """
     if workers == 0:
         yield from map(work, jobs)
@@ -37,7 +45,7 @@ def in_order(
     try:
         while waiting or begun:
             while waiting and len(begun) < _AHEAD * workers:
-                begun.append((waiting[0], _submit(pool, work, waiting.popleft())))
+                begun.append((waiting[0], _submit(pool, work, waiting.popleft(), seconds)))
             job, future = begun.popleft()
             try:
                 result = future.result()
@@ -45,7 +53,7 @@ def in_order(
                 # Nobody knows whose fault it was, so each job in flight is tried in a process of its own.
                 pool.shutdown()
                 for suspect in (job, *(other for other, _ in begun)):
-                    yield _alone(work, suspect, crashed)
+                    yield _alone(work, suspect, lost, seconds)
                 begun.clear()
                 pool = _pool(min(workers, max(1, len(waiting))))
             else:
@@ -54,21 +62,34 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, work: Callable[[J], R], job: J) -> Future[R]:
+def _submit(pool: ProcessPoolExecutor, work: Callable[[J], R], job: J, seconds: float | None) -> Future[R]:
     try:
-        return pool.submit(work, job)
+        return pool.submit(_within, seconds, work, job)
     except BrokenProcessPool as error:
         future: Future[R] = Future()
         future.set_exception(error)
         return future
 
 
-def _alone(work: Callable[[J], R], job: J, crashed: Callable[[J], R]) -> R:
+def _alone(work: Callable[[J], R], job: J, lost: Callable[[J, bool], R], seconds: float | None) -> R:
     with _pool(1) as pool:
+        began = time.monotonic()
         try:
-            return pool.submit(work, job).result()
+            return pool.submit(_within, seconds, work, job).result()
         except BrokenProcessPool:
-            return crashed(job)
+            return lost(job, seconds is not None and time.monotonic() - began >= seconds)
+
+
+def _within(seconds: float | None, work: Callable[[J], R], job: J) -> R:
+    """The job's result; the process ends where it takes longer, even deep within a library that hangs."""
+    if seconds is None or not hasattr(signal, "setitimer"):
+        return work(job)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends the process; Python would wait its turn
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return work(job)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

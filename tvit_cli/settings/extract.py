@@ -49,6 +49,12 @@ class ExtractSettings(DataSettings):
         description="Processes that decode videos; 0 decodes in this process",
         json_schema_extra=about(HOW, default="from the CPU count"),
     )
+    time_limit: int = Field(
+        600,
+        ge=1,
+        description="Seconds after which a video that does not end is set aside; needs a worker process",
+        json_schema_extra=about(HOW),
+    )
     overwrite: bool = Field(
         False, description="Remove a store that is there and begin anew", json_schema_extra=about(HOW)
     )
