@@ -76,7 +76,7 @@ def test_a_slow_source_shows_as_time_spent_waiting_and_a_hidden_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """A clip takes 20 ms to read and more, and a step of eight clips is made to take 300 ms and more."""
-    read, update = ClipDataset.__getitem__, loop._update
+    read, update = ClipDataset.__getitem__, loop.update
     reading: dict[int, float] = {0: 0.0, 1: 0.0}  # epoch -> seconds, as seen from inside
 
     def slow_read(self: ClipDataset, key: tuple[int, int]) -> Any:
@@ -91,7 +91,7 @@ def test_a_slow_source_shows_as_time_spent_waiting_and_a_hidden_one_does_not(
         return update(*arguments)
 
     monkeypatch.setattr(ClipDataset, "__getitem__", slow_read)
-    monkeypatch.setattr(loop, "_update", slow_update)
+    monkeypatch.setattr(loop, "update", slow_update)
     data = make_clips(tmp_path / "colours")
     facts = {
         "hf_model_name": None,

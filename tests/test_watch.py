@@ -59,16 +59,28 @@ def test_only_the_first_update_with_a_bad_loss_is_told_of() -> None:
     assert found[0].loss == INF and watch.look(accelerator) == []
 
 
+def test_an_update_that_is_begun_anew_is_counted_once() -> None:
+    watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
+    watch.saw(micro_batch(3, (1, 2)), torch.tensor([1.0, 2.0]))
+    watch.saw(micro_batch(4, (5, 6)), torch.tensor([NAN, 2.0]))
+    watch.forget(4)  # memory ran out in its second pass
+    watch.saw(micro_batch(4, (5,)), torch.tensor([NAN]))
+    assert [(clip.step, clip.index) for clip in watch.look(accelerator)] == [(4, 5)]
+
+
 def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_path: Path) -> None:
     names = [f"clip{n}.avi" for n in range(20)]
-    own = settings(max_grad_norm=None, mixed_precision="bf16", learning_rate=0.25)
-    few = str(loss_error([BadClip(4, 2, NAN, 8), BadClip(4, 3, INF, 8)], names, own, tmp_path))
-    assert "Step 5: the loss of 2 of its 8 clips is not finite:\n  clip2.avi: nan\n  clip3.avi: inf\n" in few
+    own = settings(max_grad_norm=None, learning_rate=0.25)
+    few = str(loss_error([BadClip(4, 2, NAN, 8), BadClip(4, 3, INF, 8, 5)], names, own, "bf16", tmp_path))
+    assert (
+        "Step 5: the loss of 2 of its 8 clips is not finite:\n  clip2.avi: nan\n  clip3.avi, mixed with clip5.avi: inf\n"
+        in few
+    )
     assert "Look at these clips" in few and "No checkpoint had been written yet" in few
     assert "smaller --learning-rate (it is 0.25)" in few
     assert "--max-grad-norm 1" in few and "--mixed-precision no" in few
     (tmp_path / "step-000003").mkdir()
-    every = str(loss_error([BadClip(4, n, NAN, 12) for n in range(12)], names, settings(), tmp_path))
+    every = str(loss_error([BadClip(4, n, NAN, 12) for n in range(12)], names, settings(), "no", tmp_path))
     assert "and 4 more" in every and "the run diverged" in every
     assert f"The last good state is kept: {tmp_path / 'step-000003'}" in every
     assert "--max-grad-norm" not in every and "--mixed-precision" not in every
@@ -118,7 +130,7 @@ def test_a_nan_ends_the_run_names_the_clip_and_leaves_the_last_good_state(
     facts = {"path_to_data": str(clips), "working_directory": tmp_path, "save_every_steps": 1, **SCRATCH}
     whole = run(**facts, experiment_name="whole")
     spoil_forward(monkeypatch, call=5, row=2)
-    plan = BatchPlan(clips=12, batch_size=4, accumulation=1, processes=1, rank=0, epochs=2, seed=0)
+    plan = BatchPlan(clips=12, batch_size=4, global_batch=4, processes=1, rank=0, epochs=2, seed=0)
     _, index = list(plan.micro_batches())[4].keys[2]
     name = trained_names(clips)[index]
     with pytest.raises(RunError) as caught:
@@ -148,7 +160,7 @@ def test_a_nan_at_the_first_step_leaves_no_checkpoint_and_says_so(
 def test_weights_that_are_not_finite_are_never_saved(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop._update
+    real = loop.update
 
     def update(own: loop.Loop) -> Tensor:
         norm = real(own)
@@ -157,7 +169,7 @@ def test_weights_that_are_not_finite_are_never_saved(
                 own.plain_model.classifier.bias[0] = INF
         return norm
 
-    monkeypatch.setattr(loop, "_update", update)
+    monkeypatch.setattr(loop, "update", update)
     with pytest.raises(RunError, match=r"Step 4: 1 weights are not finite \(classifier\.bias\)"):
         run(
             path_to_data=str(clips),

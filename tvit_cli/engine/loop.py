@@ -187,6 +187,7 @@ def update(loop: Loop) -> Tensor:
 def _halve_micro_batch(loop: Loop) -> None:
     """Forget the window that was begun; it starts anew in smaller passes. See Note [Out of memory]."""
     loop.optimizer.zero_grad()
+    loop.watch.forget(loop.step)
     before = loop.plan.batch_size
     if before == 1:
         raise RunError(
@@ -272,7 +273,7 @@ def _validate(loop: Loop) -> dict[str, float]:
     metrics = video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
     if not math.isfinite(metrics["loss"]):
         what = f"Step {loop.step}: the validation loss is {metrics['loss']}. "
-        raise diverged(what, loop.settings, loop.run.checkpoints)
+        raise diverged(what, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
     loop.trackers.log_per_class(
         loop.step, class_counts(scores.logits, scores.labels, loop.source.layout.labels)
     )
@@ -287,7 +288,7 @@ def _save(loop: Loop) -> Path:
     _check_losses(loop)
     if names := not_finite(_trainable(loop)):
         what = f"Step {loop.step}: {len(names)} weights are not finite ({some(names)}). "
-        raise diverged(what, loop.settings, loop.run.checkpoints)
+        raise diverged(what, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
     sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     if loop.accelerator.is_main_process:
         scaler = loop.accelerator.scaler
@@ -317,7 +318,7 @@ def _check_losses(loop: Loop) -> None:
     """Raise RunError that names the clips where a loss since the last check is not finite."""
     if bad := loop.watch.look(loop.accelerator):
         names = [video.name for video in loop.source.readable("train")]
-        raise loss_error(bad, names, loop.settings, loop.run.checkpoints)
+        raise loss_error(bad, names, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
 
 
 def _minutes_are_over(loop: Loop) -> bool:

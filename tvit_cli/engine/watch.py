@@ -45,6 +45,10 @@ class LossWatch:
         if planned.real:
             self._recent.append((planned, losses.detach()[: planned.real]))
 
+    def forget(self, step: int) -> None:
+        """Drop what was noted of an update that is begun anew."""
+        self._recent = [(planned, losses) for planned, losses in self._recent if planned.step != step]
+
     def look(self, accelerator: Accelerator) -> list[BadClip]:
         """The clips of the first update with a loss that is not finite; nothing where all are.
 
@@ -74,7 +78,7 @@ def _partner(planned: MicroBatch, place: int) -> int | None:
 
 
 def loss_error(
-    bad: Sequence[BadClip], names: Sequence[str], settings: TrainSettings, saved: Path
+    bad: Sequence[BadClip], names: Sequence[str], settings: TrainSettings, precision: str, saved: Path
 ) -> RunError:
     """What to say of clips whose loss is not finite; `names` are those of all training videos."""
     shown = []
@@ -89,11 +93,14 @@ def loss_error(
         + "\n".join(shown)
     )
     hint = "All clips of the step: the run diverged. " if len(bad) == clips else "Look at these clips first. "
-    return diverged(f"{what}\n{hint}", settings, saved)
+    return diverged(f"{what}\n{hint}", settings, precision, saved)
 
 
-def diverged(what: str, settings: TrainSettings, saved: Path) -> RunError:
-    """An error for numbers that are not finite: what is saved in the folder of checkpoints, and what may help."""
+def diverged(what: str, settings: TrainSettings, precision: str, saved: Path) -> RunError:
+    """An error for numbers that are not finite: what is saved in the folder of checkpoints, and what may help.
+
+    `precision` is the number format in use.
+    """
     kept = list_checkpoints(saved)
     state = (
         f"The last good state is kept: {kept[-1]}."
@@ -103,7 +110,7 @@ def diverged(what: str, settings: TrainSettings, saved: Path) -> RunError:
     steps = [f"a smaller --learning-rate (it is {settings.learning_rate:g})", "a longer --warmup-epochs"]
     if settings.max_grad_norm is None:
         steps.append("--max-grad-norm 1")
-    if settings.mixed_precision != "no":
+    if precision != "no":
         steps.append("--mixed-precision no")
     advice = (
         f"Going on from there would take the same steps again: start a new run with {', or '.join(steps)}."
