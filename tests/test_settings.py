@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tvit_cli.errors import SettingsError
-from tvit_cli.settings.base import Loaded, load, presets
+from tvit_cli.settings.base import Loaded, extra, load, presets
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.predict import PredictSettings
 from tvit_cli.settings.train import TrainSettings
@@ -42,11 +42,11 @@ def test_every_parameter_of_the_reference_is_a_setting_of_train() -> None:
 
 def test_settings_that_leave_the_references_default_say_why() -> None:
     for name in REFERENCE:
-        extra = TrainSettings.model_fields[name].json_schema_extra
-        assert isinstance(extra, dict) and extra["reference"], name
+        facts = TrainSettings.model_fields[name].json_schema_extra
+        assert isinstance(facts, dict) and facts["reference"], name
         default = TrainSettings.model_fields[name].default
-        same = str(extra["reference"]).strip("'") in (str(default), f"{default:g}" if default == 1e-8 else "")
-        assert same or extra["why"] or default in ((), None, 0.0, 8.0, 1e-8), name
+        same = str(facts["reference"]).strip("'") in (str(default), f"{default:g}" if default == 1e-8 else "")
+        assert same or facts["why"] or default in ((), None, 0.0, 8.0, 1e-8), name
 
 
 def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
@@ -179,3 +179,21 @@ def test_the_reference_preset_has_the_values_of_its_script() -> None:
     assert {name: getattr(preset, name) for name in script} == script
     # The script's 144 clips are the sum of its passes: it divides them by the 8 steps it accumulates.
     assert preset.per_gpu_batch_size * preset.gradient_accumulation_steps == 144
+
+
+def test_the_reference_preset_has_no_regularisation_of_ours() -> None:
+    panel = {
+        name: field.default
+        for name, field in TrainSettings.model_fields.items()
+        if extra(field)["panel"] == "Regularisation"
+    }
+    assert len(panel) >= 10
+    preset = read(preset="reference").settings
+    assert {name: getattr(preset, name) for name in panel} == panel
+
+
+def test_the_ucf101_preset_uses_what_it_says() -> None:
+    preset = read(preset="ucf101").settings
+    assert preset.global_batch_size is not None and isinstance(preset.per_gpu_batch_size, int)
+    assert preset.global_batch_size % preset.per_gpu_batch_size == 0
+    assert preset.ema_decay == 0.999 and preset.randaugment == 2 and preset.frame_grid == 32
