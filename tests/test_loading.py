@@ -16,7 +16,7 @@ from test_framestore import build
 from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.loading import load_batches
+from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.data.storewriter import shard_paths
 from tvit_cli.errors import DataError, RunError
 
@@ -127,5 +127,6 @@ class Dying(ClipDataset):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos: list[Video]) -> None:
     data = Dying(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
-    with pytest.raises(RunError, match=r"process that decodes videos died.*--resume-from-checkpoint latest"):
+    died = r"process that decodes videos died.*--resume-from-checkpoint latest"
+    with pytest.raises(RunError, match=died), explains_dead_workers():
         list(load_batches(data, KEYS, workers=1))
