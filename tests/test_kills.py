@@ -122,7 +122,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     name: str, code: int,
 ) -> None:  # fmt: skip
     before = signal.getsignal(getattr(signal, name))
-    at_call(loop, "_update", 3, lambda: signal.raise_signal(getattr(signal, name)), monkeypatch)
+    at_call(loop, "update", 3, lambda: signal.raise_signal(getattr(signal, name)), monkeypatch)
     ended, errors = command()
     assert (ended, signal.getsignal(getattr(signal, name))) == (code, before)
     checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000003"
@@ -141,7 +141,7 @@ def test_a_second_sigint_leaves_at_once(
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the step went on")
 
-    at_call(loop, "_update", 3, twice, monkeypatch)
+    at_call(loop, "update", 3, twice, monkeypatch)
     ended, errors = command()
     assert ended == 130 and "all is saved" not in errors
     assert [p.name for p in list_checkpoints(tmp_path / "runs" / "mine" / "checkpoints")] == ["step-000002"]
@@ -215,7 +215,7 @@ def test_a_decoding_process_that_dies_in_the_middle_of_a_step_is_no_mistake_of_o
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         time.sleep(60)  # torch raises as soon as it is told of the death
 
-    at_call(loop, "_update", 3, kill_a_worker, monkeypatch)
+    at_call(loop, "update", 3, kill_a_worker, monkeypatch)
     ended, errors = command("--num-workers", "2")
     assert ended == 1 and "A process that decodes videos died" in errors
     assert "mistake in tvit" not in errors

@@ -148,7 +148,7 @@ def _fuse_in_checkpoint(fuse: Fuse, module: ModuleType) -> None:
 
 
 def _fuse_in_loop(fuse: Fuse, module: ModuleType) -> None:
-    module._update = _before(fuse, "step", module._update)
+    module.update = _before(fuse, "step", module.update)
     score = module.score
 
     def scoring(*arguments: Any, progress: Callable[[int, int], None], **keywords: Any) -> Any:
