@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tvit_cli.errors import ModelError
+from tvit_cli.errors import ModelError, RunError
+from tvit_cli.model import lora, loralinear
+from tvit_cli.model.adapter import save_adapter
 from tvit_cli.model.lora import (
     LoraSpec,
     attach,
     load_trainable,
     merge,
     merged_state_dict,
+    own_layer,
     resolve_layers,
     set_trainable,
     trainable_report,
@@ -28,7 +33,9 @@ from tvit_cli.settings.train import LORA_TARGETS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PEFT loads transformers, which warns of its optional dependencies
-    import peft  # noqa: F401
+    import peft
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear as PeftLinear
 
 CONFIG = ViTConfig(num_classes=5, frame_size=16, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
 FULL = {"classifier.weight", "classifier.bias", "temporal.embedding"}
@@ -327,9 +334,346 @@ def test_layers_are_listed_in_the_order_of_the_model() -> None:
     assert resolve_layers(base(), ("v", "q"), option="x") == in_blocks("attention.q", "attention.v")
 
 
+def injected(monkeypatch: pytest.MonkeyPatch, model: TemporalViT, dropout: float) -> None:
+    """Makes our layers and PEFT's own drop the same numbers: which ones depends on how many there are."""
+
+    def mask(count: int, dropout: float, device: torch.device) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(count)
+        return (torch.rand(count, generator=generator) >= dropout).to(torch.uint8)
+
+    class Dropout(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * mask(x.numel(), dropout, x.device).view(x.shape) / (1 - dropout)
+
+    monkeypatch.setattr(loralinear, "draw_mask", mask)
+    for module in model.modules():
+        if type(module) is PeftLinear and dropout:
+            module.lora_dropout["default"] = Dropout()
+
+
+def of_peft(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> TemporalViT:
+    """The model with PEFT's own layers, as when its hook is gone."""
+    with monkeypatch.context() as patched:
+        patched.setattr(lora, "own_layer", lambda: None)
+        return adapted(**changes)
+
+
+LINEAR_TARGETS = tuple(name for name in LORA_TARGETS if name != "patch_embed")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_the_model_computes_and_learns_what_it_does_with_pefts_own_layers(
+    dropout: float, bias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: dict[str, Any] = {"targets": LINEAR_TARGETS, "dropout": dropout, "bias": bias}
+    ours, theirs = adapted(**facts), of_peft(monkeypatch, **facts)
+    kinds = [{type(layer) for layer in lora.adapted_layers(model).values()} for model in (ours, theirs)]
+    assert kinds == [{own_layer()}, {PeftLinear}]
+    results = []
+    for model in (ours, theirs):
+        perturb(model)
+        injected(monkeypatch, model, dropout)
+        logits = model.train()(clips())
+        logits.square().sum().backward()
+        results.append({"logits": logits.detach(), **{k: p.grad for k, p in model.named_parameters()}})
+    assert list(results[0]) == list(results[1])
+    assert {k for k, v in results[0].items() if v is not None} == {"logits"} | trainable(ours)
+    for name, right in results[1].items():
+        if right is not None:
+            scale = max(1.0, float(right.abs().max()))
+            torch.testing.assert_close(results[0][name] / scale, right / scale, atol=1e-5, rtol=0)
+
+
+def test_the_names_on_disk_are_those_of_pefts_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = adapted(targets=LORA_TARGETS), of_peft(monkeypatch, targets=LORA_TARGETS)
+    assert equal(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+
+
+@pytest.mark.parametrize("change", ["gone", "ignores", "other arguments", "another forward"])
+def test_a_peft_without_its_private_hook_computes_with_its_own_layers(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = own_layer()
+    if change == "gone":
+        monkeypatch.delattr(LoraConfig, "_register_custom_module")
+    elif change == "ignores":
+        monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda self, mapping: None)
+    elif change == "other arguments":
+        monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda self: None)
+    else:
+        forward = PeftLinear.forward
+        monkeypatch.setattr(PeftLinear, "forward", lambda self, x: forward(self, x) + 1)
+    own_layer.cache_clear()
+    try:
+        assert own_layer() is None
+        model = adapted(targets=("q", "fc2"))
+        assert {type(layer) for layer in lora.adapted_layers(model).values()} == {PeftLinear}
+        assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q", "mlp.fc2"))
+    finally:
+        own_layer.cache_clear()
+    monkeypatch.undo()
+    assert before is not None and own_layer() is not None
+
+
+def test_this_peft_takes_our_layers() -> None:
+    """Pins the private hook: when this fails, a new PEFT has made training slower, not wrong."""
+    assert own_layer() is not None
+    assert {type(m).__name__ for m in lora.adapted_layers(adapted(targets=("q", "fc2"))).values()} == {
+        "LoraLinear"
+    }
+
+
+def test_merged_and_disabled_adapters_are_pefts_work() -> None:
+    model = adapted(targets=LINEAR_TARGETS)
+    perturb(model)
+    expected, layers = model(clips()), lora.adapted_layers(model).values()
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(model(clips()), expected, atol=1e-5, rtol=1e-5)
+    for layer in layers:
+        layer.unmerge()
+    torch.testing.assert_close(model(clips()), expected, atol=1e-5, rtol=1e-5)
+    for layer in layers:
+        layer.enable_adapters(False)
+    state = base().state_dict()
+    state.update({k: v for k, v in model.state_dict().items() if k in trainable(model) and k in state})
+    plain = base()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(model(clips()), plain.eval()(clips()), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
+def test_an_activation_acts_once_with_and_without_adapters_and_after_merging(activation: str) -> None:
+    config = ViTConfig.from_dict({**CONFIG.to_dict(), "activation": activation})
+    plain = build_model(config, seed=0, from_scratch=True).eval()
+    model = build_model(config, seed=0, from_scratch=True).eval()
+    attach(model, spec(targets=("fc2",)), seed=0)
+    taken = activation.startswith("gelu")
+    assert (type(model.blocks[0].mlp.act) is nn.Identity) == taken
+    torch.testing.assert_close(model(clips()), plain(clips()), atol=1e-6, rtol=1e-6)
+    merge(model)
+    assert repr(model.blocks[0].mlp) == repr(plain.blocks[0].mlp)
+    torch.testing.assert_close(model(clips()), plain(clips()), atol=1e-6, rtol=1e-6)
+
+
+def test_a_compiled_model_has_no_graph_break_and_gives_the_same_gradients() -> None:
+    model = adapted(targets=("q", "fc2"))
+    perturb(model)
+    model(clips()).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(clips()).sum().backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_patterns_give_single_layers_their_own_rank_and_alpha() -> None:
+    ranks = {"q": 2, "blocks.1.attention.q": 6, "blocks.0.attention.v": 3}
+    model = adapted(rank_pattern=ranks, alpha_pattern={"k": 20.0})
+    layers = lora.adapted_layers(model)
+    found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
+    assert found == {
+        "blocks.0.attention.q": (2, 4.0),
+        "blocks.0.attention.k": (4, 5.0),
+        "blocks.0.attention.v": (3, 8 / 3),
+        "blocks.1.attention.q": (6, 8 / 6),
+        "blocks.1.attention.k": (4, 5.0),
+        "blocks.1.attention.v": (4, 2.0),
+    }
+
+
+def test_a_pattern_reaches_one_block_of_many_and_not_those_whose_numbers_begin_alike() -> None:
+    model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
+    attach(model, spec(rank_pattern={"blocks.1.attention.q": 7}), seed=0)
+    ranks = {name: layer.r["default"] for name, layer in lora.adapted_layers(model).items()}
+    assert [name for name, rank in ranks.items() if rank == 7] == ["blocks.1.attention.q"]
+    assert len(ranks) == 36
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ({"p": 4}, r"lora_rank_pattern: 'p' is no layer of the model\. "),
+        ({"fc1": 4}, r"lora_rank_pattern: 'fc1' gets no adapter\. Name it in --lora-target-modules too"),
+        ({"blocks.9.attention.q": 4}, "is no layer of the model"),
+    ],
+)
+def test_a_pattern_for_a_layer_without_an_adapter_is_refused(pattern: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        attach(base(), spec(rank_pattern=pattern), seed=0)
+
+
+def test_dora_learns_a_magnitude_and_merges_to_what_it_computes() -> None:
+    model = adapted(targets=LORA_TARGETS, use_dora=True)
+    assert torch.allclose(model(clips()), base()(clips()), atol=1e-5)
+    assert "blocks.0.attention.q.lora_magnitude_vector.default.weight" in trainable(model)
+    perturb(model)
+    expected = model(clips())
+    state = {name: tensor.clone() for name, tensor in merged_state_dict(model).items()}
+    assert (expected - adapted_like(model, use_dora=False)(clips())).abs().max() > 1e-3
+    merge(model)
+    assert equal(state, dict(model.state_dict()))
+    torch.testing.assert_close(model(clips()), expected, atol=1e-4, rtol=1e-4)
+
+
+def adapted_like(other: TemporalViT, **changes: Any) -> TemporalViT:
+    """A model with other adapters, and the trained weights that both have."""
+    model = adapted(targets=LORA_TARGETS, **changes)
+    state = other.state_dict()
+    model.load_state_dict({k: state[k] for k in model.state_dict()})
+    return model
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", "orthogonal"])
+def test_an_initialisation_starts_elsewhere_and_at_the_same_function(init: str) -> None:
+    model = adapted(init=init, rank_pattern={"v": 2})
+    weights = trainable_tensors(model)
+    name = "blocks.0.attention.q.lora_A.default.weight"
+    assert not torch.equal(weights[name], trainable_tensors(adapted(rank_pattern={"v": 2}))[name])
+    if init == "orthogonal":  # its B is not zero
+        a, b = weights[name], weights[name.replace("lora_A", "lora_B")]
+        torch.testing.assert_close(b @ a, torch.zeros(32, 32), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(clips()), base()(clips()), atol=1e-5, rtol=1e-5)
+    assert equal(weights, trainable_tensors(adapted(init=init, rank_pattern={"v": 2})))
+
+
+def test_pissa_starts_at_the_largest_singular_values() -> None:
+    model = adapted(targets=("q",), init="pissa")
+    weight = base().get_parameter("blocks.0.attention.q.weight").detach()
+    left = model.get_parameter("blocks.0.attention.q.base_layer.weight").detach()
+    torch.testing.assert_close(
+        torch.linalg.svdvals(left)[:28], torch.linalg.svdvals(weight)[4:], atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"init": "pissa", "targets": ("q", "patch_embed")},
+            "--lora-init pissa: patch_embed is a convolution",
+        ),
+        ({"init": "olora", "targets": LORA_TARGETS}, "--lora-init olora: patch_embed is a convolution"),
+        (
+            {"init": "orthogonal", "rank": 3},
+            "--lora-init orthogonal: .* has the rank 3; it has to be even. Use 4",
+        ),
+        (
+            {"init": "pissa", "targets": ("classifier",), "rank": 8},
+            "classifier maps 32 to 5 numbers, so its rank is at most 5, not 8. Give --lora-rank-pattern classifier=5",
+        ),
+    ],
+)
+def test_a_layer_that_cannot_start_so_is_named(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        attach(base(), spec(**changes), seed=0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_taken_from_the_weights_survives_another_decomposition(
+    init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine's decomposition may pick other directions; a checkpoint brings back those of its run."""
+    model = adapted(init=init)
+    saved = {k: v.clone() for k, v in {**trainable_tensors(model), **lora.start_tensors(model)}.items()}
+    assert len(lora.start_tensors(model)) == 2 * 6
+    perturb(model)
+    saved.update({k: v.clone() for k, v in trainable_tensors(model).items()})
+
+    same = adapted(init=init)
+    load_trainable(same, saved)
+    assert equal(dict(same.state_dict()), dict(model.state_dict()))
+
+    name = "svd" if init == "pissa" else "qr"
+    real = getattr(torch.linalg, name)
+
+    def other(weight: torch.Tensor, **facts: Any) -> Any:
+        left, *middle, right = real(weight, **facts)
+        return (left.roll(1, dims=1), *(s.roll(1) for s in middle), right.roll(1, dims=0))
+
+    monkeypatch.setattr(torch.linalg, name, other)
+    elsewhere = adapted(init=init)
+    layer = "blocks.0.attention.q.base_layer.weight"
+    assert not torch.allclose(elsewhere.state_dict()[layer], model.state_dict()[layer], atol=1e-3)
+    load_trainable(elsewhere, saved)
+    torch.testing.assert_close(dict(elsewhere.state_dict()), dict(model.state_dict()), atol=1e-5, rtol=1e-5)
+    assert equal(lora.start_tensors(elsewhere), lora.start_tensors(model))
+
+
+def test_other_adapters_have_no_start_to_save() -> None:
+    assert lora.start_tensors(adapted()) == lora.start_tensors(base()) == {}
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(1, (1,)), (2, (0, 1))])
+def test_last_n_trains_the_last_blocks_the_norm_and_the_classifier(
+    count: int, blocks: tuple[int, ...]
+) -> None:
+    model = base()
+    set_trainable(model, f"last-{count}", spec(), seed=0)
+    above = {n for n in model.state_dict() if n.startswith(tuple(f"blocks.{i}." for i in blocks))}
+    assert trainable(model) == above | {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
+
+
+def test_more_last_blocks_than_there_are_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"--train last-3: the model has 2 blocks\. Give fewer, or all\."):
+        set_trainable(base(), "last-3", spec(), seed=0)
+
+
+def test_no_gradient_is_computed_below_what_is_trained() -> None:
+    """The first tensor with a gradient is the input of the first trained block, or the temporal embedding's output."""
+    for mode, expected in (("last-1", [False, False, True]), ("lora", [False, True, True])):
+        model = base()
+        set_trainable(model, mode, spec(), seed=0)
+        outputs: list[torch.Tensor] = []
+        for module in (model.patch_embed, model.temporal, model.blocks[1]):
+            module.register_forward_hook(lambda _module, _inputs, output, kept=outputs: kept.append(output))
+        model(clips())
+        assert [output.requires_grad for output in outputs] == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": LORA_TARGETS},
+        {"exclude": ("fc1",), "bias": "lora_only"},
+        {"bias": "all", "use_rslora": True, "rank_pattern": {"blocks.1.attention.q": 2}},
+        {"use_dora": True},
+        {"init": "pissa", "alpha_pattern": {"k": 3.0}, "rank_pattern": {"v": 2}},
+        {"init": "olora", "use_rslora": True},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_peft_itself_loads_a_saved_adapter_onto_the_bare_model(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapted(**changes)
+    perturb(model)
+    save_adapter(tmp_path / "adapter", model, base="google/vit-base-patch16-224")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (
+        config["peft_type"] == "LORA" and config["base_model_name_or_path"] == "google/vit-base-patch16-224"
+    )
+    bare = build_model(CONFIG, seed=0, from_scratch=True)
+    bare.classifier.reset_parameters()  # a new one has other weights
+    loaded = peft.PeftModel.from_pretrained(bare, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(clips()), model(clips()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_adapters_has_none_to_save(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no adapters"):
+        save_adapter(tmp_path / "adapter", base(), base=None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        save_adapter(tmp_path / "file", adapted(), base=None)
+
+
 def test_the_module_does_not_load_peft() -> None:
     code = (
-        "import sys, torch; import tvit_cli.model.lora, tvit_cli.model.folder;"
+        "import sys, torch; import tvit_cli.model.lora, tvit_cli.model.adapter, tvit_cli.model.folder;"
         "sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

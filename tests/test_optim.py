@@ -27,6 +27,17 @@ def test_weight_decay_leaves_out_biases_norms_and_learned_positions() -> None:
     assert not any("norm" in n or n.endswith("bias") or "positions" in n or "temporal" in n for n in names)
 
 
+def test_the_lengths_of_weights_that_dora_learns_are_not_decayed() -> None:
+    model = TemporalViT(TINY)
+    attach(model, LoraSpec(2, 2.0, 0.0, False, "none", ("q", "patch_embed"), (), use_dora=True), seed=0)
+    groups = parameter_groups(model, weight_decay=0.3, bias_weight_decay=False, norm_weight_decay=False)
+    kept = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    free = {name for name, p in model.named_parameters() if id(p) in kept}
+    layers = ("blocks.0.attention.q", "patch_embed")
+    lengths = {f"{layer}.lora_magnitude_vector.default.weight" for layer in layers}
+    assert free == lengths | {"classifier.bias", "temporal.embedding"}
+
+
 def test_biases_are_decayed_when_asked_and_norms_are_not() -> None:
     more = decayed(bias_weight_decay=True) - decayed()
     assert "blocks.0.attention.q.bias" in more and "classifier.bias" in more

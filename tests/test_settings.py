@@ -104,10 +104,29 @@ def test_lists_are_comma_separated() -> None:
     assert read(flags={"lora_target_modules": "q, v,fc1"}).settings.lora_target_modules == ("q", "v", "fc1")
 
 
+def test_pairs_are_given_as_text_or_as_a_table_and_come_back_from_json(tmp_path: Path) -> None:
+    expected = {"q": 16, "blocks.11.mlp.fc1": 4}
+    typed = read(flags={"lora_rank_pattern": "q=16, blocks.11.mlp.fc1=4"}).settings
+    config = tmp_path / "c.toml"
+    config.write_text("[lora_rank_pattern]\nq = 16\n'blocks.11.mlp.fc1' = 4\n")
+    saved = tmp_path / "settings.json"
+    saved.write_text(typed.model_dump_json(include={"lora_rank_pattern"}))
+    for found in (typed, read(config=config).settings, read(config=saved).settings):
+        assert found.lora_rank_pattern == expected
+    assert read(flags={"lora_alpha_pattern": "k=2.5"}).settings.lora_alpha_pattern == {"k": 2.5}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"learning_rate": "-1"}, "--learning-rate: -1"),
+        ({"lora_rank_pattern": "q:16"}, "--lora-rank-pattern: q:16: 'q:16' is not of the form name=value"),
+        ({"lora_rank_pattern": "q=1,q=2"}, "q is given twice"),
+        ({"lora_rank_pattern": "q=0"}, "--lora-rank-pattern: q=0: it should be greater than or equal to 1"),
+        ({"lora_alpha_pattern": "q=x"}, "--lora-alpha-pattern: q=x: it should be a valid number"),
+        ({"train": "last-0"}, "--train: last-0: it should be lora, all, classifier, or last-N"),
+        ({"train": "half"}, "--train: half: it should be lora, all, classifier, or last-N"),
+        ({"lora_init": "pissa", "lora_use_dora": True}, "--lora-init pissa: it changes the weights"),
         ({"learning_rate": "nan"}, "--learning-rate: nan"),
         ({"mixup": "-0.1"}, "--mixup: -0.1"),
         ({"random_erasing": "1.5"}, "--random-erasing: 1.5"),

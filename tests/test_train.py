@@ -139,8 +139,14 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(
 
 @pytest.mark.parametrize(
     ("changes", "kept"),
-    [({}, 6), ({**MIXED, "repeats": 2, "save_every_steps": 5}, 10)],
-    ids=["plain", "mixed, within an epoch"],
+    [
+        ({}, 6),
+        ({**MIXED, "repeats": 2, "save_every_steps": 5}, 10),
+        ({"lora_init": "pissa"}, 6),
+        ({"lora_use_dora": True}, 6),
+        ({"train": "last-1"}, 6),
+    ],
+    ids=["plain", "mixed, within an epoch", "pissa", "dora", "last-1"],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     trained: Run, changes: dict[str, Any], kept: int
@@ -480,6 +486,9 @@ def test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built(
     ("changes", "error", "words"),
     [
         ({"lora_target_modules": "qq"}, ModelError, "patch_embed"),
+        ({"lora_rank_pattern": {"fc1": 2}}, ModelError, "--lora-target-modules too"),
+        ({"lora_init": "pissa", "lora_target_modules": "patch_embed"}, ModelError, "is a convolution"),
+        ({"train": "last-9"}, ModelError, "--train last-9: the model has"),
         ({"img_size": 33}, ModelError, "--img-size 33 is not a multiple"),
         ({"hf_model_name": "no/such-model"}, ModelError, "no/such-model"),
         ({"val_groups": "g99"}, DataError, "g99"),
@@ -629,7 +638,11 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "train": ({}, "classifier", weights_differ),
     "lora_rank": ({}, 4, weights_differ),
     "lora_alpha": ({}, 32, weights_differ),
+    "lora_rank_pattern": ({}, {"q": 2}, weights_differ),
+    "lora_alpha_pattern": ({}, {"q": 32}, weights_differ),
     "lora_use_rslora": ({}, True, weights_differ),
+    "lora_use_dora": ({}, True, weights_differ),
+    "lora_init": ({}, "gaussian", weights_differ),
     "lora_dropout": ({}, 0.5, weights_differ),
     "lora_bias": ({}, "lora_only", weights_differ),
     "lora_target_modules": ({}, "fc1", weights_differ),

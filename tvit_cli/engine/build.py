@@ -96,6 +96,10 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         for note in loaded.notes:
             report(Note(note, "detail"))
     lora.set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
+    if settings.train == "lora" and settings.lora_rank and lora.own_layer() is None:
+        report(
+            Note("This PEFT does not take tvit's LoRA layers: its own compute the same, slower.", "warning")
+        )
     _report_size(model, report)
     return Built(model, config, preprocessing, base)
 
@@ -109,6 +113,10 @@ def _spec(settings: TrainSettings) -> lora.LoraSpec:
         bias=settings.lora_bias,
         targets=settings.lora_target_modules,
         exclude=settings.lora_exclude_modules,
+        rank_pattern=settings.lora_rank_pattern,
+        alpha_pattern=settings.lora_alpha_pattern,
+        use_dora=settings.lora_use_dora,
+        init=settings.lora_init,
     )
 
 

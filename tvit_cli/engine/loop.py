@@ -303,7 +303,7 @@ def _save(loop: Loop) -> Path:
                 identity=identity_of(loop),
                 scaler={} if scaler is None else scaler.state_dict(),
             ),
-            trainable=_trainable(loop),
+            trainable=_trainable(loop) | lora.start_tensors(loop.plain_model),
             optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
             best=loop.best_tensors,
             ema=None if loop.ema is None else loop.ema.tensors,

@@ -13,6 +13,7 @@ from tvit_cli.model.vit import TemporalViT
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Learned tokens and positions are offsets, not weights of a map; decay would pull them to nothing (DeiT).
 EMBEDDINGS = frozenset({"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra"})
+MAGNITUDES = "lora_magnitude_vector"  # DoRA's lengths of weights: decay would pull those to nothing
 # Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, and has
 # nothing that a small rate would protect.
 STEM = frozenset({"patch_embed", "positions", "pre_norm"})
@@ -29,9 +30,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups that share a weight decay and a `rate_scale` (`set_rates` reads it).
 
-    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens and
-    positions are never decayed. The scale is that of `layer_scale`; parts that an image ViT lacks get
-    `temporal_rate` where they hold layers, else 1.
+    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens,
+    positions and DoRA's magnitudes are never decayed. The scale is that of `layer_scale`; parts that an image ViT
+    lacks get `temporal_rate` where they hold layers, else 1.
     """
     new = {f"{path}.": temporal_rate if part.is_map else 1.0 for path, part in model.additions().items()}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -48,7 +49,7 @@ def parameter_groups(
             elif name == "bias":
                 decays = bias_weight_decay
             else:
-                decays = name not in EMBEDDINGS
+                decays = name not in EMBEDDINGS and MAGNITUDES not in path.split(".")
             groups.setdefault((decays, scale), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}

@@ -5,28 +5,36 @@ PEFT costs seconds to import, so it is imported where it is used. Source of LoRA
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tvit_cli.errors import ModelError
+from tvit_cli.model.loralinear import lora_layer
 from tvit_cli.model.vit import TemporalViT
-from tvit_cli.settings.train import LORA_TARGETS
+from tvit_cli.settings.base import flag
+from tvit_cli.settings.train import LORA_TARGETS, LoraInit
 
-TrainMode = Literal["lora", "all", "classifier"]
 LoraBias = Literal["none", "lora_only", "all"]
+
+ADAPTER = "default"  # the one adapter's name inside PEFT
+FROM_WEIGHTS = frozenset({"pissa", "olora"})  # these take the adapter's start out of the base weights
+LINEAR_ONLY = FROM_WEIGHTS | {"orthogonal"}
+START_PARTS = (f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
 
 
 @dataclass(frozen=True)
 class LoraSpec:
     """Which adapters to attach.
 
-    Targets and exclude hold short names (`q`: every layer of that name) or full ones
-    (`blocks.3.attention.q`).
+    Targets, exclude and the patterns' keys hold short names (`q`: every layer of that name) or full ones
+    (`blocks.3.attention.q`). A pattern's value stands in for the rank or alpha; that of a full name wins.
     """
 
     rank: int
@@ -36,23 +44,34 @@ class LoraSpec:
     bias: LoraBias
     targets: tuple[str, ...]
     exclude: tuple[str, ...]
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    init: LoraInit = "default"
 
 
-def set_trainable(model: TemporalViT, mode: TrainMode, spec: LoraSpec, *, seed: int) -> None:
+def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -> None:
     """Chooses the parameters that a training changes.
 
     lora        what `attach` says: adapters, classifier, additions; rank 0 the same without adapters
     all         every parameter
     classifier  the classifier, and the attentive pool that feeds it
+    last-N      the last N blocks and all that comes after them; no gradient is computed below
 
-    Raises ModelError for a name in the spec that is no layer of the model.
+    Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.
     """
     if mode == "lora":
         attach(model, spec, seed=seed)
-    else:
-        model.requires_grad_(mode == "all")
-        model.pool.requires_grad_(True)
-        model.classifier.requires_grad_(True)
+        return
+    model.requires_grad_(mode == "all")
+    model.pool.requires_grad_(True)
+    model.classifier.requires_grad_(True)
+    if mode.startswith("last-"):
+        count = int(mode.removeprefix("last-"))
+        if count > len(model.blocks):
+            raise ModelError(f"--train {mode}: the model has {len(model.blocks)} blocks. Give fewer, or all.")
+        for part in (*model.blocks[-count:], model.norm, model.summary):
+            part.requires_grad_(True)
 
 
 def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
@@ -63,9 +82,10 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     (`lora_only`), or all. An excluded layer gets no adapter, target or not, and learns its own weights, as
     in the reference. Rank 0 attaches no adapter.
 
-    Raises ModelError for a name that is no layer of the model, and when no layer is left for an adapter.
+    Raises ModelError for a name that is no layer of the model, when no layer is left for an adapter, and for a
+    rank or an initialisation that a layer cannot have.
     """
-    assert not _adapted(model), "adapters are attached once"
+    assert not adapted_layers(model), "adapters are attached once"
     excluded = resolve_layers(model, spec.exclude, option="lora_exclude_modules")
     wanted = resolve_layers(model, spec.targets, option="lora_target_modules")
     targets = [name for name in wanted if name not in excluded] if spec.rank else []
@@ -77,7 +97,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
         )
     if targets:
         _inject(model, targets, spec, seed)
-    adapted = _adapted(model)
+    adapted = adapted_layers(model)
     assert sorted(adapted) == sorted(targets), "PEFT adapts the layers that were named, and no other"
 
     own = _adapter_names(adapted)
@@ -130,9 +150,11 @@ def merge(model: TemporalViT) -> None:
 
     The model is then a plain one again, with the plain names in its state dict.
     """
-    for name, layer in _adapted(model).items():
+    for name, layer in adapted_layers(model).items():
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
+        if getattr(layer, "gelu", None) is not None:
+            model.get_submodule(name.rpartition(".")[0]).act = nn.GELU(approximate=layer.gelu)
     if hasattr(model, "peft_config"):  # PEFT leaves its own record on the model
         del model.peft_config
 
@@ -143,7 +165,7 @@ def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
 
     Layers without an adapter share the model's memory: write them, or copy them, before the next step.
     """
-    adapted = _adapted(model)
+    adapted = adapted_layers(model)
     own = _adapter_names(adapted)
     merged: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -151,8 +173,9 @@ def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
         if not is_base and name not in own:
             merged[name] = tensor
         elif is_base and leaf == "weight":
-            (adapter,) = adapted[layer].active_adapters
-            merged[f"{layer}.weight"] = tensor + adapted[layer].get_delta_weight(adapter)
+            alone = copy.deepcopy(adapted[layer])
+            alone.merge()
+            merged[f"{layer}.weight"] = alone.get_base_layer().weight.detach()
         elif is_base:
             merged[f"{layer}.{leaf}"] = tensor
     return merged
@@ -166,12 +189,34 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def start_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' first weights where they were taken out of the base weights (PiSSA, OLoRA), else nothing.
+
+    A checkpoint holds them beside the trainable tensors: the base weights that are left depend on them, and
+    another machine's decomposition of the same weights may be another one. They share the model's memory.
+    """
+    return {
+        f"start/{name}.{part}": tensor
+        for name, layer in adapted_layers(model).items()
+        for part, tensor in getattr(layer, "start", {}).items()
+    }
+
+
 def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors, as `trainable_tensors` gives them, into the model.
 
-    Raises ModelError, with the model untouched, when names or shapes differ.
+    With those of `start_tensors` among them, the base weights become what is left without these. Raises
+    ModelError, with the model untouched, when names or shapes differ.
     """
-    copy_tensors(tensors, trainable_tensors(model))
+    starts = start_tensors(model) if any(name.startswith("start/") for name in tensors) else {}
+    layers = {name: layer for name, layer in adapted_layers(model).items() if starts}
+    before = {name: [layer.start[part].clone() for part in START_PARTS] for name, layer in layers.items()}
+    copy_tensors(tensors, {**trainable_tensors(model), **starts})
+    for name, layer in layers.items():
+        now = [layer.start[part] for part in START_PARTS]
+        if not all(map(torch.equal, before[name], now)):
+            weight, scale = layer.get_base_layer().weight.detach(), layer.scaling[ADAPTER]
+            weight += scale * (before[name][1] @ before[name][0] - now[1] @ now[0]).to(weight.device)
 
 
 @torch.no_grad()
@@ -203,19 +248,96 @@ def trainable_report(model: nn.Module) -> tuple[int, int]:
 def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    ranks = _by_layer(model, targets, spec.rank_pattern, option="lora_rank_pattern")
+    alphas = _by_layer(model, targets, spec.alpha_pattern, option="lora_alpha_pattern")
+    _check_init(model, spec, {name: ranks.get(name, spec.rank) for name in targets})
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        init_lora_weights=True if spec.init == "default" else spec.init,
         target_modules=targets,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
     )
+    ours = own_layer()
+    if ours is not None:
+        config._register_custom_module({nn.Linear: ours})
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves the adapter to its layer
         torch.default_generator.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for name, layer in adapted_layers(model).items():
+        if spec.init in FROM_WEIGHTS:
+            layer.start = {part: layer.get_parameter(part).detach().clone() for part in START_PARTS}
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        act = getattr(parent, "act", None)
+        takes_over = name.endswith(".fc2") and not spec.use_dora and type(layer) is ours
+        if takes_over and isinstance(act, nn.GELU):  # See Note [What a LoRA layer keeps]
+            layer.gelu, parent.act = act.approximate, nn.Identity()
 
 
-def _adapted(model: nn.Module) -> dict[str, Any]:
+@functools.cache
+def own_layer() -> type[nn.Module] | None:
+    """Our class of LoRA layers over `nn.Linear`, or None where this PEFT does not take it.
+
+    The hook that takes it is private to PEFT, so it is tried out, on one small layer. Without it PEFT's own
+    layers compute the same, slower.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
+    try:
+        ours = lora_layer(Linear)
+        config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+        config._register_custom_module({nn.Linear: ours})
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            trial = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 2)), adapter_name=ADAPTER)
+            x = torch.randn(4, 3)
+            same = type(trial[0]) is ours and torch.allclose(trial(x), Linear.forward(trial[0], x), atol=1e-5)
+    except (AttributeError, TypeError):  # the hook, or a name that our layer reads, is gone or has changed
+        return None
+    return ours if same else None
+
+
+def _by_layer(
+    model: TemporalViT, targets: list[str], pattern: Mapping[str, Any], *, option: str
+) -> dict[str, Any]:
+    """A pattern's values by full name. {"q": 4, "blocks.1.attention.q": 8} -> {"blocks.0.attention.q": 4, …}"""
+    values = {}
+    for name in sorted(pattern, key=lambda name: "." in name):  # full names last: they win
+        layers = [layer for layer in resolve_layers(model, [name], option=option) if layer in targets]
+        if not layers:
+            raise ModelError(
+                f"{option}: {name!r} gets no adapter. Name it in {flag('lora_target_modules')} too, or leave it "
+                "out."
+            )
+        values.update(dict.fromkeys(layers, pattern[name]))
+    return values
+
+
+def _check_init(model: TemporalViT, spec: LoraSpec, ranks: Mapping[str, int]) -> None:
+    """Raises ModelError for a layer that cannot start as `spec.init` says."""
+    option = f"--lora-init {spec.init}"
+    for name, rank in ranks.items() if spec.init in LINEAR_ONLY else ():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(
+                f"{option}: {name} is a convolution, and only linear layers can start so. Leave it out of "
+                f"{flag('lora_target_modules')}, or use --lora-init default."
+            )
+        least = min(layer.in_features, layer.out_features)
+        if spec.init in FROM_WEIGHTS and rank > least:
+            raise ModelError(
+                f"{option}: {name} maps {layer.in_features} to {layer.out_features} numbers, so its rank is at "
+                f"most {least}, not {rank}. Give {flag('lora_rank_pattern')} {name}={least}, or leave it out."
+            )
+        if spec.init == "orthogonal" and rank % 2:
+            raise ModelError(f"{option}: {name} has the rank {rank}; it has to be even. Use {rank + 1}.")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Layers that hold an adapter (PEFT's `LoraLayer`s), told by `base_layer` so that PEFT stays unloaded."""
     return {
         name: module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainValidator
 
@@ -11,6 +11,21 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator
 def _split(value: Any) -> Any:
     """Comma-separated text becomes a list. "q, k" -> ["q", "k"]"""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    """Comma-separated name=value text becomes a table. "q=16, fc1=4" -> {"q": "16", "fc1": "4"}"""
+    if not isinstance(value, str):
+        return value
+    table: dict[str, str] = {}
+    for part in _split(value):
+        name, equals, number = (word.strip() for word in part.partition("="))
+        if not (name and equals and number):
+            raise ValueError(f"{part!r} is not of the form name=value, as in q=16,fc1=4")
+        if name in table:
+            raise ValueError(f"{name} is given twice")
+        table[name] = number
+    return table
 
 
 def _compiles(value: str) -> str:
@@ -34,7 +49,18 @@ def _count_or_auto(value: Any) -> Any:
     return count
 
 
+def _is_train_mode(value: str) -> str:
+    if not re.fullmatch(r"lora|all|classifier|last-[1-9][0-9]*", value):
+        raise ValueError(
+            "it should be lora, all, classifier, or last-N with a number of blocks, as in last-2"
+        )
+    return value
+
+
+V = TypeVar("V")
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Pairs = Annotated[dict[str, V], BeforeValidator(_pairs)]
+TrainMode = Annotated[str, AfterValidator(_is_train_mode)]
 Pattern = Annotated[str, AfterValidator(_compiles)]
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Device = Literal["auto", "cpu", "cuda", "mps"]

@@ -7,19 +7,20 @@ the same bits (another device or data path is checked through what was read from
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tvit_cli.settings.base import about
 from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.data import DATA, DataSettings
-from tvit_cli.settings.fields import CountOrAuto, Device, Names
+from tvit_cli.settings.fields import CountOrAuto, Device, Names, Pairs, TrainMode
 
 RUN, MODEL, LORA = "Run", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
 REGULARISATION = "Regularisation"
 
+LoraInit = Literal["default", "gaussian", "pissa", "olora", "orthogonal"]
 LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
 DEFAULT_MICRO_BATCH = 8
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
@@ -195,11 +196,11 @@ class TrainSettings(DataSettings):
     )
 
     # LoRA
-    train: Literal["lora", "all", "classifier"] = Field(
+    train: TrainMode = Field(
         "lora",
-        description="What is trained: adapters, the classifier and what pretrained weights lack; every weight; "
-        "or the classifier alone",
-        json_schema_extra=about(LORA),
+        description="What is trained: lora (adapters, the classifier and what pretrained weights lack), all, "
+        "classifier (nothing else), or last-N (the last N blocks and all after them, in full)",
+        json_schema_extra=about(LORA, metavar="lora|all|classifier|last-N"),
     )
     lora_rank: int = Field(
         8,
@@ -214,10 +215,30 @@ class TrainSettings(DataSettings):
         description="Scale of the adapters: alpha / rank",
         json_schema_extra=about(LORA, reference="8"),
     )
+    lora_rank_pattern: Pairs[Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {},
+        description="Ranks of single layers, by short or full names, as in q=16,blocks.11.mlp.fc1=4",
+        json_schema_extra=about(LORA, default="none", metavar="NAME=INT,…"),
+    )
+    lora_alpha_pattern: Pairs[Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="Alphas of single layers, likewise",
+        json_schema_extra=about(LORA, default="none", metavar="NAME=FLOAT,…"),
+    )
     lora_use_rslora: bool = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)",
         json_schema_extra=about(LORA, reference="False"),
+    )
+    lora_use_dora: bool = Field(
+        False,
+        description="Learn the length of each output's weights apart from their direction (DoRA; slower)",
+        json_schema_extra=about(LORA),
+    )
+    lora_init: LoraInit = Field(
+        "default",
+        description="First weights of the adapters; pissa and olora take them out of the layer's own",
+        json_schema_extra=about(LORA),
     )
     lora_dropout: float = Field(
         0.1,
@@ -539,6 +560,11 @@ class TrainSettings(DataSettings):
                     f"{', '.join(given)}: the pretrained model {self.hf_model_name} has a shape of its own. "
                     "Leave them out, or train from scratch with --hf-model-name none"
                 )
+        if self.lora_use_dora and self.lora_init in ("pissa", "olora"):
+            raise ValueError(
+                f"--lora-init {self.lora_init}: it changes the weights whose lengths --lora-use-dora learns. "
+                "Leave one of them out"
+            )
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs:g}: the run has only {self.epochs} epochs. Give fewer"

@@ -1,0 +1,210 @@
+"""Time, efficiency and memory of one training step: tvit's LoRA layers, PEFT's own, and a naive LoRA, in turn.
+
+    python tests/bench/step.py [--rounds 5] [--threads 2] [--cases vitb2_t8,…] [--only time|memory]
+
+The same model, data and loss each time, forward and backward; only the layers differ. The naive LoRA forms A@B in
+every forward pass and multiplies the dropped input by it, which lets autograd compute a gradient as large as the
+frozen weights. The matmul rate is measured in the same rounds, on a product of an MLP's shape. FLOPs are torch's own
+count, without recomputation. Memory: what autograd has saved when the forward pass ends, and how far the peak of a
+process of its own grows during the step. Seconds are the process's CPU time over its threads, which
+hardly changes when others use the machine; wall seconds stand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tvit does: else waiting threads use CPU time
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from tvit_cli import __version__
+from tvit_cli.model import lora
+from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+
+TARGETS = ("q", "k", "v", "fc1", "fc2")
+RANK, SCALE = 4, 2.0
+SHAPES = {"vitb": (768, 12), "vits": (384, 6), "vitti": (192, 3)}
+CASES = ("vitb2_t8", "vitb4_t8", "vitb2_t18", "vitb4_t18", "vits12_t8", "vitti12_t18")
+KINDS = ("naive", "peft", "tvit")
+
+
+class NaiveLora(nn.Module):
+    """Frozen linear layer plus drop(x) @ (A @ B): the product of A and B is formed in every forward pass."""
+
+    def __init__(self, base: nn.Linear, dropout: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(base.in_features, RANK) / base.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(RANK, base.out_features))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x) @ (self.a @ self.b) * SCALE
+
+
+def make_model(case: str, kind: str, dropout: float) -> tuple[TemporalViT, Tensor]:
+    """A model of random weights with adapters, ready to train, and a batch for it."""
+    shape, frames = case.split("_t")
+    name = shape.rstrip("0123456789")
+    width, heads = SHAPES[name]
+    depth = int(shape.removeprefix(name))
+    config = ViTConfig(num_classes=101, n_frames=int(frames), width=width, depth=depth, num_heads=heads)
+    model = build_model(config, seed=0, from_scratch=True)
+    if kind == "naive":
+        model.requires_grad_(False)
+        model.temporal.requires_grad_(True)
+        model.classifier.requires_grad_(True)
+        for path in lora.resolve_layers(model, TARGETS, option="targets"):
+            model.set_submodule(path, NaiveLora(model.get_submodule(path), dropout))
+    else:
+        spec = lora.LoraSpec(RANK, RANK * SCALE, dropout, False, "none", TARGETS, ())
+        layer = lora.own_layer if kind == "tvit" else lambda: None
+        with mock.patch.object(lora, "own_layer", layer):
+            lora.attach(model, spec, seed=0)
+    return model.train(), torch.randn(1, int(frames), 3, 224, 224)
+
+
+def step_of(model: TemporalViT, clips: Tensor) -> Callable[[], None]:
+    labels = torch.zeros(len(clips), dtype=torch.int64)
+
+    def step() -> None:
+        F.cross_entropy(model(clips), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """CPU and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def time_case(case: str, dropout: float, rounds: int) -> dict[str, float]:
+    """Ratios of step times, and the share of the matmul rate that tvit's step reaches."""
+    steps = {kind: step_of(*make_model(case, kind, dropout)) for kind in KINDS}
+    with FlopCounterMode(display=False) as counter:
+        steps["tvit"]()
+    flops = counter.get_total_flops()
+    a, b = torch.randn(1569, 768), torch.randn(768, 3072)
+    steps["matmul"] = lambda: [a @ b for _ in range(8)]
+    product = 8 * 2 * 1569 * 768 * 3072
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in steps}
+    for number in range(rounds + 1):
+        for kind, step in steps.items():
+            seconds = timed(step)
+            if number:  # the first round warms up
+                times[kind].append(seconds)
+
+    def ratio(kind: str, clock: int) -> float:
+        return statistics.median(x[clock] / y[clock] for x, y in zip(times[kind], times["tvit"], strict=True))
+
+    def share(clock: int) -> float:
+        """Of the matmul rate of the same round."""
+        pairs = zip(times["matmul"], times["tvit"], strict=True)
+        return statistics.median((m[clock] / product) / (t[clock] / flops) for m, t in pairs)
+
+    median = {
+        kind: [statistics.median(t[clock] for t in values) for clock in (0, 1)]
+        for kind, values in times.items()
+    }
+    return {
+        "naive": ratio("naive", 0),
+        "peft": ratio("peft", 0),
+        "share": share(0),
+        "naive_wall": ratio("naive", 1),
+        "peft_wall": ratio("peft", 1),
+        "share_wall": share(1),
+        "cpu_seconds": median["tvit"][0],
+        "wall_seconds": median["tvit"][1],
+        "matmul_gflops": product / median["matmul"][0] / 1e9 * torch.get_num_threads(),
+    }
+
+
+def measure_memory(case: str, kind: str, dropout: float) -> tuple[float, float]:
+    """Megabytes that autograd holds after the forward pass (weights left out), and growth of the process's peak."""
+    model, clips = make_model(case, kind, dropout)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    before = current_memory()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(clips).sum()
+    loss.backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return sum(saved.values()) / 2**20, peak - before
+
+
+def current_memory() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def memory_case(case: str, dropout: float) -> dict[str, float]:
+    """Ratios to the naive LoRA, each kind in a process of its own."""
+    results = {}
+    for kind in KINDS:
+        command = [sys.executable, __file__, "--child", case, kind, str(dropout)]
+        results[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {
+        f"{kind}_{name}": results[kind][i] / results["naive"][i]
+        for kind in ("peft", "tvit")
+        for i, name in enumerate(("saved", "rss"))
+    } | {"naive_saved_mb": results["naive"][0], "naive_rss_mb": results["naive"][1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--dropout", default="0.1,0")
+    parser.add_argument("--only", choices=("time", "memory"))
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # PEFT loads transformers, which warns of optional packages
+    if options.child:
+        case, kind, dropout = options.child
+        print(json.dumps(measure_memory(case, kind, float(dropout))))
+        return
+    results: dict[str, dict[str, float]] = {}
+    for case in options.cases.split(","):
+        for dropout in map(float, options.dropout.split(",")):
+            found: dict[str, float] = {}
+            if options.only != "memory":
+                found |= time_case(case, dropout, options.rounds)
+            if options.only != "time":
+                found |= memory_case(case, dropout)
+            results[f"{case}, dropout {dropout:g}"] = found
+            print(f"{case:12} dropout {dropout:<4g}", *(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
+    machine = {"tvit": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    print(json.dumps({"benchmark": "step", "threads": options.threads, **machine, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

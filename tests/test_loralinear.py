@@ -1,0 +1,237 @@
+"""The LoRA layer as one operation: the same function and gradients, the right mask, little kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tvit_cli.model import loralinear
+from tvit_cli.model.loralinear import draw_mask, lora_linear
+
+CPU = torch.device("cpu")
+
+
+def tensors(
+    shape: tuple[int, ...] = (2, 7, 12), *, outputs: int = 10, rank: int = 3, **facts: Any
+) -> list[Tensor]:
+    """Input, weight, bias, A, B; the weight and bias frozen."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (shape, (outputs, shape[-1]), (outputs,), (rank, shape[-1]), (outputs, rank))
+    made = [torch.randn(s, generator=generator, **facts) for s in shapes]
+    return [tensor.requires_grad_(i in (0, 3, 4)) for i, tensor in enumerate(made)]
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, **facts: Any
+):
+    """PEFT's formula, in autograd's own operations."""
+    gelu, p = facts.get("gelu"), facts.get("dropout", 0.0)
+    x = x if gelu is None else F.gelu(x, approximate=gelu)
+    dropped = x if keep is None else x * keep.view(x.shape) / (1 - p)
+    return F.linear(x, weight, bias) + F.linear(F.linear(dropped, a), b) * facts["scale"]
+
+
+def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return list(torch.autograd.grad(output, inputs, seed))
+
+
+@pytest.fixture(params=[2**18, 30], ids=["one chunk", "chunks of two rows"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loralinear, "CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_outputs_and_gradients_are_those_of_the_plain_formula(
+    dropout: float, gelu: str | None, dtype: torch.dtype
+) -> None:
+    inputs = tensors(dtype=dtype)
+    facts = {"scale": 1.7, "dropout": dropout, "gelu": gelu}
+    torch.manual_seed(3)
+    output = lora_linear(*inputs, **facts)
+    torch.manual_seed(3)
+    keep = draw_mask(inputs[0].numel(), dropout, CPU) if dropout else None
+    expected = plain(*inputs, keep, **facts)
+    learnt = [inputs[i] for i in (0, 3, 4)]
+    close: Callable[..., None] = lambda a, b: torch.testing.assert_close(  # noqa: E731
+        a, b, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=1e-5 if dtype == torch.float32 else 1e-12
+    )
+    close(output, expected)
+    for own, right in zip(gradients(output, learnt), gradients(expected, learnt), strict=True):
+        close(own, right)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_gradients_are_those_of_finite_differences() -> None:
+    inputs = [tensor.requires_grad_() for tensor in tensors((3, 4), outputs=3, rank=2, dtype=torch.float64)]
+    for gelu in (None, "none"):
+
+        def layer(*inputs: Tensor, gelu: str | None = gelu) -> Tensor:
+            torch.manual_seed(0)
+            return lora_linear(*inputs, scale=0.5, dropout=0.25, gelu=gelu)
+
+        assert torch.autograd.gradcheck(layer, inputs)
+
+
+@pytest.mark.parametrize("learning", range(5))
+def test_each_gradient_is_right_when_nothing_else_learns(learning: int) -> None:
+    """Input, weight, bias, A and B: what one of them needs is kept though no other asks for it."""
+    inputs = [tensor.requires_grad_(i == learning) for i, tensor in enumerate(tensors())]
+    for gelu in (None, "none"):
+        facts = {"scale": 2.0, "gelu": gelu}
+        (own,) = gradients(lora_linear(*inputs, **facts), [inputs[learning]])
+        (right,) = gradients(plain(*inputs, None, **facts), [inputs[learning]])
+        torch.testing.assert_close(own, right, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_weights_get_no_gradient_and_a_frozen_input_is_not_asked_for_one() -> None:
+    inputs = tensors()
+    inputs[0].requires_grad_(False)
+    lora_linear(*inputs, scale=1.0, dropout=0.1).sum().backward()
+    assert [tensor.grad is None for tensor in inputs] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 4, 12), (0, 12)])
+def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
+    inputs = tensors(shape)
+    output = lora_linear(*inputs, scale=1.0)
+    torch.testing.assert_close(output, plain(*inputs, None, scale=1.0), atol=1e-5, rtol=1e-5)
+    assert gradients(output, inputs[:1])[0].shape == shape
+
+
+def test_inputs_and_gradients_with_gaps_between_rows() -> None:
+    x, *rest = tensors((4, 6, 24))
+    learnt = [x, rest[2], rest[3]]
+    rest[0], rest[2] = rest[0][:, ::2], rest[2][:, ::2]
+    gapped = x.transpose(0, 1)[:, :, ::2]
+    own = lora_linear(gapped, *rest, scale=1.0)
+    right = plain(gapped, *rest, None, scale=1.0)
+    torch.testing.assert_close(own, right, atol=1e-5, rtol=1e-5)
+    seed = torch.randn(4, 10, 6).permute(2, 0, 1)
+    for a, b in zip(
+        torch.autograd.grad(own, learnt, seed), torch.autograd.grad(right, learnt, seed), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.003, 0.25, 0.93])
+def test_numbers_are_dropped_with_the_probability_that_was_asked_for(dropout: float) -> None:
+    torch.manual_seed(0)
+    count = 2**20
+    kept = draw_mask(count, dropout, CPU)
+    assert set(kept.unique().tolist()) == {0, 1}
+    deviation = math.sqrt(dropout * (1 - dropout) / count)
+    assert abs(1 - kept.double().mean() - dropout) < 5 * deviation
+
+
+def test_numbers_are_dropped_independently_of_each_other() -> None:
+    """The correlation of neighbours, of the bytes of a word, of words and of two draws is chance alone."""
+    torch.manual_seed(0)
+    dropped = 1 - draw_mask(2**20, 0.1, CPU).double()
+    other = 1 - draw_mask(2**20, 0.1, CPU).double()
+    normal = (dropped - 0.1) / 0.3
+    for distance in (1, 2, 3, 4, 7, 8, 16, 768):
+        assert abs((normal[distance:] * normal[:-distance]).mean()) < 5 / 2**10
+    assert abs((normal * (other - 0.1) / 0.3).mean()) < 5 / 2**10
+    counts = torch.bincount(dropped.view(-1, 8).sum(1).long(), minlength=9)  # binomial(8, 0.1)
+    for hits, seen in enumerate(counts.tolist()):
+        share = math.comb(8, hits) * 0.1**hits * 0.9 ** (8 - hits)
+        assert abs(seen - 2**17 * share) < 5 * math.sqrt(2**17 * share) + 1
+
+
+def test_the_mask_is_fixed_by_torchs_seed_and_not_by_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    masks = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            torch.manual_seed(7)
+            masks.append(draw_mask(100_003, 0.1, CPU))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0], draw_mask(100_003, 0.1, CPU))
+
+
+def saved_bytes(work: Callable[[], Tensor], *, without: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass, besides those of some tensors."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = work()
+    del output
+    return sum(
+        size for key, size in saved.items() if key not in {t.untyped_storage().data_ptr() for t in without}
+    )
+
+
+def test_the_input_a_byte_mask_and_the_narrow_product_are_all_that_is_kept() -> None:
+    x, *weights = tensors((64, 256), outputs=128, rank=4)
+    kept = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, dropout=0.1), without=weights)
+    assert kept == 4 * x.numel() + x.numel() + 4 * 64 * 4
+    without_dropout = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0), without=weights)
+    assert without_dropout == 4 * x.numel() + 4 * 64 * 4
+
+
+def test_a_gelu_that_was_taken_over_keeps_nothing_of_its_own() -> None:
+    x, *weights = tensors((64, 256), outputs=128, rank=4)
+    apart = saved_bytes(lambda: lora_linear(F.gelu(x), *weights, scale=1.0), without=weights)
+    taken = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, gelu="none"), without=weights)
+    assert apart - taken == 4 * x.numel()
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for() -> None:
+    inputs = tensors()
+    with torch.no_grad():
+        assert saved_bytes(lambda: lora_linear(*inputs, scale=1.0, dropout=0.1), without=[]) == 0
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+def test_autocast_computes_in_bfloat16_and_gives_gradients_in_the_weights_format(inside: bool) -> None:
+    inputs = tensors()
+    learnt = [inputs[i] for i in (0, 3, 4)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = lora_linear(*inputs, scale=1.0, gelu="none")
+        own = gradients(output, learnt) if inside else None
+    own = own or gradients(output, learnt)
+    assert output.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in own)
+    right = plain(*inputs, None, scale=1.0, gelu="none")
+    torch.testing.assert_close(output.float(), right, atol=0.1, rtol=0.05)
+    for a, b in zip(own, gradients(right, learnt), strict=True):
+        torch.testing.assert_close(a, b, atol=0.2, rtol=0.05)
+
+
+def test_gradient_checkpointing_draws_the_same_mask_again() -> None:
+    inputs = tensors()
+    results = []
+    for again in (False, True):
+        torch.manual_seed(5)
+        layer = lambda x: lora_linear(x, *inputs[1:], scale=1.0, dropout=0.5, gelu="none")  # noqa: E731
+        output = checkpoint(layer, inputs[0], use_reentrant=False) if again else layer(inputs[0])
+        torch.rand(3)  # moves the generator between the passes
+        results.append(gradients(output, [inputs[0], inputs[3], inputs[4]]))
+    assert all(map(torch.equal, *results))
+
+
+def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:
+    inputs = tensors()
+    x = inputs[0].detach().clone()
+    output = lora_linear(x, *inputs[1:], scale=1.0)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
