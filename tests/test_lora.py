@@ -28,6 +28,7 @@ from tvit_cli.model.lora import (
     trainable_report,
     trainable_tensors,
 )
+from tvit_cli.model.schemes import SCHEMES
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.train import LORA_TARGETS
 
@@ -385,6 +386,30 @@ def test_the_model_computes_and_learns_what_it_does_with_pefts_own_layers(
             torch.testing.assert_close(results[0][name] / scale, right / scale, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_learns_the_same_with_our_layers_and_pefts_and_peft_loads_its_adapter(
+    scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": scheme})
+    gradients = []
+    for layer in (own_layer(), None):
+        model = build_model(config, seed=0, from_scratch=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(lora, "own_layer", lambda layer=layer: layer)
+            attach(model, spec(targets=LINEAR_TARGETS), seed=0)
+        perturb(model)
+        model(clips()).square().sum().backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
+    for name, right in gradients[1].items():
+        scale = max(1.0, float(right.abs().max()))
+        torch.testing.assert_close(gradients[0][name] / scale, right / scale, atol=1e-5, rtol=0)
+    save_adapter(tmp_path / "adapter", model, base=None)
+    bare = build_model(config, seed=0, from_scratch=True)
+    loaded = peft.PeftModel.from_pretrained(bare, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(clips()), model(clips()), atol=1e-5, rtol=1e-5)
+
+
 def test_the_names_on_disk_are_those_of_pefts_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = adapted(targets=LORA_TARGETS), of_peft(monkeypatch, targets=LORA_TARGETS)
     assert equal(dict(ours.state_dict()), dict(theirs.state_dict()))
@@ -615,6 +640,14 @@ def test_last_n_trains_the_last_blocks_the_norm_and_the_classifier(
     set_trainable(model, f"last-{count}", spec(), seed=0)
     above = {n for n in model.state_dict() if n.startswith(tuple(f"blocks.{i}." for i in blocks))}
     assert trainable(model) == above | {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
+
+
+def test_last_n_trains_what_looks_over_time_after_the_blocks() -> None:
+    config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": "factorized"})
+    model = build_model(config, seed=0, from_scratch=True)
+    set_trainable(model, "last-1", spec(), seed=0)
+    tops = {name.split(".")[0] for name in trainable(model)}
+    assert tops == {"blocks", "norm", "summary", "classifier"}
 
 
 def test_more_last_blocks_than_there_are_is_refused() -> None:
