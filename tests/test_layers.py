@@ -24,7 +24,7 @@ ROOMS = {
     "commands": {"errors", "settings", "options", "console", "engine"},
     "main": {"errors", "settings", "options", "commands", "console"},
     "__main__": {"main"},
-    "__init__": set(),
+    "__init__": {"engine"},
 }
 HEAVY = {
     "torch",

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import pytest
+from loopback import serving
 from tiny import make_clips, run
 
-from tvit_cli.engine.predict import find_videos, predict
+import tvit_cli
+from tvit_cli import commands
+from tvit_cli.engine.places import find_videos
+from tvit_cli.engine.predict import predict
 from tvit_cli.engine.train import TrainResult
-from tvit_cli.errors import DataError, ModelError
+from tvit_cli.errors import DataError, ModelError, SettingsError, VideoError
+from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
 
 
@@ -37,7 +51,7 @@ def clip(trained: TrainResult) -> Path:
     return next(trained.run.parents[1].glob("colours/Red/*_g06_*"))
 
 
-def tvit(trained: TrainResult, *arguments: str) -> subprocess.CompletedProcess[str]:
+def tvit(trained: TrainResult, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
     return subprocess.run(
         [sys.executable, "-m", "tvit_cli", "predict", *arguments],
@@ -124,7 +138,133 @@ def test_predicting_imports_neither_peft_nor_accelerate_nor_transformers(
         "from tvit_cli.engine.predict import predict\n"
         "from tvit_cli.settings.predict import PredictSettings\n"
         "predict(PredictSettings(paths=(Path(sys.argv[1]),), model=Path(sys.argv[2])))\n"
-        "heavy = {'transformers', 'accelerate', 'peft', 'wandb', 'huggingface_hub'} & set(sys.modules)\n"
+        "heavy = {'transformers', 'accelerate', 'peft', 'wandb', 'huggingface_hub', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code, str(clip), str(trained.model)], check=True)
+
+
+def test_patterns_that_the_shell_left_alone_are_expanded(trained: TrainResult, tmp_path: Path) -> None:
+    root = trained.run.parents[1]
+    found = find_videos([str(root / "colours" / "R*" / "*_g0[12]_*.avi")])
+    assert [path.name for path in found] == ["v_Red_g01_c01.avi", "v_Red_g02_c01.avi"]
+    assert len(find_videos([str(root / "colours" / "**")])) == 18  # folders and their files, each once
+    odd = tmp_path / "what[1]?.avi"
+    odd.write_bytes(found[0].read_bytes())
+    assert find_videos([str(odd)]) == [odd]
+    with pytest.raises(DataError, match="no file matches"):
+        find_videos([str(tmp_path / "*.mkv")])
+
+
+def test_a_list_on_stdin_is_read_and_csv_has_a_row_per_label(
+    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = clip.parents[1] / "Blue" / "v_Blue_g01_c01.avi"
+    flags = {"paths": ["-"], "model": str(trained.model), "csv": True, "top_k": 2}
+    loaded = load(PredictSettings, flags=flags, environ={})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{clip}\n\n{other}\n"))
+    commands.predict(loaded, "quiet")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["video"] for row in rows] == [str(clip)] * 2 + [str(other)] * 2
+    assert [row["rank"] for row in rows] == ["1", "2", "1", "2"]
+    assert rows[0]["label"] == "Red" and float(rows[0]["score"]) > float(rows[1]["score"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(DataError, match="stdin holds no path"):
+        commands.predict(loaded, "quiet")
+
+
+def test_a_url_gets_the_scores_of_the_file_that_it_serves(trained: TrainResult, clip: Path) -> None:
+    model = tvit_cli.load_model(trained.run, device="cpu")
+    with serving() as server:
+        url = server.add("/videos/clip.avi", clip.read_bytes())
+        assert model.predict(url).labels == model.predict(clip).labels
+        with pytest.raises(VideoError, match=r"nowhere.avi: cannot be fetched and read \(.*404"):
+            model.predict(f"{server.base}/nowhere.avi")
+        gone = server.base
+    (answer,) = model.predict_many([f"{gone}/clip.avi"])
+    assert "refused" in answer.error and answer.label == ""
+
+
+def test_a_playlist_from_the_network_reads_no_file_of_this_machine(trained: TrainResult, clip: Path) -> None:
+    text = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n"
+    with serving() as server:
+        (answer,) = tvit_cli.load_model(trained.model).predict_many([server.add("/list.m3u8", text.encode())])
+    assert answer.error
+
+
+def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -> None:
+    for flags, said in (
+        ({"json_lines": True, "csv": True}, "take one"),
+        ({"stride": "1s"}, "say --window"),
+        ({"window": "0s"}, "greater than 0"),
+        ({"window": "2s", "stride": "0"}, "greater than 0"),
+        ({"window": "two"}, "length of time"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            load(PredictSettings, flags={"paths": ["a.avi"], **flags}, environ={})
+    assert PredictSettings(paths=("a",), window="500ms").window == 0.5  # type: ignore[arg-type]
+
+
+def test_the_api_is_lazy_and_says_what_it_lacks() -> None:
+    code = "import sys, tvit_cli; assert not {'torch', 'av', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'lead_model'"):
+        _ = tvit_cli.lead_model
+
+
+def test_the_api_answers_as_the_verb_does(trained: TrainResult, clip: Path) -> None:
+    model = tvit_cli.load_model(str(trained.run))
+    assert model.labels == ("Blue", "Green", "Red")
+    (answer,) = predict(PredictSettings(paths=(str(clip),), model=trained.model, top_k=2)).predictions
+    assert model.predict(str(clip), top_k=2) == answer
+    assert len(model.predict(clip, top_k=99).labels) == 3
+    with pytest.raises(DataError, match="stands for 6 videos"):
+        model.predict(clip.parent)
+
+
+def test_odd_files_are_predicted_or_named(
+    trained: TrainResult, tmp_path: Path, make_video: Callable[..., Path]
+) -> None:
+    sound = tmp_path / "sound.wav"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = 8000, Fraction(1, 8000), 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    gif = make_video(tmp_path / "a.gif", frames=5, codec="gif", pixel_format="rgb8")
+    one = make_video(tmp_path / "one.avi", frames=1)
+    tall = make_video(tmp_path / "tall.mp4", frames=4, height=96, width=48)
+    answers = tvit_cli.load_model(trained.model).predict_many([gif, one, tall, sound])
+    assert [bool(a.label) for a in answers] == [True, True, True, False]
+    assert "only audio" in answers[3].error
+
+
+def test_the_example_of_the_api_runs(
+    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parents[1] / "examples" / "python_api.py"
+    monkeypatch.setattr(sys, "argv", [str(example), str(trained.run), str(clip), str(clip.parent)])
+    runpy.run_path(str(example), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 classes: Blue, Green, Red" and len(lines) == 1 + 7 + 1
+    assert "Red" in lines[1] and lines[-1].strip().startswith("0.00 s to")
+
+
+def test_the_readmes_python_runs(trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    with serving() as server:
+        url = server.add("/clip.avi", clip.read_bytes())
+        for said, meant in (
+            ("working_directory/ucf101-1", str(trained.run)),
+            ("https://example.org/clip.mp4", url),
+            ("clip.avi", str(clip)),
+            ("match.mp4", str(clip)),
+            ("clips/", str(clip.parent)),
+        ):
+            assert f'"{said}"' in code, said
+            code = code.replace(f'"{said}"', repr(meant))
+        names: dict[str, Any] = {}
+        exec(code, names)
+    assert names["answer"].label == "Red" and len(names["answers"]) == 7 and names["timeline"].segments

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from tvit_cli.errors import RunError
+from tvit_cli.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from tvit_cli.console import Console
     from tvit_cli.engine.dryrun import DryRun
     from tvit_cli.engine.extract import CheckResult
+    from tvit_cli.engine.predict import Prediction
     from tvit_cli.engine.series import SeriesResult
     from tvit_cli.options import Verbosity
     from tvit_cli.settings.base import Loaded
@@ -280,32 +282,91 @@ def _compare(settings: EvalSettings, verbosity: Verbosity) -> None:
 
 
 def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:
-    """Label videos as a table or JSON lines; exit code 1 if some could not be read."""
-    from tvit_cli.console import Console
+    """Label videos as a table, JSON lines or CSV; exit code 1 if some could not be read."""
+    from tvit_cli.console import Console, read_list
     from tvit_cli.engine import predict as engine
 
+    settings = loaded.settings
+    if "-" in settings.paths:
+        settings = settings.model_copy(update={"paths": _with_list(settings.paths, read_list())})
+    if settings.window is not None:
+        _timelines(settings, verbosity)
+        return
     with Console(verbosity) as console:
-        result = engine.predict(loaded.settings, console.report)
-    failed = [p for p in result.predictions if p.error]
-    if loaded.settings.json_lines:
+        result = engine.predict(settings, console.report)
+    if settings.json_lines:
         for p in result.predictions:
-            answer: dict[str, object] = {"video": str(p.path)}
-            answer |= (
-                {"error": p.error}
-                if p.error
-                else {"predictions": [{"label": label, "score": score} for label, score in p.labels]}
+            labels = [{"label": label, "score": score} for label, score in p.labels]
+            console.json_line(
+                {"video": p.video} | ({"error": p.error} if p.error else {"predictions": labels})
             )
-            console.json_line(answer)
+    elif settings.csv:
+        console.csv(["video", "rank", "label", "score", "error"], _prediction_rows(result.predictions))
     else:
-        read = [p for p in result.predictions if not p.error]
         rows = [
-            (p.path if rank == 0 else "", label, f"{score:.3f}")
-            for p in read
+            (p.video if rank == 0 else "", label, f"{score:.3f}")
+            for p in result.predictions
             for rank, (label, score) in enumerate(p.labels)
         ]
         if rows:
             console.table(["video", "label", "score"], rows)
-    for p in failed:
-        console.warn(f"{p.path}: {p.error}")
+    _end_with_failures(
+        console, {p.video: p.error for p in result.predictions if p.error}, len(result.predictions)
+    )
+
+
+def _timelines(settings: PredictSettings, verbosity: Verbosity) -> None:
+    """Show the segments of each video's timeline."""
+    from tvit_cli.console import Console
+    from tvit_cli.engine.timelines import tell
+
+    with Console(verbosity) as console:
+        told = tell(settings, console.report)
+    found = [(t.video, s) for t in told if t.timeline for s in t.timeline.segments]
+    columns = ["video", "start", "end", "label", "score"]
+    if settings.json_lines:
+        for t in told:
+            answer: dict[str, object] = {"video": t.video}
+            if t.timeline is None:
+                answer["error"] = t.error
+            else:
+                answer |= {
+                    "seconds": t.timeline.seconds,
+                    "segments": [asdict(s) for s in t.timeline.segments],
+                }
+            console.json_line(answer)
+    elif settings.csv:
+        rows: list[tuple[object, ...]] = [
+            (video, f"{s.start:.3f}", f"{s.end:.3f}", s.label, s.score, "") for video, s in found
+        ]
+        rows += [(t.video, "", "", "", "", t.error) for t in told if t.error]
+        console.csv([*columns, "error"], rows)
+    elif found:
+        shown = [(v, f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}") for v, s in found]
+        console.table(columns, shown)
+    _end_with_failures(console, {t.video: t.error for t in told if t.error}, len(told))
+
+
+def _with_list(paths: tuple[str, ...], listed: list[str]) -> tuple[str, ...]:
+    """The paths with those of stdin in the place of the first `-`."""
+    if not listed:
+        raise DataError(
+            "-: stdin holds no path. Give a list, one path a line: find clips -name '*.mp4' | tvit predict -"
+        )
+    place = paths.index("-")
+    return (*paths[:place], *listed, *(path for path in paths[place:] if path != "-"))
+
+
+def _prediction_rows(predictions: Sequence[Prediction]) -> Iterator[tuple[object, ...]]:
+    for p in predictions:
+        if p.error:
+            yield p.video, "", "", "", p.error
+        for rank, (label, score) in enumerate(p.labels, 1):
+            yield p.video, rank, label, score, ""
+
+
+def _end_with_failures(console: Console, failed: Mapping[str, str], videos: int) -> None:
+    for name, error in failed.items():
+        console.warn(f"{name}: {error}")
     if failed:
-        raise RunError(f"{len(failed)} of {len(result.predictions)} videos could not be read.")
+        raise RunError(f"{len(failed)} of {videos} videos could not be read.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
@@ -80,6 +81,11 @@ class _Bars(RichProgress):
         yield from super().get_renderables()
         if self.tasks and self.facts:
             yield Text(self.facts, style="dim", overflow="ellipsis", no_wrap=True)
+
+
+def read_list() -> list[str]:
+    """The lines of stdin that are not empty."""
+    return [line for text in sys.stdin if (line := text.rstrip("\r\n"))]
 
 
 class Console:
@@ -163,6 +169,13 @@ class Console:
         """Print one JSON object on a line of stdout."""
         if self._speaks:
             sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def csv(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        """Print a table as CSV on stdout."""
+        if self._speaks:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(rows)
 
     def say(self, text: str) -> None:
         """Print a line of the result on stdout."""

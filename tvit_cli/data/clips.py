@@ -16,7 +16,7 @@ from tvit_cli.data.draws import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.sampling import Key, clip_places, indices_on_grid, segment_indices
-from tvit_cli.data.video import Clip, read_clip
+from tvit_cli.data.video import Clip, Place, read_clip
 from tvit_cli.errors import VideoError
 
 
@@ -86,7 +86,7 @@ class ClipDataset(Dataset[ClipItem]):
     ) -> None:
         assert clips_per_video == 1 or not training
         position = {label: number for number, label in enumerate(labels)}
-        self._paths = [video.path for video in videos]
+        self._paths: list[Place] = [video.url or video.path for video in videos]
         self._names = [video.name for video in videos]
         self._targets = [position[video.label] for video in videos]
         self._n_frames = n_frames

@@ -38,6 +38,7 @@ class Video:
     label: str
     subset: str  # train, val or test
     group: str | None  # None: a group of its own
+    url: str = ""  # where it is read from instead of a file
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class KeptFrames:
 
     def rgb(self, indices: Sequence[int]) -> Frames:
         """Pictures, uint8 (T, H, W, 3), turned as the file says."""
-        pictures = {index: self._upright(self._frames[index]) for index in dict.fromkeys(indices)}
+        pictures = {index: self.upright(self._frames[index]) for index in dict.fromkeys(indices)}
         return np.stack([pictures[index] for index in indices])
 
     def planes(self, indices: Sequence[int]) -> Iterator[Planes]:
@@ -99,7 +99,7 @@ class KeptFrames:
         for index in indices:
             frame, (width, height) = self._frames[index], self._shape
             if self._turns:  # at odd sizes, planes of half the size cannot be turned by themselves
-                upright = np.ascontiguousarray(self._upright(frame))
+                upright = np.ascontiguousarray(self.upright(frame))
                 frame, (height, width) = (
                     av.VideoFrame.from_ndarray(upright, format="rgb24"),
                     upright.shape[:2],
@@ -127,7 +127,8 @@ class KeptFrames:
         at = dict(zip(distinct, times, strict=True))
         return tuple(at[index] for index in indices)
 
-    def _upright(self, frame: av.VideoFrame) -> Frames:
+    def upright(self, frame: av.VideoFrame) -> Frames:
+        """One frame, uint8 (H, W, 3), turned as the file says."""
         return np.rot90(self._to_rgb(frame).to_ndarray().astype(np.uint8, copy=False), self._turns)
 
     def _to_rgb(self, frame: av.VideoFrame) -> av.VideoFrame:

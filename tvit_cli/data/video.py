@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
@@ -49,7 +50,12 @@ VIDEO_SUFFIXES = frozenset({
 COUNT_SLACK = 3
 
 P = TypeVar("P")
+Place: TypeAlias = Path | str  # a file, or the URL of a stream
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
+
+# What a URL may lead to: the network, never this machine's files.
+_NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
+SECONDS_FOR_AN_ANSWER = 30.0
 
 _HELD_BYTES = 64 << 20  # packets of a file up to this size stay in memory between counting and decoding
 
@@ -129,7 +135,7 @@ def decode_first(path: Path) -> None:
 
 
 def read_clip(
-    path: Path,
+    path: Place,
     choose: Callable[[int], Sequence[int]],
     *,
     short_side: int | None = None,
@@ -152,7 +158,7 @@ def read_clip(
 
 
 def read_pictures(
-    path: Path,
+    path: Place,
     choose: Callable[[int], Sequence[int]],
     make: Callable[[KeptFrames, Sequence[int]], P],
     *,
@@ -166,7 +172,7 @@ def read_pictures(
             packets: Iterable[Packet] = _packets(path, container, stream)
             if frame_count is not None:
                 counts = [frame_count]
-            elif path.stat().st_size <= _HELD_BYTES:
+            elif container.size <= _HELD_BYTES:  # negative where a server does not say
                 packets = list(packets)
                 counts = _likely_counts(_count(packets))
             else:
@@ -189,6 +195,49 @@ def read_pictures(
                 return Pictures(make(kept, indices), indices, seconds, whole)
         frame_count = whole
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A frame that is shown from `start` until `end`, in seconds since the video began.
+
+    `length` is how long the whole video is, where its header tells.
+    """
+
+    start: float
+    end: float
+    length: float | None
+    picture: Callable[[], Frames]  # uint8 (H, W, 3); converted when it is called
+
+
+def play(path: Place, *, short_side: int | None = None, threads: int = 1) -> Iterator[Played]:
+    """Decodes a video once, in order, and hands over every frame with the time that it is shown.
+
+    Frames follow each other without gaps. Where their times are missing or go back, as with packed B-frames, a
+    frame lasts as long as the rate says. One frame is held, so that memory does not grow with the video.
+
+    Raises VideoError, `<path>: <reason>`, where no frame can be read.
+    """
+    with _opened(path, threads=threads) as (container, stream):
+        lasts = 1 / float(stream.average_rate or ASSUMED_RATE)
+        length = None if container.duration is None else container.duration / av.time_base
+        kept: KeptFrames | None = None
+        first: float | None = None
+        held: av.VideoFrame | None = None
+        start = 0.0
+        for frame in _decoded_all(stream, _packets(path, container, stream)):
+            kept = kept or KeptFrames(frame, short_side)
+            first = frame.time if first is None else first
+            if held is not None:
+                after = start + lasts
+                at = after if frame.time is None or first is None else frame.time - first
+                end = at if at > start else after
+                yield Played(start, end, length, partial(kept.upright, held))
+                start = end
+            held = frame
+        if held is None or kept is None:
+            raise _no_frame(path)
+        yield Played(start, start + lasts, length, partial(kept.upright, held))
 
 
 def count_frames(path: Path) -> int:
@@ -264,8 +313,33 @@ def write_video(
 
 
 @contextmanager
-def _opened(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(path: Place, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
     """One container, one video stream; whatever FFmpeg raises inside becomes a VideoError."""
+    if isinstance(path, str):
+        url, protocols, seconds = path, _NETWORK, SECONDS_FOR_AN_ANSWER
+    else:
+        # A playlist under a video's name must not make FFmpeg open the network.
+        url, protocols, seconds = _checked(path), "file", None
+    try:
+        with av.open(
+            url, metadata_errors="ignore", options={"protocol_whitelist": protocols}, timeout=seconds
+        ) as container:
+            stream = _video_stream(path, container)
+            stream.codec_context.thread_count = threads
+            if threads > 1:
+                stream.thread_type = "AUTO"
+            yield container, stream
+    except av.ExitError as error:
+        raise VideoError(f"{path}: no answer within {SECONDS_FOR_AN_ANSWER:.0f} s.") from error
+    except PermissionError as error:
+        raise VideoError(f"{path}: may not be read (permission denied).") from error
+    except av.FFmpegError as error:
+        what = "not a video that FFmpeg can read" if isinstance(path, Path) else "cannot be fetched and read"
+        raise VideoError(f"{path}: {what} ({error.strerror}).") from error
+
+
+def _checked(path: Path) -> str:
+    """The URL of a file that can be opened and holds something."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -277,20 +351,7 @@ def _opened(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, Video
         raise VideoError(f"{path}: is a folder, not a video.")
     if size == 0:
         raise VideoError(f"{path}: the file is empty (0 bytes). Was a copy or download broken off?")
-    try:
-        # A playlist under a video's name must not make FFmpeg open the network.
-        with av.open(
-            _url(path), metadata_errors="ignore", options={"protocol_whitelist": "file"}
-        ) as container:
-            stream = _video_stream(path, container)
-            stream.codec_context.thread_count = threads
-            if threads > 1:
-                stream.thread_type = "AUTO"
-            yield container, stream
-    except PermissionError as error:
-        raise VideoError(f"{path}: may not be read (permission denied).") from error
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: not a video that FFmpeg can read ({error.strerror}).") from error
+    return _url(path)
 
 
 def _url(path: Path) -> str:
@@ -298,7 +359,7 @@ def _url(path: Path) -> str:
     return f"file:{path}"
 
 
-def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+def _video_stream(path: Place, container: InputContainer) -> VideoStream:
     if container.format.name == "tty":  # FFmpeg draws any .txt as terminal art
         raise VideoError(f"{path}: not a video but a text file.")
     # A song's cover is a video stream of one picture to FFmpeg.
@@ -316,7 +377,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     return stream
 
 
-def _packets(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+def _packets(path: Place, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     """Packets of the stream, then None or an empty one to flush the decoder, even if the file breaks off."""
     try:
         for packet in container.demux(stream):
@@ -346,7 +407,7 @@ def _likely_counts(packets: int) -> list[int]:
     return list(range(packets, max(packets - COUNT_SLACK - 1, 0), -1))
 
 
-def _count_packets(path: Path) -> int:
+def _count_packets(path: Place) -> int:
     with _opened(path, threads=1) as (container, stream):
         return _count(_packets(path, container, stream))
 
@@ -360,7 +421,7 @@ def _is_shown(packet: Packet) -> bool:
     return packet is not None and packet.size > 0 and not packet.is_discard
 
 
-def _no_frame(path: Path) -> VideoError:
+def _no_frame(path: Place) -> VideoError:
     packets = _count_packets(path)
     return VideoError(
         f"{path}: 0 frames decoded out of {packets} packets. The file may be truncated, damaged or encrypted."

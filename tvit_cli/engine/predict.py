@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tvit_cli.data.layout import Video
-from tvit_cli.data.video import VIDEO_SUFFIXES
+from torch import Tensor, nn
+
+from tvit_cli.data.video import Place
 from tvit_cli.engine.events import Note, Progress, Report, silent
+from tvit_cli.engine.places import find_video, find_videos, named
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import default_workers
-from tvit_cli.engine.trained import open_trained, pick_device
-from tvit_cli.errors import DataError
+from tvit_cli.engine.trained import Trained, open_trained, pick_device
+from tvit_cli.errors import VideoError
 from tvit_cli.settings.predict import PredictSettings
 
+if TYPE_CHECKING:
+    from tvit_cli.report.segments import Timeline
+
 VIDEOS_PER_WORKER = 16  # fewer are decoded in this process sooner than a worker has started
+BATCH_SIZE = 8  # clips in one forward pass
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The best labels of one video with their scores, best first; or why there are none."""
 
-    path: Path
+    video: str
     labels: tuple[tuple[str, float], ...] = ()
     error: str = ""
+
+    @property
+    def label(self) -> str:
+        """The best label; "" where the video could not be read."""
+        return self.labels[0][0] if self.labels else ""
 
 
 @dataclass(frozen=True)
@@ -36,66 +48,146 @@ class PredictResult:
     top_k: int
 
 
+class Model:
+    """A trained model that labels videos: what `tvit predict` uses, and what `tvit_cli.load_model` gives.
+
+    Videos are paths or URLs, preprocessed as the model's own evaluation does it.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes, in the order of the classifier's outputs."""
+        return self._trained.card.labels
+
+    @property
+    def folder(self) -> Path:
+        """The model folder."""
+        return self._trained.folder
+
+    def predict(self, video: str | Path, *, top_k: int = 5) -> Prediction:
+        """The `top_k` best labels of one video (all, where the model has fewer), best first.
+
+        Raises VideoError where the video cannot be read.
+        """
+        (found,) = self.predict_many([find_video(video)], top_k=top_k)
+        if found.error:
+            raise VideoError(f"{found.video}: {found.error}")
+        return found
+
+    def predict_many(
+        self,
+        videos: Sequence[str | Path],
+        *,
+        top_k: int = 5,
+        batch_size: int = BATCH_SIZE,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Prediction]:
+        """One Prediction per file, URL, or video of a folder or pattern; unreadable ones say why.
+
+        Raises DataError for a name that stands for no video.
+        """
+        places = find_videos(videos)
+        rows, errors = self._outputs(self._trained.model, places, batch_size, progress)
+        return [
+            self._prediction(place, rows.get(i), errors.get(i, ""), top_k) for i, place in enumerate(places)
+        ]
+
+    def timeline(
+        self,
+        video: str | Path,
+        *,
+        window: float = 2.0,
+        stride: float | None = None,
+        smoothing: float = 1.0,
+        batch_size: int = BATCH_SIZE,
+        progress: Callable[[float, float | None], None] | None = None,
+    ) -> Timeline:
+        """What happens when in a long video: windows of `window` seconds, every `stride`, merged to segments.
+
+        `progress` is called with the seconds done and, where the file tells it, those there are. Memory is
+        bounded by a window, however long the video is. Raises VideoError.
+        """
+        from tvit_cli.engine.timeline import make_timeline
+
+        place = find_video(video)
+        return make_timeline(
+            self._trained,
+            place,
+            window=window,
+            stride=window / 4 if stride is None else stride,
+            smoothing=smoothing,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def _outputs(
+        self,
+        model: nn.Module,
+        places: Sequence[Place],
+        batch_size: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """A row of the model's output by video, and the reasons of those that cannot be read."""
+        scores = score(
+            model,
+            [named(place, self.labels[0]) for place in places],
+            self.labels,
+            self._trained.card.preprocessing,
+            device=self._trained.device,
+            batch_size=batch_size,
+            workers=min(default_workers(), len(places) // VIDEOS_PER_WORKER),
+            progress=progress,
+        )
+        return dict(zip(scores.indices.tolist(), scores.logits, strict=True)), scores.errors
+
+    def _prediction(self, place: Place, logits: Tensor | None, error: str, top_k: int) -> Prediction:
+        if logits is None:
+            return Prediction(str(place), error=error)
+        values, indices = logits.double().softmax(0).sort(descending=True, stable=True)
+        best = zip(indices[:top_k].tolist(), values[:top_k].tolist(), strict=True)
+        return Prediction(str(place), tuple((self.labels[i], value) for i, value in best))
+
+
+def load_model(path: str | Path, *, device: str = "auto") -> Model:
+    """Open a model folder, or the folder of its run, on a device: auto, cpu, cuda or mps.
+
+    Raises ModelError when it is not whole or the machine has no such device.
+    """
+    return Model(open_trained(Path(path), working_directory=Path(), device=pick_device(device)))
+
+
 def predict(settings: PredictSettings, report: Report = silent) -> PredictResult:
     """Label videos, preprocessed as the model's own evaluation does it.
 
     A video that cannot be read gets a Prediction with the reason. Raises DataError for a path that does not
     exist or a folder without videos, ModelError for the model.
     """
-    paths = find_videos(settings.paths)
-    trained = open_trained(
-        settings.model,
-        working_directory=settings.working_directory,
-        device=pick_device(settings.device),
-    )
-    report(Note(f"Model: {trained.folder}"))
-    labels = trained.card.labels
-    top_k = min(settings.top_k, len(labels))
+    places = find_videos(settings.paths)
+    model = open_model(settings, report)
+    top_k = min(settings.top_k, len(model.labels))
     if top_k < settings.top_k:
         report(
             Note(
-                f"--top-k {settings.top_k}: the model has {len(labels)} classes, so {top_k} are shown.",
+                f"--top-k {settings.top_k}: the model has {len(model.labels)} classes, so {top_k} are shown.",
                 "warning",
             )
         )
-    videos = [Video(path=p, name=str(p), label=labels[0], subset="test", group=None) for p in paths]
-    scores = score(
-        trained.model,
-        videos,
-        labels,
-        trained.card.preprocessing,
-        device=trained.device,
+    predictions = model.predict_many(
+        places,
+        top_k=top_k,
         batch_size=settings.per_gpu_batch_size,
-        workers=min(default_workers(), len(paths) // VIDEOS_PER_WORKER),
         progress=lambda done, total: report(Progress("reading videos", done, total)),
     )
-    values, indices = scores.logits.double().softmax(1).sort(dim=1, descending=True, stable=True)
-    best = {
-        video: tuple((labels[i], v) for v, i in zip(row_values[:top_k], row_indices[:top_k], strict=True))
-        for video, row_values, row_indices in zip(
-            scores.indices.tolist(), values.tolist(), indices.tolist(), strict=True
-        )
-    }
-    return PredictResult(
-        predictions=tuple(
-            Prediction(path, best.get(i, ()), scores.errors.get(i, "")) for i, path in enumerate(paths)
-        ),
-        model=trained.folder,
-        top_k=top_k,
+    return PredictResult(tuple(predictions), model.folder, top_k)
+
+
+def open_model(settings: PredictSettings, report: Report) -> Model:
+    """The model that the settings name, or the newest."""
+    trained = open_trained(
+        settings.model, working_directory=settings.working_directory, device=pick_device(settings.device)
     )
-
-
-def find_videos(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given, folders as all videos below them, sorted."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-            if not inside:
-                raise DataError(f"{path}: no video in this folder.")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder.")
-    return found
+    report(Note(f"Model: {trained.folder}"))
+    return Model(trained)

@@ -66,3 +66,15 @@ CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 GROUP_PATTERN = r"_g(\d+)_"  # UCF101: v_Archery_g01_c02.avi, clips of one group are cut from one recording
+
+_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds(value: Any) -> Any:
+    """A length of time with its unit becomes seconds, the unit of a bare number. "500ms" -> 0.5, "2s" -> 2.0"""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", value.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("it should be a length of time, such as 2s, 500ms or 1min")
+    return float(match[1]) * _UNITS[match[2]]

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from tvit_cli.settings.base import Settings, about
-from tvit_cli.settings.fields import Device
+from tvit_cli.settings.fields import Device, seconds
 
-HOW = "How"
+HOW, SHOWN, LONG, MORE = "How", "What is shown", "Long videos", "What is written"
+
+# A string, not a Path, which would make one slash of a URL's two. A file's name may begin with a blank.
+Named = Annotated[
+    str,
+    StringConstraints(strip_whitespace=False),
+    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+]
+Seconds = Annotated[float | None, BeforeValidator(seconds)]
 
 
 class PredictSettings(Settings):
     """Label videos with a trained model."""
 
-    paths: tuple[Path, ...] = Field(
+    paths: tuple[Named, ...] = Field(
         min_length=1,
-        description="Videos, or folders of videos",
-        json_schema_extra=about(HOW, positional=True, metavar="PATH…", example="tvit predict clip.avi"),
+        description="Videos, folders of videos, patterns such as 'clips/*.mp4', URLs, or - for a list on stdin",
+        json_schema_extra=about(HOW, positional=True, metavar="VIDEO…", example="tvit predict clip.avi"),
     )
     model: Path | None = Field(
         None,
@@ -30,11 +40,53 @@ class PredictSettings(Settings):
         description="Folder that holds all runs",
         json_schema_extra=about(HOW),
     )
-    top_k: int = Field(5, ge=1, description="Labels shown per video", json_schema_extra=about(HOW))
-    json_lines: bool = Field(
-        False, description="Print one JSON object per video", json_schema_extra=about(HOW, flag="--json")
-    )
     per_gpu_batch_size: int = Field(
         8, ge=1, description="Clips in one forward pass", json_schema_extra=about(HOW)
     )
     device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
+
+    top_k: int = Field(5, ge=1, description="Labels shown per video", json_schema_extra=about(SHOWN))
+    json_lines: bool = Field(
+        False, description="Print one JSON object per video", json_schema_extra=about(SHOWN, flag="--json")
+    )
+    csv: bool = Field(
+        False,
+        description="Print CSV: a row per label, or per segment of a timeline",
+        json_schema_extra=about(SHOWN, flag="--csv"),
+    )
+
+    window: Seconds = Field(
+        None,
+        gt=0,
+        description="Slide a window of this length over each video and show what happens when: 2s, 500ms",
+        json_schema_extra=about(LONG, metavar="SECONDS", default="off: the whole video is one clip"),
+    )
+    stride: Seconds = Field(
+        None,
+        gt=0,
+        description="From one window's start to the next one's",
+        json_schema_extra=about(LONG, metavar="SECONDS", default="a quarter of the window"),
+    )
+    smoothing: float = Field(
+        1.0,
+        ge=0,
+        description="How much more likely a change of label must make what is seen to be believed; 0 believes all",
+        json_schema_extra=about(LONG),
+    )
+    output: Path | None = Field(
+        None,
+        description="Folder for each timeline's windows (timeline.csv) and picture (timeline.png)",
+        json_schema_extra=about(LONG, default="nothing is written"),
+    )
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> PredictSettings:
+        if self.json_lines and self.csv:
+            raise ValueError("--json and --csv are two forms of one answer: take one of them")
+        if self.window is None:
+            for name in ("stride", "smoothing", "output"):
+                if name in self.model_fields_set and getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name} is of timelines: say --window as well, for example --window 2s"
+                    )
+        return self

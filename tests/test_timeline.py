@@ -1,0 +1,287 @@
+"""Timelines: windows over a video, smoothing, segments, and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tvit_cli import commands
+from tvit_cli.data.sampling import indices_on_grid, segment_indices
+from tvit_cli.data.video import Played, play, read_clip, write_video
+from tvit_cli.data.windows import frame_places, slide
+from tvit_cli.engine.ahead import ahead
+from tvit_cli.engine.predict import Model
+from tvit_cli.engine.timelines import folder_names
+from tvit_cli.engine.trained import Trained
+from tvit_cli.errors import VideoError
+from tvit_cli.model.folder import save_model
+from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.report.segments import best_path, find_segments, smooth
+from tvit_cli.report.timeline import clock, timeline_png
+from tvit_cli.settings.base import load
+from tvit_cli.settings.card import ModelCard, Preprocessing
+from tvit_cli.settings.predict import PredictSettings
+
+LABELS = ("dark", "grey", "light")
+RATE = 10
+
+
+def film(seconds: float, rate: int = RATE, converted: list[int] | None = None) -> Iterator[Played]:
+    """Frames of one pixel whose value is their number."""
+    for number in range(round(seconds * rate)):
+
+        def picture(number: int = number) -> np.ndarray:
+            if converted is not None:
+                converted.append(number)
+            return np.full((1, 1, 3), number % 256, np.uint8)
+
+        yield Played(number / rate, (number + 1) / rate, seconds, picture)
+
+
+class Brightness(nn.Module):
+    """Scores a clip by how bright it is, whatever its size: 60, 130 and 200 are the three classes' own."""
+
+    def forward(self, clips: Tensor) -> Tensor:
+        level = clips.mean(dim=(1, 2, 3, 4))[:, None] * 255
+        return -((level - torch.tensor([60.0, 130.0, 200.0])) ** 2) / 200
+
+
+def model_of(network: nn.Module, n_frames: int = 4) -> Model:
+    card = ModelCard(
+        tvit_version="0",
+        labels=LABELS,
+        model={"num_classes": 3},
+        preprocessing=Preprocessing(n_frames=n_frames, frame_size=16, mean=(0, 0, 0), std=(1, 1, 1)),
+        weights_sha256="",
+    )
+    return Model(Trained(network, card, Path("fake"), torch.device("cpu")))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 s dark, 4 s light, 3 s grey."""
+    levels = np.repeat([60, 200, 130], [3 * RATE, 4 * RATE, 3 * RATE]).astype(np.uint8)
+    path = tmp_path_factory.mktemp("day") / "day.mp4"
+    write_video(
+        path, np.broadcast_to(levels[:, None, None, None], (len(levels), 32, 48, 3)).copy(), rate=RATE
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("frames", "n_frames", "grid"), [(24, 8, None), (30, 4, None), (17, 5, None), (32, 4, 8)]
+)
+def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(
+    frames: int, n_frames: int, grid: int | None
+) -> None:
+    (window,) = slide(
+        film(frames / 12, 12), length=frames / 12, stride=1e3, places=frame_places(n_frames, grid)
+    )
+    expected = indices_on_grid(frames, n_frames, grid=grid) if grid else segment_indices(frames, n_frames)
+    assert window.frames()[:, 0, 0, 0].tolist() == expected
+    assert window.frames().shape == (n_frames, 1, 1, 3)
+
+
+def test_windows_begin_every_stride_and_end_within_the_video() -> None:
+    windows = list(slide(film(5), length=2, stride=0.5, places=frame_places(4, None)))
+    assert [w.start for w in windows] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    for w in windows:
+        assert w.frames()[:, 0, 0, 0].tolist() == [round(RATE * w.start) + n for n in (2, 7, 12, 17)]
+    assert not list(slide(film(5), length=5.01, stride=1, places=[0.5]))
+
+
+def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
+    converted: list[int] = []
+    most = 0
+    played = film(3600, converted=converted)
+    count = 0
+    for window in slide(played, length=2, stride=0.5, places=frame_places(4, None)):
+        count += 1
+        most = max(most, len(converted) - round(RATE * window.start))
+        assert len(window.pictures) == 4
+    assert count == 3598 * 2 + 1
+    assert len(converted) == len(set(converted)) and most <= 2 * RATE
+
+
+def test_frames_of_a_video_are_played_without_gaps(
+    tmp_path: Path, make_video: Callable[..., Path], packed_xvid: Path
+) -> None:
+    path = make_video(tmp_path / "a.mp4", frames=9, rate=10)
+    played = list(play(path))
+    assert [p.start for p in played] == pytest.approx([n / 10 for n in range(9)])
+    assert all(a.end == b.start for a, b in itertools.pairwise(played)) and played[-1].end == pytest.approx(
+        0.9
+    )
+    clip = read_clip(path, lambda count: range(count))
+    pictures = [p.picture() for p in play(path)]
+    assert np.array_equal(np.stack(pictures), clip.frames)
+    assert next(play(path, short_side=24)).picture().shape == (24, 32, 3)
+    odd = list(play(packed_xvid))  # whose times go back
+    assert len(odd) == 39 and all(p.end > p.start for p in odd)
+    assert odd[-1].end == pytest.approx(39 / 25, abs=0.1)
+    (tmp_path / "text.avi").write_text("no video")
+    with pytest.raises(VideoError, match=r"text.avi: not a video"):
+        next(play(tmp_path / "text.avi"))
+
+
+def test_smoothing_is_the_mean_of_the_windows_over_each_cell() -> None:
+    scores = np.eye(5)  # five windows, each of a class of its own
+    found = smooth(scores, window=2, stride=1, cells=7)
+    assert found[0].tolist() == [1, 0, 0, 0, 0]
+    assert found[3].tolist() == [0, 0, 0.5, 0.5, 0]
+    assert found[5].tolist() == found[6].tolist() == [0, 0, 0, 0, 1]  # the last window's, and behind it
+    assert smooth(scores, window=1.5, stride=1, cells=5)[2] == pytest.approx([0, 1 / 3, 2 / 3, 0, 0])
+    assert smooth(scores, window=0.5, stride=1, cells=5).tolist() == scores.tolist()
+
+
+def test_the_best_path_is_the_best_of_all_paths() -> None:
+    generator = np.random.default_rng(3)
+    for price in (0.0, 0.7, 2.0):
+        scores = generator.dirichlet([1, 1, 1], 6)
+
+        def gain(path: tuple[int, ...], scores: np.ndarray = scores, price: float = price) -> float:
+            changes = sum(a != b for a, b in itertools.pairwise(path))
+            return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - price * changes
+
+        best = max(itertools.product(range(3), repeat=6), key=gain)
+        assert tuple(best_path(scores, price=price)) == best
+
+
+def test_a_moment_of_a_third_label_goes_to_its_neighbours() -> None:
+    a, b, c = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.15, 0.25, 0.6]
+    scores = np.array([a, a, a, c, b, b, b])
+    kept = find_segments(scores, LABELS, stride=0.5, seconds=3.4, price=0)
+    assert [s.label for s in kept] == ["dark", "light", "grey"]
+    first, second = find_segments(scores, LABELS, stride=0.5, seconds=3.4, price=2)
+    assert (first.label, first.start, first.end) == ("dark", 0, 1.5)
+    assert (second.label, second.start, second.end) == ("grey", 1.5, 3.4)
+    assert second.score == pytest.approx((0.25 + 3 * 0.8) / 4)
+
+
+def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day: Path) -> None:
+    seen: list[tuple[float, float | None]] = []
+    timeline = model_of(Brightness()).timeline(
+        day, window=1.0, stride=0.25, batch_size=3, progress=lambda *p: seen.append(p)
+    )
+    assert [s.label for s in timeline.segments] == ["dark", "light", "grey"]
+    found = [s.start for s in timeline.segments[1:]]
+    assert found == pytest.approx([3, 7], abs=0.25)
+    assert timeline.segments[0].start == 0 and timeline.segments[-1].end == timeline.seconds == pytest.approx(
+        10
+    )
+    assert timeline.scores.shape == (37, 3) and timeline.smoothed.shape == (40, 3)
+    assert seen[-1] == (pytest.approx(10), pytest.approx(10, abs=0.2)) and len(seen) == 13
+
+
+def test_batches_change_nothing_and_smoothing_does(day: Path) -> None:
+    model = model_of(Brightness())
+    one, many = (model.timeline(day, window=1.0, stride=0.2, batch_size=n) for n in (1, 16))
+    assert one.segments == many.segments and np.array_equal(one.scores, many.scores)
+    raw = model.timeline(day, window=1.0, stride=0.2, smoothing=0)
+    assert len(raw.segments) > len(one.segments)  # between dark and light lies a moment of grey
+
+
+def test_a_video_shorter_than_the_window_is_the_clip_that_predict_sees(day: Path) -> None:
+    model = model_of(Brightness(), n_frames=8)
+    timeline = model.timeline(day, window=60.0)
+    (segment,) = timeline.segments
+    label, score = model.predict(day).labels[0]
+    assert segment.label == label and segment.score == pytest.approx(score, abs=1e-12)
+    assert (segment.start, segment.end) == (0, timeline.seconds)
+    assert timeline.window == timeline.stride == timeline.seconds
+
+
+def test_what_fails_while_decoding_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "none.mp4").write_text("nothing")
+    with pytest.raises(VideoError, match=r"none.mp4"):
+        model_of(Brightness()).timeline(tmp_path / "none.mp4")
+
+
+def test_work_ahead_is_bounded_and_ends_when_nobody_wants_the_rest() -> None:
+    made: list[int] = []
+    before = threading.active_count()
+    items = ahead((made.append(n) or n for n in range(1000)), depth=2)  # type: ignore[func-returns-value]
+    assert next(items) == 0
+    time.sleep(0.05)
+    assert len(made) <= 4  # one taken, two waiting, one in hand
+    items.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+    assert list(ahead(range(50))) == list(range(50))
+
+
+def test_times_are_read_and_shown_as_people_write_them() -> None:
+    assert [clock(s) for s in (0, 7.5, 59.96, 3671)] == ["0:00", "0:07.5", "1:00", "1:01:11"]
+    places = [Path("a/x.mp4"), Path("b/x.avi"), "http://host/..", "http://host/y.mp4?z=1"]
+    assert list(folder_names(places)) == ["x", "x-2", "video", "y"]
+
+
+def test_the_picture_has_frames_and_a_lane_of_each_label(day: Path) -> None:
+    timeline = model_of(Brightness()).timeline(day, window=1.0, stride=0.25)
+    image = Image.open(io.BytesIO(timeline_png(timeline)))
+    assert image.size == (2000, 2 * (72 + 12 + 3 * 22 + 26))
+    pixels = np.asarray(image.convert("L")).astype(int)
+    strip = pixels[80, 200:1970]
+    assert abs(strip[50] - 60) < 12 and abs(strip[len(strip) // 2] - 200) < 12 and abs(strip[-50] - 130) < 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("folder") / "model"
+    config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=8, depth=1, num_heads=1)
+    model = build_model(config, seed=0, from_scratch=True)
+    card = ModelCard(
+        tvit_version="0",
+        labels=LABELS,
+        model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=4, frame_size=16),
+        weights_sha256="",
+    )
+    save_model(path, model.state_dict(), card)
+    return path
+
+
+def test_the_verb_prints_segments_and_writes_windows_and_picture(
+    folder: Path, day: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    output = tmp_path / "out"
+    flags = {
+        "paths": [str(day), str(tmp_path / "bad.mp4")],
+        "model": str(folder),
+        "window": "2s",
+        "stride": "500ms",
+        "output": str(output),
+        "device": "cpu",
+    }
+    with pytest.raises(Exception, match="1 of 2 videos"):
+        commands.predict(load(PredictSettings, flags={**flags, "json_lines": True}, environ={}), "quiet")
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["seconds"] == pytest.approx(10) and first["segments"][0].keys() == {
+        "start",
+        "end",
+        "label",
+        "score",
+    }
+    assert "not a video" in second["error"]
+    rows = list(csv.DictReader((output / "day" / "timeline.csv").read_text().splitlines()))
+    assert len(rows) == 17 and list(rows[0]) == ["start", "end", "label", *LABELS]
+    assert sum(float(rows[3][label]) for label in LABELS) == pytest.approx(1, abs=1e-5)
+    assert max(LABELS, key=lambda label: float(rows[3][label])) == rows[3]["label"]
+    assert (output / "day" / "timeline.png").stat().st_size > 1000
+    with pytest.raises(Exception, match="1 of 2 videos"):
+        commands.predict(load(PredictSettings, flags={**flags, "csv": True}, environ={}), "quiet")
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert float(table[0]["end"]) == pytest.approx(first["segments"][0]["end"], abs=1e-3)
+    assert table[-1]["error"]

@@ -1,0 +1,160 @@
+"""What happens when in a long video: a window slides over it, and its scores are merged to segments."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tvit_cli.data.transforms import eval_transform
+from tvit_cli.data.video import Frames, Place, Played, play
+from tvit_cli.data.windows import TOLERANCE, Window, frame_places, slide
+from tvit_cli.engine.ahead import ahead
+from tvit_cli.engine.places import named
+from tvit_cli.engine.scoring import score
+from tvit_cli.engine.trained import Trained
+from tvit_cli.errors import RunError, VideoError
+from tvit_cli.report.segments import Scores, Timeline, find_segments, smooth
+
+TIMELINE_FILE, PICTURE_FILE = "timeline.csv", "timeline.png"
+MOST_PICTURES = 48  # of one timeline; when there are more, every second is dropped
+
+
+@torch.inference_mode()
+def make_timeline(
+    trained: Trained,
+    place: Place,
+    *,
+    window: float,
+    stride: float,
+    smoothing: float,
+    batch_size: int,
+    progress: Callable[[float, float | None], None] | None = None,
+) -> Timeline:
+    """Score a window every `stride` seconds while the video is decoded, once, ahead of the model.
+
+    A video shorter than one window is one clip, as `predict` scores it. Raises VideoError.
+    """
+    preprocessing = trained.card.preprocessing
+    clock, album = _Clock(), _Album()
+    windows = slide(
+        clock.watch(play(place, short_side=preprocessing.frame_size)),
+        length=window,
+        stride=stride,
+        places=frame_places(preprocessing.n_frames, preprocessing.frame_grid),
+    )
+    rows: list[Tensor] = []
+    for batch in ahead(_batches(windows, batch_size)):
+        clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
+        frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
+        rows.append(trained.model(frames).double().softmax(1).cpu())
+        for w in batch:
+            album.offer(w, window)
+        if progress is not None:
+            progress(batch[-1].start + window, clock.length)
+    seconds = clock.now
+    if rows:
+        scores = torch.cat(rows).numpy()
+    else:
+        window = stride = seconds
+        scores = _whole(trained, place)
+    cells = max(1, math.ceil((seconds - TOLERANCE) / stride))
+    smoothed = smooth(scores, window=window, stride=stride, cells=cells)
+    segments = find_segments(
+        smoothed,
+        trained.card.labels,
+        stride=stride,
+        seconds=seconds,
+        price=smoothing * max(1.0, window / stride),
+    )
+    return Timeline(
+        video=str(place),
+        labels=trained.card.labels,
+        seconds=seconds,
+        window=window,
+        stride=stride,
+        scores=scores,
+        smoothed=smoothed,
+        segments=segments,
+        pictures=tuple(album.pictures),
+    )
+
+
+def write_timeline(folder: Path, timeline: Timeline) -> None:
+    """Write timeline.csv, a row per window with the scores of all classes, and timeline.png."""
+    from tvit_cli.report.timeline import timeline_png
+
+    picture = timeline_png(timeline)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / TIMELINE_FILE).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["start", "end", "label", *timeline.labels])
+            for number, row in enumerate(timeline.scores):
+                start = number * timeline.stride
+                best = timeline.labels[int(row.argmax())]
+                times = (f"{t:.3f}" for t in (start, start + timeline.window))
+                writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
+        (folder / PICTURE_FILE).write_bytes(picture)
+    except OSError as error:
+        raise RunError(f"--output {folder}: cannot be written ({error.strerror}).") from error
+
+
+def _whole(trained: Trained, place: Place) -> Scores:
+    """The scores of a video as one clip, (1, K)."""
+    labels = trained.card.labels
+    found = score(
+        trained.model,
+        [named(place, labels[0])],
+        labels,
+        trained.card.preprocessing,
+        device=trained.device,
+        batch_size=1,
+        workers=0,
+    )
+    if found.errors:
+        raise VideoError(f"{place}: {found.errors[0]}")
+    return np.asarray(found.logits.double().softmax(1).numpy())
+
+
+def _batches(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
+    while batch := list(islice(windows, size)):
+        yield batch
+
+
+@dataclass
+class _Clock:
+    """How far a video has been played."""
+
+    now: float = 0.0
+    length: float | None = None
+
+    def watch(self, played: Iterable[Played]) -> Iterator[Played]:
+        for frame in played:
+            self.now, self.length = frame.end, frame.length
+            yield frame
+
+
+@dataclass
+class _Album:
+    """Evenly spaced pictures of a video whose length is not known before its end."""
+
+    pictures: list[tuple[float, Frames]] = field(default_factory=list)
+    every: int = 1
+    offered: int = 0
+
+    def offer(self, window: Window, length: float) -> None:
+        if self.offered % self.every == 0:
+            middle = window.pictures[len(window.pictures) // 2]
+            self.pictures.append((window.start + length / 2, middle))
+            if len(self.pictures) > MOST_PICTURES:
+                self.pictures = self.pictures[::2]
+                self.every *= 2
+        self.offered += 1

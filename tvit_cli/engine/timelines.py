@@ -1,0 +1,81 @@
+"""`tvit predict --window`: the timelines of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from tvit_cli.data.video import Place
+from tvit_cli.engine.events import Note, Progress, Report, silent
+from tvit_cli.engine.places import find_videos
+from tvit_cli.engine.predict import open_model
+from tvit_cli.engine.timeline import write_timeline
+from tvit_cli.errors import VideoError
+from tvit_cli.report.segments import Timeline
+from tvit_cli.settings.predict import PredictSettings
+
+
+@dataclass(frozen=True)
+class Told:
+    """The timeline of one video, or why there is none."""
+
+    video: str
+    timeline: Timeline | None = None
+    error: str = ""
+
+
+def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]:
+    """A timeline of each video in turn, written to the output folder where one is given.
+
+    Raises DataError for a name that stands for no video, ModelError for the model, RunError where the folder
+    cannot be written.
+    """
+    assert settings.window is not None
+    places = find_videos(settings.paths)
+    model = open_model(settings, report)
+    told = []
+    for place, name in zip(places, folder_names(places), strict=True):
+        what = f"seconds of {place}" if len(places) > 1 else "seconds of the video"
+
+        def progress(done: float, total: float | None, what: str = what) -> None:
+            whole = None if total is None else max(1, round(total))
+            report(Progress(what, round(done), whole))
+
+        try:
+            timeline = model.timeline(
+                place,
+                window=settings.window,
+                stride=settings.stride,
+                smoothing=settings.smoothing,
+                batch_size=settings.per_gpu_batch_size,
+                progress=progress,
+            )
+        except VideoError as error:
+            told.append(Told(str(place), error=str(error).removeprefix(f"{place}: ")))
+            continue
+        if timeline.window < settings.window:
+            report(
+                Note(
+                    f"{place}: lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s: "
+                    "it is one clip.",
+                    "warning",
+                )
+            )
+        if settings.output is not None:
+            write_timeline(settings.output / name, timeline)
+        told.append(Told(str(place), timeline))
+    if settings.output is not None:
+        report(Note(f"Written to {settings.output}"))
+    return tuple(told)
+
+
+def folder_names(places: Sequence[Place]) -> Iterator[str]:
+    """A folder's name for each video: its own without suffix, numbered where it comes again."""
+    seen: dict[str, int] = {}
+    for place in places:
+        path = PurePosixPath(urlsplit(place).path) if isinstance(place, str) else Path(place)
+        stem = path.stem.strip(".") or "video"  # a URL may end in ..
+        seen[stem] = seen.get(stem, 0) + 1
+        yield stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"

@@ -1,0 +1,106 @@
+"""What windows say of a stretch of time becomes smoothed scores and segments of one label.
+
+Letters: W windows, J cells of one stride each, K classes.
+
+Note [How a timeline is smoothed]
+The time line is cut into cells as long as the stride. A cell's scores are the mean over all windows that overlap
+it, weighed by how much: windows lie evenly around the cell, so that a boundary is not moved to either side. Then
+labels are chosen for all cells at once, as the path with the largest sum of log scores less a price for each
+change of label (Viterbi's algorithm). A label that shows up for a moment between two others, such as a window
+over a cut that looks like a third thing, costs two changes instead of one and goes to its neighbours, each cell
+to the nearer in score; a least length of segments would move such a boundary by half of it. The price is
+`smoothing` nats times the windows over a cell, since the evidence of one window counts in that many cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.float64]
+
+LEAST_SCORE = 1e-6  # of which a logarithm is taken: no single cell decides alone
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a video with one label, in seconds; `score` is the label's mean over it."""
+
+    start: float
+    end: float
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The segments of one video, and the windows they are made from.
+
+    Window w begins at `w * stride` seconds; `scores` (W, K) are its classes' scores. `smoothed` (J, K) are those
+    of cells of one stride each. `pictures` are frames, uint8 (H, W, 3), with their times.
+    """
+
+    video: str
+    labels: tuple[str, ...]
+    seconds: float
+    window: float
+    stride: float
+    scores: Scores
+    smoothed: Scores
+    segments: tuple[Segment, ...]
+    pictures: tuple[tuple[float, NDArray[np.uint8]], ...]
+
+
+def smooth(scores: Scores, *, window: float, stride: float, cells: int) -> Scores:
+    """Mean scores of the windows over each cell, (W, K) -> (J, K). See Note [How a timeline is smoothed].
+
+    Window w covers [w * stride, w * stride + window). Cells behind the last window take its scores.
+    """
+    total = np.zeros((cells, scores.shape[1]))
+    weight = np.zeros((cells, 1))
+    for later in range(min(cells, math.ceil(window / stride - 1e-9))):
+        overlap = min(stride, window - later * stride)
+        count = min(len(scores), cells - later)
+        total[later : later + count] += overlap * scores[:count]
+        weight[later : later + count] += overlap
+    covered = int((weight > 0).sum())
+    total[:covered] /= weight[:covered]
+    total[covered:] = scores[-1]
+    return total
+
+
+def best_path(scores: Scores, *, price: float) -> list[int]:
+    """Labels (J,) with the largest sum of log scores (J, K) less `price` for each change of label."""
+    gains = np.log(np.maximum(scores, LEAST_SCORE))
+    best = gains[0]
+    came_from = np.empty(scores.shape, np.int64)
+    stays = np.arange(scores.shape[1])
+    for cell in range(1, len(gains)):
+        other = int(best.argmax())
+        changes = best[other] - price > best
+        came_from[cell] = np.where(changes, other, stays)
+        best = np.where(changes, best[other] - price, best) + gains[cell]
+    path = [int(best.argmax())]
+    for cell in range(len(gains) - 1, 0, -1):
+        path.append(int(came_from[cell, path[-1]]))
+    return path[::-1]
+
+
+def find_segments(
+    smoothed: Scores, labels: Sequence[str], *, stride: float, seconds: float, price: float
+) -> tuple[Segment, ...]:
+    """Neighbouring cells of one label, merged; the last one ends with the video."""
+    segments = []
+    first = 0
+    for label, run in groupby(best_path(smoothed, price=price)):
+        last = first + len(list(run))
+        end = seconds if last == len(smoothed) else last * stride
+        score = float(smoothed[first:last, label].mean())
+        segments.append(Segment(first * stride, end, labels[label], score))
+        first = last
+    return tuple(segments)
