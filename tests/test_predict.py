@@ -18,7 +18,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from loopback import serving
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import make_clips, run
 
 import tvit_cli
@@ -26,7 +29,8 @@ from tvit_cli import commands
 from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.predict import predict
 from tvit_cli.engine.train import TrainResult
-from tvit_cli.errors import DataError, ModelError, SettingsError, VideoError
+from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
+from tvit_cli.model.folder import load_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
 
@@ -196,6 +200,7 @@ def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -
     for flags, said in (
         ({"json_lines": True, "csv": True}, "take one"),
         ({"stride": "1s"}, "say --window"),
+        ({"window": "1s", "embeddings": "a.safetensors"}, "leave out --window"),
         ({"window": "0s"}, "greater than 0"),
         ({"window": "2s", "stride": "0"}, "greater than 0"),
         ({"window": "two"}, "length of time"),
@@ -268,3 +273,34 @@ def test_the_readmes_python_runs(trained: TrainResult, clip: Path, monkeypatch: 
         names: dict[str, Any] = {}
         exec(code, names)
     assert names["answer"].label == "Red" and len(names["answers"]) == 7 and names["timeline"].segments
+
+
+def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
+    trained: TrainResult, clip: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again.avi"
+    again.write_bytes(clip.read_bytes())
+    (tmp_path / "text.avi").write_text("no video")
+    other = clip.parents[1] / "Blue" / "v_Blue_g01_c01.avi"
+    paths = [clip, other, tmp_path / "text.avi", again]
+    out = tmp_path / "new" / "out.safetensors"
+    result = predict(
+        PredictSettings(paths=tuple(map(str, paths)), model=trained.model, embeddings=out, device="cpu")
+    )
+    features = load_file(out)["features"]
+    with safe_open(out, "pt") as file:
+        names = json.loads(file.metadata()["names"])
+    assert names == [str(clip), str(other), str(again)] and features.dtype == torch.float32
+    assert features.shape == (3, 16)
+    assert torch.equal(features[0], features[2]) and not torch.equal(features[0], features[1])
+    model, card = load_model(trained.model)
+    for row, answer in zip(features, [p for p in result.predictions if p.labels], strict=True):
+        scores = model.classifier(row).double().softmax(0)
+        for label, score in answer.labels:
+            assert scores[card.labels.index(label)].item() == pytest.approx(score, abs=1e-6)
+    api = tvit_cli.load_model(trained.model, device="cpu")
+    assert torch.allclose(api.embed([clip, other]), features[:2], atol=1e-6)
+    with pytest.raises(VideoError, match=r"text.avi"):
+        api.embed([tmp_path / "text.avi"])
+    with pytest.raises(RunError, match="cannot be written"):
+        predict(PredictSettings(paths=(str(clip),), model=trained.model, embeddings=clip / "x" / "y"))

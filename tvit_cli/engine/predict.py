@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.video import Place
@@ -15,7 +17,8 @@ from tvit_cli.engine.places import find_video, find_videos, named
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
-from tvit_cli.errors import VideoError
+from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.model.vit import TemporalViT
 from tvit_cli.settings.predict import PredictSettings
 
 if TYPE_CHECKING:
@@ -89,11 +92,40 @@ class Model:
 
         Raises DataError for a name that stands for no video.
         """
+        return self.predict_and_embed(
+            videos, top_k=top_k, batch_size=batch_size, progress=progress, embeds=False
+        )[0]
+
+    def predict_and_embed(
+        self,
+        videos: Sequence[str | Path],
+        *,
+        top_k: int = 5,
+        batch_size: int = BATCH_SIZE,
+        progress: Callable[[int, int], None] | None = None,
+        embeds: bool = True,
+    ) -> tuple[list[Prediction], dict[str, Tensor]]:
+        """`predict_many`, and by name what the classifier sees of each readable video, (D,), from one pass."""
         places = find_videos(videos)
-        rows, errors = self._outputs(self._trained.model, places, batch_size, progress)
-        return [
-            self._prediction(place, rows.get(i), errors.get(i, ""), top_k) for i, place in enumerate(places)
+        model = WithFeatures(self._trained.model) if embeds else self._trained.model
+        rows, errors = self._outputs(model, places, batch_size, progress)
+        classes = len(self.labels)
+        logits = {index: row[:classes] for index, row in rows.items()}
+        predictions = [
+            self._prediction(place, logits.get(i), errors.get(i, ""), top_k) for i, place in enumerate(places)
         ]
+        return predictions, {str(places[i]): row[classes:] for i, row in rows.items()} if embeds else {}
+
+    def embed(self, videos: Sequence[str | Path], *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """What the classifier sees of each video, (V, D) float32 on the CPU, in the order of the videos.
+
+        Raises VideoError where one cannot be read.
+        """
+        places = find_videos(videos)
+        rows, errors = self._outputs(WithFeatures(self._trained.model), places, batch_size, None)
+        for index, reason in errors.items():
+            raise VideoError(f"{places[index]}: {reason}")
+        return torch.stack([rows[i] for i in range(len(places))])[:, len(self.labels) :]
 
     def timeline(
         self,
@@ -151,6 +183,18 @@ class Model:
         return Prediction(str(place), tuple((self.labels[i], value) for i, value in best))
 
 
+class WithFeatures(nn.Module):
+    """A model's logits and, behind them, the features that they are read from: (B, T, C, H, W) -> (B, K + D)."""
+
+    def __init__(self, model: TemporalViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> Tensor:
+        features = self.model.features(clips)  # (B, D)
+        return torch.cat([self.model.classifier(features), features], dim=1)
+
+
 def load_model(path: str | Path, *, device: str = "auto") -> Model:
     """Open a model folder, or the folder of its run, on a device: auto, cpu, cuda or mps.
 
@@ -175,12 +219,16 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
                 "warning",
             )
         )
-    predictions = model.predict_many(
+    predictions, embeddings = model.predict_and_embed(
         places,
         top_k=top_k,
         batch_size=settings.per_gpu_batch_size,
         progress=lambda done, total: report(Progress("reading videos", done, total)),
+        embeds=settings.embeddings is not None,
     )
+    if settings.embeddings is not None:
+        write_embeddings(settings.embeddings, embeddings, model.folder)
+        report(Note(f"{len(embeddings)} embeddings written to {settings.embeddings}"))
     return PredictResult(tuple(predictions), model.folder, top_k)
 
 
@@ -191,3 +239,21 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
     )
     report(Note(f"Model: {trained.folder}"))
     return Model(trained)
+
+
+def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], model: Path) -> None:
+    """Write `features`, (V, D) float32, with the videos' `names` (a JSON list) and the model in the metadata.
+
+    Raises DataError where no video could be read, RunError where the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if not embeddings:
+        raise DataError(f"--embeddings {path}: no video could be read, so there is nothing to write.")
+    metadata = {"names": json.dumps(list(embeddings), ensure_ascii=False), "model": str(model)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": torch.stack(list(embeddings.values()))}, path, metadata)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error

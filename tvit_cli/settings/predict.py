@@ -79,6 +79,11 @@ class PredictSettings(Settings):
         json_schema_extra=about(LONG, default="nothing is written"),
     )
 
+    embeddings: Path | None = Field(
+        None,
+        description="A .safetensors file for what the classifier sees of each video, for search and clustering",
+        json_schema_extra=about(MORE, default="nothing is written", metavar="FILE"),
+    )
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> PredictSettings:
         if self.json_lines and self.csv:
@@ -89,4 +94,6 @@ class PredictSettings(Settings):
                     raise ValueError(
                         f"--{name} is of timelines: say --window as well, for example --window 2s"
                     )
+        elif self.embeddings is not None:
+            raise ValueError("--embeddings is of whole videos: leave out --window")
         return self
