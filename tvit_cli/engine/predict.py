@@ -22,6 +22,7 @@ from tvit_cli.model.vit import TemporalViT
 from tvit_cli.settings.predict import PredictSettings
 
 if TYPE_CHECKING:
+    from tvit_cli.engine.explain import Explanation
     from tvit_cli.report.segments import Timeline
 
 VIDEOS_PER_WORKER = 16  # fewer are decoded in this process sooner than a worker has started
@@ -127,6 +128,21 @@ class Model:
             raise VideoError(f"{places[index]}: {reason}")
         return torch.stack([rows[i] for i in range(len(places))])[:, len(self.labels) :]
 
+    def explain(self, video: str | Path, *, label: str | None = None) -> Explanation:
+        """Which patches of which frames speak for a label, the best one unless named, and a test of that.
+
+        Raises VideoError, or ModelError for a label that the model does not have.
+        """
+        from tvit_cli.engine.explain import explain
+
+        return explain(self._trained, find_video(video), label)
+
+    def write_explanation(self, path: Path, explanation: Explanation) -> None:
+        """Write an explanation of this model as a film strip, a PNG."""
+        from tvit_cli.engine.explain import write_explanation
+
+        write_explanation(path, explanation, self._trained)
+
     def timeline(
         self,
         video: str | Path,
@@ -219,6 +235,8 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
                 "warning",
             )
         )
+    if settings.explain is not None and len(places) > 1:
+        raise DataError(f"--explain {settings.explain}: is of one video, and {len(places)} are named.")
     predictions, embeddings = model.predict_and_embed(
         places,
         top_k=top_k,
@@ -229,6 +247,12 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
     if settings.embeddings is not None:
         write_embeddings(settings.embeddings, embeddings, model.folder)
         report(Note(f"{len(embeddings)} embeddings written to {settings.embeddings}"))
+    if settings.explain is not None and not predictions[0].error:
+        from tvit_cli.engine.explain import verdict
+
+        explanation = model.explain(places[0])
+        model.write_explanation(settings.explain, explanation)
+        report(Note(f"{settings.explain}: {explanation.label}: {verdict(explanation.deletion)}."))
     return PredictResult(tuple(predictions), model.folder, top_k)
 
 

@@ -16,7 +16,7 @@ from tvit_cli.report.segments import Timeline
 
 WIDTH, SCALE = 1000.0, 2
 STRIP, LANE, GAP = 72.0, 22.0, 6.0  # heights
-RIGHT, BOTTOM = 12.0, 26.0
+RIGHT, BOTTOM = 24.0, 26.0
 LABEL_SIZE = 12.0
 MOST_LANES = 10  # labels with the most time; the rest are not drawn
 MOST_COLUMNS = 400  # of a lane; more would not show

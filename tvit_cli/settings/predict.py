@@ -84,6 +84,12 @@ class PredictSettings(Settings):
         description="A .safetensors file for what the classifier sees of each video, for search and clustering",
         json_schema_extra=about(MORE, default="nothing is written", metavar="FILE"),
     )
+    explain: Path | None = Field(
+        None,
+        description="A PNG for one video: its frames, where in them the best label is seen, and a test of that",
+        json_schema_extra=about(MORE, default="nothing is written", metavar="FILE"),
+    )
+
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> PredictSettings:
         if self.json_lines and self.csv:
@@ -94,6 +100,8 @@ class PredictSettings(Settings):
                     raise ValueError(
                         f"--{name} is of timelines: say --window as well, for example --window 2s"
                     )
-        elif self.embeddings is not None:
-            raise ValueError("--embeddings is of whole videos: leave out --window")
+        else:
+            for name in ("embeddings", "explain"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name} is of whole videos: leave out --window")
         return self
