@@ -201,6 +201,7 @@ def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -
         ({"json_lines": True, "csv": True}, "take one"),
         ({"stride": "1s"}, "say --window"),
         ({"window": "1s", "embeddings": "a.safetensors"}, "leave out --window"),
+        ({"annotate": "a.txt"}, "should end in .mp4"),
         ({"window": "0s"}, "greater than 0"),
         ({"window": "2s", "stride": "0"}, "greater than 0"),
         ({"window": "two"}, "length of time"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -30,6 +30,12 @@ def find_video(name: str | Path) -> Place:
     if len(places) > 1:
         raise DataError(f"{name}: stands for {len(places)} videos. Name one of them, such as {places[0]}.")
     return places[0]
+
+
+def check_one(option: str, path: Path | None, places: Sequence[Place]) -> None:
+    """Refuse an option whose file is of one video where several are named. Raises DataError."""
+    if path is not None and len(places) > 1:
+        raise DataError(f"--{option} {path}: is of one video, and {len(places)} are named.")
 
 
 def named(place: Place, label: str) -> Video:

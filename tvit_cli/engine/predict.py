@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tvit_cli.data.video import Place
 from tvit_cli.engine.events import Note, Progress, Report, silent
-from tvit_cli.engine.places import find_video, find_videos, named
+from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
@@ -226,6 +226,8 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
     exist or a folder without videos, ModelError for the model.
     """
     places = find_videos(settings.paths)
+    check_one("explain", settings.explain, places)
+    check_one("annotate", settings.annotate, places)
     model = open_model(settings, report)
     top_k = min(settings.top_k, len(model.labels))
     if top_k < settings.top_k:
@@ -235,8 +237,6 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
                 "warning",
             )
         )
-    if settings.explain is not None and len(places) > 1:
-        raise DataError(f"--explain {settings.explain}: is of one video, and {len(places)} are named.")
     predictions, embeddings = model.predict_and_embed(
         places,
         top_k=top_k,
@@ -253,6 +253,13 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         explanation = model.explain(places[0])
         model.write_explanation(settings.explain, explanation)
         report(Note(f"{settings.explain}: {explanation.label}: {verdict(explanation.deletion)}."))
+    if settings.annotate is not None and not predictions[0].error:
+        from tvit_cli.engine.annotate import WHOLE, annotate
+        from tvit_cli.report.segments import Segment
+
+        label, value = predictions[0].labels[0]
+        annotate(settings.annotate, places[0], [Segment(0.0, WHOLE, label, value)])
+        report(Note(f"The video with its label is in {settings.annotate}"))
     return PredictResult(tuple(predictions), model.folder, top_k)
 
 

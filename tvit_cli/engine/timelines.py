@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from tvit_cli.data.video import Place
 from tvit_cli.engine.events import Note, Progress, Report, silent
-from tvit_cli.engine.places import find_videos
+from tvit_cli.engine.places import check_one, find_videos
 from tvit_cli.engine.predict import open_model
 from tvit_cli.engine.timeline import write_timeline
 from tvit_cli.errors import VideoError
@@ -34,6 +34,7 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
     """
     assert settings.window is not None
     places = find_videos(settings.paths)
+    check_one("annotate", settings.annotate, places)
     model = open_model(settings, report)
     told = []
     for place, name in zip(places, folder_names(places), strict=True):
@@ -66,6 +67,11 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
         if settings.output is not None:
             write_timeline(settings.output / name, timeline)
         told.append(Told(str(place), timeline))
+        if settings.annotate is not None:
+            from tvit_cli.engine.annotate import annotate
+
+            annotate(settings.annotate, place, timeline.segments)
+            report(Note(f"The video with its labels is in {settings.annotate}"))
     if settings.output is not None:
         report(Note(f"Written to {settings.output}"))
     return tuple(told)

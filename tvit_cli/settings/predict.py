@@ -90,10 +90,18 @@ class PredictSettings(Settings):
         json_schema_extra=about(MORE, default="nothing is written", metavar="FILE"),
     )
 
+    annotate: Path | None = Field(
+        None,
+        description="A video file (.mp4, .mov, .mkv) for one video with its labels written into the picture",
+        json_schema_extra=about(MORE, default="nothing is written", metavar="FILE"),
+    )
+
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> PredictSettings:
         if self.json_lines and self.csv:
             raise ValueError("--json and --csv are two forms of one answer: take one of them")
+        if self.annotate is not None and self.annotate.suffix.lower() not in (".mp4", ".mov", ".mkv"):
+            raise ValueError(f"--annotate {self.annotate}: its name should end in .mp4, .mov or .mkv")
         if self.window is None:
             for name in ("stride", "smoothing", "output"):
                 if name in self.model_fields_set and getattr(self, name) is not None:

@@ -1,0 +1,61 @@
+"""Videos with their labels written into the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tvit_cli.data.video import play, probe
+from tvit_cli.data.writer import video_writer
+from tvit_cli.engine.annotate import WHOLE, annotate
+from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.report.caption import caption_mask, captioned
+from tvit_cli.report.segments import Segment
+
+
+def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
+    tmp_path: Path, make_video: Callable[..., Path]
+) -> None:
+    source = make_video(tmp_path / "a.mp4", frames=20, height=91, width=121, rate=10, pixel_format="yuv420p")
+    out = tmp_path / "new" / "out.mp4"
+    seen: list[float] = []
+    segments = [Segment(0, 0.7, "A", 0.9), Segment(0.7, 2, "a much longer label", 0.8)]
+    annotate(out, source, segments, progress=lambda done, total: seen.append(done))
+    before, after = list(play(source)), list(play(out))
+    assert [p.start for p in after] == pytest.approx([p.start for p in before], abs=1e-3)
+    assert (probe(out).width, probe(out).height) == (120, 90) and len(seen) == 20
+    widths = []
+    for a, b in zip(before, after, strict=True):
+        change = np.abs(a.picture()[:90, :120].astype(int) - b.picture()).max(2) > 25
+        assert not change[:60].any()  # the picture itself stays
+        widths.append(int(np.flatnonzero(change.any(0)).max()))
+    assert max(widths[:7]) < 60 < min(widths[7:])
+    assert [path.name for path in out.parent.iterdir()] == ["out.mp4"]
+
+
+def test_a_caption_is_light_on_a_darkened_corner_and_fits_the_picture() -> None:
+    picture = np.full((180, 240, 3), 100, np.uint8)
+    out = captioned(picture, "Walk  0.93")
+    rows, columns = caption_mask("Walk  0.93", 180, 240).shape
+    assert (out[: 180 - rows] == 100).all() and (out[:, columns:] == 100).all()
+    corner = out[180 - rows :, :columns]
+    assert corner.max() > 230 and corner.min() == 35 and (picture == 100).all()
+    assert caption_mask("a very long label indeed, " * 5, 48, 64).shape[1] <= 64
+
+
+def test_a_video_does_not_replace_itself_and_a_failure_leaves_nothing(
+    tmp_path: Path, make_video: Callable[..., Path]
+) -> None:
+    source = make_video(tmp_path / "a.mp4", frames=3)
+    whole = [Segment(0, WHOLE, "A", 1.0)]
+    with pytest.raises(DataError, match="is the video itself"):
+        annotate(source, source, whole)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(VideoError, match="not a video"):
+        annotate(tmp_path / "out.mp4", tmp_path / "text.mp4", whole)
+    with pytest.raises(RunError, match="could not be written"), video_writer(source / "below.mp4"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "text.mp4"]

@@ -1,0 +1,40 @@
+"""`tvit predict --annotate`: a video with its labels written into the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tvit_cli.data.video import Place, play
+from tvit_cli.data.writer import video_writer
+from tvit_cli.errors import DataError
+from tvit_cli.report.caption import captioned
+from tvit_cli.report.segments import Segment
+
+WHOLE = float("inf")  # the end of a segment that is the whole video
+
+
+def annotate(
+    path: Path,
+    place: Place,
+    segments: Sequence[Segment],
+    *,
+    progress: Callable[[float, float | None], None] | None = None,
+) -> None:
+    """Write the video, without its sound, each frame captioned with the segment that it lies in.
+
+    Frames keep their times and size (an odd last row or column is left out), turned as they are shown; one is in
+    memory at a time. Raises VideoError, DataError where the video would replace itself, RunError where it cannot
+    be written.
+    """
+    if isinstance(place, Path) and path.exists() and path.samefile(place):
+        raise DataError(f"--annotate {path}: is the video itself. Name another file.")
+    with video_writer(path) as writer:
+        number = 0
+        for frame in play(place):
+            while number < len(segments) - 1 and frame.start >= segments[number].end - 1e-6:
+                number += 1
+            segment = segments[number]
+            writer.write(captioned(frame.picture(), f"{segment.label}  {segment.score:.2f}"), frame.start)
+            if progress is not None:
+                progress(frame.end, frame.length)
