@@ -93,7 +93,7 @@ def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch: pyte
     monkeypatch.setattr(main.commands, "predict", lambda loaded, verbosity: seen.append(loaded))
     main.build_app()(["predict", "a.avi", "b", "--top-k", "3", "--json"], standalone_mode=False)
     settings = seen[0].settings
-    assert settings.paths == (Path("a.avi"), Path("b"))
+    assert settings.paths == ("a.avi", "b")
     assert (settings.top_k, settings.json_lines) == (3, True)
 
 

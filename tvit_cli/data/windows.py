@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tvit_cli.data.pictures import Frames
 from tvit_cli.data.sampling import CENTRE, segment_indices
-from tvit_cli.data.video import Frames, Played
+from tvit_cli.data.video import Played
 
 TOLERANCE = 1e-6  # seconds; times are sums of fractions
 

@@ -13,7 +13,7 @@ import numpy as np
 from av.container import OutputContainer
 from av.video.stream import VideoStream
 
-from tvit_cli.data.video import Frames
+from tvit_cli.data.pictures import Frames
 from tvit_cli.errors import RunError
 
 TICKS = 60_000  # per second; MPEG-4 takes at most 65,535, and usual rates divide this one
