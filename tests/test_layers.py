@@ -17,6 +17,7 @@ ROOMS = {
     "settings": {"errors"},
     "data": {"errors", "settings"},
     "model": {"errors", "settings"},
+    "hub": set(),
     "report": {"errors", "settings", "data", "model"},
     "engine": {"errors", "settings", "data", "model", "report"},
     "options": {"errors", "settings"},
@@ -39,6 +40,8 @@ HEAVY = {
     "huggingface_hub",
     "PIL",
     "tensorboard",
+    "onnx",
+    "onnxruntime",
 }
 
 

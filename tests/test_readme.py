@@ -30,14 +30,21 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_readme_is_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for verb in ("download", "extract", "train", "evaluate", "predict"):
+    for verb in ("download", "extract", "train", "evaluate", "predict", "export"):
         monkeypatch.setattr(main.commands, verb, lambda loaded, verbosity: called.append(loaded))
     main.build_app()(shlex.split(line)[1:], standalone_mode=False)
     assert len(called) == 1
 
 
 def test_the_readme_has_commands_for_every_verb_and_only_presets_that_exist() -> None:
-    assert {line.split()[1] for line in commands()} == {"download", "extract", "train", "eval", "predict"}
+    assert {line.split()[1] for line in commands()} == {
+        "download",
+        "extract",
+        "train",
+        "eval",
+        "predict",
+        "export",
+    }
     assert set(re.findall(r"--preset (\w+)", TEXT)) <= {*presets(), "NAME"}
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
+    from tvit_cli.settings.export import ExportSettings
     from tvit_cli.settings.extract import ExtractSettings
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
@@ -370,3 +371,32 @@ def _end_with_failures(console: Console, failed: Mapping[str, str], videos: int)
         console.warn(f"{name}: {error}")
     if failed:
         raise RunError(f"{len(failed)} of {videos} videos could not be read.")
+
+
+def export(loaded: Loaded[ExportSettings], verbosity: Verbosity) -> None:
+    """Write an export and say how far its answers lie from the model's."""
+    from tvit_cli.console import Console, size
+    from tvit_cli.engine import export as engine
+
+    with Console(verbosity) as console:
+        result = engine.export(loaded.settings, console.report)
+    parity = result.parity
+    console.table(
+        ["the export against the model", "found", "limit"],
+        [
+            ("clips", str(parity.videos), ""),
+            (
+                "largest difference of a logit",
+                f"{parity.max_logit_difference:.1e}",
+                _limit(parity.logit_limit),
+            ),
+            ("top-1 agreement", f"{parity.top1_agreement:.3f}", f"{parity.agreement_limit:g}"),
+        ],
+    )
+    console.say(f"\nOn {parity.clips}. Written to {result.output} ({size(result.bytes)}).")
+    if result.url is not None:
+        console.say(f"Uploaded to {result.url}")
+
+
+def _limit(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"

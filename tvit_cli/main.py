@@ -56,12 +56,20 @@ def _extract() -> Command:
     return _command(ExtractSettings, commands.extract)
 
 
+def _export() -> Command:
+    """Bring a trained model elsewhere (Hugging Face, ONNX, torch.export, PEFT) and prove it the same."""
+    from tvit_cli.settings.export import ExportSettings
+
+    return _command(ExportSettings, commands.export)
+
+
 VERBS: dict[str, Callable[[], Command]] = {
     "download": _download,
     "extract": _extract,
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "export": _export,
 }
 
 
@@ -107,11 +115,12 @@ def _command(
 def _all_settings() -> tuple[type[Settings], ...]:
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
+    from tvit_cli.settings.export import ExportSettings
     from tvit_cli.settings.extract import ExtractSettings
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
 
-    return DownloadSettings, ExtractSettings, TrainSettings, EvalSettings, PredictSettings
+    return DownloadSettings, ExtractSettings, TrainSettings, EvalSettings, PredictSettings, ExportSettings
 
 
 def _print_version(asked: bool) -> None:

@@ -112,7 +112,7 @@ def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
     facts = extra(field)
     if facts.get("positional"):
         argument = typer.Argument(help=field.description, metavar=facts["metavar"], show_default=False)
-        is_one = base_type(field) is str
+        is_one = base_type(field) in (str, Path)
         return Annotated[str | None, argument] if is_one else Annotated[list[str] | None, argument]
     kind = base_type(field)
     if typing.get_origin(kind) is tuple and Ellipsis not in typing.get_args(kind):  # so many values, no more

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tvit_cli.data.draws import Kind, draw_generator
+from tvit_cli.data.pixels import frames_to_input, normalise, resized
 from tvit_cli.data.randaugment import LUMA, randaugment
 from tvit_cli.settings.card import Preprocessing
 
@@ -84,7 +84,7 @@ def train_transform(
     batch = _empty(clips, size, device)
     for out, clip, epoch, index in zip(batch, clips, epochs.tolist(), indices.tolist(), strict=True):
         draw = _draw(augmentation, preprocessing, clip.shape[2:], seed, epoch, index)
-        pixels = _resized(_boxed(clip, draw.box), (size, size), device)
+        pixels = resized(_boxed(clip, draw.box), (size, size), device)
         if draw.flip:
             pixels = pixels.flip(3)
         if augmentation.randaugment:
@@ -98,7 +98,7 @@ def train_transform(
                 index=index,
             )
         _jitter(pixels, draw, out)
-        _normalise(out, preprocessing)
+        normalise(out, preprocessing.mean, preprocessing.std)
         if augmentation.random_erasing:
             _erase(out, augmentation.random_erasing, draw_generator(seed, Kind.ERASING, epoch, index))
     return batch
@@ -113,25 +113,20 @@ def eval_transform(
     place: float = 0.5,
     flip: bool = False,
 ) -> Tensor:
-    """A deterministic view: uint8 (T, C, H, W) each -> float32 (B, T, C, S, S).
-
-    `crop` scales the short side to S and takes S pixels of the long one, from `place` on: 0 left or top, 0.5
-    the centre, 1 right or bottom. `squash` scales the whole frame to S x S. `flip` mirrors left and right.
-    """
-    size = preprocessing.frame_size
-    batch = _empty(clips, size, device)
+    """A deterministic view of each clip, as `frames_to_input` gives it: (T, C, H, W) each -> (B, T, C, S, S)."""
+    batch = _empty(clips, preprocessing.frame_size, device)
     for out, clip in zip(batch, clips, strict=True):
-        height, width = clip.shape[2:]
-        if preprocessing.resize == "crop":
-            short = min(height, width)
-            height, width = round(height * size / short), round(width * size / short)
-        else:
-            height, width = size, size
-        pixels = _resized(clip, (height, width), device)
-        top, left = int((height - size) * place), int((width - size) * place)
-        view = pixels[:, :, top : top + size, left : left + size]
-        out.copy_(view.flip(3) if flip else view)
-        _normalise(out, preprocessing)
+        frames_to_input(
+            clip,
+            frame_size=preprocessing.frame_size,
+            resize=preprocessing.resize,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            device=device,
+            place=place,
+            flip=flip,
+            out=out,
+        )
     return batch
 
 
@@ -193,18 +188,6 @@ def _boxed(clip: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     return clip[:, :, top : top + height, left : left + width]
 
 
-def _resized(clip: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Antialiased bilinear; on a CPU in uint8, channels last, several times as fast as in float."""
-    clip = clip.to(device, non_blocking=True)
-    if tuple(clip.shape[2:]) == size:
-        return clip
-    if device.type == "cpu":
-        clip = clip.contiguous(memory_format=torch.channels_last)
-    else:
-        clip = clip.float()
-    return F.interpolate(clip, size=size, mode="bilinear", antialias=True)
-
-
 def _jitter(pixels: Tensor, draw: _Draw, out: Tensor) -> None:
     """Colour jitter as one affine map of the channels, clamped to valid pixels: (T, C, S, S) -> out.
 
@@ -230,13 +213,6 @@ def _hue_matrix(turn: float) -> Tensor:
     rotation = torch.tensor([[1, 0, 0], [0, cos, sin], [0, -sin, cos]], dtype=torch.float64)
     turned: Tensor = _YIQ_TO_RGB @ rotation @ _RGB_TO_YIQ
     return turned
-
-
-def _normalise(pixels: Tensor, preprocessing: Preprocessing) -> None:
-    """In place: 0..255 -> (x / 255 - mean) / std, by channel."""
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std, dtype=torch.float64).view(3, 1, 1)
-    pixels.sub_((255 * mean).to(pixels)).mul_((1 / (255 * std)).to(pixels))
 
 
 def _erase(pixels: Tensor, probability: float, generator: np.random.Generator) -> None:

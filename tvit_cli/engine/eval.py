@@ -44,7 +44,7 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
     trained = open_trained(settings.model, working_directory=settings.working_directory, device=place.device)
     report(Note(f"Model: {trained.folder}"))
     views = _views(settings, trained.card)
-    choice = _choose_videos(settings, trained.card)
+    choice = choose_videos(settings, trained.card)
     source = open_source(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
         group_pattern=str(choice["group_pattern"]),
@@ -104,7 +104,7 @@ def _views(settings: EvalSettings, card: ModelCard) -> Views:
     return Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
 
 
-def _choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
+def choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
     """How the subsets are made: as was given, else as in training.
 
     On the data that the model was trained on, the groups that were held out then are meant by name: videos that

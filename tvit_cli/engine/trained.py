@@ -23,15 +23,18 @@ class Trained:
     device: torch.device
 
 
-def open_trained(given: Path | None, *, working_directory: Path, device: torch.device) -> Trained:
+def open_trained(
+    given: Path | None, *, working_directory: Path, device: torch.device, verify: bool = False
+) -> Trained:
     """Load a model folder (or the one of a run's folder); without one, the newest of the working directory.
 
-    Raises ModelError when there is none or it is not whole.
+    `verify` compares the weights with the hash in the card. Raises ModelError when there is none or it is not
+    whole.
     """
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / "model" / CARD_FILE).is_file():
         folder = folder / "model"
-    model, card = load_model(folder, device=device)
+    model, card = load_model(folder, device=device, verify=verify)
     return Trained(model.eval(), card, folder, device)
 
 

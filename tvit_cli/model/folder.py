@@ -36,10 +36,10 @@ def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> No
     if folder.exists() and not _may_be_replaced(folder):
         raise ModelError(f"{folder}: exists and is no model folder. Name another one, or move it away.")
     try:
-        with _replacing(folder) as new:
+        with replacing(folder) as new:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
             save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
-            card = card.model_copy(update={"weights_sha256": _sha256(new / WEIGHTS_FILE)})
+            card = card.model_copy(update={"weights_sha256": sha256(new / WEIGHTS_FILE)})
             (new / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RunError(
@@ -85,7 +85,7 @@ def load_model(
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise _missing_file(path)
-    if verify and _sha256(path) != card.weights_sha256:
+    if verify and sha256(path) != card.weights_sha256:
         raise ModelError(
             f"{path}: its hash is not the one in {CARD_FILE}. The file was changed; copy it again."
         )
@@ -131,7 +131,7 @@ def _may_be_replaced(folder: Path) -> bool:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed.
 
     What a process that was killed left of an earlier try is swept first; a model that it had already moved
@@ -145,7 +145,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
-        for path in (*new.iterdir(), new):
+        for path in (*new.rglob("*"), new):
             _sync(path)
         if folder.exists():
             folder.rename(old)
@@ -170,7 +170,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -253,4 +253,7 @@ def _describe(
         return f"{facts['metavar']}: nothing given. For example: {facts['example']}"
     value = values.get(key)
     shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return f"{places.get(key, flag(key))}: {shown}: {message.replace('input should', 'it should')}."
+    hint = ""
+    if error["type"] == "literal_error":
+        hint = suggestion(str(value), map(str, typing.get_args(base_type(fields[key]))))
+    return f"{places.get(key, flag(key))}: {shown}: {message.replace('input should', 'it should')}.{hint}"

@@ -1,0 +1,20 @@
+"""Label videos with `tvit export --format adapter`: PEFT, transformers, torch and PyAV, no tvit.
+
+    python use_adapter.py EXPORT VIDEO...
+
+The processor beside the backbone chooses the frames: the middle ones of as many equal shares of the video as a clip
+has frames.
+"""
+
+import sys
+
+from peft import PeftModel
+from transformers import pipeline
+
+folder, *videos = sys.argv[1:]
+classify = pipeline("video-classification", model=f"{folder}/backbone", trust_remote_code=True)
+classify.model = PeftModel.from_pretrained(classify.model, folder).eval()
+
+for video in videos:
+    best = classify(video, top_k=1)[0]
+    print(f"{video}\t{best['label']}\t{best['score']:.6f}")

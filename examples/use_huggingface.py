@@ -1,0 +1,18 @@
+"""Label videos with `tvit export --format huggingface`: transformers, torch and PyAV, no tvit.
+
+    python use_huggingface.py EXPORT VIDEO...
+
+EXPORT may be a repository on the Hugging Face hub. The processor in it chooses the frames: the middle ones of as
+many equal shares of the video as a clip has frames.
+"""
+
+import sys
+
+from transformers import pipeline
+
+folder, *videos = sys.argv[1:]
+classify = pipeline("video-classification", model=folder, trust_remote_code=True)
+
+for video in videos:
+    best = classify(video, top_k=1)[0]
+    print(f"{video}\t{best['label']}\t{best['score']:.6f}")

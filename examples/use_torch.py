@@ -1,0 +1,32 @@
+"""Label videos with `tvit export --format torch`: torch and PyAV, no tvit and no model code.
+
+    python use_torch.py EXPORT VIDEO...
+
+The frames are the middle ones of as many equal shares of the video as a clip has frames.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+folder, *videos = map(Path, sys.argv[1:])
+sys.path.insert(0, str(folder))
+
+from source.reading import read_clip  # noqa: E402  (a file that lies in the export)
+
+card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+facts = card["preprocessing"]
+model = torch.export.load(folder / "model.pt2").module()
+outside = folder / "preprocessing.pt2"  # not there when it is inside model.pt2
+preprocess = torch.export.load(outside).module() if outside.exists() else None
+
+for video in videos:
+    frames = read_clip(
+        video, n_frames=facts["n_frames"], short_side=facts["frame_size"], frame_grid=facts["frame_grid"]
+    )
+    clips = torch.from_numpy(frames)[None]
+    with torch.inference_mode():
+        scores = model(clips)[0] if preprocess is None else model(preprocess(clips))[0].softmax(0)
+    print(f"{video}\t{card['labels'][scores.argmax()]}\t{scores.max():.6f}")

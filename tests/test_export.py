@@ -1,0 +1,588 @@
+"""`tvit export`: every format answers as the model does, also where tvit cannot be imported."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_clips, make_pretrained, run
+
+import tvit_cli
+from tvit_cli import main
+from tvit_cli.data.pixels import frames_to_input
+from tvit_cli.data.sampling import indices_on_grid, segment_indices
+from tvit_cli.data.video import read_clip
+from tvit_cli.engine import export as engine
+from tvit_cli.engine.export import ExportResult, plain
+from tvit_cli.engine.export import onnx as onnx_format
+from tvit_cli.engine.export.carried import carried
+from tvit_cli.engine.export.parity import CLIPS, Parity
+from tvit_cli.engine.export.pixelgraph import PreprocessingGraph
+from tvit_cli.engine.export.sources import ROOMS, ship_package, shipped
+from tvit_cli.engine.predict import predict
+from tvit_cli.engine.train import TrainResult
+from tvit_cli.errors import ModelError, RunError, SettingsError
+from tvit_cli.model.folder import load_model
+from tvit_cli.settings.base import load
+from tvit_cli.settings.card import Preprocessing
+from tvit_cli.settings.export import ExportSettings
+from tvit_cli.settings.predict import PredictSettings
+
+ROOT = Path(__file__).parents[1]
+NEEDS_ONNX = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in onnx_format.PACKAGES),
+    reason='needs the extra: pip install "tvit[onnx]"',
+)
+BLOCKED = """
+import re, runpy, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tvit_cli":
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Blocked())
+sys.argv = sys.argv[1:]
+script, folder, clip = sys.argv[:3]
+runpy.run_path(script, run_name="__main__")
+readme = open(f"{folder}/README.md").read()
+exec(re.search(r"```python\\n(.*?)```", readme, re.DOTALL)[1].replace("FOLDER", folder).replace("clip.avi", clip), {})
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run with adapters, a bias and a layer trained in full, and blocks that see time."""
+    root = tmp_path_factory.mktemp("export")
+    return run(
+        path_to_data=str(make_clips(root / "colours")),
+        working_directory=root / "working_directory",
+        hf_model_name=str(make_pretrained(root / "pretrained")),
+        epochs=3,
+        attention="divided",
+        lora_rank=2,
+        lora_bias="all",
+        lora_exclude_modules="blocks.0.attention.v",
+    )
+
+
+@pytest.fixture
+def copied(trained: TrainResult, tmp_path: Path) -> Path:
+    """A copy of the run to spoil."""
+    return Path(shutil.copytree(trained.run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _remote_code_stays_out_of_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies remote code to a cache before it imports it."""
+    from transformers import dynamic_module_utils
+
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", folder)
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        yield
+
+
+@pytest.fixture
+def clips(trained: TrainResult) -> list[Path]:
+    return sorted(trained.run.parents[1].glob("colours/*/*_g0[12]_*"))
+
+
+def export(trained: TrainResult, output: Path, **settings: Any) -> ExportResult:
+    facts = {"model": trained.run, "output": output, **settings}
+    return engine.export(ExportSettings.model_validate(facts))
+
+
+def example(name: str, folder: Path, clips: list[Path]) -> subprocess.CompletedProcess[str]:
+    """An example, then the code of the export's own README, in a process that cannot import tvit."""
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(ROOT / "examples" / name), str(folder), *map(str, clips)],
+        cwd=folder.parent,
+        env={**environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def check_example(
+    trained: TrainResult, name: str, folder: Path, clips: list[Path], tolerance: float = 1e-5
+) -> None:
+    """Its labels and scores, from the video files on, are those of `tvit predict`."""
+    result = example(name, folder, clips)
+    assert result.returncode == 0, result.stderr
+    *lines, shown_by_readme = result.stdout.splitlines()
+    said = [line.split("\t") for line in lines]
+    assert said[0][1] in shown_by_readme
+    predictions = predict(PredictSettings(paths=tuple(clips), model=trained.model, top_k=1)).predictions
+    assert [row[:2] for row in said] == [[str(p.path), p.labels[0][0]] for p in predictions]
+    for row, prediction in zip(said, predictions, strict=True):
+        assert float(row[2]) == pytest.approx(prediction.labels[0][1], abs=tolerance)
+
+
+def check_folder(result: ExportResult, *files: str) -> dict[str, Any]:
+    """What is in an export: the files, with their hashes, and the proof."""
+    record: dict[str, Any] = json.loads((result.output / "parity.json").read_text())
+    there = {p.relative_to(result.output).as_posix() for p in result.output.rglob("*") if p.is_file()}
+    assert {"README.md", "card.json", *files} <= there
+    assert record["files"].keys() == there - {"parity.json"}
+    for name, expected in record["files"].items():
+        assert hashlib.sha256((result.output / name).read_bytes()).hexdigest() == expected
+    assert record["max_logit_difference"] == result.parity.max_logit_difference
+    assert record["videos"] == 3 and record["passed"]
+    assert (result.output / "README.md").read_text().startswith("---\nlibrary_name: ")
+    return record
+
+
+def test_safetensors_with_the_networks_own_files_label_clips(
+    trained: TrainResult, tmp_path: Path, clips: list[Path]
+) -> None:
+    result = export(trained, tmp_path / "plain")
+    check_folder(result, "model.safetensors", "source/vit.py", "source/reading.py")
+    assert result.parity.max_logit_difference == 0
+    check_example(trained, "use_safetensors.py", result.output, clips)
+
+
+def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(
+    trained: TrainResult, tmp_path: Path, clips: list[Path]
+) -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+
+    result = export(trained, tmp_path / "hf-export", format="huggingface")
+    check_folder(result, "model.safetensors", "config.json", "video_preprocessor_config.json")
+    assert result.parity.max_logit_difference <= 1e-6
+    check_example(trained, "use_huggingface.py", result.output, clips)
+
+    model, card = load_model(trained.model)
+    there: dict[str, Any] = {"pretrained_model_name_or_path": str(result.output), "trust_remote_code": True}
+    config = AutoConfig.from_pretrained(**there)
+    assert [config.id2label[i] for i in range(3)] == list(card.labels)
+    assert (config.num_frames, config.image_size, config.hidden_size) == (4, 32, 16)
+    processor = AutoVideoProcessor.from_pretrained(**there)
+    whole = read_clip(clips[0], lambda count: range(count), short_side=32).frames
+    pixels = processor(str(clips[0]), return_tensors="pt")["pixel_values"]
+    for frames in (whole, list(whole), [whole]):
+        assert torch.equal(processor(frames)["pixel_values"], pixels)
+    with pytest.raises(ValueError, match="frames must be uint8"):
+        processor(whole / 255)
+    with torch.inference_mode():
+        backbone = AutoModel.from_pretrained(**there)
+        torch.testing.assert_close(backbone(pixels).pooler_output, model.features(pixels))
+        classifier = AutoModelForVideoClassification.from_pretrained(**there)
+        answer = classifier(pixels, labels=torch.tensor([1]))
+        torch.testing.assert_close(answer.logits, model(pixels))
+        assert answer.loss == torch.nn.functional.cross_entropy(answer.logits, torch.tensor([1]))
+
+        five = AutoModelForVideoClassification.from_pretrained(
+            **there, num_labels=5, ignore_mismatched_sizes=True
+        )
+        assert five(pixels).logits.shape == (1, 5) and five.network.classifier.weight.any()
+        assert torch.equal(five.network.norm.weight, model.norm.weight)
+        fresh = AutoModelForVideoClassification.from_config(config, trust_remote_code=True)
+        assert all(bool(p.isfinite().all()) for p in fresh.parameters())
+
+    classifier.save_pretrained(tmp_path / "again")
+    processor.save_pretrained(tmp_path / "again")
+    again = AutoModelForVideoClassification.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(pixels).logits, classifier(pixels).logits)
+    reloaded = AutoVideoProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(reloaded(whole)["pixel_values"], pixels)
+
+
+@NEEDS_ONNX
+def test_onnx_takes_any_number_of_clips_knows_its_labels_and_has_a_price_in_8_bits(
+    trained: TrainResult, tmp_path: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+    import onnxruntime
+
+    result = export(trained, tmp_path / "graph", format="onnx")
+    check_folder(result, "model.onnx", "preprocessing.onnx", "source/reading.py")
+    check_example(trained, "use_onnx.py", result.output, clips)
+
+    session = onnxruntime.InferenceSession(result.output / "model.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["labels"]) == ["Blue", "Green", "Red"]
+    assert json.loads(metadata["preprocessing"])["n_frames"] == 4 and "middle" in metadata["sampling"]
+    pixels = np.random.default_rng(0).normal(size=(5, 4, 3, 32, 32)).astype(np.float32)
+    together = session.run(None, {"pixel_values": pixels})[0]
+    alone = np.concatenate([session.run(None, {"pixel_values": p[None]})[0] for p in pixels])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+    def traced_already(graph: Any, path: Path) -> None:  # tracing takes seconds, and gives the same
+        shutil.copyfile(result.output / path.name, path)
+
+    monkeypatch.setattr(onnx_format, "_trace", traced_already)
+    small = export(trained, tmp_path / "small", format="onnx", int8=True)
+    record = check_folder(small, "model.onnx", "preprocessing.onnx")
+    assert 0 < small.parity.max_logit_difference < 0.1
+    assert (record["logit_limit"], record["agreement_limit"]) == (None, 0.95)
+    weights = [t.data_type for t in onnx.load(small.output / "model.onnx").graph.initializer]
+    assert weights.count(onnx.TensorProto.INT8) >= 13
+    check_example(trained, "use_onnx.py", small.output, clips, tolerance=0.01)
+
+    content = bytearray((result.output / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (result.output / "model.onnx").write_bytes(content)
+    refused = example("use_onnx.py", result.output, clips)
+    assert refused.returncode == 1 and not refused.stdout
+    assert "model.onnx: its hash is not the one in parity.json" in refused.stderr
+
+
+def test_a_torch_program_runs_without_model_code(
+    trained: TrainResult, tmp_path: Path, clips: list[Path]
+) -> None:
+    result = export(trained, tmp_path / "program", format="torch")
+    check_folder(result, "model.pt2", "preprocessing.pt2", "source/reading.py")
+    assert result.parity.max_logit_difference <= 1e-6
+    check_example(trained, "use_torch.py", result.output, clips)
+
+
+def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    result = export(trained, tmp_path / "one", format="torch", with_preprocessing=True)
+    check_folder(result, "model.pt2", "source/reading.py")
+    assert not (result.output / "preprocessing.pt2").exists()
+    model = torch.export.load(result.output / "model.pt2").module()
+    for n_clips, height, width in ((1, 20, 90), (3, 60, 40)):
+        frames = torch.randint(0, 256, (n_clips, 4, height, width, 3), dtype=torch.uint8)
+        torch.testing.assert_close(model(frames).sum(1), torch.ones(n_clips))
+
+
+def test_an_adapter_goes_onto_the_bare_backbone_beside_it(
+    trained: TrainResult, tmp_path: Path, clips: list[Path]
+) -> None:
+    result = export(trained, tmp_path / "learnt", format="adapter")
+    check_folder(result, "adapter_config.json", "adapter_model.safetensors", "backbone/config.json")
+    assert result.parity.max_logit_difference <= 1e-5
+    check_example(trained, "use_adapter.py", result.output, clips)
+
+    backbone = load_file(result.output / "backbone" / "model.safetensors")
+    pretrained = load_file(trained.run.parents[1] / "pretrained" / "model.safetensors")
+    name = "blocks.1.attention.q"
+    assert torch.equal(
+        backbone[f"network.{name}.weight"],
+        pretrained["encoder.layer.1.attention.attention.query.weight"],
+    )
+    adapter = load_file(result.output / "adapter_model.safetensors")
+    assert adapter[f"base_model.model.network.{name}.lora_A.weight"].shape == (2, 16)
+    trained_classifier = load_file(trained.model / "model.safetensors")["classifier.weight"]
+    assert torch.equal(adapter["base_model.model.network.classifier.weight"], trained_classifier)
+    assert not torch.equal(backbone["network.classifier.weight"], trained_classifier)
+    assert "base_model.model.network.blocks.0.temporal.scale.gate" in adapter
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train": "all"}, "trained with --train all, so there is no adapter"),
+        ({"lora_rank": 0}, "trained with --lora-rank 0, so there is no adapter"),
+        (
+            {"checkpoint_dir": "elsewhere"},
+            "elsewhere: no checkpoint there. .* is in the checkpoints of its run",
+        ),
+        (None, "settings.json: missing. .* Name the run's folder"),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_missed_before_anything_is_computed(
+    copied: Path, changes: dict[str, Any] | None, sentence: str
+) -> None:
+    path = copied / "settings.json"
+    if changes is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ModelError, match=sentence):
+        engine.export(ExportSettings(model=copied, format="adapter"))
+    assert not (copied / "export").exists()
+
+
+def test_an_adapter_needs_the_weights_it_was_trained_on(trained: TrainResult, copied: Path) -> None:
+    other = copied.parent / "other"
+    shutil.copytree(trained.run.parents[1] / "pretrained", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "layernorm.bias": weights["layernorm.bias"] + 1}, other / "model.safetensors")
+    path = copied / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hf_model_name": str(other)}))
+    with pytest.raises(ModelError, match="these are not the weights that the model was trained on"):
+        engine.export(ExportSettings(model=copied, format="adapter"))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = plain.write
+
+    def write_other_weights(job: Any, folder: Path) -> None:
+        write(job, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["classifier.bias"][0] += 1
+        save_file(weights, folder / "model.safetensors")
+
+    spoiled = engine.Format(lambda job: None, write_other_weights, plain.opened, ("torch",))
+    monkeypatch.setitem(engine.FORMATS, "safetensors", spoiled)
+
+
+def test_an_export_that_answers_otherwise_is_not_written_and_the_exit_code_is_1(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = export(trained, tmp_path / "plain").output / "parity.json"
+    before = kept.read_bytes()
+    spoil(monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        main.run(["export", str(trained.run), "--output", str(tmp_path / "plain"), "--overwrite"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "largest difference of a logit 1 (at most 0.0001)" in said and "On 3 clips" in said
+    assert kept.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "agreement", "int8", "passed"),
+    [
+        (1e-4, 1.0, False, True),
+        (1.1e-4, 1.0, False, False),
+        (float("nan"), 1.0, False, False),
+        (1e-5, 0.95, False, False),
+        (9.0, 0.95, True, True),
+        (0.0, 0.94, True, False),
+    ],
+)
+def test_a_proof_has_limits(difference: float, agreement: float, int8: bool, passed: bool) -> None:
+    parity = Parity("", 20, difference, agreement, None if int8 else 1e-4, 0.95 if int8 else 1.0)
+    assert parity.passed == passed
+
+
+def test_what_is_there_is_replaced_only_when_told_to(trained: TrainResult, tmp_path: Path) -> None:
+    first = export(trained, tmp_path / "plain")
+    (first.output / "stale").touch()
+    with pytest.raises(SettingsError, match=r"an export is there already\. Replace it with --overwrite"):
+        export(trained, tmp_path / "plain")
+    export(trained, tmp_path / "plain", overwrite=True)
+    assert not (tmp_path / "plain" / "stale").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    with pytest.raises(SettingsError, match="thesis: exists and is no export"):
+        export(trained, tmp_path / "thesis", overwrite=True)
+
+
+def test_the_command_says_what_the_proof_found_and_where_the_export_is(
+    trained: TrainResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained.run.parents[1])
+    main.build_app()(["export", "-f", "safetensors"], standalone_mode=False)  # the newest model
+    said = capsys.readouterr().out
+    folder = Path("working_directory", trained.run.name, "export", "safetensors")
+    assert "largest difference of a logit  0.0e+00  0.0001" in said and f"Written to {folder}" in said
+    assert (folder / "parity.json").is_file()
+
+
+def test_the_proof_takes_clips_that_are_named_and_noise_where_there_are_none(
+    trained: TrainResult, copied: Path, tmp_path: Path
+) -> None:
+    blue = trained.run.parents[1] / "colours" / "Blue"
+    named = export(trained, tmp_path / "named", clips=blue).parity
+    assert (named.clips, named.videos) == (str(blue), 6)
+    path = copied / "model" / "card.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "settings": {**card["settings"], "path_to_data": "moved/away"}}))
+    notes: list[Any] = []
+    made_up = engine.export(ExportSettings(model=copied / "model"), notes.append)
+    assert (made_up.parity.clips, made_up.parity.videos) == ("seeded noise", 8)
+    assert made_up.output == copied / "export" / "safetensors"
+    assert any("The proof takes made-up clips: --path-to-data moved/away" in note.text for note in notes)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.avi").write_text("not a video")
+    with pytest.raises(RunError, match=r"none of the 1 clips can be read\. Name others with --clips"):
+        export(trained, tmp_path / "unproved", clips=tmp_path / "broken")
+
+
+def test_many_clips_are_taken_evenly() -> None:
+    from tvit_cli.engine.export.parity import _spread
+
+    paths = [Path(str(i)) for i in range(100)]
+    assert [int(p.name) for p in _spread(paths)] == list(range(2, 100, 5)) and CLIPS == 20
+    assert _spread(paths[:3]) == paths[:3]
+
+
+def test_weights_that_were_changed_are_not_exported(trained: TrainResult, copied: Path) -> None:
+    path = copied / "model" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "classifier.bias": weights["classifier.bias"] + 1}, path)
+    with pytest.raises(ModelError, match=r"its hash is not the one in card\.json"):
+        engine.export(ExportSettings(model=copied))
+
+
+def test_labels_that_do_not_fit_the_classifier_are_refused(copied: Path) -> None:
+    path = copied / "model" / "card.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "labels": ["Blue", "Red"]}))
+    with pytest.raises(ModelError, match="2 labels for a classifier of 3 classes"):
+        engine.export(ExportSettings(model=copied))
+
+
+def test_the_extra_is_named_where_it_is_missing(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find_spec(name, *a)
+    )
+    with pytest.raises(ModelError, match=r'needs onnxruntime, which .* install "tvit\[onnx\]"'):
+        export(trained, tmp_path / "graph", format="onnx")
+    assert not (tmp_path / "graph").exists()
+
+
+def test_an_older_transformers_is_refused(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tvit_cli.engine.export import huggingface
+
+    monkeypatch.setattr(huggingface, "metadata", SimpleNamespace(version=lambda name: "4.57.1"))
+    with pytest.raises(ModelError, match=r"needs transformers 5 or newer, and 4\.57\.1 is installed"):
+        export(trained, tmp_path / "hf", format="huggingface")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"format": "onxx"}, "--format: onxx: it should be .* Did you mean onnx?"),
+        ({"format": "torch", "int8": True}, "--int8 needs --format onnx, not torch"),
+        (
+            {"format": "adapter", "with_preprocessing": True},
+            "--with-preprocessing needs --format onnx or torch",
+        ),
+        ({"push_to_hub": "ada"}, "--push-to-hub: ada: it should be USER/NAME"),
+        ({"private": True}, "--private needs --push-to-hub"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(flags: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        load(ExportSettings, flags=flags, environ={})
+
+
+class Hub:
+    """Stands in for huggingface_hub.HfApi; `error` is raised at the method named `fails_at`."""
+
+    def __init__(self, fails_at: str = "", error: Exception | None = None) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.fails_at, self.error = fails_at, error
+
+    def __getattr__(self, name: str) -> Callable[..., str]:
+        def call(*names: str, **facts: Any) -> str:
+            self.calls.append((name, {**facts, "names": names}))
+            if name == self.fails_at:
+                assert self.error is not None
+                raise self.error
+            return "https://huggingface.co/ada/colours"
+
+        return call
+
+
+def test_an_export_is_uploaded_whole(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    result = export(trained, tmp_path / "plain", push_to_hub="ada/colours", private=True)
+    assert result.url == "https://huggingface.co/ada/colours"
+    assert [name for name, _ in hub.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert hub.calls[1][1] == {"names": ("ada/colours",), "private": True, "exist_ok": True}
+    assert hub.calls[2][1]["repo_id"] == "ada/colours"
+    assert (hub.calls[2][1]["folder_path"] / "parity.json").is_file()
+
+
+def test_who_is_not_logged_in_is_told_how_before_anything_is_written(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("whoami", LocalTokenNotFoundError("no token")))
+    with pytest.raises(RunError, match=r"not logged in to the Hugging Face hub\. .* hf auth login"):
+        export(trained, tmp_path / "plain", push_to_hub="ada/colours")
+    assert not (tmp_path / "plain").exists()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("upload_folder", OSError("cut off")))
+    with pytest.raises(
+        RunError, match=r"the upload broke off \(cut off\). The export is whole in .*plain; go on"
+    ):
+        export(trained, tmp_path / "plain", push_to_hub="ada/colours")
+    assert (tmp_path / "plain" / "parity.json").is_file()
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_the_graph_of_preprocessing_gives_the_same_bits(resize: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for height, width, size in [
+        *((48, 64, 32), (32, 32, 32), (7, 9, 32), (90, 31, 32), (300, 84, 80), (33, 100, 32), (61, 61, 96)),
+        *(
+            (h, w, s)
+            for h, w, s in torch.randint(9, 90, (12, 3), generator=generator).tolist()
+            if max(h, w) <= 4 * min(h, w)
+        ),
+    ]:
+        facts = Preprocessing(n_frames=2, frame_size=size, resize=resize, mean=(0.4, 0.5, 0.6))
+        frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
+        expected = frames_to_input(
+            frames.permute(0, 3, 1, 2), frame_size=size, resize=resize, mean=facts.mean, std=facts.std
+        )
+        assert torch.equal(PreprocessingGraph(facts)(frames[None])[0], expected), (height, width, size)
+
+
+@pytest.mark.parametrize("grid", [None, 5])
+def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
+    tmp_path: Path, make_video: Callable[..., Path], packed_xvid: Path, grid: int | None
+) -> None:
+    def choose(count: int) -> list[int]:
+        return segment_indices(count, 4) if grid is None else indices_on_grid(count, 4, grid=grid)
+
+    ship_package(tmp_path, ("reading",))
+    videos = [packed_xvid, make_video(tmp_path / "a.avi", 11), make_video(tmp_path / "b.mp4", 2)]
+    damaged = bytearray(videos[1].read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 200] = bytes(200)
+    (tmp_path / "damaged.avi").write_bytes(damaged)
+    with carried(tmp_path) as module:
+        for video in [*videos, tmp_path / "damaged.avi"]:
+            for short_side in (32, 200):
+                expected = read_clip(video, choose, short_side=short_side).frames
+                frames = module("reading").read_clip(
+                    video, n_frames=4, short_side=short_side, frame_grid=grid
+                )
+                assert np.array_equal(frames, expected), (video, short_side)
+        (tmp_path / "text.avi").write_text("not a video")
+        with pytest.raises(Exception, match=r"text\.avi"):
+            module("reading").read_clip(tmp_path / "text.avi", n_frames=4, short_side=32)
+    assert not [name for name in sys.modules if name.startswith("_tvit_export_")]
+
+
+def test_what_is_shipped_imports_itself_and_four_packages() -> None:
+    allowed = {"torch", "numpy", "av", "transformers", *sys.stdlib_module_names}
+    files = shipped(("modeling_tvit", "processing_tvit"))
+    assert {"vit", "attention", "config", "sampling", "pixels", "reading"} <= files.keys()
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in allowed for alias in node.names), name
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in files, name
+            elif isinstance(node, ast.ImportFrom):
+                assert str(node.module).split(".")[0] in allowed, name
+    names = [p.stem for room in ROOMS for p in room.glob("*.py") if p.stem in files]
+    assert len(names) == len(set(names)), "in an export they lie in one folder"
+    assert tvit_cli.__version__

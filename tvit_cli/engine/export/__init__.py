@@ -1,0 +1,143 @@
+"""`tvit export`: a trained model in another form, with the proof that it answers the same."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+import tvit_cli
+from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.export import adapter, huggingface, onnx, plain, program
+from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.parity import PARITY_FILE, Parity, compare, reference
+from tvit_cli.engine.export.publish import check_login, publish
+from tvit_cli.engine.export.readme import README_FILE, readme
+from tvit_cli.engine.trained import open_trained
+from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.model.folder import replacing, sha256
+from tvit_cli.settings.export import ExportSettings
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is written, and how an export of it answers on its own.
+
+    `check` finds what is missing before anything is computed.
+    """
+
+    check: Callable[[Job], None]
+    write: Callable[[Job, Path], None]
+    opened: Callable[[Path], AbstractContextManager[Answerer]]
+    packages: tuple[str, ...]  # whose versions the proof is for
+
+
+FORMATS: dict[str, Format] = {
+    "safetensors": Format(lambda job: None, plain.write, plain.opened, ("torch", "safetensors")),
+    "huggingface": Format(
+        huggingface.check, huggingface.write, huggingface.opened, ("torch", "transformers")
+    ),
+    "onnx": Format(onnx.check, onnx.write, onnx.opened, ("onnx", "onnxscript", "onnxruntime")),
+    "torch": Format(lambda job: None, program.write, program.opened, ("torch",)),
+    "adapter": Format(adapter.check, adapter.write, adapter.opened, ("torch", "transformers", "peft")),
+}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the export is, how large, what the proof found, and where it was uploaded."""
+
+    output: Path
+    bytes: int
+    parity: Parity
+    url: str | None
+
+
+def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
+    """Write a model folder in another format, whole or not at all, and prove it on clips.
+
+    Raises ModelError for the model or a package that is missing, SettingsError where something is in the way,
+    RunError when the proof fails (nothing is written then), the disk is full, or the hub refuses.
+    """
+    trained = open_trained(
+        settings.model, working_directory=settings.working_directory, device=torch.device("cpu"), verify=True
+    )
+    report(Note(f"Model: {trained.folder}"))
+    job = Job(trained, settings, report)
+    output = settings.output or job.run / "export" / settings.format
+    _check_free(output, settings)
+    form = FORMATS[settings.format]
+    form.check(job)
+    if settings.push_to_hub is not None:
+        check_login()
+    try:
+        with reference(job) as expected, replacing(output) as folder:
+            form.write(job, folder)
+            with form.opened(folder) as answer:
+                parity = compare(expected, answer, settings)
+            _refuse(parity, settings)
+            (folder / README_FILE).write_text(readme(job, parity), encoding="utf-8")
+            record = _record(job, parity, folder, form.packages)
+            (folder / PARITY_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{output}: the export cannot be written ({error}). Free some space, or choose another --output."
+        ) from error
+    url = None
+    if settings.push_to_hub is not None:
+        report(Note(f"Uploading to {settings.push_to_hub}"))
+        url = publish(output, settings.push_to_hub, private=settings.private)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return ExportResult(output, size, parity, url)
+
+
+def _check_free(output: Path, settings: ExportSettings) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / PARITY_FILE).is_file():
+        raise SettingsError(f"{output}: exists and is no export. Name another folder with --output.")
+    if not settings.overwrite:
+        raise SettingsError(
+            f"{output}: an export is there already. Replace it with --overwrite, or name another --output."
+        )
+
+
+def _refuse(parity: Parity, settings: ExportSettings) -> None:
+    """Raise RunError for an export that does not answer as the model does."""
+    if parity.passed:
+        return
+    limit = "" if parity.logit_limit is None else f" (at most {parity.logit_limit:g})"
+    raise RunError(
+        f"--format {settings.format}: the export does not answer as the model does, so nothing was written. On "
+        f"{parity.videos} clips ({parity.clips}): largest difference of a logit "
+        f"{parity.max_logit_difference:.2g}{limit}, top-1 agreement {parity.top1_agreement:.3f} (at least "
+        f"{parity.agreement_limit:g})." + (" Export without --int8." if settings.int8 else "")
+    )
+
+
+def _record(job: Job, parity: Parity, folder: Path, packages: tuple[str, ...]) -> dict[str, object]:
+    """What parity.json holds: the proof, what it was made with, and the hash of every file."""
+    settings = job.settings
+    return {
+        "format": settings.format,
+        "with_preprocessing": settings.with_preprocessing,
+        "int8": settings.int8,
+        **parity.to_dict(),
+        "weights_sha256": job.trained.card.weights_sha256,
+        "tvit": tvit_cli.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "files": {
+            path.relative_to(folder).as_posix(): sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }

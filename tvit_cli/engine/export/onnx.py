@@ -1,0 +1,134 @@
+"""`--format onnx`: graphs for ONNX Runtime and whatever else reads ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvit_cli.engine.export.carried import carried
+from tvit_cli.engine.export.graphs import Graph, graphs, read_frames
+from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.quiet import quiet
+from tvit_cli.engine.export.sources import ship_package
+from tvit_cli.errors import ModelError
+from tvit_cli.model.folder import CARD_FILE
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 20
+LARGEST_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB, larger ones go beside it
+SAMPLING = (
+    "The frame in the middle of each of n_frames equal shares of the video: of N frames, share s gives frame "
+    "floor((s + 1/2) N / n_frames). With fewer frames than n_frames: all, then the last again. With frame_grid G: "
+    "the same, of the G frames that this rule chooses first."
+)
+
+
+def check(job: Job) -> None:
+    """Raise ModelError where a package is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"--format onnx needs {', '.join(missing)}, which is not installed. "
+            'Install it: python -m pip install "tvit[onnx]"'
+        )
+
+
+def write(job: Job, folder: Path) -> None:
+    """Write model.onnx, preprocessing.onnx where that is not inside, card.json and the package `source`."""
+    import onnx
+
+    for name, graph in graphs(job).items():
+        path = folder / f"{name}.onnx"
+        _trace(graph, path)
+        if job.settings.int8 and name == "model":
+            _quantise(path)
+        model = onnx.load(path, load_external_data=False)
+        onnx.helper.set_model_props(model, _facts(job, graph))
+        onnx.save(model, path)
+    (folder / CARD_FILE).write_text(job.trained.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    ship_package(folder, ("reading",))
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Answerer]:
+    """The exported graphs in ONNX Runtime, on the frames that the shipped file reads."""
+    model = _session(folder / "model.onnx")
+    facts = json.loads(model.get_modelmeta().custom_metadata_map["preprocessing"])
+    outside = folder / "preprocessing.onnx"
+    preprocess = _session(outside) if outside.is_file() else None
+    with carried(folder) as module:
+
+        def answer(videos: Sequence[Path]) -> Tensor:
+            rows = []
+            for video in videos:
+                clips = read_frames(module("reading"), video, facts)
+                if preprocess is not None:
+                    (clips,) = preprocess.run(None, {preprocess.get_inputs()[0].name: clips})
+                row = torch.from_numpy(model.run(None, {model.get_inputs()[0].name: clips})[0][0])
+                rows.append(row.log() if preprocess is None else row)
+            return torch.stack(rows)
+
+        yield answer
+
+
+def _trace(graph: Graph, path: Path) -> None:
+    weights = sum(tensor.nbytes for tensor in graph.module.state_dict().values())
+    with quiet():
+        program = torch.onnx.export(
+            graph.module,
+            (graph.example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[graph.input_name],
+            output_names=[graph.output_name],
+            dynamic_shapes=(graph.dynamic,),
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=weights > LARGEST_FILE)
+
+
+def _quantise(path: Path) -> None:
+    """Weights of matrix products to 8 bits, each output channel with a scale of its own, in place."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(path)
+    del model.graph.value_info[:]  # the shapes in it contradict those of the quantised graph
+    with quiet():
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
+
+
+def _facts(job: Job, graph: Graph) -> dict[str, str]:
+    """The metadata of a graph: all that stands between a video and a label."""
+    card = job.trained.card
+    return {
+        "labels": json.dumps(card.labels, ensure_ascii=False),
+        "preprocessing": card.preprocessing.model_dump_json(),
+        "sampling": SAMPLING,
+        "input": f"{graph.input_name}: {graph.input_kind}",
+        "output": graph.output_name,
+        "tvit_version": card.tvit_version,
+        "weights_sha256": card.weights_sha256,
+    }
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,57 @@
+"""`--format safetensors`: merged weights, the card, and the files of the network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tvit_cli.engine.export.carried import carried
+from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.sources import ship_package
+from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE
+
+FILES = ("vit", "reading", "pixels")
+
+
+def write(job: Job, folder: Path) -> None:
+    """Write model.safetensors, card.json and the package `source`."""
+    state = {name: tensor.contiguous() for name, tensor in job.trained.model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CARD_FILE).write_text(job.trained.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    ship_package(folder, FILES)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Answerer]:
+    """The exported model, from its own files alone."""
+    card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    with carried(folder) as module:
+        config = module("config").ViTConfig.from_dict(card["model"])
+        model = module("vit").TemporalViT(config, initialise=False).eval()
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
+
+        @torch.inference_mode()
+        def answer(videos: Sequence[Path]) -> Tensor:
+            facts = card["preprocessing"]
+            rows = []
+            for video in videos:
+                frames = module("reading").read_clip(
+                    video,
+                    n_frames=facts["n_frames"],
+                    short_side=facts["frame_size"],
+                    frame_grid=facts["frame_grid"],
+                )
+                clip = module("pixels").frames_to_input(
+                    torch.from_numpy(frames).permute(0, 3, 1, 2),
+                    **{key: facts[key] for key in ("frame_size", "resize", "mean", "std")},
+                )
+                rows.append(model(clip[None])[0])
+            return torch.stack(rows)
+
+        yield answer

@@ -1,0 +1,164 @@
+"""The README.md of an export: what the model is, how good, where it came from, how to use it."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from tvit_cli.engine.export.graphs import FRAMES, PIXELS
+from tvit_cli.engine.export.job import Job
+from tvit_cli.engine.export.parity import PARITY_FILE, Parity
+from tvit_cli.engine.results import METRICS_FILE
+from tvit_cli.settings.card import ModelCard
+
+README_FILE = "README.md"
+SHOWN_METRICS = ("video_top1", "video_top5", "mean_class_accuracy", "macro_f1", "calibration_error", "videos")
+LIBRARIES = {
+    "safetensors": "pytorch",
+    "huggingface": "transformers",
+    "onnx": "onnx",
+    "torch": "pytorch",
+    "adapter": "peft",
+}
+HOME = "https://github.com/detker/Temporal-Vision-Transformer-LoRA"
+NO_METRICS = "Not measured: no validation subset, and `tvit eval` has not been run.\n"
+PREPROCESS = {  # what a script does where preprocessing is not inside
+    "onnx": 'preprocess = onnxruntime.InferenceSession("FOLDER/preprocessing.onnx")\n'
+    '(clips,) = preprocess.run(None, {"frames": clips})\n',
+    "torch": 'clips = torch.export.load("FOLDER/preprocessing.pt2").module()(clips)\n',
+}
+INSIDE = (
+    "`{model}` takes frames as they are decoded, uint8 (B, T, H, W, 3) of any size, any number of clips, and gives "
+    "scores."
+)
+OUTSIDE = (
+    "`{preprocessing}` turns frames as they are decoded, uint8 (B, T, H, W, 3) of any size, into what `{model}` "
+    "takes, which gives logits; any number of clips."
+)
+
+
+def readme(job: Job, parity: Parity) -> str:
+    """README.md: a header that the Hugging Face hub reads, then the model in words and numbers."""
+    card, settings = job.trained.card, job.settings
+    metrics = _metrics(job)
+    title = f"{job.run.resolve().name} ({settings.format})"
+    parts = [
+        _header(card, settings.format),
+        f"# {title}\n\nA temporal Vision Transformer that tells {len(card.labels)} classes of videos apart: "
+        f"{_listed(card.labels)}. Trained and exported with [tvit]({HOME}) {card.tvit_version}.\n",
+        f"## Use\n\n{_use(job)}",
+        f"## Input\n\n{_input(card)}",
+        f"## How good\n\n{_table(('subset', 'metric', 'value'), metrics) if metrics else NO_METRICS}",
+        f"## The same answers\n\n{_proof(parity, int8=settings.int8)}",
+        f"## Where it came from\n\n{_table(('what', 'value'), _provenance(card))}",
+    ]
+    return "\n".join(parts)
+
+
+def _header(card: ModelCard, form: str) -> str:
+    lines = [
+        "---",
+        f"library_name: {LIBRARIES[form]}",
+        "pipeline_tag: video-classification",
+        "tags:",
+        "- tvit",
+        "- video-classification",
+    ]
+    if card.base is not None and _is_repository(card.base.name):
+        lines.append(f"base_model: {card.base.name}")
+    return "\n".join([*lines, "---", ""])
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a base is a name on the hub: what the hub has no revision of is a local folder."""
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def _use(job: Job) -> str:
+    """How to label a video with the export, from the file `use/<format>.md`."""
+    form, inside = job.settings.format, job.settings.with_preprocessing
+    text = (resources.files("tvit_cli.engine.export") / "use" / f"{form}.md").read_text(encoding="utf-8")
+    suffix = {"onnx": "onnx", "torch": "pt2"}.get(form, "")
+    names = {"model": f"model.{suffix}", "preprocessing": f"preprocessing.{suffix}"}
+    return Template(text).substitute(
+        inputs=(INSIDE if inside else OUTSIDE).format(**names),
+        preprocess="" if inside else PREPROCESS.get(form, ""),
+        input=FRAMES if inside else PIXELS,
+    )
+
+
+def _input(card: ModelCard) -> str:
+    facts = card.preprocessing
+    grid = "" if facts.frame_grid is None else f" (of {facts.frame_grid} evenly spaced ones)"
+    size = f"{facts.frame_size} x {facts.frame_size}"
+    how = (
+        f"the short side scaled to {facts.frame_size} pixels and {size} cut from the centre"
+        if facts.resize == "crop"
+        else f"the whole frame scaled to {size} pixels"
+    )
+    return (
+        f"{facts.n_frames} frames{grid}, the middle one of each of {facts.n_frames} equal shares of the video, in "
+        f"RGB; {how} (bilinear, antialiased, in 8 bits); divided by 255, then normalised with mean "
+        f"{_numbers(facts.mean)} and standard deviation {_numbers(facts.std)}.\n"
+    )
+
+
+def _metrics(job: Job) -> list[tuple[str, str, str]]:
+    """Subset, name and value: of the validation during training, then of every evaluation of the run."""
+    card = job.trained.card
+    found = [("val", k.removeprefix("val_"), f"{v:.4f}") for k, v in card.metrics.items()]
+    for path in sorted(job.run.glob(f"eval/*/{METRICS_FILE}")):
+        values = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        found += [
+            (path.parent.name, name, f"{values[name]:.0f}" if name == "videos" else f"{values[name]:.4f}")
+            for name in SHOWN_METRICS
+            if name in values
+        ]
+    return found
+
+
+def _proof(parity: Parity, *, int8: bool) -> str:
+    cost = " Its weights have 8 bits; this is what they cost." if int8 else ""
+    return (
+        f"On {parity.videos} clips ({parity.clips}), from the video file to the logits: largest difference from "
+        f"the trained model {parity.max_logit_difference:.2g}, top-1 agreement {parity.top1_agreement:.3f}.{cost} "
+        f"`{PARITY_FILE}` has the details and the hash of every file.\n"
+    )
+
+
+def _provenance(card: ModelCard) -> list[tuple[str, str]]:
+    told = card.settings
+    base = "none, trained from scratch"
+    if card.base is not None:
+        base = card.base.name + (f", revision {card.base.revision}" if card.base.revision else "")
+        base += f", sha256 `{card.base.sha256}`" if card.base.sha256 else ""
+    rows = [
+        ("weights", f"sha256 `{card.weights_sha256}`"),
+        ("pretrained weights", base),
+        ("data", Path(str(told.get("path_to_data", "unknown"))).name),
+    ]
+    shape = ("attention", "pool", "width", "depth", "num_heads", "patch_size", "tubelet_size", "n_frames")
+    rows.append(("network", ", ".join(f"{key} {card.model[key]}" for key in shape if key in card.model)))
+    trained = ("train", "lora_rank", "lora_alpha", "epochs", "learning_rate", "per_gpu_batch_size", "seed")
+    rows.append(("training", ", ".join(f"{key} {told[key]}" for key in trained if key in told)))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return (
+        "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
+        + "\n"
+    )
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
+    return ", ".join(labels[:12]) + more
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,1 @@
+"""Files that exports carry: they import each other, torch, PyAV and transformers, and never tvit."""
