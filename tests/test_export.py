@@ -300,7 +300,8 @@ def test_an_adapter_goes_onto_the_bare_backbone_beside_it(
             {"checkpoint_dir": "elsewhere"},
             "elsewhere: no checkpoint there. .* is in the checkpoints of its run",
         ),
-        (None, "settings.json: missing. .* Name the run's folder"),
+        ({"colour": "blue"}, r"settings\.json, colour: unknown setting"),
+        (None, r"settings\.json: missing\. .* Name the run's folder"),
     ],
 )
 def test_an_adapter_that_is_not_there_is_missed_before_anything_is_computed(
@@ -311,7 +312,7 @@ def test_an_adapter_that_is_not_there_is_missed_before_anything_is_computed(
         path.unlink()
     else:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises((ModelError, SettingsError), match=sentence):
         engine.export(ExportSettings(model=copied, format="adapter"))
     assert not (copied / "export").exists()
 
@@ -400,7 +401,7 @@ def test_the_proof_takes_clips_that_are_named_and_noise_where_there_are_none(
 ) -> None:
     blue = trained.run.parents[1] / "colours" / "Blue"
     named = export(trained, tmp_path / "named", clips=blue).parity
-    assert (named.clips, named.videos) == (str(blue), 6)
+    assert (named.clips, named.videos) == ("Blue", 6)
     path = copied / "model" / "card.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, "settings": {**card["settings"], "path_to_data": "moved/away"}}))

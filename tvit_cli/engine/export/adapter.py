@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,17 @@ from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.run import SETTINGS_FILE
 from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
-from tvit_cli.model.folder import CARD_FILE
+from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
 BACKBONE = "backbone"
 
 
 def check(job: Job) -> None:
-    """Raise ModelError for a model without an adapter, or whose run has no checkpoint to take it from."""
+    """Raise ModelError for a model without an adapter, or whose run has no checkpoint to take it from.
+
+    Raises SettingsError for a run of another tvit, whose settings this one does not know.
+    """
     huggingface.check(job)
     settings = _settings(job)
     if settings.train != "lora" or settings.lora_rank == 0:
@@ -59,7 +61,7 @@ def write(job: Job, folder: Path) -> None:
     (folder / BACKBONE).mkdir()
     huggingface.write_model(folder / BACKBONE, bare, card)
     lora.save_adapter(built.model, folder, prefix=huggingface.PREFIX, backbone=BACKBONE)
-    (folder / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    job.write_card(folder)
 
 
 @contextmanager
@@ -82,4 +84,4 @@ def _settings(job: Job) -> TrainSettings:
             f"{path}: missing. A model folder holds merged weights; the adapter is in the checkpoints of its run. "
             "Name the run's folder, or export with another --format."
         )
-    return TrainSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    return load(TrainSettings, flags={}, config=path, environ={}).settings

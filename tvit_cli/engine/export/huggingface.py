@@ -17,7 +17,7 @@ from tvit_cli.engine.export.job import Answerer, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.export.sources import ship
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE
+from tvit_cli.model.folder import WEIGHTS_FILE
 from tvit_cli.settings.card import ModelCard
 
 CONFIG_FILE = "config.json"
@@ -39,7 +39,7 @@ def check(job: Job) -> None:
 def write(job: Job, folder: Path) -> None:
     """Write weights, configuration, processor, card.json and the files of the network, all side by side."""
     write_model(folder, job.trained.model.state_dict(), job.trained.card)
-    (folder / CARD_FILE).write_text(job.trained.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    job.write_card(folder)
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:

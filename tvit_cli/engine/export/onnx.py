@@ -18,7 +18,6 @@ from tvit_cli.engine.export.job import Answerer, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.export.sources import ship_package
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 20
@@ -52,7 +51,7 @@ def write(job: Job, folder: Path) -> None:
         model = onnx.load(path, load_external_data=False)
         onnx.helper.set_model_props(model, _facts(job, graph))
         onnx.save(model, path)
-    (folder / CARD_FILE).write_text(job.trained.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    job.write_card(folder)
     ship_package(folder, ("reading",))
 
 

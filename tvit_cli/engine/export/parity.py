@@ -70,7 +70,7 @@ def reference(job: Job) -> Iterator[Reference]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         if job.settings.clips is not None:
-            source, paths = str(job.settings.clips), find_videos([job.settings.clips])
+            source, paths = job.settings.clips.resolve().name, find_videos([job.settings.clips])
         else:
             source, paths = _own_clips(job)
         if not paths:
@@ -113,7 +113,7 @@ def _own_clips(job: Job) -> tuple[str, list[Path]]:
         return "", []
     for subset in ("test", "val"):
         if paths := [video.path for video in layout.subset(subset) if video.path.is_file()]:
-            return f"{subset} videos of {root}", paths
+            return f"{subset} videos of {root.resolve().name}", paths
     job.report(Note(f"The proof takes made-up clips: {root} has no test or val videos.", "warning"))
     return "", []
 

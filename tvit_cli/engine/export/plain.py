@@ -23,7 +23,7 @@ def write(job: Job, folder: Path) -> None:
     """Write model.safetensors, card.json and the package `source`."""
     state = {name: tensor.contiguous() for name, tensor in job.trained.model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CARD_FILE).write_text(job.trained.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    job.write_card(folder)
     ship_package(folder, FILES)
 
 

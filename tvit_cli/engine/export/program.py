@@ -25,7 +25,7 @@ def write(job: Job, folder: Path) -> None:
     for name, graph in graphs(job).items():
         traced = torch.export.export(graph.module, (graph.example,), dynamic_shapes=(graph.dynamic,))
         torch.export.save(traced, folder / f"{name}.pt2")
-    (folder / CARD_FILE).write_text(job.trained.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    job.write_card(folder)
     ship_package(folder, ("reading",))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -11,7 +10,7 @@ from typing import Any
 from tvit_cli.engine.export.graphs import FRAMES, PIXELS
 from tvit_cli.engine.export.job import Job
 from tvit_cli.engine.export.parity import PARITY_FILE, Parity
-from tvit_cli.engine.results import METRICS_FILE
+from tvit_cli.engine.results import METRICS_FILE, read_metrics
 from tvit_cli.settings.card import ModelCard
 
 README_FILE = "README.md"
@@ -23,7 +22,6 @@ LIBRARIES = {
     "torch": "pytorch",
     "adapter": "peft",
 }
-HOME = "https://github.com/detker/Temporal-Vision-Transformer-LoRA"
 NO_METRICS = "Not measured: no validation subset, and `tvit eval` has not been run.\n"
 PREPROCESS = {  # what a script does where preprocessing is not inside
     "onnx": 'preprocess = onnxruntime.InferenceSession("FOLDER/preprocessing.onnx")\n'
@@ -42,13 +40,13 @@ OUTSIDE = (
 
 def readme(job: Job, parity: Parity) -> str:
     """README.md: a header that the Hugging Face hub reads, then the model in words and numbers."""
-    card, settings = job.trained.card, job.settings
+    card, settings = job.card, job.settings
     metrics = _metrics(job)
     title = f"{job.run.resolve().name} ({settings.format})"
     parts = [
         _header(card, settings.format),
         f"# {title}\n\nA temporal Vision Transformer that tells {len(card.labels)} classes of videos apart: "
-        f"{_listed(card.labels)}. Trained and exported with [tvit]({HOME}) {card.tvit_version}.\n",
+        f"{_listed(card.labels)}. Trained with tvit {card.tvit_version}.\n",
         f"## Use\n\n{_use(job)}",
         f"## Input\n\n{_input(card)}",
         f"## How good\n\n{_table(('subset', 'metric', 'value'), metrics) if metrics else NO_METRICS}",
@@ -109,15 +107,15 @@ def _input(card: ModelCard) -> str:
 def _metrics(job: Job) -> list[tuple[str, str, str]]:
     """Subset, name and value: of the validation during training, then of every evaluation of the run."""
     card = job.trained.card
-    found = [("val", k.removeprefix("val_"), f"{v:.4f}") for k, v in card.metrics.items()]
+    subsets = {"val": {name.removeprefix("val_"): value for name, value in card.metrics.items()}}
     for path in sorted(job.run.glob(f"eval/*/{METRICS_FILE}")):
-        values = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-        found += [
-            (path.parent.name, name, f"{values[name]:.0f}" if name == "videos" else f"{values[name]:.4f}")
-            for name in SHOWN_METRICS
-            if name in values
-        ]
-    return found
+        subsets[path.parent.name] = read_metrics(path.parent)
+    return [
+        (subset, name, f"{values[name]:.0f}" if name == "videos" else f"{values[name]:.4f}")
+        for subset, values in subsets.items()
+        for name in SHOWN_METRICS
+        if name in values
+    ]
 
 
 def _proof(parity: Parity, *, int8: bool) -> str:
@@ -142,7 +140,8 @@ def _provenance(card: ModelCard) -> list[tuple[str, str]]:
     ]
     shape = ("attention", "pool", "width", "depth", "num_heads", "patch_size", "tubelet_size", "n_frames")
     rows.append(("network", ", ".join(f"{key} {card.model[key]}" for key in shape if key in card.model)))
-    trained = ("train", "lora_rank", "lora_alpha", "epochs", "learning_rate", "per_gpu_batch_size", "seed")
+    adapter = ("lora_rank", "lora_alpha") if told.get("train") == "lora" else ()
+    trained = ("train", *adapter, "epochs", "learning_rate", "per_gpu_batch_size", "seed")
     rows.append(("training", ", ".join(f"{key} {told[key]}" for key in trained if key in told)))
     return rows
 
