@@ -1,70 +1,63 @@
-"""What was trained with LoRA as a folder in PEFT's own format.
-
-`PeftModel.from_pretrained` loads it onto the bare model: a `TemporalViT` with the weights that the training
-started from. Format: `adapter_config.json` (a LoraConfig) beside `adapter_model.safetensors`.
-"""
+"""An adapter on disk in PEFT's format, and the bare model beneath it."""
 
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from tvit_cli.errors import ModelError, RunError
-from tvit_cli.model.lora import ADAPTER, START_PARTS, adapted_layers, trainable_tensors
+from tvit_cli.model.lora import ADAPTER, adapted_layers, adapter_names, trainable_tensors
 from tvit_cli.model.vit import TemporalViT
 
-PREFIX = "base_model.model."  # PEFT's name of the model inside its own
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def save_adapter(folder: Path, model: TemporalViT, *, base: str | None) -> None:
-    """Writes all that a training with adapters changed; `base` names the weights it started from.
+def bare_state_dict(model: TemporalViT) -> dict[str, Tensor]:
+    """The plain state dict of the model beneath its adapters. It shares the model's memory."""
+    own = adapter_names(adapted_layers(model))
+    state = model.state_dict()
+    return {plain_name(name): tensor for name, tensor in state.items() if name not in own}
 
-    What was trained in full (temporal embedding, excluded layers, biases) and the classifier, which the base
-    weights lack, stand in the same file under their plain names. An adapter whose start was taken out of the base
-    weights (PiSSA, OLoRA) is written for the whole base weights: what it adds and the start that it replaces,
-    side by side in twice the rank. Raises ModelError for a model without adapters, RunError when the folder
-    cannot be written.
+
+def plain_name(name: str) -> str:
+    """A tensor's name without adapters. blocks.0.attention.q.base_layer.bias -> blocks.0.attention.q.bias"""
+    return name.replace(".base_layer.", ".")
+
+
+def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str) -> None:
+    """Writes what training changed in PEFT's format, for a model that holds this one under `prefix`.
+
+    Parts that were trained in full go along under `modules_to_save`. `backbone` is where the bare model is.
     """
-    layers = adapted_layers(model)
-    if not layers:
-        raise ModelError("The model has no adapters; its folder holds its weights whole.")
-    config: Any = copy.deepcopy(getattr(model, "peft_config")[ADAPTER])  # noqa: B009  (PEFT's, unknown to mypy)
-    config.inference_mode, config.base_model_name_or_path = True, base
-    classifier = {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
-    tensors = {
-        PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.cpu().clone()
-        for name, tensor in {**trainable_tensors(model), **classifier}.items()
-    }
-    starts = {name: layer.start for name, layer in layers.items() if hasattr(layer, "start")}
-    if starts:
-        _double(config)
-    for name, start in starts.items():
-        for part, narrow, sign in zip(START_PARTS, (0, 1), (1, -1), strict=True):
-            key = PREFIX + f"{name}.{part}".replace(f".{ADAPTER}.", ".")
-            tensors[key] = torch.cat([tensors[key], sign * start[part].cpu()], dim=narrow)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(str(folder))
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{folder}: the adapter cannot be written ({error}). Choose another folder."
-        ) from error
+    records: Any = model.peft_config  # PEFT left it there
+    config = copy.copy(records[ADAPTER])
+    adapters = adapter_names(adapted_layers(model))
+    trained = trainable_tensors(model)
+    whole = _trained_whole(model, adapters)
+    config.target_modules = {prefix + name for name in adapted_layers(model)}
+    config.modules_to_save = [prefix + name for name in whole]
+    config.base_model_name_or_path = backbone
+    config.init_lora_weights = True  # another start than zero would change the backbone when it is loaded
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    tensors = {}
+    for name in [*trained, *(name for name in adapters if name not in trained)]:
+        stored = name.replace(f".{ADAPTER}", "") if name in adapters else name
+        stored = stored.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        tensors[f"base_model.model.{prefix}{stored}"] = model.get_parameter(name).detach().contiguous()
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
 
-def _double(config: Any) -> None:
-    """Twice the rank at the same scale: alpha / rank, or alpha / sqrt(rank)."""
-    factor = math.sqrt(2) if config.use_rslora else 2
-    config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
-    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
+def _trained_whole(model: nn.Module, adapters: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are trained, and none of which is an adapter's."""
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
+        is_inside = any(name.startswith(f"{outer}.") for outer in whole)
+        is_trained = all(parameter.requires_grad for parameter in module.parameters())
+        if names and is_trained and not is_inside and not adapters & set(names):
+            whole.append(name)
+    return whole

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tvit_cli.errors import ModelError
@@ -26,7 +25,6 @@ from tvit_cli.settings.train import LORA_TARGETS, LoraInit
 LoraBias = Literal["none", "lora_only", "all"]
 
 ADAPTER = "default"  # the one adapter's name inside PEFT
-ADAPTER_FILE = "adapter_model.safetensors"
 FROM_WEIGHTS = frozenset({"pissa", "olora"})  # these take the adapter's start out of the base weights
 LINEAR_ONLY = FROM_WEIGHTS | {"orthogonal"}
 START_PARTS = (f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
@@ -103,7 +101,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     adapted = adapted_layers(model)
     assert sorted(adapted) == sorted(targets), "PEFT adapts the layers that were named, and no other"
 
-    own = _adapter_names(adapted)
+    own = adapter_names(adapted)
     model.requires_grad_(False)
     for addition in model.additions().values():
         addition.requires_grad_(True)
@@ -169,7 +167,7 @@ def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
     Layers without an adapter share the model's memory: write them, or copy them, before the next step.
     """
     adapted = adapted_layers(model)
-    own = _adapter_names(adapted)
+    own = adapter_names(adapted)
     merged: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         layer, is_base, leaf = name.partition(".base_layer.")
@@ -182,42 +180,6 @@ def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
         elif is_base:
             merged[f"{layer}.{leaf}"] = tensor
     return merged
-
-
-def bare_state_dict(model: TemporalViT) -> dict[str, Tensor]:
-    """The plain state dict of the model beneath its adapters. It shares the model's memory."""
-    own = _adapter_names(_adapted(model))
-    state = model.state_dict()
-    return {plain_name(name): tensor for name, tensor in state.items() if name not in own}
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name without adapters. blocks.0.attention.q.base_layer.bias -> blocks.0.attention.q.bias"""
-    return name.replace(".base_layer.", ".")
-
-
-def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str) -> None:
-    """Writes what training changed in PEFT's format, for a model that holds this one under `prefix`.
-
-    Parts that were trained in full go along under `modules_to_save`. `backbone` is where the bare model is.
-    """
-    records: Any = model.peft_config  # PEFT left it there
-    config = copy.copy(records[ADAPTER])
-    adapters = _adapter_names(_adapted(model))
-    trained = trainable_tensors(model)
-    whole = _trained_whole(model, adapters)
-    config.target_modules = {prefix + name for name in _adapted(model)}
-    config.modules_to_save = [prefix + name for name in whole]
-    config.base_model_name_or_path = backbone
-    config.init_lora_weights = True  # another start than zero would change the backbone when it is loaded
-    config.inference_mode = True
-    config.save_pretrained(folder)
-    tensors = {}
-    for name in [*trained, *(name for name in adapters if name not in trained)]:
-        stored = name.replace(f".{ADAPTER}", "") if name in adapters else name
-        stored = stored.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        tensors[f"base_model.model.{prefix}{stored}"] = model.get_parameter(name).detach().contiguous()
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -290,18 +252,6 @@ def trainable_report(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters, adapters included."""
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return trainable, sum(weight.numel() for weight in model.parameters())
-
-
-def _trained_whole(model: nn.Module, adapters: set[str]) -> list[str]:
-    """The outermost modules all of whose parameters are trained, and none of which is an adapter's."""
-    whole: list[str] = []
-    for name, module in model.named_modules():
-        names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
-        is_inside = any(name.startswith(f"{outer}.") for outer in whole)
-        is_trained = all(parameter.requires_grad for parameter in module.parameters())
-        if names and is_trained and not is_inside and not adapters & set(names):
-            whole.append(name)
-    return whole
 
 
 def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -> None:
@@ -405,7 +355,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _adapter_names(adapted: Mapping[str, nn.Module]) -> set[str]:
+def adapter_names(adapted: Mapping[str, nn.Module]) -> set[str]:
     """Full names of the adapters' own tensors, without those of the layers beneath them."""
     return {
         f"{layer}.{name}"

@@ -17,7 +17,7 @@ from tvit_cli.engine.export.job import Answerer, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.run import SETTINGS_FILE
 from tvit_cli.errors import ModelError
-from tvit_cli.model import lora
+from tvit_cli.model import adapter, lora
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -55,12 +55,15 @@ def write(job: Job, folder: Path) -> None:
     checkpoint = load_checkpoint(list_checkpoints(job.run / settings.checkpoint_dir)[-1])
     kept = checkpoint.best or checkpoint.ema or checkpoint.trainable  # as the model folder was made from
     untrained = {name: tensor.clone() for name, tensor in lora.trainable_tensors(built.model).items()}
+    lora.load_trainable(built.model, checkpoint.trainable)  # has where the adapters started from, too
     lora.load_trainable(built.model, kept)
-    bare = lora.bare_state_dict(built.model)
-    bare |= {plain: tensor for name, tensor in untrained.items() if (plain := lora.plain_name(name)) in bare}
+    bare = adapter.bare_state_dict(built.model)
+    bare |= {
+        plain: tensor for name, tensor in untrained.items() if (plain := adapter.plain_name(name)) in bare
+    }
     (folder / BACKBONE).mkdir()
     huggingface.write_model(folder / BACKBONE, bare, card)
-    lora.save_adapter(built.model, folder, prefix=huggingface.PREFIX, backbone=BACKBONE)
+    adapter.save_adapter(built.model, folder, prefix=huggingface.PREFIX, backbone=BACKBONE)
     job.write_card(folder)
 
 

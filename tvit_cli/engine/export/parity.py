@@ -17,7 +17,7 @@ from tvit_cli.data.video import write_video
 from tvit_cli.engine.eval import choose_videos
 from tvit_cli.engine.events import Note
 from tvit_cli.engine.export.job import Answerer, Job
-from tvit_cli.engine.predict import find_videos
+from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import find_data
 from tvit_cli.errors import DataError, RunError
@@ -70,7 +70,10 @@ def reference(job: Job) -> Iterator[Reference]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         if job.settings.clips is not None:
-            source, paths = job.settings.clips.resolve().name, find_videos([job.settings.clips])
+            source, paths = (
+                job.settings.clips.resolve().name,
+                [Path(p) for p in find_videos([str(job.settings.clips)])],
+            )
         else:
             source, paths = _own_clips(job)
         if not paths:
