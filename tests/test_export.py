@@ -132,7 +132,7 @@ def check_example(
     said = [line.split("\t") for line in lines]
     assert said[0][1] in shown_by_readme
     predictions = predict(PredictSettings(paths=tuple(clips), model=trained.model, top_k=1)).predictions
-    assert [row[:2] for row in said] == [[str(p.path), p.labels[0][0]] for p in predictions]
+    assert [row[:2] for row in said] == [[p.video, p.labels[0][0]] for p in predictions]
     for row, prediction in zip(said, predictions, strict=True):
         assert float(row[2]) == pytest.approx(prediction.labels[0][1], abs=tolerance)
 
