@@ -140,6 +140,7 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Row:
     """Train and score; the row says everything that the table and the selection need."""
     flags: dict[str, Any] = {**job.changes, "seed": job.seed, "working_directory": folder / "runs"}
     flags |= {"device": "cpu", "num_workers": 0, "test_at_end": True, "max_no_of_checkpoints": 1}
+    flags |= {"mixed_precision": options.mixed_precision}
     flags |= {} if options.epochs is None else {"epochs": options.epochs, "warmup_epochs": 0}
     if job.part == "motions":
         settings = load(TrainSettings, preset="quickstart", flags=flags, environ={}).settings
@@ -170,7 +171,8 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Row:
         "loss": result.test.metrics["loss"], "train_losses": losses, "right": right(result.test),
         "minutes": wall / 60, "cpu_minutes": cpu / 60, "trainable": trainable, "parameters": total,
         "flops": count_flops(built.config), "changes": job.changes, "epochs": settings.epochs,
-        "learning_rate": settings.learning_rate, "threads": torch.get_num_threads(), "tvit": __version__,
+        "learning_rate": settings.learning_rate, "threads": torch.get_num_threads(),
+        "precision": options.mixed_precision, "tvit": __version__,
         "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
@@ -306,6 +308,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="make only runs whose key contains this text")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's, to see whether all runs")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mixed-precision", default="no", help="what all runs compute in: no or bf16")
     parser.add_argument("--nice", type=int, default=10)
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
     options = parser.parse_args()
