@@ -38,7 +38,7 @@ preprocess = onnxruntime.InferenceSession(outside) if outside.exists() else None
 
 for video in videos:
     clips = read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["frame_size"], frame_grid=facts["frame_grid"]
+        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
     )[None]
     if preprocess is None:
         scores = run(model, clips)[0]

@@ -27,11 +27,11 @@ model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
 
 for video in videos:
     frames = read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["frame_size"], frame_grid=facts["frame_grid"]
+        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
     )
     clip = frames_to_input(
         torch.from_numpy(frames).permute(0, 3, 1, 2),
-        **{key: facts[key] for key in ("frame_size", "resize", "mean", "std")},
+        **{key: facts[key] for key in ("frame_size", "resize", "scale_to", "mean", "std")},
     )
     with torch.inference_mode():
         scores = model(clip[None])[0].softmax(0)

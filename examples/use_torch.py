@@ -24,7 +24,7 @@ preprocess = torch.export.load(outside).module() if outside.exists() else None
 
 for video in videos:
     frames = read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["frame_size"], frame_grid=facts["frame_grid"]
+        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
     )
     clips = torch.from_numpy(frames)[None]
     with torch.inference_mode():

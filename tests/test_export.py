@@ -527,8 +527,9 @@ def test_who_is_not_logged_in_is_told_how_before_anything_is_written(
     assert (tmp_path / "plain" / "parity.json").is_file()
 
 
+@pytest.mark.parametrize("extra", [0, 5])
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_the_graph_of_preprocessing_gives_the_same_bits(resize: Any) -> None:
+def test_the_graph_of_preprocessing_gives_the_same_bits(resize: Any, extra: int) -> None:
     generator = torch.Generator().manual_seed(3)
     for height, width, size in [
         *((48, 64, 32), (32, 32, 32), (7, 9, 32), (90, 31, 32), (300, 84, 80), (33, 100, 32), (61, 61, 96)),
@@ -538,10 +539,17 @@ def test_the_graph_of_preprocessing_gives_the_same_bits(resize: Any) -> None:
             if max(h, w) <= 4 * min(h, w)
         ),
     ]:
-        facts = Preprocessing(n_frames=2, frame_size=size, resize=resize, mean=(0.4, 0.5, 0.6))
+        facts = Preprocessing(
+            n_frames=2, frame_size=size, scale_to=size + extra, resize=resize, mean=(0.4, 0.5, 0.6)
+        )
         frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
         expected = frames_to_input(
-            frames.permute(0, 3, 1, 2), frame_size=size, resize=resize, mean=facts.mean, std=facts.std
+            frames.permute(0, 3, 1, 2),
+            frame_size=size,
+            scale_to=size + extra,
+            resize=resize,
+            mean=facts.mean,
+            std=facts.std,
         )
         assert torch.equal(PreprocessingGraph(facts)(frames[None])[0], expected), (height, width, size)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from tvit_cli.data import transforms
@@ -169,6 +170,25 @@ def test_evaluation_scales_the_short_side_and_takes_the_centre() -> None:
         squashed = eval_transform([clip], preprocessing=plain_card("squash"), device=CPU)[0] * 255
         expected = F.interpolate(clip.float(), size=(SIZE, SIZE), mode="bilinear", antialias=True)
         assert (squashed - expected).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_frames_can_be_scaled_to_more_than_is_cut_from_their_centre(
+    resize: Literal["crop", "squash"],
+) -> None:
+    clip, larger = noise(0, 50, 90), SIZE + 8
+    size = (larger, larger if resize == "squash" else round(90 * larger / 50))
+    whole = F.interpolate(clip.float(), size=size, mode="bilinear", antialias=True)
+    top, left = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
+    preprocessing = plain_card(resize).model_copy(update={"scale_to": larger})
+    out = eval_transform([clip], preprocessing=preprocessing, device=CPU)[0] * 255
+    assert (out - whole[:, :, top : top + SIZE, left : left + SIZE]).abs().max() <= 1.01
+
+
+def test_frames_are_never_scaled_to_less_than_is_cut() -> None:
+    assert card().scale_to == SIZE
+    with pytest.raises(ValidationError, match=f"scale_to 1 is less than frame_size {SIZE}"):
+        card(scale_to=1)
 
 
 def test_normalisation_is_by_channel() -> None:

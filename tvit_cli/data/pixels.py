@@ -23,6 +23,7 @@ def frames_to_input(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device | str = "cpu",
+    scale_to: int | None = None,
     place: float = 0.5,
     flip: bool = False,
     out: Tensor | None = None,
@@ -30,14 +31,16 @@ def frames_to_input(
     """One clip as the model takes it, uint8 (T, C, H, W) -> float32 (T, C, S, S), written to `out` if given.
 
     `crop` scales the short side to S and takes S pixels of the long one, from `place` on: 0 left or top, 0.5
-    the centre, 1 right or bottom. `squash` scales the whole frame to S x S. `flip` mirrors left and right.
+    the centre, 1 right or bottom. `squash` scales the whole frame to S x S. With `scale_to`, larger than S, both
+    scale to that instead of S before S x S pixels are taken. `flip` mirrors left and right.
     """
+    side = frame_size if scale_to is None else scale_to
     height, width = clip.shape[2:]
     if resize == "crop":
         short = min(height, width)
-        height, width = round(height * frame_size / short), round(width * frame_size / short)
+        height, width = round(height * side / short), round(width * side / short)
     else:
-        height, width = frame_size, frame_size
+        height, width = side, side
     pixels = resized(clip, (height, width), torch.device(device))
     top, left = int((height - frame_size) * place), int((width - frame_size) * place)
     view = pixels[:, :, top : top + frame_size, left : left + frame_size]

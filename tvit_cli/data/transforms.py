@@ -123,6 +123,7 @@ def eval_transform(
             mean=preprocessing.mean,
             std=preprocessing.std,
             device=device,
+            scale_to=preprocessing.scale_to,
             place=place,
             flip=flip,
             out=out,

@@ -43,6 +43,8 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         report = silent
     trained = open_trained(settings.model, working_directory=settings.working_directory, device=place.device)
     report(Note(f"Model: {trained.folder}"))
+    for note in trained.notes:
+        report(Note(note, "warning"))
     views = _views(settings, trained.card)
     choice = choose_videos(settings, trained.card)
     source = open_source(
@@ -54,6 +56,15 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         need_training=False,
         report=report,
     )
+    trained = trained.named_by(source.layout.labels)
+    if trained.results is not None:
+        report(
+            Note("which videos the model was trained on is not known: some that are scored may be", "warning")
+        )
+    if trained.labels_are_guessed and trained.card.labels == source.layout.labels:
+        report(
+            Note(f"The model's classes are taken to be the {len(trained.card.labels)} of the data, sorted.")
+        )
     videos = source.layout.subset(settings.subset)
     _check_labels(videos, trained, settings)
     started = time.perf_counter()
@@ -132,6 +143,7 @@ def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSet
         raise DataError(
             f"{len(unknown)} classes of the data are unknown to the model ({', '.join(unknown[:5])} …). "
             f"It knows {len(trained.card.labels)}: {', '.join(trained.card.labels[:5])} …"
+            + (" Give data with all of its classes, or name them." if trained.labels_are_guessed else "")
         )
 
 
@@ -183,7 +195,7 @@ def _judge(
         seconds=seconds,
         subset=name,
         model=trained.folder,
-        output=settings.output or trained.folder.parent / "eval" / name,
+        output=settings.output or trained.run / "eval" / name,
         notes=tuple(notes),
     )
 

@@ -81,7 +81,7 @@ def explain(trained: Trained, place: Place, label: str | None = None) -> Explana
         [named(place, card.labels[0])],
         card.labels,
         n_frames=card.preprocessing.n_frames,
-        short_side=card.preprocessing.frame_size,
+        short_side=card.preprocessing.scale_to,
         seed=0,
         training=False,
         grid=card.preprocessing.frame_grid,

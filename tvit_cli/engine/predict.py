@@ -269,6 +269,8 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
         settings.model, working_directory=settings.working_directory, device=pick_device(settings.device)
     )
     report(Note(f"Model: {trained.folder}"))
+    for note in trained.notes:
+        report(Note(note, "warning"))
     return Model(trained)
 
 

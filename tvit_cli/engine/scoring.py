@@ -83,7 +83,7 @@ def score(
         videos,
         labels,
         n_frames=preprocessing.n_frames,
-        short_side=preprocessing.frame_size,
+        short_side=preprocessing.scale_to,
         seed=shuffle_seed or 0,
         training=False,
         shuffle_frames=shuffle_seed is not None,

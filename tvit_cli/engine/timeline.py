@@ -46,7 +46,7 @@ def make_timeline(
     preprocessing = trained.card.preprocessing
     clock, album = _Clock(), _Album()
     windows = slide(
-        clock.watch(play(place, short_side=preprocessing.frame_size)),
+        clock.watch(play(place, short_side=preprocessing.scale_to)),
         length=window,
         stride=stride,
         places=frame_places(preprocessing.n_frames, preprocessing.frame_grid),

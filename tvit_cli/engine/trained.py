@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,36 @@ from tvit_cli.settings.card import ModelCard
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode on its device, its card, and the folder both came from."""
+    """A model in evaluation mode on its device, its card, and the folder both came from.
+
+    Of a model that tvit did not train, `folder` is the file, the folder or the name on the hub that was given,
+    `results` the folder for what is found out about it, and `notes` what had to be assumed, among it perhaps the
+    labels.
+    """
 
     model: TemporalViT
     card: ModelCard
     folder: Path
     device: torch.device
+    results: Path | None = None
+    labels_are_guessed: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Path:
+        """The folder that evaluations and exports go to: that which the model folder lies in."""
+        if self.results is not None:
+            return self.results
+        return (self.folder if self.folder.name else self.folder.absolute()).parent
+
+    def named_by(self, labels: Sequence[str]) -> Trained:
+        """The model with a data set's labels for guessed ones: all, or their spelling where it has fewer."""
+        if not self.labels_are_guessed:
+            return self
+        spelt = {label.casefold(): label for label in labels}
+        own = tuple(spelt.get(label.casefold(), label) for label in self.card.labels)
+        chosen = tuple(labels) if len(labels) == len(own) else own
+        return replace(self, card=self.card.model_copy(update={"labels": chosen}))
 
 
 def open_trained(
@@ -28,14 +53,37 @@ def open_trained(
 ) -> Trained:
     """Load a model folder (or the one of a run's folder); without one, the newest of the working directory.
 
+    Loads what the reference implementation trained as well: a folder, a file, or a name on the Hugging Face hub.
     `verify` compares the weights with the hash in the card. Raises ModelError when there is none or it is not
     whole.
     """
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / "model" / CARD_FILE).is_file():
         folder = folder / "model"
+    if not (folder / CARD_FILE).is_file():
+        found = _open_reference(folder, working_directory, device)
+        if found is not None:
+            return found
     model, card = load_model(folder, device=device, verify=verify)
     return Trained(model.eval(), card, folder, device)
+
+
+def _open_reference(given: Path, working_directory: Path, device: torch.device) -> Trained | None:
+    from tvit_cli.model.reference import find_reference, load_reference  # it imports huggingface_hub
+
+    source = find_reference(given)
+    if source is None:
+        return None
+    found = load_reference(source)
+    return Trained(
+        found.model.to(device),
+        found.card,
+        given,
+        device,
+        results=working_directory / given.absolute().name.removesuffix(".safetensors"),
+        labels_are_guessed=found.labels_are_guessed,
+        notes=found.notes,
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,8 +23,8 @@ class TvitVideoProcessor(VideoProcessorMixin):
     """What lies between a video and the model; the values are those that the model was trained with.
 
     `n_frames` frames, the middle ones of equal shares of the video (with `frame_grid`, of so many evenly
-    spaced ones), are resized to `frame_size` (`resize` crop: short side, then centre; squash: whole frame) and
-    normalised by `image_mean` and `image_std`.
+    spaced ones), are resized to `scale_to` (`resize` crop: short side; squash: whole frame), cut to the
+    `frame_size` pixels of the centre, and normalised by `image_mean` and `image_std`.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers declares it so)
@@ -37,6 +37,7 @@ class TvitVideoProcessor(VideoProcessorMixin):
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         frame_grid: int | None = None,
+        scale_to: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -46,6 +47,7 @@ class TvitVideoProcessor(VideoProcessorMixin):
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.frame_grid = frame_grid
+        self.scale_to = frame_size if scale_to is None else scale_to
 
     def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """One video or a list of them -> `pixel_values`, float32 (B, T, C, S, S).
@@ -58,7 +60,7 @@ class TvitVideoProcessor(VideoProcessorMixin):
     def _clip(self, video: Any) -> Tensor:
         if isinstance(video, str | PathLike):
             frames = read_clip(
-                video, n_frames=self.n_frames, short_side=self.frame_size, frame_grid=self.frame_grid
+                video, n_frames=self.n_frames, short_side=self.scale_to, frame_grid=self.frame_grid
             )
         else:
             every = np.stack([np.asarray(frame) for frame in video])
@@ -71,6 +73,7 @@ class TvitVideoProcessor(VideoProcessorMixin):
             resize=self.resize,
             mean=self.image_mean,
             std=self.image_std,
+            scale_to=self.scale_to,
         )
 
 

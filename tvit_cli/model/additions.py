@@ -55,6 +55,20 @@ class TemporalEmbedding(Addition):
             nn.init.zeros_(self.embedding)
 
 
+class TokenIndexedEmbedding(TemporalEmbedding):
+    """Adds to each patch the row of its number in the clip, modulo the rows, where its frame's would be right.
+
+    The reference implementation's mistake: what it has trained answers as it did with it alone.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, T', P, D) -> (B, T', P, D)."""
+        embedding: Tensor = self.embedding
+        tokens = torch.arange(patches.shape[1] * patches.shape[2], device=patches.device)  # (T'*P,)
+        rows = embedding[:, tokens % embedding.shape[1]]  # (1, T'*P, 1, D)
+        return patches + rows.view(1, *patches.shape[1:])
+
+
 class Gate(Addition):
     """Scales each channel, beside pretrained weights from nothing (LayerScale, arXiv:2103.17239)."""
 

@@ -9,6 +9,7 @@ from typing import Any
 ATTENTIONS = ("joint", "divided", "factorized", "space", "shared", "conv")
 POOLS = ("class", "mean", "attentive")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
+TEMPORAL_INDICES = ("frame", "token")
 MAY_BE_0 = frozenset({"extra_tokens"})
 TEMPORAL_DEPTH = 2
 
@@ -20,7 +21,8 @@ class ViTConfig:
     `mlp_width` None becomes four times the width. `n_frames` and `frame_size` are what the temporal and the
     spatial positions are made for; clips of other sizes are taken too. `temporal_depth` None becomes
     TEMPORAL_DEPTH where the attention is factorized; no other scheme has temporal blocks. `extra_tokens` stand
-    between class token and patches; `pre_norm` is a norm before the first block.
+    between class token and patches; `pre_norm` is a norm before the first block. `temporal_index` numbers the rows
+    of the temporal embedding: by frame, or by token as the reference implementation does.
     """
 
     num_classes: int
@@ -41,6 +43,7 @@ class ViTConfig:
     temporal_depth: int | None = None
     extra_tokens: int = 0
     pre_norm: bool = False
+    temporal_index: str = "frame"
 
     def __post_init__(self) -> None:
         if self.mlp_width is None:
@@ -58,6 +61,11 @@ class ViTConfig:
         _check_known("activation", self.activation, ACTIVATIONS)
         _check_known("attention", self.attention, ATTENTIONS)
         _check_known("pool", self.pool, POOLS)
+        _check_known("temporal_index", self.temporal_index, TEMPORAL_INDICES)
+        if self.temporal_index == "token" and self.attention != "joint":
+            raise ValueError(
+                f"temporal_index token: attention {self.attention} does not know it; use attention joint"
+            )
         if self.attention == "space" and self.tubelet_size > 1:
             raise ValueError(
                 f"tubelet_size {self.tubelet_size} sees the order of frames, and attention space must not; "

@@ -19,6 +19,9 @@ from torch import Tensor
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
 
 POSITIONS = "positions"
+REFERENCE = (
+    "temporal-vit"  # the reference implementation's model_type: a classifier of clips, see reference.py
+)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # arXiv:2103.00020's code, clip/clip.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # timm's configs do not say the number of attention heads: they are 64 wide, in these models 80, 88, 104.

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.families import FAMILIES, POSITIONS, Channels, Config, Family, find_family
+from tvit_cli.model.families import (
+    FAMILIES,
+    POSITIONS,
+    REFERENCE,
+    Channels,
+    Config,
+    Family,
+    find_family,
+)
 from tvit_cli.model.vit import TemporalViT, ViTConfig, resize_grid
 from tvit_cli.model.weights import CONFIG_FILE, PREPROCESSOR_FILE, WeightsSource, listed, resolve_weights
 from tvit_cli.settings.card import IMAGENET_MEAN
@@ -100,16 +108,16 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         name=source.name,
         revision=source.revision,
         sha256=source.sha256,
-        width=_whole_number(source, raw, "hidden_size"),
-        depth=_whole_number(source, raw, "num_hidden_layers"),
-        num_heads=_whole_number(source, raw, "num_attention_heads"),
-        mlp_width=_whole_number(source, raw, "intermediate_size"),
-        patch_size=_whole_number(source, raw, "patch_size"),
-        image_size=_whole_number(source, raw, "image_size"),
+        width=whole_number(source, raw, "hidden_size"),
+        depth=whole_number(source, raw, "num_hidden_layers"),
+        num_heads=whole_number(source, raw, "num_attention_heads"),
+        mlp_width=whole_number(source, raw, "intermediate_size"),
+        patch_size=whole_number(source, raw, "patch_size"),
+        image_size=whole_number(source, raw, "image_size"),
         norm_eps=float(norm_eps),
         activation=activation,
         qkv_bias=bool(raw["qkv_bias"]),
-        extra_tokens=_whole_number(source, raw, "extra_tokens", least=0),
+        extra_tokens=whole_number(source, raw, "extra_tokens", least=0),
         pre_norm=bool(raw["pre_norm"]),
         mean=mean,
         std=std,
@@ -147,7 +155,7 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     later: dict[str, Tensor] = {}
     notes = dict.fromkeys(config.notes)  # a set that keeps its order
     for theirs, name in names.items():
-        tensor = _checked(source, theirs, stored[theirs])
+        tensor = checked(source, theirs, stored[theirs])
         if tensor.dtype != model.norm.weight.dtype:
             notes[f"weights converted from {tensor.dtype} to {model.norm.weight.dtype}"] = None
             tensor = tensor.to(model.norm.weight.dtype)
@@ -188,6 +196,11 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
     """The family that the weights belong to, and its tensors less the family's prefix."""
     config = source.read_json(CONFIG_FILE)
     family = find_family(config, source.tensors)
+    if config.get("model_type") == REFERENCE:
+        raise ModelError(
+            f"{source.name}: a trained classifier of clips, no image ViT to train from. Score it with tvit eval "
+            f"--model {source.name}, or train from an image ViT such as google/vit-base-patch16-224."
+        )
     if family is None:
         raise ModelError(
             f"{source.name}: its model_type is {config.get('model_type')!r}; tvit reads {', '.join(FAMILIES)}."
@@ -214,7 +227,8 @@ def _fold_scale(parameters: Mapping[str, Tensor], layer: str, scale: Tensor) -> 
     parameters[f"{layer}.bias"].mul_(scale)
 
 
-def _whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1) -> int:
+def whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1) -> int:
+    """A value of the config; of a list of equal ones, the first. Raises ModelError."""
     value = raw[key]
     if isinstance(value, list) and value and value.count(value[0]) == len(value):  # [224, 224]
         value = value[0]
@@ -259,7 +273,8 @@ def _check_names(source: WeightsSource, stored: Iterable[str], expected: Iterabl
         )
 
 
-def _checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
+def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, floating point and finite. Raises ModelError for another."""
     if not tensor.is_floating_point():
         raise ModelError(
             f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .additions import TemporalEmbedding
+from .additions import TemporalEmbedding, TokenIndexedEmbedding
 from .blocks import Block, ConvolutionBlock, DividedBlock, SharedBlock, TemporalEncoder
 from .config import ViTConfig
 from .pooling import MeanOverGroups
@@ -40,7 +40,8 @@ class Scheme:
 
 
 def _times_on_patches(config: ViTConfig) -> nn.Module:
-    return TemporalEmbedding(config.n_frames // config.tubelet_size, config.width)
+    kind = TokenIndexedEmbedding if config.temporal_index == "token" else TemporalEmbedding
+    return kind(config.n_frames // config.tubelet_size, config.width)
 
 
 def _none(config: ViTConfig) -> nn.Module:

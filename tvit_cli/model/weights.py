@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -104,12 +104,20 @@ def _fetch(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"{name}: no such folder, not in the Hugging Face cache, and the hub cannot be reached. Connect "
-            f"once to fetch it, or copy its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that."
+            f"once to fetch it, or copy its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that. "
+            f"{_what_is_cached()}"
         ) from error
     except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
         raise ModelError(
             f"{name}: cannot be fetched from the Hugging Face hub ({error}). Try again."
         ) from error
+
+
+def _what_is_cached() -> str:
+    repositories = Path(constants.HF_HUB_CACHE).glob("models--*")
+    names = sorted(path.name for path in repositories if any(path.glob("snapshots/*")))
+    shown = listed([name.removeprefix("models--").replace("--", "/", 1) for name in names])
+    return f"The cache holds {shown}." if shown else f"The cache, {constants.HF_HUB_CACHE}, holds no models."
 
 
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:

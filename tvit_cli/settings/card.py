@@ -30,8 +30,19 @@ class Preprocessing(BaseModel):
     resize: ResizeMode = Field(
         default="crop", description="crop: short side, then centre; squash: whole frame"
     )
+    scale_to: int = Field(
+        default_factory=lambda facts: facts.get("frame_size", 1),  # without one, that is the error
+        ge=1,
+        description="What is scaled to this many pixels before frame_size of them are cut from the centre",
+    )
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _frames_are_large_enough_to_be_cut(self) -> Preprocessing:
+        if self.scale_to < self.frame_size:
+            raise ValueError(f"scale_to {self.scale_to} is less than frame_size {self.frame_size}")
+        return self
 
 
 class BaseWeights(BaseModel):

@@ -70,6 +70,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         settings.model, working_directory=settings.working_directory, device=torch.device("cpu"), verify=True
     )
     report(Note(f"Model: {trained.folder}"))
+    for note in trained.notes:
+        report(Note(note, "warning"))
     job = Job(trained, settings, report)
     output = settings.output or job.run / "export" / settings.format
     _check_free(output, settings)

@@ -57,7 +57,7 @@ def graphs(job: Job) -> dict[str, Graph]:
 def read_frames(reading: ModuleType, video: Path, facts: dict[str, Any]) -> np.ndarray[Any, Any]:
     """A batch of one clip, uint8 (1, T, H, W, 3), read by the shipped file."""
     frames: np.ndarray[Any, Any] = reading.read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["frame_size"], frame_grid=facts["frame_grid"]
+        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
     )
     return frames[None]
 

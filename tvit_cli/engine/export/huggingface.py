@@ -105,6 +105,7 @@ def _processor(card: ModelCard) -> dict[str, Any]:
         "frame_grid": facts.frame_grid,
         "frame_size": facts.frame_size,
         "resize": facts.resize,
+        "scale_to": facts.scale_to,
         "image_mean": facts.mean,
         "image_std": facts.std,
     }

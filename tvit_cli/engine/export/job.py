@@ -28,8 +28,7 @@ class Job:
     @property
     def run(self) -> Path:
         """The folder that the model folder lies in."""
-        folder = self.trained.folder
-        return (folder if folder.name else folder.absolute()).parent
+        return self.trained.run
 
     @property
     def card(self) -> ModelCard:

@@ -31,6 +31,7 @@ class PreprocessingGraph(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.size = preprocessing.frame_size
+        self.scale_to = preprocessing.scale_to
         self.crops = preprocessing.resize == "crop"
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(3, 1, 1)
         std = torch.tensor(preprocessing.std, dtype=torch.float64).view(3, 1, 1)
@@ -54,11 +55,11 @@ class PreprocessingGraph(nn.Module):
     def _weights(self, inputs: Tensor, short: Tensor) -> tuple[Tensor, Tensor]:
         """Whole weights (S, I) of the outputs that the crop keeps, and their power of two."""
         count = inputs[-1] + 1
-        full = torch.full_like(count, self.size)
+        full = torch.full_like(count, self.scale_to)
         if self.crops:
-            full = (count * self.size / short).round()
+            full = (count * self.scale_to / short).round()
         outputs = torch.arange(self.size, dtype=torch.float64)
-        every = torch.arange(MAX_ASPECT * self.size, dtype=torch.float64)
+        every = torch.arange(MAX_ASPECT * self.scale_to, dtype=torch.float64)
         largest = _triangles(every.clamp(max=full - 1), inputs, count, full).max()
         first = ((full - self.size) / 2).floor()
         kept = _triangles(first + outputs, inputs, count, full)

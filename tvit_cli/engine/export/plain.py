@@ -44,12 +44,12 @@ def opened(folder: Path) -> Iterator[Answerer]:
                 frames = module("reading").read_clip(
                     video,
                     n_frames=facts["n_frames"],
-                    short_side=facts["frame_size"],
+                    short_side=facts["scale_to"],
                     frame_grid=facts["frame_grid"],
                 )
                 clip = module("pixels").frames_to_input(
                     torch.from_numpy(frames).permute(0, 3, 1, 2),
-                    **{key: facts[key] for key in ("frame_size", "resize", "mean", "std")},
+                    **{key: facts[key] for key in ("frame_size", "resize", "scale_to", "mean", "std")},
                 )
                 rows.append(model(clip[None])[0])
             return torch.stack(rows)

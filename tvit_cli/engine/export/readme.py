@@ -93,10 +93,12 @@ def _input(card: ModelCard) -> str:
     grid = "" if facts.frame_grid is None else f" (of {facts.frame_grid} evenly spaced ones)"
     size = f"{facts.frame_size} x {facts.frame_size}"
     how = (
-        f"the short side scaled to {facts.frame_size} pixels and {size} cut from the centre"
+        f"the short side scaled to {facts.scale_to} pixels"
         if facts.resize == "crop"
-        else f"the whole frame scaled to {size} pixels"
+        else f"the whole frame scaled to {facts.scale_to} x {facts.scale_to} pixels"
     )
+    if facts.resize == "crop" or facts.scale_to > facts.frame_size:
+        how += f" and {size} cut from the centre"
     return (
         f"{facts.n_frames} frames{grid}, the middle one of each of {facts.n_frames} equal shares of the video, in "
         f"RGB; {how} (bilinear, antialiased, in 8 bits); divided by 255, then normalised with mean "

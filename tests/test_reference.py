@@ -1,0 +1,466 @@
+"""Models that the reference implementation trained: the same logits, through tvit's own doors."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import COLOURS, make_clips
+from torch import Tensor
+
+from tvit_cli import load_model, main
+from tvit_cli.data.sampling import segment_indices
+from tvit_cli.data.transforms import eval_transform
+from tvit_cli.data.video import read_clip
+from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.export import export
+from tvit_cli.engine.predict import predict
+from tvit_cli.engine.trained import Trained, open_trained
+from tvit_cli.errors import DataError, ModelError
+from tvit_cli.model.pretrained import read_config
+from tvit_cli.model.reference import UCF101
+from tvit_cli.model.weights import resolve_weights
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.export import ExportSettings
+from tvit_cli.settings.predict import PredictSettings
+
+WIDTH, SIZE, PATCH, BLOCKS = 24, 32, 16, 2
+CONFIG: dict[str, Any] = {
+    "model_type": "temporal-vit",
+    "architectures": ["TemporalViTHF"],
+    "img_wh": SIZE,
+    "in_channels": 3,
+    "patch_size": PATCH,
+    "embd_dim": WIDTH,
+    "patch_embd_bias": True,
+    "n_frames": 3,  # 4 patches a frame: time and place do not fall into step
+    "num_heads": 2,
+    "use_flash_attention": True,
+    "mlp_factor": 2,
+    "num_blocks": BLOCKS,
+    "num_classes": 3,
+    "pooling": "cls",
+}
+
+
+def random_tensors(*, classes: int = 3) -> dict[str, Tensor]:
+    """All tensors of the reference's network by its names, of numbers that make every one of them matter."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    def layer(name: str, *shape: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": random(*shape), f"{name}.bias": random(shape[0])}
+
+    tensors = {"cls_token": random(1, 1, WIDTH), "pos_embed": random(1, 1 + (SIZE // PATCH) ** 2, WIDTH)}
+    tensors |= layer("patch_embd.conv", WIDTH, 3, PATCH, PATCH)
+    for block in (f"blocks.{n}" for n in range(BLOCKS)):
+        for name in ("q", "k", "v", "proj"):
+            tensors |= layer(f"{block}.attn.{name}", WIDTH, WIDTH)
+        tensors |= layer(f"{block}.mlp.linear1", 2 * WIDTH, WIDTH) | layer(
+            f"{block}.mlp.linear2", WIDTH, 2 * WIDTH
+        )
+        tensors |= layer(f"{block}.norm1", WIDTH) | layer(f"{block}.norm2", WIDTH)
+    return tensors | layer("norm", WIDTH) | layer("head", classes, WIDTH)
+
+
+def plain_forward(
+    tensors: dict[str, Tensor], clips: Tensor, *, n_frames: int, heads: int, scale: float | None = None
+) -> Tensor:
+    """The reference's network from what is known of it, a token and a head at a time, in float64."""
+    weights = {name: tensor.double() for name, tensor in tensors.items()}
+    clips = clips.double()
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return unit * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def wave(position: int) -> Tensor:
+        pairs = [position * math.exp(-2 * k * math.log(1e4)) for k in range(WIDTH // 2)]
+        return torch.tensor([f(x) for x in pairs for f in (math.sin, math.cos)], dtype=torch.float64)
+
+    rows = []
+    kernel = weights["patch_embd.conv.weight"].flatten(1)
+    for clip in clips:
+        tokens = [
+            kernel @ frame[:, y : y + PATCH, x : x + PATCH].flatten() + weights.get("patch_embd.conv.bias", 0)
+            for frame in clip
+            for y in range(0, SIZE, PATCH)
+            for x in range(0, SIZE, PATCH)
+        ]
+        tokens.append(weights["cls_token"][0, 0])
+        places = (SIZE // PATCH) ** 2
+        x = torch.stack([t + wave(i % places) + wave(i % n_frames) for i, t in enumerate(tokens)])
+        for block in (f"blocks.{n}" for n in range(BLOCKS)):
+            seen = norm(f"{block}.norm1", x)
+            q, k, v = (linear(f"{block}.attn.{name}", seen).split(WIDTH // heads, dim=1) for name in "qkv")
+            factor = (WIDTH // heads) ** -0.5 if scale is None else scale
+            mixed = [(a @ b.T * factor).softmax(1) @ c for a, b, c in zip(q, k, v, strict=True)]
+            x = x + linear(f"{block}.attn.proj", torch.cat(mixed, dim=1))
+            hidden = linear(f"{block}.mlp.linear1", norm(f"{block}.norm2", x))
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            x = x + linear(f"{block}.mlp.linear2", hidden)
+        rows.append(linear("head", norm("norm", x)[-1]))
+    return torch.stack(rows)
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> Path:
+    """A folder as transformers leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_merged(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """The file that the reference's training leaves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "hub" / "temporal-vit", random_tensors())
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("reference") / "colours", groups=2)
+
+
+def opened(path: Path) -> Trained:
+    return open_trained(path, working_directory=Path("runs"), device=torch.device("cpu"))
+
+
+def some_clips(n_frames: int) -> Tensor:
+    return torch.randn(2, n_frames, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6))
+
+
+@torch.no_grad()
+def assert_same_logits(trained: Trained, expected: Tensor, clips: Tensor) -> None:
+    torch.testing.assert_close(trained.model(clips).double(), expected, atol=1e-5, rtol=0)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # they depend on the clip
+
+
+def test_a_published_model_gives_the_logits_of_the_reference(folder: Path) -> None:
+    clips = some_clips(3)
+    expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2)
+    trained = opened(folder)
+    assert_same_logits(trained, expected, clips)
+    with torch.no_grad():
+        turned = trained.model(clips.flip(1))
+    assert (turned - expected).abs().max() > 1e-3  # and on the order of frames
+
+
+def test_each_quirk_counts(folder: Path) -> None:
+    """Were one of them left out, the logits would not be the same: the comparison can fail."""
+    clips = some_clips(3)
+    expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2)
+    for name, value in (
+        ("temporal.embedding", 0.0),
+        ("positions.spatial", 0.0),
+        ("positions.class_position", 0.0),
+        ("positions.class_token", 0.0),
+    ):
+        trained = opened(folder)
+        with torch.no_grad():
+            trained.model.get_parameter(name).mul_(value)
+            assert (trained.model(clips) - expected).abs().max() > 1e-3, name
+    for changed in ({"n_frames": 4}, {"heads": 4}):
+        other = plain_forward(random_tensors(), clips, **{"n_frames": 3, "heads": 2, **changed})
+        assert (other - expected).abs().max() > 1e-3, changed
+
+
+def test_without_fused_attention_logits_are_scaled_by_the_whole_width(tmp_path: Path) -> None:
+    clips = some_clips(3)
+    folder = write(tmp_path / "slow", random_tensors(), {**CONFIG, "use_flash_attention": False})
+    expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2, scale=WIDTH**-0.5)
+    assert_same_logits(opened(folder), expected, clips)
+    assert (plain_forward(random_tensors(), clips, n_frames=3, heads=2) - expected).abs().max() > 1e-3
+
+
+def test_a_patch_embedding_without_bias_and_half_precision_are_read(tmp_path: Path) -> None:
+    tensors = {name: tensor.half() for name, tensor in random_tensors().items()}
+    del tensors["patch_embd.conv.bias"]
+    folder = write(tmp_path / "half", tensors, {**CONFIG, "patch_embd_bias": False})
+    clips = some_clips(3)
+    assert_same_logits(opened(folder), plain_forward(tensors, clips, n_frames=3, heads=2), clips)
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: bool) -> None:
+    path = write_merged(tmp_path / "checkpoints" / "checkpoint_merged.safetensors", random_tensors())
+    (path.parent / "checkpoint_0").mkdir()  # what else lies there
+    trained = opened(path.parent if as_folder else path)
+    clips = some_clips(8)
+    assert_same_logits(trained, plain_forward(random_tensors(), clips, n_frames=8, heads=12), clips)
+    assert trained.card.labels == ("class 0", "class 1", "class 2")
+    assert trained.card.preprocessing.n_frames == 8
+    numbered, assumed = trained.notes
+    assert "do not name their 3 classes: they are numbered" in numbered
+    assert '"n_frames": 8, "num_heads": 12, the reference\'s defaults, are taken' in assumed
+
+
+def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path: Path) -> None:
+    path = write_merged(tmp_path / "checkpoint_merged.safetensors", random_tensors())
+    told = {"n_frames": 5, "num_heads": 2, "id2label": {"0": "bend", "1": "jack", "2": "jump"}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    clips = some_clips(5)
+    for given in (path, tmp_path):
+        trained = opened(given)
+        assert_same_logits(trained, plain_forward(random_tensors(), clips, n_frames=5, heads=2), clips)
+        assert trained.card.labels == ("bend", "jack", "jump")
+        assert trained.notes == ()
+
+
+def test_101_classes_without_names_are_ucf101s(tmp_path: Path) -> None:
+    folder = write(tmp_path / "ucf", random_tensors(classes=101), {**CONFIG, "num_classes": 101})
+    trained = opened(folder)
+    assert trained.card.labels == UCF101 == tuple(sorted(UCF101)) and len(set(UCF101)) == 101
+    assert "UCF101's are taken" in trained.notes[0]
+    data = ("HandStandPushups", "YoYo")  # a part of it, in the spelling of its file names
+    assert set(data) <= set(trained.named_by(data).card.labels)
+
+
+def test_frames_are_squashed_to_256_and_their_centre_is_taken(folder: Path, colours: Path) -> None:
+    video = next(colours.glob("Red/*"))
+    clip = read_clip(video, lambda count: segment_indices(count, 3)).frames
+    preprocessing = opened(folder).card.preprocessing
+    frames = torch.from_numpy(clip).permute(0, 3, 1, 2)
+    (seen,) = eval_transform([frames], preprocessing=preprocessing, device=torch.device("cpu"))
+    edge = (256 - SIZE) // 2
+    for own, frame in zip(seen, clip, strict=True):
+        picture = Image.fromarray(frame).resize((256, 256), Image.Resampling.BILINEAR)
+        cut = np.asarray(picture.crop((edge, edge, edge + SIZE, edge + SIZE))) / 255
+        expected = (cut - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)  # ImageNet's
+        assert np.abs(own.permute(1, 2, 0).numpy() - expected).max() <= 1.01 / 255 / 0.224
+
+
+def logits_of(video: Path, trained: Trained, *, n_frames: int, heads: int) -> Tensor:
+    """The plain forward of a video, preprocessed as the test above has checked."""
+    frames = torch.from_numpy(read_clip(video, lambda count: segment_indices(count, n_frames)).frames)
+    preprocessing = trained.card.preprocessing
+    clips = eval_transform(
+        [frames.permute(0, 3, 1, 2)], preprocessing=preprocessing, device=torch.device("cpu")
+    )
+    return plain_forward(random_tensors(), clips, n_frames=n_frames, heads=heads)[0]
+
+
+def test_predict_labels_videos_with_it(folder: Path, colours: Path) -> None:
+    videos = sorted(colours.glob("*/*_g01_*"))
+    events: list[Event] = []
+    settings = PredictSettings(paths=tuple(videos), model=folder, top_k=3, device="cpu")
+    result = predict(settings, events.append)
+    for video, prediction in zip(videos, result.predictions, strict=True):
+        expected = logits_of(video, opened(folder), n_frames=3, heads=2).softmax(0)
+        for label, score in prediction.labels:
+            assert score == pytest.approx(expected[int(label.removeprefix("class "))].item(), abs=1e-5)
+    (note,) = (event for event in events if isinstance(event, Note) and event.level == "warning")
+    assert "do not name their 3 classes" in note.text
+    assert (
+        load_model(folder, device="cpu").predict(videos[0])
+        == predict(settings.model_copy(update={"paths": (str(videos[0]),)})).predictions[0]
+    )
+
+
+def test_eval_scores_it_on_the_classes_of_the_data(
+    folder: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    events: list[Event] = []
+    facts = {"model": folder, "path_to_data": str(colours), "test_groups": "1", "val_groups": "none"}
+    result = evaluate(
+        EvalSettings.model_validate({**facts, "num_workers": 0, "device": "cpu"}), events.append
+    )
+    assert result.output == Path("working_directory/temporal-vit/eval/test")
+    assert (result.output / "metrics.json").is_file()
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert len(result.answers) == 3
+    labels = sorted(COLOURS)
+    for answer in result.answers:
+        expected = logits_of(answer.video.path, opened(folder), n_frames=3, heads=2).softmax(0)
+        assert answer.predicted == labels[int(expected.argmax())]
+        assert answer.scores == pytest.approx(expected.tolist(), abs=1e-5)
+    said = " ".join(event.text for event in events if isinstance(event, Note))
+    assert "classes are taken to be the 3 of the data" in said
+    assert "which videos the model was trained on is not known" in said
+
+
+def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path: Path, colours: Path) -> None:
+    folder = write(tmp_path / "five", random_tensors(classes=5), {**CONFIG, "num_classes": 5})
+    settings = EvalSettings(
+        model=folder, path_to_data=str(colours), test_groups="1", val_groups="none", device="cpu"
+    )
+    with pytest.raises(DataError, match=r"unknown to the model .*It knows 5: class 0.* all of its classes"):
+        evaluate(settings)
+
+
+def test_it_is_typed_as_any_model(
+    folder: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    data = [
+        "--path-to-data",
+        str(colours),
+        "--test-groups",
+        "1",
+        "--val-groups",
+        "none",
+        "--num-workers",
+        "0",
+    ]
+    for arguments in (["predict", str(next(colours.glob("Red/*"))), "--model", "temporal-vit"],
+                      ["eval", "--model", "temporal-vit", "--device", "cpu", *data]):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main.run(arguments)
+        assert ended.value.code in (0, None)
+    shown = capsys.readouterr()
+    assert "class " in shown.out and "video_top1" in shown.out.replace(" ", "_")
+
+
+def test_an_export_of_it_is_proved_as_any_other(folder: Path, colours: Path, tmp_path: Path) -> None:
+    for form in ("safetensors", "huggingface"):
+        facts = {"model": folder, "format": form, "clips": colours, "output": tmp_path / form}
+        result = export(ExportSettings.model_validate(facts))
+        assert result.parity.passed and result.parity.max_logit_difference < 1e-5
+    card = json.loads((tmp_path / "safetensors" / "card.json").read_text())
+    assert card["preprocessing"]["scale_to"] == 256
+    assert card["base"]["name"] == "temporal-vit" and card["base"]["sha256"] == card["weights_sha256"]
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "safetensors", again)
+    clips = some_clips(3)
+    assert_same_logits(opened(again), plain_forward(random_tensors(), clips, n_frames=3, heads=2), clips)
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (without("blocks.1.attn.q.weight"), r"blocks\.1\.attn\.q\.weight missing"),
+        (without("cls_token"), "cls_token missing"),
+        (lambda t: t.update({"blocks.2.norm1.weight": torch.ones(WIDTH)}), r"no place for blocks\.2\.norm1"),
+        (
+            lambda t: t.update({"head.weight": torch.ones(4, WIDTH)}),
+            r"head\.weight has the shape \(4, 24\), not \(3,",
+        ),
+        (lambda t: t["norm.weight"].fill_(math.nan), r"norm\.weight holds NaN"),
+        (
+            lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.int8)}),
+            "Quantised weights are not read",
+        ),
+        (
+            lambda t: t.update({"blocks.0.attn.q.lora_A": torch.ones(WIDTH, 4)}),
+            r"adapters are not merged.*checkpoint_merged\.safetensors",
+        ),
+    ],
+)
+def test_bad_weights_are_refused_with_reasons(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], sentence: str
+) -> None:
+    tensors = random_tensors()
+    change(tensors)
+    with pytest.raises(ModelError, match=sentence):
+        opened(write(tmp_path / "bad", tensors))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"pooling": "mean"}, "pooling is 'mean'; tvit reads models with pooling 'cls'"),
+        ({"in_channels": 1}, "in_channels is 1; frames of a video have 3"),
+        ({"num_heads": 5}, "width 24 is not a multiple of num_heads 5"),
+        ({"embd_dim": 23}, "embd_dim is 23; sinusoids need an even one"),
+        ({"img_wh": 288}, "img_wh is 288; the reference cuts frames out of 256 x 256"),
+        ({"n_frames": "3"}, "n_frames is '3'; it must be a whole number"),
+        ({"num_classes": 0}, "num_classes is 0; it must be a whole number, 1 or more"),
+        ({"num_blocks": 3}, r"blocks\.2\.\S+, .* missing"),
+        ({"id2label": {"0": "a", "1": "b"}}, "id2label in config.json must have a name of its own for each"),
+        ({"id2label": {"0": "a", "1": "a", "2": "b"}}, "id2label in config.json must have a name of its own"),
+        ({"id2label": ["a", "b", "c"]}, "id2label in config.json must have"),
+        (
+            {"model_type": "vit"},
+            "model_type is 'vit'.* no trained model of videos.* tvit train --hf-model-name",
+        ),
+    ],
+)
+def test_a_bad_config_is_refused_with_reasons(tmp_path: Path, config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        opened(write(tmp_path / "bad", random_tensors(), {**CONFIG, **config}))
+
+
+def test_the_labels_that_transformers_makes_up_are_no_names(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "two", random_tensors(), {**CONFIG, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    )
+    assert opened(folder).card.labels == ("class 0", "class 1", "class 2")
+
+
+def test_a_bare_file_of_other_weights_is_no_trained_model(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"its model_type is None.* no trained model of videos"):
+        opened(tmp_path / "other.safetensors")
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ModelError, match=r"this is a file, and no \.safetensors"):
+        opened(tmp_path / "model.bin")
+
+
+def test_the_same_tensor_under_two_names_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "norm.bias": tensors["model.norm.bias"].clone()}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="a tensor is stored twice"):
+        opened(folder)
+
+
+def test_a_name_on_the_hub_is_read_from_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = Path("detker/temporal-vit-85M")
+    with pytest.raises(ModelError, match=r"hub cannot be reached.*The cache, .*cache, holds no models"):
+        opened(name)
+    repository = tmp_path / "cache" / "models--detker--temporal-vit-85M"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd")
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / "0123abcd")
+    trained = opened(name)
+    assert trained.folder == name and trained.run == Path("runs/temporal-vit-85M")
+    base = trained.card.base
+    assert base is not None
+    assert (base.name, base.revision) == ("detker/temporal-vit-85M", "0123abcd")
+    with pytest.raises(ModelError, match=r"The cache holds detker/temporal-vit-85M\."):
+        opened(Path("detker/temporal-vit-86M"))
+
+
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "working_directory").mkdir()
+    for path in ("working_directory/ucf101-9", "nothing", "a/b/c"):
+        with pytest.raises(ModelError, match="no such model folder"):
+            opened(Path(path))
+
+
+def test_it_is_no_backbone_to_train_from(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"a trained classifier of clips, no image ViT.* tvit eval --model"):
+        read_config(resolve_weights(str(folder)))
