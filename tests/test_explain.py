@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import make_model
 from torch import Tensor, nn
 
 import tvit_cli
@@ -23,10 +24,10 @@ from tvit_cli.engine.explain import (
 from tvit_cli.engine.predict import predict
 from tvit_cli.errors import DataError, ModelError, VideoError
 from tvit_cli.model.config import ATTENTIONS, POOLS
-from tvit_cli.model.folder import save_model
 from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.relevance import Reading, lights, relevance_png
-from tvit_cli.settings.card import ModelCard, Preprocessing
+from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.predict import PredictSettings
 
 
@@ -105,15 +106,7 @@ def test_deleting_replaces_whole_patches_by_the_blank() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is not trained, and a video beside it."""
     root = tmp_path_factory.mktemp("explain")
-    config = ViTConfig(num_classes=2, frame_size=32, patch_size=8, n_frames=4, width=8, depth=1, num_heads=1)
-    card = ModelCard(
-        tvit_version="0",
-        labels=("Left", "Right"),
-        model=config.to_dict(),
-        preprocessing=Preprocessing(n_frames=4, frame_size=32),
-        weights_sha256="",
-    )
-    save_model(root / "model", build_model(config, seed=0, from_scratch=True).state_dict(), card)
+    make_model(root / "model", ("Left", "Right"))
     frames = np.random.default_rng(0).integers(0, 255, (9, 40, 48, 3)).astype(np.uint8)
     write_video(root / "clip.avi", frames)
     return root
@@ -138,6 +131,9 @@ def test_a_label_can_be_named_and_is_checked(folder: Path, tmp_path: Path) -> No
     assert both[0].score + both[1].score == pytest.approx(1) and both[0].relevance.shape == (4, 4, 4)
     assert both[0].frames.sum().item() == pytest.approx(1)
     assert model.explain(folder / "clip.avi").score == max(b.score for b in both)
+    light, dark = (model.draw_explanation(both[0], dark=dark) for dark in (False, True))
+    model.write_explanation(tmp_path / "why.png", both[0])
+    assert (tmp_path / "why.png").read_bytes() == light != dark
     with pytest.raises(ModelError, match="Up: is no label"):
         model.explain(folder / "clip.avi", label="Up")
     (tmp_path / "text.avi").write_text("no video")
@@ -154,6 +150,8 @@ def test_the_strip_is_bright_where_the_relevance_is() -> None:
     image = np.asarray(
         Image.open(io.BytesIO(relevance_png(torch.ones(2, 3, 16, 16), white, reading))).convert("L")
     )
+    dark = Image.open(io.BytesIO(relevance_png(torch.ones(2, 3, 16, 16), white, reading, dark=True)))
+    assert "#{:02x}{:02x}{:02x}".format(*dark.getpixel((2, 2))) == PALETTE["paper"][1]  # type: ignore[misc]
     top = (30 + 112 + 4) * 2
     second = image[top : top + 224, (12 + 116) * 2 : (12 + 116) * 2 + 224]
     assert second[:100, 124:].min() > 250 and second[124:].max() < 80 and second[:100, :100].max() < 80

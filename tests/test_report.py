@@ -324,6 +324,8 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png() -> None:
         assert colour(30, 5) == PALETTE["two"][0] and colour(30, 15) == "#ffffff"
         row = [colour(x, 25) for x in range(40)]
         assert 15 < sum(int(value[1:3], 16) > 140 for value in row) < 25  # every second stretch
+    with Image.open(io.BytesIO(to_png(drawing, scale=2, dark=True))) as picture:
+        assert colour(10, 5) == PALETTE["bad"][1] and colour(30, 15) == PALETTE["paper"][1]
 
 
 def test_pixels_come_back_from_what_normalisation_made_of_them() -> None:

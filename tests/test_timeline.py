@@ -28,6 +28,7 @@ from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.segments import best_path, find_segments, smooth
 from tvit_cli.report.timeline import clock, timeline_png
 from tvit_cli.settings.base import load
@@ -232,6 +233,8 @@ def test_the_picture_has_frames_and_a_lane_of_each_label(day: Path) -> None:
     image = Image.open(io.BytesIO(timeline_png(timeline)))
     assert image.size == (2000, 2 * (72 + 12 + 3 * 22 + 26))
     pixels = np.asarray(image.convert("L")).astype(int)
+    dark = Image.open(io.BytesIO(timeline_png(timeline, dark=True)))
+    assert "#{:02x}{:02x}{:02x}".format(*dark.getpixel((2, 2))) == PALETTE["paper"][1]  # type: ignore[misc]
     strip = pixels[80, 200:1940]
     assert abs(strip[50] - 60) < 12 and abs(strip[len(strip) // 2] - 200) < 12 and abs(strip[-50] - 130) < 12
 

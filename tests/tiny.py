@@ -1,8 +1,9 @@
-"""The smallest things that can be trained: coloured clips, and a pretrained ViT 16 wide."""
+"""The smallest things: coloured clips, a pretrained ViT 16 wide, a model that was never trained."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tvit_cli.data.video import write_video
 from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.model.folder import save_model
+from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
 COLOURS = {"Blue": (40, 60, 200), "Green": (50, 190, 60), "Red": (200, 50, 40)}
@@ -78,6 +82,22 @@ def make_pretrained(folder: Path) -> Path:
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_model(folder: Path, labels: Sequence[str]) -> Path:
+    """A model folder whose weights were drawn and never trained: it answers, and knows nothing."""
+    config = ViTConfig(
+        num_classes=len(labels), frame_size=32, patch_size=8, n_frames=4, width=8, depth=1, num_heads=1
+    )
+    card = ModelCard(
+        tvit_version="0",
+        labels=tuple(labels),
+        model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=4, frame_size=32),
+        weights_sha256="",
+    )
+    save_model(folder, build_model(config, seed=0, from_scratch=True).state_dict(), card)
     return folder
 
 

@@ -171,6 +171,16 @@ def blanked(clip: Tensor, blank: Tensor, shape: torch.Size, patches: Tensor) -> 
 
 def write_explanation(path: Path, explanation: Explanation, trained: Trained) -> None:
     """Write the film strip as a PNG. Raises RunError where it cannot be written."""
+    data = explanation_png(explanation, trained)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise RunError(f"--explain {path}: cannot be written ({error.strerror}).") from error
+
+
+def explanation_png(explanation: Explanation, trained: Trained, *, dark: bool = False) -> bytes:
+    """The film strip as a PNG, on light paper or on dark."""
     from tvit_cli.report.relevance import Reading, relevance_png
 
     deletion = explanation.deletion
@@ -180,12 +190,7 @@ def write_explanation(path: Path, explanation: Explanation, trained: Trained) ->
         relevance=explanation.relevance,
         frames=explanation.frames.tolist(),
     )
-    data = relevance_png(explanation.clip, trained.card.preprocessing, reading)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise RunError(f"--explain {path}: cannot be written ({error.strerror}).") from error
+    return relevance_png(explanation.clip, trained.card.preprocessing, reading, dark=dark)
 
 
 def verdict(deletion: Deletion) -> str:

@@ -19,6 +19,7 @@ from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.model.vit import TemporalViT
+from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import PredictSettings
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class Model:
     def labels(self) -> tuple[str, ...]:
         """The classes, in the order of the classifier's outputs."""
         return self._trained.card.labels
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model folder says of its model: preprocessing, metrics, settings, where it came from."""
+        return self._trained.card
 
     @property
     def folder(self) -> Path:
@@ -142,6 +148,12 @@ class Model:
         from tvit_cli.engine.explain import write_explanation
 
         write_explanation(path, explanation, self._trained)
+
+    def draw_explanation(self, explanation: Explanation, *, dark: bool = False) -> bytes:
+        """The film strip of an explanation of this model as a PNG, on light paper or on dark."""
+        from tvit_cli.engine.explain import explanation_png
+
+        return explanation_png(explanation, self._trained, dark=dark)
 
     def timeline(
         self,

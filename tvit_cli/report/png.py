@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
@@ -15,36 +16,50 @@ FINER = 3  # drawn this many times as large and scaled down, since Pillow draws 
 DASH = 4.0
 
 
-def to_png(drawing: Drawing, *, scale: int = 2) -> bytes:
-    """The drawing in its light colours, `scale` pixels per unit."""
+def to_png(drawing: Drawing, *, scale: int = 2, dark: bool = False) -> bytes:
+    """The drawing in its light or its dark colours, `scale` pixels per unit."""
     zoom = scale * FINER
+    colours = Colours(dark)
     size = (round(drawing.width * zoom), round(drawing.height * zoom))
-    image = Image.new("RGB", size, PALETTE["paper"][0])
+    image = Image.new("RGB", size, colours.of("paper"))
     draw = ImageDraw.Draw(image)
     for shape in drawing.shapes:
         match shape:
             case Line():
-                _line(draw, shape, zoom)
+                _line(draw, shape, zoom, colours)
             case Dot():
                 x, y = shape.at
                 draw.ellipse(
                     [(v + r) * zoom for r in (-shape.radius, shape.radius) for v in (x, y)],
-                    fill=_colour(shape.role),
+                    fill=colours.of(shape.role),
                 )
             case Box():
                 x, y = shape.at
                 corners = [x * zoom, y * zoom, (x + shape.width) * zoom, (y + shape.height) * zoom]
-                draw.rectangle(corners, fill=_colour(shape.role, shape.opacity))
+                draw.rectangle(corners, fill=colours.of(shape.role, shape.opacity))
             case Text():
-                _text(draw, shape, zoom)
+                _text(draw, shape, zoom, colours)
     data = io.BytesIO()
     image.reduce(FINER).save(data, "PNG")
     return data.getvalue()
 
 
-def _line(draw: ImageDraw.ImageDraw, line: Line, zoom: float) -> None:
+@dataclass(frozen=True)
+class Colours:
+    """The light or the dark half of the palette."""
+
+    dark: bool
+
+    def of(self, role: Role, opacity: float = 1.0) -> tuple[int, int, int]:
+        """A role's colour, as it looks on paper at an opacity."""
+        over, under = (_rgb(PALETTE[name][self.dark]) for name in (role, "paper"))
+        red, green, blue = (round(a * opacity + b * (1 - opacity)) for a, b in zip(over, under, strict=True))
+        return red, green, blue
+
+
+def _line(draw: ImageDraw.ImageDraw, line: Line, zoom: float, colours: Colours) -> None:
     points = [(x * zoom, y * zoom) for x, y in line.points]
-    colour = _colour(line.role, line.opacity)
+    colour = colours.of(line.role, line.opacity)
     width = max(1, round(line.width * zoom))
     for part in _dashes(points, DASH * zoom) if line.dashed else [points]:
         draw.line(part, fill=colour, width=width, joint="curve")
@@ -62,20 +77,13 @@ def _dashes(points: Sequence[Point], length: float) -> Iterator[list[Point]]:
             yield [(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (a, b)]
 
 
-def _text(draw: ImageDraw.ImageDraw, text: Text, zoom: float) -> None:
+def _text(draw: ImageDraw.ImageDraw, text: Text, zoom: float, colours: Colours) -> None:
     font = ImageFont.load_default(text.size * zoom)
     stroke = round(text.size * zoom / 60) if text.bold else 0  # the font that Pillow brings has one weight
     anchor = {"start": "ls", "middle": "ms", "end": "rs"}[text.anchor]
-    colour = _colour(text.role)
+    colour = colours.of(text.role)
     at = (text.at[0] * zoom, text.at[1] * zoom)
     draw.text(at, text.text, fill=colour, font=font, anchor=anchor, stroke_width=stroke, stroke_fill=colour)
-
-
-def _colour(role: Role, opacity: float = 1.0) -> tuple[int, int, int]:
-    """A role's light colour, as it looks on paper at an opacity."""
-    over, under = (_rgb(PALETTE[name][0]) for name in (role, "paper"))
-    red, green, blue = (round(a * opacity + b * (1 - opacity)) for a, b in zip(over, under, strict=True))
-    return red, green, blue
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

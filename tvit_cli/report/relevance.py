@@ -35,7 +35,9 @@ class Reading:
     frames: Sequence[float]
 
 
-def relevance_png(clip: Tensor, preprocessing: Preprocessing, reading: Reading) -> bytes:
+def relevance_png(
+    clip: Tensor, preprocessing: Preprocessing, reading: Reading, *, dark: bool = False
+) -> bytes:
     """The strip as a PNG; of a clip (T, C, S, S) all frames, in one row each."""
     count = len(clip)
     width = max(LEAST_WIDTH, 2 * MARGIN + count * SIDE + (count - 1) * GAP)
@@ -49,7 +51,9 @@ def relevance_png(clip: Tensor, preprocessing: Preprocessing, reading: Reading) 
         shapes.append(Box((left, bottom - tall), SIDE, tall, "one"))
         shapes.append(Text((left + SIDE / 2, bottom - tall - 3), f"{share:.0%}", "dim", 11, "middle"))
     shapes.append(Text((MARGIN, height - MARGIN - 2), reading.verdict, "dim", 11.5))
-    sheet = Image.open(io.BytesIO(to_png(Drawing(reading.title, width, height, shapes), scale=SCALE)))
+    sheet = Image.open(
+        io.BytesIO(to_png(Drawing(reading.title, width, height, shapes), scale=SCALE, dark=dark))
+    )
     pixels = to_pixels(clip, preprocessing).permute(0, 2, 3, 1).numpy()  # (T, S, S, C)
     for number, (picture, lit) in enumerate(zip(pixels, lights(reading.relevance), strict=True)):
         left = (MARGIN + number * (SIDE + GAP)) * SCALE

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tvit_cli.report.charts import ticks
 from tvit_cli.report.drawing import Box, Drawing, Line, Shape, Text, text_width
-from tvit_cli.report.png import to_png
+from tvit_cli.report.png import Colours, to_png
 from tvit_cli.report.segments import Timeline
 
 WIDTH, SCALE = 1000.0, 2
@@ -22,11 +22,12 @@ MOST_LANES = 10  # labels with the most time; the rest are not drawn
 MOST_COLUMNS = 400  # of a lane; more would not show
 
 
-def timeline_png(timeline: Timeline) -> bytes:
+def timeline_png(timeline: Timeline, *, dark: bool = False) -> bytes:
     """The picture, 2000 pixels wide: how dark a lane is, is the label's smoothed score; bars are segments."""
     left = 16 + max(text_width(label, LABEL_SIZE) for label in lanes(timeline))
-    image = Image.open(io.BytesIO(to_png(timeline_drawing(timeline, left=left), scale=SCALE)))
-    strip = _film(timeline, round((WIDTH - left - RIGHT) * SCALE), round(STRIP * SCALE))
+    image = Image.open(io.BytesIO(to_png(timeline_drawing(timeline, left=left), scale=SCALE, dark=dark)))
+    size = (round(STRIP * SCALE), round((WIDTH - left - RIGHT) * SCALE))
+    strip = _film(timeline, *size, ground=Colours(dark).of("grid"))
     image.paste(Image.fromarray(strip), (round(left * SCALE), round(GAP * SCALE)))
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
@@ -98,9 +99,9 @@ def _columns(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(sums / counts)
 
 
-def _film(timeline: Timeline, width: int, height: int) -> NDArray[np.uint8]:
+def _film(timeline: Timeline, height: int, width: int, *, ground: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Frames side by side, each the one nearest in time to where it stands: (height, width, 3)."""
-    strip = np.full((height, width, 3), 230, np.uint8)
+    strip = np.full((height, width, 3), ground, np.uint8)
     if not timeline.pictures:
         return strip
     rows, columns = timeline.pictures[0][1].shape[:2]
