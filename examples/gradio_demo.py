@@ -308,8 +308,11 @@ def main() -> None:
                 quiet=True,
                 prevent_thread_lock=True,
             )
-        except OSError as error:  # the port is taken
-            sys.exit(f"error: {error}")
+        except OSError:
+            sys.exit(
+                f"error: {told.host}:{told.port or '7860 to 7959'}: cannot be listened at, perhaps since another "
+                "program does. Take another --port or --host."
+            )
         print(f"{model.folder} at {public or local} (Ctrl-C ends it)", flush=True)
         stop.wait()
         blocks.close(verbose=False)
