@@ -11,15 +11,17 @@ from torch.nn import functional as F
 from tvit_cli.engine.metrics import (
     ClassScore,
     Tally,
+    calibration_bins,
     calibration_error,
     class_table,
     confusion_matrix,
     macro_f1,
     most_confused,
+    ranks,
     top_k_right,
     video_metrics,
 )
-from tvit_cli.engine.resampling import accuracy_intervals, difference_interval, mcnemar
+from tvit_cli.engine.resampling import Outcomes, difference_interval, mcnemar, metric_intervals
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
 LABELS = torch.tensor([0, 2, 2, 1])
@@ -85,11 +87,21 @@ def test_a_class_has_precision_recall_and_f1_from_its_counts() -> None:
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
-    sure = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]).log()
+    confidence, right = torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([True, False, True, True])
     # Bins of 1/15: two answers at 0.9, one of them right; two at 0.6, both right.
     expected = (abs(1 - 1.8) + abs(2 - 1.2)) / 4
-    assert calibration_error(sure, torch.tensor([0, 1, 0, 0])) == pytest.approx(expected)
-    assert calibration_error(torch.tensor([[50.0, -50.0]]), torch.tensor([0])) == pytest.approx(0)
+    assert calibration_error(confidence, right) == pytest.approx(expected)
+    assert calibration_error(torch.ones(1), torch.ones(1)) == pytest.approx(0)
+    low, high = calibration_bins(confidence, right)
+    assert (low.videos, low.confidence, low.accuracy) == (2, pytest.approx(0.6), 1.0)
+    assert (high.low, high.high, high.accuracy) == (13 / 15, 14 / 15, 0.5)
+    bins = calibration_bins(confidence, right)
+    assert sum(abs(b.accuracy - b.confidence) * b.videos for b in bins) / 4 == pytest.approx(expected)
+
+
+def test_a_rank_is_the_worst_that_ties_allow() -> None:
+    logits = torch.tensor([[[3.0, 2.0, 1.0]], [[1.0, 2.0, 2.0]], [[0.0, 0.0, 0.0]]])  # (views, B, K)
+    assert ranks(logits, torch.tensor([[0], [2], [1]])).tolist() == [[1], [2], [3]]
 
 
 def test_the_most_confused_pairs_come_first_and_right_answers_are_none() -> None:
@@ -98,20 +110,62 @@ def test_the_most_confused_pairs_come_first_and_right_answers_are_none() -> None
     assert most_confused(confusion, most=1) == [(1, 0, 4)]
 
 
+def outcomes(right: list[bool], groups: list[str], labels: list[int] | None = None) -> Outcomes:
+    """Videos that are answered with their label or with the next class, all with confidence 0.7."""
+    labels = labels or [0] * len(right)
+    said = [label if known else label + 1 for label, known in zip(labels, right, strict=True)]
+    return Outcomes(labels, said, right, [0.7] * len(right), groups)
+
+
 def test_intervals_resample_whole_groups() -> None:
     right = [True] * 50 + [False] * 50
-    alone = accuracy_intervals(right, [0] * 100, [f"{n}" for n in range(100)])["video_top1"]
+    alone = metric_intervals(outcomes(right, [f"{n}" for n in range(100)]), top_k=5)["video_top1"]
     # Ten groups that are right or wrong as a whole are ten trials, not a hundred.
-    grouped = accuracy_intervals(right, [0] * 100, [f"{n // 10}" for n in range(100)])["video_top1"]
+    grouped = metric_intervals(outcomes(right, [f"{n // 10}" for n in range(100)]), top_k=5)["video_top1"]
     assert alone[0] == pytest.approx(0.40, abs=0.02) and alone[1] == pytest.approx(0.60, abs=0.02)
     assert grouped[0] == pytest.approx(0.20, abs=0.05) and grouped[1] == pytest.approx(0.80, abs=0.05)
-    assert accuracy_intervals(right, [0] * 100, ["one"] * 100) == {}
+    assert metric_intervals(outcomes(right, ["one"] * 100), top_k=5) == {}
 
 
 def test_an_interval_of_mean_class_accuracy_weighs_classes_equally() -> None:
-    right, classes = [True] * 90 + [False] * 10, [0] * 90 + [1] * 10
-    low, high = accuracy_intervals(right, classes, [f"{n}" for n in range(100)])["mean_class_accuracy"]
-    assert (low, high) == (0.5, 0.5)
+    right, labels = [True] * 90 + [False] * 10, [0] * 90 + [1] * 10
+    found = metric_intervals(outcomes(right, [f"{n}" for n in range(100)], labels), top_k=5)
+    assert found["mean_class_accuracy"] == (0.5, 0.5)
+
+
+def test_intervals_of_groups_that_are_all_alike_are_the_metrics_themselves() -> None:
+    logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
+    labels = torch.arange(12).remainder(3).repeat(5)
+    metrics = video_metrics(logits, labels, top_k=2)
+    confidence, said = logits.double().softmax(1).max(1)
+    table = class_table(confusion_matrix(said, labels, 4))
+    expected = {
+        "video_top1": metrics["video_top1"],
+        "video_top2": metrics["video_top2"],
+        "mean_class_accuracy": metrics["mean_class_accuracy"],
+        "macro_f1": macro_f1(table),
+        "calibration_error": calibration_error(confidence, said == labels),
+    }
+    own = Outcomes(
+        labels.tolist(),
+        said.tolist(),
+        top_k_right(logits, labels, 2).tolist(),
+        confidence.tolist(),
+        [f"{n // 12}" for n in range(60)],
+    )
+    found = metric_intervals(own, top_k=2)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == (pytest.approx(value), pytest.approx(value)), name
+
+
+def test_a_video_without_an_answer_is_wrong_and_has_no_confidence() -> None:
+    right = [True] * 40
+    own = outcomes(right, [f"{n // 10}" for n in range(40)])
+    half = Outcomes(own.labels, [0, None] * 20, [True, False] * 20, [1.0, 0.0] * 20, own.groups)
+    found = metric_intervals(half, top_k=1)
+    assert found["video_top1"] == (0.5, 0.5) and found["calibration_error"] == (0, 0)
+    assert found["macro_f1"] == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
 
 def test_a_difference_of_models_is_taken_per_video_and_resampled_by_group() -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import subprocess
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from typing import Any
 import pytest
 import simplejpeg
 import torch
+from pages import Page, trouble_in_chromium
 from PIL import Image
 from tiny import COLOURS, make_clips, run, settings
 
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.train import TrainResult, train
-from tvit_cli.report import machine, page, training
-from tvit_cli.report.charts import MOST_POINTS, Curve, curves_chart, thinned, ticks
+from tvit_cli.report import machine, page, training, words, writing
+from tvit_cli.report.axes import ticks
+from tvit_cli.report.charts import MOST_POINTS, Curve, curves_chart, thinned
 from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Text, text_width, to_svg
 from tvit_cli.report.pictures import Samples, film_strip, spread, to_pixels
 from tvit_cli.report.png import to_png
@@ -30,36 +31,7 @@ from tvit_cli.report.training import TrainingFacts, curves, training_page
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
-VOID = {"meta", "link", "img", "br"}
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
-
-
-class Page(HTMLParser):
-    """What a page refers to, its text, and whether every tag is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.references: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.references += [value or "" for name, value in attributes if name in ("src", "href", "data")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +90,19 @@ def test_a_training_leaves_a_page_that_refers_to_nothing_outside_itself(result: 
         assert word.lower() in shown.text.lower()
 
 
+def test_a_browser_without_a_network_finds_nothing_wrong_with_the_page(result: TrainResult) -> None:
+    assert result.report is not None
+    assert trouble_in_chromium(result.report) == []
+
+
 def test_the_page_says_what_the_metrics_say(result: TrainResult) -> None:
     assert result.report is not None and result.test is not None
     text = Page(result.report.read_text(encoding="utf-8")).text
     lines = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
     epochs = [r for r in lines if r["kind"] == "epoch"]
     best = epochs[result.best_epoch - 1]
-    assert f"test top-1{training._percent(result.test.metrics['video_top1'])}" in text
-    assert f"val top-1{training._percent(best['val_video_top1'])}best epoch, {result.best_epoch} of 3" in text
+    assert f"test top-1{words.percent(result.test.metrics['video_top1'])}" in text
+    assert f"val top-1{words.percent(best['val_video_top1'])}best epoch, {result.best_epoch} of 3" in text
     for record in epochs:
         assert f"epoch {record['epoch']}: val {record['val_loss']:.3g}" in text
     counted = json.loads((result.run / "val_per_class.jsonl").read_text().splitlines()[result.best_epoch - 1])
@@ -180,7 +157,7 @@ def test_a_report_that_cannot_be_written_costs_no_training(
     def full(drawing: Drawing) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "to_png", full)
+    monkeypatch.setattr(writing, "to_png", full)
     events: list[Event] = []
     facts = settings(path_to_data=str(clips), working_directory=tmp_path, epochs=1, **SCRATCH)
     done = train(facts, events.append)
@@ -246,7 +223,7 @@ def test_no_text_of_a_chart_overlaps_another_or_leaves_the_sheet(epochs: int, pe
         "Gradient norm, before clipping",
         [Curve(name, points, role) for name, role in zip(names, ("one", "two", "three"), strict=True)],  # type: ignore[arg-type]
         x_name="epoch",
-        show=training._number,
+        show=words.number,
         mark=(epochs, "best"),
     )
     assert chart is not None
@@ -307,12 +284,14 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png() -> None:
         Line([(0, 25), (40, 25)], "one", 2, dashed=True),
         Dot((30, 5), 4, "two"),
         Text((40, 38), "text", "ink", 10, "end"),
+        Text((38, 30), "I", "ink", 12, "middle", turned=True),
     ]
     drawing = Drawing("all shapes", 40, 40, shapes)
     svg = to_svg(drawing)
     assert (
         svg.count("<polyline") == 2 and 'stroke-dasharray="4 4"' in svg and "<title>a &lt; b</title>" in svg
     )
+    assert 'transform="rotate(-90 38 30)"' in svg
     assert 'text-anchor="end"' in svg and '<circle class="f-two" cx="30" cy="5" r="4"/>' in svg
     with Image.open(io.BytesIO(to_png(drawing, scale=2))) as picture:
         assert picture.size == (80, 80)
@@ -322,6 +301,8 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png() -> None:
 
         assert colour(10, 5) == PALETTE["bad"][0] and colour(10, 15) == PALETTE["good"][0]
         assert colour(30, 5) == PALETTE["two"][0] and colour(30, 15) == "#ffffff"
+        dark = [x for x in range(60, 80) for y in range(50, 70) if sum(picture.getpixel((x, y))) < 300]  # type: ignore[arg-type]
+        assert len(dark) > 20 and max(dark) - min(dark) > 10  # the I lies on its side
         row = [colour(x, 25) for x in range(40)]
         assert 15 < sum(int(value[1:3], 16) > 140 for value in row) < 25  # every second stretch
     with Image.open(io.BytesIO(to_png(drawing, scale=2, dark=True))) as picture:
@@ -355,8 +336,8 @@ def test_the_commit_of_a_working_tree_is_found_and_its_absence_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert machine.git_commit(tmp_path) == ""
-    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):  # fmt: skip
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):  # fmt: skip
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     commit = machine.git_commit(tmp_path)
     assert len(commit) == 40
     (tmp_path / "a").write_text("1")

@@ -252,6 +252,8 @@ def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
     console.table(["metric", result.subset, "95 % interval"], metrics)
     speed = result.metrics["videos"] / result.seconds
     console.say(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
+    if result.report is not None:
+        console.say(f"Report: {result.report}")
 
 
 def _interval(ends: tuple[float, float] | None) -> str:

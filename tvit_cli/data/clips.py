@@ -87,7 +87,7 @@ class ClipDataset(Dataset[ClipItem]):
         assert clips_per_video == 1 or not training
         position = {label: number for number, label in enumerate(labels)}
         self._paths: list[Place] = [video.url or video.path for video in videos]
-        self._names = [video.name for video in videos]
+        self.names = [video.name for video in videos]
         self._targets = [position[video.label] for video in videos]
         self._n_frames = n_frames
         self._short_side = short_side
@@ -140,7 +140,7 @@ class ClipDataset(Dataset[ClipItem]):
             return [index for segment in zip(*clips, strict=True) for index in segment]  # ascending
 
         if self.store is not None:
-            return self.store.read(self._names[index], choose, short_side=self._short_side)
+            return self.store.read(self.names[index], choose, short_side=self._short_side)
         return read_clip(
             self._paths[index],
             choose,

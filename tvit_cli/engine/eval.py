@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
-from tvit_cli.data.layout import Video
+from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.data.leaks import find_leaks
+from tvit_cli.data.storeformat import is_store
+from tvit_cli.engine.evalreport import write_report
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.metrics import (
+    calibration_bins,
     calibration_error,
     class_table,
     confusion_matrix,
@@ -19,10 +24,11 @@ from tvit_cli.engine.metrics import (
     video_metrics,
 )
 from tvit_cli.engine.place import Place, join_processes
-from tvit_cli.engine.resampling import accuracy_intervals
+from tvit_cli.engine.resampling import Outcomes, metric_intervals
 from tvit_cli.engine.results import Answer, EvalResult, write_result
-from tvit_cli.engine.scoring import Scores, Views, merge_scores, score
-from tvit_cli.engine.source import default_workers, open_source
+from tvit_cli.engine.scoring import Scores, Views, clips_to_score, merge_scores, score
+from tvit_cli.engine.seen import Seen
+from tvit_cli.engine.source import Source, default_workers, open_source
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.card import ModelCard
@@ -31,7 +37,7 @@ from tvit_cli.settings.train import TrainSettings
 
 
 def evaluate(settings: EvalSettings, report: Report = silent, place: Place | None = None) -> EvalResult:
-    """Score a model folder on a subset and write metrics.json, scores.csv and confusion.csv.
+    """Score a model folder on a subset and write metrics.json, scores.csv, confusion.csv and report.html.
 
     Labels, frame size, sampling and normalisation come from the model folder. Videos that cannot be read are
     reported, and left out or counted as wrong. Several processes share the videos and all get the result;
@@ -67,6 +73,10 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         )
     videos = source.layout.subset(settings.subset)
     _check_labels(videos, trained, settings)
+    leaks = _leaks(settings, trained.card, source)
+    for leak in leaks:
+        report(Note(leak, "warning"))
+    shuffle_seed = settings.seed if settings.shuffle_frames else None
     started = time.perf_counter()
     workers = default_workers(place.processes) if settings.num_workers is None else settings.num_workers
     own = score(
@@ -80,7 +90,7 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         views=views,
         rank=place.rank,
         processes=place.processes,
-        shuffle_seed=settings.seed if settings.shuffle_frames else None,
+        shuffle_seed=shuffle_seed,
         store=source.store,
         progress=lambda done, total: report(Progress("scoring videos", done, total)),
     )
@@ -93,16 +103,30 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
-    result = _judge(settings, trained, videos, scores, views, seconds)
+    clips = clips_to_score(
+        videos,
+        trained.card.labels,
+        trained.card.preprocessing,
+        views=views,
+        shuffle_seed=shuffle_seed,
+        store=source.store,
+    )
+    result = replace(
+        _judge(settings, trained, videos, scores, views, seconds),
+        seen=Seen(clips, trained.card.preprocessing, views),
+        leaks=leaks,
+    )
     facts: dict[str, object] = {
         "data": str(source.root),
         "frames": "videos" if source.store is None else "frame store",
         **choice,
         "views": asdict(views),
         "unreadable_videos": settings.unreadable,
+        "leaks": list(leaks),
     }
     if place.is_main:
         write_result(result, trained.card.labels, facts)
+        result = replace(result, report=write_report(result, settings, trained, facts, place, report))
     return result
 
 
@@ -130,6 +154,40 @@ def choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | in
         if given is None and settings.path_to_data is None and groups is not None:
             chosen[name] = "".join(f"{group}," for group in groups) or "none"
     return chosen
+
+
+def _leaks(settings: EvalSettings, card: ModelCard, source: Source) -> tuple[str, ...]:
+    """What makes the numbers too good: videos that were trained on, or that the subsets share."""
+    if settings.subset == "train":
+        return ()
+    leaks = list(find_leaks(source.layout.videos))
+    if trained_on := _trained_on(settings, card, source):
+        leaks.insert(
+            0,
+            f"{len(trained_on)} of the {len(source.layout.subset(settings.subset))} {settings.subset} videos were "
+            f"trained on (such as {trained_on[0]}): in training, the subsets were chosen otherwise. Leave --split, --val-groups, --test-groups and "
+            "--group-pattern as they were.",
+        )
+    return tuple(leaks)
+
+
+def _trained_on(settings: EvalSettings, card: ModelCard, source: Source) -> list[str]:
+    """Names of scored videos that the training's own choice of subsets puts into train, on the same data."""
+    before = choose_videos(EvalSettings(), card)
+    path = card.settings.get("path_to_data")
+    if path is None or choose_videos(settings, card) == before or not source.root.exists():
+        return []
+    if Path(path).absolute() != source.root.absolute() or is_store(source.root):
+        return []
+    own = read_layout(
+        source.root,
+        group_pattern=str(before["group_pattern"]),
+        val_groups=str(before["val_groups"]),
+        test_groups=str(before["test_groups"]),
+        split=int(before["split"]),
+    )
+    names = {video.name for video in own.subset("train")}
+    return [video.name for video in source.layout.subset(settings.subset) if video.name in names]
 
 
 def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSettings) -> None:
@@ -162,10 +220,14 @@ def _judge(
             f"--top-k {settings.top_k}: the model has {len(labels)} classes, so top-{len(labels)} is shown."
         )
     metrics = video_metrics(scores.logits, scores.labels, top_k=settings.top_k)
+    top_k = min(settings.top_k, len(labels))
     if len(views) > 1:
-        metrics["clip_top1"] = scores.right_views.mean().item()
-    metrics["calibration_error"] = calibration_error(scores.logits, scores.labels)
-    confusion = confusion_matrix(scores.logits.argmax(1), scores.labels, len(labels))
+        for k in sorted({1, top_k}):
+            metrics[f"clip_top{k}"] = (scores.view_ranks <= k).double().mean().item()
+    confidence, predicted = scores.logits.double().softmax(1).max(1)
+    right = predicted == scores.labels
+    metrics["calibration_error"] = calibration_error(confidence, right)
+    confusion = confusion_matrix(predicted, scores.labels, len(labels))
     answers = _answers(videos, scores, labels)
     unread = torch.zeros(len(labels), dtype=torch.long)
     if settings.unreadable == "wrong":
@@ -183,11 +245,7 @@ def _judge(
     name = settings.subset + ("-shuffled" if settings.shuffle_frames else "")
     return EvalResult(
         metrics=metrics,
-        intervals=accuracy_intervals(
-            [answer.is_right for answer in counted],
-            [labels.index(answer.video.label) for answer in counted],
-            [answer.video.group or answer.video.name for answer in counted],
-        ),
+        intervals=metric_intervals(_outcomes(counted, labels, top_k), top_k=top_k),
         per_class={label: row for label, row in zip(labels, table, strict=True) if row.videos},
         confused=tuple((labels[true], labels[said], count) for true, said, count in most_confused(confusion)),
         answers=tuple(counted),
@@ -197,6 +255,22 @@ def _judge(
         model=trained.folder,
         output=settings.output or trained.run / "eval" / name,
         notes=tuple(notes),
+        calibration=tuple(calibration_bins(confidence, right)),
+    )
+
+
+def _outcomes(answers: list[Answer], labels: tuple[str, ...], top_k: int) -> Outcomes:
+    position = {label: number for number, label in enumerate(labels)}
+    own = [position[answer.video.label] for answer in answers]
+    return Outcomes(
+        labels=own,
+        said=[position[answer.predicted] if answer.predicted else None for answer in answers],
+        among_k=[
+            bool(a.scores) and sum(s >= a.scores[label] for s in a.scores) <= top_k
+            for a, label in zip(answers, own, strict=True)
+        ],
+        confidence=[max(answer.scores, default=0.0) for answer in answers],
+        groups=[answer.video.group or answer.video.name for answer in answers],
     )
 
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tvit_cli.report.calibration import Bin
+
+BINS = 15  # of confidence, for its calibration
+
 
 @dataclass
 class Tally:
@@ -31,13 +35,18 @@ class Tally:
 
 
 def top_k_right(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether each label is among the k largest logits: (V, K), (V,) -> bool (V,).
+    """Whether each label is among the k largest logits: (V, K), (V,) -> bool (V,). Ties are as in `ranks`."""
+    return ranks(logits, labels) <= k
 
-    Ties count as a model that guesses would be counted at worst: a label is right only if fewer than k
-    others score as high or higher. A score that is no number counts against the model.
+
+def ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """The place of each label among the classes, 1 for the best: (..., K), (...) -> (...).
+
+    Ties count as a model that guesses would be counted at worst: all that score as high stand before the label.
+    A score that is no number counts against the model.
     """
-    own = logits.gather(1, labels[:, None])  # (V, 1)
-    return (~(logits < own)).sum(1) <= k
+    own = logits.gather(-1, labels[..., None])  # (..., 1)
+    return (~(logits < own)).sum(-1)
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -110,17 +119,31 @@ def macro_f1(table: Sequence[ClassScore]) -> float:
     return sum(present) / len(present)
 
 
-def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
-    """Expected calibration error: the gap between confidence and accuracy, over `bins` equal bins of confidence.
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Expected calibration error: the gap between confidence and accuracy, over equal bins of confidence.
 
-    Logits (V, K), labels (V,). The mean over bins is weighted by their videos (Guo et al. 2017,
-    arXiv:1706.04599, with its 15 bins).
+    Confidence (V,) of the best class, whether it is right (V,). The mean over bins is weighted by their videos
+    (Guo et al. 2017, arXiv:1706.04599, with its 15 bins).
     """
-    confidence, predicted = logits.double().softmax(1).max(1)
-    right = (predicted == labels).double()
-    number = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (0, 1/bins], (1/bins, 2/bins] …
-    gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, number, right - confidence)
-    return gaps.abs().sum().item() / len(labels)
+    gaps = torch.zeros(BINS, dtype=torch.double)
+    gaps.index_add_(0, bin_numbers(confidence), right.double() - confidence.double())
+    return gaps.abs().sum().item() / len(confidence)
+
+
+def calibration_bins(confidence: Tensor, right: Tensor) -> list[Bin]:
+    """The bins of the expected calibration error that have videos: confidence (V,), whether right (V,)."""
+    number = bin_numbers(confidence)
+    found = []
+    for n in sorted(set(number.tolist())):
+        inside = number == n
+        means = confidence.double()[inside].mean().item(), right.double()[inside].mean().item()
+        found.append(Bin(n / BINS, (n + 1) / BINS, int(inside.sum()), *means))
+    return found
+
+
+def bin_numbers(confidence: Tensor) -> Tensor:
+    """Which of the bins (0, 1/15], (1/15, 2/15] … each confidence (V,) lies in."""
+    return (confidence.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
 
 
 def most_confused(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]:

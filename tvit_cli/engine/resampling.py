@@ -8,37 +8,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from tvit_cli.engine.metrics import BINS, bin_numbers
 
 RESAMPLES = 2000
 LEVEL = 0.95
 _CHUNK = 100  # resamples drawn at once: bounds the memory
 
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 Interval = tuple[float, float]
 
 
-def accuracy_intervals(
-    right: Sequence[bool], classes: Sequence[int], groups: Sequence[str], *, seed: int = 0
-) -> dict[str, Interval]:
-    """95 % percentile intervals of `video_top1` and `mean_class_accuracy`; none for fewer than two groups.
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each video, an entry for each of V."""
 
-    `right`, `classes` and `groups` have one entry per video. A class that a resample lacks is left out of it.
+    labels: Sequence[int]
+    said: Sequence[int | None]  # the class of the answer; None where there is none
+    among_k: Sequence[bool]  # whether the label is among the k best
+    confidence: Sequence[float]  # of the answer; 0 where there is none
+    groups: Sequence[str]
+
+    @property
+    def right(self) -> list[bool]:
+        """Whether the answer is the label."""
+        return [said == label for said, label in zip(self.said, self.labels, strict=True)]
+
+
+def metric_intervals(outcomes: Outcomes, *, top_k: int, seed: int = 0) -> dict[str, Interval]:
+    """95 % percentile intervals of the metrics by their names; none for fewer than two groups.
+
+    A class that a resample lacks is left out of its means.
     """
-    hits, videos = _counts(right, classes, groups)  # (G, K) each
-    if len(hits) < 2:
+    groups = _numbers(outcomes.groups)
+    count = int(groups.max()) + 1
+    if count < 2:
         return {}
+    right = np.asarray(outcomes.right, dtype=np.float64)
+    labels = np.asarray(outcomes.labels, dtype=np.int64)
+    answered = np.asarray([said is not None for said in outcomes.said])
+    said = np.asarray([said for said in outcomes.said if said is not None], dtype=np.int64)
+    classes = int(max(labels.max(), said.max(initial=0))) + 1
+    confidence = np.asarray(outcomes.confidence, dtype=np.float64)
+    bins = bin_numbers(torch.from_numpy(confidence)).numpy()
+
+    videos = _table(count, classes, groups, labels, np.ones_like(right))  # (G, K)
+    hits = _table(count, classes, groups, labels, right)
+    named = _table(count, classes, groups[answered], said, np.ones(len(said)))
+    gaps = _table(count, BINS, groups[answered], bins[answered], (right - confidence)[answered])
+    known = np.bincount(groups, weights=np.asarray(outcomes.among_k, dtype=np.float64))
+    answers = np.bincount(groups, weights=answered, minlength=count)
 
     def statistics(weights: Floats) -> Floats:
-        drawn_hits, drawn = weights @ hits, weights @ videos  # (R, K)
-        present = drawn > 0
-        recall = np.divide(drawn_hits, drawn, out=np.zeros_like(drawn), where=present)
-        return np.stack([drawn_hits.sum(1) / drawn.sum(1), recall.sum(1) / present.sum(1)])
+        drawn_hits, drawn, drawn_named = weights @ hits, weights @ videos, weights @ named  # (R, K)
+        present, total = drawn > 0, drawn.sum(1)
+        f1 = _divided(2 * drawn_hits, drawn + drawn_named) * present
+        return np.stack(
+            [
+                drawn_hits.sum(1) / total,
+                weights @ known / total,
+                _divided(drawn_hits, drawn).sum(1) / present.sum(1),
+                f1.sum(1) / present.sum(1),
+                _divided(np.abs(weights @ gaps).sum(1), weights @ answers),
+            ]
+        )
 
-    top1, per_class = _resampled(len(hits), statistics, seed)
-    return {"video_top1": _interval(top1), "mean_class_accuracy": _interval(per_class)}
+    names = ("video_top1", f"video_top{top_k}", "mean_class_accuracy", "macro_f1", "calibration_error")
+    found = zip(names, _resampled(count, statistics, seed), strict=True)
+    return {name: _interval(values) for name, values in found}
 
 
 def difference_interval(
@@ -67,16 +110,19 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / ways)
 
 
-def _counts(right: Sequence[bool], classes: Sequence[int], groups: Sequence[str]) -> tuple[Floats, Floats]:
-    numbers, labels = _numbers(groups), np.asarray(classes, dtype=np.int64)
-    shape = (int(numbers.max()) + 1, int(labels.max()) + 1)
-    videos, hits = np.zeros(shape), np.zeros(shape)
-    np.add.at(videos, (numbers, labels), 1.0)
-    np.add.at(hits, (numbers, labels), np.asarray(right, dtype=np.float64))
-    return hits, videos
+def _table(rows: int, columns: int, row: Integers, column: Integers, values: Floats) -> Floats:
+    """Sums of the values (V,) that fall into each cell."""
+    table = np.zeros((rows, columns))
+    np.add.at(table, (row, column), values)
+    return table
 
 
-def _numbers(groups: Sequence[str]) -> npt.NDArray[np.int64]:
+def _divided(above: Floats, below: Floats) -> Floats:
+    """The quotient; 0 where there is nothing to divide by."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def _numbers(groups: Sequence[str]) -> Integers:
     return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
 

@@ -6,13 +6,15 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tvit_cli.data.layout import Video
 from tvit_cli.engine.metrics import ClassScore
 from tvit_cli.engine.resampling import Interval
+from tvit_cli.engine.seen import Seen
 from tvit_cli.errors import RunError
+from tvit_cli.report.calibration import Bin
 
 METRICS_FILE = "metrics.json"
 SCORES_FILE = "scores.csv"
@@ -40,6 +42,8 @@ class EvalResult:
 
     `intervals` are 95 % bootstrap intervals over groups; `per_class` and `confused` (true label, said label,
     videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names.
+    `calibration` sets confidence against accuracy; `leaks` are sentences on what makes the numbers too good;
+    `seen` reads what the model saw once more; `report` is the page, where this process wrote one.
     """
 
     metrics: dict[str, float]
@@ -53,6 +57,10 @@ class EvalResult:
     model: Path
     output: Path
     notes: tuple[str, ...]
+    calibration: tuple[Bin, ...] = ()
+    leaks: tuple[str, ...] = ()
+    seen: Seen | None = None
+    report: Path | None = None
 
 
 def write_result(result: EvalResult, labels: tuple[str, ...], facts: Mapping[str, object]) -> None:
@@ -68,6 +76,7 @@ def write_result(result: EvalResult, labels: tuple[str, ...], facts: Mapping[str
         "intervals": {name: list(interval) for name, interval in result.intervals.items()},
         "per_class": {label: _row(score) for label, score in result.per_class.items()},
         "confused": [{"label": true, "said": said, "videos": n} for true, said, n in result.confused],
+        "calibration": [asdict(bin) for bin in result.calibration],
         "unreadable": result.unreadable,
         "seconds": round(result.seconds, 3),
         "videos_per_second": round(result.metrics["videos"] / result.seconds, 3),
@@ -114,9 +123,14 @@ def _score_rows(answers: Iterable[Answer], labels: tuple[str, ...]) -> Iterable[
         ]
 
 
+def confusions(answers: Iterable[Answer]) -> Counter[tuple[str, str]]:
+    """How often each (true label, said label) occurs; a video without an answer says \"\"."""
+    return Counter((answer.video.label, answer.predicted) for answer in answers)
+
+
 def _confusion_rows(answers: Iterable[Answer], labels: tuple[str, ...]) -> Iterable[list[str]]:
     """Counts: a row per true class, a column per predicted one."""
-    counts = Counter((answer.video.label, answer.predicted) for answer in answers)
+    counts = confusions(answers)
     yield ["label", *labels]
     for true in labels:
         yield [true, *(str(counts[true, said]) for said in labels)]

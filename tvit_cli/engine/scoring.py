@@ -14,6 +14,7 @@ from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.data.transforms import eval_transform
+from tvit_cli.engine.metrics import ranks
 from tvit_cli.settings.card import Preprocessing
 
 
@@ -44,14 +45,14 @@ class Scores:
     """Logits (V, K) float32 and labels (V,) of the videos that could be read, and why the others could not.
 
     `indices` (V,) says which of the videos each row belongs to, ascending; `errors` maps the index of an
-    unreadable video to the reason. `right_views` (V,) is the share of a video's views whose best class is
-    its label. Logits of several views are the logarithm of their mean score.
+    unreadable video to the reason. `view_ranks` (V, views) is the place of the label among the classes in each
+    view. Logits of several views are the logarithm of their mean score.
     """
 
     indices: Tensor
     logits: Tensor
     labels: Tensor
-    right_views: Tensor
+    view_ranks: Tensor
     errors: dict[int, str]
 
 
@@ -79,17 +80,8 @@ def score(
     The batches are the same for any number of processes, and with them each logit: the last bits of a row depend on
     how many rows are computed together.
     """
-    dataset = ClipDataset(
-        videos,
-        labels,
-        n_frames=preprocessing.n_frames,
-        short_side=preprocessing.scale_to,
-        seed=shuffle_seed or 0,
-        training=False,
-        shuffle_frames=shuffle_seed is not None,
-        store=store,
-        grid=preprocessing.frame_grid,
-        clips_per_video=views.clips_per_video,
+    dataset = clips_to_score(
+        videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=store
     )
     keys = [(0, index) for index in range(len(videos))]
     own = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][rank::processes]
@@ -110,8 +102,8 @@ def score(
         )  # (views, B, K)
         read = batch.weights > 0
         errors |= dict(batch.errors)
-        right = (logits.argmax(2) == batch.labels).float().mean(0)
-        rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], right[read]))
+        of_views = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
+        rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], of_views[read]))
         done += len(batch.labels)
         if progress is not None:
             progress(done, count)
@@ -119,14 +111,38 @@ def score(
     return _join(rows, errors, classes=len(labels))
 
 
+def clips_to_score(
+    videos: Sequence[Video],
+    labels: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    views: Views = ONE_VIEW,
+    shuffle_seed: int | None = None,
+    store: FrameStore | None = None,
+) -> ClipDataset:
+    """The clips that a model is scored on; for several clips of a video, one item with all of them."""
+    return ClipDataset(
+        videos,
+        labels,
+        n_frames=preprocessing.n_frames,
+        short_side=preprocessing.scale_to,
+        seed=shuffle_seed or 0,
+        training=False,
+        shuffle_frames=shuffle_seed is not None,
+        store=store,
+        grid=preprocessing.frame_grid,
+        clips_per_video=views.clips_per_video,
+    )
+
+
 def merge_scores(parts: Sequence[Scores]) -> Scores:
     """The scores of all processes as one, in the order of the videos."""
     errors = {index: reason for part in parts for index, reason in part.errors.items()}
-    rows = [(p.indices, p.logits, p.labels, p.right_views) for p in parts]
+    rows = [(p.indices, p.logits, p.labels, p.view_ranks) for p in parts]
     return _join(rows, errors, classes=parts[0].logits.shape[1])
 
 
-_Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, logits, labels, right views
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, logits, labels, ranks in each view
 
 
 def _clips(batch: ClipBatch, views: Views) -> Iterator[list[Tensor]]:
@@ -160,6 +176,6 @@ def _join(rows: Sequence[_Rows], errors: dict[int, str], *, classes: int) -> Sco
     if not rows:
         empty = torch.zeros(0, dtype=torch.long)
         return Scores(empty, torch.zeros(0, classes), empty, torch.zeros(0), errors)
-    indices, logits, labels, right = (torch.cat(column) for column in zip(*rows, strict=True))
+    indices, logits, labels, of_views = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
-    return Scores(indices[order], logits[order], labels[order], right[order], errors)
+    return Scores(indices[order], logits[order], labels[order], of_views[order], errors)

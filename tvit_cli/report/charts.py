@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tvit_cli.report.axes import BOTTOM, HEIGHT, LABEL_SIZE, TOP, WIDTH, Axes, ticks
 from tvit_cli.report.drawing import Dot, Drawing, Line, Point, Role, Shape, Text, text_width
 
-WIDTH, HEIGHT = 420.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 60.0, 16.0, 66.0, 38.0  # between the sheet's edge and the axes
-TITLE_SIZE, LABEL_SIZE = 15.0, 12.5
 MOST_POINTS = 400  # of a curve; more would not show
 MOST_DOTS = 60  # of a curve; more would run together
 
@@ -53,49 +51,18 @@ def curves_chart(
     y_ticks = ticks(min(least, *ys), max(most, *ys), 5)
     low, high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
     first, last = min(0.0, *xs), max(xs)
-    top = TOP if len(kept) > 1 or mark else TOP - 24  # without a legend's row
-
-    def place(x: float, y: float) -> Point:
-        across = (x - first) / (last - first)
-        up = (y - low) / (high - low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - top - BOTTOM)
-
-    shapes: list[Shape] = [Text((4, 20), title, size=TITLE_SIZE, bold=True)]
-    shapes += _legend([curve for curve, _ in kept]) if len(kept) > 1 else []
-    for y in y_ticks:
-        end, start = place(last, y)[1], LEFT
-        shapes += [
-            Line([(start, end), (WIDTH - RIGHT, end)], "grid"),
-            Text((LEFT - 7, end + 4), show(y), "dim", LABEL_SIZE, "end"),
-        ]
-    for x in x_ticks:
-        if first <= x <= last:
-            shapes.append(
-                Text((place(x, low)[0], HEIGHT - BOTTOM + 17), f"{x:g}", "dim", LABEL_SIZE, "middle")
-            )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    shapes.append(Text((middle, HEIGHT - 5), x_name, "dim", LABEL_SIZE, "middle"))
+    axes = Axes(
+        (first, last), (low, high), TOP if len(kept) > 1 or mark else TOP - 24
+    )  # without a legend's row
+    shapes = axes.shapes(
+        title, x_name=x_name, x_ticks=x_ticks, y_ticks=y_ticks, show_x=lambda x: f"{x:g}", show_y=show
+    )
+    shapes += legend([(c.name, c.role, c.faint) for c, _ in kept]) if len(kept) > 1 else []
     if mark is not None and first <= mark[0] <= last:
-        shapes += _mark(place(mark[0], high), mark[1])
+        shapes += _mark(axes.place(mark[0], high), mark[1])
     for curve, runs in sorted(kept, key=lambda pair: not pair[0].faint):
-        shapes += _curve(curve, runs, place, x_name, show)
+        shapes += _curve(curve, runs, axes, x_name, show)
     return Drawing(title, WIDTH, HEIGHT, shapes)
-
-
-def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
-    """Round numbers, at most `most` and one, from at or below `low` to at or above `high`: steps of 1, 2 or 5.
-
-    ticks(0, 0.83, 5) -> 0, 0.2, 0.4, 0.6, 0.8, 1. With `whole`, steps are whole numbers.
-    """
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    step = max(1.0, step) if whole else step
-    start = math.floor(low / step + 1e-9)
-    end = math.ceil(high / step - 1e-9)
-    return [round(n * step, 12) for n in range(start, end + 1)]
 
 
 def thinned(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
@@ -131,15 +98,16 @@ def _y(point: Point) -> float:
     return point[1]
 
 
-def _legend(curves: Sequence[Curve]) -> list[Shape]:
+def legend(entries: Sequence[tuple[str, Role, bool]]) -> list[Shape]:
+    """A row below the title: (name, colour, whether it is drawn faintly)."""
     shapes: list[Shape] = []
     x = 5.0
-    for curve in curves:
+    for name, role, faint in entries:
         shapes += [
-            Line([(x, 38), (x + 14, 38)], curve.role, 1.2 if curve.faint else 3, opacity=_strength(curve)),
-            Text((x + 20, 42), curve.name, "dim", LABEL_SIZE),
+            Line([(x, 38), (x + 14, 38)], role, 1.2 if faint else 3, opacity=_strength(faint)),
+            Text((x + 20, 42), name, "dim", LABEL_SIZE),
         ]
-        x += 36 + text_width(curve.name, LABEL_SIZE)
+        x += 36 + text_width(name, LABEL_SIZE)
     return shapes
 
 
@@ -155,13 +123,13 @@ def _mark(top: Point, name: str) -> list[Shape]:
 def _curve(
     curve: Curve,
     runs: Sequence[Sequence[Point]],
-    place: Callable[[float, float], Point],
+    axes: Axes,
     x_name: str,
     show: Callable[[float], str],
 ) -> list[Shape]:
     width = 1.2 if curve.faint else 2.2
     lines: list[Shape] = [
-        Line([place(x, y) for x, y in run], curve.role, width, opacity=_strength(curve))
+        Line([axes.place(x, y) for x, y in run], curve.role, width, opacity=_strength(curve.faint))
         for run in runs
         if len(run) > 1
     ]
@@ -170,9 +138,10 @@ def _curve(
         return lines
     radius = 2.6 if len(points) <= MOST_DOTS else 1.1
     return lines + [
-        Dot(place(x, y), radius, curve.role, f"{x_name} {x:g}: {curve.name} {show(y)}") for x, y in points
+        Dot(axes.place(x, y), radius, curve.role, f"{x_name} {x:g}: {curve.name} {show(y)}")
+        for x, y in points
     ]
 
 
-def _strength(curve: Curve) -> float:
-    return 0.55 if curve.faint else 1.0
+def _strength(faint: bool) -> float:
+    return 0.55 if faint else 1.0

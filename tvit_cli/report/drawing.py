@@ -62,7 +62,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Text:
-    """One line of text, `at` its baseline."""
+    """One line of text, `at` its baseline; turned, it reads upwards."""
 
     at: Point
     text: str
@@ -70,6 +70,7 @@ class Text:
     size: float = 12.0
     anchor: Literal["start", "middle", "end"] = "start"
     bold: bool = False
+    turned: bool = False
 
 
 Shape = Line | Dot | Box | Text
@@ -135,9 +136,10 @@ def _element(shape: Shape) -> str:
         case Text():
             x, y = shape.at
             weight = ' font-weight="600"' if shape.bold else ""
+            turn = f' transform="rotate(-90 {_n(x)} {_n(y)})"' if shape.turned else ""
             return (
                 f'<text class="f-{shape.role}" x="{_n(x)}" y="{_n(y)}" font-size="{_n(shape.size)}" '
-                f'text-anchor="{shape.anchor}"{weight}>{escape(shape.text)}</text>'
+                f'text-anchor="{shape.anchor}"{weight}{turn}>{escape(shape.text)}</text>'
             )
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import NewType
 
-from tvit_cli.report.drawing import Drawing, style_sheet, to_svg
+from tvit_cli.report.drawing import Drawing, Role, style_sheet, to_svg
+from tvit_cli.report.words import percent
+
+MOST_UNREADABLE = 50  # videos named on a page
 
 Html = NewType("Html", str)  # text that is markup already; all other text is escaped
 
@@ -21,10 +25,16 @@ p{margin:8px 0;max-width:78ch}
 .dim{color:var(--dim)}
 .notice{border-left:4px solid var(--bad);padding:8px 14px;margin:18px 0;white-space:pre-wrap;
   overflow-wrap:anywhere;background:color-mix(in srgb,var(--bad) 8%,transparent)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(142px,1fr));gap:12px;margin:22px 0 0}
-.tile{border:1px solid var(--grid);border-radius:10px;padding:12px 14px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0 0}
+.tile{border:1px solid var(--grid);border-radius:10px;padding:12px;display:grid;
+  grid-row:span 4;grid-template-rows:subgrid;gap:0;align-content:start}
 .tile b{display:block;font-size:24px;line-height:1.3;white-space:nowrap;font-variant-numeric:tabular-nums}
 .tile span{display:block;color:var(--dim);font-size:13px}
+.span{position:relative;height:10px;margin:3px 0 7px}
+.span::before{content:"";position:absolute;inset:4px 0;border-radius:2px;background:var(--grid)}
+.span i{position:absolute;top:3px;height:4px;min-width:2px;border-radius:2px;background:var(--one);opacity:.55}
+.tile .span b{position:absolute;top:0;width:4px;height:10px;margin-left:-2px;border-radius:2px;
+  background:var(--one)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:20px}
 .charts svg{display:block;width:100%;height:auto;border:1px solid var(--grid);border-radius:10px;padding:10px}
 svg text{font-family:inherit;font-variant-numeric:tabular-nums}
@@ -35,17 +45,28 @@ svg text{font-family:inherit;font-variant-numeric:tabular-nums}
 .bar>span:first-child{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar>span:last-child{color:var(--dim);text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .track{height:9px;border-radius:5px;background:var(--grid);overflow:hidden}
-.track i{display:block;height:100%;background:var(--one)}
-.strips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,540px),1fr));gap:18px}
+.track i{display:block;height:100%}
+.strips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,540px),1fr));gap:26px 22px}
 figure{margin:0;min-width:0}
 figure div{overflow-x:auto;border-radius:8px}
 figure img{display:block;height:72px;width:auto;max-width:none}
 figcaption{color:var(--dim);font-size:13.5px;margin-top:4px;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
+.scores{display:grid;grid-template-columns:minmax(0,9.5em) minmax(32px,200px) max-content;gap:2px 12px;
+  align-items:center;margin-top:4px;font-variant-numeric:tabular-nums;line-height:1.4}
+.scores>span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+figcaption b{font-weight:600;color:var(--ink)}
+figcaption .good{color:var(--good)}
+figcaption .bad{color:var(--bad)}
+.scroll,.wide{overflow-x:auto}
+.wide svg{display:block;width:100%;height:auto}
+.columns{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}
+.columns>div{flex:0 1 auto;max-width:100%;min-width:min(100%,280px)}
+.wide>div{margin:0}
 table{border-collapse:collapse;font-size:14px}
 th,td{text-align:left;padding:4px 18px 4px 0;vertical-align:top;border-bottom:1px solid var(--grid)}
 th{color:var(--dim);font-weight:500;white-space:nowrap}
 td{overflow-wrap:anywhere}
+.facts th{min-width:9em}
 td.number{text-align:right;font-variant-numeric:tabular-nums}
 tr.changed td{font-weight:600}
 tr.changed td:last-child{font-weight:400;color:var(--dim)}
@@ -73,6 +94,11 @@ def page(title: str, subtitle: str, parts: Iterable[Html], *, footer: str) -> st
     )
 
 
+def text(words: str) -> Html:
+    """Words that are not markup."""
+    return Html(escape(words))
+
+
 def section(title: str, *parts: Html) -> Html:
     """A heading and what stands under it; nothing where all of it is empty."""
     inside = "\n".join(part for part in parts if part)
@@ -89,13 +115,32 @@ def notice(text: str) -> Html:
     return Html(f'<div class="notice">{escape(text)}</div>' if text else "")
 
 
-def tiles(facts: Iterable[tuple[str, str, str]]) -> Html:
-    """The few numbers that matter: (what, value, a remark below)."""
+@dataclass(frozen=True)
+class Tile:
+    """One of the few numbers that matter, with a remark; `span` is (low, value, high) from 0 to 1, drawn."""
+
+    what: str
+    value: str
+    remark: str = ""
+    span: tuple[float, float, float] | None = None
+
+
+def tiles(facts: Iterable[Tile]) -> Html:
+    """The few numbers that matter, large."""
     cells = (
-        f'<div class="tile"><span>{escape(what)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>'
-        for what, value, remark in facts
+        f'<div class="tile"><span>{escape(tile.what)}</span><b>{escape(tile.value)}</b>'
+        f"{'<span></span>' if tile.span is None else _span(*tile.span)}<span>{escape(tile.remark)}</span></div>"
+        for tile in facts
     )
     return Html(f'<div class="tiles">{"".join(cells)}</div>')
+
+
+def _span(low: float, value: float, high: float) -> str:
+    """An interval on the line from 0 to 1, and the value in it; the tile says both in words."""
+    return (
+        f'<span class="span" aria-hidden="true"><i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%">'
+        f'</i><b style="left:{100 * value:.1f}%"></b></span>'
+    )
 
 
 def charts(drawings: Iterable[Drawing]) -> Html:
@@ -104,39 +149,100 @@ def charts(drawings: Iterable[Drawing]) -> Html:
     return Html(f'<div class="charts">{inside}</div>' if inside else "")
 
 
+def wide(drawing: Drawing, least_width: int) -> Html:
+    """One drawing across the page; where there is less room than its least width, it scrolls."""
+    width = f"width:max({least_width}px,min(100%,{round(drawing.width)}px))"
+    return Html(f'<div class="wide"><div style="{width}">{to_svg(drawing)}</div></div>')
+
+
+def columns(*parts: Html) -> Html:
+    """Parts side by side where there is room."""
+    return Html(f'<div class="columns">{"".join(f"<div>{part}</div>" for part in parts if part)}</div>')
+
+
 def bars(rows: Iterable[tuple[str, float, str]]) -> Html:
     """Horizontal bars in columns: (name, share from 0 to 1, what stands at its end)."""
     inside = "".join(
         f'<div class="bar"><span title="{escape(name)}">{escape(name)}</span>'
-        f'<span class="track"><i style="width:{100 * share:.1f}%"></i></span><span>{escape(text)}</span></div>'
+        f"{_track(share, 'one')}<span>{escape(text)}</span></div>"
         for name, share, text in rows
     )
     return Html(f'<div class="bars">{inside}</div>' if inside else "")
 
 
-def strips(pictures: Iterable[tuple[str, str]]) -> Html:
-    """Wide pictures with a caption: (data URI, caption)."""
+@dataclass(frozen=True)
+class Strip:
+    """A wide picture: its data URI, what it shows in words, and what stands below it."""
+
+    uri: str
+    alt: str
+    caption: Html
+
+
+def strips(pictures: Iterable[Strip]) -> Html:
+    """Wide pictures, side by side where there is room."""
     inside = "".join(
-        f'<figure><div><img src="{uri}" alt="{escape(caption)}"></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for uri, caption in pictures
+        f'<figure><div><img src="{strip.uri}" alt="{escape(strip.alt)}"></div>'
+        f"<figcaption>{strip.caption}</figcaption></figure>"
+        for strip in pictures
     )
     return Html(f'<div class="strips">{inside}</div>' if inside else "")
 
 
+def answer(label: str, said: Iterable[str], remark: str) -> Html:
+    """A true label and what one model or several said of it, with a remark."""
+    words = (
+        '<b class="good">right</b>' if name == label else f'taken for <b class="bad">{escape(name)}</b>'
+        for name in said
+    )
+    return Html(f"<b>{escape(label)}</b>, {', then '.join(words)} · {escape(remark)}")
+
+
+def scores(rows: Iterable[tuple[str, float, Role]]) -> Html:
+    """What a model gives to a few labels: (label, score, the colour of its bar)."""
+    return Html(
+        '<div class="scores">'
+        + "".join(
+            f'<span class="{role}" title="{escape(label)}">{escape(label)}</span>{_track(share, role)}'
+            f"<span>{percent(share)}</span>"
+            for label, share, role in rows
+        )
+        + "</div>"
+    )
+
+
+def _track(share: float, role: Role) -> str:
+    return f'<span class="track"><i style="width:{100 * share:.1f}%;background:var(--{role})"></i></span>'
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, changed: Iterable[int] = ()) -> Html:
-    """A table; numbers stand right, and the rows whose numbers are in `changed` stand out."""
+    """A table; all that is a number stands right, and the rows whose numbers are in `changed` stand out."""
     marked = dict.fromkeys(changed, ' class="changed"')
-    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>" if any(columns) else ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "".join(
         f"<tr{marked.get(number, '')}>{''.join(map(_cell, row))}</tr>" for number, row in enumerate(rows)
     )
-    return Html(f'<div class="scroll"><table>{head}{body}</table></div>' if body else "")
+    return Html(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>' if body else "")
 
 
 def facts(values: Mapping[str, str]) -> Html:
     """A table of names and values."""
-    return table(("", ""), list(values.items()))
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in values.items()
+    )
+    return Html(f'<div class="scroll"><table class="facts">{body}</table></div>' if body else "")
+
+
+def left_out(reasons: Mapping[str, str]) -> Html:
+    """The videos that cannot be read, the first of them by name and reason."""
+    if not reasons:
+        return paragraph("All videos could be read.")
+    text = f"{len(reasons)} videos cannot be read and were left out."
+    if len(reasons) > MOST_UNREADABLE:
+        text += f" The first {MOST_UNREADABLE}:"
+    rows = list(reasons.items())[:MOST_UNREADABLE]
+    return Html(paragraph(text) + table(("video", "reason"), rows))
 
 
 def folded(summary: str, part: Html) -> Html:

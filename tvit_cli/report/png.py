@@ -13,12 +13,15 @@ from PIL import Image, ImageDraw, ImageFont
 from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Point, Role, Text
 
 FINER = 3  # drawn this many times as large and scaled down, since Pillow draws hard edges
+MOST_PIXELS = 40_000_000  # while it is drawn; a larger drawing is drawn less fine
 DASH = 4.0
 
 
 def to_png(drawing: Drawing, *, scale: int = 2, dark: bool = False) -> bytes:
     """The drawing in its light or its dark colours, `scale` pixels per unit."""
-    zoom = scale * FINER
+    pixels = drawing.width * drawing.height * scale**2
+    finer = next((n for n in range(FINER, 1, -1) if pixels * n**2 <= MOST_PIXELS), 1)
+    zoom = scale * finer
     colours = Colours(dark)
     size = (round(drawing.width * zoom), round(drawing.height * zoom))
     image = Image.new("RGB", size, colours.of("paper"))
@@ -38,9 +41,9 @@ def to_png(drawing: Drawing, *, scale: int = 2, dark: bool = False) -> bytes:
                 corners = [x * zoom, y * zoom, (x + shape.width) * zoom, (y + shape.height) * zoom]
                 draw.rectangle(corners, fill=colours.of(shape.role, shape.opacity))
             case Text():
-                _text(draw, shape, zoom, colours)
+                _text(image, draw, shape, zoom, colours)
     data = io.BytesIO()
-    image.reduce(FINER).save(data, "PNG")
+    image.reduce(finer).save(data, "PNG")
     return data.getvalue()
 
 
@@ -77,13 +80,22 @@ def _dashes(points: Sequence[Point], length: float) -> Iterator[list[Point]]:
             yield [(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (a, b)]
 
 
-def _text(draw: ImageDraw.ImageDraw, text: Text, zoom: float, colours: Colours) -> None:
+def _text(image: Image.Image, draw: ImageDraw.ImageDraw, text: Text, zoom: float, colours: Colours) -> None:
     font = ImageFont.load_default(text.size * zoom)
     stroke = round(text.size * zoom / 60) if text.bold else 0  # the font that Pillow brings has one weight
     anchor = {"start": "ls", "middle": "ms", "end": "rs"}[text.anchor]
     colour = colours.of(text.role)
-    at = (text.at[0] * zoom, text.at[1] * zoom)
-    draw.text(at, text.text, fill=colour, font=font, anchor=anchor, stroke_width=stroke, stroke_fill=colour)
+    x, y = text.at[0] * zoom, text.at[1] * zoom
+    if not text.turned:
+        draw.text(
+            (x, y), text.text, fill=colour, font=font, anchor=anchor, stroke_width=stroke, stroke_fill=colour
+        )
+        return
+    left, top, right, bottom = (round(v) for v in draw.textbbox((0, 0), text.text, font=font, anchor=anchor))
+    mask = Image.new("L", (max(1, right - left + 2), max(1, bottom - top + 2)))
+    ImageDraw.Draw(mask).text((1 - left, 1 - top), text.text, fill=255, font=font, anchor=anchor)
+    corner = (round(x) + top - 1, round(y) - right - 1)  # what was right of the baseline's start is above it
+    image.paste(colour, corner, mask.transpose(Image.Transpose.ROTATE_90))
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tvit_cli.report.charts import ticks
+from tvit_cli.report.axes import ticks
 from tvit_cli.report.drawing import Box, Drawing, Line, Shape, Text, text_width
 from tvit_cli.report.png import Colours, to_png
 from tvit_cli.report.segments import Timeline

@@ -17,14 +17,12 @@ from tvit_cli.report.charts import Curve, curves_chart
 from tvit_cli.report.drawing import Drawing
 from tvit_cli.report.machine import hardware, software
 from tvit_cli.report.pictures import Samples, film_strip
-from tvit_cli.report.png import to_png
+from tvit_cli.report.words import count, duration, number, percent
+from tvit_cli.report.writing import write_pages
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
-REPORT_FILE = "report.html"
-PLOTS_FOLDER = "plots"
-MOST_UNREADABLE = 50  # named on the page
 SUBSETS = ("train", "val", "test")
 
 Record = Mapping[str, Any]
@@ -62,15 +60,7 @@ class TrainingFacts:
 def write_training_report(facts: TrainingFacts) -> Path:
     """Write report.html and plots/*.png into the run's folder; returns the page's path."""
     drawings = curves(facts)
-    plots = facts.folder / PLOTS_FOLDER
-    plots.mkdir(exist_ok=True)
-    for name, drawing in drawings.items():
-        (plots / f"{name}.png").write_bytes(to_png(drawing))
-    path = facts.folder / REPORT_FILE
-    beside = path.with_suffix(".writing")
-    beside.write_text(training_page(facts, drawings.values()), encoding="utf-8")
-    beside.replace(path)
-    return path
+    return write_pages(facts.folder, training_page(facts, drawings.values()), drawings)
 
 
 def training_page(facts: TrainingFacts, drawings: Iterable[Drawing]) -> str:
@@ -119,7 +109,7 @@ def curves(facts: TrainingFacts) -> dict[str, Drawing]:
                 Curve("val", by_epoch("val_loss"), "two"),
             ],
             x_name="epoch",
-            show=_number,
+            show=number,
             mark=best,
         ),
         "accuracy": curves_chart(
@@ -130,7 +120,7 @@ def curves(facts: TrainingFacts) -> dict[str, Drawing]:
                 Curve(f"val top-{top_k.removeprefix('val_video_top')}", by_epoch(top_k), "three", faint=True),
             ],
             x_name="epoch",
-            show=_percent,
+            show=percent,
             y_range=(0, 1),
             mark=best,
         ),
@@ -138,7 +128,7 @@ def curves(facts: TrainingFacts) -> dict[str, Drawing]:
             "Learning rate",
             [Curve("learning rate", by_step("learning_rate"), "one")],
             x_name="epoch",
-            show=_number,
+            show=number,
         ),
         "gradient_norm": curves_chart(
             "Gradient norm, before clipping",
@@ -147,19 +137,19 @@ def curves(facts: TrainingFacts) -> dict[str, Drawing]:
                 Curve("mean of the epoch", _means(facts, "grad_norm"), "one"),
             ],
             x_name="epoch",
-            show=_number,
+            show=number,
         ),
         "throughput": curves_chart(
             "Clips per second",
             [Curve("clips/s", by_epoch("clips_per_second"), "one")],
             x_name="epoch",
-            show=_number,
+            show=number,
         ),
         "data_wait": curves_chart(
             "Time spent waiting for data",
             [Curve("waiting", by_epoch("data_wait"), "one")],
             x_name="epoch",
-            show=_percent,
+            show=percent,
             y_range=(0, 1),
         ),
     }
@@ -175,7 +165,7 @@ def _means(facts: TrainingFacts, key: str) -> list[tuple[float, float | None]]:
     return [(epoch, statistics.fmean(numbers)) for epoch, numbers in values.items()]
 
 
-def _headline(facts: TrainingFacts) -> list[tuple[str, str, str]]:
+def _headline(facts: TrainingFacts) -> list[page.Tile]:
     """The test result if there is one, the best epoch's validation, time and size."""
     found = []
     if facts.test:
@@ -183,22 +173,24 @@ def _headline(facts: TrainingFacts) -> list[tuple[str, str, str]]:
         if facts.test_interval is not None:
             low, high = facts.test_interval
             remark += f"; 95 % within {100 * low:.0f}–{100 * high:.0f} %"
-        found.append(("test top-1", _percent(facts.test["video_top1"]), remark))
+        found.append(page.Tile("test top-1", percent(facts.test["video_top1"]), remark))
     best = next((r for r in facts.epochs if r["step"] == facts.best_step), None)
     if best is not None:
         epoch = f"best epoch, {best['epoch']} of {len(facts.epochs)}"
         found += [
-            (f"val {key.removeprefix('val_video_').replace('top', 'top-')}", _percent(best[key]), epoch)
+            page.Tile(
+                f"val {key.removeprefix('val_video_').replace('top', 'top-')}", percent(best[key]), epoch
+            )
             for key in best
             if key.startswith("val_video_top")
         ]
-        found.append(("val loss", _number(best["val_loss"]), epoch))
+        found.append(page.Tile("val loss", number(best["val_loss"]), epoch))
     last = facts.epochs[-1]
-    found.append(("train loss", _number(last["train_loss"]), f"last epoch, {last['epoch']}"))
+    found.append(page.Tile("train loss", number(last["train_loss"]), f"last epoch, {last['epoch']}"))
     seconds = sum(r["seconds"] for r in facts.epochs)
-    found.append(("training time", _duration(seconds), "without validation"))
+    found.append(page.Tile("training time", duration(seconds), "without validation"))
     trained, total = facts.parameters
-    found.append(("trained parameters", _count(trained), f"of {_count(total)}"))
+    found.append(page.Tile("trained parameters", count(trained), f"of {count(total)}"))
     return found
 
 
@@ -206,7 +198,7 @@ def _per_class(facts: TrainingFacts) -> page.Html:
     """A bar for each class, the worst first."""
     rows = sorted(facts.per_class.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
     bars = [
-        (label, right / videos, f"{right} of {videos} · {_percent(right / videos)}")
+        (label, right / videos, f"{right} of {videos} · {percent(right / videos)}")
         for label, (videos, right) in rows
     ]
     text = "Top-1 of the best epoch, the worst class first." if bars else ""
@@ -214,7 +206,10 @@ def _per_class(facts: TrainingFacts) -> page.Html:
 
 
 def _samples(facts: TrainingFacts) -> page.Html:
-    pictures = [(film_strip(clip, facts.preprocessing), caption) for clip, caption in facts.samples.clips]
+    pictures = [
+        page.Strip(film_strip(clip, facts.preprocessing), caption, page.text(caption))
+        for clip, caption in facts.samples.clips
+    ]
     text = "Training clips after augmentation, in the model's own resolution." if pictures else ""
     return page.section("What the model saw", page.paragraph(text), page.strips(pictures))
 
@@ -224,16 +219,11 @@ def _data(facts: TrainingFacts) -> page.Html:
         (label, *(counts.get(subset, 0) for subset in SUBSETS)) for label, counts in facts.videos.items()
     ]
     total = ("all", *(sum(counts.get(subset, 0) for counts in facts.videos.values()) for subset in SUBSETS))
-    bad = list(facts.unreadable.items())
-    left = f"{len(bad)} videos cannot be read and were left out."
-    if len(bad) > MOST_UNREADABLE:
-        left += f" The first {MOST_UNREADABLE}:"
     return page.section(
         "Data",
         page.table(("", *SUBSETS), [total]),
         page.folded(f"Videos of each of {len(rows)} classes", page.table(("class", *SUBSETS), rows)),
-        page.paragraph(left if bad else "All videos could be read."),
-        page.table(("video", "reason"), bad[:MOST_UNREADABLE]),
+        page.left_out(facts.unreadable),
     )
 
 
@@ -270,28 +260,3 @@ def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    """Whole percent where that says it all. 0.5 -> 50 %, 0.875 -> 87.5 %"""
-    return f"{100 * value:.1f}".removesuffix(".0") + " %"
-
-
-def _count(value: int) -> str:
-    """1234567 -> 1.23 M"""
-    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return str(value)
-
-
-def _duration(seconds: float) -> str:
-    """75 -> 1.2 min"""
-    for limit, unit in ((3600, "h"), (60, "min")):
-        if seconds >= limit:
-            return f"{seconds / limit:.1f} {unit}"
-    return f"{seconds:.1f} s"

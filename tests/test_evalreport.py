@@ -1,0 +1,340 @@
+"""The page of an evaluation: it needs nothing but itself, its figures are those of metrics.json, and it stays small."""
+
+from __future__ import annotations
+
+import base64
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simplejpeg
+import torch
+from pages import Page, trouble_in_chromium
+from PIL import Image
+from tiny import COLOURS, make_clips, run
+
+from tvit_cli.data.layout import read_layout
+from tvit_cli.engine import evalreport
+from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.evalreport import MOST_STRIPS, run_name
+from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.results import EvalResult
+from tvit_cli.engine.train import TrainResult
+from tvit_cli.model.folder import load_card
+from tvit_cli.model.vit import TemporalViT
+from tvit_cli.report import evaluation, words
+from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
+from tvit_cli.report.drawing import Box, Dot, Line, Text
+from tvit_cli.report.evaluation import (
+    ClassRow,
+    EvaluationFacts,
+    ShownVideo,
+    evaluation_drawings,
+    evaluation_page,
+)
+from tvit_cli.report.matrix import MOST_CLASSES, class_chart, confusion_chart, shown_classes
+from tvit_cli.settings.card import Preprocessing
+from tvit_cli.settings.eval import EvalSettings
+
+SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    root = tmp_path_factory.mktemp("eval")
+    return run(
+        path_to_data=str(make_clips(root / "colours")),
+        working_directory=root / "runs",
+        epochs=1,
+        learning_rate=1e-4,
+        **SCRATCH,
+    )
+
+
+def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
+    return EvalSettings.model_validate({"model": trained.model, "num_workers": 0, "device": "cpu", **changes})
+
+
+@pytest.fixture(scope="module")
+def result(trained: TrainResult) -> EvalResult:
+    return evaluate(settings(trained, subset="train", top_k=2, clips_per_video=3))
+
+
+def page_of(result: EvalResult) -> Page:
+    assert result.report is not None
+    return Page(result.report.read_text(encoding="utf-8"))
+
+
+def facts(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **changes: Any) -> EvaluationFacts:
+    """Facts of an evaluation that never was."""
+    first, second = labels[:2]
+    values: dict[str, Any] = {
+        "folder": folder,
+        "model": "people",
+        "subset": "test",
+        "labels": labels,
+        "metrics": {"videos": 4.0, "unreadable": 0.0, "video_top1": 0.75, f"video_top{len(labels)}": 1.0,
+                    "mean_class_accuracy": 0.75, "macro_f1": 0.7333, "calibration_error": 0.2},
+        "intervals": {"video_top1": (0.5, 1.0)},
+        "groups": 2,
+        "seconds": 2.0,
+        "per_class": {first: ClassRow(2, 2, 2 / 3, 0.8), second: ClassRow(2, 1, 1.0, 2 / 3)},
+        "counts": {(first, first): 2, (second, first): 1, (second, second): 1},
+        "confused": [(second, first, 1)],
+        "calibration": [Bin(0.6, 0.6667, 3, 0.62, 1.0), Bin(0.9333, 1.0, 1, 0.97, 0.0)],
+        "answers": [(0.62, True)] * 3 + [(0.97, False)],
+        "surely_wrong": [
+            ShownVideo("b/2.avi", second, first, [(first, 0.97), (second, 0.03)], torch.zeros(3, 3, 16, 16))
+        ],
+        "hardest": [],
+        "preprocessing": Preprocessing(n_frames=3, frame_size=16),
+        "measured": {"data": "here"},
+        "unreadable": {},
+        "warnings": [],
+        "commands": [("The same again", "tvit eval --model people")],
+        "device": torch.device("cpu"),
+        **changes,
+    }  # fmt: skip
+    return EvaluationFacts(**values)
+
+
+def written(own: EvaluationFacts) -> Page:
+    return Page(evaluation_page(own, evaluation_drawings(own)))
+
+
+def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(result: EvalResult) -> None:
+    assert result.report == result.output / "report.html"
+    shown = page_of(result)
+    assert shown.references and all(value.startswith("data:") for value in shown.references)
+    assert not shown.tags & {"script", "iframe", "object"}
+    source = result.report.read_text(encoding="utf-8")
+    assert (
+        "url(" not in source
+        and "@import" not in source
+        and "http://" not in source
+        and "https://" not in source
+    )
+    assert source.count("<img ") == source.count(' alt="Frames of ')
+    for name in COLOURS:
+        assert name in shown.text
+
+
+def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
+    text = page_of(result).text
+    found = json.loads((result.output / "metrics.json").read_text())
+    metrics, intervals = found["metrics"], found["intervals"]
+    titles = {"video_top1": "top-1", "video_top2": "top-2", "mean_class_accuracy": "mean class accuracy",
+              "macro_f1": "macro F1", "calibration_error": "calibration error"}  # fmt: skip
+    assert titles.keys() == intervals.keys()
+    for name, title in titles.items():
+        low, high = (words.percent(end) for end in intervals[name])
+        ends = f"{low.removesuffix(' %')} to {high}"
+        assert f"{title}{words.percent(metrics[name])}95 % within {ends}" in text.replace("\u00a0", " ")
+    assert f"videos{metrics['videos']:.0f}" in text
+    for label, row in found["per_class"].items():
+        assert f"{label}{row['right']} of {row['videos']}" in text
+        assert f"{label}{row['videos']}{row['recall']:.3g}{row['precision']:.3g}{row['f1']:.3g}" in text
+    for pair in found["confused"]:
+        assert f"{pair['label']}{pair['said']}{pair['videos']}" in text
+        assert f"{pair['label']}: {pair['videos']} of " in text
+    for b in found["calibration"]:
+        assert f"{words.plural(b['videos'], 'video')}: {words.percent(b['confidence'])} sure" in text
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result: EvalResult, dark: bool) -> None:
+    assert result.report is not None
+    assert trouble_in_chromium(result.report, dark=dark) == []
+
+
+def test_a_browser_would_tell_of_a_page_that_loads_something(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<main><img src="http://127.0.0.1:9/a.png"><script>console.error("no")</script></main>')
+    trouble = trouble_in_chromium(page)
+    assert any('"no"' in line for line in trouble)
+
+
+def test_strips_show_the_frames_that_the_model_was_given(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+    real = TemporalViT.forward
+
+    def forward(self: TemporalViT, clips: torch.Tensor) -> torch.Tensor:
+        given.extend(clips.clone())
+        return real(self, clips)
+
+    monkeypatch.setattr(TemporalViT, "forward", forward)
+    for changes, place, views in (
+        ({}, 0, 1),
+        ({"shuffle_frames": True}, 0, 1),
+        ({"clips_per_video": 3}, 1, 3),
+        ({"crops_per_clip": 3, "flip": True}, 2, 6),
+    ):
+        given.clear()
+        result = evaluate(settings(trained, output=tmp_path, per_gpu_batch_size=3, **changes))
+        assert result.seen is not None and len(given) == 3 * views
+        for number, answer in enumerate(result.answers):
+            clip = result.seen.clip(answer.video.name)
+            assert clip is not None and torch.equal(clip, given[place * 3 + number]), changes
+
+
+def test_wrong_answers_come_surest_first_and_then_the_hardest_of_the_rest(
+    result: EvalResult, trained: TrainResult
+) -> None:
+    labels = ("Blue", "Green", "Red")
+    wrong = sorted((a for a in result.answers if not a.is_right), key=lambda a: -max(a.scores))
+    rest = sorted(
+        (a for a in result.answers if a not in wrong[:MOST_STRIPS]),
+        key=lambda a: a.scores[labels.index(a.video.label)],
+    )
+    text = page_of(result).text
+    places = [text.index(f"· {a.video.name}") for a in (wrong[:MOST_STRIPS] + rest[:MOST_STRIPS])]
+    assert wrong and places == sorted(places)
+    surest = wrong[0]
+    said = f"{surest.video.label}, taken for {surest.predicted} · {surest.video.name}"
+    assert f"{said}{surest.predicted}{words.percent(max(surest.scores))}" in text
+
+
+def test_a_page_of_many_videos_shows_few_of_them(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evalreport, "MOST_STRIPS", 1)
+    result = evaluate(settings(trained, subset="train", output=tmp_path))
+    assert sum(uri.startswith("data:image/jpeg") for uri in page_of(result).references) <= 2
+
+
+def test_its_drawings_lie_beside_it(result: EvalResult) -> None:
+    names = {path.name for path in (result.output / "plots").iterdir()}
+    assert names == {f"{n}.png" for n in ("confusion", "per_class", "reliability", "confidence", "coverage")}
+    with Image.open(result.output / "plots" / "confusion.png") as picture:
+        assert picture.format == "PNG" and picture.size[0] == picture.size[1] > 300
+
+
+def test_videos_that_were_trained_on_are_named_as_a_leak(trained: TrainResult, tmp_path: Path) -> None:
+    events: list[Event] = []
+    held_out = load_card(trained.model).held_out
+    own = next(f"{n:02d}" for n in range(1, 7) if f"{n:02d}" not in held_out["val"] + held_out["test"])
+    result = evaluate(settings(trained, test_groups=f"{own},", output=tmp_path), events.append)
+    warning = f"3 of the 3 test videos were trained on (such as Blue/v_Blue_g{own}_c01.avi)"
+    assert any(warning in leak for leak in result.leaks) and warning in page_of(result).text
+    assert any(warning in e.text for e in events if isinstance(e, Note) and e.level == "warning")
+    assert json.loads((tmp_path / "metrics.json").read_text())["leaks"] == list(result.leaks)
+    assert not evaluate(settings(trained, test_groups=f"{held_out['test'][0]},", output=tmp_path)).leaks
+    assert not evaluate(settings(trained, output=tmp_path)).leaks
+
+
+def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained: TrainResult, tmp_path: Path) -> None:
+    data = make_clips(tmp_path / "colours")
+    videos = {
+        v.subset: v
+        for v in read_layout(data, group_pattern=r"_g(\d+)_", val_groups="1", test_groups="1").videos
+    }
+    videos["test"].path.write_bytes(videos["train"].path.read_bytes())
+    result = evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "out"))
+    assert any("byte for byte" in leak for leak in result.leaks) and "byte for byte" in page_of(result).text
+    assert not evaluate(
+        settings(trained, path_to_data=str(data), output=tmp_path / "t", subset="train")
+    ).leaks
+
+
+def test_the_page_says_what_numbers_on_training_videos_are_worth(result: EvalResult) -> None:
+    assert "The model was trained on these videos" in page_of(result).text
+
+
+def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path: Path) -> None:
+    bad = {f"clip{n}.avi": "empty" for n in range(60)}
+    text = written(facts(tmp_path, unreadable=bad)).text
+    assert "60 videos cannot be read" in text and "clip49.aviempty" in text and "clip50.avi" not in text
+
+
+def test_a_report_that_cannot_be_written_costs_no_numbers(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_pages", full)
+    events: list[Event] = []
+    result = evaluate(settings(trained, output=tmp_path), events.append)
+    assert result.report is None and (tmp_path / "metrics.json").is_file()
+    assert any("report could not be written (No space left" in e.text for e in events if isinstance(e, Note))
+
+
+def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>&'
+    shown = ShownVideo(evil, evil, "x", [("x", 0.9), (evil, 0.1)], torch.zeros(3, 3, 16, 16))
+    own = facts(
+        tmp_path, labels=(evil, "x"), surely_wrong=[shown], measured={evil: evil}, unreadable={evil: evil},
+        warnings=[evil], commands=[(evil, evil)], model=evil,
+    )  # fmt: skip
+    page = written(own)
+    assert "script" not in page.tags and page.text.count(evil) >= 12
+
+
+def test_a_matrix_has_a_cell_for_each_pair_that_occurs_and_no_text_overlaps() -> None:
+    for labels in (("A", "B"), tuple(f"Class number {n}" for n in range(101))):
+        counts = {(label, labels[0]): 1 for label in labels} | {(label, label): 3 for label in labels}
+        drawing = confusion_chart(labels, counts)
+        cells = [s for s in drawing.shapes if isinstance(s, Box) and s.title]
+        assert len(cells) == len(counts) == len({cell.at for cell in cells})
+        assert f"{labels[1]}: 1 of 4 taken for {labels[0]}" in {cell.title for cell in cells}
+        assert all(
+            0 < s.at[0] < drawing.width and 0 < s.at[1] < drawing.height
+            for s in drawing.shapes
+            if isinstance(s, Text)
+        )
+        rows = sorted(s.at[1] for s in drawing.shapes if isinstance(s, Text) and s.anchor == "end")
+        size = next(s.size for s in drawing.shapes if isinstance(s, Text) and s.anchor == "end")
+        assert len(rows) == len(labels) and all(b - a >= size for a, b in pairwise(rows))
+
+
+def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path: Path) -> None:
+    labels = tuple(f"c{n:03d}" for n in range(400))
+    counts = {(label, label): 5 for label in labels} | {("c390", "c391"): 7}
+    shown = shown_classes(labels, counts)
+    assert len(shown) == MOST_CLASSES and shown == sorted(shown) and {"c390", "c391"} <= set(shown)
+    rows = [(label, 5, 5 - (label == "c007")) for label in labels]
+    bars = class_chart(rows, title="x")
+    assert bars.height < 3000
+    assert next(s.title for s in bars.shapes if isinstance(s, Box) and s.title) == "c007: 4 of 5"
+    text = written(facts(tmp_path, labels=labels, counts=counts)).text
+    assert f"{MOST_CLASSES} of 400 classes are shown" in text
+
+
+def test_classes_that_do_not_occur_have_no_row() -> None:
+    assert shown_classes(("a", "b", "c"), {("a", "c"): 1}) == ["a", "c"]
+
+
+def test_confidence_is_drawn_against_accuracy() -> None:
+    bins = [Bin(0.2, 0.4, 4, 0.3, 0.5), Bin(0.8, 1.0, 2, 0.9, 0.5)]
+    bars = [s for s in reliability_chart(bins).shapes if isinstance(s, Box)]
+    assert [bar.role for bar in bars] == ["one", "three", "one", "bad"]
+    assert bars[1].height == pytest.approx(bars[0].height * 2 / 3)  # 0.3 sure, 0.2 more are right
+    assert bars[3].height == pytest.approx(bars[2].height * 4 / 5)  # half are right, 0.4 too sure
+    assert bars[3].title == "2 videos: 90 % sure, 50 % right"
+    counts = [s for s in confidence_chart(bins).shapes if isinstance(s, Box)]
+    assert [(bar.role, bar.title) for bar in counts[:2]] == [
+        ("good", "20 % to 40 %: 2 right, 2 wrong"), ("bad", "20 % to 40 %: 2 right, 2 wrong"),
+    ]  # fmt: skip
+    assert counts[0].height == counts[1].height == pytest.approx(2 * counts[2].height)
+    curve = coverage_chart([(0.5, False), (0.9, True), (0.7, True), (0.6, False)])
+    assert curve is not None
+    titles = [s.title.split(": ")[1] for s in curve.shapes if isinstance(s, Dot)]
+    assert titles == ["top-1 100 %", "top-1 100 %", "top-1 66.7 %", "top-1 50 %"]
+    assert any(isinstance(s, Line) and s.role == "one" for s in curve.shapes)
+
+
+def test_a_strip_is_a_row_of_the_models_frames(tmp_path: Path) -> None:
+    own = facts(tmp_path)
+    strip = evaluation.video_strip(own.surely_wrong[0], own.preprocessing)
+    assert simplejpeg.decode_jpeg(base64.b64decode(strip.uri.split(",")[1])).shape == (16, 3 * 18 - 2, 3)
+    assert strip.alt == "Frames of b/2.avi, which is Bowling, taken for Archery"
+
+
+def test_a_model_is_called_by_its_run() -> None:
+    assert run_name(Path("/w/people/model")) == "people"
+    assert run_name(Path("/w/people/seed0-split1/model")) == "people/seed0-split1"
+    assert run_name(Path("/elsewhere/mine")) == "mine"

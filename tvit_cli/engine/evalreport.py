@@ -1,0 +1,165 @@
+"""What an evaluation leaves to be looked at: its result, gathered for the report."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tvit_cli.engine.events import Note, Report
+from tvit_cli.engine.place import Place
+from tvit_cli.engine.results import Answer, EvalResult, confusions
+from tvit_cli.engine.run import MODEL_FOLDER
+from tvit_cli.engine.trained import Trained
+from tvit_cli.report.evaluation import ClassRow, EvaluationFacts, ShownVideo, write_evaluation_report
+from tvit_cli.settings.base import flag
+from tvit_cli.settings.eval import EvalSettings
+
+MOST_STRIPS = 12  # in each section: what a page weighs does not grow with the videos
+MOST_LABELS = 3  # whose scores are told below a strip, and the video’s own
+
+
+def write_report(
+    result: EvalResult,
+    settings: EvalSettings,
+    trained: Trained,
+    facts: Mapping[str, Any],
+    place: Place,
+    report: Report,
+) -> Path | None:
+    """Write report.html and plots/ beside metrics.json; returns the page’s path.
+
+    `facts` are those of metrics.json. A page that cannot be written is a warning: the numbers are there.
+    """
+    labels = trained.card.labels
+    wrong = sorted(
+        (a for a in result.answers if a.scores and not a.is_right),
+        key=lambda a: (-max(a.scores), a.video.name),
+    )[:MOST_STRIPS]
+    shown = {answer.video.name for answer in wrong}
+    hard = sorted(
+        (a for a in result.answers if a.scores and a.video.name not in shown),
+        key=lambda a: (a.scores[labels.index(a.video.label)], a.video.name),
+    )[:MOST_STRIPS]
+    read = [answer for answer in result.answers if answer.scores]
+    page = EvaluationFacts(
+        folder=result.output,
+        model=run_name(trained.folder),
+        subset=result.subset,
+        labels=labels,
+        metrics=result.metrics,
+        intervals=result.intervals,
+        groups=len({answer.video.group or answer.video.name for answer in result.answers}),
+        seconds=result.seconds,
+        per_class={
+            label: ClassRow(row.videos, row.right, row.precision, row.f1)
+            for label, row in result.per_class.items()
+        },
+        counts=confusions(read),
+        confused=result.confused,
+        calibration=result.calibration,
+        answers=[(max(answer.scores), answer.is_right) for answer in read],
+        surely_wrong=shown_videos(result, wrong, labels),
+        hardest=shown_videos(result, hard, labels),
+        preprocessing=trained.card.preprocessing,
+        measured=_measured(result, settings, trained, facts, place),
+        unreadable=result.unreadable,
+        warnings=_warnings(result, settings),
+        commands=_commands(settings, result),
+        device=trained.device,
+    )
+    try:
+        return write_evaluation_report(page)
+    except OSError as error:
+        report(Note(f"{result.output}: the report could not be written ({error.strerror}).", "warning"))
+        return None
+
+
+def run_name(model: Path) -> str:
+    """What a model is called: its run, of a series with the series' name, or its folder where it has no run."""
+    folder = model.absolute()
+    if folder.name != MODEL_FOLDER:
+        return folder.name
+    run = folder.parent
+    return f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed\d+-split\d+", run.name) else run.name
+
+
+def shown_videos(result: EvalResult, answers: Sequence[Answer], labels: Sequence[str]) -> list[ShownVideo]:
+    """Videos with their frames, those that can still be read."""
+    assert result.seen is not None
+    found = []
+    for answer in answers:
+        clip = result.seen.clip(answer.video.name)
+        if clip is not None:
+            own = answer.video.label
+            found.append(
+                ShownVideo(answer.video.name, own, answer.predicted, best_scores(answer, labels), clip)
+            )
+    return found
+
+
+def best_scores(answer: Answer, labels: Sequence[str]) -> list[tuple[str, float]]:
+    """The best labels with their scores, and the video’s own where it is not among them."""
+    ordered = sorted(zip(labels, answer.scores, strict=True), key=lambda pair: -pair[1])
+    return ordered[:MOST_LABELS] + [pair for pair in ordered[MOST_LABELS:] if pair[0] == answer.video.label]
+
+
+def _measured(
+    result: EvalResult, settings: EvalSettings, trained: Trained, facts: Mapping[str, Any], place: Place
+) -> dict[str, str]:
+    card, views = trained.card, facts["views"]
+    size = card.preprocessing.frame_size
+    base = "" if card.base is None else f", from {card.base.name}"
+    looked = (
+        f"{views['clips_per_video']} clips in time × {views['crops_per_clip']} crops"
+        + (" × mirrored or not" if views["flip"] else "")
+        + " of each video, scores averaged"
+    )
+    one = views == {"clips_per_video": 1, "crops_per_clip": 1, "flip": False}
+    return {
+        "model": f"{trained.folder}{base}",
+        "weights": f"sha256 {card.weights_sha256[:16]}…, written by tvit {card.tvit_version}",
+        "network": f"{sum(p.numel() for p in trained.model.parameters()):,} parameters, "
+        f"{card.model.get('attention', '')} attention",
+        "data": f"{facts['data']}, split {facts['split']}",
+        "subset": f"{result.subset}: {result.metrics['videos']:.0f} videos, "
+        f"{len({a.video.group or a.video.name for a in result.answers})} groups",
+        "left out": f"{len(result.unreadable)} videos that cannot be read"
+        + (", counted as wrong" if result.unreadable and settings.unreadable == "wrong" else ""),
+        "clip": f"{card.preprocessing.n_frames} frames of {size}×{size} pixels, one of each equal share of a video",
+        "views": "one clip, the centre crop" if one else looked,
+        "frames": f"from the {facts['frames']}",
+        "order": "frames shuffled" if settings.shuffle_frames else "as filmed",
+        "speed": f"{result.metrics['videos'] / result.seconds:.1f} videos/s, decoding included: {trained.device} × "
+        f"{place.processes}, {settings.per_gpu_batch_size} clips at once",
+    }
+
+
+def _warnings(result: EvalResult, settings: EvalSettings) -> list[str]:
+    known = {
+        "train": "The model was trained on these videos: the numbers say how well it knows them, not what it is "
+        "worth.",
+        "val": "These videos chose the epoch that was kept: the numbers lean to the good side.",
+    }
+    found = [known[settings.subset]] if settings.subset in known else []
+    if settings.shuffle_frames:
+        found.append(
+            "The frames of each clip were put in a random order: the numbers say what single frames tell."
+        )
+    return [*found, *result.leaks]
+
+
+def _commands(settings: EvalSettings, result: EvalResult) -> list[tuple[str, str]]:
+    model = shlex.quote(str(result.model))
+    given = settings.model_dump(mode="json", exclude_defaults=True, exclude={"model", "compare"})
+    words = ["tvit eval --model", model]
+    for name, value in given.items():
+        words += [flag(name)] if value is True else [flag(name), shlex.quote(str(value))]
+    return [
+        ("The same again", " ".join(words)),
+        ("Label videos", f"tvit predict VIDEO --model {model}"),
+        ("Where a label is seen", f"tvit predict VIDEO --model {model} --explain why.png"),
+        ("Take the model elsewhere", f"tvit export {model} --format onnx"),
+    ]

@@ -1,0 +1,280 @@
+"""What an evaluation shows: report.html in its folder, and its drawings as PNGs beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tvit_cli.report import page
+from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
+from tvit_cli.report.drawing import Drawing
+from tvit_cli.report.machine import hardware, software
+from tvit_cli.report.matrix import Counts, class_chart, confusion_chart, shown_classes
+from tvit_cli.report.pictures import film_strip
+from tvit_cli.report.words import number, percent, plural
+from tvit_cli.report.writing import write_pages
+from tvit_cli.settings.card import Preprocessing
+
+MOST_BESIDE = 720  # a wider matrix has the page for itself
+FEW_GROUPS = 10  # fewer make an interval a rough guide
+CONFIDENCE = ("reliability", "confidence", "coverage")
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """How one class fared."""
+
+    videos: int
+    right: int
+    precision: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class ShownVideo:
+    """A video on the page: its clip (T, C, S, S) as the model was given it, and its labels with scores.
+
+    `scores` holds the best labels, the video’s own among them.
+    """
+
+    name: str
+    label: str
+    predicted: str
+    scores: Sequence[tuple[str, float]]
+    clip: Tensor
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """All that the page of an evaluation says, beside what it finds out about the machine.
+
+    `metrics` and `intervals` have the names of metrics.json; `groups` is how many groups the videos come from;
+    `counts` maps (true label, said label) to videos; `answers` are (confidence, whether right) of each video;
+    `warnings` are sentences on what makes the numbers too good.
+    """
+
+    folder: Path
+    model: str
+    subset: str
+    labels: Sequence[str]
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    groups: int
+    seconds: float
+    per_class: Mapping[str, ClassRow]
+    counts: Counts
+    confused: Sequence[tuple[str, str, int]]
+    calibration: Sequence[Bin]
+    answers: Sequence[tuple[float, bool]]
+    surely_wrong: Sequence[ShownVideo]
+    hardest: Sequence[ShownVideo]
+    preprocessing: Preprocessing
+    measured: Mapping[str, str]
+    unreadable: Mapping[str, str]
+    warnings: Sequence[str]
+    commands: Sequence[tuple[str, str]]
+    device: torch.device
+
+
+def write_evaluation_report(facts: EvaluationFacts) -> Path:
+    """Write report.html and plots/*.png into the evaluation’s folder; returns the page’s path."""
+    drawings = evaluation_drawings(facts)
+    return write_pages(facts.folder, evaluation_page(facts, drawings), drawings)
+
+
+def evaluation_drawings(facts: EvaluationFacts) -> dict[str, Drawing]:
+    """The drawings of an evaluation by file name."""
+    shown = shown_classes(facts.labels, facts.counts)
+    rows = [(label, row.videos, row.right) for label, row in facts.per_class.items()]
+    found = {
+        "confusion": confusion_chart(shown, facts.counts),
+        "per_class": class_chart(rows, title="Top-1 by class, the worst first"),
+        "reliability": reliability_chart(facts.calibration),
+        "confidence": confidence_chart(facts.calibration),
+        "coverage": coverage_chart(facts.answers),
+    }
+    return {name: drawing for name, drawing in found.items() if drawing is not None}
+
+
+def evaluation_page(facts: EvaluationFacts, drawings: Mapping[str, Drawing]) -> str:
+    """The page of an evaluation, as HTML."""
+    size = f"{plural(round(facts.metrics['videos']), 'video')} of {plural(len(facts.per_class), 'class')}"
+    return page.page(
+        f"{facts.model} · {facts.subset}",
+        f"tvit eval · {size} · {time.strftime('%Y-%m-%d %H:%M')}",
+        [
+            *(page.notice(warning) for warning in facts.warnings),
+            page.tiles(_headline(facts)),
+            page.paragraph(_in_words(facts)),
+            _confusion(facts, drawings["confusion"]),
+            _classes(facts),
+            _confidence(facts, [drawings[name] for name in CONFIDENCE if name in drawings]),
+            _videos(
+                "Wrong, and sure of it",
+                "The wrong answers that the model gives with the highest score. A label may be wrong as well.",
+                facts.surely_wrong,
+                facts.preprocessing,
+            ),
+            _videos(
+                "Hardest",
+                "The videos whose own class gets the lowest score, but for those above.",
+                facts.hardest,
+                facts.preprocessing,
+            ),
+            page.section("What was measured", page.facts(facts.measured)),
+            page.section("Videos left out", page.left_out(facts.unreadable)),
+            page.section("What to do next", page.commands(facts.commands)),
+            page.section("Software", page.facts(software(Path.cwd()))),
+            page.section("Hardware", page.facts(hardware(facts.device))),
+        ],
+        footer=f"{facts.folder.absolute()}: metrics.json, scores.csv, confusion.csv, plots/*.png",
+    )
+
+
+def metric_name(name: str) -> str:
+    """A metric’s name in words. video_top1 -> top-1"""
+    words = {"calibration_error": "calibration error", "macro_f1": "macro F1"}
+    plain = name.removeprefix("video_").replace("top", "top-")
+    return words.get(name, plain.replace("_", " "))
+
+
+def _headline(facts: EvaluationFacts) -> list[page.Tile]:
+    top_k = [name for name in facts.metrics if name.startswith("video_top")]
+    trivial = f"video_top{len(facts.labels)}"
+    names = [
+        *(name for name in top_k if name != trivial),
+        "mean_class_accuracy",
+        "macro_f1",
+        "calibration_error",
+    ]
+    found = []
+    for name in names:
+        value = facts.metrics[name]
+        if name in facts.intervals:
+            low, high = facts.intervals[name]
+            remark, span = f"95 % within {_ends(low, high)}", (low, value, high)
+        else:
+            remark, span = "", None
+        title = {"video_top1": "top-1", "calibration_error": "calibration error"}
+        found.append(page.Tile(title.get(name, metric_name(name)), percent(value), remark, span))
+    speed = f"{number(facts.metrics['videos'] / facts.seconds)} per second"
+    left = round(facts.metrics["unreadable"])
+    remark = f"{speed}; {left} cannot be read" if left else speed
+    found.append(page.Tile("videos", f"{facts.metrics['videos']:,.0f}", remark))
+    return found
+
+
+def _ends(low: float, high: float) -> str:
+    """0.123, 0.456 -> 12.3 to 45.6 %, never broken into two lines."""
+    return f"{percent(low).removesuffix(' %')} to {percent(high)}".replace(" ", "\u00a0")
+
+
+def _in_words(facts: EvaluationFacts) -> str:
+    """What the numbers are to be held against, and where their intervals come from."""
+    videos = sum(row.videos for row in facts.per_class.values())
+    most = max(row.videos for row in facts.per_class.values())
+    words = (
+        f"Guessing gives a top-1 of {percent(1 / len(facts.labels))}, and always naming the commonest class "
+        f"{percent(most / videos)}. "
+    )
+    if not facts.intervals:
+        return words + "All videos are of one group: how far the numbers would move with others is not known."
+    if facts.groups == videos:
+        why = "No two videos are known to come from one recording."
+    else:
+        why = "Groups are drawn whole: clips cut from one recording stand and fall together."
+    drawn = f"{facts.groups:,} {'videos' if facts.groups == videos else 'groups'}"
+    words += (
+        f"The intervals are those of 2,000 draws of {drawn}, with replacement, out of the {drawn} there are: "
+        f"95 of 100 draws lie within. {why}"
+    )
+    few = f" {plural(facts.groups, 'group')} are few, so take the intervals as a rough guide."
+    return words + (few if facts.groups < FEW_GROUPS else "")
+
+
+def _confusion(facts: EvaluationFacts, drawing: Drawing) -> page.Html:
+    shown, known = len(shown_classes(facts.labels, facts.counts)), len(facts.labels)
+    text = (
+        "A row is a class, a column an answer: the diagonal is right, all else is wrong, and a cell is the "
+        "stronger the larger its share of the row."
+    )
+    if shown < known:
+        text += f" {shown} of {known} classes are shown, those with the most mistakes; confusion.csv has all."
+    pairs = page.table(("class", "taken for", "videos"), facts.confused)
+    few = (
+        page.Html(page.paragraph("The commonest mistakes:") + pairs)
+        if pairs
+        else page.paragraph("There is no mistake.")
+    )
+    matrix = page.wide(drawing, min(900, round(0.8 * drawing.width)))
+    if drawing.width < MOST_BESIDE:
+        return page.section("What is taken for what", page.paragraph(text), page.columns(matrix, few))
+    return page.section("What is taken for what", page.paragraph(text), matrix, few)
+
+
+def _classes(facts: EvaluationFacts) -> page.Html:
+    ordered = sorted(facts.per_class.items(), key=lambda item: (item[1].right / item[1].videos, item[0]))
+    bars = [
+        (label, row.right / row.videos, f"{row.right} of {row.videos} · {percent(row.right / row.videos)}")
+        for label, row in ordered
+    ]
+    rows = [
+        (label, row.videos, number(row.right / row.videos), number(row.precision), number(row.f1))
+        for label, row in sorted(facts.per_class.items())
+    ]
+    return page.section(
+        "Classes",
+        page.paragraph("Top-1, the worst class first."),
+        page.bars(bars),
+        page.folded(
+            f"Precision and F1 of {plural(len(rows), 'class')}",
+            page.table(("class", "videos", "top-1", "precision", "F1"), rows),
+        ),
+    )
+
+
+def _confidence(facts: EvaluationFacts, drawings: Sequence[Drawing]) -> page.Html:
+    mean = sum(confidence for confidence, _ in facts.answers) / len(facts.answers)
+    right = sum(is_right for _, is_right in facts.answers) / len(facts.answers)
+    verdict = "surer than it is right" if mean > right else "less sure than it could be"
+    text = (
+        f"The model is {percent(mean)} sure on average and {percent(right)} of its answers are right: {verdict}. "
+        f"The calibration error, {percent(facts.metrics['calibration_error'])}, is the mean gap between the two "
+        "over 15 equal bins of confidence; of few videos it comes out too large."
+    )
+    return page.section("Confidence", page.paragraph(text), page.charts(drawings))
+
+
+def _videos(title: str, text: str, videos: Sequence[ShownVideo], preprocessing: Preprocessing) -> page.Html:
+    strips = [video_strip(video, preprocessing) for video in videos]
+    return page.section(title, page.paragraph(text) if strips else page.Html(""), page.strips(strips))
+
+
+def video_strip(video: ShownVideo, preprocessing: Preprocessing) -> page.Strip:
+    """The frames of a video as the model saw them, its name, and the scores of a few labels."""
+    said = (
+        f"is {video.label}"
+        if video.predicted == video.label
+        else f"is {video.label}, taken for {video.predicted}"
+    )
+    return page.Strip(
+        film_strip(video.clip, preprocessing),
+        f"Frames of {video.name}, which {said}",
+        page.Html(
+            page.answer(video.label, [video.predicted], video.name)
+            + label_scores(video.scores, video.label, video.predicted)
+        ),
+    )
+
+
+def label_scores(scores: Sequence[tuple[str, float]], label: str, predicted: str) -> page.Html:
+    """Bars of labels: the true one, the one that was said in its place, and others."""
+    return page.scores(
+        (name, score, "good" if name == label else "bad" if name == predicted else "dim")
+        for name, score in scores
+    )

@@ -1,0 +1,25 @@
+"""A report in its folder: the page, and its drawings as PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tvit_cli.report.drawing import Drawing
+from tvit_cli.report.png import to_png
+
+REPORT_FILE = "report.html"
+PLOTS_FOLDER = "plots"
+
+
+def write_pages(folder: Path, html: str, drawings: Mapping[str, Drawing]) -> Path:
+    """Write plots/<name>.png and report.html, which is whole or as it was before; returns its path."""
+    plots = folder / PLOTS_FOLDER
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, drawing in drawings.items():
+        (plots / f"{name}.png").write_bytes(to_png(drawing))
+    path = folder / REPORT_FILE
+    beside = path.with_suffix(".writing")
+    beside.write_text(html, encoding="utf-8")
+    beside.replace(path)
+    return path
