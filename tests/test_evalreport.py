@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,23 @@ import simplejpeg
 import torch
 from pages import Page, trouble_in_chromium
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips, run
 
 from tvit_cli.data.layout import read_layout
 from tvit_cli.engine import evalreport
+from tvit_cli.engine.compare import compare
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.evalreport import MOST_STRIPS, run_name
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.results import EvalResult
+from tvit_cli.engine.series import evaluate_series, series_models
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.model.folder import load_card
 from tvit_cli.model.vit import TemporalViT
 from tvit_cli.report import evaluation, words
 from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
+from tvit_cli.report.comparison import ComparisonFacts, comparison_drawings, comparison_page
 from tvit_cli.report.drawing import Box, Dot, Line, Text
 from tvit_cli.report.evaluation import (
     ClassRow,
@@ -135,7 +141,7 @@ def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
     assert f"videos{metrics['videos']:.0f}" in text
     for label, row in found["per_class"].items():
         assert f"{label}{row['right']} of {row['videos']}" in text
-        assert f"{label}{row['videos']}{row['recall']:.3g}{row['precision']:.3g}{row['f1']:.3g}" in text
+        assert f"{label}{row['videos']}{row['recall']:.3f}{row['precision']:.3f}{row['f1']:.3f}" in text
     for pair in found["confused"]:
         assert f"{pair['label']}{pair['said']}{pair['videos']}" in text
         assert f"{pair['label']}: {pair['videos']} of " in text
@@ -143,10 +149,9 @@ def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
         assert f"{words.plural(b['videos'], 'video')}: {words.percent(b['confidence'])} sure" in text
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result: EvalResult, dark: bool) -> None:
+def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result: EvalResult) -> None:
     assert result.report is not None
-    assert trouble_in_chromium(result.report, dark=dark) == []
+    assert trouble_in_chromium(result.report) == []
 
 
 def test_a_browser_would_tell_of_a_page_that_loads_something(tmp_path: Path) -> None:
@@ -338,3 +343,100 @@ def test_a_model_is_called_by_its_run() -> None:
     assert run_name(Path("/w/people/model")) == "people"
     assert run_name(Path("/w/people/seed0-split1/model")) == "people/seed0-split1"
     assert run_name(Path("/elsewhere/mine")) == "mine"
+
+
+@pytest.fixture(scope="module")
+def series(trained: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one series: the model, and one that answers with the next class."""
+    folder = tmp_path_factory.mktemp("series") / "people"
+    for seed in (0, 1):
+        shutil.copytree(trained.model, folder / f"seed{seed}-split1" / "model")
+    path = folder / "seed1-split1" / "model" / "model.safetensors"
+    weights = load_file(path)
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name].roll(1, 0)
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_series_has_a_page_with_its_mean_and_every_run(series: Path) -> None:
+    own = EvalSettings(model=series, subset="train", num_workers=0, device="cpu", top_k=2)
+    result = evaluate_series(own, series_models(series))
+    assert result.report == series / "eval" / "train" / "report.html"
+    shown = Page(result.report.read_text(encoding="utf-8"))
+    assert all(value.startswith("data:") for value in shown.references)
+    found = json.loads((series / "eval" / "train" / "summary.json").read_text())
+    for name, title in (
+        ("video_top1", "top-1"),
+        ("macro_f1", "macro F1"),
+        ("calibration_error", "calibration error"),
+    ):
+        mean, sd = words.percent(found["mean"][name]), words.percent(found["sd"][name])
+        assert f"{title}{mean.removesuffix(' %')} ± {sd}" in shown.text
+        values = [run[name] for run in found["runs"].values()]
+        assert f"from {words.percent(min(values))} to {words.percent(max(values))}" in shown.text
+    runs = [evaluate(own.model_copy(update={"model": model})) for model in series_models(series).values()]
+    for label in COLOURS:
+        videos, right = (sum(getattr(r.per_class[label], n) for r in runs) for n in ("videos", "right"))
+        assert f"{label}{right} of {videos}" in shown.text
+    assert "seed1-split1" in shown.text and (series / "eval" / "train" / "plots" / "runs.png").is_file()
+    assert trouble_in_chromium(result.report) == []
+
+
+def test_a_comparison_has_a_page_that_says_which_is_better_and_what_flipped(
+    series: Path, tmp_path: Path
+) -> None:
+    models = tuple(series_models(series).values())
+    own = EvalSettings(compare=models, subset="train", num_workers=0, device="cpu", output=tmp_path)
+    result = compare(own)
+    assert result.report == tmp_path / "comparison.html" and (tmp_path / "B" / "report.html").is_file()
+    source = result.report.read_text(encoding="utf-8")
+    shown = Page(source)
+    assert all(value.startswith("data:") for value in shown.references)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    gained, lost = len(found["gained"]), len(found["lost"])
+    assert gained != lost
+    assert f"difference, points{100 * found['difference']:+.1f}" in shown.text
+    assert f"gained, lost{gained}, {lost}of {found['videos']} videos" in shown.text
+    assert f"McNemar’s test, p{found['p_value']:.3g}" in shown.text
+    both = sum(
+        a.is_right and b.is_right for a, b in zip(result.first.answers, result.second.answers, strict=True)
+    )
+    assert f"first right{both}{lost}first wrong{gained}{found['videos'] - both - gained - lost}" in shown.text
+    assert source.count("<img ") == min(gained, MOST_STRIPS) + min(lost, MOST_STRIPS)
+    flip = (result.gained + result.lost)[0]
+    assert f"first: {flip[0].predicted}{words.percent(max(flip[0].scores))}" in shown.text
+    assert f"second: {flip[1].predicted}{words.percent(max(flip[1].scores))}" in shown.text
+    assert trouble_in_chromium(result.report, dark=True) == []
+
+
+@pytest.mark.parametrize(
+    ("interval", "sentence"),
+    [
+        ((0.1, 0.3), "is better"),
+        ((-0.3, -0.1), "is worse"),
+        ((-0.1, 0.3), "do not tell"),
+        (None, "of one group"),
+    ],
+)
+def test_the_verdict_is_what_the_interval_allows(
+    tmp_path: Path, interval: tuple[float, float] | None, sentence: str
+) -> None:
+    own = ComparisonFacts(
+        folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
+        difference=0.1, interval=interval, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
+        per_class={"x": (5, 3, 3), "y": (5, 2, 3), "z": (4, 2, 1)}, gained=[], lost=[],
+        preprocessing=Preprocessing(n_frames=3, frame_size=16), measured={}, warnings=[], commands=[],
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    drawings = comparison_drawings(own)
+    text = Page(comparison_page(own, drawings)).text
+    assert sentence in text and "top-10.50000.6000+0.1000" in text
+    rows = drawings["changed_classes"].shapes
+    assert [s.text for s in rows if isinstance(s, Text) and s.anchor == "end"] == [
+        "z",
+        "y",
+    ]  # what lost most, first
+    assert [s.role for s in rows if isinstance(s, Dot)] == ["dim", "bad", "dim", "good"]
+    same = replace(own, per_class={"x": (5, 3, 3)})
+    assert comparison_drawings(same) == {} and "No class changed" in Page(comparison_page(same, {})).text

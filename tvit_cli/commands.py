@@ -210,6 +210,8 @@ def _show_series(console: Console, result: SeriesResult, metrics: tuple[str, ...
     rows.append(("mean ± sd", *("{:.3f} ± {:.3f}".format(*result.summary[name]) for name in names)))
     console.table(["run", *(name.replace("_", " ") for name in names)], rows)
     console.say(f"\nWritten to {result.folder}")
+    if result.report is not None:
+        console.say(f"Report: {result.report}")
 
 
 def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
@@ -282,6 +284,8 @@ def _compare(settings: EvalSettings, verbosity: Verbosity) -> None:
         f"{_interval(result.interval) or 'not known: one group'}): {len(result.gained)} gained, "
         f"{len(result.lost)} lost, McNemar p = {result.p_value:.3g}. Written to {result.output}"
     )
+    if result.report is not None:
+        console.say(f"Report: {result.report}")
 
 
 def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.events import Report, silent
-from tvit_cli.engine.place import join_processes
+from tvit_cli.engine.evalreport import MOST_STRIPS, run_name, same_again, what_to_know
+from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import Interval, difference_interval, mcnemar
 from tvit_cli.engine.results import Answer, EvalResult
 from tvit_cli.errors import SettingsError
+from tvit_cli.report.comparison import ComparisonFacts, Flip, write_comparison_report
 from tvit_cli.settings.eval import EvalSettings
 
 COMPARISON_FILE = "comparison.json"
@@ -24,7 +26,8 @@ class Comparison:
 
     `gained` are the videos that only the second knows, `lost` those that only the first does: pairs of the
     first's answer and the second's. `interval` is the 95 % bootstrap interval over groups of the difference of
-    accuracies, None where the videos are one group; `p_value` is McNemar's.
+    accuracies, None where the videos are one group; `p_value` is McNemar's; `report` is the page, where this
+    process wrote one.
     """
 
     first: EvalResult
@@ -36,6 +39,7 @@ class Comparison:
     gained: tuple[tuple[Answer, Answer], ...]
     lost: tuple[tuple[Answer, Answer], ...]
     output: Path
+    report: Path | None = None
 
 
 def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
@@ -73,6 +77,7 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     )
     if place.is_main:
         _write(comparison)
+        comparison = replace(comparison, report=_write_page(comparison, pairs, settings, place, report))
     return comparison
 
 
@@ -107,3 +112,75 @@ def _write(comparison: Comparison) -> None:
     }
     path = comparison.output / COMPARISON_FILE
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_page(
+    comparison: Comparison,
+    pairs: list[tuple[Answer, Answer]],
+    settings: EvalSettings,
+    place: Place,
+    report: Report,
+) -> Path | None:
+    """The page of a comparison; one that cannot be written is a warning."""
+    first, second = comparison.first, comparison.second
+    assert second.seen is not None
+    counts: dict[str, list[int]] = {}
+    for a, b in pairs:
+        own = counts.setdefault(a.video.label, [0, 0, 0])
+        own[:] = own[0] + 1, own[1] + a.is_right, own[2] + b.is_right
+    both = sum(a.is_right and b.is_right for a, b in pairs)
+    gained, lost = len(comparison.gained), len(comparison.lost)
+    notes = [*what_to_know(first, settings), *what_to_know(second, settings)]
+    groups = len({a.video.group or a.video.name for a, _ in pairs})
+    facts = ComparisonFacts(
+        folder=comparison.output,
+        first=run_name(first.model),
+        second=run_name(second.model),
+        subset=second.subset,
+        metrics=(first.metrics, second.metrics),
+        difference=comparison.difference,
+        interval=comparison.interval,
+        p_value=comparison.p_value,
+        both=both,
+        only_first=lost,
+        only_second=gained,
+        neither=len(pairs) - both - gained - lost,
+        per_class={label: (n, a, b) for label, (n, a, b) in counts.items()},
+        gained=_flips(comparison.gained, second),
+        lost=_flips(comparison.lost, second),
+        preprocessing=second.seen.preprocessing,
+        measured={
+            "first": str(first.model),
+            "second": str(second.model),
+            "videos": f"{len(pairs)} that both could read, of {groups} groups; strips show what the second saw",
+            "speed": f"first {first.metrics['videos'] / first.seconds:.1f} videos/s, "
+            f"second {second.metrics['videos'] / second.seconds:.1f} videos/s, decoding included",
+        },
+        warnings=list(dict.fromkeys(notes)),
+        commands=[
+            ("The same again", same_again(settings, ["--compare", str(first.model), str(second.model)]))
+        ],
+        device=place.device,
+    )
+    try:
+        return write_comparison_report(facts)
+    except OSError as error:
+        report(Note(f"{comparison.output}: the report could not be written ({error.strerror}).", "warning"))
+        return None
+
+
+def _flips(pairs: tuple[tuple[Answer, Answer], ...], second: EvalResult) -> list[Flip]:
+    """The flips of which the two models are surest, with what the second saw."""
+    assert second.seen is not None
+    surest = sorted(pairs, key=lambda pair: -_score(pair[0]) - _score(pair[1]))[:MOST_STRIPS]
+    found = []
+    for a, b in surest:
+        clip = second.seen.clip(b.video.name)
+        if clip is not None:
+            said = [(answer.predicted or "unreadable", _score(answer)) for answer in (a, b)]
+            found.append(Flip(b.video.name, b.video.label, said[0], said[1], clip))
+    return found
+
+
+def _score(answer: Answer) -> float:
+    return max(answer.scores, default=0.0)

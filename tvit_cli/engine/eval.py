@@ -125,7 +125,7 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         "leaks": list(leaks),
     }
     if place.is_main:
-        write_result(result, trained.card.labels, facts)
+        write_result(result, facts)
         result = replace(result, report=write_report(result, settings, trained, facts, place, report))
     return result
 
@@ -161,11 +161,12 @@ def _leaks(settings: EvalSettings, card: ModelCard, source: Source) -> tuple[str
     if settings.subset == "train":
         return ()
     leaks = list(find_leaks(source.layout.videos))
-    if trained_on := _trained_on(settings, card, source):
+    if names := _trained_on(settings, card, source):
+        scored = len(source.layout.subset(settings.subset))
         leaks.insert(
             0,
-            f"{len(trained_on)} of the {len(source.layout.subset(settings.subset))} {settings.subset} videos were "
-            f"trained on (such as {trained_on[0]}): in training, the subsets were chosen otherwise. Leave --split, --val-groups, --test-groups and "
+            f"{len(names)} of the {scored} {settings.subset} videos were trained on (such as {names[0]}): in "
+            "training, the subsets were chosen otherwise. Leave --split, --val-groups, --test-groups and "
             "--group-pattern as they were.",
         )
     return tuple(leaks)
@@ -249,6 +250,7 @@ def _judge(
         per_class={label: row for label, row in zip(labels, table, strict=True) if row.videos},
         confused=tuple((labels[true], labels[said], count) for true, said, count in most_confused(confusion)),
         answers=tuple(counted),
+        labels=labels,
         unreadable={videos[index].name: reason for index, reason in scores.errors.items()},
         seconds=seconds,
         subset=name,

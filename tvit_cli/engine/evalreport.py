@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.events import Note, Report
+from tvit_cli.engine.metrics import ClassScore
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import Answer, EvalResult, confusions
 from tvit_cli.engine.run import MODEL_FOLDER
 from tvit_cli.engine.trained import Trained
 from tvit_cli.report.evaluation import ClassRow, EvaluationFacts, ShownVideo, write_evaluation_report
+from tvit_cli.report.words import plural
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.eval import EvalSettings
 
@@ -53,20 +55,17 @@ def write_report(
         intervals=result.intervals,
         groups=len({answer.video.group or answer.video.name for answer in result.answers}),
         seconds=result.seconds,
-        per_class={
-            label: ClassRow(row.videos, row.right, row.precision, row.f1)
-            for label, row in result.per_class.items()
-        },
+        per_class=class_rows(result.per_class),
         counts=confusions(read),
         confused=result.confused,
         calibration=result.calibration,
         answers=[(max(answer.scores), answer.is_right) for answer in read],
-        surely_wrong=shown_videos(result, wrong, labels),
-        hardest=shown_videos(result, hard, labels),
+        surely_wrong=shown_videos(result, wrong),
+        hardest=shown_videos(result, hard),
         preprocessing=trained.card.preprocessing,
         measured=_measured(result, settings, trained, facts, place),
         unreadable=result.unreadable,
-        warnings=_warnings(result, settings),
+        warnings=what_to_know(result, settings),
         commands=_commands(settings, result),
         device=trained.device,
     )
@@ -86,7 +85,12 @@ def run_name(model: Path) -> str:
     return f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed\d+-split\d+", run.name) else run.name
 
 
-def shown_videos(result: EvalResult, answers: Sequence[Answer], labels: Sequence[str]) -> list[ShownVideo]:
+def class_rows(table: Mapping[str, ClassScore]) -> dict[str, ClassRow]:
+    """How each class fared, as the page takes it."""
+    return {label: ClassRow(row.videos, row.right, row.precision, row.f1) for label, row in table.items()}
+
+
+def shown_videos(result: EvalResult, answers: Sequence[Answer]) -> list[ShownVideo]:
     """Videos with their frames, those that can still be read."""
     assert result.seen is not None
     found = []
@@ -95,7 +99,7 @@ def shown_videos(result: EvalResult, answers: Sequence[Answer], labels: Sequence
         if clip is not None:
             own = answer.video.label
             found.append(
-                ShownVideo(answer.video.name, own, answer.predicted, best_scores(answer, labels), clip)
+                ShownVideo(answer.video.name, own, answer.predicted, best_scores(answer, result.labels), clip)
             )
     return found
 
@@ -117,6 +121,7 @@ def _measured(
         + (" × mirrored or not" if views["flip"] else "")
         + " of each video, scores averaged"
     )
+    are_wrong = result.unreadable and settings.unreadable == "wrong"
     one = views == {"clips_per_video": 1, "crops_per_clip": 1, "flip": False}
     return {
         "model": f"{trained.folder}{base}",
@@ -126,8 +131,7 @@ def _measured(
         "data": f"{facts['data']}, split {facts['split']}",
         "subset": f"{result.subset}: {result.metrics['videos']:.0f} videos, "
         f"{len({a.video.group or a.video.name for a in result.answers})} groups",
-        "left out": f"{len(result.unreadable)} videos that cannot be read"
-        + (", counted as wrong" if result.unreadable and settings.unreadable == "wrong" else ""),
+        "left out": plural(len(result.unreadable), "video") + (", counted as wrong" if are_wrong else ""),
         "clip": f"{card.preprocessing.n_frames} frames of {size}×{size} pixels, one of each equal share of a video",
         "views": "one clip, the centre crop" if one else looked,
         "frames": f"from the {facts['frames']}",
@@ -137,7 +141,8 @@ def _measured(
     }
 
 
-def _warnings(result: EvalResult, settings: EvalSettings) -> list[str]:
+def what_to_know(result: EvalResult, settings: EvalSettings) -> list[str]:
+    """Sentences on what the numbers do not mean."""
     known = {
         "train": "The model was trained on these videos: the numbers say how well it knows them, not what it is "
         "worth.",
@@ -153,13 +158,18 @@ def _warnings(result: EvalResult, settings: EvalSettings) -> list[str]:
 
 def _commands(settings: EvalSettings, result: EvalResult) -> list[tuple[str, str]]:
     model = shlex.quote(str(result.model))
-    given = settings.model_dump(mode="json", exclude_defaults=True, exclude={"model", "compare"})
-    words = ["tvit eval --model", model]
-    for name, value in given.items():
-        words += [flag(name)] if value is True else [flag(name), shlex.quote(str(value))]
     return [
-        ("The same again", " ".join(words)),
+        ("The same again", same_again(settings, ["--model", str(result.model)])),
         ("Label videos", f"tvit predict VIDEO --model {model}"),
         ("Where a label is seen", f"tvit predict VIDEO --model {model} --explain why.png"),
         ("Take the model elsewhere", f"tvit export {model} --format onnx"),
     ]
+
+
+def same_again(settings: EvalSettings, models: Sequence[str]) -> str:
+    """The command that gives the same evaluation of models, which are given as they are typed."""
+    given = settings.model_dump(mode="json", exclude_defaults=True, exclude={"model", "compare"})
+    words = ["tvit", "eval", *models]
+    for name, value in given.items():
+        words += [flag(name)] if value is True else [flag(name), str(value)]
+    return shlex.join(words)

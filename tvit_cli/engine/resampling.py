@@ -50,34 +50,32 @@ def metric_intervals(outcomes: Outcomes, *, top_k: int, seed: int = 0) -> dict[s
     count = int(groups.max()) + 1
     if count < 2:
         return {}
-    right = np.asarray(outcomes.right, dtype=np.float64)
     labels = np.asarray(outcomes.labels, dtype=np.int64)
-    answered = np.asarray([said is not None for said in outcomes.said])
-    said = np.asarray([said for said in outcomes.said if said is not None], dtype=np.int64)
-    classes = int(max(labels.max(), said.max(initial=0))) + 1
+    right, among_k = (np.asarray(v, dtype=np.float64) for v in (outcomes.right, outcomes.among_k))
     confidence = np.asarray(outcomes.confidence, dtype=np.float64)
-    bins = bin_numbers(torch.from_numpy(confidence)).numpy()
+    answered = np.flatnonzero([said is not None for said in outcomes.said])
+    said = np.asarray([said for said in outcomes.said if said is not None], dtype=np.int64)
+    bins = bin_numbers(torch.from_numpy(confidence[answered])).numpy()
+    gaps = (right - confidence)[answered]
+    classes = int(max(labels.max(), said.max(initial=0))) + 1
 
-    videos = _table(count, classes, groups, labels, np.ones_like(right))  # (G, K)
-    hits = _table(count, classes, groups, labels, right)
-    named = _table(count, classes, groups[answered], said, np.ones(len(said)))
-    gaps = _table(count, BINS, groups[answered], bins[answered], (right - confidence)[answered])
-    known = np.bincount(groups, weights=np.asarray(outcomes.among_k, dtype=np.float64))
-    answers = np.bincount(groups, weights=answered, minlength=count)
+    def metrics(weight: Floats) -> list[float]:
+        """The metrics where each video counts as often as its weight (V,) says."""
+        videos = np.bincount(labels, weight, classes)
+        hits = np.bincount(labels, weight * right, classes)
+        named = np.bincount(said, weight[answered], classes)
+        error = np.abs(np.bincount(bins, weight[answered] * gaps, BINS)).sum()
+        present = videos > 0
+        return [
+            hits.sum() / weight.sum(),
+            weight @ among_k / weight.sum(),
+            (hits[present] / videos[present]).mean(),
+            (2 * hits[present] / (videos + named)[present]).mean(),
+            error / max(1.0, named.sum()),
+        ]
 
     def statistics(weights: Floats) -> Floats:
-        drawn_hits, drawn, drawn_named = weights @ hits, weights @ videos, weights @ named  # (R, K)
-        present, total = drawn > 0, drawn.sum(1)
-        f1 = _divided(2 * drawn_hits, drawn + drawn_named) * present
-        return np.stack(
-            [
-                drawn_hits.sum(1) / total,
-                weights @ known / total,
-                _divided(drawn_hits, drawn).sum(1) / present.sum(1),
-                f1.sum(1) / present.sum(1),
-                _divided(np.abs(weights @ gaps).sum(1), weights @ answers),
-            ]
-        )
+        return np.array([metrics(weight[groups]) for weight in weights]).T
 
     names = ("video_top1", f"video_top{top_k}", "mean_class_accuracy", "macro_f1", "calibration_error")
     found = zip(names, _resampled(count, statistics, seed), strict=True)
@@ -108,18 +106,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     tail: int = sum(math.comb(trials, k) for k in range(fewer + 1))
     ways: int = 2**trials
     return min(1.0, 2 * tail / ways)
-
-
-def _table(rows: int, columns: int, row: Integers, column: Integers, values: Floats) -> Floats:
-    """Sums of the values (V,) that fall into each cell."""
-    table = np.zeros((rows, columns))
-    np.add.at(table, (row, column), values)
-    return table
-
-
-def _divided(above: Floats, below: Floats) -> Floats:
-    """The quotient; 0 where there is nothing to divide by."""
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
 def _numbers(groups: Sequence[str]) -> Integers:

@@ -41,7 +41,8 @@ class EvalResult:
     """Metrics of a subset, and where they were written.
 
     `intervals` are 95 % bootstrap intervals over groups; `per_class` and `confused` (true label, said label,
-    videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names.
+    videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names, with
+    scores in the order of `labels`.
     `calibration` sets confidence against accuracy; `leaks` are sentences on what makes the numbers too good;
     `seen` reads what the model saw once more; `report` is the page, where this process wrote one.
     """
@@ -51,6 +52,7 @@ class EvalResult:
     per_class: dict[str, ClassScore]
     confused: tuple[tuple[str, str, int], ...]
     answers: tuple[Answer, ...]
+    labels: tuple[str, ...]
     unreadable: dict[str, str]
     seconds: float
     subset: str
@@ -63,7 +65,7 @@ class EvalResult:
     report: Path | None = None
 
 
-def write_result(result: EvalResult, labels: tuple[str, ...], facts: Mapping[str, object]) -> None:
+def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
     """Write metrics.json, scores.csv (a row per video) and confusion.csv to the result's folder.
 
     Raises RunError where they cannot be written.
@@ -84,8 +86,8 @@ def write_result(result: EvalResult, labels: tuple[str, ...], facts: Mapping[str
     try:
         result.output.mkdir(parents=True, exist_ok=True)
         (result.output / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _write_rows(result.output / SCORES_FILE, _score_rows(result.answers, labels))
-        _write_rows(result.output / CONFUSION_FILE, _confusion_rows(result.answers, labels))
+        _write_rows(result.output / SCORES_FILE, _score_rows(result.answers, result.labels))
+        _write_rows(result.output / CONFUSION_FILE, _confusion_rows(result.answers, result.labels))
     except OSError as error:
         raise RunError(
             f"{result.output}: cannot be written ({error.strerror}). Make room, or choose another --output."

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.events import Report, silent
-from tvit_cli.engine.place import join_processes
+from tvit_cli.engine.evalreport import class_rows, same_again, what_to_know
+from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
+from tvit_cli.engine.place import Place, join_processes
+from tvit_cli.engine.results import EvalResult, confusions
 from tvit_cli.model.folder import CARD_FILE
+from tvit_cli.report.series import SeriesFacts, write_series_report
 from tvit_cli.settings.eval import EvalSettings
 
 SUMMARY_FILE = "summary.json"
@@ -22,12 +29,14 @@ MODEL_FOLDER = "model"  # of each run
 class SeriesResult:
     """Metrics of each run of a series (`seed0-split1` …), and mean and standard deviation of each metric.
 
-    The deviation is that of a sample: divided by one less than the number of runs.
+    The deviation is that of a sample: divided by one less than the number of runs. `report` is the page of
+    an evaluation, where this process wrote one.
     """
 
     folder: Path
     runs: dict[str, dict[str, float]]
     summary: dict[str, tuple[float, float]]
+    report: Path | None = None
 
 
 def series_models(folder: Path | None) -> dict[str, Path]:
@@ -42,21 +51,67 @@ def series_models(folder: Path | None) -> dict[str, Path]:
 def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
     """Score every model of a series as `evaluate` does, each on the data and split of its own training.
 
-    The summary goes to eval/<subset>/summary.json in the series' folder, or to `--output`.
+    The summary goes to eval/<subset>/summary.json in the series' folder, or to `--output`, with a page beside it.
     """
     assert settings.model is not None
     place = join_processes(settings.device)
-    runs = {}
+    results = {}
     for name, model in models.items():
         output = None if settings.output is None else settings.output / name
         own = settings.model_copy(update={"model": model, "output": output})
-        result = evaluate(own, report if place.is_main else silent, place)
-        runs[name], subset = result.metrics, result.subset
-    folder = settings.output or settings.model / "eval" / subset
+        results[name] = evaluate(own, report if place.is_main else silent, place)
+    runs = {name: result.metrics for name, result in results.items()}
+    folder = settings.output or settings.model / "eval" / next(iter(results.values())).subset
     whole = SeriesResult(folder, runs, summarise(list(runs.values())))
     if place.is_main:
         write_summary(whole)
+        whole = replace(whole, report=_write_page(whole, results, settings, place, report))
     return whole
+
+
+def _write_page(
+    whole: SeriesResult,
+    results: Mapping[str, EvalResult],
+    settings: EvalSettings,
+    place: Place,
+    report: Report,
+) -> Path | None:
+    """The page of all runs together; one that cannot be written is a warning."""
+    labels = tuple(sorted({label for result in results.values() for label in result.labels}))
+    answers = [answer for result in results.values() for answer in result.answers]
+    position = {label: number for number, label in enumerate(labels)}
+    read = [answer for answer in answers if answer.predicted]
+    confusion = confusion_matrix(
+        torch.tensor([position[answer.predicted] for answer in read]),
+        torch.tensor([position[answer.video.label] for answer in read]),
+        len(labels),
+    )
+    unread = Counter(answer.video.label for answer in answers if not answer.predicted)
+    table = class_table(confusion, torch.tensor([unread[label] for label in labels]))
+    found = {label: row for label, row in zip(labels, table, strict=True) if row.videos}
+    first = next(iter(results.values()))
+    notes = [note for result in results.values() for note in what_to_know(result, settings)]
+    facts = SeriesFacts(
+        folder=whole.folder,
+        name=str(settings.model.absolute().name) if settings.model else "",
+        subset=first.subset,
+        labels=labels,
+        runs=whole.runs,
+        intervals={name: result.intervals for name, result in results.items()},
+        summary=whole.summary,
+        counts=confusions(read),
+        confused=[(labels[true], labels[said], count) for true, said, count in most_confused(confusion)],
+        per_class=class_rows(found),
+        outputs={name: str(result.report or result.output) for name, result in results.items()},
+        warnings=list(dict.fromkeys(notes)),
+        commands=[("The same again", same_again(settings, ["--model", str(settings.model)]))],
+        device=place.device,
+    )
+    try:
+        return write_series_report(facts)
+    except OSError as error:
+        report(Note(f"{whole.folder}: the report could not be written ({error.strerror}).", "warning"))
+        return None
 
 
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:

@@ -14,7 +14,7 @@ from tvit_cli.report import page
 from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
 from tvit_cli.report.drawing import Drawing
 from tvit_cli.report.machine import hardware, software
-from tvit_cli.report.matrix import Counts, class_chart, confusion_chart, shown_classes
+from tvit_cli.report.matrix import MOST_CLASSES, Counts, class_chart, confusion_chart, shown_classes
 from tvit_cli.report.pictures import film_strip
 from tvit_cli.report.words import number, percent, plural
 from tvit_cli.report.writing import write_pages
@@ -111,8 +111,8 @@ def evaluation_page(facts: EvaluationFacts, drawings: Mapping[str, Drawing]) -> 
             *(page.notice(warning) for warning in facts.warnings),
             page.tiles(_headline(facts)),
             page.paragraph(_in_words(facts)),
-            _confusion(facts, drawings["confusion"]),
-            _classes(facts),
+            confusion_section(facts.labels, facts.counts, facts.confused, drawings["confusion"]),
+            classes_section(facts.per_class),
             _confidence(facts, [drawings[name] for name in CONFIDENCE if name in drawings]),
             _videos(
                 "Wrong, and sure of it",
@@ -197,35 +197,40 @@ def _in_words(facts: EvaluationFacts) -> str:
     return words + (few if facts.groups < FEW_GROUPS else "")
 
 
-def _confusion(facts: EvaluationFacts, drawing: Drawing) -> page.Html:
-    shown, known = len(shown_classes(facts.labels, facts.counts)), len(facts.labels)
+def confusion_section(
+    labels: Sequence[str],
+    counts: Counts,
+    confused: Sequence[tuple[str, str, int]],
+    drawing: Drawing,
+    remark: str = "",
+) -> page.Html:
+    """The confusion matrix beside the commonest mistakes; `remark`, a sentence, says whose answers these are."""
+    shown = len(shown_classes(labels, counts))
     text = (
-        "A row is a class, a column an answer: the diagonal is right, all else is wrong, and a cell is the "
-        "stronger the larger its share of the row."
+        f"{remark}A row is a class, a column an answer: the diagonal is right, all else is wrong, and a cell is "
+        "the stronger the larger its share of the row."
     )
-    if shown < known:
-        text += f" {shown} of {known} classes are shown, those with the most mistakes; confusion.csv has all."
-    pairs = page.table(("class", "taken for", "videos"), facts.confused)
-    few = (
-        page.Html(page.paragraph("The commonest mistakes:") + pairs)
-        if pairs
-        else page.paragraph("There is no mistake.")
-    )
+    if shown < len(labels):
+        which = "the most mistakes" if shown == MOST_CLASSES else "a video or an answer"
+        text += f" {shown} of {len(labels)} classes are shown, those with {which}."
+    pairs = page.table(("class", "taken for", "videos"), confused)
+    none = page.paragraph("There is no mistake.")
+    few = page.Html(page.paragraph("The commonest mistakes:") + pairs) if pairs else none
     matrix = page.wide(drawing, min(900, round(0.8 * drawing.width)))
-    if drawing.width < MOST_BESIDE:
-        return page.section("What is taken for what", page.paragraph(text), page.columns(matrix, few))
-    return page.section("What is taken for what", page.paragraph(text), matrix, few)
+    side_by_side = [page.columns(matrix, few)] if drawing.width < MOST_BESIDE else [matrix, few]
+    return page.section("What is taken for what", page.paragraph(text), *side_by_side)
 
 
-def _classes(facts: EvaluationFacts) -> page.Html:
-    ordered = sorted(facts.per_class.items(), key=lambda item: (item[1].right / item[1].videos, item[0]))
+def classes_section(per_class: Mapping[str, ClassRow]) -> page.Html:
+    """A bar for each class, and a table with precision and F1."""
+    ordered = sorted(per_class.items(), key=lambda item: (item[1].right / item[1].videos, item[0]))
     bars = [
         (label, row.right / row.videos, f"{row.right} of {row.videos} · {percent(row.right / row.videos)}")
         for label, row in ordered
     ]
     rows = [
-        (label, row.videos, number(row.right / row.videos), number(row.precision), number(row.f1))
-        for label, row in sorted(facts.per_class.items())
+        (label, row.videos, f"{row.right / row.videos:.3f}", f"{row.precision:.3f}", f"{row.f1:.3f}")
+        for label, row in sorted(per_class.items())
     ]
     return page.section(
         "Classes",

@@ -58,10 +58,10 @@ figcaption b{font-weight:600;color:var(--ink)}
 figcaption .good{color:var(--good)}
 figcaption .bad{color:var(--bad)}
 .scroll,.wide{overflow-x:auto}
+.wide{max-width:100%}
 .wide svg{display:block;width:100%;height:auto}
 .columns{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}
 .columns>div{flex:0 1 auto;max-width:100%;min-width:min(100%,280px)}
-.wide>div{margin:0}
 table{border-collapse:collapse;font-size:14px}
 th,td{text-align:left;padding:4px 18px 4px 0;vertical-align:top;border-bottom:1px solid var(--grid)}
 th{color:var(--dim);font-weight:500;white-space:nowrap}
@@ -151,8 +151,8 @@ def charts(drawings: Iterable[Drawing]) -> Html:
 
 def wide(drawing: Drawing, least_width: int) -> Html:
     """One drawing across the page; where there is less room than its least width, it scrolls."""
-    width = f"width:max({least_width}px,min(100%,{round(drawing.width)}px))"
-    return Html(f'<div class="wide"><div style="{width}">{to_svg(drawing)}</div></div>')
+    inside = f'<div style="min-width:{least_width}px">{to_svg(drawing)}</div>'
+    return Html(f'<div class="wide" style="width:{round(drawing.width)}px">{inside}</div>')
 
 
 def columns(*parts: Html) -> Html:

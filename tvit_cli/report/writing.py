@@ -12,13 +12,13 @@ REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
 
 
-def write_pages(folder: Path, html: str, drawings: Mapping[str, Drawing]) -> Path:
-    """Write plots/<name>.png and report.html, which is whole or as it was before; returns its path."""
+def write_pages(folder: Path, html: str, drawings: Mapping[str, Drawing], *, name: str = REPORT_FILE) -> Path:
+    """Write plots/<name>.png and the page, which is whole or as it was before; returns its path."""
     plots = folder / PLOTS_FOLDER
     plots.mkdir(parents=True, exist_ok=True)
-    for name, drawing in drawings.items():
-        (plots / f"{name}.png").write_bytes(to_png(drawing))
-    path = folder / REPORT_FILE
+    for drawn, drawing in drawings.items():
+        (plots / f"{drawn}.png").write_bytes(to_png(drawing))
+    path = folder / name
     beside = path.with_suffix(".writing")
     beside.write_text(html, encoding="utf-8")
     beside.replace(path)
