@@ -27,6 +27,7 @@ from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.series import evaluate_series, series_models
 from tvit_cli.engine.train import TrainResult
+from tvit_cli.errors import DataError
 from tvit_cli.model.folder import load_card
 from tvit_cli.model.vit import TemporalViT
 from tvit_cli.report import evaluation, words
@@ -229,6 +230,16 @@ def test_videos_that_were_trained_on_are_named_as_a_leak(trained: TrainResult, t
     assert json.loads((tmp_path / "metrics.json").read_text())["leaks"] == list(result.leaks)
     assert not evaluate(settings(trained, test_groups=f"{held_out['test'][0]},", output=tmp_path)).leaks
     assert not evaluate(settings(trained, output=tmp_path)).leaks
+
+
+def test_groups_of_the_training_that_are_gone_stop_no_evaluation(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*given: Any, **choice: Any) -> None:
+        raise DataError("--test-groups: no group 04 in train")
+
+    monkeypatch.setattr("tvit_cli.engine.eval.read_layout", gone)
+    assert evaluate(settings(trained, test_groups="2", output=tmp_path)).leaks == ()
 
 
 def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained: TrainResult, tmp_path: Path) -> None:

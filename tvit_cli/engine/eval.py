@@ -180,13 +180,16 @@ def _trained_on(settings: EvalSettings, card: ModelCard, source: Source) -> list
         return []
     if Path(path).absolute() != source.root.absolute() or is_store(source.root):
         return []
-    own = read_layout(
-        source.root,
-        group_pattern=str(before["group_pattern"]),
-        val_groups=str(before["val_groups"]),
-        test_groups=str(before["test_groups"]),
-        split=int(before["split"]),
-    )
+    try:
+        own = read_layout(
+            source.root,
+            group_pattern=str(before["group_pattern"]),
+            val_groups=str(before["val_groups"]),
+            test_groups=str(before["test_groups"]),
+            split=int(before["split"]),
+        )
+    except DataError:  # the groups of then are gone, so what was trained on is not known any more
+        return []
     names = {video.name for video in own.subset("train")}
     return [video.name for video in source.layout.subset(settings.subset) if video.name in names]
 
