@@ -8,7 +8,7 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
+from needs import need
 
 VOID = {"meta", "link", "img", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
@@ -45,8 +45,8 @@ class Page(HTMLParser):
 def trouble_in_chromium(path: Path, *, dark: bool = False) -> list[str]:
     """What a headless browser without a network writes to its console over a page; skips where there is none."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium on PATH")
+    need(program=browser, name="chromium")
+    assert browser is not None
     with tempfile.TemporaryDirectory() as profile:
         command = [
             browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
