@@ -66,7 +66,7 @@ exec(re.search(r"```python\\n(.*?)```", readme, re.DOTALL)[1].replace("FOLDER", 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """A run with adapters, a bias and a layer trained in full, and blocks that see time."""
+    """A run with adapters, a bias and a layer trained in full, blocks that see time, standardised features."""
     root = tmp_path_factory.mktemp("export")
     return run(
         path_to_data=str(make_clips(root / "colours")),
@@ -76,6 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
         attention="divided",
         lora_rank=2,
         lora_bias="all",
+        feature_norm=True,
         lora_exclude_modules="blocks.0.attention.v",
     )
 

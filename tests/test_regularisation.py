@@ -80,7 +80,7 @@ def classifier_of(result: TrainResult) -> torch.Tensor:
 
 def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained: Callable[..., TrainResult]) -> None:
     facts = {**UNEVEN, "epochs": 2, "save_every_steps": 2, "drop_path": 0.4, "ema_decay": 0.8}
-    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 2}
+    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 2, "feature_norm": True}
     whole, half = trained(**facts), trained(**facts)
     assert checkpoints(half)[2].name == "step-000006"  # 4 steps make an epoch
     shutil.rmtree(half.model)

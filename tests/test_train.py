@@ -634,6 +634,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "temporal_depth": ({"attention": "factorized"}, 1, weights_differ),
     "pool": ({}, "attentive", weights_differ),
     "temporal_rate": ({"attention": "shared"}, 1.0, weights_differ),
+    "feature_norm": ({}, True, weights_differ),
     "custom_weight_init": ({}, True, weights_differ),
     "train": ({}, "classifier", weights_differ),
     "lora_rank": ({}, 4, weights_differ),

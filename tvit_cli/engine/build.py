@@ -29,7 +29,7 @@ FLAGS = {
         "temporal_depth",
     )
 } | {"frame_size": "--img-size"}
-CHOSEN_SHAPE = ("n_frames", "tubelet_size", "attention", "pool", "temporal_depth")
+CHOSEN_SHAPE = ("n_frames", "tubelet_size", "attention", "pool", "temporal_depth", "feature_norm")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from tvit_cli.model.vit import TemporalViT
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Learned tokens and positions are offsets, not weights of a map; decay would pull them to nothing (DeiT).
-EMBEDDINGS = frozenset({"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra"})
+EMBEDDINGS = frozenset(
+    {"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra", "shift", "scale"}
+)
 MAGNITUDES = "lora_magnitude_vector"  # DoRA's lengths of weights: decay would pull those to nothing
 # Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, and has
 # nothing that a small rate would protect.

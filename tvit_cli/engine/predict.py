@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from tvit_cli.data.video import Place
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.places import check_one, find_video, find_videos, named
-from tvit_cli.engine.scoring import score
+from tvit_cli.engine.scoring import WithFeatures, score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
 from tvit_cli.errors import DataError, RunError, VideoError
-from tvit_cli.model.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import PredictSettings
 
@@ -209,18 +208,6 @@ class Model:
         values, indices = logits.double().softmax(0).sort(descending=True, stable=True)
         best = zip(indices[:top_k].tolist(), values[:top_k].tolist(), strict=True)
         return Prediction(str(place), tuple((self.labels[i], value) for i, value in best))
-
-
-class WithFeatures(nn.Module):
-    """A model's logits and, behind them, the features that they are read from: (B, T, C, H, W) -> (B, K + D)."""
-
-    def __init__(self, model: TemporalViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, clips: Tensor) -> Tensor:
-        features = self.model.features(clips)  # (B, D)
-        return torch.cat([self.model.classifier(features), features], dim=1)
 
 
 def load_model(path: str | Path, *, device: str = "auto") -> Model:

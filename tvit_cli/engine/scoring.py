@@ -15,6 +15,7 @@ from tvit_cli.data.layout import Video
 from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.engine.metrics import ranks
+from tvit_cli.model.vit import TemporalViT
 from tvit_cli.settings.card import Preprocessing
 
 
@@ -133,6 +134,18 @@ def clips_to_score(
         grid=preprocessing.frame_grid,
         clips_per_video=views.clips_per_video,
     )
+
+
+class WithFeatures(nn.Module):
+    """A model's logits and, behind them, the features that they are read from: (B, T, C, H, W) -> (B, K + D)."""
+
+    def __init__(self, model: TemporalViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> Tensor:
+        features = self.model.features(clips)  # (B, D)
+        return torch.cat([self.model.classifier(features), features], dim=1)
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:

@@ -30,7 +30,8 @@ from tvit_cli.engine.parallel import share_weights
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
-from tvit_cli.engine.source import Source, open_source
+from tvit_cli.engine.source import Source, default_workers, open_source
+from tvit_cli.engine.standardise import standardise_features
 from tvit_cli.engine.summary import plan_facts, write_report
 from tvit_cli.engine.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError
@@ -143,7 +144,7 @@ def open_training(settings: TrainSettings, report: Report) -> Loop:
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
         settings = as_before(settings, checkpoint.state.identity, accelerator.num_processes)
-    loop = _prepare(settings, accelerator, run, source, report)
+    loop = _prepare(settings, accelerator, run, source, report, is_new=checkpoint is None)
     if checkpoint is not None:
         _resume(loop, checkpoint)
     return loop
@@ -175,11 +176,21 @@ def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) ->
 
 
 def _prepare(
-    settings: TrainSettings, accelerator: Accelerator, run: Run, source: Source, report: Report
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    run: Run,
+    source: Source,
+    report: Report,
+    *,
+    is_new: bool,
 ) -> Loop:
     built = build(settings, num_classes=len(source.layout.labels), report=report)
     built.model.to(accelerator.device)
     share_weights(built.model, accelerator)
+    if settings.feature_norm and is_new:
+        given = settings.num_workers
+        n_workers = default_workers(accelerator.num_processes) if given is None else given
+        standardise_features(built, source, accelerator, workers=n_workers, report=report)
     if settings.gradient_checkpointing:
         built.model.run_block = recomputed
     model = accelerator.prepare_model(built.model, evaluation_mode=True)  # in evaluation mode it adds no DDP

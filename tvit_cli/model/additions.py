@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
+LEAST_DEVIATION = 0.1  # of a feature, as a share of the mean one
+TINY = 1e-6
 BOTTLENECK = 4  # width over bottleneck width, as in AIM (arXiv:2302.03024)
 
 
@@ -82,6 +84,34 @@ class Gate(Addition):
 
     def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
         nn.init.constant_(self.gate, float(from_scratch))
+
+
+class FeatureNorm(Addition):
+    """Shifts and scales each feature, and is trained with what reads them.
+
+    `fit` starts it at the mean and deviation over some clips, so that what all clips share weighs nothing to begin
+    with: data-dependent initialisation, ActNorm, arXiv:1807.03039.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.empty(width))
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return (features - self.shift) * self.scale
+
+    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        nn.init.zeros_(self.shift)
+        nn.init.ones_(self.scale)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Take mean and deviation of features, (clips, D); those that hardly differ are not blown up."""
+        deviation = features.std(dim=0, correction=0)  # (D,)
+        self.shift.copy_(features.mean(dim=0))
+        self.scale.copy_(1 / deviation.clamp_min(LEAST_DEVIATION * float(deviation.mean()) + TINY))
 
 
 class Bottleneck(Addition):

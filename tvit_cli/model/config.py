@@ -22,7 +22,8 @@ class ViTConfig:
     spatial positions are made for; clips of other sizes are taken too. `temporal_depth` None becomes
     TEMPORAL_DEPTH where the attention is factorized; no other scheme has temporal blocks. `extra_tokens` stand
     between class token and patches; `pre_norm` is a norm before the first block. `temporal_index` numbers the rows
-    of the temporal embedding: by frame, or by token as the reference implementation does.
+    of the temporal embedding: by frame, or by token as the reference implementation does. `feature_norm` shifts and
+    scales what is classified.
     """
 
     num_classes: int
@@ -44,6 +45,7 @@ class ViTConfig:
     extra_tokens: int = 0
     pre_norm: bool = False
     temporal_index: str = "frame"
+    feature_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.mlp_width is None:

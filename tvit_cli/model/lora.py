@@ -65,8 +65,8 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
         attach(model, spec, seed=seed)
         return
     model.requires_grad_(mode == "all")
-    model.pool.requires_grad_(True)
-    model.classifier.requires_grad_(True)
+    for part in (model.pool, model.feature_norm, model.classifier):
+        part.requires_grad_(True)
     if mode.startswith("last-"):
         count = int(mode.removeprefix("last-"))
         if count > len(model.blocks):

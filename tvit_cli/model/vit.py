@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .additions import Addition, truncated_normal
+from .additions import Addition, FeatureNorm, truncated_normal
 from .blocks import called
 from .config import ViTConfig
 from .pooling import POOLING
@@ -66,6 +66,7 @@ class TemporalViT(nn.Module):
             self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.pool = POOLING[config.pool](config)
             self.summary = scheme.summary(config)
+            self.feature_norm = FeatureNorm(config.width) if config.feature_norm else nn.Identity()
             self.classifier = nn.Linear(config.width, config.num_classes)
         self.run_block = called
         if initialise:
@@ -98,7 +99,7 @@ class TemporalViT(nn.Module):
         # Of the last block some tokens are read, and only they ask.
         tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D)
         groups = self.pool(self.norm(tokens))  # (B, G, D)
-        features: Tensor = self.summary(groups)  # (B, D)
+        features: Tensor = self.feature_norm(self.summary(groups))  # (B, D)
         return features
 
     def additions(self) -> dict[str, Addition]:

@@ -189,6 +189,11 @@ class TrainSettings(DataSettings):
         description="What is classified: the class token, the mean of the patches, or a learned mean of both",
         json_schema_extra=about(MODEL),
     )
+    feature_norm: bool = Field(
+        False,
+        description="Standardise what is classified, at first by the mean and deviation over training clips",
+        json_schema_extra=about(MODEL),
+    )
     custom_weight_init: bool = Field(
         False,
         description="Draw layers without pretrained weights from a truncated normal, sd 0.02",
@@ -598,6 +603,11 @@ class TrainSettings(DataSettings):
         return self
 
     def _scheme_agrees(self) -> None:
+        if self.feature_norm and self.hf_model_name is None:
+            raise ValueError(
+                "--feature-norm: features of a model from scratch say nothing yet that could be standardised. "
+                "Leave it out, or give pretrained weights with --hf-model-name"
+            )
         if self.attention == "space" and self.tubelet_size > 1:
             raise ValueError(
                 "--attention space: it must not know the order of frames, and a tubelet of several does. Take "

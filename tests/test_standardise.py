@@ -1,0 +1,91 @@
+"""--feature-norm: what is classified starts standardised over training clips, in any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import last_weights, make_clips, make_pretrained, run, settings
+
+from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.engine import standardise
+from tvit_cli.engine.predict import load_model
+from tvit_cli.errors import SettingsError
+from tvit_cli.model.additions import FeatureNorm
+from tvit_cli.settings.base import load
+from tvit_cli.settings.train import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    root = tmp_path_factory.mktemp("data")
+    return {
+        "path_to_data": str(make_clips(root / "colours")),
+        "hf_model_name": str(make_pretrained(root / "tiny-vit")),
+        "learning_rate": 1e-30,  # nothing moves
+        "epochs": 1,
+        "feature_norm": True,
+    }
+
+
+def layout(facts: dict[str, object]) -> tuple[Video, ...]:
+    own = settings(**facts)
+    return read_layout(
+        Path(str(facts["path_to_data"])),
+        group_pattern=own.group_pattern,
+        val_groups=own.val_groups,
+        test_groups=own.test_groups,
+    ).videos
+
+
+def test_fitted_features_have_mean_0_and_deviation_1_and_constant_ones_stay_small() -> None:
+    norm = FeatureNorm(4)
+    norm.start(generator=None, from_scratch=False)
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 2, 3, 0]) + 7
+    torch.testing.assert_close(norm(features), features)
+    norm.fit(features)
+    fitted = norm(features).detach()
+    torch.testing.assert_close(fitted.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fitted[:, :3].std(0, correction=0), torch.ones(3))
+    assert norm.scale[3].item() == pytest.approx(
+        1 / (0.1 * features.std(0, correction=0).mean().item()), rel=1e-4
+    )
+    assert fitted[:, 3].abs().max() < 1e-4
+
+
+def test_a_training_starts_with_features_standardised_over_its_training_clips(
+    facts: dict[str, object], tmp_path: Path
+) -> None:
+    result = run(**facts, working_directory=tmp_path)
+    videos = [video.path for video in layout(facts) if video.subset == "train"]
+    features = load_model(result.model).embed(videos)
+    torch.testing.assert_close(features.mean(0), torch.zeros_like(features[0]), atol=1e-4, rtol=0)
+    deviation = features.std(0, correction=0)
+    assert deviation.max() == pytest.approx(1, abs=1e-3) and deviation.median() == pytest.approx(1, abs=1e-3)
+
+
+def test_of_many_clips_some_from_all_places_are_taken(
+    facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(**facts, working_directory=tmp_path)
+    monkeypatch.setattr(standardise, "MOST_CLIPS", 3)
+    few = run(**facts, working_directory=tmp_path)
+    shifts = [load_file(r.model / "model.safetensors")["feature_norm.shift"] for r in (whole, few)]
+    assert not torch.allclose(*shifts)
+    videos = layout(facts)
+    chosen = standardise._evenly(videos)
+    places = [videos.index(video) for video in chosen]
+    assert places == [(2 * i + 1) * len(videos) // 6 for i in range(3)]
+
+
+def test_a_linear_probe_keeps_them(facts: dict[str, object], tmp_path: Path) -> None:
+    result = run(**{**facts, "train": "classifier"}, working_directory=tmp_path)
+    assert {"feature_norm.shift", "feature_norm.scale"} < set(last_weights(result))
+
+
+def test_features_of_a_model_from_scratch_are_not_standardised() -> None:
+    flags = {"feature_norm": True, "hf_model_name": "none"}
+    with pytest.raises(SettingsError, match="--feature-norm: features of a model from scratch"):
+        load(TrainSettings, flags=flags, environ={})
