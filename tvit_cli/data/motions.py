@@ -13,25 +13,20 @@ Nor may the sampling: 24 frames make 8 segments of 3, whose centres are the same
 
 from __future__ import annotations
 
-import colorsys
 import json
 import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tvit_cli.data.scenes import ObjectPath, Pictures, as_pictures, draw, make_scene
 from tvit_cli.data.video import write_video
 from tvit_cli.errors import DataError
-
-Floats = NDArray[np.float32]
-Pictures = NDArray[np.uint8]
 
 VERSION: Final = 1
 OPPOSITES: Final = (  # played backwards, a clip of one is a clip of the other
@@ -51,7 +46,7 @@ BOXES: Final = "boxes.json"
 
 # Objects are two convex polygons each, corners in clockwise order (y points down), within a circle of about
 # radius 1; the first takes the accent colour. No rotation maps one to itself, so that each turn can be seen.
-_SHAPES: Final = (
+SHAPES: Final = (
     (
         ((0.0, -1.0), (0.72, -0.12), (-0.72, -0.12)),
         ((-0.27, -0.3), (0.27, -0.3), (0.27, 0.95), (-0.27, 0.95)),
@@ -70,25 +65,6 @@ _SHAPES: Final = (
         ((-0.95, -0.1), (0.2, -0.55), (0.2, 0.55), (-0.95, 0.1)),
     ),
 )
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """What one group shares, as one recording would: a background wider than the frame, and an object."""
-
-    background: Floats  # (3, S + margin, S + margin) in [0, 1]
-    shape: tuple[tuple[tuple[float, float], ...], ...]
-    accent: Floats  # (3,) in [0, 1]
-    body: Floats  # (3,)
-
-
-@dataclass(frozen=True)
-class _Path:
-    """Where the object is in each frame: pixels, pixels, radians, clockwise as seen."""
-
-    centre: Floats  # (N, 2) x, y
-    radius: Floats  # (N,)
-    angle: Floats  # (N,)
 
 
 def make_motions(
@@ -170,13 +146,17 @@ def _make_group(
     folder: Path, group: int, seed: int, clips: int, frame_size: int, frames: int
 ) -> dict[str, list[list[float]]]:
     """Writes all clips of one group under `<folder>/<Class>` and returns their boxes."""
-    scene = _scene(np.random.default_rng((seed, group)), group, frame_size)
+    shape = SHAPES[group % len(SHAPES)]
+    scene = make_scene(np.random.default_rng((seed, group)), shape, kind=group % 3, size=frame_size)
     boxes = {}
     for axis, pair in enumerate(OPPOSITES):
         for clip in range(1, clips + 1):
             generator = np.random.default_rng((seed, group, axis, clip))
             path = _path(generator, pair[0], frame_size, frames)
-            pictures, found = _render(scene, path, generator, frame_size)
+            top, left = generator.integers(0, scene.background.shape[1] - frame_size + 1, 2)
+            ground = scene.background[:, top : top + frame_size, left : left + frame_size]
+            canvas, found = draw(ground, scene, path)
+            pictures = as_pictures(canvas)
             for name, order in zip(pair, (slice(None), slice(None, None, -1)), strict=True):
                 file = folder / name / f"v_{name}_g{group:02d}_c{clip:02d}.avi"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -185,54 +165,7 @@ def _make_group(
     return boxes
 
 
-def _scene(generator: np.random.Generator, group: int, size: int) -> _Scene:
-    """A soft two-tone texture and an object in two saturated colours, one dark, one light."""
-    side = size + size // 2  # each clip looks at its own part
-    hue = generator.random()
-    rows, columns = np.mgrid[0:side, 0:side] / size
-    turn = generator.uniform(0, math.pi)
-    along = rows * math.sin(turn) + columns * math.cos(turn)
-    across = columns * math.sin(turn) - rows * math.cos(turn)
-    waves = 2 * math.pi * generator.uniform(2, 4)
-    pattern = (
-        np.sin(waves * along),  # stripes
-        np.sin(waves * along) * np.sin(waves * across),  # spots
-        np.sin(waves * along + 2 * np.sin(waves / 3 * across)),  # ripples
-    )[group % 3]
-    mix = 0.5 + 0.14 * pattern + 0.45 * _noise(generator, side, 4) + 0.25 * _noise(generator, side, 13)
-    tones = [
-        colorsys.hsv_to_rgb((hue + shift) % 1, generator.uniform(0.15, 0.4), value)
-        for shift, value in (
-            (0.0, generator.uniform(0.3, 0.45)),
-            (generator.uniform(-0.1, 0.1), generator.uniform(0.6, 0.75)),
-        )
-    ]
-    background = tones[0] + np.clip(mix, 0, 1)[..., None] * np.subtract(tones[1], tones[0])
-    # Blue to red is dark, orange to cyan is light: which end is which can be seen whatever the hues are.
-    body = colorsys.hsv_to_rgb(generator.uniform(0.6, 1.0), 0.9, 0.8)
-    accent = colorsys.hsv_to_rgb(generator.uniform(0.1, 0.5), 0.85, 1.0)
-    return _Scene(
-        background=np.ascontiguousarray(background.transpose(2, 0, 1), np.float32),
-        shape=_SHAPES[group % len(_SHAPES)],
-        accent=np.array(accent, np.float32),
-        body=np.array(body, np.float32),
-    )
-
-
-def _noise(generator: np.random.Generator, side: int, cells: int) -> NDArray[np.float64]:
-    """Value noise in [-0.5, 0.5], (side, side): a coarse random grid, smoothly interpolated."""
-    place = np.linspace(0, cells, side, endpoint=False)
-    left = place.astype(int)
-    share = place - left
-    share = share * share * (3 - 2 * share)  # smoothstep
-    weights = np.zeros((side, cells + 1))
-    weights[np.arange(side), left] = 1 - share
-    weights[np.arange(side), left + 1] = share
-    mixed: NDArray[np.float64] = weights @ generator.uniform(-0.5, 0.5, (cells + 1, cells + 1)) @ weights.T
-    return mixed
-
-
-def _path(generator: np.random.Generator, name: str, size: int, frames: int) -> _Path:
+def _path(generator: np.random.Generator, name: str, size: int, frames: int) -> ObjectPath:
     """The object's path in a clip of class `name`; only what the class names varies over time."""
     time = np.linspace(0, 1, frames)
     # Speeds up, slows down, or both. Backwards it is a speed profile of the same distribution.
@@ -259,60 +192,7 @@ def _path(generator: np.random.Generator, name: str, size: int, frames: int) -> 
     middle = generator.uniform(reach, size - reach)  # so that the whole path stays in the picture
     outwards = np.stack((np.sin(angle), -np.cos(angle)), axis=1)  # where the object's top points
     centre = (middle + swing[:, None] * travel + hand * outwards).astype(np.float32)
-    return _Path(centre=centre, radius=radius, angle=angle)
-
-
-def _render(
-    scene: _Scene, path: _Path, generator: np.random.Generator, size: int
-) -> tuple[Pictures, NDArray[np.float64]]:
-    """Pictures, uint8 (N, S, S, 3), with anti-aliased edges, and boxes (N, 4) in pixels."""
-    top, left = generator.integers(0, scene.background.shape[1] - size + 1, 2)
-    ground = scene.background[:, top : top + size, left : left + size]
-    rim = size / 50  # a light edge, so that the object stands out from any ground
-    parts = [_distance(polygon, path, size) for polygon in scene.shape]
-    whole = np.minimum(*parts)
-
-    down, right = round(size / 26), round(size / 32)  # where the shade falls: the light is above, left
-    shade = np.pad(whole, ((0, 0), (down, 0), (right, 0)), mode="edge")[:, :size, :size]
-    canvas = ground * (1 - 0.4 * np.clip(0.5 - (shade - rim) / (3 * rim), 0, 1)[:, None])  # (N, 3, S, S)
-    step = np.empty_like(canvas)
-    for distance, colour in (
-        (whole - rim, np.full(3, 0.97, np.float32)),
-        (parts[1], scene.body),
-        (parts[0], scene.accent),
-    ):
-        np.subtract(colour[:, None, None], canvas, out=step)
-        step *= np.clip(0.5 - distance, 0, 1)[:, None]
-        canvas += step
-
-    corners = np.concatenate([np.array(polygon) for polygon in scene.shape])  # (K, 2)
-    cos, sin = np.cos(path.angle)[:, None], np.sin(path.angle)[:, None]
-    x, y = corners.T
-    turned = np.stack((cos * x - sin * y, sin * x + cos * y), axis=-1)
-    seen = path.centre[:, None] + path.radius[:, None, None] * turned  # (N, K, 2)
-    boxes = np.concatenate((seen.min(1) - rim, seen.max(1) + rim), axis=1).clip(0, size)
-    canvas *= 255
-    return np.rint(canvas, out=canvas).astype(np.uint8).transpose(0, 2, 3, 1), boxes
-
-
-def _distance(polygon: tuple[tuple[float, float], ...], path: _Path, size: int) -> Floats:
-    """Signed distance in pixels to a convex polygon, negative inside, (N, S, S).
-
-    A convex polygon is where no edge has the point on its outer side: the largest of the distances to its
-    edges' lines. Outside, near a corner, that is less than the true distance, which sharpens the rim there.
-    """
-    pixel = np.arange(size, dtype=np.float32) + 0.5
-    cos, sin = np.cos(path.angle), np.sin(path.angle)
-    farthest = np.full((len(path.angle), size, size), -np.inf, np.float32)
-    for (x0, y0), (x1, y1) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
-        length = math.hypot(x1 - x0, y1 - y0)
-        nx, ny = (y1 - y0) / length, (x0 - x1) / length  # outwards for clockwise corners, y down
-        across, down = cos * nx - sin * ny, sin * nx + cos * ny  # (N,) the normal, turned with the object
-        offset = across * path.centre[:, 0] + down * path.centre[:, 1] + path.radius * (nx * x0 + ny * y0)
-        column = across[:, None] * pixel - offset[:, None]  # (N, S) over x
-        row = down[:, None] * pixel  # (N, S) over y
-        np.maximum(farthest, column[:, None, :] + row[:, :, None], out=farthest)
-    return farthest
+    return ObjectPath(centre=centre, radius=radius, angle=angle)
 
 
 def _encode(file: Path, pictures: Pictures) -> None:

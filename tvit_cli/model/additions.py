@@ -45,9 +45,7 @@ class TemporalEmbedding(Addition):
         embedding: Tensor = self.embedding
         n_times = patches.shape[1]
         if n_times != embedding.shape[1]:
-            lines = embedding[:, :, 0].transpose(1, 2)  # (1, D, T' of the parameter)
-            lines = F.interpolate(lines, size=n_times, mode="linear", align_corners=False)
-            embedding = lines.transpose(1, 2).unsqueeze(2)  # (1, T', 1, D)
+            embedding = resize_times(embedding, n_times)
         return patches + embedding
 
     def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
@@ -161,6 +159,13 @@ class TemporalConvolution(Bottleneck):
         nn.init.zeros_(self.kernel)
         for time, channels in enumerate(self.kernel.tensor_split(3, dim=1)):
             nn.init.ones_(channels[time])
+
+
+def resize_times(embedding: Tensor, n_times: int) -> Tensor:
+    """A temporal embedding interpolated linearly, (1, T', 1, D) -> (1, new T', 1, D)."""
+    lines = embedding[:, :, 0].transpose(1, 2)  # (1, D, T')
+    lines = F.interpolate(lines, size=n_times, mode="linear", align_corners=False)
+    return lines.transpose(1, 2).unsqueeze(2)
 
 
 def bottleneck_width(width: int) -> int:

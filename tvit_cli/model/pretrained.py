@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
+from tvit_cli.model.backbone import backbone_config, load_backbone, on_central_frame
 from tvit_cli.model.families import (
     FAMILIES,
     POSITIONS,
@@ -20,17 +19,20 @@ from tvit_cli.model.families import (
     Family,
     find_family,
 )
+from tvit_cli.model.pretrainedconfig import LoadReport, PretrainedConfig
 from tvit_cli.model.vit import TemporalViT, ViTConfig, resize_grid
-from tvit_cli.model.weights import CONFIG_FILE, PREPROCESSOR_FILE, WeightsSource, listed, resolve_weights
+from tvit_cli.model.weights import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    WeightsSource,
+    check_names,
+    checked,
+    resolve_weights,
+)
 from tvit_cli.settings.card import IMAGENET_MEAN
 
 __all__ = ["LoadReport", "PretrainedConfig", "load_pretrained", "read_config", "resolve_weights"]
 
-# What the weights decide of a ViTConfig.
-NETWORK = (
-    "width", "depth", "num_heads", "mlp_width", "patch_size", "norm_eps", "activation", "qkv_bias",
-    "extra_tokens", "pre_norm",
-)  # fmt: skip
 ACTIVATIONS = {  # Hugging Face's name -> ours
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -42,52 +44,13 @@ ACTIVATIONS = {  # Hugging Face's name -> ours
 }
 
 
-@dataclass(frozen=True)
-class PretrainedConfig:
-    """What the files of the weights say about their network and the pictures it expects."""
-
-    name: str
-    revision: str | None
-    sha256: str
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int
-    patch_size: int
-    image_size: int
-    norm_eps: float
-    activation: str
-    qkv_bias: bool
-    extra_tokens: int
-    pre_norm: bool
-    mean: Channels
-    std: Channels
-    notes: tuple[str, ...] = ()
-
-    def vit_config(self, *, frame_size: int | None = None, **shape: Any) -> ViTConfig:
-        """The temporal ViT that takes these weights, at their own frame size when none is given.
-
-        `shape` holds the rest of ViTConfig's fields. Raises ValueError where the numbers do not fit each other.
-        """
-        network = {key: getattr(self, key) for key in NETWORK}
-        return ViTConfig(frame_size=frame_size or self.image_size, **shape, **network)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of the tensors: how many matched, which are new (ours alone) or unused (theirs alone)."""
-
-    matched: int
-    new: tuple[str, ...]
-    unused: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 def read_config(source: WeightsSource) -> PretrainedConfig:
     """The network and the normalisation that the weights were trained with.
 
     Raises ModelError for a family that tvit does not read and for a value that it cannot use.
     """
+    if source.is_ours:
+        return backbone_config(source)
     family, stored = _family(source)
     written = source.read_json(CONFIG_FILE)
     if family.section is not None:
@@ -127,7 +90,7 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
 
 @torch.no_grad()
 def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
-    """Copies the weights into the model, which at step 0 is then the image ViT.
+    """Copies the weights into the model, which at step 0 is then the image ViT, or the model that tvit trained.
 
     Positions are interpolated bicubically to the model's grid (align_corners False, as transformers does). A
     LayerScale is folded into the layer before it. A tubelet of several frames starts with the weights on its
@@ -135,12 +98,9 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     ModelError for tensors that are missing, left over, stored twice, of the wrong shape or not finite.
     """
     config = read_config(source)
-    for key in NETWORK:
-        theirs, ours = getattr(config, key), getattr(model.config, key)
-        if theirs != ours:
-            raise ModelError(
-                f"{source.name}: {key} is {theirs}, and {ours} in the model. Give both the same."
-            )
+    config.check_network(model.config)
+    if source.is_ours:
+        return load_backbone(model, source)
     parameters = dict(model.named_parameters())
     family, stored = _family(source)
     names = {
@@ -149,7 +109,7 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
         if _has_place(ours, parameters)
     }
     unused = tuple(name for name in stored if family.is_unused(name))
-    _check_names(source, set(stored) - set(unused), names)
+    check_names(source, set(stored) - set(unused), names)
 
     filled: set[str] = set()
     later: dict[str, Tensor] = {}
@@ -259,31 +219,6 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
     return (red, green, blue), (red_std, green_std, blue_std), ()
 
 
-def _check_names(source: WeightsSource, stored: Iterable[str], expected: Iterable[str]) -> None:
-    left_over, missing = sorted(set(stored) - set(expected)), sorted(set(expected) - set(stored))
-    if left_over:
-        raise ModelError(
-            f"{source.name}: no place for {listed(left_over)}. The weights are of another network than "
-            f"their {CONFIG_FILE} says; use a plain ViT."
-        )
-    if missing:
-        raise ModelError(
-            f"{source.name}: {listed(missing)} missing from the weights. They are incomplete, or of another "
-            f"network than their {CONFIG_FILE} says; fetch both again."
-        )
-
-
-def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, floating point and finite. Raises ModelError for another."""
-    if not tensor.is_floating_point():
-        raise ModelError(
-            f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."
-        )
-    if not tensor.isfinite().all():
-        raise ModelError(f"{source.name}: {name} holds NaN or infinite numbers. Fetch the weights again.")
-    return tensor
-
-
 def _converted(
     source: WeightsSource,
     family: Family,
@@ -294,11 +229,7 @@ def _converted(
 ) -> dict[str, Tensor]:
     """One of their tensors as ours, by our names: tables are parted, patch weights put on one frame."""
     if name == "patch_embed.weight" and config.tubelet_size > 1:
-        centre = config.tubelet_size // 2
-        notes[f"patch embedding: on frame {centre + 1} of each tubelet of {config.tubelet_size}"] = None
-        frames = [torch.zeros_like(tensor)] * config.tubelet_size
-        frames[centre] = tensor
-        return {name: torch.cat(frames, dim=1)}  # (D, t*C, p, p)
+        return {name: on_central_frame(tensor, config.tubelet_size, notes)}
     if name == POSITIONS:
         return _parted_positions(source, family, tensor, config, notes)
     layer, fused, leaf = name.partition(".qkv.")

@@ -23,13 +23,14 @@ from torch import Tensor
 import tvit_cli
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import REFERENCE, Config
-from tvit_cli.model.pretrained import checked, whole_number
+from tvit_cli.model.pretrained import whole_number
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.model.weights import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
     WeightsSource,
+    checked,
     listed,
     resolve_weights,
 )

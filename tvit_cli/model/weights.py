@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -17,6 +18,7 @@ from torch import Tensor
 from tvit_cli.errors import ModelError
 
 CONFIG_FILE = "config.json"
+CARD_FILE = "card.json"  # in its place in a model folder of tvit
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,6 +33,16 @@ class WeightsSource:
     folder: Path
     files: tuple[Path, ...]
     revision: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a training of tvit left them: a card beside them, and no config of another library."""
+        return (self.folder / CARD_FILE).is_file() and not (self.folder / CONFIG_FILE).is_file()
+
+    @property
+    def config_file(self) -> str:
+        """The file that says what the network is."""
+        return CARD_FILE if self.is_ours else CONFIG_FILE
 
     @cached_property
     def sha256(self) -> str:
@@ -74,8 +86,9 @@ class WeightsSource:
 def resolve_weights(name: str) -> WeightsSource:
     """The weights called `name`: a safetensors file, a local folder, or a Hugging Face repository.
 
-    A repository is taken from the cache or the hub. Raises ModelError when there is neither, when there is no
-    network and nothing cached, when a folder holds no config or no safetensors, and for a pickle.
+    A local folder may be a model folder of tvit. A repository is taken from the cache or the hub. Raises
+    ModelError when there is neither, when there is no network and nothing cached, when a folder holds no config
+    or no safetensors, and for a pickle.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -121,8 +134,11 @@ def _what_is_cached() -> str:
 
 
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"{name}: {CONFIG_FILE} is missing. Copy it from where the weights came from.")
+    if not any((folder / file_name).is_file() for file_name in (CONFIG_FILE, CARD_FILE)):
+        raise ModelError(
+            f"{name}: {CONFIG_FILE} is missing (and {CARD_FILE}, which a model folder of tvit has). Copy it from "
+            "where the weights came from."
+        )
     files = _shards(name, folder) if (folder / INDEX_FILE).is_file() else (folder / WEIGHTS_FILE,)
     absent = [path.name for path in files if not path.is_file()]
     if absent:
@@ -154,3 +170,29 @@ def listed(names: list[str]) -> str:
     """The first four names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
+
+
+def check_names(source: WeightsSource, stored: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises ModelError for tensors that are left over or missing."""
+    left_over, missing = sorted(set(stored) - set(expected)), sorted(set(expected) - set(stored))
+    if left_over:
+        raise ModelError(
+            f"{source.name}: no place for {listed(left_over)}. The weights are of another network than "
+            f"their {source.config_file} says; use a plain ViT."
+        )
+    if missing:
+        raise ModelError(
+            f"{source.name}: {listed(missing)} missing from the weights. They are incomplete, or of another "
+            f"network than their {source.config_file} says; fetch both again."
+        )
+
+
+def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
+    """The tensor. Raises ModelError where it is quantised or not finite."""
+    if not tensor.is_floating_point():
+        raise ModelError(
+            f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."
+        )
+    if not tensor.isfinite().all():
+        raise ModelError(f"{source.name}: {name} holds NaN or infinite numbers. Fetch the weights again.")
+    return tensor

@@ -138,7 +138,8 @@ class TrainSettings(DataSettings):
     # Model
     hf_model_name: str | None = Field(
         "google/vit-base-patch16-224",
-        description="Pretrained image ViT: a Hugging Face name, a folder or a file; none trains from scratch",
+        description="Pretrained ViT: a Hugging Face name, a folder (one that tvit trained, too) or a file; none "
+        "trains from scratch",
         json_schema_extra=about(
             MODEL, reference="required", why="the reference's own backbone", resettable=True
         ),

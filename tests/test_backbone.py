@@ -1,0 +1,198 @@
+"""A model that tvit trained is the start of another training, with what it learnt of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_clips, run
+
+import tvit_cli
+from tvit_cli.errors import ModelError
+from tvit_cli.model.folder import load_card, save_model, sha256
+from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
+from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.settings.card import ModelCard, Preprocessing
+
+SHAPE: dict[str, Any] = {
+    "frame_size": 32, "patch_size": 8, "n_frames": 4, "tubelet_size": 2, "width": 16, "depth": 2, "num_heads": 2,
+}  # fmt: skip
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def trained(folder: Path, **shape: Any) -> TemporalViT:
+    """A model folder, and the model in it: its parameters are random numbers, none of them at a start value."""
+    config = ViTConfig(num_classes=2, **{**SHAPE, **shape})
+    model = TemporalViT(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    card = ModelCard(
+        tvit_version=tvit_cli.__version__,
+        labels=("a", "b"),
+        model=config.to_dict(),
+        preprocessing=Preprocessing(
+            n_frames=config.n_frames, frame_size=config.frame_size, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+        ),
+        weights_sha256="",
+    )
+    save_model(folder, model.state_dict(), card)
+    return model
+
+
+def started(folder: Path, **shape: Any) -> tuple[TemporalViT, LoadReport]:
+    source = resolve_weights(str(folder))
+    settings = {**{key: SHAPE[key] for key in ("frame_size", "n_frames", "tubelet_size")}, **shape}
+    config = read_config(source).vit_config(num_classes=3, **settings)
+    model = build_model(config, seed=0, from_scratch=False).eval()
+    return model, load_pretrained(model, source)
+
+
+@torch.no_grad()
+def features(model: TemporalViT, *, n_frames: int = 4, size: int = 32) -> torch.Tensor:
+    return model.features(torch.randn(2, n_frames, 3, size, size, generator=torch.Generator().manual_seed(2)))
+
+
+def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Other tensors in a model folder, with their hash on the card; None leaves one out."""
+    state = load_file(folder / "model.safetensors") | tensors
+    save_file(
+        {name: tensor for name, tensor in state.items() if tensor is not None}, folder / "model.safetensors"
+    )
+    card = load_card(folder).model_copy(update={"weights_sha256": sha256(folder / "model.safetensors")})
+    (folder / "card.json").write_text(card.model_dump_json())
+
+
+@pytest.mark.parametrize("attention", ["joint", "divided", "factorized", "shared", "conv"])
+def test_a_model_of_the_same_attention_starts_with_the_features_of_the_trained_one(
+    tmp_path: Path, attention: str
+) -> None:
+    before = trained(tmp_path / "m", attention=attention, pool="attentive")
+    model, report = started(tmp_path / "m", attention=attention, pool="attentive")
+    assert torch.equal(features(model), features(before))
+    assert report.new == report.unused == ("classifier.weight", "classifier.bias")
+    assert model.classifier.out_features == 3
+
+
+def test_frames_of_another_size_and_clips_of_another_length_are_seen_as_the_trained_model_sees_them(
+    tmp_path: Path,
+) -> None:
+    before = trained(tmp_path / "m")
+    model, report = started(tmp_path / "m", frame_size=48, n_frames=8)
+    theirs, ours = (features(each, n_frames=8, size=48) for each in (before, model))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert set(report.notes) == {
+        "positions interpolated from 4 x 4 to 6 x 6 patches",
+        "temporal embedding interpolated from 2 to 4 times",
+    }
+
+
+def test_patches_of_single_frames_start_on_the_central_frame_of_a_tubelet(tmp_path: Path) -> None:
+    before = trained(tmp_path / "m", tubelet_size=1, n_frames=2)
+    model, _ = started(tmp_path / "m")
+    clips = torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.features(clips), before.features(clips[:, 1::2]), **CLOSE)
+
+
+def test_tubelets_of_another_size_are_refused_with_the_option_to_give(tmp_path: Path) -> None:
+    trained(tmp_path / "m")
+    with pytest.raises(ModelError, match=r"tubelets are of 2 frames.*Give --tubelet-size 2\."):
+        started(tmp_path / "m", tubelet_size=1)
+
+
+def test_another_attention_takes_what_an_image_vit_has_and_starts_the_rest_anew(tmp_path: Path) -> None:
+    before = trained(tmp_path / "m", attention="divided")
+    model, report = started(tmp_path / "m", attention="shared")
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
+    assert not model.temporal.embedding.any()  # type: ignore[operator]
+    assert "temporal.embedding" in report.new
+    assert "blocks.0.temporal.attention.q.weight" in report.unused
+    model, report = started(tmp_path / "m", attention="factorized")
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
+
+
+def test_a_temporal_embedding_by_token_is_none_by_frame(tmp_path: Path) -> None:
+    before = trained(tmp_path / "m", temporal_index="token")
+    model, report = started(tmp_path / "m")
+    assert torch.equal(model.norm.weight, before.norm.weight)
+    assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
+
+
+def test_divided_attention_copies_spatial_attention_where_the_trained_model_had_none_over_time(
+    tmp_path: Path,
+) -> None:
+    before = trained(tmp_path / "m")
+    model, _ = started(tmp_path / "m", attention="divided")
+    assert torch.equal(model.blocks[0].temporal.attention.q.weight, before.blocks[0].attention.q.weight)
+
+
+def test_normalisation_and_hash_come_from_the_card(tmp_path: Path) -> None:
+    trained(tmp_path / "m")
+    config = read_config(resolve_weights(str(tmp_path / "m")))
+    assert (config.mean, config.std, config.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 32)
+    assert config.sha256 == sha256(tmp_path / "m" / "model.safetensors")
+
+
+def test_weights_in_half_precision_are_read_as_floats(tmp_path: Path) -> None:
+    before = trained(tmp_path / "m")
+    rewritten(tmp_path / "m", **{name: tensor.half() for name, tensor in before.state_dict().items()})
+    model, report = started(tmp_path / "m")
+    assert report.notes == ("weights converted from torch.float16 to torch.float32",)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(features(model), features(before), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "sentence"),
+    [
+        ("norm.bias", None, "norm.bias missing from the weights"),
+        ("extra", torch.zeros(1), "no place for extra"),
+        ("norm.bias", torch.zeros(3), r"norm.bias has the shape \(3,\), not \(16,\) as its card.json says"),
+        ("norm.bias", torch.full((16,), float("nan")), "norm.bias holds NaN"),
+        ("classifier.bias", torch.zeros(2, dtype=torch.int8), "Quantised weights are not read"),
+    ],
+)
+def test_tensors_that_are_not_the_cards_are_refused(
+    tmp_path: Path, name: str, tensor: torch.Tensor | None, sentence: str
+) -> None:
+    trained(tmp_path / "m")
+    rewritten(tmp_path / "m", **{name: tensor})
+    with pytest.raises(ModelError, match=sentence):
+        started(tmp_path / "m")
+
+
+def test_weights_that_were_changed_since_are_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "m")
+    trained(tmp_path / "n", n_frames=8)
+    (tmp_path / "n" / "model.safetensors").replace(tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ModelError, match="the weights are not those of the card beside them"):
+        started(tmp_path / "m")
+
+
+def test_a_card_with_a_shape_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "m")
+    card = load_card(tmp_path / "m")
+    (tmp_path / "m" / "card.json").write_text(
+        card.model_copy(update={"model": card.model | {"width": 15}}).model_dump_json()
+    )
+    with pytest.raises(ModelError, match=r"card.json: model: width 15 is not a multiple of num_heads 2"):
+        started(tmp_path / "m")
+
+
+def test_a_training_goes_on_from_the_model_folder_of_another(tmp_path: Path) -> None:
+    clips, how = make_clips(tmp_path / "colours", groups=4), {"working_directory": tmp_path, "epochs": 1}
+    first = run(
+        path_to_data=str(clips), hf_model_name=None, width=16, depth=1, num_heads=2, train="all", **how
+    )
+    second = run(path_to_data=str(clips), hf_model_name=str(first.model), train="classifier", **how)
+    base = load_card(second.model).base
+    assert base is not None
+    assert (base.name, base.sha256) == (str(first.model), load_card(first.model).weights_sha256)
+    before, after = (load_file(result.model / "model.safetensors") for result in (first, second))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["classifier.bias", "classifier.weight"]
