@@ -59,8 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {  # name -> what it changes of the recipe
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
-    "slow": {"learning_rate": 5e-4},
-    "long": {"learning_rate": 5e-4, "epochs": 24},
+    "fast": {"learning_rate": 1e-3},
+    "long": {"epochs": 32},
 }
 TRIED_FURTHER = 3  # schemes that `select` tries every recipe with
 FINALISTS, SEEDS = 2, (0, 1, 2)
@@ -109,7 +109,7 @@ def jobs(rows: dict[str, Row]) -> Iterator[Job]:
     yield from (on(fold, "test", method, "base") for fold in folds[1:] for method in METHODS)
     yield from (on(fold, "select", scheme, "base") for fold in folds for scheme in SCHEMES)
     best = [scheme for scheme, _ in selected(rows, folds)][:TRIED_FURTHER]
-    yield from (on(f, "select", s, r) for r in ("slow", "long") for s in best for f in folds)
+    yield from (on(f, "select", s, r) for r in ("fast", "long") for s in best for f in folds)
     for scheme, recipe in selected(rows, folds)[:FINALISTS]:
         yield from (on(fold, "final", scheme, recipe, seed) for seed in SEEDS for fold in folds)
 
