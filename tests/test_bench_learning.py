@@ -52,7 +52,7 @@ def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleTy
     parts = [job.part for job in plan]
     assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "final"
     further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != "base"}
-    assert further == {(s, r) for s in ("shared", "conv", "joint") for r in ("slow", "long")}
+    assert further == {(s, r) for s in ("shared", "conv", "joint") for r in ("fast", "long")}
     finals = [job for job in plan if job.part == "final"]
     assert len(finals) == 2 * 3 * 3 and {job.method for job in finals} == {"shared", "conv"}
 
