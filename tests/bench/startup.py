@@ -1,0 +1,62 @@
+"""How long typing takes: help and mistakes, whole processes, in turn.
+
+    python tests/bench/startup.py [--runs 7]
+
+Seconds by the clock and of the processor, medians; beside them a Python that imports nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CASES = {
+    "python -c pass": ["-c", "pass"],
+    "tvit --help": ["-m", "tvit_cli", "--help"],
+    "tvit train --help": ["-m", "tvit_cli", "train", "--help"],
+    "tvit train --lora-rnk 8": ["-m", "tvit_cli", "train", "--lora-rnk", "8"],
+}
+
+
+def run(arguments: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of a process and its children."""
+    before = os.times()
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False)
+    wall = time.perf_counter() - start
+    after = os.times()
+    used = (after.children_user - before.children_user) + (after.children_system - before.children_system)
+    return wall, used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=7)
+    options = parser.parse_args()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    for number in range(options.runs + 1):
+        for name, arguments in CASES.items():
+            took = run(arguments)
+            if number:  # the first writes bytecode and fills the disk's cache
+                times[name].append(took)
+    results = {
+        name: {"wall": statistics.median(w for w, _ in rows), "cpu": statistics.median(c for _, c in rows)}
+        for name, rows in times.items()
+    }
+    for name, found in results.items():
+        print(f"{name:26} {found['wall']:.2f} s, {found['cpu']:.2f} s of the processor")
+    print(json.dumps({"benchmark": "startup", "python": platform.python_version(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
