@@ -8,6 +8,7 @@ model of its own (learning, kills, exports, timeline, explain) says so when it i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,14 @@ def main(arguments: list[str]) -> int:
             print(f"\nno such group: {', '.join(unknown)}", file=sys.stderr)
         return 2 if unknown else 0
     worst = 0
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for name in names:
         program, *flags = GROUPS[name][1]
         print(f"== {name}: {GROUPS[name][0]} ==", flush=True)
         command = [sys.executable, str(Path(__file__).parent / program), *flags, *extra]
-        worst = max(worst, subprocess.run(command, check=False).returncode)
+        worst = max(worst, subprocess.run(command, env=environment, check=False).returncode)
     return worst
 
 
