@@ -9,6 +9,7 @@ from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.events import Note
 from tvit_cli.engine.loop import Loop
 from tvit_cli.engine.results import EvalResult
+from tvit_cli.report.words import plural
 
 
 def plan_facts(loop: Loop) -> dict[str, str]:
@@ -20,7 +21,7 @@ def plan_facts(loop: Loop) -> dict[str, str]:
         "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
         "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
         "batch": str(plan),
-        "schedule": f"{settings.epochs} epochs of {plan.steps_per_epoch} steps, "
+        "schedule": f"{plural(settings.epochs, 'epoch')} of {plural(plan.steps_per_epoch, 'step')}, "
         f"{settings.warmup():g} warm-up, learning rate {settings.learning_rate:g}",
     }
 
