@@ -24,11 +24,11 @@ LoraInit = Literal["default", "gaussian", "pissa", "olora", "orthogonal"]
 LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
 DEFAULT_MICRO_BATCH = 8
 # Note [Joint attention is the default]
-# On people left out (Weizmann, 60 clips to learn from, 30 to answer, one fold, one seed) joint and shared attention
-# answer 29 right, divided 27. Of those joint has the lowest loss (0.29, 0.46, 0.36) and the fewest operations (18.3,
-# 22.8, 22.1 GFLOP a clip), trains adapters alone, and learns at twice the rate, too, where shared does not. One clip
-# is 0.033: this says that nothing was better, not that joint is best (tests/bench/RESULTS.md). Its cost grows with
-# the square of the tokens; for long clips of large frames there are tubelets, and divided.
+# On people left out (Weizmann, 60 clips to learn from, 30 to answer, one fold, one seed) joint and shared
+# attention answer 29 right, divided 27. Of those joint has the lowest loss (0.29, 0.46, 0.36) and the fewest
+# operations (18.3, 22.8, 22.1 GFLOP a clip), trains adapters alone, and learns at twice the rate, too, where shared
+# does not. One clip is 0.033: this says that nothing was better, not that joint is best (tests/bench/RESULTS.md).
+# Its cost grows with the square of the tokens; for long clips of large frames there are tubelets, and divided.
 
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
 
