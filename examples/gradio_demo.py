@@ -25,7 +25,8 @@ import numpy as np
 
 import tvit_cli
 from tvit_cli.data.motions import CLASSES, RATE, make_motions
-from tvit_cli.data.video import VIDEO_SUFFIXES, read_clip, write_video
+from tvit_cli.data.video import VIDEO_SUFFIXES, read_clip
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.annotate import annotate
 from tvit_cli.engine.explain import Explanation, verdict
 from tvit_cli.errors import TvitError

@@ -13,7 +13,7 @@ from tiny import make_model
 from torch import Tensor, nn
 
 import tvit_cli
-from tvit_cli.data.video import write_video
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.explain import (
     blank_clip,
     blanked,

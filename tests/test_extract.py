@@ -19,7 +19,8 @@ from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.sampling import grid_indices
 from tvit_cli.data.scan import scan_video
 from tvit_cli.data.storewriter import shard_paths
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, write_video
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.events import Event, Note, silent
 from tvit_cli.engine.extract import ExtractResult, check, extract
 from tvit_cli.engine.pool import in_order

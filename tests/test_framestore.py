@@ -21,7 +21,8 @@ from tvit_cli.data.packing import pack_video
 from tvit_cli.data.sampling import grid_indices, indices_on_grid, segment_indices
 from tvit_cli.data.storeformat import CLIP, Header, Parameters, make_table, write_header, write_table
 from tvit_cli.data.storewriter import ShardWriter, read_contents, shard_paths, write_index
-from tvit_cli.data.video import read_clip, write_video
+from tvit_cli.data.video import read_clip
+from tvit_cli.data.writer import write_video
 from tvit_cli.errors import DataError, RunError, VideoError
 
 PARAMETERS = Parameters(frames_per_video=8, quality=90, short_side=256)

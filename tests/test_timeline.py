@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from tvit_cli import commands
 from tvit_cli.data.sampling import indices_on_grid, segment_indices
-from tvit_cli.data.video import Played, play, read_clip, write_video
+from tvit_cli.data.video import Played, play, read_clip
 from tvit_cli.data.windows import frame_places, slide
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.ahead import ahead
 from tvit_cli.engine.predict import Model
 from tvit_cli.engine.timelines import folder_names

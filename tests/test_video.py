@@ -16,7 +16,8 @@ from av.stream import Disposition
 
 from tvit_cli.data import video
 from tvit_cli.data.sampling import segment_indices
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, decode_first, probe, read_clip, write_video
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, decode_first, probe, read_clip
+from tvit_cli.data.writer import write_video
 from tvit_cli.errors import RunError, TvitError, VideoError
 
 Make = Callable[..., Path]
@@ -132,13 +133,13 @@ def test_up_to_three_missing_frames_cost_no_second_pass(
     three_short = make_video(tmp_path / "short.avi", frames=30, codec="mjpeg", pixel_format="yuvj420p")
     write_packets(three_short, lambda number, packet: b"junk" * 8 if number in (5, 6, 20) else bytes(packet))
     opened: list[Path] = []
-    once = video._opened
+    once = video.opened
 
     def spy(path: Path, **how: Any) -> Any:
         opened.append(path)
         return once(path, **how)
 
-    monkeypatch.setattr(video, "_opened", spy)
+    monkeypatch.setattr(video, "opened", spy)
     for path, count in ((packed_xvid, 39), (three_short, 27)):
         assert read_clip(path, lambda n: segment_indices(n, 8)).frame_count == count
         assert opened.count(path) == 1
@@ -504,9 +505,9 @@ def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clip(
 ) -> None:
     held = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
     counted: list[Path] = []
-    once = video._count_packets
+    once = video.count_packets
     monkeypatch.setattr(video, "_HELD_BYTES", packed_xvid.stat().st_size - 1)
-    monkeypatch.setattr(video, "_count_packets", lambda path: counted.append(path) or once(path))
+    monkeypatch.setattr(video, "count_packets", lambda path: counted.append(path) or once(path))
     clip = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
     assert counted == [packed_xvid]
     assert (clip.indices, clip.pts_seconds, clip.frame_count) == (held.indices, held.pts_seconds, 39)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tvit_cli.data.video import write_video
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.vit import ViTConfig, build_model

@@ -33,7 +33,8 @@ from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.loading import load_batches
 from tvit_cli.data.transforms import Augmentation, train_transform
-from tvit_cli.data.video import count_frames, write_video
+from tvit_cli.data.video import count_frames
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.events import silent
 from tvit_cli.engine.extract import extract
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD, Preprocessing

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tvit_cli import __version__
-from tvit_cli.data.video import write_video
+from tvit_cli.data.writer import write_video
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.vit import ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tvit_cli.data.container import Place
 from tvit_cli.data.draws import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.sampling import Key, clip_places, indices_on_grid, segment_indices
-from tvit_cli.data.video import Clip, Place, read_clip
+from tvit_cli.data.video import Clip, read_clip
 from tvit_cli.errors import VideoError
 
 

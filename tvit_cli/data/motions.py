@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 
 from tvit_cli.data.scenes import ObjectPath, Pictures, as_pictures, draw, make_scene
-from tvit_cli.data.video import write_video
+from tvit_cli.data.writer import write_video
 from tvit_cli.errors import DataError
 
 VERSION: Final = 1

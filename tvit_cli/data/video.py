@@ -1,35 +1,33 @@
-"""Video files: what a file holds, chosen frames as RGB, small files written.
+"""Video files: what a file holds, and chosen frames of it as RGB.
 
 Letters: T frames, H W pixels.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 import av
-import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 
-from tvit_cli.data.pictures import (
-    ASSUMED_RATE,
-    SCALING,
-    Frames,
-    KeptFrames,
-    matrix_by_height,
-    quarter_turns,
+from tvit_cli.data.container import (
+    Packet,
+    Place,
+    count_packets,
+    count_shown,
+    decoded,
+    decoded_all,
+    is_shown,
+    no_frame,
+    opened,
+    packets_of,
 )
-from tvit_cli.errors import RunError, VideoError
+from tvit_cli.data.pictures import ASSUMED_RATE, Frames, KeptFrames, quarter_turns
+from tvit_cli.errors import VideoError
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -50,12 +48,6 @@ VIDEO_SUFFIXES = frozenset({
 COUNT_SLACK = 3
 
 P = TypeVar("P")
-Place: TypeAlias = Path | str  # a file, or the URL of a stream
-Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
-
-# What a URL may lead to: the network, never this machine's files.
-_NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
-SECONDS_FOR_AN_ANSWER = 30.0
 
 _HELD_BYTES = 64 << 20  # packets of a file up to this size stay in memory between counting and decoding
 
@@ -102,16 +94,16 @@ def probe(path: Path) -> VideoInfo:
     first: av.VideoFrame | None = None
     times: list[int] = []
     packets = 0
-    with _opened(path, threads=1) as (container, stream):
-        for packet in _packets(path, container, stream):
-            if packet is not None and _is_shown(packet):
+    with opened(path, threads=1) as (container, stream):
+        for packet in packets_of(path, container, stream):
+            if packet is not None and is_shown(packet):
                 packets += 1
                 if (time := packet.pts if packet.pts is not None else packet.dts) is not None:
                     times.append(time)
             if first is None:
-                first = next(iter(_decoded(stream, packet)), None)
+                first = next(iter(decoded(stream, packet)), None)
         if first is None:
-            raise _no_frame(path)
+            raise no_frame(path)
         rate = float(stream.average_rate) if stream.average_rate else None
         if len(times) > 1 and stream.time_base is not None and (span := max(times) - min(times)) > 0:
             rate = (len(times) - 1) / float(span * stream.time_base)
@@ -129,9 +121,9 @@ def decode_first(path: Path) -> None:
 
     Raises VideoError, `<path>: <reason>`, where no frame can be read.
     """
-    with _opened(path, threads=1) as (container, stream):
-        if next(iter(_decoded_all(stream, _packets(path, container, stream))), None) is None:
-            raise _no_frame(path)
+    with opened(path, threads=1) as (container, stream):
+        if next(iter(decoded_all(stream, packets_of(path, container, stream))), None) is None:
+            raise no_frame(path)
 
 
 def read_clip(
@@ -168,26 +160,26 @@ def read_pictures(
 ) -> Pictures[P]:
     """`read_clip`, but what is made of the frames that were kept is for `make(kept, indices)` to say."""
     for _ in range(2):
-        with _opened(path, threads=threads) as (container, stream):
-            packets: Iterable[Packet] = _packets(path, container, stream)
+        with opened(path, threads=threads) as (container, stream):
+            packets: Iterable[Packet] = packets_of(path, container, stream)
             if frame_count is not None:
                 counts = [frame_count]
             elif container.size <= _HELD_BYTES:  # negative where a server does not say
                 packets = list(packets)
-                counts = _likely_counts(_count(packets))
+                counts = _likely_counts(count_shown(packets))
             else:
-                counts = _likely_counts(_count_packets(path))
+                counts = _likely_counts(count_packets(path))
             wanted = {index for count in counts for index in choose(count)}
             stop = max(wanted) + 1 if frame_count is not None else None
             kept, seen = None, 0
-            for frame in islice(_decoded_all(stream, packets), stop):
+            for frame in islice(decoded_all(stream, packets), stop):
                 if kept is None:
                     kept = KeptFrames(frame, short_side)
                 if seen in wanted:
                     kept.keep(seen, frame)
                 seen += 1
             if kept is None:
-                raise _no_frame(path)
+                raise no_frame(path)
             whole = counts[0] if seen == stop else seen
             indices = tuple(choose(whole))
             if kept.has(indices):
@@ -218,14 +210,14 @@ def play(path: Place, *, short_side: int | None = None, threads: int = 1) -> Ite
 
     Raises VideoError, `<path>: <reason>`, where no frame can be read.
     """
-    with _opened(path, threads=threads) as (container, stream):
+    with opened(path, threads=threads) as (container, stream):
         lasts = 1 / float(stream.average_rate or ASSUMED_RATE)
         length = None if container.duration is None else container.duration / av.time_base
         kept: KeptFrames | None = None
         first: float | None = None
         held: av.VideoFrame | None = None
         start = 0.0
-        for frame in _decoded_all(stream, _packets(path, container, stream)):
+        for frame in decoded_all(stream, packets_of(path, container, stream)):
             kept = kept or KeptFrames(frame, short_side)
             first = frame.time if first is None else first
             if held is not None:
@@ -236,16 +228,16 @@ def play(path: Place, *, short_side: int | None = None, threads: int = 1) -> Ite
                 start = end
             held = frame
         if held is None or kept is None:
-            raise _no_frame(path)
+            raise no_frame(path)
         yield Played(start, start + lasts, length, partial(kept.upright, held))
 
 
 def count_frames(path: Path) -> int:
     """Counts the frames that decode, by decoding them all."""
-    with _opened(path, threads=1) as (container, stream):
-        count = sum(1 for _ in _decoded_all(stream, _packets(path, container, stream)))
+    with opened(path, threads=1) as (container, stream):
+        count = sum(1 for _ in decoded_all(stream, packets_of(path, container, stream)))
     if count == 0:
-        raise _no_frame(path)
+        raise no_frame(path)
     return count
 
 
@@ -254,175 +246,12 @@ def promised_frames(path: Path) -> int:
 
     Frames that an edit list hides are not among them. Raises VideoError.
     """
-    with _opened(path, threads=1) as (container, stream):
-        packets = [p for p in _packets(path, container, stream) if p is not None and p.size > 0]
+    with opened(path, threads=1) as (container, stream):
+        packets = [p for p in packets_of(path, container, stream) if p is not None and p.size > 0]
         hidden = sum(packet.is_discard for packet in packets)
         return max(stream.frames, len(packets)) - hidden
-
-
-def write_video(
-    path: Path,
-    frames: Frames,
-    *,
-    rate: int = 25,
-    codec: str = "mpeg4",
-    quantiser: int = 3,
-    pixel_format: str = "yuv420p",
-    options: Mapping[str, str] | None = None,
-) -> None:
-    """Encodes RGB frames, uint8 (T, H, W, 3), to a file that is complete or absent.
-
-    The container follows the suffix. `quantiser` is MPEG-4's, 1 (best) to 31; other codecs take their
-    quality from `options`, FFmpeg's own. The same frames give the same bytes with the same FFmpeg.
-
-    Raises RunError where the file cannot be written.
-    """
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
-    height, width = frames.shape[1:3]
-    settings = {"flags": "+bitexact"}
-    if codec == "mpeg4":
-        settings |= {"qmin": str(quantiser), "qmax": str(quantiser)}  # PyAV cannot set a frame's quality
-    settings |= options or {}
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    reformatter = VideoReformatter()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(_url(unfinished), "w", container_options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream(codec, rate=rate, options=settings)
-            assert isinstance(stream, VideoStream), f"{codec} is no video codec"
-            stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-            stream.codec_context.thread_count = 1  # threads split a picture, and so change the bytes
-            for index, pixels in enumerate(frames):
-                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame = reformatter.reformat(
-                    rgb,
-                    format=pixel_format,
-                    dst_colorspace=matrix_by_height(height),
-                    interpolation=SCALING,
-                    threads=1,
-                )
-                frame.pts = index
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        unfinished.replace(path)
-    except (OSError, av.FFmpegError) as error:
-        raise RunError(f"{path}: the video could not be written ({error}).") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def _opened(path: Place, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """One container, one video stream; whatever FFmpeg raises inside becomes a VideoError."""
-    if isinstance(path, str):
-        url, protocols, seconds = path, _NETWORK, SECONDS_FOR_AN_ANSWER
-    else:
-        # A playlist under a video's name must not make FFmpeg open the network.
-        url, protocols, seconds = _checked(path), "file", None
-    try:
-        with av.open(
-            url, metadata_errors="ignore", options={"protocol_whitelist": protocols}, timeout=seconds
-        ) as container:
-            stream = _video_stream(path, container)
-            stream.codec_context.thread_count = threads
-            if threads > 1:
-                stream.thread_type = "AUTO"
-            yield container, stream
-    except av.ExitError as error:
-        raise VideoError(f"{path}: no answer within {SECONDS_FOR_AN_ANSWER:.0f} s.") from error
-    except PermissionError as error:
-        raise VideoError(f"{path}: may not be read (permission denied).") from error
-    except av.FFmpegError as error:
-        what = "not a video that FFmpeg can read" if isinstance(path, Path) else "cannot be fetched and read"
-        raise VideoError(f"{path}: {what} ({error.strerror}).") from error
-
-
-def _checked(path: Path) -> str:
-    """The URL of a file that can be opened and holds something."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        reason = (
-            "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        )
-        raise VideoError(f"{path}: {reason}.") from error
-    if path.is_dir():
-        raise VideoError(f"{path}: is a folder, not a video.")
-    if size == 0:
-        raise VideoError(f"{path}: the file is empty (0 bytes). Was a copy or download broken off?")
-    return _url(path)
-
-
-def _url(path: Path) -> str:
-    """The path as FFmpeg's file protocol; without it `a:b.avi` would be read as protocol `a`."""
-    return f"file:{path}"
-
-
-def _video_stream(path: Place, container: InputContainer) -> VideoStream:
-    if container.format.name == "tty":  # FFmpeg draws any .txt as terminal art
-        raise VideoError(f"{path}: not a video but a text file.")
-    # A song's cover is a video stream of one picture to FFmpeg.
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        kinds = sorted(
-            {"a picture" if stream.type == "video" else stream.type for stream in container.streams}
-        )
-        raise VideoError(
-            f"{path}: no video in this file, only {' and '.join(kinds) or 'an empty container'}."
-        )
-    stream = streams[0]
-    if stream.codec_context is None:
-        raise VideoError(f"{path}: this build of FFmpeg has no decoder for its video stream.")
-    return stream
-
-
-def _packets(path: Place, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Packets of the stream, then None or an empty one to flush the decoder, even if the file breaks off."""
-    try:
-        for packet in container.demux(stream):
-            # Decoded as it is, an encrypted picture may come out as noise and no error.
-            if packet.has_sidedata("encryption_info"):
-                raise VideoError(f"{path}: the video is encrypted (Common Encryption) and cannot be decoded.")
-            yield packet
-    except av.FFmpegError:
-        yield None
-
-
-def _decoded(stream: VideoStream, packet: Packet) -> list[av.VideoFrame]:
-    """Frames that this packet completes; none where it does not decode."""
-    with suppress(av.FFmpegError):
-        return stream.decode(packet)
-    return []
-
-
-def _decoded_all(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
-    """Every frame that decodes, in the order of presentation, which is the decoder's order of output."""
-    for packet in packets:
-        yield from _decoded(stream, packet)
 
 
 def _likely_counts(packets: int) -> list[int]:
     """The number of packets and a few fewer. See Note [The number of frames is known at the end]."""
     return list(range(packets, max(packets - COUNT_SLACK - 1, 0), -1))
-
-
-def _count_packets(path: Place) -> int:
-    with _opened(path, threads=1) as (container, stream):
-        return _count(_packets(path, container, stream))
-
-
-def _count(packets: Iterable[Packet]) -> int:
-    return sum(map(_is_shown, packets))
-
-
-def _is_shown(packet: Packet) -> bool:
-    """Whether a packet promises a frame: not the flush at the end, nor what an edit list cuts away."""
-    return packet is not None and packet.size > 0 and not packet.is_discard
-
-
-def _no_frame(path: Place) -> VideoError:
-    packets = _count_packets(path)
-    return VideoError(
-        f"{path}: 0 frames decoded out of {packets} packets. The file may be truncated, damaged or encrypted."
-    )

@@ -1,9 +1,12 @@
-"""A video file written frame by frame: memory does not grow with its length."""
+"""Video files written: all frames at once, or one by one so that memory does not grow with the length.
+
+A file is complete when its writer is done, or absent.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -11,9 +14,11 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import OutputContainer
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from tvit_cli.data.pictures import Frames
+from tvit_cli.data.container import file_url
+from tvit_cli.data.pictures import SCALING, Frames, matrix_by_height
 from tvit_cli.errors import RunError
 
 TICKS = 60_000  # per second; MPEG-4 takes at most 65,535, and usual rates divide this one
@@ -21,6 +26,50 @@ _CODECS = {
     "libx264": {"crf": "20", "preset": "fast"},
     "mpeg4": {"qmin": "3", "qmax": "3"},
 }  # the first that is there
+
+
+def write_video(
+    path: Path,
+    frames: Frames,
+    *,
+    rate: int = 25,
+    codec: str = "mpeg4",
+    quantiser: int = 3,
+    pixel_format: str = "yuv420p",
+    options: Mapping[str, str] | None = None,
+) -> None:
+    """Encodes RGB frames, uint8 (T, H, W, 3), to a file that is complete or absent.
+
+    The container follows the suffix. `quantiser` is MPEG-4's, 1 (best) to 31; other codecs take their
+    quality from `options`, FFmpeg's own. The same frames give the same bytes with the same FFmpeg.
+
+    Raises RunError where the file cannot be written.
+    """
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
+    height, width = frames.shape[1:3]
+    settings = {"flags": "+bitexact"}
+    if codec == "mpeg4":
+        settings |= {"qmin": str(quantiser), "qmax": str(quantiser)}  # PyAV cannot set a frame's quality
+    settings |= options or {}
+    reformatter = VideoReformatter()
+    with _complete_or_absent(path, {"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(codec, rate=rate, options=settings)
+        assert isinstance(stream, VideoStream), f"{codec} is no video codec"
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.codec_context.thread_count = 1  # threads split a picture, and so change the bytes
+        for index, pixels in enumerate(frames):
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = reformatter.reformat(
+                rgb,
+                format=pixel_format,
+                dst_colorspace=matrix_by_height(height),
+                interpolation=SCALING,
+                threads=1,
+            )
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 class VideoWriter:
@@ -53,13 +102,20 @@ class VideoWriter:
 @contextmanager
 def video_writer(path: Path) -> Iterator[VideoWriter]:
     """Writes a video that is complete when the block ends, or absent. Raises RunError where that fails."""
+    with _complete_or_absent(path, {}) as container:
+        writer = VideoWriter(container)
+        yield writer
+        writer.finish()
+
+
+@contextmanager
+def _complete_or_absent(path: Path, options: dict[str, str]) -> Iterator[OutputContainer]:
+    """A container under another name, which is given its own when all went well. Raises RunError."""
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(f"file:{unfinished}", "w") as container:
-            writer = VideoWriter(container)
-            yield writer
-            writer.finish()
+        with av.open(file_url(unfinished), "w", container_options=options) as container:
+            yield container
         unfinished.replace(path)
     except (OSError, av.FFmpegError) as error:
         raise RunError(f"{path}: the video could not be written ({error}).") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tvit_cli.data.video import Place, play
+from tvit_cli.data.container import Place
+from tvit_cli.data.video import play
 from tvit_cli.data.writer import video_writer
 from tvit_cli.errors import DataError
 from tvit_cli.report.caption import captioned

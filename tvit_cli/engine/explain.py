@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.clips import ClipDataset
+from tvit_cli.data.container import Place
 from tvit_cli.data.transforms import eval_transform
-from tvit_cli.data.video import Place
 from tvit_cli.engine.places import named
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import ModelError, RunError, VideoError

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from tvit_cli.data.container import Place
 from tvit_cli.data.layout import Video
-from tvit_cli.data.video import VIDEO_SUFFIXES, Place
+from tvit_cli.data.video import VIDEO_SUFFIXES
 from tvit_cli.errors import DataError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least: C:// is a drive

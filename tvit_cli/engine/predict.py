@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tvit_cli.data.video import Place
+from tvit_cli.data.container import Place
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import WithFeatures, score

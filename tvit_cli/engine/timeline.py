@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvit_cli.data.container import Place
 from tvit_cli.data.pictures import Frames
 from tvit_cli.data.transforms import eval_transform
-from tvit_cli.data.video import Place, Played, play
+from tvit_cli.data.video import Played, play
 from tvit_cli.data.windows import TOLERANCE, Window, frame_places, slide
 from tvit_cli.engine.ahead import ahead
 from tvit_cli.engine.places import named

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from tvit_cli.data.video import Place
+from tvit_cli.data.container import Place
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.places import check_one, find_videos
 from tvit_cli.engine.predict import open_model

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from tvit_cli.data.layout import Video, read_layout
-from tvit_cli.data.video import write_video
+from tvit_cli.data.writer import write_video
 from tvit_cli.engine.eval import choose_videos
 from tvit_cli.engine.events import Note
 from tvit_cli.engine.export.job import Answerer, Job
