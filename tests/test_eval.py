@@ -331,6 +331,15 @@ def test_two_processes_find_what_one_finds(trained: TrainResult, tmp_path: Path)
     assert written["intervals"] == {name: list(ends) for name, ends in one.intervals.items()}
 
 
+def test_a_second_model_that_is_not_there_is_missed_before_the_first_is_scored(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    pair = (trained.model, tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="nowhere: no such model folder"):
+        compare(settings(trained, subset="train", output=tmp_path / "out", compare=pair))
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_path: Path) -> None:
     worse = tmp_path / "worse"
     shutil.copytree(trained.model, worse)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_clips
 
 from tvit_cli import options
 from tvit_cli.settings.base import Loaded, flag
@@ -143,3 +144,16 @@ def test_a_download_that_failed_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "data" / "ucf101" / ".lock").touch()
     result = tvit("train", cwd=tmp_path)
     assert result.returncode == 2 and "tvit download ucf101" in result.stderr
+
+
+def test_a_check_ends_with_what_it_found(tmp_path: Path) -> None:
+    videos = make_clips(tmp_path / "colours")
+    count = len(list(videos.rglob("*.avi")))
+    whole = tvit("extract", "--check", "--path-to-data", str(videos))
+    assert whole.returncode == 0 and f"{count} of {count} videos can be read." in whole.stdout + whole.stderr
+    as_json = tvit("extract", "--check", "--json", "--path-to-data", str(videos))
+    assert [json.loads(line)["problem"] for line in as_json.stdout.splitlines()] == [""] * count
+    next(videos.rglob("*.avi")).write_bytes(b"")
+    spoilt = tvit("extract", "--check", "--path-to-data", str(videos))
+    assert spoilt.returncode == 1 and f"error: 1 of {count} videos cannot be read." in spoilt.stderr
+    assert "can be read." not in spoilt.stdout

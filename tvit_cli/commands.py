@@ -111,6 +111,8 @@ def _show_check(console: Console, found: CheckResult, *, as_json: bool) -> None:
         console.table(["video", "codec", "size", "frames", "seconds", "rate", "rotation", "problem"], rows)
     if bad := found.unreadable:
         raise RunError(f"{len(bad)} of {len(found.scans)} videos cannot be read.")
+    if not as_json:
+        console.say(f"{len(found.scans)} of {len(found.scans)} videos can be read.")
 
 
 def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:

@@ -7,12 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.evalreport import MOST_STRIPS, run_name, same_again, what_to_know
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import Interval, difference_interval, mcnemar
 from tvit_cli.engine.results import Answer, EvalResult
+from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import SettingsError
 from tvit_cli.report.comparison import ComparisonFacts, Flip, write_comparison_report
 from tvit_cli.settings.eval import EvalSettings
@@ -50,6 +53,8 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """
     assert settings.compare is not None
     place = join_processes(settings.device)
+    for model in settings.compare:  # the second is missed before the first is scored
+        open_trained(model, working_directory=settings.working_directory, device=torch.device("cpu"))
     results = []
     for number, model in enumerate(settings.compare):
         output = None if settings.output is None else settings.output / "AB"[number]

@@ -34,7 +34,7 @@ def check(job: Job) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"--format onnx needs {', '.join(missing)}, which is not installed. "
+            f"--format onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
             'Install it: python -m pip install "tvit[onnx]"'
         )
 
