@@ -12,6 +12,7 @@ from tiny import last_weights, make_clips, make_pretrained, run, settings
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.engine import standardise
 from tvit_cli.engine.predict import load_model
+from tvit_cli.engine.scoring import WithFeatures, merge_scores, score
 from tvit_cli.errors import SettingsError
 from tvit_cli.model.additions import FeatureNorm
 from tvit_cli.settings.base import load
@@ -53,6 +54,34 @@ def test_fitted_features_have_mean_0_and_deviation_1_and_constant_ones_stay_smal
         1 / (0.1 * features.std(0, correction=0).mean().item()), rel=1e-4
     )
     assert fitted[:, 3].abs().max() < 1e-4
+
+
+def test_clips_that_do_not_differ_are_shifted_and_keep_their_scale() -> None:
+    norm = FeatureNorm(3)
+    norm.start(generator=None, from_scratch=False)
+    norm.fit(torch.full((4, 3), 5.0))
+    assert norm.shift.tolist() == [5, 5, 5] and norm.scale.tolist() == [1, 1, 1]
+
+
+def test_a_process_without_a_batch_takes_part(facts: dict[str, object], tmp_path: Path) -> None:
+    model = load_model(run(**facts, working_directory=tmp_path).model)
+    videos = [video for video in layout(facts) if video.subset == "train"][:3]
+    parts = [
+        score(
+            WithFeatures(model._trained.model),
+            videos,
+            model.labels,
+            model._trained.card.preprocessing,
+            device=torch.device("cpu"),
+            batch_size=8,
+            workers=0,
+            rank=rank,
+            processes=2,
+        )
+        for rank in (0, 1)
+    ]
+    assert not len(parts[1].indices)
+    assert torch.equal(merge_scores(parts).logits, parts[0].logits)
 
 
 def test_a_training_starts_with_features_standardised_over_its_training_clips(

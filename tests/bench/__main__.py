@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         program, *flags = GROUPS[name][1]
         print(f"== {name}: {GROUPS[name][0]} ==", flush=True)
         command = [sys.executable, str(Path(__file__).parent / program), *flags, *extra]
-        worst = max(worst, subprocess.run(command, env=environment, check=False).returncode)
+        worst = max(worst, abs(subprocess.run(command, env=environment, check=False).returncode))
     return worst
 
 

@@ -316,6 +316,8 @@ def strike(
                 f"the full disk is not named:\n{errors}",
             )
         look(run, json.loads(marker.read_text())["checkpoints"], saved=child.returncode in (130, 143))
+    else:
+        _must(child.returncode == 0, f"a resumed run that nobody hit failed:\n{errors}")
     return {**asdict(kill), "exit code": child.returncode, "was hit": was_hit}
 
 

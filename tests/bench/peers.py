@@ -56,19 +56,15 @@ def peer(name: str, depth: int, dropout: float) -> nn.Module:
         "hidden_size": WIDTH, "num_hidden_layers": depth, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH,
         "image_size": 224, "num_labels": CLASSES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
-    targets = r".*(query|key|value|intermediate\.dense|output\.dense|fc1|fc2)"
+    targets = (
+        r".*(query|key|value|q_proj|k_proj|v_proj|intermediate\.dense|layer\.\d+\.output\.dense|fc1|fc2)"
+    )
     if name == "VideoMAE":
         config = transformers.VideoMAEConfig(num_frames=16, tubelet_size=2, patch_size=16, **shape)
         model: nn.Module = transformers.VideoMAEForVideoClassification(config)
-        targets = (
-            r".*(query|key|value|q_proj|k_proj|v_proj|intermediate\.dense|layer\.\d+\.output\.dense|fc1|fc2)"
-        )
     elif name == "ViViT":
         config = transformers.VivitConfig(num_frames=16, tubelet_size=[2, 16, 16], **shape)
         model = transformers.VivitForVideoClassification(config)
-        targets = (
-            r".*(query|key|value|q_proj|k_proj|v_proj|intermediate\.dense|layer\.\d+\.output\.dense|fc1|fc2)"
-        )
     else:
         config = transformers.TimesformerConfig(num_frames=8, patch_size=16, **shape)
         model = transformers.TimesformerForVideoClassification(config)

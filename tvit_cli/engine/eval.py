@@ -28,7 +28,7 @@ from tvit_cli.engine.resampling import Outcomes, metric_intervals
 from tvit_cli.engine.results import Answer, EvalResult, write_result
 from tvit_cli.engine.scoring import Scores, Views, clips_to_score, merge_scores, score
 from tvit_cli.engine.seen import Seen
-from tvit_cli.engine.source import Source, default_workers, open_source
+from tvit_cli.engine.source import Source, open_source, workers_of
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.card import ModelCard
@@ -78,7 +78,7 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         report(Note(leak, "warning"))
     shuffle_seed = settings.seed if settings.shuffle_frames else None
     started = time.perf_counter()
-    workers = default_workers(place.processes) if settings.num_workers is None else settings.num_workers
+    workers = workers_of(settings.num_workers, place.processes)
     own = score(
         trained.model,
         videos,

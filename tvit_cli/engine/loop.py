@@ -41,7 +41,7 @@ from tvit_cli.engine.outofmemory import Attempt, advice
 from tvit_cli.engine.parallel import any_of_them, sum_gradients
 from tvit_cli.engine.run import Run, identity
 from tvit_cli.engine.scoring import merge_scores, score
-from tvit_cli.engine.source import Source, default_workers
+from tvit_cli.engine.source import Source, workers_of
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.watch import LossWatch, diverged, loss_error, not_finite, some
 from tvit_cli.errors import Interrupted, RunError
@@ -362,8 +362,7 @@ def _batches(loop: Loop) -> Iterator[ClipBatch]:
 
 
 def workers(loop: Loop) -> int:
-    given = loop.settings.num_workers
-    return default_workers(loop.plan.processes) if given is None else given
+    return workers_of(loop.settings.num_workers, loop.plan.processes)
 
 
 def _learning_rate(loop: Loop, step: int) -> float:

@@ -33,8 +33,8 @@ def parameter_groups(
     """The trainable parameters in groups that share a weight decay and a `rate_scale` (`set_rates` reads it).
 
     Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens,
-    positions and DoRA's magnitudes are never decayed. The scale is that of `layer_scale`; parts that an image ViT
-    lacks get `temporal_rate` where they hold layers, else 1.
+    positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
+    that of `layer_scale`; parts that an image ViT lacks get `temporal_rate` where they hold layers, else 1.
     """
     new = {f"{path}.": temporal_rate if part.is_map else 1.0 for path, part in model.additions().items()}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}

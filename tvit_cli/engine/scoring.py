@@ -151,7 +151,8 @@ class WithFeatures(nn.Module):
 def merge_scores(parts: Sequence[Scores]) -> Scores:
     """The scores of all processes as one, in the order of the videos."""
     errors = {index: reason for part in parts for index, reason in part.errors.items()}
-    rows = [(p.indices, p.logits, p.labels, p.view_ranks) for p in parts]
+    # A process that had no batch does not know how wide a model's answers are.
+    rows = [(p.indices, p.logits, p.labels, p.view_ranks) for p in parts if len(p.indices)]
     return _join(rows, errors, classes=parts[0].logits.shape[1])
 
 

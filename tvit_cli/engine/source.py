@@ -126,6 +126,11 @@ def make_demo_data(root: Path, report: Report) -> None:
     )
 
 
+def workers_of(given: int | None, processes: int = 1) -> int:
+    """Decoding workers of each of several processes: what was given, else `default_workers`."""
+    return default_workers(processes) if given is None else given
+
+
 def default_workers(processes: int = 1, *, spare: int = 1) -> int:
     """Decoding processes for each of several: the cores that are left to it but for `spare`, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

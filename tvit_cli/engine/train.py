@@ -30,7 +30,7 @@ from tvit_cli.engine.parallel import share_weights
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import Run, check_identity, held, open_run, write_settings
-from tvit_cli.engine.source import Source, default_workers, open_source
+from tvit_cli.engine.source import Source, open_source, workers_of
 from tvit_cli.engine.standardise import standardise_features
 from tvit_cli.engine.summary import plan_facts, write_report
 from tvit_cli.engine.trackers import Trackers, require_tensorboard
@@ -187,10 +187,6 @@ def _prepare(
     built = build(settings, num_classes=len(source.layout.labels), report=report)
     built.model.to(accelerator.device)
     share_weights(built.model, accelerator)
-    if settings.feature_norm and is_new:
-        given = settings.num_workers
-        n_workers = default_workers(accelerator.num_processes) if given is None else given
-        standardise_features(built, source, accelerator, workers=n_workers, report=report)
     if settings.gradient_checkpointing:
         built.model.run_block = recomputed
     model = accelerator.prepare_model(built.model, evaluation_mode=True)  # in evaluation mode it adds no DDP
@@ -201,6 +197,15 @@ def _prepare(
         find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
     )
     assert settings.per_gpu_batch_size != "auto"
+    if settings.feature_norm and is_new:
+        with ends_with_advice(settings, accelerator.device):
+            standardise_features(
+                built,
+                source,
+                accelerator,
+                workers=workers_of(settings.num_workers, accelerator.num_processes),
+                report=report,
+            )
     optimizer = adamw(
         parameter_groups(
             built.model,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
 LEAST_DEVIATION = 0.1  # of a feature, as a share of the mean one
-TINY = 1e-6
 BOTTLENECK = 4  # width over bottleneck width, as in AIM (arXiv:2302.03024)
 
 
@@ -109,7 +108,8 @@ class FeatureNorm(Addition):
         """Take mean and deviation of features, (clips, D); those that hardly differ are not blown up."""
         deviation = features.std(dim=0, correction=0)  # (D,)
         self.shift.copy_(features.mean(dim=0))
-        self.scale.copy_(1 / deviation.clamp_min(LEAST_DEVIATION * float(deviation.mean()) + TINY))
+        if deviation.any():  # else all clips are one, and how far others lie from it is not known
+            self.scale.copy_(1 / deviation.clamp_min(LEAST_DEVIATION * float(deviation.mean())))
 
 
 class Bottleneck(Addition):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.base import Settings, about, flag
 from tvit_cli.settings.fields import Device, seconds
 
 HOW, SHOWN, LONG, MORE = "How", "What is shown", "Long videos", "What is written"
@@ -109,7 +109,7 @@ class PredictSettings(Settings):
                         f"--{name} is of timelines: say --window as well, for example --window 2s"
                     )
         else:
-            for name in ("embeddings", "explain"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"--{name} is of whole videos: leave out --window")
+            for name in ("embeddings", "explain", "top_k"):
+                if name in self.model_fields_set and getattr(self, name) is not None:
+                    raise ValueError(f"{flag(name)} is of whole videos: leave out --window")
         return self

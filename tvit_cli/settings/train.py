@@ -212,7 +212,7 @@ class TrainSettings(DataSettings):
     train: TrainMode = Field(
         "lora",
         description="What is trained: lora (adapters, the classifier and what pretrained weights lack), all, "
-        "classifier (nothing else), or last-N (the last N blocks and all after them, in full)",
+        "classifier (with an attentive pool and --feature-norm), or last-N (the last N blocks and all after them, in full)",
         json_schema_extra=about(LORA, metavar="lora|all|classifier|last-N"),
     )
     lora_rank: int = Field(
@@ -614,7 +614,7 @@ class TrainSettings(DataSettings):
         if self.feature_norm and self.hf_model_name is None:
             raise ValueError(
                 "--feature-norm: features of a model from scratch say nothing yet that could be standardised. "
-                "Leave it out, or give pretrained weights with --hf-model-name"
+                "Take --no-feature-norm, or give pretrained weights with --hf-model-name"
             )
         if self.attention == "space" and self.tubelet_size > 1:
             raise ValueError(
