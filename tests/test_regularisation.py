@@ -191,13 +191,7 @@ def test_two_processes_agree_on_all_of_it(
         "per_gpu_batch_size": 4,
         "ema_decay": 0.8,
     }
-    facts |= {
-        "layer_decay": 0.6,
-        "balanced_sampling": True,
-        "patience": 1,
-        "learning_rate": 0.15,
-        "feature_norm": True,
-    }
+    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 1, "learning_rate": 0.15}
     one = trained(**facts, gradient_accumulation_steps=2)
     own = settings(
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts, num_processes=2

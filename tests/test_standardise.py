@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,23 @@ def test_a_training_starts_with_features_standardised_over_its_training_clips(
     torch.testing.assert_close(features.mean(0), torch.zeros_like(features[0]), atol=1e-4, rtol=0)
     deviation = features.std(0, correction=0)
     assert deviation.max() == pytest.approx(1, abs=1e-3) and deviation.median() == pytest.approx(1, abs=1e-3)
+
+
+def test_two_processes_start_with_the_numbers_of_one(facts: dict[str, object], tmp_path: Path) -> None:
+    one = run(**facts, working_directory=tmp_path)
+    own = settings(**facts, working_directory=tmp_path, num_processes=2, experiment_name="two")
+    (tmp_path / "two.json").write_text(own.model_dump_json())
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    child = subprocess.run(
+        [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "two.json")],
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    for name in ("feature_norm.shift", "feature_norm.scale"):
+        first, second = (
+            load_file(m / "model.safetensors")[name] for m in (one.model, tmp_path / "two" / "model")
+        )
+        assert torch.equal(first, second)
 
 
 def test_of_many_clips_some_from_all_places_are_taken(

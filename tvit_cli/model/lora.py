@@ -56,7 +56,7 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
 
     lora        what `attach` says: adapters, classifier, additions; rank 0 the same without adapters
     all         every parameter
-    classifier  the classifier, and the attentive pool that feeds it
+    classifier  the classifier, and what feeds it: the attentive pool, the norm of features
     last-N      the last N blocks and all that comes after them; no gradient is computed below
 
     Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.

@@ -33,8 +33,9 @@ def check(job: Job) -> None:
     """Raise ModelError where a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
+        are = "is" if len(missing) == 1 else "are"
         raise ModelError(
-            f"--format onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            f"--format onnx needs {', '.join(missing)}, which {are} not installed. "
             'Install it: python -m pip install "tvit[onnx]"'
         )
 
