@@ -200,8 +200,7 @@ def manifest(job: Job, data: Path, folder: Path) -> Path:
 
 def right(result: EvalResult) -> dict[str, int]:
     """Whether each video's best score is its label's: file name -> 1 or 0."""
-    with (result.output / "scores.csv").open(newline="", encoding="utf-8") as file:
-        return {Path(r["video"]).stem: int(r["label"] == r["predicted"]) for r in csv.DictReader(file)}
+    return {Path(answer.video.name).stem: int(answer.is_right) for answer in result.answers}
 
 
 def commit() -> str:

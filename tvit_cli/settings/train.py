@@ -212,8 +212,8 @@ class TrainSettings(DataSettings):
     train: TrainMode = Field(
         "lora",
         description="What is trained: lora (adapters, the classifier and what pretrained weights lack), all, "
-        "classifier (with an attentive pool and --feature-norm), or last-N (the last N blocks and all after them, in "
-        "full)",
+        "classifier (with an attentive pool and --feature-norm), or last-N (the last N blocks and all after "
+        "them, in full)",
         json_schema_extra=about(LORA, metavar="lora|all|classifier|last-N"),
     )
     lora_rank: int = Field(
