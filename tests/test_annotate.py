@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tvit_cli.data.video import play, probe
-from tvit_cli.data.writer import video_writer
+from tvit_cli.data.writer import video_writer, write_video
 from tvit_cli.engine.annotate import WHOLE, annotate
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.report.caption import caption_mask, captioned
@@ -27,6 +27,8 @@ def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
     before, after = list(play(source)), list(play(out))
     assert [p.start for p in after] == pytest.approx([p.start for p in before], abs=1e-3)
     assert (probe(out).width, probe(out).height) == (120, 90) and len(seen) == 20
+    assert [p.end for p in after] == pytest.approx([p.end for p in before], abs=1e-3)
+    assert after[0].length == pytest.approx(2.0, abs=1e-3)  # the last frame lasts as long as the others
     widths = []
     for a, b in zip(before, after, strict=True):
         change = np.abs(a.picture()[:90, :120].astype(int) - b.picture()).max(2) > 25
@@ -34,6 +36,18 @@ def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
         widths.append(int(np.flatnonzero(change.any(0)).max()))
     assert max(widths[:7]) < 60 < min(widths[7:])
     assert [path.name for path in out.parent.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize("height", [240, 720])
+def test_colours_stay_as_they_are(tmp_path: Path, height: int) -> None:
+    colour = np.broadcast_to(np.array([200, 30, 30], np.uint8), (height, height, 3))
+    with video_writer(tmp_path / "one.mp4") as writer:
+        writer.write(colour, 0.0, 0.1)
+        writer.write(colour, 0.1, 0.5)
+    write_video(tmp_path / "all.mp4", np.stack([colour, colour]))
+    for name in ("one.mp4", "all.mp4"):
+        for frame in play(tmp_path / name):
+            assert np.abs(frame.picture().astype(int) - colour).max() <= 3, name
 
 
 def test_a_caption_is_light_on_a_darkened_corner_and_fits_the_picture() -> None:

@@ -26,6 +26,7 @@ _CODECS = {
     "libx264": {"crf": "20", "preset": "fast"},
     "mpeg4": {"qmin": "3", "qmax": "3"},
 }  # the first that is there
+_LAST = {"flags": "+frame_duration"}  # without it the last frame lasts one tick
 
 
 def write_video(
@@ -58,15 +59,8 @@ def write_video(
         assert isinstance(stream, VideoStream), f"{codec} is no video codec"
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.thread_count = 1  # threads split a picture, and so change the bytes
-        for index, pixels in enumerate(frames):
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = reformatter.reformat(
-                rgb,
-                format=pixel_format,
-                dst_colorspace=matrix_by_height(height),
-                interpolation=SCALING,
-                threads=1,
-            )
+        for index, picture in enumerate(frames):
+            frame = _to_encode(reformatter, picture, pixel_format)
             frame.pts = index
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -78,19 +72,24 @@ class VideoWriter:
     def __init__(self, container: OutputContainer) -> None:
         self._container = container
         self._stream: VideoStream | None = None
+        self._reformatter = VideoReformatter()
 
-    def write(self, picture: Frames, start: float) -> None:
-        """Append a frame, uint8 (H, W, 3), shown from `start` seconds on. An odd last row or column is left out."""
+    def write(self, picture: Frames, start: float, end: float) -> None:
+        """Append a frame, uint8 (H, W, 3), shown from `start` to `end` in seconds.
+
+        An odd last row or column is left out.
+        """
         height, width = (size - size % 2 for size in picture.shape[:2])  # H.264 and MPEG-4 halve the colours
         if self._stream is None:
             name = next(codec for codec in _CODECS if codec in av.codecs_available)
-            stream = self._container.add_stream(name, rate=Fraction(TICKS), options=_CODECS[name])
+            stream = self._container.add_stream(name, rate=Fraction(TICKS), options=_CODECS[name] | _LAST)
             assert isinstance(stream, VideoStream)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.time_base = Fraction(1, TICKS)
             self._stream = stream
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+        frame = _to_encode(self._reformatter, picture[:height, :width], "yuv420p")
         frame.pts, frame.time_base = round(start * TICKS), Fraction(1, TICKS)
+        frame.duration = round(end * TICKS) - frame.pts
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
@@ -106,6 +105,18 @@ def video_writer(path: Path) -> Iterator[VideoWriter]:
         writer = VideoWriter(container)
         yield writer
         writer.finish()
+
+
+def _to_encode(reformatter: VideoReformatter, picture: Frames, pixel_format: str) -> av.VideoFrame:
+    """RGB, uint8 (H, W, 3), in the colours that a reader takes a picture of its height to be in."""
+    rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    return reformatter.reformat(
+        rgb,
+        format=pixel_format,
+        dst_colorspace=matrix_by_height(len(picture)),
+        interpolation=SCALING,
+        threads=1,
+    )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def annotate(
             while number < len(segments) - 1 and frame.start >= segments[number].end - 1e-6:
                 number += 1
             segment = segments[number]
-            writer.write(captioned(frame.picture(), f"{segment.label}  {segment.score:.2f}"), frame.start)
+            picture = captioned(frame.picture(), f"{segment.label}  {segment.score:.2f}")
+            writer.write(picture, frame.start, frame.end)
             if progress is not None:
                 progress(frame.end, frame.length)
