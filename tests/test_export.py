@@ -433,6 +433,40 @@ def test_weights_that_were_changed_are_not_exported(trained: TrainResult, copied
         engine.export(ExportSettings(model=copied))
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ada/secret/vit-tuned", "vit-tuned"),
+        ("../secret/vit-tuned", "vit-tuned"),
+        ("home/ada/secret/vit-tuned/", "vit-tuned"),
+        ("C:\\ada\\secret\\vit-tuned", "vit-tuned"),
+        ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
+    ],
+)
+def test_no_folder_of_this_machine_leaves_with_an_export(
+    trained: TrainResult, copied: Path, tmp_path: Path, name: str, shown: str
+) -> None:
+    path = copied / "model" / "card.json"
+    card = json.loads(path.read_text())
+    card["base"]["name"] = name
+    card["settings"] |= {
+        "path_to_data": "/mnt/secret/colours",
+        "hf_model_name": name,
+        "resume_from_checkpoint": "/mnt/secret/checkpoint",
+        "working_directory": "/mnt/secret",
+    }
+    path.write_text(json.dumps(card))
+    clips = trained.run.parents[1] / "colours" / "Blue"
+    output = engine.export(
+        ExportSettings(model=copied / "model", clips=clips, output=tmp_path / "out")
+    ).output
+    written = json.loads((output / "card.json").read_text())
+    assert written["base"]["name"] == written["settings"]["hf_model_name"] == shown
+    assert written["settings"]["path_to_data"] == "colours"
+    for file in output.rglob("*"):
+        assert file.is_dir() or b"secret" not in file.read_bytes(), file
+
+
 def test_labels_that_do_not_fit_the_classifier_are_refused(copied: Path) -> None:
     path = copied / "model" / "card.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "labels": ["Blue", "Red"]}))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.export import ExportSettings
 
 Answerer = Callable[[Sequence[Path]], Tensor]  # videos -> logits, or the logarithms of scores, (videos, K)
+PRIVATE = ("working_directory", "resume_from_checkpoint")  # settings that say where, not what
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,27 @@ class Job:
 
     @property
     def card(self) -> ModelCard:
-        """The model's card for others to read: folders of this machine are reduced to their names."""
+        """The model's card for others to read: folders of this machine are left out or reduced to their names."""
         card = self.trained.card
-        settings = {key: value for key, value in card.settings.items() if key != "working_directory"}
-        for key in ("path_to_data", "hf_model_name"):
-            if settings.get(key) and Path(settings[key]).exists():
-                settings[key] = Path(settings[key]).resolve().name
+        settings = {key: value for key, value in card.settings.items() if key not in PRIVATE}
+        if settings.get("path_to_data"):
+            settings["path_to_data"] = _last(settings["path_to_data"])
+        if settings.get("hf_model_name"):
+            settings["hf_model_name"] = _public(settings["hf_model_name"])
         base = card.base
-        if base is not None and Path(base.name).exists():
-            base = base.model_copy(update={"name": Path(base.name).resolve().name})
+        if base is not None:
+            base = base.model_copy(update={"name": _public(base.name)})
         return card.model_copy(update={"settings": settings, "base": base})
 
     def write_card(self, folder: Path) -> None:
         """Write card.json into an export."""
         (folder / CARD_FILE).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _public(name: str) -> str:
+    """A name on the hub as it is; of a folder or file, here or elsewhere, its own name."""
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else _last(name)
+
+
+def _last(path: str) -> str:
+    return PureWindowsPath(Path(path).resolve()).name  # which takes either slash for one
