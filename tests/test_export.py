@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loopback import serving
 from safetensors.torch import load_file, save_file
 from tiny import make_clips, make_pretrained, run
 
@@ -613,6 +614,28 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
         with pytest.raises(Exception, match=r"text\.avi"):
             module("reading").read_clip(tmp_path / "text.avi", n_frames=4, short_side=32)
     assert not [name for name in sys.modules if name.startswith("_tvit_export_")]
+
+
+def test_the_shipped_reader_takes_a_file_for_a_file_whatever_its_name_and_content(
+    tmp_path: Path, make_video: Callable[..., Path]
+) -> None:
+    ship_package(tmp_path, ("reading",))
+    video = make_video(tmp_path / "plain.avi", 5)
+    named = shutil.copyfile(video, tmp_path / "x:y.avi")
+    facts = {"n_frames": 2, "short_side": 32}
+    with carried(tmp_path) as module, serving() as server:
+        read = module("reading").read_clip
+        assert np.array_equal(read(named, **facts), read(video, **facts))
+        assert np.array_equal(read(f"file://{video}", **facts), read(video, **facts))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            assert np.array_equal(read("x:y.avi", **facts), read(video, **facts))
+        playlist = tmp_path / "list.m3u8"
+        address = server.add("/part.avi", video.read_bytes())
+        playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n")
+        with pytest.raises((OSError, ValueError), match=r"list\.m3u8"):
+            read(playlist, **facts)
+        assert not server.requests
 
 
 def test_what_is_shipped_imports_itself_and_four_packages() -> None:

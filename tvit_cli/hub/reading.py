@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
@@ -83,7 +84,7 @@ def read_clip(
 
 def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
     """Every frame that decodes, in order; packets that do not are left out."""
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with _opened(str(path)) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             return
@@ -100,3 +101,10 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
             yield from frames
             if packet is None:
                 return
+
+
+def _opened(path: str) -> InputContainer:
+    """A URL as it is; a file, also one named `a:b.avi`, by the file protocol, and so what a playlist names."""
+    if "://" in path:
+        return av.open(path, metadata_errors="ignore")
+    return av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
