@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,9 @@ COMPARISON_FILE = "comparison.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The second model against the first, on the videos that both could read.
+    """The second model against the first, on the videos that count for both.
+
+    With --unreadable wrong, videos that a model could not read are among them, as its wrong answers.
 
     `gained` are the videos that only the second knows, `lost` those that only the first does: pairs of the
     first's answer and the second's. `interval` is the 95 % bootstrap interval over groups of the difference of
@@ -49,7 +50,8 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """Score both models of `--compare` with all other settings the same, and set them side by side.
 
     Each leaves its own results where its own evaluation would; the comparison goes beside the second's. Raises
-    what `evaluate` raises, and SettingsError where the two name other classes.
+    what `evaluate` raises, and SettingsError where the two were not scored on the same videos, or those have
+    another class for one than for the other.
     """
     assert settings.compare is not None
     place = join_processes(settings.device)
@@ -89,12 +91,17 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
 def _pairs(first: EvalResult, second: EvalResult) -> list[tuple[Answer, Answer]]:
     others = {answer.video.path: answer for answer in second.answers}
     pairs = [(answer, others[answer.video.path]) for answer in first.answers if answer.video.path in others]
-    known = [answer for pair in pairs for answer in pair]
-    if not pairs or Counter(a.video.label for a in known[::2]) != Counter(b.video.label for b in known[1::2]):
+    models = f"--compare {first.model} {second.model}"
+    if not pairs:
         raise SettingsError(
-            f"--compare {first.model} {second.model}: they were not scored on the same videos. Name the data "
-            "for both with --path-to-data."
+            f"{models}: they were not scored on the same videos. Name the data for both with --path-to-data."
         )
+    for a, b in pairs:
+        if a.video.label != b.video.label:
+            raise SettingsError(
+                f"{models}: {a.video.name} is of the class {a.video.label} for the first and {b.video.label} for "
+                "the second. Name the data for both with --path-to-data."
+            )
     return pairs
 
 
@@ -157,7 +164,7 @@ def _write_page(
         measured={
             "first": str(first.model),
             "second": str(second.model),
-            "videos": f"{len(pairs)} that both could read, of {groups} groups; strips show what the second saw",
+            "videos": f"{_which(pairs)}, of {groups} groups; strips show what the second saw",
             "speed": f"first {first.metrics['videos'] / first.seconds:.1f} videos/s, "
             f"second {second.metrics['videos'] / second.seconds:.1f} videos/s, decoding included",
         },
@@ -172,6 +179,14 @@ def _write_page(
     except OSError as error:
         report(Note(f"{comparison.output}: the report could not be written ({error.strerror}).", "warning"))
         return None
+
+
+def _which(pairs: list[tuple[Answer, Answer]]) -> str:
+    """How many videos are compared, and how many of them count as wrong because they could not be read."""
+    unread = sum(bool(a.error or b.error) for a, b in pairs)
+    if not unread:
+        return f"{len(pairs)} that both could read"
+    return f"{len(pairs)}, of which {unread} could not be read and count as wrong"
 
 
 def _flips(pairs: tuple[tuple[Answer, Answer], ...], second: EvalResult) -> list[Flip]:

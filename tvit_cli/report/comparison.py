@@ -39,8 +39,9 @@ class Flip:
 class ComparisonFacts:
     """What the page of a comparison says.
 
-    `both`, `only_first`, `only_second` and `neither` count the videos that the models know; `per_class` maps a
-    label to (videos, right answers of the first, of the second); `gained` and `lost` show some of the flips.
+    `both`, `only_first`, `only_second` and `neither` count the videos that the models know: what a model could
+    not read, it does not know. `per_class` maps a label to (videos, right answers of the first, of the second);
+    `gained` and `lost` show some of the flips.
     """
 
     folder: Path
@@ -66,7 +67,7 @@ class ComparisonFacts:
 
     @property
     def videos(self) -> int:
-        """The videos that both answered."""
+        """The videos that count for both."""
         return self.both + self.only_first + self.only_second + self.neither
 
 

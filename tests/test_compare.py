@@ -1,0 +1,95 @@
+"""`tvit eval --compare`: two models are held against each other only where that means something."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import Page
+from tiny import make_clips, run
+
+from tvit_cli.data.layout import read_layout
+from tvit_cli.engine.compare import Comparison, compare
+from tvit_cli.engine.train import TrainResult
+from tvit_cli.errors import SettingsError
+from tvit_cli.settings.eval import EvalSettings
+
+SUBSETS = {"group_pattern": r"_g(\d+)_", "val_groups": "1", "test_groups": "1"}
+NO_GROUPS = {"val_groups": "none", "test_groups": "none"}  # but for what the data states
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    root = tmp_path_factory.mktemp("compare")
+    return run(
+        path_to_data=str(make_clips(root / "colours", groups=4)),
+        working_directory=root / "runs",
+        epochs=1,
+        hf_model_name=None,
+        width=16,
+        depth=1,
+        num_heads=2,
+        train="all",
+    )
+
+
+def data_of(trained: TrainResult) -> Path:
+    return Path(json.loads((trained.run / "settings.json").read_text())["path_to_data"])
+
+
+def copy_of(trained: TrainResult, folder: Path, **changes: Any) -> Path:
+    """The model in another folder, as if it had been trained with other settings."""
+    shutil.copytree(trained.model, folder)
+    card = json.loads((folder / "card.json").read_text())
+    card["settings"] |= changes
+    card["held_out"] = {}
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+def compared(first: Path, second: Path, **changes: Any) -> Comparison:
+    facts = {"compare": (first, second), "num_workers": 0, "device": "cpu", **changes}
+    return compare(EvalSettings.model_validate(facts))
+
+
+def measured(comparison: Comparison) -> str:
+    assert comparison.report is not None
+    return Page(comparison.report.read_text(encoding="utf-8")).text
+
+
+def test_videos_that_are_of_another_class_for_the_second_model_are_not_compared(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    swapped = {"Red": "Blue", "Blue": "Red", "Green": "Green"}  # as many of each class as before
+    videos = read_layout(data_of(trained), **SUBSETS).videos
+    rows = [f"{video.path},{swapped[video.label]},{video.subset}" for video in videos]
+    manifest = tmp_path / "swapped.csv"
+    manifest.write_text("\n".join(["path,label,subset", *rows]) + "\n")
+    other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(manifest), **NO_GROUPS)
+    with pytest.raises(
+        SettingsError, match=r"_g\d\d_c01.avi is of the class Blue for the first and Red for the second"
+    ):
+        compared(trained.model, other, output=tmp_path / "out")
+
+
+def test_models_without_a_video_in_common_are_not_compared(trained: TrainResult, tmp_path: Path) -> None:
+    elsewhere = make_clips(tmp_path / "colours", groups=4)
+    other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(elsewhere))
+    with pytest.raises(SettingsError, match="not scored on the same videos"):
+        compared(trained.model, other, output=tmp_path / "out")
+
+
+def test_the_page_says_which_of_the_compared_videos_could_not_be_read(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    data = shutil.copytree(data_of(trained), tmp_path / "colours")
+    (data / "Red" / "v_Red_g01_c02.avi").write_text("not a video")
+    facts = {"path_to_data": str(data), "subset": "train", "val_groups": "04,", "test_groups": "03,"}
+    left_out = compared(trained.model, trained.model, output=tmp_path / "a", **facts)
+    assert left_out.videos == 6 and "videos6 that both could read, of 2 groups" in measured(left_out)
+    wrong = compared(trained.model, trained.model, output=tmp_path / "b", unreadable="wrong", **facts)
+    assert wrong.videos == 7
+    assert "videos7, of which 1 could not be read and count as wrong, of 2 groups" in measured(wrong)
