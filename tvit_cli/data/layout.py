@@ -40,6 +40,11 @@ class Video:
     group: str | None  # None: a group of its own
     url: str = ""  # where it is read from instead of a file
 
+    @property
+    def unit(self) -> str:
+        """What stands and falls together in a statistic: its group, or the video alone."""
+        return self.name if self.group is None else self.group
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -75,7 +75,7 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
         interval=difference_interval(
             [a for a, _ in right],
             [b for _, b in right],
-            [a.video.group or a.video.name for a, _ in pairs],
+            [a.video.unit for a, _ in pairs],
         ),
         p_value=mcnemar(len(lost), len(gained)),
         gained=gained,
@@ -143,7 +143,7 @@ def _write_page(
     both = sum(a.is_right and b.is_right for a, b in pairs)
     gained, lost = len(comparison.gained), len(comparison.lost)
     notes = [*what_to_know(first, settings), *what_to_know(second, settings)]
-    groups = len({a.video.group or a.video.name for a, _ in pairs})
+    groups = len({a.video.unit for a, _ in pairs})
     facts = ComparisonFacts(
         folder=comparison.output,
         first=run_name(first.model),

@@ -275,7 +275,7 @@ def _outcomes(answers: list[Answer], labels: tuple[str, ...], top_k: int) -> Out
             for a, label in zip(answers, own, strict=True)
         ],
         confidence=[max(answer.scores, default=0.0) for answer in answers],
-        groups=[answer.video.group or answer.video.name for answer in answers],
+        groups=[answer.video.unit for answer in answers],
     )
 
 

@@ -12,8 +12,8 @@ from tvit_cli.engine.events import Note, Report
 from tvit_cli.engine.metrics import ClassScore
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import Answer, EvalResult, confusions
-from tvit_cli.engine.run import MODEL_FOLDER
 from tvit_cli.engine.trained import Trained
+from tvit_cli.model.folder import MODEL_FOLDER
 from tvit_cli.report.evaluation import ClassRow, EvaluationFacts, ShownVideo, write_evaluation_report
 from tvit_cli.report.words import plural
 from tvit_cli.settings.base import flag
@@ -53,7 +53,7 @@ def write_report(
         labels=labels,
         metrics=result.metrics,
         intervals=result.intervals,
-        groups=len({answer.video.group or answer.video.name for answer in result.answers}),
+        groups=len({answer.video.unit for answer in result.answers}),
         seconds=result.seconds,
         per_class=class_rows(result.per_class),
         counts=confusions(read),
@@ -130,7 +130,7 @@ def _measured(
         f"{card.model.get('attention', '')} attention",
         "data": f"{facts['data']}, split {facts['split']}",
         "subset": f"{result.subset}: {result.metrics['videos']:.0f} videos, "
-        f"{len({a.video.group or a.video.name for a in result.answers})} groups",
+        f"{len({a.video.unit for a in result.answers})} groups",
         "left out": plural(len(result.unreadable), "video") + (", counted as wrong" if are_wrong else ""),
         "clip": f"{card.preprocessing.n_frames} frames of {size}×{size} pixels, one of each equal share of a video",
         "views": "one clip, the centre crop" if one else looked,

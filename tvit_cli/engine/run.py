@@ -17,13 +17,13 @@ from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
 from tvit_cli.engine.microbatch import as_before
 from tvit_cli.engine.source import find_data
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
+from tvit_cli.model.folder import MODEL_FOLDER
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.card import BaseWeights
 from tvit_cli.settings.train import TrainSettings
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
-MODEL_FOLDER = "model"
 _DEFAULTS = TrainSettings().model_dump(mode="json")
 
 

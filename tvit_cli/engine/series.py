@@ -17,12 +17,11 @@ from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.results import EvalResult, confusions
-from tvit_cli.model.folder import CARD_FILE
+from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER
 from tvit_cli.report.series import SeriesFacts, write_series_report
 from tvit_cli.settings.eval import EvalSettings
 
 SUMMARY_FILE = "summary.json"
-MODEL_FOLDER = "model"  # of each run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE, find_newest_model, load_model
+from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
 from tvit_cli.model.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
 
@@ -58,8 +58,8 @@ def open_trained(
     whole.
     """
     folder = find_newest_model(working_directory) if given is None else given
-    if (folder / "model" / CARD_FILE).is_file():
-        folder = folder / "model"
+    if (folder / MODEL_FOLDER / CARD_FILE).is_file():
+        folder = folder / MODEL_FOLDER
     if not (folder / CARD_FILE).is_file():
         found = _open_reference(folder, working_directory, device)
         if found is not None:

@@ -23,6 +23,7 @@ from tvit_cli.errors import ModelError, RunError
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
+MODEL_FOLDER = "model"  # of a run
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -112,7 +113,7 @@ def find_newest_model(working_directory: Path) -> Path:
     Looks for `<experiment>/model` and `<experiment>/<any>/model`. Raises ModelError when there is none.
     """
     written = []
-    for pattern in (f"*/model/{CARD_FILE}", f"*/*/model/{CARD_FILE}"):
+    for pattern in (f"*/{MODEL_FOLDER}/{CARD_FILE}", f"*/*/{MODEL_FOLDER}/{CARD_FILE}"):
         for card in working_directory.glob(pattern):
             try:
                 written.append((card.stat().st_mtime_ns, card.parent))

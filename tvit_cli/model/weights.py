@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
+from tvit_cli.model.folder import CARD_FILE
 
 CONFIG_FILE = "config.json"
-CARD_FILE = "card.json"  # in its place in a model folder of tvit
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
