@@ -22,8 +22,9 @@ from bench import kills
 from bench.kills import FACTORS, IN_THE_SUITE, Bench, Plan, Wrong, compare, covering, plan_of
 
 from tvit_cli import main
-from tvit_cli.data import layout
-from tvit_cli.data.layout import Video, check_videos
+from tvit_cli.data import checked
+from tvit_cli.data.checked import check_videos
+from tvit_cli.data.layout import Video
 from tvit_cli.engine import loop, processes
 from tvit_cli.engine import train as train_module
 from tvit_cli.engine.checkpoint import list_checkpoints
@@ -233,7 +234,7 @@ def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(layout, "decode_first", slow)
+    monkeypatch.setattr(checked, "decode_first", slow)
     videos = [Video(tmp_path / str(i), str(i), "a", "train", None) for i in range(200)]
     with pytest.raises(KeyboardInterrupt):
         check_videos(videos, workers=2, progress=stop)

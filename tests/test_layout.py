@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tvit_cli.data.layout import Layout, check_videos, read_layout
+from tvit_cli.data.checked import check_videos
+from tvit_cli.data.layout import Layout, read_layout
 from tvit_cli.errors import DataError
 
 UCF101 = r"_g(\d+)_"

@@ -1,4 +1,4 @@
-"""Which videos were found readable before: remembered in the data folder, so that each is tried only once."""
+"""Which videos can be read: remembered in the data folder, so that each is tried only once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
 import av
 
-from tvit_cli.data.layout import Video, check_videos
+from tvit_cli.data.layout import Video
+from tvit_cli.data.video import decode_first
+from tvit_cli.errors import VideoError
 
 CHECKED = ".checked.json"  # hidden, so that it is no class to who reads the folder
 
@@ -42,6 +45,30 @@ def unreadable_videos(
         if new and folder.stat().st_mode & _WRITABLE:  # root could, but whoever said no meant it
             _write(folder / CHECKED, {**known, **new})
     return reasons
+
+
+def check_videos(
+    videos: Sequence[Video], *, workers: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, str]:
+    """Decodes the first frame of every video: name -> reason for those that cannot be read.
+
+    `progress(done, total)` is called in the caller's thread.
+    """
+    reasons: dict[str, str] = {}
+    pool = ThreadPoolExecutor(max_workers=max(1, workers))
+    try:
+        tasks = {pool.submit(decode_first, video.path): video for video in videos}
+        for done, task in enumerate(as_completed(tasks), start=1):
+            video = tasks[task]
+            try:
+                task.result()
+            except VideoError as error:
+                reasons[video.name] = str(error).removeprefix(f"{video.path}: ")
+            if progress is not None:
+                progress(done, len(videos))
+    finally:
+        pool.shutdown(cancel_futures=True)  # stopped half-way, nobody waits for the rest
+    return dict(sorted(reasons.items()))
 
 
 def _facts(path: Path) -> _Facts | None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 
+from tvit_cli.data.holdout import groups_to_hold_out
 from tvit_cli.data.manifest import read_manifest
+from tvit_cli.data.names import did_you_mean, listed
 from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
 from tvit_cli.data.storeformat import is_store
-from tvit_cli.data.video import VIDEO_SUFFIXES, decode_first
-from tvit_cli.errors import DataError, VideoError
+from tvit_cli.data.video import VIDEO_SUFFIXES
+from tvit_cli.errors import DataError
 
 SUBSETS = ("train", "val", "test")
-AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
 
 # fmt: off
 _ALIASES = {
@@ -26,7 +24,6 @@ _ALIASES = {
     "test": "test", "testing": "test",
 }
 # fmt: on
-_SHOWN = 12  # how many names a message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,43 +103,19 @@ def read_layout(
     return layout
 
 
-def check_videos(
-    videos: Sequence[Video], *, workers: int, progress: Callable[[int, int], None] | None = None
-) -> dict[str, str]:
-    """Decodes the first frame of every video: name -> reason for those that cannot be read.
-
-    `progress(done, total)` is called in the caller's thread.
-    """
-    reasons: dict[str, str] = {}
-    pool = ThreadPoolExecutor(max_workers=max(1, workers))
-    try:
-        tasks = {pool.submit(decode_first, video.path): video for video in videos}
-        for done, task in enumerate(as_completed(tasks), start=1):
-            video = tasks[task]
-            try:
-                task.result()
-            except VideoError as error:
-                reasons[video.name] = str(error).removeprefix(f"{video.path}: ")
-            if progress is not None:
-                progress(done, len(videos))
-    finally:
-        pool.shutdown(cancel_futures=True)  # stopped half-way, nobody waits for the rest
-    return dict(sorted(reasons.items()))
-
-
 def _find(root: Path) -> tuple[list[Video], list[str]]:
     """Every video with its label and the subset that its folder or row states; `train` where none does."""
     if root.is_file():
         return _from_manifest(root), []
     if not root.is_dir():
         siblings = [path.name for path in _visible(root.parent)] if root.parent.is_dir() else []
-        raise DataError(f"{root}: no such folder.{_did_you_mean(root.name, siblings)}")
+        raise DataError(f"{root}: no such folder.{did_you_mean(root.name, siblings)}")
     notes: list[str] = []
     for base in (root, *_one_down(root)):
         if subsets := _subset_folders(base):
             videos = [v for folder, name in subsets for v in _read_classes(folder, root, name, notes)]
             if others := [f.name for f in _folders(base) if f.name.casefold() not in _ALIASES]:
-                notes.append(f"Folders beside train, val and test are not read: {_listed(others)}.")
+                notes.append(f"Folders beside train, val and test are not read: {listed(others)}.")
             return videos, notes
         if _has_classes(base) and not all(f.name.casefold() in _ALIASES for f in _folders(base)):
             return _read_classes(base, root, "train", notes), notes
@@ -181,7 +154,7 @@ def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list
         inside = _videos_in(folder)
         others = sorted(set(_visible(folder)) - set(inside))
         if not inside:
-            held = f"only {_listed(path.name for path in others)}" if others else "nothing"
+            held = f"only {listed(path.name for path in others)}" if others else "nothing"
             raise DataError(
                 f"{folder}: a class folder without videos; it holds {held}. Remove it, or put videos in."
             )
@@ -232,18 +205,18 @@ def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
 
 def _follow_lists(videos: list[Video], lists: Path, split: int, notes: list[str]) -> list[Video]:
     """Gives each video the subset that an official split list states; unlisted videos are left out."""
-    listed = {
+    subsets = {
         (label.casefold(), file.casefold()): subset
         for subset, entries in parse_split_lists(lists, split).items()
         for label, file in entries
     }
-    found = [(video, listed.get((video.label.casefold(), video.path.name.casefold()))) for video in videos]
+    found = [(video, subsets.get((video.label.casefold(), video.path.name.casefold()))) for video in videos]
     chosen = [replace(video, subset=subset) for video, subset in found if subset is not None]
     if not chosen:
         raise DataError(f"{lists}: none of the {len(videos)} videos is in the lists of split {split}.")
-    notes.append(f"Official split {split}: {len(chosen)} of the {len(listed)} listed videos are here.")
+    notes.append(f"Official split {split}: {len(chosen)} of the {len(subsets)} listed videos are here.")
     if len(chosen) < len(videos):
-        names = _listed(video.name for video, subset in found if subset is None)
+        names = listed(video.name for video, subset in found if subset is None)
         notes.append(f"{len(videos) - len(chosen)} videos are in no list and left out: {names}.")
     return chosen
 
@@ -280,71 +253,22 @@ def _hold_out(
     videos: list[Video], subset: str, wanted: str, *, automatic: bool, notes: list[str]
 ) -> tuple[list[Video], tuple[str, ...]]:
     """Moves whole groups from train to `subset`, as `--val-groups` or `--test-groups` says; names them, too."""
-    wanted = wanted.strip()
-    train: dict[str, Counter[str]] = defaultdict(Counter)  # group -> its videos in train, by label
+    train: dict[str, Counter[str]] = defaultdict(Counter)
     for video in videos:
         if video.subset == "train":
             train[_unit(video)][video.label] += 1
-    if wanted == "none" or (wanted == "auto" and not automatic):
-        return videos, ()
-    if wanted == "auto":
-        count = min(max(1, round(AUTO_SHARE[subset] * len(train))), len(train) - 1)
-        groups = _spread(train, count)
-        if not groups:
-            notes.append(f"No {subset} subset: no group can be spared from train without emptying a class.")
-            return videos, ()
-    elif _is_count(wanted):
-        groups = _spread(train, int(wanted))
-        if len(groups) < int(wanted):
-            raise DataError(
-                f"--{subset}-groups {wanted}: train has {len(train)} groups, of which {len(groups)} can be "
-                "held out so that each class keeps a video to train on."
-            )
-    else:
-        groups = [name.strip() for name in wanted.split(",") if name.strip()]
-        for group in groups:
-            if group not in train:
-                raise DataError(
-                    f'--{subset}-groups: no group "{group}" in train.{_did_you_mean(group, train)} '
-                    f"Its groups are {_listed(sorted(train))}."
-                )
+    groups = groups_to_hold_out(train, subset, wanted, automatic=automatic, notes=notes)
     held = set(groups)
-    moved = sum(sum(train[group].values()) for group in held)
-    if moved:
-        notes.append(
-            f"{len(held)} of {len(train)} groups ({moved} videos) are held out of train as {subset}: "
-            f"{_listed(sorted(held))}."
-        )
     moved_videos = [
         replace(video, subset=subset) if video.subset == "train" and _unit(video) in held else video
         for video in videos
     ]
-    return moved_videos, tuple(sorted(held))
+    return moved_videos, groups
 
 
 def _unit(video: Video) -> str:
     """What is held out together: the group, or the video alone."""
     return video.name if video.group is None else video.group
-
-
-def _is_count(text: str) -> bool:
-    """`4` is a count, `04` a name: UCF101's groups are written with two digits."""
-    return text.isdecimal() and text == str(int(text))
-
-
-def _spread(train: dict[str, Counter[str]], count: int) -> list[str]:
-    """`count` groups, evenly over the sorted names; fewer where a class would lose its last video."""
-    names = sorted(train)
-    left = sum(train.values(), Counter[str]())
-    chosen: dict[str, None] = {}
-    for turn in range(count):
-        start = (2 * turn + 1) * len(names) // (2 * count)
-        for name in names[start:] + names[:start]:
-            if name not in chosen and all(left[label] > n for label, n in train[name].items()):
-                chosen[name] = None
-                left -= train[name]
-                break
-    return list(chosen)
 
 
 def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:
@@ -357,7 +281,7 @@ def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:
     for subset in ("val", "test"):
         if missing := sorted({video.label for video in layout.subset(subset)} - trained):
             raise DataError(
-                f"{root}: {_listed(missing)} in {subset}, but no video of that class in train. Put one "
+                f"{root}: {listed(missing)} in {subset}, but no video of that class in train. Put one "
                 "there, or hold out other groups."
             )
     if need_test and not layout.subset("test"):
@@ -365,16 +289,3 @@ def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:
             f"{root}: no test subset. Add a folder test/<class>/, or hold groups out of train with "
             "--test-groups (names, or a count)."
         )
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    spelt = {name.casefold(): name for name in known}
-    near = get_close_matches(word.casefold(), spelt, n=3)
-    return f" Did you mean {' or '.join(spelt[name] for name in near)}?" if near else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    """A few names, and how many more there are."""
-    every = list(names)
-    more = len(every) - _SHOWN
-    return ", ".join(every[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

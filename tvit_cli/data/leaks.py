@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tvit_cli.data.layout import Video
+from tvit_cli.data.names import listed
 
-_SHOWN = 12  # how many names a sentence lists
 _WHAT_IT_DOES = "A model that was trained on them knows them, and its scores on val and test are too good."
 
 
@@ -28,11 +28,11 @@ def find_leaks(videos: Sequence[Video]) -> tuple[str, ...]:
     if shared:
         clips = sum(video.group in shared and video.subset != "train" for video in videos)
         leaks.append(
-            f"The subsets share {len(shared)} groups ({_listed(shared)}), {clips} videos of val and test: "
+            f"The subsets share {len(shared)} groups ({listed(shared)}), {clips} videos of val and test: "
             f"clips cut from one recording. {_WHAT_IT_DOES}"
         )
     if twins := _twins(videos):
-        names = _listed(f"{a.name} = {b.name}" for a, b in twins)
+        names = listed(f"{a.name} = {b.name}" for a, b in twins)
         leaks.append(f"{len(twins)} videos stand in two subsets, byte for byte ({names}). {_WHAT_IT_DOES}")
     return tuple(leaks)
 
@@ -58,9 +58,3 @@ def _twins(videos: Sequence[Video]) -> list[tuple[Video, Video]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listed(names: Iterable[str]) -> str:
-    every = list(names)
-    more = len(every) - _SHOWN
-    return ", ".join(every[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,75 @@
+"""Whole groups held out of train: by name, by count, or by a share of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from tvit_cli.data.names import did_you_mean, listed
+from tvit_cli.errors import DataError
+
+AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
+
+
+def groups_to_hold_out(
+    train: Mapping[str, Counter[str]], subset: str, wanted: str, *, automatic: bool, notes: list[str]
+) -> tuple[str, ...]:
+    """Sorted names of the groups that `--val-groups` or `--test-groups` moves from train to `subset`.
+
+    `train` maps each group to its number of videos by label. What is `wanted`: `auto`, which holds none out unless
+    `automatic`; `none`; a count; or names with commas between. What was done is added to the notes.
+
+    Raises DataError for a group that is not in train, and for a count that would take a class its last video.
+    """
+    wanted = wanted.strip()
+    if wanted == "none" or (wanted == "auto" and not automatic):
+        return ()
+    if wanted == "auto":
+        count = min(max(1, round(AUTO_SHARE[subset] * len(train))), len(train) - 1)
+        groups = _spread(train, count)
+        if not groups:
+            notes.append(f"No {subset} subset: no group can be spared from train without emptying a class.")
+            return ()
+    elif _is_count(wanted):
+        groups = _spread(train, int(wanted))
+        if len(groups) < int(wanted):
+            raise DataError(
+                f"--{subset}-groups {wanted}: train has {len(train)} groups, of which {len(groups)} can be "
+                "held out so that each class keeps a video to train on."
+            )
+    else:
+        groups = [name.strip() for name in wanted.split(",") if name.strip()]
+        for group in groups:
+            if group not in train:
+                raise DataError(
+                    f'--{subset}-groups: no group "{group}" in train.{did_you_mean(group, train)} '
+                    f"Its groups are {listed(sorted(train))}."
+                )
+    held = set(groups)
+    moved = sum(sum(train[group].values()) for group in held)
+    if moved:
+        notes.append(
+            f"{len(held)} of {len(train)} groups ({moved} videos) are held out of train as {subset}: "
+            f"{listed(sorted(held))}."
+        )
+    return tuple(sorted(held))
+
+
+def _is_count(text: str) -> bool:
+    """`4` is a count, `04` a name: UCF101's groups are written with two digits."""
+    return text.isdecimal() and text == str(int(text))
+
+
+def _spread(train: Mapping[str, Counter[str]], count: int) -> list[str]:
+    """`count` groups, evenly over the sorted names; fewer where a class would lose its last video."""
+    names = sorted(train)
+    left = sum(train.values(), Counter[str]())
+    chosen: dict[str, None] = {}
+    for turn in range(count):
+        start = (2 * turn + 1) * len(names) // (2 * count)
+        for name in names[start:] + names[:start]:
+            if name not in chosen and all(left[label] > n for label, n in train[name].items()):
+                chosen[name] = None
+                left -= train[name]
+                break
+    return list(chosen)
