@@ -28,7 +28,7 @@ from tvit_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from tvit_cli.errors import CheckpointError, RunError
-from tvit_cli.model import lora
+from tvit_cli.model.trainable import trainable_tensors
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 
@@ -337,7 +337,7 @@ def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path: Path)
     from bench.checkpoint import adapted_vit_b, optimizer_after_a_step
 
     model = adapted_vit_b()
-    trainable = lora.trainable_tensors(model)
+    trainable = trainable_tensors(model)
     moments = optimizer_tensors(optimizer_after_a_step(model), model)
     assert sum("lora" in name for name in trainable) == 12 * 3 * 2
     assert len(moments) == 3 * len(trainable)

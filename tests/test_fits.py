@@ -33,6 +33,7 @@ from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.errors import CheckpointError, ModelError, RunError, SettingsError
 from tvit_cli.model import lora
 from tvit_cli.model.blocks import recomputed
+from tvit_cli.model.trainable import set_trainable, trainable_report
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.card import Preprocessing
 
@@ -65,7 +66,7 @@ def model(
     )
     vit = build_model(config, seed=0, from_scratch=True)
     spec = lora.LoraSpec(4, 4, dropout, False, "none", ("q", "k", "v"), ())
-    lora.set_trainable(vit, train, spec, seed=0)  # type: ignore[arg-type]
+    set_trainable(vit, train, spec, seed=0)  # type: ignore[arg-type]
     if checkpointing:
         vit.run_block = recomputed
     return vit.train()
@@ -147,7 +148,7 @@ def test_a_run_with_gradient_checkpointing_ends_with_the_same_bits_and_takes_les
 def test_the_memory_model_foretells_the_peak_of_larger_batches(train_what: str, checkpointing: bool) -> None:
     vit = model(train=train_what, checkpointing=checkpointing)
     terms = probe(vit).memory_model()
-    trainable, total = lora.trainable_report(vit)
+    trainable, total = trainable_report(vit)
     assert (terms.weights, terms.gradients, terms.moments) == (4 * total, 4 * trainable, 8 * trainable)
     probe(vit).run(vit, 1)  # gradients are there
     measured = peak_bytes(lambda: probe(vit).run(vit, 16), CPU)

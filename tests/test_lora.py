@@ -19,16 +19,19 @@ from tvit_cli.model.adapter import bare_state_dict, plain_name, save_adapter
 from tvit_cli.model.lora import (
     LoraSpec,
     attach,
-    load_trainable,
     merge,
     merged_state_dict,
     own_layer,
     resolve_layers,
+)
+from tvit_cli.model.schemes import SCHEMES
+from tvit_cli.model.trainable import (
+    load_trainable,
     set_trainable,
+    start_tensors,
     trainable_report,
     trainable_tensors,
 )
-from tvit_cli.model.schemes import SCHEMES
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.train import LORA_TARGETS
 
@@ -625,8 +628,8 @@ def test_a_start_taken_from_the_weights_survives_another_decomposition(
 ) -> None:
     """Another machine's decomposition may pick other directions; a checkpoint brings back those of its run."""
     model = adapted(init=init)
-    saved = {k: v.clone() for k, v in {**trainable_tensors(model), **lora.start_tensors(model)}.items()}
-    assert len(lora.start_tensors(model)) == 2 * 6
+    saved = {k: v.clone() for k, v in {**trainable_tensors(model), **start_tensors(model)}.items()}
+    assert len(start_tensors(model)) == 2 * 6
     perturb(model)
     saved.update({k: v.clone() for k, v in trainable_tensors(model).items()})
 
@@ -647,11 +650,11 @@ def test_a_start_taken_from_the_weights_survives_another_decomposition(
     assert not torch.allclose(elsewhere.state_dict()[layer], model.state_dict()[layer], atol=1e-3)
     load_trainable(elsewhere, saved)
     torch.testing.assert_close(dict(elsewhere.state_dict()), dict(model.state_dict()), atol=1e-5, rtol=1e-5)
-    assert equal(lora.start_tensors(elsewhere), lora.start_tensors(model))
+    assert equal(start_tensors(elsewhere), start_tensors(model))
 
 
 def test_other_adapters_have_no_start_to_save() -> None:
-    assert lora.start_tensors(adapted()) == lora.start_tensors(base()) == {}
+    assert start_tensors(adapted()) == start_tensors(base()) == {}
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, (1,)), (2, (0, 1))])

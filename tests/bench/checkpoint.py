@@ -32,6 +32,7 @@ from tvit_cli.engine.checkpoint import (  # noqa: E402
 )
 from tvit_cli.engine.optim import adamw, parameter_groups  # noqa: E402
 from tvit_cli.model import lora  # noqa: E402
+from tvit_cli.model.trainable import set_trainable, trainable_tensors  # noqa: E402
 from tvit_cli.model.vit import TemporalViT, ViTConfig  # noqa: E402
 
 VIT_B = ViTConfig(
@@ -45,7 +46,7 @@ RANK_8 = lora.LoraSpec(
 def adapted_vit_b() -> TemporalViT:
     """ViT-B with the adapters; its values do not matter."""
     model = TemporalViT(VIT_B, initialise=False)
-    lora.set_trainable(model, "lora", RANK_8, seed=0)
+    set_trainable(model, "lora", RANK_8, seed=0)
     return model
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     writing, reading = [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for step in range(1, options.rounds + 1):
-            tensors = lora.trainable_tensors(model)
+            tensors = trainable_tensors(model)
             started = time.perf_counter()
             path = save_checkpoint(
                 Path(name),

@@ -42,7 +42,7 @@ from tvit_cli.engine.events import EpochDone, Event, silent
 from tvit_cli.engine.train import train
 from tvit_cli.errors import Interrupted
 from tvit_cli.model.flops import count_flops
-from tvit_cli.model.lora import trainable_report
+from tvit_cli.model.trainable import trainable_report
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings

@@ -10,6 +10,7 @@ from tvit_cli.engine.events import Note, Report
 from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.model.trainable import set_trainable, trainable_report
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import BaseWeights, Preprocessing
@@ -95,7 +96,7 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         )
         for note in loaded.notes:
             report(Note(note, "detail"))
-    lora.set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
+    set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
     if settings.train == "lora" and settings.lora_rank and lora.own_layer() is None:
         report(
             Note("This PEFT does not take tvit's LoRA layers: its own compute the same, slower.", "warning")
@@ -121,5 +122,5 @@ def _spec(settings: TrainSettings) -> lora.LoraSpec:
 
 
 def _report_size(model: TemporalViT, report: Report) -> None:
-    trainable, total = lora.trainable_report(model)
+    trainable, total = trainable_report(model)
     report(Note(f"{total:,} parameters, {trainable:,} of them trainable ({trainable / total:.1%})."))

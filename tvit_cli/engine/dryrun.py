@@ -25,8 +25,8 @@ from tvit_cli.engine.parallel import any_of_them
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import MOTIONS, find_data, make_demo_data
 from tvit_cli.engine.train import open_training
-from tvit_cli.model import lora
 from tvit_cli.model.flops import count_flops
+from tvit_cli.model.trainable import trainable_report
 from tvit_cli.settings.train import TrainSettings
 
 STEPS = 5  # measured at most, after one that is not: it starts workers, compiles, and allocates
@@ -95,7 +95,7 @@ def _data(settings: TrainSettings, report: Report) -> Iterator[TrainSettings]:
 
 def _measure(loop: Loop) -> DryRun:
     settings, plan, config = loop.settings, loop.plan, loop.built.config
-    trainable, total = lora.trainable_report(loop.plain_model)
+    trainable, total = trainable_report(loop.plain_model)
     free = free_bytes(loop.device, local_processes())
     probe = Probe(loop.built, loop.plain_model, loop.accelerator, averages=loop.ema is not None)
     memory = probe.memory_model()

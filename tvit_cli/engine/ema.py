@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tvit_cli.model.lora import copy_tensors, trainable_tensors
+from tvit_cli.model.trainable import copy_tensors, trainable_tensors
 
 
 class WeightAverage:

@@ -45,7 +45,7 @@ from tvit_cli.engine.source import Source, workers_of
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.watch import LossWatch, diverged, loss_error, not_finite, some
 from tvit_cli.errors import Interrupted, RunError
-from tvit_cli.model import lora
+from tvit_cli.model.trainable import start_tensors, trainable_tensors
 from tvit_cli.model.vit import TemporalViT
 from tvit_cli.report.pictures import Samples
 from tvit_cli.settings.train import TrainSettings
@@ -303,7 +303,7 @@ def _save(loop: Loop) -> Path:
                 identity=identity_of(loop),
                 scaler={} if scaler is None else scaler.state_dict(),
             ),
-            trainable=_trainable(loop) | lora.start_tensors(loop.plain_model),
+            trainable=_trainable(loop) | start_tensors(loop.plain_model),
             optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
             best=loop.best_tensors,
             ema=None if loop.ema is None else loop.ema.tensors,
@@ -375,7 +375,7 @@ def _learning_rate(loop: Loop, step: int) -> float:
 
 
 def _trainable(loop: Loop) -> dict[str, Tensor]:
-    return lora.trainable_tensors(loop.plain_model)
+    return trainable_tensors(loop.plain_model)
 
 
 def kept_tensors(loop: Loop) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ from tvit_cli.errors import DataError, RunError, SettingsError, TvitError
 from tvit_cli.model import lora
 from tvit_cli.model.blocks import recomputed
 from tvit_cli.model.folder import save_model
+from tvit_cli.model.trainable import load_trainable
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.maxbad import most_bad
@@ -274,7 +275,7 @@ def _open_records(loop: Loop) -> None:
 def _resume(loop: Loop, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     check_identity(state.identity, identity_of(loop))
-    lora.load_trainable(loop.plain_model, checkpoint.trainable)
+    load_trainable(loop.plain_model, checkpoint.trainable)
     load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
     if loop.ema is not None:
         loop.ema.load(checkpoint.ema or {})
@@ -313,9 +314,7 @@ def _finish(loop: Loop) -> TrainResult:
     if loop.step < loop.plan.total_steps:
         epochs = f"for {settings.patience} epochs" if settings.patience != 1 else "in the epoch after it"
         loop.report(Note(f"Stopped early: epoch {best_epoch} is the best, and none was better {epochs}."))
-    lora.load_trainable(
-        loop.plain_model, kept_tensors(loop) if loop.best_tensors is None else loop.best_tensors
-    )
+    load_trainable(loop.plain_model, kept_tensors(loop) if loop.best_tensors is None else loop.best_tensors)
     if loop.accelerator.is_main_process:
         card = ModelCard(
             tvit_version=tvit_cli.__version__,

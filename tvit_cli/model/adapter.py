@@ -9,7 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tvit_cli.model.lora import ADAPTER, adapted_layers, adapter_names, trainable_tensors
+from tvit_cli.model.lora import ADAPTER, adapted_layers, adapter_names
+from tvit_cli.model.trainable import trainable_tensors
 from tvit_cli.model.vit import TemporalViT
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tvit_cli.errors import ModelError, RunError
+from tvit_cli.model.misfits import misfits
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
@@ -102,7 +103,11 @@ def load_model(
         raise ModelError(
             f"{path}: cannot be read ({error}). The file may be truncated; copy it again."
         ) from error
-    _check_state(path, state, model.state_dict())
+    if problems := misfits(state, model.state_dict()):
+        raise ModelError(
+            f"{path}: {problems}. The weights do not belong to the {CARD_FILE} beside "
+            "them; copy both from one place."
+        )
     model.load_state_dict(state, assign=True)
     return model.to(device).eval(), card
 
@@ -182,19 +187,3 @@ def _missing_file(path: Path) -> ModelError:
         f"{path}: this file of the model folder is missing. Copy the whole folder again, or train again: a "
         "run writes it at its end."
     )
-
-
-def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in expected]
-    problems += [
-        f"{name} has the shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ModelError(
-            f"{path}: {'; '.join(problems[:4])}{more}. The weights do not belong to the {CARD_FILE} beside "
-            "them; copy both from one place."
-        )

@@ -18,6 +18,7 @@ from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.run import SETTINGS_FILE
 from tvit_cli.errors import ModelError
 from tvit_cli.model import adapter, lora
+from tvit_cli.model.trainable import load_trainable, trainable_tensors
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -54,9 +55,9 @@ def write(job: Job, folder: Path) -> None:
         )
     checkpoint = load_checkpoint(list_checkpoints(job.run / settings.checkpoint_dir)[-1])
     kept = checkpoint.best or checkpoint.ema or checkpoint.trainable  # as the model folder was made from
-    untrained = {name: tensor.clone() for name, tensor in lora.trainable_tensors(built.model).items()}
-    lora.load_trainable(built.model, checkpoint.trainable)  # has where the adapters started from, too
-    lora.load_trainable(built.model, kept)
+    untrained = {name: tensor.clone() for name, tensor in trainable_tensors(built.model).items()}
+    load_trainable(built.model, checkpoint.trainable)  # has where the adapters started from, too
+    load_trainable(built.model, kept)
     bare = adapter.bare_state_dict(built.model)
     bare |= {
         plain: tensor for name, tensor in untrained.items() if (plain := adapter.plain_name(name)) in bare
