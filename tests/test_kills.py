@@ -25,7 +25,7 @@ from tvit_cli import main
 from tvit_cli.data import checked
 from tvit_cli.data.checked import check_videos
 from tvit_cli.data.layout import Video
-from tvit_cli.engine import loop, processes
+from tvit_cli.engine import epochend, loop, processes
 from tvit_cli.engine import train as train_module
 from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.launch import StopsAtOnce, StopSignals, ends_with_the_others
@@ -169,7 +169,7 @@ def test_a_signal_before_the_first_step_or_after_the_last_has_its_exit_code_too(
     compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
 
 
-@pytest.mark.parametrize(("module", "function"), [(loop, "_validate"), (train_module, "save_model")])
+@pytest.mark.parametrize(("module", "function"), [(epochend, "_validate"), (train_module, "save_model")])
 def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
     command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any,
     function: str,
@@ -197,14 +197,14 @@ def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
 ) -> None:
     """Between its removal and its return nothing would be there, and of one kept checkpoint all would be lost."""
     written: list[int] = []
-    real = loop.save_checkpoint
+    real = epochend.save_checkpoint
 
     def save(*arguments: Any, **keywords: Any) -> Path:
         written.append(keywords["state"].step)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
-    at_call(loop, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    monkeypatch.setattr(epochend, "save_checkpoint", save)
+    at_call(epochend, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert command()[0] == 143
     assert written == [2, 4, 6]
 

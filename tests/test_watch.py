@@ -18,6 +18,7 @@ from tvit_cli.engine import loop
 from tvit_cli.engine.batches import BatchPlan, MicroBatch
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.launch import make_accelerator
+from tvit_cli.engine.loopstate import Loop
 from tvit_cli.engine.watch import BadClip, LossWatch, loss_error, not_finite
 from tvit_cli.errors import RunError
 from tvit_cli.model.vit import TemporalViT
@@ -162,7 +163,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     real = loop.update
 
-    def update(own: loop.Loop) -> Tensor:
+    def update(own: Loop) -> Tensor:
         norm = real(own)
         if own.step == 3:  # the fourth update: its loss was good, what it made of the weights is not
             with torch.no_grad():

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tvit_cli.engine.compiling import compiles
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others
-from tvit_cli.engine.loop import Loop, forward_backward, passes, update, workers
+from tvit_cli.engine.loop import forward_backward, passes, update
+from tvit_cli.engine.loopstate import Loop, workers
 from tvit_cli.engine.memory import MemoryModel, free_bytes
 from tvit_cli.engine.microbatch import Probe, local_processes
 from tvit_cli.engine.outofmemory import ends_with_advice

@@ -1,103 +1,40 @@
-"""The training loop: forward, loss, backward, clip, step; validate, remember the best, save."""
+"""The training loop: forward, loss, backward, clip, step; between two steps, an epoch may end or a run stop."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from tvit_cli.data.clips import ClipBatch, ClipDataset
-from tvit_cli.data.layout import Video
 from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
-from tvit_cli.engine.build import Built
-from tvit_cli.engine.checkpoint import (
-    State,
-    checkpoint_path,
-    optimizer_tensors,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from tvit_cli.engine.checkpoint import checkpoint_path
 from tvit_cli.engine.clock import Clock
-from tvit_cli.engine.ema import WeightAverage
-from tvit_cli.engine.events import EpochDone, Note, Progress, Report, StepDone
+from tvit_cli.engine.epochend import end_epoch, is_patience_over, save
+from tvit_cli.engine.events import Note, StepDone
 from tvit_cli.engine.inputs import make_inputs, short_side
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals
-from tvit_cli.engine.metrics import Tally, class_counts, video_metrics
+from tvit_cli.engine.loopstate import Loop, check_losses, learning_rate, report_unreadable, workers
 from tvit_cli.engine.objective import Targets, clip_losses, window_share
-from tvit_cli.engine.optim import learning_rate_at, set_rates
+from tvit_cli.engine.optim import set_rates
 from tvit_cli.engine.outofmemory import Attempt, advice
 from tvit_cli.engine.parallel import any_of_them, sum_gradients
-from tvit_cli.engine.run import Run, identity
-from tvit_cli.engine.scoring import merge_scores, score
-from tvit_cli.engine.source import Source, workers_of
-from tvit_cli.engine.trackers import Trackers
-from tvit_cli.engine.watch import LossWatch, diverged, loss_error, not_finite, some
 from tvit_cli.errors import Interrupted, RunError
-from tvit_cli.model.trainable import start_tensors, trainable_tensors
-from tvit_cli.model.vit import TemporalViT
-from tvit_cli.report.pictures import Samples
-from tvit_cli.settings.train import TrainSettings
 
 RECORDS_PER_EPOCH = 20  # lines of kind "step" in metrics.jsonl
-
-
-@dataclass
-class Loop:
-    """What the training loop holds: the parts, made once, then its state, which a checkpoint stores."""
-
-    settings: TrainSettings
-    accelerator: Accelerator
-    run: Run
-    source: Source
-    built: Built
-    model: nn.Module  # as it is trained: compiled, or the plain one
-    optimizer: AcceleratedOptimizer
-    plan: BatchPlan
-    trackers: Trackers
-    report: Report
-    class_weights: Tensor  # (K,) float32: what a clip of each class counts in the training loss
-    ema: WeightAverage | None = None
-
-    step: int = 0
-    tally: Tally = field(init=False)
-    best: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-    best_tensors: dict[str, Tensor] | None = None
-    unreadable: dict[str, str] = field(default_factory=dict)
-    watch: LossWatch = field(default_factory=LossWatch)
-    samples: Samples = field(default_factory=Samples)
-    saved_step: int = 0  # of the last checkpoint of this process's life, and when it was written
-    saved_at: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.tally = Tally.zeros(self.accelerator.device)
-
-    @property
-    def plain_model(self) -> TemporalViT:
-        return self.built.model
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
 
 
 @explains_dead_workers()
 def fit(loop: Loop) -> None:
     """Take every step of the plan that is not done yet, until the patience is over."""
-    if _is_patience_over(loop):
+    if is_patience_over(loop):
         return
     clock = Clock.of(loop.device)
     loop.model.train()
@@ -120,7 +57,7 @@ def fit(loop: Loop) -> None:
                 _report_step(loop, planned, window_loss, grad_norm, clock)
                 window_loss = torch.zeros_like(window_loss)
                 if planned.closes_epoch:
-                    _end_epoch(loop, planned.epoch, grad_norm, clock)
+                    end_epoch(loop, planned.epoch, grad_norm, clock)
                     clock = Clock.of(loop.device)
                 every = loop.settings.save_every_steps
                 due = bool(every and loop.step % every == 0) or _minutes_are_over(loop)
@@ -128,8 +65,8 @@ def fit(loop: Loop) -> None:
                 if name:
                     _stop(loop, name)
                 if due and loop.saved_step != loop.step:
-                    _save(loop)
-                if planned.closes_epoch and _is_patience_over(loop):
+                    save(loop)
+                if planned.closes_epoch and is_patience_over(loop):
                     return
                 tally = loop.tally.sums.clone()
             clock.waits_for_data()
@@ -150,7 +87,7 @@ def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tenso
     """This process's share of the window's mean loss; its gradients are added to those that are there."""
     settings = loop.settings
     for index, reason in batch.errors:
-        _report_unreadable(loop, loop.source.readable("train")[index], reason)
+        report_unreadable(loop, loop.source.readable("train")[index], reason)
     torch.manual_seed(_mix(settings.seed, planned, loop.plan))  # all dropout: no state to store
     clips, targets = make_inputs(
         planned, batch, settings=settings, preprocessing=loop.built.preprocessing, device=loop.device
@@ -174,7 +111,7 @@ def update(loop: Loop) -> Tensor:
     """One optimizer update with clipped gradients; returns the gradient's norm before clipping."""
     settings = loop.settings
     sum_gradients(loop.plain_model.parameters(), loop.accelerator)
-    set_rates(loop.optimizer, _learning_rate(loop, loop.step))
+    set_rates(loop.optimizer, learning_rate(loop, loop.step))
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     norm: Tensor = loop.accelerator.clip_grad_norm_(loop.model.parameters(), limit)
     loop.optimizer.step()
@@ -204,123 +141,6 @@ def _halve_micro_batch(loop: Loop) -> None:
     )
 
 
-def _end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
-    """Validate, log, remember the best, save."""
-    _check_losses(loop)
-    sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
-    loop.tally = Tally.zeros(loop.device)
-    if not sums[2]:
-        raise RunError(
-            f"Epoch {epoch + 1}: no training video could be read. Is the disk still there?", by_all=True
-        )
-    training = clock.facts()
-    metrics: dict[str, float] = {
-        "train_loss": sums[0] / sums[2],
-        "train_clip_top1": sums[1] / sums[2],
-        "learning_rate": _learning_rate(loop, loop.step - 1),
-        "grad_norm": float(grad_norm),
-    }
-    if loop.ema is not None:
-        metrics["ema_decay"] = loop.ema.decay_at(loop.step - 1)
-    with nullcontext() if loop.ema is None else loop.ema.in_place():
-        validation = _validate(loop)
-    metrics |= {f"val_{name}": value for name, value in validation.items()}
-    is_best = bool(validation) and (not loop.best or _rank(metrics) > _rank(loop.best))
-    is_best = broadcast_object_list([is_best])[0]  # it decides when all processes stop
-    if is_best:
-        loop.best, loop.best_step = metrics, loop.step
-        loop.best_tensors = {k: v.detach().cpu().clone() for k, v in kept_tensors(loop).items()}
-    record = {"kind": "epoch", "epoch": epoch + 1, "step": loop.step, **metrics, **training}
-    loop.trackers.log(record)
-    loop.report(EpochDone(epoch + 1, {**metrics, **training}, is_best))
-    is_last = epoch + 1 == loop.settings.epochs or _is_patience_over(loop)
-    if is_last or (epoch + 1) % loop.settings.save_checkpoint_interval == 0:
-        _save(loop)
-
-
-def _is_patience_over(loop: Loop) -> bool:
-    """Whether the last better validation result is --patience epochs ago."""
-    patience = loop.settings.patience
-    return patience is not None and loop.step - loop.best_step >= patience * loop.plan.steps_per_epoch
-
-
-def _validate(loop: Loop) -> dict[str, float]:
-    """Metrics of the val subset, or nothing where there is none."""
-    videos = loop.source.readable("val")
-    if not videos:
-        return {}
-    own = score(
-        loop.plain_model,
-        videos,
-        loop.source.layout.labels,
-        loop.built.preprocessing,
-        device=loop.device,
-        batch_size=loop.plan.batch_size,
-        workers=workers(loop),
-        rank=loop.plan.rank,
-        processes=loop.plan.processes,
-        autocast=loop.accelerator.autocast,
-        store=loop.source.store,
-        progress=lambda done, total: loop.report(Progress("validating", done, total)),
-    )
-    scores = merge_scores(gather_object([own]))
-    for index, reason in scores.errors.items():
-        _report_unreadable(loop, videos[index], reason)
-    if not len(scores.indices):
-        raise RunError(
-            f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.", by_all=True
-        )
-    metrics = video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
-    if not math.isfinite(metrics["loss"]):
-        what = f"Step {loop.step}: the validation loss is {metrics['loss']}. "
-        raise diverged(what, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
-    loop.trackers.log_per_class(
-        loop.step, class_counts(scores.logits, scores.labels, loop.source.layout.labels)
-    )
-    return metrics | {"unreadable": float(len(scores.errors))}
-
-
-def _save(loop: Loop) -> Path:
-    """Write a checkpoint and prune the others (the main process does; the rest wait); returns its path.
-
-    Raises RunError where a loss or a weight is not finite: such a state never takes the place of a good one.
-    """
-    _check_losses(loop)
-    if names := not_finite(_trainable(loop)):
-        what = f"Step {loop.step}: {len(names)} weights are not finite ({some(names)}). "
-        raise diverged(what, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
-    sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
-    if loop.accelerator.is_main_process:
-        scaler = loop.accelerator.scaler
-        save_checkpoint(
-            loop.run.checkpoints,
-            state=State(
-                step=loop.step,
-                micro_batch=loop.plan.batch_size,
-                tally=tuple(sums),
-                best_step=loop.best_step,
-                best=loop.best,
-                identity=identity_of(loop),
-                scaler={} if scaler is None else scaler.state_dict(),
-            ),
-            trainable=_trainable(loop) | start_tensors(loop.plain_model),
-            optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
-            best=loop.best_tensors,
-            ema=None if loop.ema is None else loop.ema.tensors,
-        )
-        prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints, newest=loop.step)
-    loop.accelerator.wait_for_everyone()
-    loop.saved_step, loop.saved_at = loop.step, time.monotonic()
-    return checkpoint_path(loop.run.checkpoints, loop.step)
-
-
-def _check_losses(loop: Loop) -> None:
-    """Raise RunError that names the clips where a loss since the last check is not finite."""
-    if bad := loop.watch.look(loop.accelerator):
-        names = [video.name for video in loop.source.readable("train")]
-        raise loss_error(bad, names, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
-
-
 def _minutes_are_over(loop: Loop) -> bool:
     limit = loop.settings.save_every_minutes
     return limit is not None and time.monotonic() - loop.saved_at >= 60 * limit
@@ -329,7 +149,7 @@ def _minutes_are_over(loop: Loop) -> bool:
 def _stop(loop: Loop, name: str) -> None:
     # A checkpoint that is there is not written again: for a moment it would not be there.
     is_saved = loop.saved_step == loop.step
-    path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else _save(loop)
+    path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else save(loop)
     raise Interrupted(
         f"Stopped by {name} after step {loop.step} of {loop.plan.total_steps}; all is saved. {how_to_resume(path)}",
         exit_code=EXIT_CODES[name],
@@ -361,46 +181,6 @@ def _batches(loop: Loop) -> Iterator[ClipBatch]:
     )
 
 
-def workers(loop: Loop) -> int:
-    return workers_of(loop.settings.num_workers, loop.plan.processes)
-
-
-def _learning_rate(loop: Loop, step: int) -> float:
-    return learning_rate_at(
-        step,
-        peak=loop.settings.learning_rate,
-        warmup_steps=round(loop.settings.warmup() * loop.plan.steps_per_epoch),
-        total_steps=loop.plan.total_steps,
-    )
-
-
-def _trainable(loop: Loop) -> dict[str, Tensor]:
-    return trainable_tensors(loop.plain_model)
-
-
-def kept_tensors(loop: Loop) -> dict[str, Tensor]:
-    """What is validated and kept: the average of the trainable tensors where there is one, else they themselves."""
-    return _trainable(loop) if loop.ema is None else loop.ema.tensors
-
-
-def identity_of(loop: Loop) -> dict[str, object]:
-    return identity(
-        loop.settings,
-        labels=loop.source.layout.labels,
-        training=[video.name for video in loop.source.readable("train")],
-        validation=[video.name for video in loop.source.readable("val")],
-        base=loop.built.base,
-        frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
-        device=loop.device.type,
-        processes=loop.plan.processes,
-    )
-
-
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    """Epochs are compared by top-1, then by loss."""
-    return metrics["val_video_top1"], -metrics["val_loss"]
-
-
 def _mix(seed: int, planned: MicroBatch, plan: BatchPlan) -> int:
     """A well mixed 63-bit seed for one forward pass of one process: of its first key, which no other has."""
     epoch, index = planned.keys[0]
@@ -419,18 +199,12 @@ def _keep_samples(loop: Loop, planned: MicroBatch, batch: ClipBatch, clips: Tens
         loop.samples.offer(clips[place], caption)
 
 
-def _report_unreadable(loop: Loop, video: Video, reason: str) -> None:
-    if video.name not in loop.unreadable:
-        loop.unreadable[video.name] = reason
-        loop.report(Note(f"left out: {video.name}: {reason}", "warning"))
-
-
 def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tensor, clock: Clock) -> None:
     number = loop.step - planned.epoch * loop.plan.steps_per_epoch
     every = max(1, loop.plan.steps_per_epoch // RECORDS_PER_EPOCH)
-    rate = _learning_rate(loop, loop.step - 1)
+    rate = learning_rate(loop, loop.step - 1)
     if number % every == 0:
-        _check_losses(loop)
+        check_losses(loop)
         total = loop.accelerator.reduce(loss, reduction="sum")
         loop.trackers.log(
             {
@@ -444,7 +218,7 @@ def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tenso
         )
     if clock.report_is_due():
         if loop.plan.processes == 1:  # several look together, and their clocks differ
-            _check_losses(loop)
+            check_losses(loop)
         sums = loop.tally.sums.tolist()
         clips, facts = max(1.0, sums[2]), clock.facts()
         loop.report(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.events import Note
-from tvit_cli.engine.loop import Loop
+from tvit_cli.engine.loopstate import Loop
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.report.words import plural
 

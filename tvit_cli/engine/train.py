@@ -22,7 +22,8 @@ from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Note, Report, TrainingStarts, silent
 from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others, make_accelerator
-from tvit_cli.engine.loop import Loop, fit, how_to_resume, identity_of, kept_tensors
+from tvit_cli.engine.loop import fit, how_to_resume
+from tvit_cli.engine.loopstate import Loop, identity_of, kept_tensors
 from tvit_cli.engine.microbatch import as_before, find_micro_batch, resolve_batch
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.outofmemory import ends_with_advice

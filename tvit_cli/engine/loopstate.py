@@ -1,0 +1,121 @@
+"""What the training loop holds, and what its steps and the end of an epoch both ask of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from tvit_cli.data.layout import Video
+from tvit_cli.engine.batches import BatchPlan
+from tvit_cli.engine.build import Built
+from tvit_cli.engine.ema import WeightAverage
+from tvit_cli.engine.events import Note, Report
+from tvit_cli.engine.metrics import Tally
+from tvit_cli.engine.optim import learning_rate_at
+from tvit_cli.engine.run import Run, identity
+from tvit_cli.engine.source import Source, workers_of
+from tvit_cli.engine.trackers import Trackers
+from tvit_cli.engine.watch import LossWatch, loss_error
+from tvit_cli.model.trainable import trainable_tensors
+from tvit_cli.model.vit import TemporalViT
+from tvit_cli.report.pictures import Samples
+from tvit_cli.settings.train import TrainSettings
+
+
+@dataclass
+class Loop:
+    """The parts, made once, then its state, which a checkpoint stores."""
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    run: Run
+    source: Source
+    built: Built
+    model: nn.Module  # as it is trained: compiled, or the plain one
+    optimizer: AcceleratedOptimizer
+    plan: BatchPlan
+    trackers: Trackers
+    report: Report
+    class_weights: Tensor  # (K,) float32: what a clip of each class counts in the training loss
+    ema: WeightAverage | None = None
+
+    step: int = 0
+    tally: Tally = field(init=False)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    best_tensors: dict[str, Tensor] | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
+    watch: LossWatch = field(default_factory=LossWatch)
+    samples: Samples = field(default_factory=Samples)
+    saved_step: int = 0  # of the last checkpoint of this process's life, and when it was written
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.tally = Tally.zeros(self.accelerator.device)
+
+    @property
+    def plain_model(self) -> TemporalViT:
+        return self.built.model
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+
+def workers(loop: Loop) -> int:
+    """Number of processes that decode for this one: --num-workers, or what the machine has cores for."""
+    return workers_of(loop.settings.num_workers, loop.plan.processes)
+
+
+def learning_rate(loop: Loop, step: int) -> float:
+    """The peak rate of a step, which layers and parts take their shares of."""
+    return learning_rate_at(
+        step,
+        peak=loop.settings.learning_rate,
+        warmup_steps=round(loop.settings.warmup() * loop.plan.steps_per_epoch),
+        total_steps=loop.plan.total_steps,
+    )
+
+
+def trainable(loop: Loop) -> dict[str, Tensor]:
+    """The tensors that the optimizer changes, sharing the model's memory."""
+    return trainable_tensors(loop.plain_model)
+
+
+def kept_tensors(loop: Loop) -> dict[str, Tensor]:
+    """What is validated and kept: the average of the trainable tensors where there is one, else they themselves."""
+    return trainable(loop) if loop.ema is None else loop.ema.tensors
+
+
+def identity_of(loop: Loop) -> dict[str, object]:
+    """What has to be the same when the run is resumed."""
+    return identity(
+        loop.settings,
+        labels=loop.source.layout.labels,
+        training=[video.name for video in loop.source.readable("train")],
+        validation=[video.name for video in loop.source.readable("val")],
+        base=loop.built.base,
+        frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
+        device=loop.device.type,
+        processes=loop.plan.processes,
+    )
+
+
+def check_losses(loop: Loop) -> None:
+    """Raise RunError that names the clips where a loss since the last check is not finite."""
+    if bad := loop.watch.look(loop.accelerator):
+        names = [video.name for video in loop.source.readable("train")]
+        raise loss_error(bad, names, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
+
+
+def report_unreadable(loop: Loop, video: Video, reason: str) -> None:
+    """Warn of a video that is left out, once in a process's life."""
+    if video.name not in loop.unreadable:
+        loop.unreadable[video.name] = reason
+        loop.report(Note(f"left out: {video.name}: {reason}", "warning"))
