@@ -158,3 +158,13 @@ def test_a_last_line_that_was_cut_off_goes_and_so_do_records_after_the_step(tmp_
     Trackers(tmp_path).cut_after(1)
     assert (tmp_path / "metrics.jsonl").read_text() == lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_record_that_a_full_disk_cut_off_is_no_record(tmp_path: Path) -> None:
+    """The report of a run that ends so must not hide why it ended."""
+    trackers = Trackers(tmp_path)
+    trackers.log({"kind": "epoch", "step": 2, "val_loss": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 3, "lo')
+    assert trackers.records("epoch") == [{"kind": "epoch", "step": 2, "val_loss": 0.5}]
+    assert trackers.records("step") == []

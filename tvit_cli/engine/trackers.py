@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Trackers:
         path = None if self._folder is None else self._folder / name
         if path is None or not path.exists():
             return []
-        return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return _whole_records(path)
 
 
 def require_tensorboard() -> None:
@@ -143,15 +144,16 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop the records after a step, and a last line that was cut off."""
     if not path.exists():
         return
-    kept = []
+    kept = itertools.takewhile(lambda record: record["step"] <= step, _whole_records(path))
+    beside = path.with_suffix(".writing")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def _whole_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file up to a line that a kill or a full disk has cut off."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            yield json.loads(line)
         except ValueError:
-            break
-        if record["step"] > step:
-            break
-        kept.append(line + "\n")
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+            return
