@@ -93,3 +93,24 @@ def test_the_page_says_which_of_the_compared_videos_could_not_be_read(
     wrong = compared(trained.model, trained.model, output=tmp_path / "b", unreadable="wrong", **facts)
     assert wrong.videos == 7
     assert "videos7, of which 1 could not be read and count as wrong, of 2 groups" in measured(wrong)
+
+
+def test_two_models_whose_results_would_share_a_folder_each_get_their_own(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    models = [copy_of(trained, tmp_path / "models" / name) for name in ("before", "after")]
+    result = compared(*models)
+    shared = tmp_path / "models" / "eval" / "test"
+    assert (result.first.output, result.second.output) == (shared / "A", shared / "B")
+    for output, model in zip((shared / "A", shared / "B"), models, strict=True):
+        assert json.loads((output / "metrics.json").read_text())["model"] == str(model)
+    assert result.output == shared and (shared / "comparison.json").is_file()
+    apart = compared(models[0], trained.model)
+    assert apart.first.output == shared and apart.output == trained.run / "eval" / "test"
+
+
+def test_two_models_of_one_name_are_told_apart_by_their_paths(trained: TrainResult, tmp_path: Path) -> None:
+    models = [copy_of(trained, tmp_path / where / "people" / "model") for where in ("here", "there")]
+    text = measured(compared(*models))
+    assert f"{models[1]} against {models[0]}" in text
+    assert f"people against {trained.run.name}" in measured(compared(trained.model, models[0]))

@@ -22,11 +22,12 @@ from tvit_cli.data.layout import read_layout
 from tvit_cli.engine import evalreport
 from tvit_cli.engine.compare import compare
 from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.evalreport import MOST_STRIPS, run_name
+from tvit_cli.engine.evalreport import MOST_STRIPS
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.series import evaluate_series, series_models
 from tvit_cli.engine.train import TrainResult
+from tvit_cli.engine.trained import run_name
 from tvit_cli.errors import DataError
 from tvit_cli.model.folder import load_card
 from tvit_cli.model.vit import TemporalViT

@@ -218,6 +218,20 @@ def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: 
     assert '"n_frames": 8, "num_heads": 12, the reference\'s defaults, are taken' in assumed
 
 
+def test_results_of_merged_weights_are_called_by_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ("ucf101", "hmdb51"):
+        path = write_merged(tmp_path / run / "checkpoint_merged.safetensors", random_tensors())
+        for given in (path, path.parent):
+            assert opened(given).run == Path("runs") / run and opened(given).name == run
+    monkeypatch.chdir(path.parent)
+    for here in (".", path.name):
+        assert opened(Path(here)).run == Path("runs/hmdb51")
+    other = path.rename(path.with_name("best.safetensors"))
+    assert opened(other).run == Path("runs/best")
+
+
 def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path: Path) -> None:
     path = write_merged(tmp_path / "checkpoint_merged.safetensors", random_tensors())
     told = {"n_frames": 5, "num_heads": 2, "id2label": {"0": "bend", "1": "jack", "2": "jump"}}
@@ -445,7 +459,7 @@ def test_a_name_on_the_hub_is_read_from_the_cache(
     (repository / "snapshots").mkdir()
     folder.rename(repository / "snapshots" / "0123abcd")
     trained = opened(name)
-    assert trained.folder == name and trained.run == Path("runs/temporal-vit-85M")
+    assert trained.folder == name and trained.run == Path("runs/detker--temporal-vit-85M")
     base = trained.card.base
     assert base is not None
     assert (base.name, base.revision) == ("detker/temporal-vit-85M", "0123abcd")

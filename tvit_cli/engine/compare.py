@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.evalreport import MOST_STRIPS, run_name, same_again, what_to_know
+from tvit_cli.engine.eval import evaluate, results_folder
+from tvit_cli.engine.evalreport import MOST_STRIPS, same_again, what_to_know
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import Interval, difference_interval, mcnemar
@@ -49,17 +49,24 @@ class Comparison:
 def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """Score both models of `--compare` with all other settings the same, and set them side by side.
 
-    Each leaves its own results where its own evaluation would; the comparison goes beside the second's. Raises
-    what `evaluate` raises, and SettingsError where the two were not scored on the same videos, or those have
-    another class for one than for the other.
+    Each leaves its own results where its own evaluation would, and the comparison goes beside the second's; in
+    `--output`, or where both would use the same folder, they have folders A and B in it, and the comparison goes
+    beside those. Raises what `evaluate` raises, and SettingsError where the two were not scored on the same
+    videos, or those have another class for one than for the other.
     """
     assert settings.compare is not None
     place = join_processes(settings.device)
-    for model in settings.compare:  # the second is missed before the first is scored
-        open_trained(model, working_directory=settings.working_directory, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    first_folder, second_folder = (  # the second model is missed before the first is scored
+        results_folder(settings, open_trained(m, working_directory=settings.working_directory, device=cpu))
+        for m in settings.compare
+    )
+    shared = settings.output
+    if shared is None and first_folder.absolute() == second_folder.absolute():
+        shared = first_folder
     results = []
     for number, model in enumerate(settings.compare):
-        output = None if settings.output is None else settings.output / "AB"[number]
+        output = None if shared is None else shared / "AB"[number]
         own = settings.model_copy(update={"model": model, "output": output, "compare": None})
         results.append(evaluate(own, report, place))
     first, second = results
@@ -80,12 +87,19 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
         p_value=mcnemar(len(lost), len(gained)),
         gained=gained,
         lost=lost,
-        output=settings.output or second.output,
+        output=shared or second.output,
     )
     if place.is_main:
         _write(comparison)
         comparison = replace(comparison, report=_write_page(comparison, pairs, settings, place, report))
     return comparison
+
+
+def _names(first: EvalResult, second: EvalResult) -> tuple[str, str]:
+    """What the models are called; by their paths where that is the same."""
+    if first.name != second.name:
+        return first.name, second.name
+    return str(first.model), str(second.model)
 
 
 def _pairs(first: EvalResult, second: EvalResult) -> list[tuple[Answer, Answer]]:
@@ -144,10 +158,11 @@ def _write_page(
     gained, lost = len(comparison.gained), len(comparison.lost)
     notes = [*what_to_know(first, settings), *what_to_know(second, settings)]
     groups = len({a.video.unit for a, _ in pairs})
+    names = _names(first, second)
     facts = ComparisonFacts(
         folder=comparison.output,
-        first=run_name(first.model),
-        second=run_name(second.model),
+        first=names[0],
+        second=names[1],
         subset=second.subset,
         metrics=(first.metrics, second.metrics),
         difference=comparison.difference,

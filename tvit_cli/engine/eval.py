@@ -130,6 +130,15 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
     return result
 
 
+def results_folder(settings: EvalSettings, trained: Trained) -> Path:
+    """The folder for the results of a model, unless another is given."""
+    return trained.run / "eval" / _subset_name(settings)
+
+
+def _subset_name(settings: EvalSettings) -> str:
+    return settings.subset + ("-shuffled" if settings.shuffle_frames else "")
+
+
 def _views(settings: EvalSettings, card: ModelCard) -> Views:
     if settings.crops_per_clip > 1 and card.preprocessing.resize == "squash":
         raise SettingsError(
@@ -246,7 +255,6 @@ def _judge(
     metrics |= {"mean_class_accuracy": mean_class_accuracy(table), "macro_f1": macro_f1(table)}
     metrics["unreadable"] = float(len(scores.errors))
     counted = [answers[index] for index in sorted(answers)]
-    name = settings.subset + ("-shuffled" if settings.shuffle_frames else "")
     return EvalResult(
         metrics=metrics,
         intervals=metric_intervals(_outcomes(counted, labels, top_k), top_k=top_k),
@@ -256,9 +264,10 @@ def _judge(
         labels=labels,
         unreadable={videos[index].name: reason for index, reason in scores.errors.items()},
         seconds=seconds,
-        subset=name,
+        subset=_subset_name(settings),
         model=trained.folder,
-        output=settings.output or trained.run / "eval" / name,
+        name=trained.name,
+        output=settings.output or results_folder(settings, trained),
         notes=tuple(notes),
         calibration=tuple(calibration_bins(confidence, right)),
     )

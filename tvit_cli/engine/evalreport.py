@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from tvit_cli.engine.metrics import ClassScore
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import Answer, EvalResult, confusions
 from tvit_cli.engine.trained import Trained
-from tvit_cli.model.folder import MODEL_FOLDER
 from tvit_cli.report.evaluation import ClassRow, EvaluationFacts, ShownVideo, write_evaluation_report
 from tvit_cli.report.words import plural
 from tvit_cli.settings.base import flag
@@ -48,7 +46,7 @@ def write_report(
     read = [answer for answer in result.answers if answer.scores]
     page = EvaluationFacts(
         folder=result.output,
-        model=run_name(trained.folder),
+        model=trained.name,
         subset=result.subset,
         labels=labels,
         metrics=result.metrics,
@@ -74,15 +72,6 @@ def write_report(
     except OSError as error:
         report(Note(f"{result.output}: the report could not be written ({error.strerror}).", "warning"))
         return None
-
-
-def run_name(model: Path) -> str:
-    """What a model is called: its run, of a series with the series' name, or its folder where it has no run."""
-    folder = model.absolute()
-    if folder.name != MODEL_FOLDER:
-        return folder.name
-    run = folder.parent
-    return f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed\d+-split\d+", run.name) else run.name
 
 
 def class_rows(table: Mapping[str, ClassScore]) -> dict[str, ClassRow]:

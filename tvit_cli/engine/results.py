@@ -42,7 +42,7 @@ class EvalResult:
 
     `intervals` are 95 % bootstrap intervals over groups; `per_class` and `confused` (true label, said label,
     videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names, with
-    scores in the order of `labels`.
+    scores in the order of `labels`. `name` is what the model is called.
     `calibration` sets confidence against accuracy; `leaks` are sentences on what makes the numbers too good;
     `seen` reads what the model saw once more; `report` is the page, where this process wrote one.
     """
@@ -57,6 +57,7 @@ class EvalResult:
     seconds: float
     subset: str
     model: Path
+    name: str
     output: Path
     notes: tuple[str, ...]
     calibration: tuple[Bin, ...] = ()

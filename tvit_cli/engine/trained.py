@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,11 @@ class Trained:
     results: Path | None = None
     labels_are_guessed: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its run, or what the reference's is called among the results."""
+        return run_name(self.folder) if self.results is None else self.results.name
 
     @property
     def run(self) -> Path:
@@ -69,7 +75,8 @@ def open_trained(
 
 
 def _open_reference(given: Path, working_directory: Path, device: torch.device) -> Trained | None:
-    from tvit_cli.model.reference import find_reference, load_reference  # it imports huggingface_hub
+    # It imports huggingface_hub.
+    from tvit_cli.model.reference import find_reference, load_reference, reference_name
 
     source = find_reference(given)
     if source is None:
@@ -80,10 +87,19 @@ def _open_reference(given: Path, working_directory: Path, device: torch.device) 
         found.card,
         given,
         device,
-        results=working_directory / given.absolute().name.removesuffix(".safetensors"),
+        results=working_directory / reference_name(given, source),
         labels_are_guessed=found.labels_are_guessed,
         notes=found.notes,
     )
+
+
+def run_name(model: Path) -> str:
+    """What a model folder is called: its run, of a series with the series' name, or itself where it has no run."""
+    folder = model.absolute()
+    if folder.name != MODEL_FOLDER:
+        return folder.name
+    run = folder.parent
+    return f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed\d+-split\d+", run.name) else run.name
 
 
 def pick_device(name: str) -> torch.device:

@@ -101,6 +101,18 @@ def find_reference(path: Path) -> WeightsSource | None:
     return resolve_weights(path.as_posix()) if path.is_file() or is_name else None
 
 
+def reference_name(given: Path, source: WeightsSource) -> str:
+    """What weights are called: OWNER--NAME on the hub, a folder or a file by its name.
+
+    A file that is called as all of them are has the name of its folder.
+    """
+    if source.revision is not None:
+        return source.name.replace("/", "--")
+    if given.name in (MERGED_FILE, WEIGHTS_FILE):
+        return given.parent.resolve().name
+    return given.stem if given.is_file() else given.resolve().name
+
+
 def load_reference(source: WeightsSource) -> ReferenceModel:
     """The model, ready to predict (`eval()`), in float32 on the CPU.
 
