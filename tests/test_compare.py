@@ -109,6 +109,19 @@ def test_two_models_whose_results_would_share_a_folder_each_get_their_own(
     assert apart.first.output == shared and apart.output == trained.run / "eval" / "test"
 
 
+def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained: TrainResult, tmp_path: Path) -> None:
+    twin = copy_of(trained, tmp_path / "twin" / "model")
+    other = copy_of(trained, tmp_path / "other" / "model", path_to_data="elsewhere")
+    facts = {"subset": "train", "path_to_data": str(data_of(trained)), "output": tmp_path / "out"}
+    both, one = (
+        measured(compared(trained.model, twin, **facts)),
+        measured(compared(trained.model, other, **facts)),
+    )
+    assert "The model was trained on these videos" in both and "First: " not in both
+    assert "First: The model was trained on these videos" in one
+    assert "Second: Whether the model knows these videos from its training, on elsewhere, is not" in one
+
+
 def test_two_models_of_one_name_are_told_apart_by_their_paths(trained: TrainResult, tmp_path: Path) -> None:
     models = [copy_of(trained, tmp_path / where / "people" / "model") for where in ("here", "there")]
     text = measured(compared(*models))

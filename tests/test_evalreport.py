@@ -239,7 +239,7 @@ def test_groups_of_the_training_that_are_gone_stop_no_evaluation(
     def gone(*given: Any, **choice: Any) -> None:
         raise DataError("--test-groups: no group 04 in train")
 
-    monkeypatch.setattr("tvit_cli.engine.eval.read_layout", gone)
+    monkeypatch.setattr("tvit_cli.engine.known.read_layout", gone)
     assert evaluate(settings(trained, test_groups="2", output=tmp_path)).leaks == ()
 
 
@@ -259,6 +259,38 @@ def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained: TrainResult, t
 
 def test_the_page_says_what_numbers_on_training_videos_are_worth(result: EvalResult) -> None:
     assert "The model was trained on these videos" in page_of(result).text
+    assert "chose the epoch" not in page_of(result).text
+
+
+def test_of_videos_chosen_otherwise_than_in_training_only_some_were_trained_on_or_chose_the_epoch(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    held_out = load_card(trained.model).held_out
+    chosen = page_of(evaluate(settings(trained, subset="val", output=tmp_path))).text
+    assert "These videos chose the epoch" in chosen and "trained on these" not in chosen
+    groups = {"val_groups": "none", "test_groups": f"{held_out['test'][0]},"}  # val goes to train
+    text = page_of(evaluate(settings(trained, subset="train", output=tmp_path, **groups))).text
+    assert "The model was trained on 12 of the 15 videos" in text
+    assert "3 of the 15 videos chose the epoch" in text
+    swapped = {"val_groups": f"{held_out['test'][0]},", "test_groups": f"{held_out['val'][0]},"}
+    text = page_of(evaluate(settings(trained, subset="val", output=tmp_path, **swapped))).text
+    assert "chose the epoch" not in text and "were trained on" not in text
+
+
+def test_on_other_data_the_page_claims_nothing_about_the_training(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    data = make_clips(tmp_path / "others", groups=3)
+    for subset in ("train", "val"):
+        own = settings(trained, subset=subset, path_to_data=str(data), output=tmp_path / subset)
+        text = page_of(evaluate(own)).text
+        assert "The model was trained on" not in text and "chose the epoch" not in text
+        path = load_card(trained.model).settings["path_to_data"]
+        assert f"Whether the model knows these videos from its training, on {path}, is not known." in text
+    text = page_of(evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "test"))).text
+    assert "Whether the model knows" not in text
+    again = settings(trained, path_to_data=load_card(trained.model).settings["path_to_data"], subset="train")
+    assert "The model was trained on these videos" in page_of(evaluate(again)).text
 
 
 def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pages import Page
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips
@@ -314,7 +315,12 @@ def test_eval_scores_it_on_the_classes_of_the_data(
         assert answer.scores == pytest.approx(expected.tolist(), abs=1e-5)
     said = " ".join(event.text for event in events if isinstance(event, Note))
     assert "classes are taken to be the 3 of the data" in said
-    assert "which videos the model was trained on is not known" in said
+    assert "Which videos the model was trained on is not known" in said
+    written = json.loads((result.output / "metrics.json").read_text())["warnings"]
+    assert result.report is not None
+    page = Page(result.report.read_text(encoding="utf-8")).text
+    for sentence in ("do not name their 3 classes", "to be the 3 of the data", "trained on is not known"):
+        assert any(sentence in warning for warning in written) and sentence in page
 
 
 def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path: Path, colours: Path) -> None:

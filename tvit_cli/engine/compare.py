@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tvit_cli.engine.eval import evaluate, results_folder
-from tvit_cli.engine.evalreport import MOST_STRIPS, same_again, what_to_know
+from tvit_cli.engine.evalreport import MOST_STRIPS, same_again
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import Interval, difference_interval, mcnemar
@@ -156,7 +156,6 @@ def _write_page(
         own[:] = own[0] + 1, own[1] + a.is_right, own[2] + b.is_right
     both = sum(a.is_right and b.is_right for a, b in pairs)
     gained, lost = len(comparison.gained), len(comparison.lost)
-    notes = [*what_to_know(first, settings), *what_to_know(second, settings)]
     groups = len({a.video.unit for a, _ in pairs})
     names = _names(first, second)
     facts = ComparisonFacts(
@@ -183,7 +182,7 @@ def _write_page(
             "speed": f"first {first.metrics['videos'] / first.seconds:.1f} videos/s, "
             f"second {second.metrics['videos'] / second.seconds:.1f} videos/s, decoding included",
         },
-        warnings=list(dict.fromkeys(notes)),
+        warnings=_warnings(first, second),
         commands=[
             ("The same again", same_again(settings, ["--compare", str(first.model), str(second.model)]))
         ],
@@ -194,6 +193,18 @@ def _write_page(
     except OSError as error:
         report(Note(f"{comparison.output}: the report could not be written ({error.strerror}).", "warning"))
         return None
+
+
+def _warnings(first: EvalResult, second: EvalResult) -> list[str]:
+    """What is true of both models, then what is true of one."""
+    both = [warning for warning in first.warnings if warning in second.warnings]
+    one = [
+        f"{which}: {warning}"
+        for which, result in (("First", first), ("Second", second))
+        for warning in result.warnings
+        if warning not in both
+    ]
+    return both + one
 
 
 def _which(pairs: list[tuple[Answer, Answer]]) -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from tvit_cli.data.layout import Video, read_layout
-from tvit_cli.data.leaks import find_leaks
-from tvit_cli.data.storeformat import is_store
+from tvit_cli.data.layout import Video
 from tvit_cli.engine.evalreport import write_report
 from tvit_cli.engine.events import Note, Progress, Report, silent
+from tvit_cli.engine.known import choose_videos, leaks_of, training_subsets, what_to_know
 from tvit_cli.engine.metrics import (
     calibration_bins,
     calibration_error,
@@ -28,12 +27,11 @@ from tvit_cli.engine.resampling import Outcomes, metric_intervals
 from tvit_cli.engine.results import Answer, EvalResult, write_result
 from tvit_cli.engine.scoring import Scores, Views, clips_to_score, merge_scores, score
 from tvit_cli.engine.seen import Seen
-from tvit_cli.engine.source import Source, open_source, workers_of
+from tvit_cli.engine.source import open_source, workers_of
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
-from tvit_cli.settings.train import TrainSettings
 
 
 def evaluate(settings: EvalSettings, report: Report = silent, place: Place | None = None) -> EvalResult:
@@ -63,19 +61,12 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         report=report,
     )
     trained = trained.named_by(source.layout.labels)
-    if trained.results is not None:
-        report(
-            Note("which videos the model was trained on is not known: some that are scored may be", "warning")
-        )
-    if trained.labels_are_guessed and trained.card.labels == source.layout.labels:
-        report(
-            Note(f"The model's classes are taken to be the {len(trained.card.labels)} of the data, sorted.")
-        )
     videos = source.layout.subset(settings.subset)
     _check_labels(videos, trained, settings)
-    leaks = _leaks(settings, trained.card, source)
-    for leak in leaks:
-        report(Note(leak, "warning"))
+    before = training_subsets(settings, trained.card, source)
+    known, leaks = what_to_know(settings, trained, source, before), leaks_of(settings, source, before)
+    for warning in (*known, *leaks):
+        report(Note(warning, "warning"))
     shuffle_seed = settings.seed if settings.shuffle_frames else None
     started = time.perf_counter()
     workers = workers_of(settings.num_workers, place.processes)
@@ -114,6 +105,7 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
     result = replace(
         _judge(settings, trained, videos, scores, views, seconds),
         seen=Seen(clips, trained.card.preprocessing, views),
+        warnings=(*trained.notes, *known, *leaks),
         leaks=leaks,
     )
     facts: dict[str, object] = {
@@ -122,6 +114,7 @@ def evaluate(settings: EvalSettings, report: Report = silent, place: Place | Non
         **choice,
         "views": asdict(views),
         "unreadable_videos": settings.unreadable,
+        "warnings": list(result.warnings),
         "leaks": list(leaks),
     }
     if place.is_main:
@@ -146,61 +139,6 @@ def _views(settings: EvalSettings, card: ModelCard) -> Views:
             "there is one crop of each. Leave it out."
         )
     return Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
-
-
-def choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
-    """How the subsets are made: as was given, else as in training.
-
-    On the data that the model was trained on, the groups that were held out then are meant by name: videos that
-    came later must not move what was trained on into the test subset.
-    """
-    chosen: dict[str, str | int] = {}
-    for name in ("group_pattern", "val_groups", "test_groups", "split"):
-        given = getattr(settings, name)
-        default = TrainSettings.model_fields[name].default
-        chosen[name] = card.settings.get(name, default) if given is None else given
-        groups = card.held_out.get(name.removesuffix("_groups"))
-        if given is None and settings.path_to_data is None and groups is not None:
-            chosen[name] = "".join(f"{group}," for group in groups) or "none"
-    return chosen
-
-
-def _leaks(settings: EvalSettings, card: ModelCard, source: Source) -> tuple[str, ...]:
-    """What makes the numbers too good: videos that were trained on, or that the subsets share."""
-    if settings.subset == "train":
-        return ()
-    leaks = list(find_leaks(source.layout.videos))
-    if names := _trained_on(settings, card, source):
-        scored = len(source.layout.subset(settings.subset))
-        leaks.insert(
-            0,
-            f"{len(names)} of the {scored} {settings.subset} videos were trained on (such as {names[0]}): in "
-            "training, the subsets were chosen otherwise. Leave --split, --val-groups, --test-groups and "
-            "--group-pattern as they were.",
-        )
-    return tuple(leaks)
-
-
-def _trained_on(settings: EvalSettings, card: ModelCard, source: Source) -> list[str]:
-    """Names of scored videos that the training's own choice of subsets puts into train, on the same data."""
-    before = choose_videos(EvalSettings(), card)
-    path = card.settings.get("path_to_data")
-    if path is None or choose_videos(settings, card) == before or not source.root.exists():
-        return []
-    if Path(path).absolute() != source.root.absolute() or is_store(source.root):
-        return []
-    try:
-        own = read_layout(
-            source.root,
-            group_pattern=str(before["group_pattern"]),
-            val_groups=str(before["val_groups"]),
-            test_groups=str(before["test_groups"]),
-            split=int(before["split"]),
-        )
-    except DataError:  # the groups of then are gone, so what was trained on is not known any more
-        return []
-    names = {video.name for video in own.subset("train")}
-    return [video.name for video in source.layout.subset(settings.subset) if video.name in names]
 
 
 def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSettings) -> None:

@@ -63,7 +63,7 @@ def write_report(
         preprocessing=trained.card.preprocessing,
         measured=_measured(result, settings, trained, facts, place),
         unreadable=result.unreadable,
-        warnings=what_to_know(result, settings),
+        warnings=result.warnings,
         commands=_commands(settings, result),
         device=trained.device,
     )
@@ -128,21 +128,6 @@ def _measured(
         "speed": f"{result.metrics['videos'] / result.seconds:.1f} videos/s, decoding included: {trained.device} × "
         f"{place.processes}, {settings.per_gpu_batch_size} clips at once",
     }
-
-
-def what_to_know(result: EvalResult, settings: EvalSettings) -> list[str]:
-    """Sentences on what the numbers do not mean."""
-    known = {
-        "train": "The model was trained on these videos: the numbers say how well it knows them, not what it is "
-        "worth.",
-        "val": "These videos chose the epoch that was kept: the numbers lean to the good side.",
-    }
-    found = [known[settings.subset]] if settings.subset in known else []
-    if settings.shuffle_frames:
-        found.append(
-            "The frames of each clip were put in a random order: the numbers say what single frames tell."
-        )
-    return [*found, *result.leaks]
 
 
 def _commands(settings: EvalSettings, result: EvalResult) -> list[tuple[str, str]]:

@@ -43,8 +43,9 @@ class EvalResult:
     `intervals` are 95 % bootstrap intervals over groups; `per_class` and `confused` (true label, said label,
     videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names, with
     scores in the order of `labels`. `name` is what the model is called.
-    `calibration` sets confidence against accuracy; `leaks` are sentences on what makes the numbers too good;
-    `seen` reads what the model saw once more; `report` is the page, where this process wrote one.
+    `calibration` sets confidence against accuracy; `warnings` are sentences on what was assumed and what the
+    numbers do not mean, among them the `leaks`, which make the numbers too good; `seen` reads what the model saw
+    once more; `report` is the page, where this process wrote one.
     """
 
     metrics: dict[str, float]
@@ -61,6 +62,7 @@ class EvalResult:
     output: Path
     notes: tuple[str, ...]
     calibration: tuple[Bin, ...] = ()
+    warnings: tuple[str, ...] = ()
     leaks: tuple[str, ...] = ()
     seen: Seen | None = None
     report: Path | None = None

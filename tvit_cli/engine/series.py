@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.evalreport import class_rows, same_again, what_to_know
+from tvit_cli.engine.evalreport import class_rows, same_again
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
 from tvit_cli.engine.place import Place, join_processes
@@ -89,7 +89,7 @@ def _write_page(
     table = class_table(confusion, torch.tensor([unread[label] for label in labels]))
     found = {label: row for label, row in zip(labels, table, strict=True) if row.videos}
     first = next(iter(results.values()))
-    notes = [note for result in results.values() for note in what_to_know(result, settings)]
+    notes = [note for result in results.values() for note in result.warnings]
     facts = SeriesFacts(
         folder=whole.folder,
         name=str(settings.model.absolute().name) if settings.model else "",

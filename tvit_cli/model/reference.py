@@ -129,8 +129,8 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
     labels, notes = (named, []) if named else _guessed_labels(config.num_classes)
     if assumed := [f'"{key}": {raw[key]}' for key in ("n_frames", "num_heads") if key not in written]:
         notes.append(
-            f"the weights do not tell everything: {', '.join(assumed)}, the reference's defaults, are taken; a "
-            f"{CONFIG_FILE} beside the weights can say otherwise"
+            f"The weights do not tell everything: {', '.join(assumed)}, the reference's defaults, are taken. A "
+            f"{CONFIG_FILE} beside the weights can say otherwise."
         )
     card = ModelCard(
         tvit_version=tvit_cli.__version__,
@@ -302,9 +302,11 @@ def _labels(source: WeightsSource, written: Config, count: int) -> tuple[str, ..
 
 def _guessed_labels(count: int) -> tuple[tuple[str, ...], list[str]]:
     if count == len(UCF101):
-        return UCF101, [f"the weights do not name their {count} classes: UCF101's are taken, in sorted order"]
+        return UCF101, [
+            f"The weights do not name their {count} classes: UCF101's are taken, in sorted order."
+        ]
     note = (
-        f"the weights do not name their {count} classes: they are numbered, in the sorted order of the folders "
-        f'that they were trained on; "id2label" in a {CONFIG_FILE} beside the weights names them'
+        f"The weights do not name their {count} classes: they are numbered, in the sorted order of the folders "
+        f'that they were trained on. "id2label" in a {CONFIG_FILE} beside the weights names them.'
     )
     return tuple(f"class {n}" for n in range(count)), [note]

@@ -55,7 +55,7 @@ class EvaluationFacts:
 
     `metrics` and `intervals` have the names of metrics.json; `groups` is how many groups the videos come from;
     `counts` maps (true label, said label) to videos; `answers` are (confidence, whether right) of each video;
-    `warnings` are sentences on what makes the numbers too good.
+    `warnings` are sentences on what the numbers do not mean.
     """
 
     folder: Path

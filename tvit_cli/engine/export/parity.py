@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.data.writer import write_video
-from tvit_cli.engine.eval import choose_videos
 from tvit_cli.engine.events import Note
 from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.known import choose_videos
 from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import find_data

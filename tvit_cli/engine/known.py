@@ -1,0 +1,124 @@
+"""Which videos are scored, and which of them the model knows from its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.data.leaks import find_leaks
+from tvit_cli.data.storeformat import is_store
+from tvit_cli.engine.source import Source
+from tvit_cli.engine.trained import Trained
+from tvit_cli.errors import DataError
+from tvit_cli.settings.card import ModelCard
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.train import TrainSettings
+
+
+def choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
+    """How the subsets are made: as was given, else as in training.
+
+    On the data that the model was trained on, the groups that were held out then are meant by name: videos that
+    came later must not move what was trained on into the test subset.
+    """
+    chosen: dict[str, str | int] = {}
+    for name in ("group_pattern", "val_groups", "test_groups", "split"):
+        given = getattr(settings, name)
+        default = TrainSettings.model_fields[name].default
+        chosen[name] = card.settings.get(name, default) if given is None else given
+        groups = card.held_out.get(name.removesuffix("_groups"))
+        if given is None and settings.path_to_data is None and groups is not None:
+            chosen[name] = "".join(f"{group}," for group in groups) or "none"
+    return chosen
+
+
+def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) -> dict[str, str] | None:
+    """The subset that each video was in when the model was trained, by name.
+
+    None where that is not known: on other data than the training's, or where its groups of then are gone.
+    """
+    path = card.settings.get("path_to_data")
+    if path is None or not source.root.exists():
+        return None
+    if settings.path_to_data is not None and Path(path).absolute() != source.root.absolute():
+        return None
+    before = choose_videos(EvalSettings(), card)
+    if choose_videos(settings, card) == before:
+        return {video.name: video.subset for video in source.layout.videos}
+    if is_store(source.root):
+        return None
+    try:
+        own = read_layout(
+            source.root,
+            group_pattern=str(before["group_pattern"]),
+            val_groups=str(before["val_groups"]),
+            test_groups=str(before["test_groups"]),
+            split=int(before["split"]),
+        )
+    except DataError:
+        return None
+    return {video.name: video.subset for video in own.videos}
+
+
+def leaks_of(settings: EvalSettings, source: Source, before: Mapping[str, str] | None) -> tuple[str, ...]:
+    """What makes the numbers too good: videos that were trained on, or that the subsets share.
+
+    `before` are the `training_subsets`. Where training videos are asked for, they are none.
+    """
+    if settings.subset == "train":
+        return ()
+    leaks = find_leaks(source.layout.videos)
+    videos = source.layout.subset(settings.subset)
+    names = _were("train", videos, before)
+    if not names:
+        return leaks
+    trained_on = (
+        f"{len(names)} of the {len(videos)} {settings.subset} videos were trained on (such as {names[0]}): in "
+        "training, the subsets were chosen otherwise. Leave --split, --val-groups, --test-groups and "
+        "--group-pattern as they were."
+    )
+    return (trained_on, *leaks)
+
+
+def what_to_know(
+    settings: EvalSettings, trained: Trained, source: Source, before: Mapping[str, str] | None
+) -> tuple[str, ...]:
+    """Sentences on what the numbers do not mean, but for leaks; `before` are the `training_subsets`."""
+    videos = source.layout.subset(settings.subset)
+    found = []
+    names = _were("train", videos, before) if settings.subset == "train" else []
+    if names:
+        found.append(
+            f"The model was trained on {_part(names, videos)}: the numbers say how well it knows them, not what "
+            "it is worth."
+        )
+    if names := _were("val", videos, before):
+        these = _part(names, videos)
+        found.append(
+            f"{these[0].upper()}{these[1:]} chose the epoch that was kept: the numbers lean to the good side."
+        )
+    if trained.results is not None:
+        found.append("Which videos the model was trained on is not known: some that are scored may be.")
+    elif before is None and settings.subset != "test":
+        path = trained.card.settings.get("path_to_data")
+        where = "" if path is None else f", on {path},"
+        found.append(f"Whether the model knows these videos from its training{where} is not known.")
+    if settings.shuffle_frames:
+        found.append(
+            "The frames of each clip were put in a random order: the numbers say what single frames tell."
+        )
+    if trained.labels_are_guessed and trained.card.labels == source.layout.labels:
+        found.append(
+            f"The model's classes are taken to be the {len(trained.card.labels)} of the data, sorted."
+        )
+    return tuple(found)
+
+
+def _were(subset: str, videos: Sequence[Video], before: Mapping[str, str] | None) -> list[str]:
+    """Names of the videos that were in a subset in training."""
+    return [video.name for video in videos if before is not None and before.get(video.name) == subset]
+
+
+def _part(names: Sequence[str], videos: Sequence[Video]) -> str:
+    return "these videos" if len(names) == len(videos) else f"{len(names)} of the {len(videos)} videos"
