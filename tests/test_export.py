@@ -172,6 +172,8 @@ def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(
     check_folder(result, "model.safetensors", "config.json", "video_preprocessor_config.json")
     assert result.parity.max_logit_difference <= 1e-6
     check_example(trained, "use_huggingface.py", result.output, clips)
+    with pytest.raises(ModelError, match="hf-export: an export of a tvit model for other programs"):
+        engine.export(ExportSettings(model=result.output, output=tmp_path / "again"))
 
     model, card = load_model(trained.model)
     there: dict[str, Any] = {"pretrained_model_name_or_path": str(result.output), "trust_remote_code": True}

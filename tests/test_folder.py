@@ -217,6 +217,23 @@ def test_weights_that_do_not_fit_the_card_are_named(
         load_model(folder)
 
 
+def test_an_export_for_other_programs_is_called_what_it_is(folder: Path) -> None:
+    said = (
+        r"model: an export of a tvit model for other programs .*Name the model folder that it was made from"
+    )
+    (folder / "config.json").write_text("{}")
+    load_model(folder, verify=True)  # what else lies there does not make it one
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"network.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=said):
+        load_model(folder, verify=True)
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "parity.json").write_text("{}")
+    with pytest.raises(ModelError, match=said):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_weights_file_is_named(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"

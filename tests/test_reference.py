@@ -216,7 +216,8 @@ def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: 
     assert trained.card.preprocessing.n_frames == 8
     numbered, assumed = trained.notes
     assert "do not name their 3 classes: they are numbered" in numbered
-    assert '"n_frames": 8, "num_heads": 12, the reference\'s defaults, are taken' in assumed
+    everything = '"n_frames": 8, "num_heads": 12, "use_flash_attention": true, "pooling": "cls"'
+    assert f"{everything}, the reference's defaults, are taken" in assumed
 
 
 def test_results_of_merged_weights_are_called_by_their_folder(
@@ -235,7 +236,8 @@ def test_results_of_merged_weights_are_called_by_their_folder(
 
 def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path: Path) -> None:
     path = write_merged(tmp_path / "checkpoint_merged.safetensors", random_tensors())
-    told = {"n_frames": 5, "num_heads": 2, "id2label": {"0": "bend", "1": "jack", "2": "jump"}}
+    told = {"n_frames": 5, "num_heads": 2, "use_flash_attention": True, "pooling": "cls",
+            "id2label": {"0": "bend", "1": "jack", "2": "jump"}}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(told))
     clips = some_clips(5)
     for given in (path, tmp_path):
@@ -243,6 +245,17 @@ def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path: Path) ->
         assert_same_logits(trained, plain_forward(random_tensors(), clips, n_frames=5, heads=2), clips)
         assert trained.card.labels == ("bend", "jack", "jump")
         assert trained.notes == ()
+
+
+def test_a_frame_size_that_nothing_tells_is_assumed_and_said(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    del tensors["pos_embed"]
+    trained = opened(write_merged(tmp_path / "run" / "checkpoint_merged.safetensors", tensors))
+    assert trained.card.preprocessing.frame_size == 224
+    assert '"img_wh": 224, "n_frames": 8' in trained.notes[1]
+    told = {key: value for key, value in CONFIG.items() if key != "use_flash_attention"}
+    notes = opened(write(tmp_path / "hub", random_tensors(), told)).notes
+    assert notes[1].startswith('The weights do not tell everything: "use_flash_attention": true, the')
 
 
 def test_101_classes_without_names_are_ucf101s(tmp_path: Path) -> None:
@@ -383,6 +396,10 @@ def without(name: str) -> Callable[[dict[str, Tensor]], object]:
             lambda t: t.update({"head.weight": torch.ones(4, WIDTH)}),
             r"head\.weight has the shape \(4, 24\), not \(3,",
         ),
+        (
+            lambda t: t.update({"head.weight": torch.tensor(1.0)}),
+            r"head\.weight has the shape \(\), not \(3, 24\)",
+        ),
         (lambda t: t["norm.weight"].fill_(math.nan), r"norm\.weight holds NaN"),
         (
             lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.int8)}),
@@ -479,6 +496,50 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch
     for path in ("working_directory/ucf101-9", "nothing", "a/b/c"):
         with pytest.raises(ModelError, match="no such model folder"):
             opened(Path(path))
+
+
+def test_what_can_only_be_a_local_file_or_a_run_is_missing_and_not_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def unreachable(name: str, **how: Any) -> None:
+        asked.append(name)
+        raise OSError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tvit_cli.model.weights.snapshot_download", unreachable)
+    for path in ("best.safetensors", "merged/best.safetensors", str(tmp_path / "best.safetensors")):
+        with pytest.raises(ModelError, match=r"best\.safetensors: no such file"):
+            opened(Path(path))
+    for path, runs in (("runs/people", "runs"), ("runs/people", tmp_path / "runs"), ("a/runs", "a/runs")):
+        with pytest.raises(ModelError, match=f"{path}: no such model folder"):
+            open_trained(Path(path), working_directory=Path(runs), device=torch.device("cpu"))
+    with pytest.raises(ModelError, match="working_directory/people: no such model folder"):
+        load_model("working_directory/people")
+    assert not asked
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        opened(Path("owner/name"))
+    assert asked == ["owner/name"]
+
+
+def test_an_export_of_tvit_on_the_hub_is_called_what_it_is(tmp_path: Path) -> None:
+    folder = write(tmp_path / "exported", random_tensors(), {"model_type": "tvit"})
+    with pytest.raises(ModelError, match=r"exported: an export of a tvit model .* --format safetensors"):
+        opened(folder)
+    with pytest.raises(ModelError, match="an export of a tvit model for other programs"):
+        read_config(resolve_weights(str(folder)))
+
+
+@pytest.mark.parametrize("shapes", [{}, CONFIG], ids=["merged", "published"])
+@pytest.mark.parametrize("name", ["head.weight", "blocks.0.mlp.linear1.weight"])
+def test_a_tensor_without_dimensions_is_refused_with_its_name(
+    tmp_path: Path, name: str, shapes: dict[str, Any]
+) -> None:
+    tensors = {**random_tensors(), name: torch.tensor(1.0)}
+    written = write(tmp_path / "bad", tensors, shapes) if shapes else None
+    with pytest.raises(ModelError, match=rf"{name} has the shape \(\)"):
+        opened(written or write_merged(tmp_path / "bad.safetensors", tensors))
 
 
 def test_it_is_no_backbone_to_train_from(folder: Path) -> None:

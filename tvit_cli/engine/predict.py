@@ -215,7 +215,8 @@ def load_model(path: str | Path, *, device: str = "auto") -> Model:
 
     Raises ModelError when it is not whole or the machine has no such device.
     """
-    return Model(open_trained(Path(path), working_directory=Path(), device=pick_device(device)))
+    runs = PredictSettings.model_fields["working_directory"].default
+    return Model(open_trained(Path(path), working_directory=runs, device=pick_device(device)))
 
 
 def predict(settings: PredictSettings, report: Report = silent) -> PredictResult:

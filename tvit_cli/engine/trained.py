@@ -78,7 +78,7 @@ def _open_reference(given: Path, working_directory: Path, device: torch.device) 
     # It imports huggingface_hub.
     from tvit_cli.model.reference import find_reference, load_reference, reference_name
 
-    source = find_reference(given)
+    source = find_reference(given, working_directory)
     if source is None:
         return None
     found = load_reference(source)

@@ -22,6 +22,7 @@ POSITIONS = "positions"
 REFERENCE = (
     "temporal-vit"  # the reference implementation's model_type: a classifier of clips, see reference.py
 )
+EXPORTED = "tvit"  # the model_type of a Hugging Face export of tvit's own
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # arXiv:2103.00020's code, clip/clip.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # timm's configs do not say the number of attention heads: they are 64 wide, in these models 80, 88, 104.

@@ -26,7 +26,9 @@ from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
 MODEL_FOLDER = "model"  # of a run
 CARD_FILE = "card.json"
+CONFIG_FILE = "config.json"  # beside weights in transformers' form, exports of tvit among them
 WEIGHTS_FILE = "model.safetensors"
+PARITY_FILE = "parity.json"  # the proof that an export answers as the model does
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
@@ -79,18 +81,14 @@ def load_model(
 ) -> tuple[TemporalViT, ModelCard]:
     """The model, ready to predict (`eval()`), with its card.
 
-    On the CPU the weights are mapped from the file, not read. `verify` first compares their hash with the
+    On the CPU the weights are mapped from the file, not read. `verify` compares their hash with the
     card's. Raises ModelError for a folder that is incomplete or damaged, or whose parts do not belong
     together.
     """
     card = load_card(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise _missing_file(path)
-    if verify and sha256(path) != card.weights_sha256:
-        raise ModelError(
-            f"{path}: its hash is not the one in {CARD_FILE}. The file was changed; copy it again."
-        )
+        raise for_other_programs(str(folder)) if (folder / PARITY_FILE).is_file() else _missing_file(path)
     try:
         config = ViTConfig.from_dict(card.model)
     except ValueError as error:
@@ -104,12 +102,26 @@ def load_model(
             f"{path}: cannot be read ({error}). The file may be truncated; copy it again."
         ) from error
     if problems := misfits(state, model.state_dict()):
+        if (folder / CONFIG_FILE).is_file():
+            raise for_other_programs(str(folder))
         raise ModelError(
             f"{path}: {problems}. The weights do not belong to the {CARD_FILE} beside "
             "them; copy both from one place."
         )
+    if verify and sha256(path) != card.weights_sha256:
+        raise ModelError(
+            f"{path}: its hash is not the one in {CARD_FILE}. The file was changed; copy it again."
+        )
     model.load_state_dict(state, assign=True)
     return model.to(device).eval(), card
+
+
+def for_other_programs(name: str) -> ModelError:
+    """The error for an export in a format that tvit writes and does not read."""
+    return ModelError(
+        f"{name}: an export of a tvit model for other programs to load. Name the model folder that it was made "
+        "from, or an export of that with --format safetensors."
+    )
 
 
 def find_newest_model(working_directory: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tvit_cli.errors import ModelError
 from tvit_cli.model.backbone import backbone_config, load_backbone, on_central_frame
 from tvit_cli.model.families import (
+    EXPORTED,
     FAMILIES,
     POSITIONS,
     REFERENCE,
@@ -19,10 +20,10 @@ from tvit_cli.model.families import (
     Family,
     find_family,
 )
+from tvit_cli.model.folder import CONFIG_FILE, for_other_programs
 from tvit_cli.model.pretrainedconfig import LoadReport, PretrainedConfig
 from tvit_cli.model.vit import TemporalViT, ViTConfig, resize_grid
 from tvit_cli.model.weights import (
-    CONFIG_FILE,
     PREPROCESSOR_FILE,
     WeightsSource,
     check_names,
@@ -161,6 +162,8 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
             f"{source.name}: a trained classifier of clips, no image ViT to train from. Score it with tvit eval "
             f"--model {source.name}, or train from an image ViT such as google/vit-base-patch16-224."
         )
+    if config.get("model_type") == EXPORTED:
+        raise for_other_programs(source.name)
     if family is None:
         raise ModelError(
             f"{source.name}: its model_type is {config.get('model_type')!r}; tvit reads {', '.join(FAMILIES)}."

@@ -11,6 +11,7 @@ Its code: https://github.com/detker/Temporal-Vision-Transformer-LoRA. What its n
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,12 +23,13 @@ from torch import Tensor
 
 import tvit_cli
 from tvit_cli.errors import ModelError
-from tvit_cli.model.families import REFERENCE, Config
+from tvit_cli.model.families import EXPORTED, REFERENCE, Config
+from tvit_cli.model.folder import CONFIG_FILE, for_other_programs
 from tvit_cli.model.pretrained import whole_number
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.model.weights import (
-    CONFIG_FILE,
     INDEX_FILE,
+    SUFFIX,
     WEIGHTS_FILE,
     WeightsSource,
     checked,
@@ -86,11 +88,12 @@ class ReferenceModel:
     notes: tuple[str, ...]
 
 
-def find_reference(path: Path) -> WeightsSource | None:
+def find_reference(path: Path, working_directory: Path) -> WeightsSource | None:
     """The weights that a path or a name on the hub stands for; None where nothing speaks for weights.
 
     A file is taken for weights, a folder by its config.json or its checkpoint_merged.safetensors, and OWNER/NAME
-    for a name on the hub where there is no folder OWNER. Raises ModelError as `resolve_weights` does.
+    for a name on the hub where there is no folder OWNER, and the working directory would not be one. Raises
+    ModelError as `resolve_weights` does.
     """
     if path.is_dir():
         published = (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
@@ -98,7 +101,9 @@ def find_reference(path: Path) -> WeightsSource | None:
             return resolve_weights(str(path / MERGED_FILE))
         return resolve_weights(str(path)) if (path / CONFIG_FILE).is_file() else None
     is_name = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
-    return resolve_weights(path.as_posix()) if path.is_file() or is_name else None
+    is_local = path.is_file() or path.suffix == SUFFIX
+    is_run = working_directory.absolute().is_relative_to(path.parent.absolute())
+    return resolve_weights(path.as_posix()) if is_local or (is_name and not is_run) else None
 
 
 def reference_name(given: Path, source: WeightsSource) -> str:
@@ -121,13 +126,14 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
     """
     written = source.read_json(CONFIG_FILE)
     stored = _stored(source, written)
-    raw = {**DEFAULTS, **_told_by_shapes(stored), **written}
+    told = {**_told_by_shapes(stored), **written}
+    raw = {**DEFAULTS, **told}
     config = _config(source, raw)
     model = TemporalViT(config, initialise=False)
     model.load_state_dict(_state(source, raw, stored, model), assign=True)
     named = _labels(source, written, config.num_classes)
     labels, notes = (named, []) if named else _guessed_labels(config.num_classes)
-    if assumed := [f'"{key}": {raw[key]}' for key in ("n_frames", "num_heads") if key not in written]:
+    if assumed := [f'"{key}": {json.dumps(value)}' for key, value in DEFAULTS.items() if key not in told]:
         notes.append(
             f"The weights do not tell everything: {', '.join(assumed)}, the reference's defaults, are taken. A "
             f"{CONFIG_FILE} beside the weights can say otherwise."
@@ -149,6 +155,8 @@ def _stored(source: WeightsSource, written: Config) -> dict[str, Tensor]:
     """The tensors less their prefix, once they are found to be the reference's."""
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors.items()}
     kind = written.get("model_type", REFERENCE if "patch_embd.conv.weight" in stored else None)
+    if kind == EXPORTED:
+        raise for_other_programs(source.name)
     if kind != REFERENCE:
         raise ModelError(
             f"{source.name}: its model_type is {kind!r}, and no card.json lies there: this is no trained model of "
@@ -176,9 +184,9 @@ def _told_by_shapes(stored: Mapping[str, Tensor]) -> Config:
         if table is not None and table.dim() == 3:
             told["img_wh"] = told["patch_size"] * math.isqrt(max(table.shape[1] - 1, 0))
         hidden = stored.get("blocks.0.mlp.linear1.weight")
-        if hidden is not None:
+        if hidden is not None and hidden.dim() == 2:
             told["mlp_factor"] = hidden.shape[0] // max(told["embd_dim"], 1)
-    if head is not None:
+    if head is not None and head.dim() == 2:
         told["num_classes"] = head.shape[0]
     return told
 

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
 HUB_FILES = (CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 
 
@@ -86,20 +86,22 @@ class WeightsSource:
 def resolve_weights(name: str) -> WeightsSource:
     """The weights called `name`: a safetensors file, a local folder, or a Hugging Face repository.
 
-    A local folder may be a model folder of tvit. A repository is taken from the cache or the hub. Raises
-    ModelError when there is neither, when there is no network and nothing cached, when a folder holds no config
-    or no safetensors, and for a pickle.
+    A local folder may be a model folder of tvit. A repository is taken from the cache or the hub; a name that
+    ends in .safetensors is never one. Raises ModelError when there is neither, when there is no network and
+    nothing cached, when a folder holds no config or no safetensors, and for a pickle.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return WeightsSource(name, path, _weights_files(name, path))
     if path.exists():
-        if path.suffix != ".safetensors":
+        if path.suffix != SUFFIX:
             raise ModelError(
                 f"{name}: this is a file, and no .safetensors. Name one, or the folder that holds it. "
                 f"{_how_to_convert(str(path.parent))}"
             )
         return WeightsSource(name, path.parent, (path,))
+    if path.suffix == SUFFIX:
+        raise ModelError(f"{name}: no such file. Check the path.")
     folder = _fetch(name)
     return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
 

@@ -17,12 +17,12 @@ import tvit_cli
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.export import adapter, huggingface, onnx, plain, program
 from tvit_cli.engine.export.job import Answerer, Job
-from tvit_cli.engine.export.parity import PARITY_FILE, Parity, compare, reference
+from tvit_cli.engine.export.parity import Parity, compare, reference
 from tvit_cli.engine.export.publish import check_login, publish
 from tvit_cli.engine.export.readme import README_FILE, readme
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.model.folder import replacing, sha256
+from tvit_cli.model.folder import PARITY_FILE, replacing, sha256
 from tvit_cli.settings.export import ExportSettings
 
 

@@ -17,10 +17,10 @@ from tvit_cli.engine.export.job import Answerer, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.export.sources import ship
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import WEIGHTS_FILE
+from tvit_cli.model.families import EXPORTED
+from tvit_cli.model.folder import CONFIG_FILE, WEIGHTS_FILE
 from tvit_cli.settings.card import ModelCard
 
-CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "video_preprocessor_config.json"
 PREFIX = "network."  # where TvitForVideoClassification holds its TemporalViT
 LEAST = 5  # major version of transformers: earlier ones take their own frames in the pipeline
@@ -85,7 +85,7 @@ def _config(card: ModelCard) -> dict[str, Any]:
             "AutoModel": "modeling_tvit.TvitModel",
             "AutoModelForVideoClassification": "modeling_tvit.TvitForVideoClassification",
         },
-        "model_type": "tvit",
+        "model_type": EXPORTED,
         "network": network,
         "id2label": {str(index): label for index, label in enumerate(card.labels)},
         "label2id": {label: index for index, label in enumerate(card.labels)},

@@ -24,7 +24,6 @@ from tvit_cli.errors import DataError, RunError
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 
-PARITY_FILE = "parity.json"
 CLIPS = 20
 NOISE_CLIPS = 8
 LOGIT_LIMIT = 1e-4

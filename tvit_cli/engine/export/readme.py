@@ -9,8 +9,9 @@ from typing import Any
 
 from tvit_cli.engine.export.graphs import FRAMES, PIXELS
 from tvit_cli.engine.export.job import Job
-from tvit_cli.engine.export.parity import PARITY_FILE, Parity
+from tvit_cli.engine.export.parity import Parity
 from tvit_cli.engine.results import METRICS_FILE, read_metrics
+from tvit_cli.model.folder import PARITY_FILE
 from tvit_cli.settings.card import ModelCard
 
 README_FILE = "README.md"
