@@ -24,6 +24,8 @@ from tvit_cli.engine.compare import compare
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.evalreport import MOST_STRIPS
 from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.metrics import BINS
+from tvit_cli.engine.resampling import RESAMPLES
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.series import evaluate_series, series_models
 from tvit_cli.engine.train import TrainResult
@@ -33,7 +35,12 @@ from tvit_cli.model.folder import load_card
 from tvit_cli.model.vit import TemporalViT
 from tvit_cli.report import evaluation, words
 from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
-from tvit_cli.report.comparison import ComparisonFacts, comparison_drawings, comparison_page
+from tvit_cli.report.comparison import (
+    ComparisonFacts,
+    comparison_drawings,
+    comparison_page,
+    write_comparison_report,
+)
 from tvit_cli.report.drawing import Box, Dot, Line, Text
 from tvit_cli.report.evaluation import (
     ClassRow,
@@ -41,6 +48,7 @@ from tvit_cli.report.evaluation import (
     ShownVideo,
     evaluation_drawings,
     evaluation_page,
+    write_evaluation_report,
 )
 from tvit_cli.report.matrix import MOST_CLASSES, class_chart, confusion_chart, shown_classes
 from tvit_cli.settings.card import Preprocessing
@@ -86,6 +94,8 @@ def facts(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **chan
         "metrics": {"videos": 4.0, "unreadable": 0.0, "video_top1": 0.75, f"video_top{len(labels)}": 1.0,
                     "mean_class_accuracy": 0.75, "macro_f1": 0.7333, "calibration_error": 0.2},
         "intervals": {"video_top1": (0.5, 1.0)},
+        "draws": 1234,
+        "bins": 9,
         "groups": 2,
         "seconds": 2.0,
         "per_class": {first: ClassRow(2, 2, 2 / 3, 0.8), second: ClassRow(2, 1, 1.0, 2 / 3)},
@@ -211,6 +221,13 @@ def test_a_page_of_many_videos_shows_few_of_them(
     monkeypatch.setattr(evalreport, "MOST_STRIPS", 1)
     result = evaluate(settings(trained, subset="train", output=tmp_path))
     assert sum(uri.startswith("data:image/jpeg") for uri in page_of(result).references) <= 2
+
+
+def test_draws_and_bins_are_those_of_the_computation(trained: TrainResult, tmp_path: Path) -> None:
+    text = written(facts(tmp_path)).text
+    assert "those of 1,234 draws of 2 groups" in text and "over 9 equal bins" in text
+    shown = page_of(evaluate(settings(trained, subset="train", output=tmp_path))).text
+    assert f"those of {RESAMPLES:,} draws" in shown and f"over {BINS} equal bins" in shown
 
 
 def test_its_drawings_lie_beside_it(result: EvalResult) -> None:
@@ -468,19 +485,39 @@ def test_the_verdict_is_what_the_interval_allows(
 ) -> None:
     own = ComparisonFacts(
         folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
-        difference=0.1, interval=interval, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
+        difference=0.1, interval=interval, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
         per_class={"x": (5, 3, 3), "y": (5, 2, 3), "z": (4, 2, 1)}, gained=[], lost=[],
         preprocessing=Preprocessing(n_frames=3, frame_size=16), measured={}, warnings=[], commands=[],
         device=torch.device("cpu"),
     )  # fmt: skip
     drawings = comparison_drawings(own)
     text = Page(comparison_page(own, drawings)).text
+    assert ("comes from 1,234 draws of whole groups" in text) == (interval is not None)
     assert sentence in text and "top-10.50000.6000+0.1000" in text
-    rows = drawings["changed_classes"].shapes
+    chart = drawings["changed_classes"]
+    assert chart is not None
+    rows = chart.shapes
     assert [s.text for s in rows if isinstance(s, Text) and s.anchor == "end"] == [
         "z",
         "y",
     ]  # what lost most, first
     assert [s.role for s in rows if isinstance(s, Dot)] == ["dim", "bad", "dim", "good"]
     same = replace(own, per_class={"x": (5, 3, 3)})
-    assert comparison_drawings(same) == {} and "No class changed" in Page(comparison_page(same, {})).text
+    none = comparison_drawings(same)
+    assert none == {"changed_classes": None} and "No class changed" in Page(comparison_page(same, none)).text
+
+
+def test_a_page_that_draws_less_takes_its_older_drawings_away_and_no_others(tmp_path: Path) -> None:
+    changed = ComparisonFacts(
+        folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
+        difference=0.1, interval=None, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
+        per_class={"x": (10, 5, 6)}, gained=[], lost=[], preprocessing=Preprocessing(n_frames=3, frame_size=16),
+        measured={}, warnings=[], commands=[], device=torch.device("cpu"),
+    )  # fmt: skip
+    write_evaluation_report(facts(tmp_path))
+    before = set((tmp_path / "plots").iterdir())
+    own = tmp_path / "plots" / "changed_classes.png"
+    write_comparison_report(changed)
+    assert own.is_file()
+    write_comparison_report(replace(changed, per_class={"x": (10, 5, 5)}))
+    assert set((tmp_path / "plots").iterdir()) == before

@@ -12,7 +12,7 @@ from tvit_cli.engine.eval import evaluate, results_folder
 from tvit_cli.engine.evalreport import MOST_STRIPS, same_again
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.place import Place, join_processes
-from tvit_cli.engine.resampling import Interval, difference_interval, mcnemar
+from tvit_cli.engine.resampling import RESAMPLES, Interval, difference_interval, mcnemar
 from tvit_cli.engine.results import Answer, EvalResult
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import SettingsError
@@ -166,6 +166,7 @@ def _write_page(
         metrics=(first.metrics, second.metrics),
         difference=comparison.difference,
         interval=comparison.interval,
+        draws=RESAMPLES,
         p_value=comparison.p_value,
         both=both,
         only_first=lost,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.events import Note, Report
-from tvit_cli.engine.metrics import ClassScore
+from tvit_cli.engine.metrics import BINS, ClassScore
 from tvit_cli.engine.place import Place
+from tvit_cli.engine.resampling import RESAMPLES
 from tvit_cli.engine.results import Answer, EvalResult, confusions
 from tvit_cli.engine.trained import Trained
 from tvit_cli.report.evaluation import ClassRow, EvaluationFacts, ShownVideo, write_evaluation_report
@@ -51,6 +52,8 @@ def write_report(
         labels=labels,
         metrics=result.metrics,
         intervals=result.intervals,
+        draws=RESAMPLES,
+        bins=BINS,
         groups=len({answer.video.unit for answer in result.answers}),
         seconds=result.seconds,
         per_class=class_rows(result.per_class),

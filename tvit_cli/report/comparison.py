@@ -40,8 +40,8 @@ class ComparisonFacts:
     """What the page of a comparison says.
 
     `both`, `only_first`, `only_second` and `neither` count the videos that the models know: what a model could
-    not read, it does not know. `per_class` maps a label to (videos, right answers of the first, of the second);
-    `gained` and `lost` show some of the flips.
+    not read, it does not know. `draws` is how many resamples the interval comes from; `per_class` maps a label to
+    (videos, right answers of the first, of the second); `gained` and `lost` show some of the flips.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class ComparisonFacts:
     metrics: tuple[Mapping[str, float], Mapping[str, float]]
     difference: float
     interval: tuple[float, float] | None
+    draws: int
     p_value: float
     both: int
     only_first: int
@@ -77,8 +78,8 @@ def write_comparison_report(facts: ComparisonFacts) -> Path:
     return write_pages(facts.folder, comparison_page(facts, drawings), drawings, name=COMPARISON_PAGE)
 
 
-def comparison_drawings(facts: ComparisonFacts) -> dict[str, Drawing]:
-    """The drawings of a comparison by file name; none where no class changed."""
+def comparison_drawings(facts: ComparisonFacts) -> dict[str, Drawing | None]:
+    """The drawing of a comparison by file name; None where no class changed."""
     changed = sorted(
         ((label, counts) for label, counts in facts.per_class.items() if counts[1] != counts[2]),
         key=lambda item: ((item[1][2] - item[1][1]) / item[1][0], item[0]),
@@ -95,11 +96,12 @@ def comparison_drawings(facts: ComparisonFacts) -> dict[str, Drawing]:
         rows.append(Row(label, dots, (a, b), f"{second - first:+d} of {plural(videos, 'video')}"))
     names: list[tuple[str, Role]] = [("first", "dim"), ("second, better", "good"), ("second, worse", "bad")]
     title = "Top-1 of the classes that changed"
-    return {"changed_classes": rows_chart(title, rows, names=names)} if rows else {}
+    return {"changed_classes": rows_chart(title, rows, names=names) if rows else None}
 
 
-def comparison_page(facts: ComparisonFacts, drawings: Mapping[str, Drawing]) -> str:
+def comparison_page(facts: ComparisonFacts, drawings: Mapping[str, Drawing | None]) -> str:
     """The page of a comparison, as HTML."""
+    changed = drawings["changed_classes"]
     a, b = facts.metrics
     rows = [
         (metric_name(n), _shown(n, a[n]), _shown(n, b[n]), _shown(n, b[n] - a[n], "+")) for n in a if n in b
@@ -129,9 +131,7 @@ def comparison_page(facts: ComparisonFacts, drawings: Mapping[str, Drawing]) -> 
             ),
             page.section(
                 "Classes",
-                page.wide(drawings["changed_classes"], 480)
-                if drawings
-                else page.paragraph("No class changed."),
+                page.paragraph("No class changed.") if changed is None else page.wide(changed, 480),
                 page.folded(
                     f"All {plural(len(every), 'class')}",
                     page.table(("class", "videos", "first", "second"), every),
@@ -178,10 +178,15 @@ def _verdict(facts: ComparisonFacts) -> str:
         said = "The second model is worse: the whole interval of the difference lies below zero."
     else:
         said = "These videos do not tell which model is better: the interval of the difference holds zero."
+    test = (
+        "McNemar’s test asks how often a fair coin would split the videos that only one of them knows as unevenly; "
+        "it takes videos for independent, which clips of one recording are not"
+    )
+    if facts.interval is None:
+        return f"{said} {test}."
     return (
-        f"{said} The interval comes from 2,000 draws of whole groups, the same for both models. McNemar’s test "
-        "asks how often a fair coin would split the videos that only one of them knows as unevenly; it takes "
-        "videos for independent, which clips of one recording are not: the interval is the more careful of the two."
+        f"{said} The interval comes from {facts.draws:,} draws of whole groups, the same for both models. {test}: "
+        "the interval is the more careful of the two."
     )
 
 

@@ -55,6 +55,7 @@ class EvaluationFacts:
 
     `metrics` and `intervals` have the names of metrics.json; `groups` is how many groups the videos come from;
     `counts` maps (true label, said label) to videos; `answers` are (confidence, whether right) of each video;
+    `draws` is how many resamples the intervals come from, `bins` how many of confidence the calibration error has;
     `warnings` are sentences on what the numbers do not mean.
     """
 
@@ -64,6 +65,8 @@ class EvaluationFacts:
     labels: Sequence[str]
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    draws: int
+    bins: int
     groups: int
     seconds: float
     per_class: Mapping[str, ClassRow]
@@ -190,8 +193,8 @@ def _in_words(facts: EvaluationFacts) -> str:
         why = "Groups are drawn whole: clips cut from one recording stand and fall together."
     drawn = f"{facts.groups:,} {'videos' if facts.groups == videos else 'groups'}"
     words += (
-        f"The intervals are those of 2,000 draws of {drawn}, with replacement, out of the {drawn} there are: "
-        f"95 of 100 draws lie within. {why}"
+        f"The intervals are those of {facts.draws:,} draws of {drawn}, with replacement, out of the {drawn} there "
+        f"are: 95 of 100 draws lie within. {why}"
     )
     few = f" {plural(facts.groups, 'group')} are few, so take the intervals as a rough guide."
     return words + (few if facts.groups < FEW_GROUPS else "")
@@ -250,7 +253,7 @@ def _confidence(facts: EvaluationFacts, drawings: Sequence[Drawing]) -> page.Htm
     text = (
         f"The model is {percent(mean)} sure on average and {percent(right)} of its answers are right: {verdict}. "
         f"The calibration error, {percent(facts.metrics['calibration_error'])}, is the mean gap between the two "
-        "over 15 equal bins of confidence; of few videos it comes out too large."
+        f"over {facts.bins} equal bins of confidence; of few videos it comes out too large."
     )
     return page.section("Confidence", page.paragraph(text), page.charts(drawings))
 

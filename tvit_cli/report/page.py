@@ -143,9 +143,9 @@ def _span(low: float, value: float, high: float) -> str:
     )
 
 
-def charts(drawings: Iterable[Drawing]) -> Html:
-    """Drawings side by side, as many as there is room for."""
-    inside = "\n".join(map(to_svg, drawings))
+def charts(drawings: Iterable[Drawing | None]) -> Html:
+    """Drawings side by side, as many as there is room for; those that are None are left out."""
+    inside = "\n".join(to_svg(drawing) for drawing in drawings if drawing is not None)
     return Html(f'<div class="charts">{inside}</div>' if inside else "")
 
 

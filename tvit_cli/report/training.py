@@ -63,7 +63,7 @@ def write_training_report(facts: TrainingFacts) -> Path:
     return write_pages(facts.folder, training_page(facts, drawings.values()), drawings)
 
 
-def training_page(facts: TrainingFacts, drawings: Iterable[Drawing]) -> str:
+def training_page(facts: TrainingFacts, drawings: Iterable[Drawing | None]) -> str:
     """The page of a training, as HTML."""
     done, planned = len(facts.epochs), facts.settings.epochs
     state = f"{done} of {planned} epochs" if done < planned else f"{planned} epochs"
@@ -87,8 +87,8 @@ def training_page(facts: TrainingFacts, drawings: Iterable[Drawing]) -> str:
     )
 
 
-def curves(facts: TrainingFacts) -> dict[str, Drawing]:
-    """The charts of a training by file name; those without a point are left out."""
+def curves(facts: TrainingFacts) -> dict[str, Drawing | None]:
+    """The charts of a training by file name; None where there is no point."""
     best = (facts.best_step / facts.steps_per_epoch, "best") if facts.best_step else None
 
     def by_epoch(key: str) -> list[tuple[float, float | None]]:
@@ -100,7 +100,7 @@ def curves(facts: TrainingFacts) -> dict[str, Drawing]:
     top_k = next(
         (k for r in facts.epochs for k in r if k.startswith("val_video_top") and k != "val_video_top1"), ""
     )
-    wanted = {
+    return {
         "loss": curves_chart(
             "Loss",
             [
@@ -153,7 +153,6 @@ def curves(facts: TrainingFacts) -> dict[str, Drawing]:
             y_range=(0, 1),
         ),
     }
-    return {name: drawing for name, drawing in wanted.items() if drawing is not None}
 
 
 def _means(facts: TrainingFacts, key: str) -> list[tuple[float, float | None]]:

@@ -12,12 +12,21 @@ REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
 
 
-def write_pages(folder: Path, html: str, drawings: Mapping[str, Drawing], *, name: str = REPORT_FILE) -> Path:
-    """Write plots/<name>.png and the page, which is whole or as it was before; returns its path."""
+def write_pages(
+    folder: Path, html: str, drawings: Mapping[str, Drawing | None], *, name: str = REPORT_FILE
+) -> Path:
+    """Write plots/<name>.png and the page, which is whole or as it was before; returns its path.
+
+    A drawing that there is nothing for is None: the file that an earlier page left under its name goes.
+    """
     plots = folder / PLOTS_FOLDER
     plots.mkdir(parents=True, exist_ok=True)
     for drawn, drawing in drawings.items():
-        (plots / f"{drawn}.png").write_bytes(to_png(drawing))
+        picture = plots / f"{drawn}.png"
+        if drawing is None:
+            picture.unlink(missing_ok=True)
+        else:
+            picture.write_bytes(to_png(drawing))
     path = folder / name
     beside = path.with_suffix(".writing")
     beside.write_text(html, encoding="utf-8")
