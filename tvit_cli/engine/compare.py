@@ -10,7 +10,8 @@ import torch
 
 from tvit_cli.engine.eval import evaluate, results_folder
 from tvit_cli.engine.evalreport import MOST_STRIPS, same_again
-from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.events import Report, silent
+from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import RESAMPLES, Interval, difference_interval, mcnemar
 from tvit_cli.engine.results import Answer, EvalResult
@@ -91,7 +92,8 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     )
     if place.is_main:
         _write(comparison)
-        comparison = replace(comparison, report=_write_page(comparison, pairs, settings, place, report))
+        facts = _facts(comparison, pairs, settings, place)
+        comparison = replace(comparison, report=write_page(write_comparison_report, facts, report))
     return comparison
 
 
@@ -140,14 +142,10 @@ def _write(comparison: Comparison) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_page(
-    comparison: Comparison,
-    pairs: list[tuple[Answer, Answer]],
-    settings: EvalSettings,
-    place: Place,
-    report: Report,
-) -> Path | None:
-    """The page of a comparison; one that cannot be written is a warning."""
+def _facts(
+    comparison: Comparison, pairs: list[tuple[Answer, Answer]], settings: EvalSettings, place: Place
+) -> ComparisonFacts:
+    """What the page of a comparison says."""
     first, second = comparison.first, comparison.second
     assert second.seen is not None
     counts: dict[str, list[int]] = {}
@@ -158,7 +156,7 @@ def _write_page(
     gained, lost = len(comparison.gained), len(comparison.lost)
     groups = len({a.video.unit for a, _ in pairs})
     names = _names(first, second)
-    facts = ComparisonFacts(
+    return ComparisonFacts(
         folder=comparison.output,
         first=names[0],
         second=names[1],
@@ -189,11 +187,6 @@ def _write_page(
         ],
         device=place.device,
     )
-    try:
-        return write_comparison_report(facts)
-    except OSError as error:
-        report(Note(f"{comparison.output}: the report could not be written ({error.strerror}).", "warning"))
-        return None
 
 
 def _warnings(first: EvalResult, second: EvalResult) -> list[str]:

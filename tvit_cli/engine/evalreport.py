@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvit_cli.engine.events import Note, Report
+from tvit_cli.engine.events import Report
 from tvit_cli.engine.metrics import BINS, ClassScore
+from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.resampling import RESAMPLES
 from tvit_cli.engine.results import Answer, EvalResult, confusions
@@ -70,11 +71,7 @@ def write_report(
         commands=_commands(settings, result),
         device=trained.device,
     )
-    try:
-        return write_evaluation_report(page)
-    except OSError as error:
-        report(Note(f"{result.output}: the report could not be written ({error.strerror}).", "warning"))
-        return None
+    return write_page(write_evaluation_report, page, report)
 
 
 def class_rows(table: Mapping[str, ClassScore]) -> dict[str, ClassRow]:

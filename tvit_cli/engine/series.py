@@ -13,8 +13,9 @@ import torch
 
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.evalreport import class_rows, same_again
-from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.events import Report, silent
 from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
+from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.results import EvalResult, confusions
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER
@@ -64,18 +65,15 @@ def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Rep
     whole = SeriesResult(folder, runs, summarise(list(runs.values())))
     if place.is_main:
         write_summary(whole)
-        whole = replace(whole, report=_write_page(whole, results, settings, place, report))
+        facts = _facts(whole, results, settings, place)
+        whole = replace(whole, report=write_page(write_series_report, facts, report))
     return whole
 
 
-def _write_page(
-    whole: SeriesResult,
-    results: Mapping[str, EvalResult],
-    settings: EvalSettings,
-    place: Place,
-    report: Report,
-) -> Path | None:
-    """The page of all runs together; one that cannot be written is a warning."""
+def _facts(
+    whole: SeriesResult, results: Mapping[str, EvalResult], settings: EvalSettings, place: Place
+) -> SeriesFacts:
+    """What the page of all runs together says."""
     labels = tuple(sorted({label for result in results.values() for label in result.labels}))
     answers = [answer for result in results.values() for answer in result.answers]
     position = {label: number for number, label in enumerate(labels)}
@@ -90,7 +88,7 @@ def _write_page(
     found = {label: row for label, row in zip(labels, table, strict=True) if row.videos}
     first = next(iter(results.values()))
     notes = [note for result in results.values() for note in result.warnings]
-    facts = SeriesFacts(
+    return SeriesFacts(
         folder=whole.folder,
         name=str(settings.model.absolute().name) if settings.model else "",
         subset=first.subset,
@@ -106,11 +104,6 @@ def _write_page(
         commands=[("The same again", same_again(settings, ["--model", str(settings.model)]))],
         device=place.device,
     )
-    try:
-        return write_series_report(facts)
-    except OSError as error:
-        report(Note(f"{whole.folder}: the report could not be written ({error.strerror}).", "warning"))
-        return None
 
 
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 from tvit_cli.engine.checkpoint import list_checkpoints
-from tvit_cli.engine.events import Note
 from tvit_cli.engine.loopstate import Loop
+from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.report.words import plural
 
@@ -60,13 +60,7 @@ def write_report(loop: Loop, *, problem: str = "", test: EvalResult | None = Non
         test={} if test is None else test.metrics,
         test_interval=None if test is None else test.intervals.get("video_top1"),
     )
-    try:
-        return write_training_report(facts)
-    except OSError as error:
-        loop.report(
-            Note(f"{loop.run.folder}: the report could not be written ({error.strerror}).", "warning")
-        )
-        return None
+    return write_page(write_training_report, facts, loop.report)
 
 
 def _videos(loop: Loop) -> dict[str, dict[str, int]]:
