@@ -14,6 +14,8 @@ from tiny import last_weights, make_clips, make_pretrained, run, settings
 
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.engine import standardise
+from tvit_cli.engine.dryrun import dry_run
+from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.predict import load_model
 from tvit_cli.engine.scoring import WithFeatures, merge_scores, score
 from tvit_cli.errors import SettingsError
@@ -113,6 +115,20 @@ def test_two_processes_start_with_the_numbers_of_one(facts: dict[str, object], t
             load_file(m / "model.safetensors")[name] for m in (one.model, tmp_path / "two" / "model")
         )
         assert torch.equal(first, second)
+
+
+def test_a_dry_run_says_that_clips_would_be_read_and_reads_none_of_them(
+    facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tvit_cli.engine.train.standardise_features", None)  # to call it is an error
+    said: list[Event] = []
+    dry_run(settings(**facts, working_directory=tmp_path), said.append)
+    videos = [video for video in layout(facts) if video.subset == "train"]
+    sentence = f"A training reads {len(videos)} of its clips first, to standardise features."
+    assert [e.text for e in said if isinstance(e, Note) and "standardise" in e.text] == [sentence]
+    plain: list[Event] = []
+    dry_run(settings(**{**facts, "feature_norm": False}, working_directory=tmp_path), plain.append)
+    assert not any("standardise" in e.text for e in plain if isinstance(e, Note))
 
 
 def test_of_many_clips_some_from_all_places_are_taken(

@@ -25,6 +25,7 @@ from tvit_cli.engine.outofmemory import ends_with_advice
 from tvit_cli.engine.parallel import any_of_them
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import MOTIONS, find_data, make_demo_data
+from tvit_cli.engine.standardise import clips_to_standardise
 from tvit_cli.engine.train import open_training
 from tvit_cli.model.flops import count_flops
 from tvit_cli.model.trainable import trainable_report
@@ -75,7 +76,10 @@ def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
     Raises what `train` raises before its first step, and RunError where memory runs out.
     """
     with ends_with_the_others(), StopsAtOnce("Nothing was written."), _data(settings, report) as changed:
-        loop = open_training(changed, report)
+        loop = open_training(changed, report, standardises=False)
+        if settings.feature_norm and loop.run.resume_from is None:
+            clips = len(clips_to_standardise(loop.source))
+            loop.report(Note(f"A training reads {clips} of its clips first, to standardise features."))
         with ends_with_advice(loop.settings, loop.device), compiles(loop.settings.compile):
             return _measure(loop)
 

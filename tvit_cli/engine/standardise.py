@@ -34,7 +34,7 @@ def standardise_features(
     """
     norm = built.model.feature_norm
     assert isinstance(norm, FeatureNorm)
-    chosen = _evenly(source.readable("train"))
+    chosen = clips_to_standardise(source)
     own = score(
         WithFeatures(built.model),
         chosen,
@@ -54,6 +54,11 @@ def standardise_features(
         raise DataError(f"{source.layout.root}: none of {len(chosen)} training videos can be read.")
     norm.fit(scores.logits[:, built.config.num_classes :].double())
     report(Note(f"Features standardised over {len(scores.indices)} training clips.", "detail"))
+
+
+def clips_to_standardise(source: Source) -> list[Video]:
+    """The training videos whose features are standardised."""
+    return _evenly(source.readable("train"))
 
 
 def _evenly(videos: Sequence[Video]) -> list[Video]:

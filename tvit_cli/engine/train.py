@@ -125,8 +125,11 @@ def score_test(model: Path, settings: TrainSettings, report: Report, place: Plac
     )
 
 
-def open_training(settings: TrainSettings, report: Report) -> Loop:
-    """A loop that is ready to run, at its checkpoint if it has one; nothing was written yet."""
+def open_training(settings: TrainSettings, report: Report, *, standardises: bool = True) -> Loop:
+    """A loop that is ready to run, at its checkpoint if it has one; nothing was written yet.
+
+    `standardises` makes --feature-norm's pass over training clips, which nothing but the numbers depends on.
+    """
     accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
     if not accelerator.is_main_process:
         report = silent
@@ -146,7 +149,8 @@ def open_training(settings: TrainSettings, report: Report) -> Loop:
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
         settings = as_before(settings, checkpoint.state.identity, accelerator.num_processes)
-    loop = _prepare(settings, accelerator, run, source, report, is_new=checkpoint is None)
+    standardises = standardises and settings.feature_norm and checkpoint is None
+    loop = _prepare(settings, accelerator, run, source, report, standardises=standardises)
     if checkpoint is not None:
         _resume(loop, checkpoint)
     return loop
@@ -184,7 +188,7 @@ def _prepare(
     source: Source,
     report: Report,
     *,
-    is_new: bool,
+    standardises: bool,
 ) -> Loop:
     built = build(settings, num_classes=len(source.layout.labels), report=report)
     built.model.to(accelerator.device)
@@ -199,7 +203,7 @@ def _prepare(
         find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
     )
     assert settings.per_gpu_batch_size != "auto"
-    if settings.feature_norm and is_new:
+    if standardises:
         with ends_with_advice(settings, accelerator.device):
             standardise_features(
                 built,
