@@ -29,7 +29,7 @@ from tvit_cli.engine.predict import predict
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, ModelError
 from tvit_cli.model.pretrained import read_config
-from tvit_cli.model.reference import UCF101
+from tvit_cli.model.referencelabels import UCF101
 from tvit_cli.model.weights import resolve_weights
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
@@ -220,16 +220,19 @@ def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: 
     assert f"{everything}, the reference's defaults, are taken" in assumed
 
 
-def test_results_of_merged_weights_are_called_by_their_folder(
+def test_results_of_merged_weights_are_called_by_the_folders_of_their_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for run in ("ucf101", "hmdb51"):
-        path = write_merged(tmp_path / run / "checkpoint_merged.safetensors", random_tensors())
+        path = write_merged(
+            tmp_path / run / "checkpoints" / "checkpoint_merged.safetensors", random_tensors()
+        )
         for given in (path, path.parent):
-            assert opened(given).run == Path("runs") / run and opened(given).name == run
+            assert opened(given).run == Path("runs") / f"{run}--checkpoints"
+            assert opened(given).name == f"{run}--checkpoints"
     monkeypatch.chdir(path.parent)
     for here in (".", path.name):
-        assert opened(Path(here)).run == Path("runs/hmdb51")
+        assert opened(Path(here)).run == Path("runs/hmdb51--checkpoints")
     other = path.rename(path.with_name("best.safetensors"))
     assert opened(other).run == Path("runs/best")
 

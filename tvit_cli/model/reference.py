@@ -26,6 +26,7 @@ from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED, REFERENCE, Config
 from tvit_cli.model.folder import CONFIG_FILE, for_other_programs
 from tvit_cli.model.pretrained import whole_number
+from tvit_cli.model.referencelabels import guessed_labels, named_labels
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.model.weights import (
     INDEX_FILE,
@@ -57,22 +58,6 @@ DEFAULTS: Config = {  # of its configuration
     "num_classes": 1000,
     "pooling": "cls",
 }
-# UCF101's class folders, sorted as the reference sorts them: capitals first.
-_UCF101 = """
-ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball
-BasketballDunk BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling
-BoxingPunchingBag BoxingSpeedBag BreastStroke BrushingTeeth CleanAndJerk CliffDiving CricketBowling CricketShot
-CuttingInKitchen Diving Drumming Fencing FieldHockeyPenalty FloorGymnastics FrisbeeCatch FrontCrawl GolfSwing
-Haircut HammerThrow Hammering HandstandPushups HandstandWalking HeadMassage HighJump HorseRace HorseRiding
-HulaHoop IceDancing JavelinThrow JugglingBalls JumpRope JumpingJack Kayaking Knitting LongJump Lunges
-MilitaryParade Mixing MoppingFloor Nunchucks ParallelBars PizzaTossing PlayingCello PlayingDaf PlayingDhol
-PlayingFlute PlayingGuitar PlayingPiano PlayingSitar PlayingTabla PlayingViolin PoleVault PommelHorse PullUps
-Punch PushUps Rafting RockClimbingIndoor RopeClimbing Rowing SalsaSpin ShavingBeard Shotput SkateBoarding
-Skiing Skijet SkyDiving SoccerJuggling SoccerPenalty StillRings SumoWrestling Surfing Swing TableTennisShot
-TaiChi TennisSwing ThrowDiscus TrampolineJumping Typing UnevenBars VolleyballSpiking WalkingWithDog
-WallPushups WritingOnBoard YoYo
-"""
-UCF101 = tuple(_UCF101.split())
 
 
 @dataclass(frozen=True)
@@ -109,13 +94,14 @@ def find_reference(path: Path, working_directory: Path) -> WeightsSource | None:
 def reference_name(given: Path, source: WeightsSource) -> str:
     """What weights are called: OWNER--NAME on the hub, a folder or a file by its name.
 
-    A file that is called as all of them are has the name of its folder.
+    Merged weights all bear one name, and lie in <experiment>/<checkpoints>/: they are called by both.
     """
     if source.revision is not None:
         return source.name.replace("/", "--")
-    if given.name in (MERGED_FILE, WEIGHTS_FILE):
-        return given.parent.resolve().name
-    return given.stem if given.is_file() else given.resolve().name
+    folder = source.folder.resolve()
+    if source.files[0].name == MERGED_FILE:
+        return "--".join(folder.parts[1:][-2:])
+    return folder.name if given.is_dir() or given.name == WEIGHTS_FILE else given.stem
 
 
 def load_reference(source: WeightsSource) -> ReferenceModel:
@@ -131,8 +117,8 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
     config = _config(source, raw)
     model = TemporalViT(config, initialise=False)
     model.load_state_dict(_state(source, raw, stored, model), assign=True)
-    named = _labels(source, written, config.num_classes)
-    labels, notes = (named, []) if named else _guessed_labels(config.num_classes)
+    named = named_labels(source, written, config.num_classes)
+    labels, notes = (named, []) if named else guessed_labels(config.num_classes)
     if assumed := [f'"{key}": {json.dumps(value)}' for key, value in DEFAULTS.items() if key not in told]:
         notes.append(
             f"The weights do not tell everything: {', '.join(assumed)}, the reference's defaults, are taken. A "
@@ -290,31 +276,3 @@ def _sinusoid(count: int, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(0, width, 2) * -math.log(1e4))  # (D/2,)
     angles = torch.arange(count).unsqueeze(1) * frequencies  # (count, D/2)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
-
-
-def _labels(source: WeightsSource, written: Config, count: int) -> tuple[str, ...] | None:
-    """The classes that the config names; None where it has no names but transformers' own, LABEL_0 …"""
-    named = written.get("id2label")
-    if named is None:
-        return None
-    if isinstance(named, dict) and all(re.fullmatch(r"LABEL_\d+", str(name)) for name in named.values()):
-        return None
-    keys = [str(number) for number in range(count)]
-    if not isinstance(named, dict) or set(named) != set(keys) or len(set(map(str, named.values()))) < count:
-        raise ModelError(
-            f"{source.name}: id2label in {CONFIG_FILE} must have a name of its own for each class, 0 to "
-            f"{count - 1}. Mend it, or remove it."
-        )
-    return tuple(str(named[key]) for key in keys)
-
-
-def _guessed_labels(count: int) -> tuple[tuple[str, ...], list[str]]:
-    if count == len(UCF101):
-        return UCF101, [
-            f"The weights do not name their {count} classes: UCF101's are taken, in sorted order."
-        ]
-    note = (
-        f"The weights do not name their {count} classes: they are numbered, in the sorted order of the folders "
-        f'that they were trained on. "id2label" in a {CONFIG_FILE} beside the weights names them.'
-    )
-    return tuple(f"class {n}" for n in range(count)), [note]
