@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from tvit_cli.data.writer import write_video
 # Tests run on every core at once, and so does what they start; torch's threads on top of that only wait for
 # each other. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# transformers copies remote code to a cache before it imports it, and reads where once: not into the home folder.
+_remote_code = tempfile.TemporaryDirectory(prefix="tvit-remote-code-", ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = _remote_code.name
 
 HEIGHT, WIDTH = 48, 64
 _DARKEST, _STEP = 20, 5  # frame i is grey of this brightness plus i steps: read back after any codec

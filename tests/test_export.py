@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,18 +86,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 def copied(trained: TrainResult, tmp_path: Path) -> Path:
     """A copy of the run to spoil."""
     return Path(shutil.copytree(trained.run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _remote_code_stays_out_of_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies remote code to a cache before it imports it."""
-    from transformers import dynamic_module_utils
-
-    folder = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_MODULES_CACHE", folder)
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        yield
 
 
 @pytest.fixture
