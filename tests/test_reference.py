@@ -28,9 +28,12 @@ from tvit_cli.engine.export import export
 from tvit_cli.engine.predict import predict
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, ModelError
+from tvit_cli.model.folder import save_model
 from tvit_cli.model.pretrained import read_config
 from tvit_cli.model.referencelabels import UCF101
+from tvit_cli.model.vit import ViTConfig, build_model
 from tvit_cli.model.weights import resolve_weights
+from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
@@ -491,6 +494,34 @@ def test_a_name_on_the_hub_is_read_from_the_cache(
     assert (base.name, base.revision) == ("detker/temporal-vit-85M", "0123abcd")
     with pytest.raises(ModelError, match=r"The cache holds detker/temporal-vit-85M\."):
         opened(Path("detker/temporal-vit-86M"))
+
+
+def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export with --format safetensors is a model folder, also where it was pushed to."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=16, depth=1, num_heads=2)
+    card = ModelCard(
+        tvit_version="0.1.0",
+        labels=("jump", "run"),
+        model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=2, frame_size=16),
+        weights_sha256="",
+        settings={"path_to_data": "mine"},
+    )
+    model = build_model(config, seed=3, from_scratch=True)
+    repository = tmp_path / "cache" / "models--somebody--jumps"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd")
+    save_model(repository / "snapshots" / "0123abcd", model.state_dict(), card)
+    trained = opened(Path("somebody/jumps"))
+    assert trained.card.labels == ("jump", "run") and not trained.labels_are_guessed
+    assert trained.name == "somebody--jumps" and trained.run == Path("runs/somebody--jumps")
+    own = trained.model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in model.state_dict().items())
+    assert resolve_weights("somebody/jumps").is_ours
 
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

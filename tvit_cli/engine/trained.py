@@ -19,9 +19,9 @@ from tvit_cli.settings.card import ModelCard
 class Trained:
     """A model in evaluation mode on its device, its card, and the folder both came from.
 
-    Of a model that tvit did not train, `folder` is the file, the folder or the name on the hub that was given,
-    `results` the folder for what is found out about it, and `notes` what had to be assumed, among it perhaps the
-    labels.
+    Of a model that tvit did not train, or that comes from the hub, `folder` is the file, the folder or the name on
+    the hub that was given, `results` the folder for what is found out about it, and `notes` what had to be
+    assumed, among it perhaps the labels.
     """
 
     model: TemporalViT
@@ -59,35 +59,42 @@ def open_trained(
 ) -> Trained:
     """Load a model folder (or the one of a run's folder); without one, the newest of the working directory.
 
-    Loads what the reference implementation trained as well: a folder, a file, or a name on the Hugging Face hub.
-    `verify` compares the weights with the hash in the card. Raises ModelError when there is none or it is not
-    whole.
+    Loads a model of tvit by its name on the Hugging Face hub, too, and what the reference implementation trained:
+    a folder, a file, or such a name. `verify` compares the weights with the hash in the card. Raises ModelError
+    when there is none or it is not whole.
     """
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / MODEL_FOLDER / CARD_FILE).is_file():
         folder = folder / MODEL_FOLDER
     if not (folder / CARD_FILE).is_file():
-        found = _open_reference(folder, working_directory, device)
+        found = _open_elsewhere(folder, working_directory, device, verify=verify)
         if found is not None:
             return found
     model, card = load_model(folder, device=device, verify=verify)
     return Trained(model.eval(), card, folder, device)
 
 
-def _open_reference(given: Path, working_directory: Path, device: torch.device) -> Trained | None:
+def _open_elsewhere(
+    given: Path, working_directory: Path, device: torch.device, *, verify: bool
+) -> Trained | None:
+    """What lies on the hub, or was trained by the reference; None where nothing speaks for either."""
     # It imports huggingface_hub.
-    from tvit_cli.model.reference import find_reference, load_reference, reference_name
+    from tvit_cli.model.reference import find_weights, load_reference, weights_name
 
-    source = find_reference(given, working_directory)
+    source = find_weights(given, working_directory)
     if source is None:
         return None
+    results = working_directory / weights_name(given, source)
+    if source.is_ours:
+        model, card = load_model(source.folder, device=device, verify=verify)
+        return Trained(model.eval(), card, given, device, results=results)
     found = load_reference(source)
     return Trained(
         found.model.to(device),
         found.card,
         given,
         device,
-        results=working_directory / reference_name(given, source),
+        results=results,
         labels_are_guessed=found.labels_are_guessed,
         notes=found.notes,
     )

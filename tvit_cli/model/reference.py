@@ -73,7 +73,7 @@ class ReferenceModel:
     notes: tuple[str, ...]
 
 
-def find_reference(path: Path, working_directory: Path) -> WeightsSource | None:
+def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
     """The weights that a path or a name on the hub stands for; None where nothing speaks for weights.
 
     A file is taken for weights, a folder by its config.json or its checkpoint_merged.safetensors, and OWNER/NAME
@@ -91,7 +91,7 @@ def find_reference(path: Path, working_directory: Path) -> WeightsSource | None:
     return resolve_weights(path.as_posix()) if is_local or (is_name and not is_run) else None
 
 
-def reference_name(given: Path, source: WeightsSource) -> str:
+def weights_name(given: Path, source: WeightsSource) -> str:
     """What weights are called: OWNER--NAME on the hub, a folder or a file by its name.
 
     Merged weights all bear one name, and lie in <experiment>/<checkpoints>/: they are called by both.

@@ -22,7 +22,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-HUB_FILES = (CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+HUB_FILES = (CARD_FILE, CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class PredictSettings(Settings):
     )
     model: Path | None = Field(
         None,
-        description="Model folder, the folder of its run, or what the reference trained: folder, file, hub name",
+        description="Model folder, the folder of its run, a name on the hub, or what the reference trained",
         json_schema_extra=about(HOW, default="the newest under the working directory", short=("-m",)),
     )
     working_directory: Path = Field(
