@@ -17,6 +17,7 @@ GROUPS = {
     "data": ("reading clips, augmentation, extraction", ["data.py"]),
     "step": ("a training step: tvit, PEFT's layers, a naive LoRA", ["step.py", "--only", "time"]),
     "memory": ("memory of the same steps", ["step.py", "--only", "memory"]),
+    "schemes": ("a step of each attention scheme at 18 frames beside joint attention", ["schemes.py"]),
     "epoch": ("a whole epoch, from a frame store and from videos, beside its steps alone", ["epoch.py"]),
     "peers": ("a step beside transformers' video models with PEFT", ["peers.py"]),
     "infer": ("tvit predict on one clip, whole process", ["predict.py"]),

@@ -5,8 +5,8 @@
 The same model, data and loss each time, forward and backward; only the layers differ. The naive LoRA forms A@B in
 every forward pass and multiplies the dropped input by it, which lets autograd compute a gradient as large as the
 frozen weights. The matmul rate is measured in the same rounds, on a product of an MLP's shape. FLOPs are torch's own
-count, attention included and recomputation left out. Memory: what autograd has saved when the forward pass ends, and how far the peak of a
-process of its own grows during the step. Seconds are the process's CPU time over its threads, which
+count, attention included and recomputation left out. Memory: what autograd has saved when the forward pass ends, and
+how far the peak of a process of its own grows during the step. Seconds are the process's CPU time over its threads, which
 hardly changes when others use the machine; wall seconds stand beside them.
 """
 
@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tvit does: else waiting threads use CPU time
@@ -59,13 +60,15 @@ class NaiveLora(nn.Module):
         return self.base(x) + self.dropout(x) @ (self.a @ self.b) * SCALE
 
 
-def make_model(case: str, kind: str, dropout: float) -> tuple[TemporalViT, Tensor]:
-    """A model of random weights with adapters, ready to train, and a batch for it."""
+def make_model(case: str, kind: str, dropout: float, **chosen: Any) -> tuple[TemporalViT, Tensor]:
+    """A model of random weights with adapters, ready to train, and a batch for it; `chosen` goes to its config."""
     shape, frames = case.split("_t")
     name = shape.rstrip("0123456789")
     width, heads = SHAPES[name]
     depth = int(shape.removeprefix(name))
-    config = ViTConfig(num_classes=101, n_frames=int(frames), width=width, depth=depth, num_heads=heads)
+    config = ViTConfig(
+        num_classes=101, n_frames=int(frames), width=width, depth=depth, num_heads=heads, **chosen
+    )
     model = build_model(config, seed=0, from_scratch=True)
     if kind == "naive":
         model.requires_grad_(False)
