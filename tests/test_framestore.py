@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from indexes import synthetic_index
 
 from tvit_cli.data import framestore
 from tvit_cli.data.clips import ClipDataset
@@ -19,7 +20,7 @@ from tvit_cli.data.framestore import FrameStore, find_store, nearest, record_pro
 from tvit_cli.data.layout import Layout, Video, read_layout
 from tvit_cli.data.packing import pack_video
 from tvit_cli.data.sampling import grid_indices, indices_on_grid, segment_indices
-from tvit_cli.data.storeformat import CLIP, Header, Parameters, make_table, write_header, write_table
+from tvit_cli.data.storeformat import Header, Parameters, write_header
 from tvit_cli.data.storewriter import ShardWriter, read_contents, shard_paths, write_index
 from tvit_cli.data.video import read_clip
 from tvit_cli.data.writer import write_video
@@ -381,15 +382,6 @@ def test_the_store_beside_the_videos_is_found_and_is_no_class(videos: list[Video
     (root / "frames" / "index.frames").unlink()
     assert find_store(root) is None  # unfinished
     assert read_layout(root, group_pattern="_g(..)", val_groups="none", test_groups="none").labels == LABELS
-
-
-def synthetic_index(folder: Path, clips: int) -> None:
-    """A store without frames whose index lists so many clips under names as Kinetics has them."""
-    write_header(folder, Header(PARAMETERS, "data"))
-    keys = [b"train/playing squash or racquetball/%011d_000012_000022.mp4" % n for n in range(clips)]
-    facts = {"labels": ["a"], "groups": [], "shards": [], "unreadable": {}}
-    with (folder / "index.frames").open("wb") as file:
-        write_table(file, make_table(facts, np.zeros(clips, CLIP), keys))
 
 
 def measure_index(folder: Path) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ GROUPS = {
     "peers": ("a step beside transformers' video models with PEFT", ["peers.py"]),
     "infer": ("tvit predict on one clip, whole process", ["predict.py"]),
     "startup": ("help and mistakes, whole process", ["startup.py"]),
-    "scaling": ("how cost grows with frames, clips and classes", ["scaling.py"]),
+    "scaling": ("how cost grows with frames, clips, classes, processes and videos", ["scaling.py"]),
     "checkpoint": ("size and time of a checkpoint of ViT-B", ["checkpoint.py"]),
     "display": ("what the live display costs", ["display.py"]),
     "gpu": ("steps on an accelerator, per scheme and frame count", ["gpu.py"]),
