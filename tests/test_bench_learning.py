@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from tvit_cli.report.axes import LABEL_SIZE
+from tvit_cli.report.drawing import text_width
+
 
 @pytest.fixture(scope="module")
 def learning() -> ModuleType:
@@ -80,3 +83,48 @@ def test_a_line_that_was_cut_is_not_read(learning: ModuleType, tmp_path: Path) -
     path = tmp_path / "rows.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b"')
     assert list(learning.read_rows(path)) == ["a"]
+
+
+def test_a_method_is_one_point_over_all_its_clips_and_unequal_numbers_are_said(learning: ModuleType) -> None:
+    def scored(method: str, fold: int, right: list[int], gigaflops: float) -> dict[str, Any]:
+        facts = {"part": "test", "method": method, "fold": fold, "flops": gigaflops * 1e9, "cpu_minutes": 2.0}
+        return {**facts, "right": {f"p_{n}": answer for n, answer in enumerate(right)}}
+
+    rows = [scored("joint", 1, [1, 1, 0, 0], 18), scored("joint", 2, [1, 1, 1, 1], 18)]
+    rows.append(scored("space", 1, [1, 0, 0, 0], 15))
+    found = learning.points(rows, lambda group: learning.mean(group, "flops") / 1e9)
+    assert [(point.name, point.x, point.y) for point in found] == [
+        ("joint (8 clips)", 18.0, 0.75),
+        ("space (4 clips)", 15.0, 0.25),
+    ]
+    even = learning.points(rows[1:], lambda group: 0.0)
+    assert [point.name for point in even] == ["joint", "space"]
+
+
+def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_other(
+    learning: ModuleType,
+) -> None:
+    rows = {}
+    for number, method in enumerate(learning.METHODS):  # all as good, and nearly as costly
+        facts = {
+            "part": "test",
+            "method": method,
+            "flops": 1e9 * (20 + number / 50),
+            "cpu_minutes": 9 + number / 50,
+        }
+        rows[method] = {**facts, "right": {"p_bend": 1, "p_run": 0}}
+    drawing = learning.picture(rows)
+    dots = [shape for shape in drawing.shapes if hasattr(shape, "radius")]
+    assert len(dots) == 2 * len(learning.METHODS)  # operations, and seconds
+    labels = [shape for shape in drawing.shapes if getattr(shape, "text", None) in learning.METHODS]
+    assert len(labels) == 2 * len(learning.METHODS)
+    boxes = []
+    for label in labels:
+        width = text_width(label.text, label.size)
+        left = label.at[0] - (width if label.anchor == "end" else 0)
+        boxes.append((left, left + width, label.at[1]))
+    for one in boxes:
+        for other in boxes:
+            beside = one[1] <= other[0] + 0.01 or other[1] <= one[0] + 0.01
+            assert one is other or beside or abs(one[2] - other[2]) >= LABEL_SIZE
+    assert learning.picture({}) is None

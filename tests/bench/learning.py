@@ -3,8 +3,9 @@
     python tests/bench/learning.py --data weizmann --weights vit-small-patch14-224 [--output learning.jsonl]
 
 One line of JSON is appended as each run ends; runs that have a line are not made again, so the program can be
-stopped and started at any time. `--table` prints what is there and stops; `--only TEXT` makes the runs whose key
-contains the text. Parts, in this order:
+stopped and started at any time. `--table` prints what is there and stops; `--plot FILE.png` draws it, accuracy
+against operations and against processor seconds, and stops; `--only TEXT` makes the runs whose key contains the text.
+Parts, in this order:
 
 test/fold1       linear probe, full fine-tuning and LoRA with each scheme, the recipe of
                  examples/configs/leave_people_out.toml, on three people who were left out
@@ -26,14 +27,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from scatter import Labelled, scatter_chart
+from sheet import sheet
 
 from tvit_cli import __version__
 from tvit_cli.engine.build import build
@@ -43,6 +47,8 @@ from tvit_cli.engine.train import train
 from tvit_cli.errors import Interrupted
 from tvit_cli.model.flops import count_flops
 from tvit_cli.model.trainable import trainable_report
+from tvit_cli.report.drawing import Drawing
+from tvit_cli.report.png import to_png
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -268,6 +274,44 @@ def people_table(rows: Sequence[Row], methods: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def picture(rows: dict[str, Row]) -> Drawing | None:
+    """Accuracy against operations and against processor seconds, a point per method; None where there are no rows."""
+    charts = []
+    for part, title in (("test", "People left out"), ("motions", "Motions, in order")):
+        own = [row for row in rows.values() if row["part"] == part]
+        if not own:
+            continue
+        across = (
+            ("GFLOPs of a forward pass", lambda group: mean(group, "flops") / 1e9),
+            ("processor seconds of the training", lambda group: 60 * mean(group, "cpu_minutes")),
+        )
+        charts += [
+            scatter_chart(
+                f"{title}: top-1",
+                points(own, x_of),
+                x_name=name,
+                show_x="{:g}".format,
+                show_y="{:.3g}".format,
+            )
+            for name, x_of in across
+        ]
+    return sheet("Accuracy against cost", charts) if charts else None
+
+
+def points(rows: Sequence[Row], x_of: Callable[[Sequence[Row]], float]) -> list[Labelled]:
+    """A point per method over all clips that it was scored on; where these differ in number, the name says how many."""
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    found = []
+    clips = {method: sum(len(row["right"]) for row in group) for method, group in methods.items()}
+    for method, group in methods.items():
+        name = method if len(set(clips.values())) == 1 else f"{method} ({clips[method]} clips)"
+        top1 = sum(sum(row["right"].values()) for row in group) / clips[method]
+        found.append(Labelled(name, x_of(group), top1))
+    return found
+
+
 def by_person(rows: Sequence[Row]) -> dict[str, list[float]]:
     """Answers of each person's clips, in the order of seeds and clips: person -> 1 or 0."""
     persons: dict[str, list[float]] = {}
@@ -310,9 +354,16 @@ def main() -> None:
     parser.add_argument("--mixed-precision", default="no", help="what all runs compute in: no or bf16")
     parser.add_argument("--nice", type=int, default=10)
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    parser.add_argument("--plot", type=Path, help="draw what is there as a PNG, and stop")
     options = parser.parse_args()
+    if options.plot:
+        drawing = picture(read_rows(options.output))
+        if drawing is None:
+            parser.error(f"--output {options.output}: no finished run to draw")
+        options.plot.write_bytes(to_png(drawing))
+        return
     if not options.table and (options.data is None or options.weights is None):
-        parser.error("--data and --weights are needed, except with --table")
+        parser.error("--data and --weights are needed, except with --table and --plot")
     torch.set_num_threads(options.threads)
     os.nice(0 if options.table else options.nice)
     while not options.table:

@@ -1,0 +1,71 @@
+"""Labelled points on axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tvit_cli.report.axes import HEIGHT, LABEL_SIZE, TOP, WIDTH, Axes, ticks
+from tvit_cli.report.drawing import Dot, Drawing, Point, Shape, Text, text_width
+
+RADIUS = 4.0
+LINES_TRIED = 12  # up and down from a dot, for a place where its label covers nothing
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A point and what is written beside it."""
+
+    name: str
+    x: float
+    y: float
+
+
+def scatter_chart(
+    title: str,
+    points: Sequence[Labelled],
+    *,
+    x_name: str,
+    show_x: Callable[[float], str],
+    show_y: Callable[[float], str],
+) -> Drawing:
+    """A dot for each point on axes that hold them all, its name where it covers no other name or dot."""
+    x_ticks = ticks(min(p.x for p in points), max(p.x for p in points), 6)
+    y_ticks = ticks(min(p.y for p in points), max(p.y for p in points), 5)
+    axes = Axes((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), TOP - 24)
+    shapes = axes.shapes(title, x_name=x_name, x_ticks=x_ticks, y_ticks=y_ticks, show_x=show_x, show_y=show_y)
+    places = [axes.place(point.x, point.y) for point in points]
+    taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in places]
+    labels: list[Shape] = []
+    for point, place in zip(points, places, strict=True):
+        box = next((b for b in _boxes(place, point.name) if _is_free(b, taken)), None)
+        if box is None:  # crowded beyond what could be read: over another rather than not at all
+            box = next(_boxes(place, point.name))
+        taken.append(box)
+        is_left = box[2] < place[0]  # widths are estimates: the end at the dot is where it is said to be
+        at = (box[2] if is_left else box[0], box[3] - 3)
+        labels.append(Text(at, point.name, "ink", LABEL_SIZE, "end" if is_left else "start"))
+    for point, place in zip(points, places, strict=True):
+        shapes.append(Dot(place, RADIUS, "one", f"{point.name}: {show_y(point.y)} at {show_x(point.x)}"))
+    return Drawing(title, WIDTH, HEIGHT, shapes + labels)
+
+
+def _boxes(place: Point, name: str) -> Iterator[Box]:
+    """Where a name may stand, best first: right of its dot, left, above and below, then further up and down."""
+    x, y = place
+    width, height = text_width(name, LABEL_SIZE), LABEL_SIZE + 2
+    for line in range(LINES_TRIED):
+        for sign in (1, -1) if line else (1,):
+            middle = y + sign * line * height
+            beside = 0.0 if line == 1 else RADIUS + 3
+            starts = (x + beside, x - beside - width, x - width / 2)[: 3 if line else 2]
+            for left in starts:
+                yield left, middle - height / 2, left + width, middle + height / 2
+
+
+def _is_free(box: Box, taken: Sequence[Box]) -> bool:
+    left, top, right, bottom = box
+    if left < 0 or right > WIDTH or top < TOP - 36 or bottom > HEIGHT - 30:
+        return False
+    return not any(left < r and right > l and top < b and bottom > t for l, t, r, b in taken)  # noqa: E741
