@@ -95,6 +95,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "benchmark": "display",
                 "live_share": round(live, 5),
                 "plain_share": round(plain, 5),
                 "display_share": round(live - plain, 5),

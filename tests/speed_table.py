@@ -1,0 +1,197 @@
+"""The table of speed of README.md, made from what the benchmarks wrote. Run as a program, it rewrites the README."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "bench" / "results.jsonl"
+BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=<!-- /speed -->)", re.DOTALL)
+
+Record = dict[str, Any]
+Row = tuple[str, str]  # what was measured, and the figure
+
+
+def read_records(path: Path = RESULTS) -> dict[str, Record]:
+    """The newest record of each group: group -> record."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {record["group"]: record for record in map(json.loads, lines)}
+
+
+def table(records: dict[str, Record]) -> str:
+    """Markdown: a line per figure, and below it where they were measured; empty without records."""
+    rows = [
+        (group, row) for group, rows_of in ROWS.items() if group in records for row in rows_of(records[group])
+    ]
+    if not rows:
+        return ""
+    lines = ["| speed | figure | `python tests/bench` |", "|---|---|---|"]
+    lines += [f"| {what} | {figure} | `{group}` |" for group, (what, figure) in rows]
+    return "\n".join(lines) + "\n\n" + _sources([records[group] for group in ROWS if group in records]) + "\n"
+
+
+def updated(text: str, records: dict[str, Record]) -> str:
+    """README text with a fresh table."""
+    made = table(records)
+    return BLOCK.sub(lambda match: f"\n{made}\n" if made else "", text)
+
+
+def _step(record: Record) -> list[Row]:
+    rows = []
+    for dropout in _dropouts(record):
+        cases = [row for name, row in record["results"].items() if name.endswith(f"dropout {dropout}")]
+        where = f"{_models(record)}, dropout {dropout}"
+        rows += [
+            (
+                f"a training step against a naive LoRA (A@B formed): {where}",
+                _times(cases, "naive", "naive_wall"),
+            ),
+            (f"against PEFT's own layers: dropout {dropout}", _times(cases, "peft", "peft_wall")),
+            (f"share of the machine's matmul rate: dropout {dropout}", _range(row["share"] for row in cases)),
+        ]
+    return rows
+
+
+def _memory(record: Record) -> list[Row]:
+    rows = []
+    for dropout in _dropouts(record):
+        cases = [row for name, row in record["results"].items() if name.endswith(f"dropout {dropout}")]
+        held, peak = (_range(row[f"tvit_{kind}"] for row in cases) for kind in ("saved", "rss"))
+        rows.append(
+            (f"memory of a step against the naive LoRA: dropout {dropout}", f"held {held}, peak {peak}")
+        )
+    return rows
+
+
+def _peers(record: Record) -> list[Row]:
+    return [
+        (
+            f"a step against transformers' {name} with PEFT, equal width, depth and tokens; memory",
+            f"× {row['times_faster']:.2f}; {row['memory_ratio']:.2f}",
+        )
+        for name, row in record["results"].items()
+    ]
+
+
+def _schemes(record: Record) -> list[Row]:
+    return [
+        (
+            f"a step at {case.partition('_t')[2]} frames, {_model(case)}, against joint attention over single frames",
+            ", ".join(
+                f"{name} × {row['times_faster']:.2f}"
+                for name, row in rows.items()
+                if name not in NOT_COMPARED
+            ),
+        )
+        for case, rows in record["results"].items()
+    ]
+
+
+NOT_COMPARED = ("joint", "joint, naive LoRA")
+
+
+def _epoch(record: Record) -> list[Row]:
+    rows = record["results"]
+    return [
+        (
+            f"a whole epoch against the sum of its steps: from a frame store, from videos ({record['clips']} clips)",
+            f"× {rows['store']['wall_ratio']:.2f}, × {rows['videos']['wall_ratio']:.2f} "
+            f"(processor × {rows['store']['cpu_ratio']:.2f}, × {rows['videos']['cpu_ratio']:.2f})",
+        )
+    ]
+
+
+def _data(record: Record) -> list[Row]:
+    ratios = record["ratios"]
+    return [
+        (
+            "a training clip (18 frames, 224 px) from a video, and from the frame store, against decoding all and "
+            "augmenting PIL images",
+            f"× {ratios['video, 0 workers']:.1f}, × {ratios['store, 0 workers']:.0f}",
+        ),
+        ("augmenting it", f"× {ratios['augmentation']:.1f}"),
+    ]
+
+
+def _infer(record: Record) -> list[Row]:
+    what = f"`tvit predict clip.avi`, ViT-{record['size']}, whole process, against `import torch` and a forward pass"
+    return [(what, f"{record['seconds']:.2f} s, × {record['ratio']:.2f}")]
+
+
+def _startup(record: Record) -> list[Row]:
+    return [
+        (f"`{name}`", f"{row['wall']:.2f} s")
+        for name, row in record["results"].items()
+        if name.startswith("tvit")
+    ]
+
+
+ROWS: dict[str, Callable[[Record], list[Row]]] = {
+    "step": _step,
+    "memory": _memory,
+    "peers": _peers,
+    "schemes": _schemes,
+    "epoch": _epoch,
+    "data": _data,
+    "infer": _infer,
+    "startup": _startup,
+}
+
+
+def _dropouts(record: Record) -> list[str]:
+    return list(dict.fromkeys(name.rpartition("dropout ")[2] for name in record["results"]))
+
+
+def _models(record: Record) -> str:
+    cases = dict.fromkeys(name.partition(",")[0] for name in record["results"])
+    models = dict.fromkeys(_model(case) for case in cases)
+    frames = dict.fromkeys(case.partition("_t")[2] for case in cases)
+    return f"{', '.join(models)}, {' and '.join(frames)} frames"
+
+
+def _model(case: str) -> str:
+    """vitb2_t18 -> ViT-B, 2 layers"""
+    shape = case.partition("_t")[0]
+    name = shape.rstrip("0123456789")
+    return f"ViT-{name.removeprefix('vit').capitalize()}, {shape.removeprefix(name)} layers"
+
+
+def _times(cases: list[Record], by_processor: str, by_clock: str) -> str:
+    return f"× {_range(row[by_processor] for row in cases)} (by the clock {_range(row[by_clock] for row in cases)})"
+
+
+def _range(values: Iterable[float]) -> str:
+    """The least and the most of several, once where they look the same."""
+    numbers = sorted(values)
+    low, high = f"{numbers[0]:.2f}", f"{numbers[-1]:.2f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def _sources(records: list[Record]) -> str:
+    """Where and when: one sentence per commit, date, machine and torch."""
+    places: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        machine = f"{record['cores']} cores of {record['processor']}"
+        key = (
+            record["commit"],
+            record["date"],
+            machine,
+            f"torch {record['torch']}" if "torch" in record else "",
+        )
+        places.setdefault(key, []).append(record)
+    sentences = []
+    for (commit, date, machine, torch), own in places.items():
+        groups = ", ".join(f"`{record['group']}`" for record in own)
+        facts = ", ".join(filter(None, [f"commit {commit}", date, machine, torch]))
+        others = [record["others"] for record in own if record["others"] is not None]
+        busy = f", others keeping {max(others):g} of them busy at most" if others else ""
+        sentences.append(f"{groups}: {facts}{busy}.")
+    return " ".join(sentences)
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
