@@ -3,7 +3,8 @@
     python tests/bench/scaling.py [--only TEXT] [--rounds 3] [--threads 2] [--plot scaling.png]
 
 Steps: ViT-Ti/16 at 112 pixels with rank 8 on q, k, v, fc1 and fc2, forward and backward, processor seconds, medians
-of steps taken in turn; beside each what the operations, as `--dry-run` counts them, would make of the smallest.
+of steps taken in turn; beside each what the operations, as `--dry-run` counts them, would make of the smallest. A
+clip of a single patch shows what a step costs however little it computes.
 Processes: an update of 8 clips shared by one and by two processes of one thread each (gloo), seconds of the processor
 in all of them and by the clock. Clips of a data set: what a training does with the list of its videos, read from the
 index of a frame store that holds no frames, before its first step (open it, look 1,000 names up, list the videos),
@@ -65,9 +66,9 @@ Row = dict[str, float]
 T = TypeVar("T")
 
 
-def config(attention: str = "joint", frames: int = 8, classes: int = 101) -> ViTConfig:
+def config(attention: str = "joint", frames: int = 8, classes: int = 101, size: int = 112) -> ViTConfig:
     return ViTConfig(
-        num_classes=classes, frame_size=112, n_frames=frames, width=192, num_heads=3, attention=attention
+        num_classes=classes, frame_size=size, n_frames=frames, width=192, num_heads=3, attention=attention
     )
 
 
@@ -207,8 +208,9 @@ def use_index(folder: Path) -> Row:
     return found
 
 
-def draw(results: dict[str, dict[int, Row]]) -> Drawing:
-    """A sheet of charts: time over that of the smallest, and what operations alone would make of it."""
+def draw(results: dict[str, dict[int, Row]]) -> Drawing | None:
+    """A sheet of charts: time over that of the smallest, and what operations alone would make of it; None where
+    nothing was measured that has a chart."""
     charts: list[Drawing | None] = []
     roles: tuple[Role, ...] = ("one", "two", "three")
 
@@ -218,7 +220,9 @@ def draw(results: dict[str, dict[int, Row]]) -> Drawing:
     def add(title: str, curves: list[Curve], x_name: str) -> None:
         charts.append(curves_chart(title, curves, x_name=x_name, show=lambda value: f"{value:g}"))
 
-    frames = {name.removeprefix("frames, "): rows for name, rows in results.items() if "frames, " in name}
+    frames = {
+        name.removeprefix("frames, "): rows for name, rows in results.items() if name.startswith("frames, ")
+    }
     for start in range(0, len(frames), len(roles)):
         some = list(frames.items())[start : start + len(roles)]
         curves = [curve(name, rows, "times", role) for (name, rows), role in zip(some, roles, strict=False)]
@@ -238,7 +242,8 @@ def draw(results: dict[str, dict[int, Row]]) -> Drawing:
         thousands = {n // 1_000: row for n, row in rows.items()}
         curves = [curve(name, thousands, key, role) for (name, key), role in zip(named, roles, strict=True)]
         add("Processor seconds", curves, "thousand videos")
-    return sheet("How cost grows", [chart for chart in charts if chart is not None])
+    drawn = [chart for chart in charts if chart is not None]
+    return sheet("How cost grows", drawn) if drawn else None
 
 
 def main() -> None:
@@ -264,6 +269,10 @@ def main() -> None:
             f"frames, {attention}": {frames: (config(attention, frames), 1) for frames in FRAMES}
             for attention in ATTENTIONS
         },
+        **{
+            f"a single patch, {attention}": {1: (config(attention, 1, size=16), 1)}
+            for attention in ATTENTIONS
+        },
         "clips in a batch": {clips: (config(), clips) for clips in BATCHES},
         "classes": {classes: (config(classes=classes), 1) for classes in CLASSES},
     }
@@ -280,8 +289,8 @@ def main() -> None:
                 print(f"  {key:9,}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
     facts = {"tvit": __version__, "torch": torch.__version__, "python": platform.python_version()}
     print(json.dumps({"benchmark": "scaling", **facts, "threads": options.threads, "results": results}))
-    if options.plot:
-        options.plot.write_bytes(to_png(draw(results)))
+    if options.plot and (drawing := draw(results)):
+        options.plot.write_bytes(to_png(drawing))
 
 
 if __name__ == "__main__":
