@@ -119,7 +119,11 @@ def _data(record: Record) -> list[Row]:
 
 def _infer(record: Record) -> list[Row]:
     what = f"`tvit predict clip.avi`, ViT-{record['size']}, whole process, against `import torch` and a forward pass"
-    return [(what, f"{record['seconds']:.2f} s, × {record['ratio']:.2f}")]
+    eight = f"with `--int8`, against without (ViT-{record['size']})"
+    return [
+        (what, f"{record['seconds']:.2f} s, × {record['ratio']:.2f}"),
+        (eight, f"{record['int8_seconds']:.2f} s, × {record['int8_ratio']:.2f}"),
+    ]
 
 
 def _startup(record: Record) -> list[Row]:

@@ -114,6 +114,27 @@ def test_predictions_are_the_evaluations(trained: TrainResult, clip: Path) -> No
             assert score == pytest.approx(float(scores[label]), abs=2e-6)
 
 
+def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(trained: TrainResult) -> None:
+    def answers(**chosen: Any) -> list[dict[str, float]]:
+        clips = trained.run.parents[1] / "colours"
+        settings = PredictSettings(paths=(str(clips),), model=trained.model, top_k=3, device="cpu", **chosen)
+        return [dict(prediction.labels) for prediction in predict(settings).predictions]
+
+    whole, rounded = answers(), answers(int8=True)
+    assert len(whole) == 18 and whole != rounded
+    assert [max(a, key=a.__getitem__) for a in whole] == [max(a, key=a.__getitem__) for a in rounded]
+    for a, b in zip(whole, rounded, strict=True):
+        assert b == pytest.approx(a, abs=0.03)
+
+
+def test_8_bits_are_refused_where_they_would_run_on_another_device(
+    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tvit_cli.engine.predict.pick_device", lambda name: torch.device("cuda"))
+    with pytest.raises(SettingsError, match=r"--int8: is for CPUs.*on cuda.*--device cpu"):
+        predict(PredictSettings(paths=(str(clip),), model=trained.model, int8=True))
+
+
 def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained: TrainResult, clip: Path) -> None:
     result = tvit(trained, str(clip), "--top-k", "50")
     assert result.returncode == 0
@@ -202,6 +223,7 @@ def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -
         ({"stride": "1s"}, "say --window"),
         ({"window": "1s", "embeddings": "a.safetensors"}, "leave out --window"),
         ({"annotate": "a.txt"}, "should end in .mp4"),
+        ({"explain": "a.png", "int8": True}, "leave out --int8"),
         ({"window": "0s"}, "greater than 0"),
         ({"window": "2s", "stride": "0"}, "greater than 0"),
         ({"window": "two"}, "length of time"),

@@ -4,8 +4,7 @@
 
 ViT-B (or small: ViT-S), 8 frames of 224 pixels, random weights, no gradients; processor seconds, medians of ratios of
 passes taken in turn. `ao` is torch.ao.quantization.quantize_dynamic on all Linear layers (weights and activations by
-the range of the whole tensor); `int_mm` quantises weights by row and activations by token, and multiplies with
-torch._int_mm; `bf16` is autocast, `bf16 weights` the model itself in bf16. The agreement is that of the best classes
+the range of the whole tensor), `tvit` what `tvit predict --int8` does (weights by row, activations by token); `bf16` is autocast, `bf16 weights` the model itself in bf16. The agreement is that of the best classes
 of the test videos in --data, by a trained --model; or, by the --weights of a pretrained ViT, of the classes whose
 other videos' features are most like a video's own.
 """
@@ -37,35 +36,16 @@ from tvit_cli.engine.build import build
 from tvit_cli.engine.events import silent
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.trained import open_trained
+from tvit_cli.model.int8 import to_int8
 from tvit_cli.model.vit import ViTConfig, build_model
 from tvit_cli.settings.train import TrainSettings
 
 SIZES = {"base": (768, 12, 12), "small": (384, 12, 6)}
 
 
-class IntLinear(nn.Module):
-    """A Linear layer in 8 bits: weights scaled by row, activations by token."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.scale = layer.weight.detach().abs().amax(1) / 127  # (out,)
-        whole = (layer.weight.detach() / self.scale[:, None]).round().to(torch.int8)
-        self.weight = whole.T  # (in, out)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight)
-        out = product.float().mul_(scale).mul_(self.scale)
-        return (out if self.bias is None else out.add_(self.bias)).view(*x.shape[:-1], -1)
-
-
-def with_int_mm(model: nn.Module) -> nn.Module:
+def with_int8(model: nn.Module) -> nn.Module:
     changed = copy.deepcopy(model)
-    for name, module in list(changed.named_modules()):
-        if isinstance(module, nn.Linear):
-            changed.set_submodule(name, IntLinear(module))
+    to_int8(changed, but="classifier")
     return changed
 
 
@@ -99,7 +79,7 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
         "bf16": Autocast(model),
         "bf16 weights": Half(model),
         "ao": torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8),
-        "int_mm": with_int_mm(model),
+        "tvit": with_int8(model),
     }
 
 

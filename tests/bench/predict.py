@@ -2,7 +2,7 @@
 
     python tests/bench/predict.py [--runs 5] [--size base|small]
 
-A (tvit) and B (floor) run in turn; medians and their ratio are printed, and one line of JSON.
+tvit, tvit with --int8 and the floor run in turn; medians and ratios are printed, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def make_model(folder: Path, size: str) -> ViTConfig:
     return config
 
 
-def measure(arguments: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak memory in MB of a process."""
+def measure(arguments: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, peak memory in MB and processor seconds of a process."""
     started = time.perf_counter()
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     assert os.waitstatus_to_exitcode(status) == 0, process.stderr.read().decode() if process.stderr else ""
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -95,25 +95,39 @@ def main() -> None:
             str(folder / "model"),
         ]
         floor = [sys.executable, "-c", FLOOR, *map(str, shape)]
-        measure(tvit)
-        measure(floor)
-        pairs = [(measure(tvit), measure(floor)) for _ in range(options.runs)]
-    a, b = (statistics.median(pair[i][0] for pair in pairs) for i in (0, 1))
-    memory = [statistics.median(pair[i][1] for pair in pairs) for i in (0, 1)]
-    ratio = statistics.median(pair[0][0] / pair[1][0] for pair in pairs)
+        programs = {"tvit predict": tvit, "tvit predict --int8": [*tvit, "--int8"], "floor": floor}
+        rounds = [
+            {name: measure(program) for name, program in programs.items()} for _ in range(options.runs + 1)
+        ]
+    del rounds[0]  # which fills the disk's cache
+
+    def median(name: str, of: int) -> float:
+        return statistics.median(found[name][of] for found in rounds)
+
+    def ratio(name: str, of: int, base: str = "floor") -> float:
+        return statistics.median(found[name][of] / found[base][of] for found in rounds)
+
     weights = sum(p.numel() for p in build_model(config, seed=0, from_scratch=True).parameters()) * 4 / 2**20
     print(
-        f"tvit predict, ViT-{options.size}, 8 frames: {a:.2f} s, {memory[0]:.0f} MB (weights {weights:.0f})"
+        f"ViT-{options.size}, 8 frames, weights of {weights:.0f} MB; the floor is import torch + a forward pass"
     )
-    print(f"import torch + one forward pass:       {b:.2f} s, {memory[1]:.0f} MB")
-    print(f"ratio of times, median over {options.runs} pairs: {ratio:.2f}")
+    for name in programs:
+        print(
+            f"{name:20} {median(name, 0):5.2f} s, {median(name, 2):5.2f} s of the processor, "
+            f"{median(name, 1):.0f} MB; x {ratio(name, 0):.2f} and {ratio(name, 2):.2f} the floor"
+        )
     facts = {
         "benchmark": "predict",
         "size": options.size,
-        "seconds": a,
-        "floor_seconds": b,
-        "ratio": ratio,
-        "megabytes": memory[0],
+        "seconds": median("tvit predict", 0),
+        "floor_seconds": median("floor", 0),
+        "ratio": ratio("tvit predict", 0),
+        "cpu_ratio": ratio("tvit predict", 2),
+        "megabytes": median("tvit predict", 1),
+        "int8_seconds": median("tvit predict --int8", 0),
+        "int8_ratio": ratio("tvit predict --int8", 0, "tvit predict"),
+        "int8_cpu_ratio": ratio("tvit predict --int8", 2, "tvit predict"),
+        "int8_megabytes": median("tvit predict --int8", 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),

@@ -19,7 +19,7 @@ def sheet(title: str, drawings: Sequence[Drawing], *, columns: int = 2) -> Drawi
         for shape in drawing.shapes
     ]
     rows = -(-len(drawings) // columns)
-    return Drawing(title, min(columns, len(drawings)) * width - GAP, rows * height - GAP, shapes)
+    return Drawing(title, min(columns, len(drawings)) * width, rows * height - GAP, shapes)
 
 
 def moved(shape: Shape, right: float, down: float) -> Shape:

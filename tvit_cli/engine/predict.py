@@ -17,7 +17,8 @@ from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import WithFeatures, score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
-from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.errors import DataError, RunError, SettingsError, VideoError
+from tvit_cli.model.int8 import to_int8
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import PredictSettings
 
@@ -264,11 +265,20 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
 
 
 def open_model(settings: PredictSettings, report: Report) -> Model:
-    """The model that the settings name, or the newest."""
-    trained = open_trained(
-        settings.model, working_directory=settings.working_directory, device=pick_device(settings.device)
-    )
+    """The model that the settings name, or the newest; in 8 bits if that is asked for.
+
+    Raises ModelError where there is none, SettingsError for 8 bits on anything but a CPU.
+    """
+    device = pick_device(settings.device)
+    if settings.int8 and device.type != "cpu":
+        raise SettingsError(
+            f"--int8: is for CPUs, and the model would run on {device.type}. Leave it out, or take --device cpu."
+        )
+    trained = open_trained(settings.model, working_directory=settings.working_directory, device=device)
     report(Note(f"Model: {trained.folder}"))
+    if settings.int8:
+        layers = to_int8(trained.model, but="classifier")
+        report(Note(f"{layers} layers compute in 8 bits.", "detail"))
     for note in trained.notes:
         report(Note(note, "warning"))
     return Model(trained)

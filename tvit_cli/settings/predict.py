@@ -45,6 +45,12 @@ class PredictSettings(Settings):
     )
     device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
 
+    int8: bool = Field(
+        False,
+        description="Compute in 8 bits on a CPU: about twice as fast with a ViT-B, and scores differ a little",
+        json_schema_extra=about(HOW, flag="--int8"),
+    )
+
     top_k: int = Field(5, ge=1, description="Labels shown per video", json_schema_extra=about(SHOWN))
     json_lines: bool = Field(
         False, description="Print one JSON object per video", json_schema_extra=about(SHOWN, flag="--json")
@@ -102,6 +108,8 @@ class PredictSettings(Settings):
             raise ValueError("--json and --csv are two forms of one answer: take one of them")
         if self.annotate is not None and self.annotate.suffix.lower() not in (".mp4", ".mov", ".mkv"):
             raise ValueError(f"--annotate {self.annotate}: its name should end in .mp4, .mov or .mkv")
+        if self.int8 and self.explain is not None:
+            raise ValueError("--explain follows gradients, which 8 bits have none of: leave out --int8")
         if self.window is None:
             for name in ("stride", "smoothing", "output"):
                 if name in self.model_fields_set and getattr(self, name) is not None:
