@@ -13,8 +13,8 @@ LARGEST = 127  # of a signed byte; -128 is left out, so that both signs have the
 # Note [Eight bits]
 # A weight is a whole number times the scale of its row, an activation one times the scale of its token, drawn
 # anew in every call, so that nothing has to be calibrated; their products are summed as whole numbers, exactly.
-# One scale for a whole tensor (torch.ao's dynamic quantisation, which torch is about to drop) is no faster and
-# wrong more often: a few large activations of a ViT leave the others few steps. What is no Linear layer stays as
+# One scale for a whole tensor (torch.ao's dynamic quantisation, which is deprecated) is hardly faster and wrong
+# more often: a few large activations of a ViT leave the others few steps. What is no Linear layer stays as
 # it is: attention's own products, norms, the patch embedding; and the classifier, which costs nothing. Measured
 # beside bf16 in tests/bench/RESULTS.md.
 
