@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import resource
 import subprocess
@@ -18,6 +19,7 @@ from tvit_cli.data import framestore
 from tvit_cli.data.clips import ClipDataset
 from tvit_cli.data.framestore import FrameStore, find_store, nearest, record_problem
 from tvit_cli.data.layout import Layout, Video, read_layout
+from tvit_cli.data.loading import load_batches
 from tvit_cli.data.packing import pack_video
 from tvit_cli.data.sampling import grid_indices, indices_on_grid, segment_indices
 from tvit_cli.data.storeformat import Header, Parameters, write_header
@@ -291,6 +293,30 @@ def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store: FrameStore, 
     items = [data[(0, index)] for index in range(4)]
     assert [item.weight for item in items] == [0, 1, 1, 1]
     assert items[0].error.startswith(videos[0].name)
+
+
+def test_a_clip_that_the_disk_does_not_give_is_set_aside_by_name_and_the_others_are_read(
+    own_store: FrameStore, videos: list[Video], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents, _ = read_contents(own_store.folder)
+    row = contents.row(videos[1].name)
+    assert row is not None
+    bad, read = int(row["offset"]), framestore._File.read
+
+    def failing(file: framestore._File, offset: int, size: int) -> memoryview:
+        if bad <= offset < bad + int(row["bytes"]):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file, offset, size)
+
+    monkeypatch.setattr(framestore._File, "read", failing)
+    data = ClipDataset(videos, LABELS, n_frames=8, short_side=64, seed=0, training=False, store=own_store)
+    batches = list(load_batches(data, [[(0, 0), (0, 1)], [(0, 2), (0, 3)]], workers=2))
+    assert [batch.weights.tolist() for batch in batches] == [[1, 0], [1, 1]]
+    ((index, reason),) = batches[0].errors
+    shard = shard_paths(own_store.folder)[0]
+    assert index == 1 and reason.startswith(
+        f"{videos[1].name}: {shard} cannot be read there (Input/output error). "
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5_000, -1])

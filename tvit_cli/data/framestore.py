@@ -127,7 +127,7 @@ class FrameStore:
         of the frames given. Frames come as they are stored, or scaled down to a half, quarter or eighth where
         their short side stays at least `short_side`: what is left to scale is the model's device's work.
 
-        Raises VideoError, `<name>: <reason>`, where the clip is not there or its record is damaged.
+        Raises VideoError, `<name>: <reason>`, where the clip is not there, or its record is damaged or cannot be read.
         """
         name = clip if isinstance(clip, str) else self.name(clip)
         index = self.find(clip) if isinstance(clip, str) else clip
@@ -147,6 +147,11 @@ class FrameStore:
             raise VideoError(
                 f"{name}: its record in {file.path} is damaged ({error}). Make it anew with "
                 f"`{self._again('--repair')}`."
+            ) from error
+        except OSError as error:
+            raise VideoError(
+                f"{name}: {file.path} cannot be read there ({error.strerror}). Look at the disk; if it is sound, "
+                f"make the record anew with `{self._again('--repair')}`."
             ) from error
         given = frames[chosen]
         return Clip(
