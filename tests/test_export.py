@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -33,10 +33,12 @@ from tvit_cli.engine.export import onnx as onnx_format
 from tvit_cli.engine.export.carried import carried
 from tvit_cli.engine.export.parity import CLIPS, Parity
 from tvit_cli.engine.export.pixelgraph import PreprocessingGraph
+from tvit_cli.engine.export.publish import check_login, publish
 from tvit_cli.engine.export.sources import ROOMS, ship_package, shipped
 from tvit_cli.engine.predict import predict
+from tvit_cli.engine.results import read_metrics
 from tvit_cli.engine.train import TrainResult
-from tvit_cli.errors import ModelError, RunError, SettingsError
+from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
@@ -348,6 +350,41 @@ def test_an_export_that_answers_otherwise_is_not_written_and_the_exit_code_is_1(
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
 
+@pytest.mark.parametrize("where", ["the clips", "the proof", "the writing"])
+def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(
+    where: str, trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(5, "Input/output error", "disk.avi")
+
+    output = tmp_path / "out"
+    if where == "the clips":
+        monkeypatch.setattr("tvit_cli.engine.export.parity.read_layout", fails)
+        with pytest.raises(OSError, match=r"disk\.avi"):  # which is one sentence, as it is, on the terminal
+            export(trained, output)
+    elif where == "the proof":
+        broken = engine.Format(lambda job: None, plain.write, fails, ("torch",))
+        monkeypatch.setitem(engine.FORMATS, "safetensors", broken)
+        with pytest.raises(RunError, match=r"the proof broke off, .* cannot be read .*disk\.avi") as raised:
+            export(trained, output)
+        assert "space" not in str(raised.value)
+    else:
+        broken = engine.Format(lambda job: None, fails, plain.opened, ("torch",))
+        monkeypatch.setitem(engine.FORMATS, "safetensors", broken)
+        with pytest.raises(RunError, match=r"out: the export cannot be written .* Free some space"):
+            export(trained, output)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"metrics"', "[]", '{"metrics": [0.5]}', '{"metrics": {"videos": "many"}}']
+)
+def test_an_evaluation_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(DataError, match=r"metrics\.json: holds no metrics .* Evaluate again, or remove"):
+        read_metrics(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("difference", "agreement", "int8", "passed"),
     [
@@ -551,6 +588,49 @@ def test_who_is_not_logged_in_is_told_how_before_anything_is_written(
     ):
         export(trained, tmp_path / "plain", push_to_hub="ada/colours")
     assert (tmp_path / "plain" / "parity.json").is_file()
+
+
+class Answer:
+    """An HTTP response as huggingface_hub's errors hold it."""
+
+    headers: ClassVar[dict[str, str]] = {}
+    request = None
+
+    def __init__(self, status_code: int) -> None:
+        self.status_code = status_code
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "uploaded"),
+    [
+        (401, "does not take this login. Log in with", "may not write there .* hf auth login"),
+        (403, "does not take this login. Log in with", "may not write there .* hf auth login"),
+        (
+            429,
+            r"answers with an error \(429 of the hub\)\. Try later\.$",
+            "broke off .* go on with: hf upload",
+        ),
+        (
+            503,
+            r"answers with an error \(503 of the hub\)\. Try later\.$",
+            "broke off .* go on with: hf upload",
+        ),
+    ],
+)
+def test_only_who_is_refused_by_the_hub_is_told_to_log_in(
+    status: int, asked: str, uploaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer: Any = Answer(status)
+    error = HfHubHTTPError(f"{status}\n\nof the hub", response=answer)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("whoami", error))
+    with pytest.raises(RunError, match=asked):
+        check_login()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("create_repo", error))
+    with pytest.raises(RunError, match=uploaded) as raised:
+        publish(tmp_path, "ada/colours", private=True)
+    assert ("hf upload --private ada/colours" in str(raised.value)) == (status not in (401, 403))
 
 
 @pytest.mark.parametrize("extra", [0, 5])

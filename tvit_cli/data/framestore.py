@@ -127,7 +127,7 @@ class FrameStore:
         of the frames given. Frames come as they are stored, or scaled down to a half, quarter or eighth where
         their short side stays at least `short_side`: what is left to scale is the model's device's work.
 
-        Raises VideoError, `<name>: <reason>`, where the clip is not there, or its record is damaged or cannot be read.
+        Raises VideoError, `<name>: <reason>`, where the clip is not there or its record cannot be read.
         """
         name = clip if isinstance(clip, str) else self.name(clip)
         index = self.find(clip) if isinstance(clip, str) else clip

@@ -117,7 +117,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and verify every file against its recorded sha256.
 
-    Raises CheckpointError that names the file that is missing or damaged.
+    Raises CheckpointError that names the file that is missing, damaged or cannot be read.
     """
     try:
         raw = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -128,6 +128,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = State(**{**raw, "tally": tuple(raw["tally"])})
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no checkpoint ({STATE_FILE} is not there).") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / STATE_FILE}: cannot be read ({error.strerror}). {_OTHERS}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE_FILE}: damaged ({error}). {_OTHERS}") from error
     trainable, optimizer = (_read(path, name, hashes) for name in ("trainable", "optimizer"))
@@ -141,6 +143,8 @@ def _read(path: Path, name: str, hashes: Mapping[str, str]) -> dict[str, Tensor]
         data = file.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing. {_OTHERS}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {_OTHERS}") from error
     if hashlib.sha256(data).hexdigest() != hashes.get(file.name):
         raise CheckpointError(f"{file}: damaged ({len(data)} bytes, another sha256). {_OTHERS}")
     try:

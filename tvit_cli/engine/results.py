@@ -13,7 +13,7 @@ from tvit_cli.data.layout import Video
 from tvit_cli.engine.metrics import ClassScore
 from tvit_cli.engine.resampling import Interval
 from tvit_cli.engine.seen import Seen
-from tvit_cli.errors import RunError
+from tvit_cli.errors import DataError, RunError
 from tvit_cli.report.calibration import Bin
 
 METRICS_FILE = "metrics.json"
@@ -98,10 +98,16 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
 
 
 def read_metrics(output: Path) -> dict[str, float]:
-    """The metrics that an evaluation wrote to its folder."""
-    content = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
-    metrics: dict[str, float] = content["metrics"]
-    return metrics
+    """The metrics that an evaluation wrote to its folder. Raises DataError where they cannot be read."""
+    path = output / METRICS_FILE
+    try:
+        return {
+            str(name): float(value) for name, value in json.loads(path.read_text("utf-8"))["metrics"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: holds no metrics ({type(error).__name__}: {error}). Evaluate again, or remove {output}."
+        ) from error
 
 
 def _row(score: ClassScore) -> dict[str, float]:

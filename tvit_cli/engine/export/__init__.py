@@ -17,7 +17,7 @@ import tvit_cli
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.export import adapter, huggingface, onnx, plain, program
 from tvit_cli.engine.export.job import Answerer, Job
-from tvit_cli.engine.export.parity import Parity, compare, reference
+from tvit_cli.engine.export.parity import Parity, Reference, compare, reference
 from tvit_cli.engine.export.publish import check_login, publish
 from tvit_cli.engine.export.readme import README_FILE, readme
 from tvit_cli.engine.trained import open_trained
@@ -79,19 +79,18 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     form.check(job)
     if settings.push_to_hub is not None:
         check_login()
-    try:
-        with reference(job) as expected, replacing(output) as folder:
-            form.write(job, folder)
-            with form.opened(folder) as answer:
-                parity = compare(expected, answer, settings)
-            _refuse(parity, settings)
-            (folder / README_FILE).write_text(readme(job, parity), encoding="utf-8")
-            record = _record(job, parity, folder, form.packages)
-            (folder / PARITY_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{output}: the export cannot be written ({error}). Free some space, or choose another --output."
-        ) from error
+    with reference(job) as expected:
+        try:
+            with replacing(output) as folder:
+                form.write(job, folder)
+                parity = _proved(form, folder, expected, settings)
+                (folder / README_FILE).write_text(readme(job, parity), encoding="utf-8")
+                record = _record(job, parity, folder, form.packages)
+                (folder / PARITY_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{output}: the export cannot be written ({error}). Free some space, or choose another --output."
+            ) from error
     url = None
     if settings.push_to_hub is not None:
         report(Note(f"Uploading to {settings.push_to_hub}"))
@@ -111,10 +110,21 @@ def _check_free(output: Path, settings: ExportSettings) -> None:
         )
 
 
-def _refuse(parity: Parity, settings: ExportSettings) -> None:
-    """Raise RunError for an export that does not answer as the model does."""
+def _proved(form: Format, folder: Path, expected: Reference, settings: ExportSettings) -> Parity:
+    """How an export answers, read anew.
+
+    Raises RunError where it does not answer as the model does, or it or a clip cannot be read.
+    """
+    try:
+        with form.opened(folder) as answer:
+            parity = compare(expected, answer, settings)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"--format {settings.format}: the proof broke off, so nothing was written: a file cannot be read "
+            f"({error})."
+        ) from error
     if parity.passed:
-        return
+        return parity
     limit = "" if parity.logit_limit is None else f" (at most {parity.logit_limit:g})"
     raise RunError(
         f"--format {settings.format}: the export does not answer as the model does, so nothing was written. On "

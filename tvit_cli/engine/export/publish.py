@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tvit_cli.errors import RunError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 LOGIN = "Log in with a token that may write (https://huggingface.co/settings/tokens): hf auth login"
 
 
+REFUSED = (401, 403)  # HTTP: who are you; you may not
+
+
 def check_login() -> None:
-    """Raise RunError where nobody is logged in, or the hub cannot be reached."""
+    """Raise RunError where nobody is logged in, or the hub does not answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+    except LocalTokenNotFoundError as error:
         raise RunError(f"--push-to-hub: not logged in to the Hugging Face hub. {LOGIN}") from error
+    except HfHubHTTPError as error:
+        if _is_refused(error):
+            raise RunError(
+                f"--push-to-hub: the Hugging Face hub does not take this login. {LOGIN}"
+            ) from error
+        raise RunError(
+            f"--push-to-hub: the Hugging Face hub answers with an error ({_said(error)}). Try later."
+        ) from error
     except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
         raise RunError(
-            f"--push-to-hub: the Hugging Face hub cannot be reached ({error}). Try later."
+            f"--push-to-hub: the Hugging Face hub cannot be reached ({_said(error)}). Try later."
         ) from error
 
 
@@ -36,13 +51,24 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a tvit export")
-    except HfHubHTTPError as error:
-        raise RunError(
-            f"--push-to-hub {repository}: the hub refuses ({error}). The export is whole in {folder}. {LOGIN}"
-        ) from error
     except Exception as error:  # as above
+        if isinstance(error, HfHubHTTPError) and _is_refused(error):
+            raise RunError(
+                f"--push-to-hub {repository}: this login may not write there ({_said(error)}). The export is whole "
+                f"in {folder}. {LOGIN}"
+            ) from error
+        again = f"hf upload {'--private ' if private else ''}{repository} {folder}"  # it makes the repository, too
         raise RunError(
-            f"--push-to-hub {repository}: the upload broke off ({error}). The export is whole in {folder}; go on "
-            f"with: hf upload {repository} {folder}"
+            f"--push-to-hub {repository}: the upload broke off ({_said(error)}). The export is whole in {folder}; "
+            f"go on with: {again}"
         ) from error
     return str(url)
+
+
+def _is_refused(error: HfHubHTTPError) -> bool:
+    return error.response is not None and error.response.status_code in REFUSED
+
+
+def _said(error: Exception) -> str:
+    """An error's text in one line: the hub's have several."""
+    return " ".join(str(error).split())
