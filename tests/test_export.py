@@ -711,7 +711,7 @@ def test_the_shipped_reader_takes_a_file_for_a_file_whatever_its_name_and_conten
 def test_what_is_shipped_imports_itself_and_four_packages() -> None:
     allowed = {"torch", "numpy", "av", "transformers", *sys.stdlib_module_names}
     files = shipped(("modeling_tvit", "processing_tvit"))
-    assert {"vit", "attention", "config", "sampling", "pixels", "reading"} <= files.keys()
+    assert {"vit", "attention", "config", "sampling", "pixels", "colours", "reading"} <= files.keys()
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

@@ -42,7 +42,9 @@ RATE = 10
 
 
 def film(
-    seconds: float, rate: int = RATE, converted: Callable[[int, np.ndarray], None] = lambda number, frame: None
+    seconds: float,
+    rate: int = RATE,
+    converted: Callable[[int, np.ndarray], None] = lambda number, frame: None,
 ) -> Iterator[Played]:
     """Frames of one pixel whose value is their number."""
     for number in range(round(seconds * rate)):

@@ -14,34 +14,13 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.video.plane import VideoPlane
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from tvit_cli.data.colours import PLANE_SCALING, SCALING, matrix_of
 
 Frames = npt.NDArray[np.uint8]
 
 ASSUMED_RATE = 25.0  # frames per second, where a file names no usable time at all
-
-# AVColorSpace (libavutil/pixfmt.h) -> the matrix that swscale is told to use.
-_MATRICES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,  # BT.470BG
-    6: Colorspace.ITU601,  # SMPTE 170M
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,  # constant luminance
-}
-_HD_HEIGHT = 720  # players take BT.709 from this height on where the stream does not say
-
-# Without FULL_CHR_H_INT swscale converts to RGB through tables that truncate: white comes out as 253.
-SCALING = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
-# Between YUV and YUV of one matrix there are no such tables, and the rounding costs twice the time for the
-# same numbers.
-_PLANE_SCALING = Interpolation.BILINEAR | Interpolation.BITEXACT
 
 
 class Planes(NamedTuple):
@@ -50,11 +29,6 @@ class Planes(NamedTuple):
     y: Frames  # (H, W)
     u: Frames
     v: Frames
-
-
-def matrix_by_height(height: int) -> Colorspace:
-    """The matrix of a picture that does not name its own."""
-    return Colorspace.ITU601 if height < _HD_HEIGHT else Colorspace.ITU709
 
 
 def quarter_turns(frame: av.VideoFrame) -> int:
@@ -104,7 +78,7 @@ class KeptFrames:
                     av.VideoFrame.from_ndarray(upright, format="rgb24"),
                     upright.shape[:2],
                 )
-            matrix = _matrix(frame)
+            matrix = matrix_of(frame)
             converted = self._reformatter.reformat(
                 frame,
                 width=width,
@@ -113,7 +87,7 @@ class KeptFrames:
                 src_colorspace=matrix,
                 dst_colorspace=Colorspace.ITU601,
                 dst_color_range=ColorRange.JPEG,
-                interpolation=_PLANE_SCALING if matrix == Colorspace.ITU601 else SCALING,
+                interpolation=PLANE_SCALING if matrix == Colorspace.ITU601 else SCALING,
                 threads=1,
             )
             yield Planes(*map(_plane_pixels, converted.planes))
@@ -138,14 +112,10 @@ class KeptFrames:
             width=width,
             height=height,
             format="rgb24",
-            src_colorspace=_matrix(frame),
+            src_colorspace=matrix_of(frame),
             interpolation=SCALING,
             threads=1,
         )
-
-
-def _matrix(frame: av.VideoFrame) -> Colorspace:
-    return _MATRICES.get(frame.colorspace, matrix_by_height(frame.height))
 
 
 def _plane_pixels(plane: VideoPlane) -> Frames:

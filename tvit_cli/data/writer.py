@@ -17,8 +17,9 @@ from av.container import OutputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from tvit_cli.data.colours import SCALING, matrix_by_height
 from tvit_cli.data.container import file_url
-from tvit_cli.data.pictures import SCALING, Frames, matrix_by_height
+from tvit_cli.data.pictures import Frames
 from tvit_cli.errors import RunError
 
 TICKS = 60_000  # per second; MPEG-4 takes at most 65,535, and usual rates divide this one

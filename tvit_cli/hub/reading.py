@@ -1,4 +1,4 @@
-"""The frames of a video file that a model sees, decoded with PyAV. Imports nothing of tvit: an export ships it.
+"""The frames of a video file that a model sees, decoded with PyAV. An export ships it.
 
 Letters: T frames, H W pixels.
 """
@@ -16,27 +16,10 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
+from .colours import SCALING, matrix_of
 from .sampling import indices_on_grid, segment_indices
-
-# swscale's exact paths: without them white comes out as 253.
-SCALING = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
-MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> the matrix for RGB
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,
-    6: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
-}
-HD_HEIGHT = 720  # where a stream does not say: BT.709 from here on, BT.601 below
 
 
 def choose_frames(frame_count: int, n_frames: int, frame_grid: int | None = None) -> list[int]:
@@ -68,13 +51,12 @@ def read_clip(
             shape = (round(frame.width * target / short), round(frame.height * target / short))
             turns = round(frame.rotation / 90) % 4
         if index in chosen:
-            fallback = Colorspace.ITU601 if frame.height < HD_HEIGHT else Colorspace.ITU709
             picture = reformatter.reformat(
                 frame,
                 width=shape[0],
                 height=shape[1],
                 format="rgb24",
-                src_colorspace=MATRICES.get(frame.colorspace, fallback),
+                src_colorspace=matrix_of(frame),
                 interpolation=SCALING,
                 threads=1,
             )
