@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
-from tvit_cli.settings.export import ExportSettings
+from tvit_cli.settings.export import ExportFormat, ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 
 ROOT = Path(__file__).parents[1]
@@ -331,7 +332,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
         weights["classifier.bias"][0] += 1
         save_file(weights, folder / "model.safetensors")
 
-    spoiled = engine.Format(lambda job: None, write_other_weights, plain.opened, ("torch",))
+    spoiled = dataclasses.replace(plain.FORMAT, write=write_other_weights)
     monkeypatch.setitem(engine.FORMATS, "safetensors", spoiled)
 
 
@@ -363,13 +364,13 @@ def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(
         with pytest.raises(OSError, match=r"disk\.avi"):  # which is one sentence, as it is, on the terminal
             export(trained, output)
     elif where == "the proof":
-        broken = engine.Format(lambda job: None, plain.write, fails, ("torch",))
+        broken = dataclasses.replace(plain.FORMAT, opened=fails)
         monkeypatch.setitem(engine.FORMATS, "safetensors", broken)
         with pytest.raises(RunError, match=r"the proof broke off, .* cannot be read .*disk\.avi") as raised:
             export(trained, output)
         assert "space" not in str(raised.value)
     else:
-        broken = engine.Format(lambda job: None, fails, plain.opened, ("torch",))
+        broken = dataclasses.replace(plain.FORMAT, write=fails)
         monkeypatch.setitem(engine.FORMATS, "safetensors", broken)
         with pytest.raises(RunError, match=r"out: the export cannot be written .* Free some space"):
             export(trained, output)
@@ -491,6 +492,7 @@ def test_no_folder_of_this_machine_leaves_with_an_export(
     written = json.loads((output / "card.json").read_text())
     assert written["base"]["name"] == written["settings"]["hf_model_name"] == shown
     assert written["settings"]["path_to_data"] == "colours"
+    assert ("\nbase_model: " in (output / "README.md").read_text()) == ("/" in shown)
     for file in output.rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes(), file
 
@@ -522,6 +524,21 @@ def test_an_older_transformers_is_refused(
     monkeypatch.setattr(huggingface, "metadata", SimpleNamespace(version=lambda name: "4.57.1"))
     with pytest.raises(ModelError, match=r"needs transformers 5 or newer, and 4\.57\.1 is installed"):
         export(trained, tmp_path / "hf", format="huggingface")
+
+
+def test_every_format_has_its_facts_its_page_and_its_options() -> None:
+    assert set(engine.FORMATS) == set(get_args(ExportFormat))
+    pages = Path(engine.__file__).parent / "use"
+    assert {page.stem for page in pages.iterdir()} == set(engine.FORMATS)
+    for name, form in engine.FORMATS.items():
+        page = (pages / f"{name}.md").read_text()
+        assert bool(form.suffix) == bool(form.preprocess) == ("${preprocess}" in page) == ("$inputs" in page)
+        try:
+            ExportSettings(format=name, with_preprocessing=True)
+        except ValueError:
+            assert not form.suffix, name
+        else:
+            assert form.suffix, name
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,37 +14,21 @@ from safetensors import SafetensorError
 import tvit_cli
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.export import adapter, huggingface, onnx, plain, program
-from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.job import Format, Job
 from tvit_cli.engine.export.parity import Parity, Reference, compare, reference
 from tvit_cli.engine.export.publish import check_login, publish
 from tvit_cli.engine.export.readme import README_FILE, readme
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.model.folder import PARITY_FILE, replacing, sha256
-from tvit_cli.settings.export import ExportSettings
+from tvit_cli.settings.export import ExportFormat, ExportSettings
 
-
-@dataclass(frozen=True)
-class Format:
-    """How one format is written, and how an export of it answers on its own.
-
-    `check` finds what is missing before anything is computed.
-    """
-
-    check: Callable[[Job], None]
-    write: Callable[[Job, Path], None]
-    opened: Callable[[Path], AbstractContextManager[Answerer]]
-    packages: tuple[str, ...]  # whose versions the proof is for
-
-
-FORMATS: dict[str, Format] = {
-    "safetensors": Format(lambda job: None, plain.write, plain.opened, ("torch", "safetensors")),
-    "huggingface": Format(
-        huggingface.check, huggingface.write, huggingface.opened, ("torch", "transformers")
-    ),
-    "onnx": Format(onnx.check, onnx.write, onnx.opened, ("onnx", "onnxscript", "onnxruntime")),
-    "torch": Format(lambda job: None, program.write, program.opened, ("torch",)),
-    "adapter": Format(adapter.check, adapter.write, adapter.opened, ("torch", "transformers", "peft")),
+FORMATS: dict[ExportFormat, Format] = {
+    "safetensors": plain.FORMAT,
+    "huggingface": huggingface.FORMAT,
+    "onnx": onnx.FORMAT,
+    "torch": program.FORMAT,
+    "adapter": adapter.FORMAT,
 }
 
 
@@ -84,7 +66,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
             with replacing(output) as folder:
                 form.write(job, folder)
                 parity = _proved(form, folder, expected, settings)
-                (folder / README_FILE).write_text(readme(job, parity), encoding="utf-8")
+                (folder / README_FILE).write_text(readme(job, form, parity), encoding="utf-8")
                 record = _record(job, parity, folder, form.packages)
                 (folder / PARITY_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:

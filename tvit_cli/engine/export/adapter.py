@@ -13,7 +13,7 @@ from tvit_cli.engine.build import build
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.events import silent
 from tvit_cli.engine.export import huggingface
-from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.run import SETTINGS_FILE
 from tvit_cli.errors import ModelError
@@ -89,3 +89,6 @@ def _settings(job: Job) -> TrainSettings:
             "Name the run's folder, or export with another --format."
         )
     return load(TrainSettings, flags={}, config=path, environ={}).settings
+
+
+FORMAT = Format(write, opened, packages=("torch", "transformers", "peft"), library="peft", check=check)

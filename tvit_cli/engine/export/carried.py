@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 from tvit_cli.engine.export.sources import SOURCE
 
@@ -31,3 +34,11 @@ def carried(folder: Path) -> Iterator[Callable[[str], ModuleType]]:
         sys.dont_write_bytecode = writes_bytecode
         for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
             del sys.modules[name]
+
+
+def read_frames(reading: ModuleType, video: Path, facts: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """A batch of one clip, uint8 (1, T, H, W, 3), read by the shipped file."""
+    frames: np.ndarray[Any, Any] = reading.read_clip(
+        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+    )
+    return frames[None]

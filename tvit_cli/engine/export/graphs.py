@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -52,14 +49,6 @@ def graphs(job: Job) -> dict[str, Graph]:
         "model": Graph(model, pixels, {0: Dim.DYNAMIC}, PIXELS, LOGITS),
         "preprocessing": Graph(preprocessing, _frames(card), _any_frame(), FRAMES, PIXELS),
     }
-
-
-def read_frames(reading: ModuleType, video: Path, facts: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """A batch of one clip, uint8 (1, T, H, W, 3), read by the shipped file."""
-    frames: np.ndarray[Any, Any] = reading.read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
-    )
-    return frames[None]
 
 
 def _frames(card: ModelCard) -> Tensor:

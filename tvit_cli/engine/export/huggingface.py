@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.export.sources import ship
 from tvit_cli.errors import ModelError
@@ -113,3 +113,6 @@ def _processor(card: ModelCard) -> dict[str, Any]:
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+FORMAT = Format(write, opened, packages=("torch", "transformers"), library="transformers", check=check)

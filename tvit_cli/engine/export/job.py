@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -50,6 +51,22 @@ class Job:
     def write_card(self, folder: Path) -> None:
         """Write card.json into an export."""
         (folder / CARD_FILE).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is written, how an export of it answers on its own, and what its README says of that.
+
+    `check` finds what is missing before anything is computed. The rest of the README is `use/<format>.md`.
+    """
+
+    write: Callable[[Job, Path], None]
+    opened: Callable[[Path], AbstractContextManager[Answerer]]
+    packages: tuple[str, ...]  # whose versions the proof is for
+    library: str  # what opens it, as the Hugging Face hub calls that
+    check: Callable[[Job], None] = lambda job: None
+    suffix: str = ""  # of the files of its graphs, for a format that has graphs
+    preprocess: str = ""  # in Python, what goes before the model where it is not inside
 
 
 def _public(name: str) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.carried import carried
-from tvit_cli.engine.export.graphs import Graph, graphs, read_frames
-from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.carried import carried, read_frames
+from tvit_cli.engine.export.graphs import Graph, graphs
+from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.export.sources import ship_package
 from tvit_cli.errors import ModelError
@@ -132,3 +132,15 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+FORMAT = Format(
+    write,
+    opened,
+    packages=PACKAGES,
+    library="onnx",
+    check=check,
+    suffix="onnx",
+    preprocess='preprocess = onnxruntime.InferenceSession("FOLDER/preprocessing.onnx")\n'
+    '(clips,) = preprocess.run(None, {"frames": clips})\n',
+)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tvit_cli.engine.export.carried import carried
-from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.carried import carried, read_frames
+from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.sources import ship_package
 from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE
 
@@ -41,17 +41,15 @@ def opened(folder: Path) -> Iterator[Answerer]:
             facts = card["preprocessing"]
             rows = []
             for video in videos:
-                frames = module("reading").read_clip(
-                    video,
-                    n_frames=facts["n_frames"],
-                    short_side=facts["scale_to"],
-                    frame_grid=facts["frame_grid"],
-                )
+                (frames,) = torch.from_numpy(read_frames(module("reading"), video, facts))
                 clip = module("pixels").frames_to_input(
-                    torch.from_numpy(frames).permute(0, 3, 1, 2),
+                    frames.permute(0, 3, 1, 2),
                     **{key: facts[key] for key in ("frame_size", "resize", "scale_to", "mean", "std")},
                 )
                 rows.append(model(clip[None])[0])
             return torch.stack(rows)
 
         yield answer
+
+
+FORMAT = Format(write, opened, packages=("torch", "safetensors"), library="pytorch")

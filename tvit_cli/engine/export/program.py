@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.carried import carried
-from tvit_cli.engine.export.graphs import graphs, read_frames
-from tvit_cli.engine.export.job import Answerer, Job
+from tvit_cli.engine.export.carried import carried, read_frames
+from tvit_cli.engine.export.graphs import graphs
+from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.sources import ship_package
 from tvit_cli.model.folder import CARD_FILE
 
@@ -47,3 +47,13 @@ def opened(folder: Path) -> Iterator[Answerer]:
             return torch.stack(rows)
 
         yield answer
+
+
+FORMAT = Format(
+    write,
+    opened,
+    packages=("torch",),
+    library="pytorch",
+    suffix="pt2",
+    preprocess='clips = torch.export.load("FOLDER/preprocessing.pt2").module()(clips)\n',
+)

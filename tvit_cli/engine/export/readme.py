@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 
 from tvit_cli.engine.export.graphs import FRAMES, PIXELS
-from tvit_cli.engine.export.job import Job
+from tvit_cli.engine.export.job import Format, Job
 from tvit_cli.engine.export.parity import Parity
 from tvit_cli.engine.results import METRICS_FILE, read_metrics
 from tvit_cli.model.folder import PARITY_FILE
@@ -16,19 +16,7 @@ from tvit_cli.settings.card import ModelCard
 
 README_FILE = "README.md"
 SHOWN_METRICS = ("video_top1", "video_top5", "mean_class_accuracy", "macro_f1", "calibration_error", "videos")
-LIBRARIES = {
-    "safetensors": "pytorch",
-    "huggingface": "transformers",
-    "onnx": "onnx",
-    "torch": "pytorch",
-    "adapter": "peft",
-}
 NO_METRICS = "Not measured: no validation subset, and `tvit eval` has not been run.\n"
-PREPROCESS = {  # what a script does where preprocessing is not inside
-    "onnx": 'preprocess = onnxruntime.InferenceSession("FOLDER/preprocessing.onnx")\n'
-    '(clips,) = preprocess.run(None, {"frames": clips})\n',
-    "torch": 'clips = torch.export.load("FOLDER/preprocessing.pt2").module()(clips)\n',
-}
 INSIDE = (
     "`{model}` takes frames as they are decoded, uint8 (B, T, H, W, 3) of any size, any number of clips, and gives "
     "scores."
@@ -39,16 +27,16 @@ OUTSIDE = (
 )
 
 
-def readme(job: Job, parity: Parity) -> str:
+def readme(job: Job, form: Format, parity: Parity) -> str:
     """README.md: a header that the Hugging Face hub reads, then the model in words and numbers."""
     card, settings = job.card, job.settings
     metrics = _metrics(job)
     title = f"{job.run.resolve().name} ({settings.format})"
     parts = [
-        _header(card, settings.format),
+        _header(card, form),
         f"# {title}\n\nA temporal Vision Transformer that tells {len(card.labels)} classes of videos apart: "
         f"{_listed(card.labels)}. Trained with tvit {card.tvit_version}.\n",
-        f"## Use\n\n{_use(job)}",
+        f"## Use\n\n{_use(job, form)}",
         f"## Input\n\n{_input(card)}",
         f"## How good\n\n{_table(('subset', 'metric', 'value'), metrics) if metrics else NO_METRICS}",
         f"## The same answers\n\n{_proof(parity, int8=settings.int8)}",
@@ -57,34 +45,28 @@ def readme(job: Job, parity: Parity) -> str:
     return "\n".join(parts)
 
 
-def _header(card: ModelCard, form: str) -> str:
+def _header(card: ModelCard, form: Format) -> str:
     lines = [
         "---",
-        f"library_name: {LIBRARIES[form]}",
+        f"library_name: {form.library}",
         "pipeline_tag: video-classification",
         "tags:",
         "- tvit",
         "- video-classification",
     ]
-    if card.base is not None and _is_repository(card.base.name):
+    if card.base is not None and "/" in card.base.name:  # a folder has no more than its own name here
         lines.append(f"base_model: {card.base.name}")
     return "\n".join([*lines, "---", ""])
 
 
-def _is_repository(name: str) -> bool:
-    """Whether a base is a name on the hub: what the hub has no revision of is a local folder."""
-    return name.count("/") == 1 and not Path(name).exists()
-
-
-def _use(job: Job) -> str:
+def _use(job: Job, form: Format) -> str:
     """How to label a video with the export, from the file `use/<format>.md`."""
-    form, inside = job.settings.format, job.settings.with_preprocessing
-    text = (resources.files("tvit_cli.engine.export") / "use" / f"{form}.md").read_text(encoding="utf-8")
-    suffix = {"onnx": "onnx", "torch": "pt2"}.get(form, "")
-    names = {"model": f"model.{suffix}", "preprocessing": f"preprocessing.{suffix}"}
+    name, inside = job.settings.format, job.settings.with_preprocessing
+    text = (resources.files("tvit_cli.engine.export") / "use" / f"{name}.md").read_text(encoding="utf-8")
+    names = {graph: f"{graph}.{form.suffix}" for graph in ("model", "preprocessing")}
     return Template(text).substitute(
         inputs=(INSIDE if inside else OUTSIDE).format(**names),
-        preprocess="" if inside else PREPROCESS.get(form, ""),
+        preprocess="" if inside else form.preprocess,
         input=FRAMES if inside else PIXELS,
     )
 
