@@ -11,6 +11,7 @@ import pytest
 from tvit_cli.data.video import play, probe
 from tvit_cli.data.writer import video_writer, write_video
 from tvit_cli.engine.annotate import WHOLE, annotate
+from tvit_cli.engine.events import Event, Progress
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.report.caption import caption_mask, captioned
 from tvit_cli.report.segments import Segment
@@ -21,12 +22,13 @@ def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
 ) -> None:
     source = make_video(tmp_path / "a.mp4", frames=20, height=91, width=121, rate=10, pixel_format="yuv420p")
     out = tmp_path / "new" / "out.mp4"
-    seen: list[float] = []
+    told: list[Event] = []
     segments = [Segment(0, 0.7, "A", 0.9), Segment(0.7, 2, "a much longer label", 0.8)]
-    annotate(out, source, segments, progress=lambda done, total: seen.append(done))
+    annotate(out, source, segments, told.append)
     before, after = list(play(source)), list(play(out))
     assert [p.start for p in after] == pytest.approx([p.start for p in before], abs=1e-3)
-    assert (probe(out).width, probe(out).height) == (120, 90) and len(seen) == 20
+    assert (probe(out).width, probe(out).height) == (120, 90)
+    assert told == [Progress("seconds written", second, 2) for second in (1, 2)]
     assert [p.end for p in after] == pytest.approx([p.end for p in before], abs=1e-3)
     assert after[0].length == pytest.approx(2.0, abs=1e-3)  # the last frame lasts as long as the others
     widths = []

@@ -65,9 +65,13 @@ def test_a_changed_video_is_tried_again(
     assert sorted(check(videos, tmp_path)) == ["run/b_g01_.avi", "run/bad_g01_.avi"]
     assert sorted(tried) == ["a", "b", "b"]
     tried.clear()
-    paths["c"].unlink()
+    away = paths["c"].rename(tmp_path / "c.avi")
     assert "no such file" in check(videos, tmp_path)["run/c_g01_.avi"]
     assert sorted(tried) == ["b", "b", "c"]
+    tried.clear()
+    away.rename(paths["c"])
+    assert sorted(check(videos, tmp_path)) == ["run/b_g01_.avi", "run/bad_g01_.avi"]
+    assert sorted(tried) == ["b", "b"]  # what comes back as it was is still known
 
 
 def test_another_decoder_tries_all_again(

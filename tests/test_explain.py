@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import tvit_cli
 from tvit_cli.data.writer import write_video
 from tvit_cli.engine.explain import (
+    Deletion,
+    Explanation,
     blank_clip,
     blanked,
     by_patch,
@@ -54,6 +56,23 @@ def test_relevance_lies_on_what_the_model_reads_and_adds_up_to_the_log_score() -
     assert (patches[~chosen] == 0).all()
     before, after = (Spot()(x[None]).log_softmax(1)[0, 1].item() for x in (blank, clip))
     assert patches[chosen].sum().item() == pytest.approx(after - before, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("relevance", "shares"),
+    [
+        ([[3.0, -1.0], [1.0, 0.0]], [0.75, 0.25]),
+        ([[3e-20, -1.0], [1e-20, 0.0]], [0.75, 0.25]),
+        ([[-3.0, 0.0], [0.0, -1.0]], [0.0, 0.0]),
+    ],
+)
+def test_the_frames_shares_are_together_1_or_all_0_where_nothing_speaks_for_the_label(
+    relevance: list[list[float]], shares: list[float]
+) -> None:
+    by_frame = torch.tensor(relevance)[:, :, None]  # (T, P, 1)
+    deletion = Deletion(shares=(), relevant=(), random=(), p_value=1.0)
+    explanation = Explanation("a.avi", "A", 0.5, torch.zeros(2, 3, 4, 4), by_frame, deletion)
+    assert explanation.frames.tolist() == pytest.approx(shares)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -26,8 +26,10 @@ from tiny import make_clips, run
 
 import tvit_cli
 from tvit_cli import commands
+from tvit_cli.engine.events import Event, Note, Progress
 from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.predict import predict
+from tvit_cli.engine.timelines import tell
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
 from tvit_cli.model.folder import load_model
@@ -316,6 +318,12 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
     assert names == [str(clip), str(other), str(again)] and features.dtype == torch.float32
     assert features.shape == (3, 16)
     assert torch.equal(features[0], features[2]) and not torch.equal(features[0], features[1])
+    twice = predict(
+        PredictSettings(paths=(str(clip), str(other), str(clip)), model=trained.model, embeddings=out)
+    )
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["names"]) == [p.video for p in twice.predictions]
+        torch.testing.assert_close(file.get_tensor("features"), features[[0, 1, 0]])
     model, card = load_model(trained.model)
     for row, answer in zip(features, [p for p in result.predictions if p.labels], strict=True):
         scores = model.classifier(row).double().softmax(0)
@@ -327,3 +335,23 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
         api.embed([tmp_path / "text.avi"])
     with pytest.raises(RunError, match="cannot be written"):
         predict(PredictSettings(paths=(str(clip),), model=trained.model, embeddings=clip / "x" / "y"))
+
+
+@pytest.mark.parametrize("window", [None, "2s"])
+def test_how_much_of_a_labelled_video_is_written_is_told(
+    trained: TrainResult, tmp_path: Path, make_video: Callable[..., Path], window: str | None
+) -> None:
+    video = make_video(tmp_path / "long.mp4", frames=40, rate=10)
+    out = tmp_path / "out.mp4"
+    flags = {"paths": [str(video)], "model": str(trained.model), "annotate": str(out)}
+    settings = load(
+        PredictSettings, flags=flags | ({"window": window} if window else {}), environ={}
+    ).settings
+    told: list[Event] = []
+    if window:
+        tell(settings, told.append)
+    else:
+        predict(settings, told.append)
+    written = [event for event in told if isinstance(event, Progress) and event.what == "seconds written"]
+    assert [(event.done, event.total) for event in written] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert isinstance(told[-1], Note) and str(out) in told[-1].text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tvit_cli.data.container import Place
 from tvit_cli.data.video import play
 from tvit_cli.data.writer import video_writer
+from tvit_cli.engine.events import Report, seconds_done, silent
 from tvit_cli.errors import DataError
 from tvit_cli.report.caption import captioned
 from tvit_cli.report.segments import Segment
@@ -15,13 +16,7 @@ from tvit_cli.report.segments import Segment
 WHOLE = float("inf")  # the end of a segment that is the whole video
 
 
-def annotate(
-    path: Path,
-    place: Place,
-    segments: Sequence[Segment],
-    *,
-    progress: Callable[[float, float | None], None] | None = None,
-) -> None:
+def annotate(path: Path, place: Place, segments: Sequence[Segment], report: Report = silent) -> None:
     """Write the video, without its sound, each frame captioned with the segment that it lies in.
 
     Frames keep their times and size (an odd last row or column is left out), turned as they are shown; one is in
@@ -38,5 +33,5 @@ def annotate(
             segment = segments[number]
             picture = captioned(frame.picture(), f"{segment.label}  {segment.score:.2f}")
             writer.write(picture, frame.start, frame.end)
-            if progress is not None:
-                progress(frame.end, frame.length)
+            if round(frame.end) > round(frame.start):
+                report(seconds_done("seconds written", frame.end, frame.length))

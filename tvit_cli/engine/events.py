@@ -61,5 +61,10 @@ Event = Note | Progress | TrainingStarts | StepDone | EpochDone
 Report = Callable[[Event], None]
 
 
+def seconds_done(what: str, done: float, total: float | None) -> Progress:
+    """How much of a video is done, in whole seconds."""
+    return Progress(what, round(done), None if total is None else max(1, round(total)))
+
+
 def silent(event: Event) -> None:
     """A Report that says nothing."""

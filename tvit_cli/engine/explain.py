@@ -67,9 +67,10 @@ class Explanation:
 
     @property
     def frames(self) -> Tensor:
-        """Each frame's share of what speaks for the label, (T,); their sum is 1."""
+        """Each frame's share of what speaks for the label, (T,): together 1, or all 0 where nothing does."""
         positive = self.relevance.clamp(min=0).sum((1, 2))
-        return positive / positive.sum().clamp(min=1e-12)
+        total = positive.sum()
+        return positive / total if total > 0 else positive
 
 
 def explain(trained: Trained, place: Place, label: str | None = None) -> Explanation:

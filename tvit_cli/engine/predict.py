@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,8 +111,11 @@ class Model:
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int, int], None] | None = None,
         embeds: bool = True,
-    ) -> tuple[list[Prediction], dict[str, Tensor]]:
-        """`predict_many`, and by name what the classifier sees of each readable video, (D,), from one pass."""
+    ) -> tuple[list[Prediction], list[Tensor | None]]:
+        """`predict_many`, and from the same pass what the classifier sees of each video, (D,).
+
+        That is None for a video that cannot be read, and for all where `embeds` is False.
+        """
         places = find_videos(videos)
         model = WithFeatures(self._trained.model) if embeds else self._trained.model
         rows, errors = self._outputs(model, places, batch_size, progress)
@@ -121,7 +124,8 @@ class Model:
         predictions = [
             self._prediction(place, logits.get(i), errors.get(i, ""), top_k) for i, place in enumerate(places)
         ]
-        return predictions, {str(places[i]): row[classes:] for i, row in rows.items()} if embeds else {}
+        features = [rows[i][classes:] if embeds and i in rows else None for i in range(len(places))]
+        return predictions, features
 
     def embed(self, videos: Sequence[str | Path], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """What the classifier sees of each video, (V, D) float32 on the CPU, in the order of the videos.
@@ -238,7 +242,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
                 "warning",
             )
         )
-    predictions, embeddings = model.predict_and_embed(
+    predictions, features = model.predict_and_embed(
         places,
         top_k=top_k,
         batch_size=settings.per_gpu_batch_size,
@@ -246,6 +250,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         embeds=settings.embeddings is not None,
     )
     if settings.embeddings is not None:
+        embeddings = [(p.video, row) for p, row in zip(predictions, features, strict=True) if row is not None]
         write_embeddings(settings.embeddings, embeddings, model.folder)
         report(Note(f"{len(embeddings)} embeddings written to {settings.embeddings}"))
     if settings.explain is not None and not predictions[0].error:
@@ -259,7 +264,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         from tvit_cli.report.segments import Segment
 
         label, value = predictions[0].labels[0]
-        annotate(settings.annotate, places[0], [Segment(0.0, WHOLE, label, value)])
+        annotate(settings.annotate, places[0], [Segment(0.0, WHOLE, label, value)], report)
         report(Note(f"The video with its label is in {settings.annotate}"))
     return PredictResult(tuple(predictions), model.folder, top_k)
 
@@ -284,8 +289,10 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
     return Model(trained)
 
 
-def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], model: Path) -> None:
+def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model: Path) -> None:
     """Write `features`, (V, D) float32, with the videos' `names` (a JSON list) and the model in the metadata.
+
+    A video that was named twice has two rows.
 
     Raises DataError where no video could be read, RunError where the file cannot be written.
     """
@@ -294,9 +301,10 @@ def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], model: Path) 
 
     if not embeddings:
         raise DataError(f"--embeddings {path}: no video could be read, so there is nothing to write.")
-    metadata = {"names": json.dumps(list(embeddings), ensure_ascii=False), "model": str(model)}
+    names, rows = zip(*embeddings, strict=True)
+    metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": torch.stack(list(embeddings.values()))}, path, metadata)
+        save_file({"features": torch.stack(rows)}, path, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from tvit_cli.data.container import Place
-from tvit_cli.engine.events import Note, Progress, Report, silent
+from tvit_cli.engine.events import Note, Report, seconds_done, silent
 from tvit_cli.engine.places import check_one, find_videos
 from tvit_cli.engine.predict import open_model
 from tvit_cli.engine.timeline import write_timeline
@@ -41,8 +41,7 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
         what = f"seconds of {place}" if len(places) > 1 else "seconds of the video"
 
         def progress(done: float, total: float | None, what: str = what) -> None:
-            whole = None if total is None else max(1, round(total))
-            report(Progress(what, round(done), whole))
+            report(seconds_done(what, done, total))
 
         try:
             timeline = model.timeline(
@@ -70,7 +69,7 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
         if settings.annotate is not None:
             from tvit_cli.engine.annotate import annotate
 
-            annotate(settings.annotate, place, timeline.segments)
+            annotate(settings.annotate, place, timeline.segments, report)
             report(Note(f"The video with its labels is in {settings.annotate}"))
     if settings.output is not None:
         report(Note(f"Written to {settings.output}"))
