@@ -356,6 +356,18 @@ def test_set_that_is_made_is_made(world: World) -> None:
         world.run()
     made: list[Path] = []
     assert world.run(makers={"mini": made.append}).videos == len(VIDEOS) and made == [world.folder]
+    for option in ({"classes": ["A"]}, {"clips_per_class": 1}, {"verify": True}, {"keep_archive": True}):
+        with pytest.raises(
+            SettingsError, match=r"mini is made on this machine, .* has no effect\. Leave it out"
+        ):
+            world.run(makers={"mini": made.append}, **option)
+    assert made == [world.folder]
+
+
+def test_an_archive_that_is_a_pipe_is_refused_and_not_waited_for(world: World, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.zip")
+    with pytest.raises(DataError, match=r"--archive .*pipe\.zip: is no file but a pipe or a device"):
+        world.run(archive=tmp_path / "pipe.zip")
 
 
 def test_settings_that_contradict_are_refused() -> None:

@@ -409,6 +409,13 @@ def test_what_is_there_is_replaced_only_when_told_to(trained: TrainResult, tmp_p
         export(trained, tmp_path / "plain")
     export(trained, tmp_path / "plain", overwrite=True)
     assert not (tmp_path / "plain" / "stale").exists()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SettingsError, match="the folder that you are in"),
+    ):
+        (tmp_path / "here").mkdir()
+        patch.chdir(tmp_path / "here")
+        export(trained, Path())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").touch()
     with pytest.raises(SettingsError, match="thesis: exists and is no export"):

@@ -171,6 +171,13 @@ def test_a_missing_file_is_named_with_the_way_to_get_it_back(folder: Path, name:
         load_model(folder)
 
 
+def test_a_folder_that_holds_runs_is_told_from_a_model_folder(folder: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"no model folder, nor a run that ended: no card\.json in it\. Name the"
+    ):
+        load_model(folder.parent)
+
+
 def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder: Path) -> None:
     edit_card(folder, card_version=CARD_VERSION + 1, tvit_version="9.0", new_key=1)
     with pytest.raises(ModelError, match=r"written by tvit 9\.0; this tvit reads up to .* --upgrade tvit"):
@@ -181,7 +188,16 @@ def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder: Path) -> None:
     ("changes", "sentence"),
     [
         ({"labels": ["jump", "run"]}, "2 labels for a classifier of 3 classes"),
+        ({"labels": ["jump", "run", "run"]}, "a label stands there twice"),
         ({"metrics": "good"}, "metrics: "),
+        (
+            {"preprocessing": {"n_frames": 2, "frame_size": 32, "std": [0.2, 0, 0.2]}},
+            "std.1: .* greater than 0",
+        ),
+        (
+            {"preprocessing": {"n_frames": 2, "frame_size": 32, "mean": [0, float("nan"), 0]}},
+            "mean.1: .* finite",
+        ),
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
         ({"model": {**CONFIG.to_dict(), "depth": 0}}, "model: depth is 0; it must be a whole number"),
         ({"model": {**CONFIG.to_dict(), "deepth": 2}}, "model: unknown keys 'deepth'"),

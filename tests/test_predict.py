@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tiny import make_clips, run
 
 import tvit_cli
-from tvit_cli import commands
+from tvit_cli import commands, main
 from tvit_cli.engine.events import Event, Note, Progress
 from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.predict import predict
@@ -141,6 +141,7 @@ def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained: TrainRes
     result = tvit(trained, str(clip), "--top-k", "50")
     assert result.returncode == 0
     assert "--top-k 50" in result.stderr
+    assert "--top-k" not in tvit(trained, str(clip)).stderr  # nobody asked for more labels than there are
 
 
 def test_folders_stand_for_the_videos_below_them(tmp_path: Path, trained: TrainResult) -> None:
@@ -181,6 +182,10 @@ def test_patterns_that_the_shell_left_alone_are_expanded(trained: TrainResult, t
     assert find_videos([str(odd)]) == [odd]
     with pytest.raises(DataError, match="no file matches"):
         find_videos([str(tmp_path / "*.mkv")])
+    with pytest.raises(DataError, match="an empty name"):
+        find_videos(["", str(odd)])
+    with pytest.raises(DataError, match=r"http://\[::1/a\.avi: is no URL"):
+        find_videos(["http://[::1/a.avi"])
 
 
 def test_a_list_on_stdin_is_read_and_csv_has_a_row_per_label(
@@ -335,6 +340,10 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
         api.embed([tmp_path / "text.avi"])
     with pytest.raises(RunError, match="cannot be written"):
         predict(PredictSettings(paths=(str(clip),), model=trained.model, embeddings=clip / "x" / "y"))
+    nothing = tmp_path / "nothing.safetensors"
+    unread = PredictSettings(paths=(str(tmp_path / "text.avi"),), model=trained.model, embeddings=nothing)
+    (answer,) = predict(unread).predictions
+    assert "not a video" in answer.error and not nothing.exists()
 
 
 @pytest.mark.parametrize("window", [None, "2s"])
@@ -355,3 +364,16 @@ def test_how_much_of_a_labelled_video_is_written_is_told(
     written = [event for event in told if isinstance(event, Progress) and event.what == "seconds written"]
     assert [(event.done, event.total) for event in written] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(told[-1], Note) and str(out) in told[-1].text
+
+
+def test_memory_that_runs_out_is_no_mistake_of_ours(
+    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tvit_cli.engine.predict.open_model", full)
+    with pytest.raises(SystemExit) as stopped:
+        main.run(["predict", str(clip), "--model", str(trained.model)])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.strip() == "error: Memory ran out."

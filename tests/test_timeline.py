@@ -8,6 +8,7 @@ import itertools
 import json
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
     assert len(numbers) == len(set(numbers))
     # Windows share what they show: every fifth frame. The window that was given last is still held here.
     assert most <= 2 * RATE // 5 + 1
+
+
+def test_a_frame_that_is_shown_for_years_fills_no_memory() -> None:
+    grey = np.full((1, 1, 3), 7, np.uint8)
+    played = [Played(0, 3e8, 3e8, lambda: grey)]
+    windows = slide(played, length=2, stride=0.5, places=frame_places(4, None))
+    tracemalloc.start()
+    try:
+        found = list(itertools.islice(windows, 1000))
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert [w.start for w in found] == [n / 2 for n in range(1000)]
+    assert all((w.frames() == 7).all() for w in found)
 
 
 def test_frames_of_a_video_are_played_without_gaps(

@@ -386,6 +386,11 @@ def _beheaded(folder: Path, make_video: Make) -> Path:
     return path
 
 
+def _pipe(folder: Path, make_video: Make) -> Path:
+    os.mkfifo(folder / "pipe.avi")
+    return folder / "pipe.avi"
+
+
 def _undecodable(folder: Path, make_video: Make) -> Path:
     path = make_video(folder / "undecodable.avi", codec="mjpeg", pixel_format="yuvj420p")
     write_packets(path, lambda number, packet: b"junk" * 8)
@@ -409,6 +414,7 @@ UNREADABLE = [
     (_no_file, "no such file"),
     (_folder, "is a folder"),
     (_empty, "the file is empty"),
+    (_pipe, "is no file but a pipe or a device"),
     (_text, "not a video"),
     (_notes, "not a video but a text file"),
     (_sound, "no video in this file, only audio"),

@@ -153,6 +153,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         _fail(error, error.exit_code)
     except OSError as error:
         _fail(TvitError(f"{error.filename or 'a file'}: {error.strerror or error}."), 1)
+    except MemoryError as error:
+        _fail(TvitError(f"Memory ran out{f' ({error})' if str(error) else ''}."), 1)
     except Exception as error:  # noqa: BLE001  # the last resort: one sentence instead of a traceback
         text = f"{type(error).__name__}: {error}\nThis is a mistake in tvit itself; TVIT_DEBUG=1 shows where."
         _fail(TvitError(text), 1)

@@ -5,6 +5,7 @@ Whatever FFmpeg raises while a file is open becomes a VideoError that names the 
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,15 +55,17 @@ def opened(path: Place, *, threads: int) -> Iterator[tuple[InputContainer, Video
 def _checked(path: Path) -> str:
     """The URL of a file that can be opened and holds something."""
     try:
-        size = path.stat().st_size
+        facts = path.stat()
     except OSError as error:
         reason = (
             "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         )
         raise VideoError(f"{path}: {reason}.") from error
-    if path.is_dir():
+    if stat.S_ISDIR(facts.st_mode):
         raise VideoError(f"{path}: is a folder, not a video.")
-    if size == 0:
+    if not stat.S_ISREG(facts.st_mode):
+        raise VideoError(f"{path}: is no file but a pipe or a device. Save the video to a file first.")
+    if facts.st_size == 0:
         raise VideoError(f"{path}: the file is empty (0 bytes). Was a copy or download broken off?")
     return file_url(path)
 

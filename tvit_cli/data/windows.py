@@ -49,15 +49,21 @@ def slide(
     number = 0
     for frame in played:
         shown: Frames | None = None
-        while number * stride < frame.end - TOLERANCE:
-            opened.append(Window(number * stride))
-            number += 1
-        for window in opened:
+        before = len(opened)
+        while before or number * stride < frame.end - TOLERANCE:
+            # In the order of their starts, and so of their ends: a frame may be shown for more windows than fit
+            # into memory.
+            if before:
+                window, before = opened.popleft(), before - 1
+            else:
+                window, number = Window(number * stride), number + 1
             while (
                 len(window.pictures) < len(places)
                 and window.start + places[len(window.pictures)] * length < frame.end - TOLERANCE
             ):
                 shown = frame.picture() if shown is None else shown
                 window.pictures.append(shown)
-        while opened and opened[0].start + length <= frame.end + TOLERANCE:
-            yield opened.popleft()
+            if window.start + length <= frame.end + TOLERANCE:
+                yield window
+            else:
+                opened.append(window)

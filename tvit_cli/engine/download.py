@@ -19,7 +19,8 @@ from tvit_cli.data.remote.members import Limits
 from tvit_cli.data.remote.placement import Spelling, class_of, is_within, require_classes
 from tvit_cli.data.remote.supply import Progress, Supply, Tools, Wish, quiet
 from tvit_cli.data.splits import CLASS_LIST, SPLITS, lists_from_groups, parse_split_lists, read_classes
-from tvit_cli.errors import DataError, RunError
+from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
 
 MADE_LISTS: Final = "made from the file names by the rule of the official lists"
@@ -64,10 +65,13 @@ def download(
     assert settings.name is not None, "--list needs no engine"
     dataset = find(settings.name, catalog)
     for option, given in (("--archive", settings.archive), ("--splits-archive", settings.splits_archive)):
-        if given is not None and not given.exists():
-            raise DataError(f"{option} {given}: no such file.")
+        if given is None or given.is_file() or given.is_dir():
+            continue
+        what = "is no file but a pipe or a device. Save it to one first" if given.exists() else "no such file"
+        raise DataError(f"{option} {given}: {what}.")
     folder = settings.data_directory / dataset.name
     if not dataset.videos:
+        _check_nothing_is_fetched(settings)
         return _made(dataset, folder, makers or {})
     tools = Tools(http or Http(), limits or Limits(), free, progress, report)
     try:
@@ -79,6 +83,24 @@ def download(
             return job.complete()
     except OSError as error:
         raise RunError(f"{error.filename or folder}: {error.strerror or error}") from error
+
+
+def _check_nothing_is_fetched(settings: DownloadSettings) -> None:
+    """Refuse options of fetching for a set that is made. Raises SettingsError."""
+    for name in (
+        "classes",
+        "clips_per_class",
+        "archive",
+        "splits_archive",
+        "verify",
+        "repair",
+        "keep_archive",
+    ):
+        if getattr(settings, name):
+            raise SettingsError(
+                f"{flag(name)}: {settings.name} is made on this machine, not fetched, so this has no effect. "
+                "Leave it out; to make the set anew, remove its folder first."
+            )
 
 
 def _made(dataset: Dataset, folder: Path, makers: Mapping[str, Callable[[Path], object]]) -> DownloadResult:

@@ -46,8 +46,13 @@ def named(place: Place, label: str) -> Video:
 
 
 def _found(name: str | Path) -> list[Place]:
+    if not str(name):
+        raise DataError('"": an empty name. Is a variable of the shell not set?')
     if isinstance(name, str) and _URL.match(name):
-        parts = urlsplit(name)
+        try:
+            parts = urlsplit(name)
+        except ValueError as error:
+            raise DataError(f"{name}: is no URL ({error}).") from error
         if parts.scheme.lower() != "file":
             return [name]
         name = unquote(parts.path)

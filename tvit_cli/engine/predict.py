@@ -17,7 +17,7 @@ from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import WithFeatures, score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
-from tvit_cli.errors import DataError, RunError, SettingsError, VideoError
+from tvit_cli.errors import RunError, SettingsError, VideoError
 from tvit_cli.model.int8 import to_int8
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import PredictSettings
@@ -235,7 +235,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
     check_one("annotate", settings.annotate, places)
     model = open_model(settings, report)
     top_k = min(settings.top_k, len(model.labels))
-    if top_k < settings.top_k:
+    if top_k < settings.top_k and "top_k" in settings.model_fields_set:
         report(
             Note(
                 f"--top-k {settings.top_k}: the model has {len(model.labels)} classes, so {top_k} are shown.",
@@ -251,8 +251,9 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
     )
     if settings.embeddings is not None:
         embeddings = [(p.video, row) for p, row in zip(predictions, features, strict=True) if row is not None]
-        write_embeddings(settings.embeddings, embeddings, model.folder)
-        report(Note(f"{len(embeddings)} embeddings written to {settings.embeddings}"))
+        if embeddings:
+            write_embeddings(settings.embeddings, embeddings, model.folder)
+            report(Note(f"{len(embeddings)} embeddings written to {settings.embeddings}"))
     if settings.explain is not None and not predictions[0].error:
         from tvit_cli.engine.explain import verdict
 
@@ -294,13 +295,11 @@ def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model
 
     A video that was named twice has two rows.
 
-    Raises DataError where no video could be read, RunError where the file cannot be written.
+    Raises RunError where the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if not embeddings:
-        raise DataError(f"--embeddings {path}: no video could be read, so there is nothing to write.")
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
     try:

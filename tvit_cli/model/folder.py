@@ -57,6 +57,11 @@ def load_card(folder: Path) -> ModelCard:
         raise ModelError(f"{folder}: no such model folder. Name the folder that holds {CARD_FILE}.")
     path = folder / CARD_FILE
     if not path.is_file():
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise ModelError(
+                f"{folder}: no model folder, nor a run that ended: no {CARD_FILE} in it. Name the folder of a "
+                f"run, or the folder {MODEL_FOLDER} in it."
+            )
         raise _missing_file(path)
     try:
         text = path.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,8 @@ IMAGENET_MEAN = (
 )  # ImageNet channel statistics, in [0, 1]; torchvision's reference training
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Level = Annotated[float, Field(allow_inf_nan=False)]
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ResizeMode = Literal["crop", "squash"]
 
 
@@ -35,8 +37,8 @@ class Preprocessing(BaseModel):
         ge=1,
         description="What is scaled to this many pixels before frame_size of them are cut from the centre",
     )
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[Level, Level, Level] = IMAGENET_MEAN
+    std: tuple[Spread, Spread, Spread] = IMAGENET_STD
 
     @model_validator(mode="after")
     def _frames_are_large_enough_to_be_cut(self) -> Preprocessing:
@@ -76,4 +78,6 @@ class ModelCard(BaseModel):
         classes = self.model.get("num_classes")
         if classes != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for a classifier of {classes} classes")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("a label stands there twice")
         return self

@@ -82,6 +82,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
 
 
 def _check_free(output: Path, settings: ExportSettings) -> None:
+    if output.resolve() == Path.cwd():
+        raise SettingsError(f"--output {output}: is the folder that you are in. Name one in it.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / PARITY_FILE).is_file():
