@@ -135,6 +135,7 @@ def check_folder(result: ExportResult, *files: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((result.output / "parity.json").read_text())
     there = {p.relative_to(result.output).as_posix() for p in result.output.rglob("*") if p.is_file()}
     assert {"README.md", "card.json", *files} <= there
+    assert len({(result.output / name).stat().st_mode for name in there}) == 1  # one may be read as any other
     assert record["files"].keys() == there - {"parity.json"}
     for name, expected in record["files"].items():
         assert hashlib.sha256((result.output / name).read_bytes()).hexdigest() == expected

@@ -78,6 +78,10 @@ def test_the_folder_holds_two_files_and_nothing_lies_beside_it(folder: Path) -> 
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+def test_who_may_read_the_card_may_read_the_weights(folder: Path) -> None:
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "card.json").stat().st_mode
+
+
 def test_the_card_carries_the_hash_of_the_weights(folder: Path) -> None:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert load_card(folder).weights_sha256 == digest

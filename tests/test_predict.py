@@ -229,8 +229,10 @@ def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -
         ({"json_lines": True, "csv": True}, "take one"),
         ({"stride": "1s"}, "say --window"),
         ({"window": "1s", "embeddings": "a.safetensors"}, "leave out --window"),
-        ({"annotate": "a.txt"}, "should end in .mp4"),
         ({"explain": "a.png", "int8": True}, "leave out --int8"),
+        ({"annotate": "a.txt"}, "should end in .mp4 or .mov or .mkv"),
+        ({"explain": "b.avi"}, "--explain b.avi: its name should end in .png"),
+        ({"embeddings": "b.avi"}, "--embeddings b.avi: its name should end in .safetensors"),
         ({"window": "0s"}, "greater than 0"),
         ({"window": "2s", "stride": "0"}, "greater than 0"),
         ({"window": "two"}, "length of time"),
@@ -320,6 +322,7 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
     features = load_file(out)["features"]
     with safe_open(out, "pt") as file:
         names = json.loads(file.metadata()["names"])
+    assert out.stat().st_mode == again.stat().st_mode  # as open as any file
     assert names == [str(clip), str(other), str(again)] and features.dtype == torch.float32
     assert features.shape == (3, 16)
     assert torch.equal(features[0], features[2]) and not torch.equal(features[0], features[1])
@@ -339,7 +342,9 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
     with pytest.raises(VideoError, match=r"text.avi"):
         api.embed([tmp_path / "text.avi"])
     with pytest.raises(RunError, match="cannot be written"):
-        predict(PredictSettings(paths=(str(clip),), model=trained.model, embeddings=clip / "x" / "y"))
+        predict(
+            PredictSettings(paths=(str(clip),), model=trained.model, embeddings=clip / "x" / "y.safetensors")
+        )
     nothing = tmp_path / "nothing.safetensors"
     unread = PredictSettings(paths=(str(tmp_path / "text.avi"),), model=trained.model, embeddings=nothing)
     (answer,) = predict(unread).predictions

@@ -18,6 +18,7 @@ from tvit_cli.engine.scoring import WithFeatures, score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
 from tvit_cli.errors import RunError, SettingsError, VideoError
+from tvit_cli.model.folder import save_tensors
 from tvit_cli.model.int8 import to_int8
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import PredictSettings
@@ -298,12 +299,11 @@ def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model
     Raises RunError where the file cannot be written.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": torch.stack(rows)}, path, metadata)
+        save_tensors({"features": torch.stack(rows)}, path, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error

@@ -6,9 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tvit_cli.model.folder import save_tensors
 from tvit_cli.model.lora import ADAPTER, adapted_layers, adapter_names
 from tvit_cli.model.trainable import trainable_tensors
 from tvit_cli.model.vit import TemporalViT
@@ -49,7 +49,7 @@ def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str
         stored = name.replace(f".{ADAPTER}", "") if name in adapters else name
         stored = stored.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         tensors[f"base_model.model.{prefix}{stored}"] = model.get_parameter(name).detach().contiguous()
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, folder / ADAPTER_FILE, {"format": "pt"})
 
 
 def _trained_whole(model: nn.Module, adapters: set[str]) -> list[str]:

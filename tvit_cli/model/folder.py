@@ -42,13 +42,24 @@ def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> No
     try:
         with replacing(folder) as new:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_tensors(weights, new / WEIGHTS_FILE, {"format": "pt"})
             card = card.model_copy(update={"weights_sha256": sha256(new / WEIGHTS_FILE)})
             (new / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{folder}: the model cannot be written ({error}). Free some space, or choose another disk."
         ) from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that whoever may read this user's files may read.
+
+    safetensors itself leaves a private one, as its temporary files are. Raises OSError or SafetensorError.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def load_card(folder: Path) -> ModelCard:

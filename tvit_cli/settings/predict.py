@@ -22,6 +22,9 @@ Named = Annotated[
 Seconds = Annotated[float | None, BeforeValidator(seconds)]
 
 
+ENDINGS = {"embeddings": (".safetensors",), "explain": (".png",), "annotate": (".mp4", ".mov", ".mkv")}
+
+
 class PredictSettings(Settings):
     """Label videos with a trained model."""
 
@@ -106,8 +109,10 @@ class PredictSettings(Settings):
     def _options_have_an_effect(self) -> PredictSettings:
         if self.json_lines and self.csv:
             raise ValueError("--json and --csv are two forms of one answer: take one of them")
-        if self.annotate is not None and self.annotate.suffix.lower() not in (".mp4", ".mov", ".mkv"):
-            raise ValueError(f"--annotate {self.annotate}: its name should end in .mp4, .mov or .mkv")
+        for name, endings in ENDINGS.items():  # else a video whose name slipped in there would be overwritten
+            path = getattr(self, name)
+            if path is not None and path.suffix.lower() not in endings:
+                raise ValueError(f"--{name} {path}: its name should end in {' or '.join(endings)}")
         if self.int8 and self.explain is not None:
             raise ValueError("--explain follows gradients, which 8 bits have none of: leave out --int8")
         if self.window is None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tvit_cli.engine.export.job import Answerer, Format, Job
@@ -18,7 +17,7 @@ from tvit_cli.engine.export.quiet import quiet
 from tvit_cli.engine.export.sources import ship
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED
-from tvit_cli.model.folder import CONFIG_FILE, WEIGHTS_FILE
+from tvit_cli.model.folder import CONFIG_FILE, WEIGHTS_FILE, save_tensors
 from tvit_cli.settings.card import ModelCard
 
 PROCESSOR_FILE = "video_preprocessor_config.json"
@@ -45,7 +44,7 @@ def write(job: Job, folder: Path) -> None:
 def write_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
     """What transformers needs to load a network with these weights."""
     weights = {PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(weights, folder / WEIGHTS_FILE, {"format": "pt"})
     _write(folder / CONFIG_FILE, _config(card))
     _write(folder / PROCESSOR_FILE, _processor(card))
     ship(folder, ("modeling_tvit", "processing_tvit"))

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tvit_cli.engine.export.carried import carried, read_frames
 from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.sources import ship_package
-from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE
+from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors
 
 FILES = ("vit", "reading", "pixels")
 
@@ -22,7 +22,7 @@ FILES = ("vit", "reading", "pixels")
 def write(job: Job, folder: Path) -> None:
     """Write model.safetensors, card.json and the package `source`."""
     state = {name: tensor.contiguous() for name, tensor in job.trained.model.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(state, folder / WEIGHTS_FILE, {"format": "pt"})
     job.write_card(folder)
     ship_package(folder, FILES)
 
