@@ -32,7 +32,7 @@ from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
-from tvit_cli.report.segments import best_path, find_segments, smooth
+from tvit_cli.report.segments import best_path, change_prices, find_segments, smooth
 from tvit_cli.report.timeline import clock, timeline_png
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
@@ -64,6 +64,13 @@ class Brightness(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         level = clips.mean(dim=(1, 2, 3, 4))[:, None] * 255
         return -((level - torch.tensor([60.0, 130.0, 200.0])) ** 2) / 200
+
+
+class FirstFrame(Brightness):
+    """Scores a clip by its first frame alone: windows over a boundary show what lies before it."""
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return super().forward(clips[:, :1])
 
 
 def model_of(network: nn.Module, n_frames: int = 4) -> Model:
@@ -177,15 +184,45 @@ def test_smoothing_is_the_mean_of_the_windows_over_each_cell() -> None:
 
 def test_the_best_path_is_the_best_of_all_paths() -> None:
     generator = np.random.default_rng(3)
-    for price in (0.0, 0.7, 2.0):
+    for prices in (np.zeros(6), np.full(6, 0.7), generator.uniform(0, 2, 6), np.full(6, 2.0)):
         scores = generator.dirichlet([1, 1, 1], 6)
 
-        def gain(path: tuple[int, ...], scores: np.ndarray = scores, price: float = price) -> float:
-            changes = sum(a != b for a, b in itertools.pairwise(path))
-            return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - price * changes
+        def gain(path: tuple[int, ...], scores: np.ndarray = scores, prices: np.ndarray = prices) -> float:
+            changes = sum(prices[n] for n in range(1, 6) if path[n] != path[n - 1])
+            return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - changes
 
         best = max(itertools.product(range(3), repeat=6), key=gain)
-        assert tuple(best_path(scores, price=price)) == best
+        assert tuple(best_path(scores, prices=prices)) == best
+
+
+def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut() -> None:
+    found = change_prices(3.0, cells=6, stride=0.5, cuts=[0.9, 1.1, 2.3, 3.1])
+    assert found.tolist() == [
+        3,
+        3,
+        1.5,
+        3,
+        3,
+        1.5,
+    ]  # the last cut lies nearer to the end than to a cell's start
+
+
+def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it() -> None:
+    starts = (
+        np.arange(21) * 0.5
+    )  # windows of 2 s over 12 s; what begins before 6 s is seen as the first label alone
+    scores = np.where((starts < 6)[:, None], [0.99, 0.01, 0], [0.01, 0.99, 0])
+    smoothed = smooth(scores, window=2, stride=0.5, cells=24)
+
+    def boundaries(cuts: list[float]) -> list[float]:
+        found = find_segments(smoothed, LABELS, stride=0.5, seconds=12, price=8, cuts=cuts)
+        assert [segment.label for segment in found] == ["dark", "grey"]
+        return [segment.start for segment in found[1:]]
+
+    assert abs(boundaries([])[0] - 6.75) <= 0.25  # the middle of what is open, 5.5 s to 8 s, on the grid
+    assert boundaries([6.0]) == [6.0]
+    assert boundaries([2.0, 4.0, 6.0, 8.0]) == [6.0]  # the likeliest of the cuts that are open
+    assert boundaries([3.0]) == boundaries([10.0]) == boundaries([])  # the scores speak against these
 
 
 def test_a_moment_of_a_third_label_goes_to_its_neighbours() -> None:
@@ -212,6 +249,13 @@ def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day: P
     )
     assert timeline.scores.shape == (37, 3) and timeline.smoothed.shape == (40, 3)
     assert seen[-1] == (pytest.approx(10), pytest.approx(10, abs=0.2)) and len(seen) == 13
+
+
+def test_boundaries_lie_at_the_cuts_of_the_video(day: Path) -> None:
+    timeline = model_of(FirstFrame()).timeline(day, window=2.0, stride=0.5)
+    assert [(s.label, s.start) for s in timeline.segments] == [("dark", 0), ("light", 3), ("grey", 7)]
+    blind = find_segments(timeline.smoothed, LABELS, stride=0.5, seconds=10, price=8)
+    assert all(s.start >= at + 0.5 for s, at in zip(blind[1:], (3, 7), strict=True))  # without them
 
 
 def test_batches_change_nothing_and_smoothing_does(day: Path) -> None:

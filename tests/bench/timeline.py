@@ -1,6 +1,6 @@
 """The timeline of a 60 s video cut from the demo motions: are its boundaries found? An hour: is memory bounded?
 
-    python tests/bench/timeline.py [--model MODEL --data data/motions] [--videos 5] [--hour]
+    python tests/bench/timeline.py [--model MODEL --data data/motions] [--videos 5] [--first 0] [--hour]
 
 Without a model, the quickstart's is trained first, in a temporary folder. Each video is 30 clips of groups that
 training never saw, in 8 segments of 3 or 4 clips (6 or 8 s) of one class, no two neighbours of the same. A
@@ -84,9 +84,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data/motions"))
     parser.add_argument("--videos", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the seed of the first video")
     parser.add_argument("--window", type=float, default=2.0)
     parser.add_argument("--stride", type=float, default=0.5)
-    parser.add_argument("--smoothing", type=float, default=1.0)
+    parser.add_argument("--smoothing", type=float, default=2.0)
     parser.add_argument("--hour", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -94,7 +95,7 @@ def main() -> None:
         model_folder, data = (options.model, options.data) if options.model else quickstart(folder)
         model = tvit_cli.load_model(model_folder, device="cpu")
         everything: list[float | None] = []
-        for seed in range(options.videos):
+        for seed in range(options.first, options.first + options.videos):
             truth = cut_video(data, folder / f"{seed}.mp4", seed)
             timeline = model.timeline(
                 folder / f"{seed}.mp4",
@@ -109,13 +110,13 @@ def main() -> None:
         good = sum(e is not None and e <= 0.5 for e in everything)
         print(f"{good} of {len(everything)} boundaries are found within 0.5 s")
         if options.hour:
-            frames = read_clip(folder / "0.mp4", lambda count: range(count)).frames
+            frames = read_clip(folder / f"{options.first}.mp4", lambda count: range(count)).frames
             write_video(
                 folder / "hour.mp4",
                 np.broadcast_to(frames, (60, *frames.shape)).reshape(-1, *frames.shape[1:]),
                 rate=RATE,
             )
-            for video in ("0.mp4", "hour.mp4"):
+            for video in (f"{options.first}.mp4", "hour.mp4"):
                 command = [sys.executable, "-c", CODE, str(model_folder), str(folder / video)]
                 subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 

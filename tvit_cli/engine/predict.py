@@ -166,7 +166,7 @@ class Model:
         *,
         window: float = 2.0,
         stride: float | None = None,
-        smoothing: float = 1.0,
+        smoothing: float = 2.0,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[float, float | None], None] | None = None,
     ) -> Timeline:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data.container import Place
+from tvit_cli.data.cuts import Cuts
 from tvit_cli.data.pictures import Frames
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.data.video import Played, play
@@ -45,9 +46,9 @@ def make_timeline(
     A video shorter than one window is one clip, as `predict` scores it. Raises VideoError.
     """
     preprocessing = trained.card.preprocessing
-    clock, album = _Clock(), _Album()
+    clock, cuts, album = _Clock(), Cuts(), _Album()
     windows = slide(
-        clock.watch(play(place, short_side=preprocessing.scale_to)),
+        cuts.watch(clock.watch(play(place, short_side=preprocessing.scale_to))),
         length=window,
         stride=stride,
         places=frame_places(preprocessing.n_frames, preprocessing.frame_grid),
@@ -75,6 +76,7 @@ def make_timeline(
         stride=stride,
         seconds=seconds,
         price=smoothing * max(1.0, window / stride),
+        cuts=cuts.found(),
     )
     return Timeline(
         video=str(place),

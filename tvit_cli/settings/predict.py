@@ -77,9 +77,10 @@ class PredictSettings(Settings):
         json_schema_extra=about(LONG, metavar="SECONDS", default="a quarter of the window"),
     )
     smoothing: float = Field(
-        1.0,
+        2.0,
         ge=0,
-        description="How much more likely a change of label must make what is seen to be believed; 0 believes all",
+        description="How much more likely a change of label must make what is seen to be believed, half as much "
+        "where the video is cut; 0 believes all",
         json_schema_extra=about(LONG),
     )
     output: Path | None = Field(

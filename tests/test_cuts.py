@@ -1,0 +1,64 @@
+"""Cuts: where the pictures that are taken from a video stop to go on from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tvit_cli.data.cuts import Cuts
+from tvit_cli.data.video import Played
+
+RATE = 12
+Picture = NDArray[np.uint8]
+
+
+def scene(seed: int, size: int = 32) -> Picture:
+    """A soft texture, wider than the picture that looks at it."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (12, 12, 3))
+    return np.kron(coarse, np.ones((size // 4, size // 4, 1))).astype(np.uint8)
+
+
+def cuts_of(picture_at: Callable[[int], Picture], frames: int, every: int = 3) -> Cuts:
+    """What is found where every third frame's picture is asked for."""
+
+    def played() -> Iterator[Played]:
+        for number in range(frames):
+            yield Played(number / RATE, (number + 1) / RATE, None, lambda number=number: picture_at(number))
+
+    cuts = Cuts()
+    for number, frame in enumerate(cuts.watch(played())):
+        if number % every == every // 2:
+            assert np.array_equal(frame.picture(), picture_at(number))
+    return cuts
+
+
+def pan(number: int, seed: int = 0, speed: int = 1) -> Picture:
+    left = speed * number % 48
+    return scene(seed)[:32, left : left + 32]
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_a_cut_is_found_midway_between_the_pictures_that_differ(size: int) -> None:
+    first, second = scene(1, size), scene(2, size)
+    cuts = cuts_of(lambda n: (first if n < 24 else second)[n % 24 : size + n % 24, :size], 48)
+    assert cuts.found() == pytest.approx([24 / RATE])
+    assert len(cuts.times) == len(cuts.differences) == 48 // 3 - 1
+
+
+def test_what_moves_flashes_or_stands_still_is_no_cut() -> None:
+    noise = np.random.default_rng(0).integers(-3, 4, (48, 32, 32, 3))
+    still = scene(3)[:32, :32].clip(3, 252)
+    assert cuts_of(pan, 48).found() == []
+    assert cuts_of(lambda n: (still + noise[n]).astype(np.uint8), 48).found() == []
+    white = np.full((32, 32, 3), 255, np.uint8)
+    assert cuts_of(lambda n: white if 24 <= n < 27 else still, 48).found() == []
+
+
+def test_pictures_that_come_twice_are_no_cuts_and_no_picture_is_nothing() -> None:
+    assert (
+        cuts_of(lambda n: pan(n // 6 * 6), 48).found() == []
+    )  # every second one that is taken is the last one again
+    assert cuts_of(pan, 1).found() == [] and cuts_of(pan, 48, every=99).found() == []
