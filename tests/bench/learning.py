@@ -60,8 +60,8 @@ SCHEMES = ("shared", "joint", "divided", "conv", "space", "factorized")
 METHODS: dict[str, dict[str, Any]] = {  # name -> what it changes of the recipe
     **{scheme: {"attention": scheme} for scheme in SCHEMES},
     "linear probe": {"attention": "space", "train": "classifier", "learning_rate": 5e-3, "epochs": 20},
-    "full, joint": {"attention": "joint", "train": "all", "learning_rate": 5e-5},
-    "full, shared": {"attention": "shared", "train": "all", "learning_rate": 5e-5},
+    "full, joint": {"attention": "joint", "train": "all", "layer_decay": 0.65},  # at 5e-5 for all: 0.100
+    "full, shared": {"attention": "shared", "train": "all", "layer_decay": 0.65},
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
