@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def _step(record: Record) -> list[Row]:
                 _times(cases, "naive", "naive_wall"),
             ),
             (f"against PEFT's own layers: dropout {dropout}", _times(cases, "peft", "peft_wall")),
-            (f"share of the machine's matmul rate: dropout {dropout}", _range(row["share"] for row in cases)),
+            (
+                f"share of the machine's matmul rate: dropout {dropout}",
+                _middle([row["share"] for row in cases]),
+            ),
         ]
     return rows
 
@@ -154,7 +158,7 @@ def _models(record: Record) -> str:
     cases = dict.fromkeys(name.partition(",")[0] for name in record["results"])
     models = dict.fromkeys(_model(case) for case in cases)
     frames = dict.fromkeys(case.partition("_t")[2] for case in cases)
-    return f"{', '.join(models)}, {' and '.join(frames)} frames"
+    return f"{' and '.join(models)}, {' and '.join(frames)} frames"
 
 
 def _model(case: str) -> str:
@@ -175,6 +179,11 @@ def _range(values: Iterable[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+def _middle(values: list[float]) -> str:
+    """The median, which one reading of a machine that was slow for a moment does not move, and the least."""
+    return f"{statistics.median(values):.2f} in the median, {min(values):.2f} at least"
+
+
 def _sources(records: list[Record]) -> str:
     """Where and when: one sentence per commit, date, machine and torch."""
     places: dict[tuple[str, ...], list[Record]] = {}
@@ -191,8 +200,8 @@ def _sources(records: list[Record]) -> str:
     for (commit, date, machine, torch), own in places.items():
         groups = ", ".join(f"`{record['group']}`" for record in own)
         facts = ", ".join(filter(None, [f"commit {commit}", date, machine, torch]))
-        others = [record["others"] for record in own if record["others"] is not None]
-        busy = f", others keeping {max(others):g} of them busy at most" if others else ""
+        others = max((record["others"] or 0 for record in own), default=0)
+        busy = f", others keeping {others:g} of them busy at most" if others else ""
         sentences.append(f"{groups}: {facts}{busy}.")
     return " ".join(sentences)
 
