@@ -85,20 +85,22 @@ def test_a_line_that_was_cut_is_not_read(learning: ModuleType, tmp_path: Path) -
     assert list(learning.read_rows(path)) == ["a"]
 
 
-def test_a_method_is_one_point_over_all_its_clips_and_unequal_numbers_are_said(learning: ModuleType) -> None:
+def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: ModuleType) -> None:
     def scored(method: str, fold: int, right: list[int], gigaflops: float) -> dict[str, Any]:
         facts = {"part": "test", "method": method, "fold": fold, "flops": gigaflops * 1e9, "cpu_minutes": 2.0}
         return {**facts, "right": {f"p_{n}": answer for n, answer in enumerate(right)}}
 
     rows = [scored("joint", 1, [1, 1, 0, 0], 18), scored("joint", 2, [1, 1, 1, 1], 18)]
     rows.append(scored("space", 1, [1, 0, 0, 0], 15))
-    found = learning.points(rows, lambda group: learning.mean(group, "flops") / 1e9)
-    assert [(point.name, point.x, point.y) for point in found] == [
-        ("joint (8 clips)", 18.0, 0.75),
-        ("space (4 clips)", 15.0, 0.25),
-    ]
-    even = learning.points(rows[1:], lambda group: 0.0)
-    assert [point.name for point in even] == ["joint", "space"]
+
+    def found(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+        kept = learning.on_common_folds(rows)
+        marks = learning.points(kept, lambda group: learning.mean(group, "flops") / 1e9)
+        return [(point.name, point.x, point.y) for point in marks]
+
+    assert found(rows) == [("joint", 18.0, 0.5), ("space", 15.0, 0.25)]
+    assert found(rows[:2]) == [("joint", 18.0, 0.75)]
+    assert found(rows[1:]) == found([]) == []
 
 
 def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_other(
@@ -109,6 +111,7 @@ def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_ot
         facts = {
             "part": "test",
             "method": method,
+            "fold": 1,
             "flops": 1e9 * (20 + number / 50),
             "cpu_minutes": 9 + number / 50,
         }

@@ -278,16 +278,17 @@ def picture(rows: dict[str, Row]) -> Drawing | None:
     """Accuracy against operations and against processor seconds, a point per method; None where there are no rows."""
     charts = []
     for part, title in (("test", "People left out"), ("motions", "Motions, in order")):
-        own = [row for row in rows.values() if row["part"] == part]
+        own = on_common_folds([row for row in rows.values() if row["part"] == part])
         if not own:
             continue
+        clips = max(sum(len(row["right"]) for row in group) for group in by_method(own).values())
         across = (
             ("GFLOPs of a forward pass", lambda group: mean(group, "flops") / 1e9),
             ("processor seconds of the training", lambda group: 60 * mean(group, "cpu_minutes")),
         )
         charts += [
             scatter_chart(
-                f"{title}: top-1",
+                f"{title}: top-1 of {clips} clips",
                 points(own, x_of),
                 x_name=name,
                 show_x="{:g}".format,
@@ -298,17 +299,26 @@ def picture(rows: dict[str, Row]) -> Drawing | None:
     return sheet("Accuracy against cost", charts) if charts else None
 
 
-def points(rows: Sequence[Row], x_of: Callable[[Sequence[Row]], float]) -> list[Labelled]:
-    """A point per method over all clips that it was scored on; where these differ in number, the name says how many."""
+def on_common_folds(rows: Sequence[Row]) -> list[Row]:
+    """The rows of those folds that all methods were scored on: others are harder or easier."""
+    groups = by_method(rows).values()
+    folds = set.intersection(*({row["fold"] for row in group} for group in groups)) if rows else set()
+    return [row for row in rows if row["fold"] in folds]
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     methods: dict[str, list[Row]] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
+    return methods
+
+
+def points(rows: Sequence[Row], x_of: Callable[[Sequence[Row]], float]) -> list[Labelled]:
+    """A point per method, over all clips that it was scored on."""
     found = []
-    clips = {method: sum(len(row["right"]) for row in group) for method, group in methods.items()}
-    for method, group in methods.items():
-        name = method if len(set(clips.values())) == 1 else f"{method} ({clips[method]} clips)"
-        top1 = sum(sum(row["right"].values()) for row in group) / clips[method]
-        found.append(Labelled(name, x_of(group), top1))
+    for method, group in by_method(rows).items():
+        answers = [answer for row in group for answer in row["right"].values()]
+        found.append(Labelled(method, x_of(group), sum(answers) / len(answers)))
     return found
 
 
