@@ -25,11 +25,11 @@ LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier"
 DEFAULT_MICRO_BATCH = 8
 # Note [Joint attention is the default]
 # On people left out (Weizmann, 60 clips to learn from, three folds of 30 to answer, one seed) joint attention
-# answers 81 of 90 right and shared 79, an interval of the difference over people being -0.07 to 0.03; on the
-# first fold space, factorized and joint answer 29, conv 28, divided 27. On motions, which only the order of
-# frames tells apart, all but space are right on 0.98 to 1.00 of 256 clips. So nothing was better than joint,
-# which trains adapters alone, needs fewer operations than divided and shared (18.3, 22.1, 22.8 GFLOP a clip),
-# and learns at twice the rate, too, where shared does not; that it is best, nothing says
+# and single frames alone (space) answer 81 of 90 right and shared 79, an interval of the differences over
+# people being -0.08 to 0.08; on the first fold factorized answers 29, conv 28, divided 27. On motions, which
+# only the order of frames tells apart, all but space are right on 0.98 to 1.00 of 256 clips. So nothing was
+# better than joint, which trains adapters alone, needs fewer operations than divided and shared (18.3, 22.1,
+# 22.8 GFLOP a clip), and learns at twice the rate, too, where shared does not; that it is best, nothing says
 # (tests/bench/RESULTS.md).
 # Its cost grows with the square of the tokens; for long clips of large frames there are tubelets, and divided.
 
