@@ -14,7 +14,9 @@ from tiny import make_clips, run
 from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.compare import Comparison, compare
 from tvit_cli.engine.train import TrainResult
-from tvit_cli.errors import SettingsError
+from tvit_cli.engine.trained import Trained, open_trained
+from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
 SUBSETS = {"group_pattern": r"_g(\d+)_", "val_groups": "1", "test_groups": "1"}
@@ -107,6 +109,46 @@ def test_two_models_whose_results_would_share_a_folder_each_get_their_own(
     assert result.output == shared and (shared / "comparison.json").is_file()
     apart = compared(models[0], trained.model)
     assert apart.first.output == shared and apart.output == trained.run / "eval" / "test"
+
+
+def test_two_models_behind_one_folder_by_two_paths_each_get_their_own(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    first = copy_of(trained, tmp_path / "models" / "before")
+    second = copy_of(trained, tmp_path / "models" / "after")
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    for other in (tmp_path / "link" / "after", second / ".." / "after"):
+        result = compared(first, other)
+        assert result.first.output != result.second.output
+        assert json.loads((result.first.output / "metrics.json").read_text())["model"] == str(first)
+
+
+def test_each_model_is_opened_once(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def counting(model: Path, **how: Any) -> Trained:
+        opened.append(model)
+        return open_trained(model, **how)
+
+    monkeypatch.setattr("tvit_cli.engine.compare.open_trained", counting)
+    monkeypatch.setattr("tvit_cli.engine.eval.open_trained", counting)
+    models = (trained.model, copy_of(trained, tmp_path / "other" / "model"))
+    compared(*models, output=tmp_path / "out")
+    assert tuple(opened) == models
+
+
+def test_a_comparison_that_cannot_be_written_says_so(trained: TrainResult, tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").mkdir()
+    with pytest.raises(RunError, match=r"cannot be written \(Is a directory\). Make room, or choose another"):
+        compared(trained.model, trained.model, output=tmp_path)
+
+
+def test_a_third_model_beside_the_two_that_are_compared_is_refused() -> None:
+    flags = {"compare": (Path("a"), Path("b")), "model": Path("c")}
+    with pytest.raises(SettingsError, match="--compare names both models: leave out --model"):
+        load(EvalSettings, flags=flags, environ={})
 
 
 def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained: TrainResult, tmp_path: Path) -> None:

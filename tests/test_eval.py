@@ -336,7 +336,7 @@ def test_a_second_model_that_is_not_there_is_missed_before_the_first_is_scored(
 ) -> None:
     pair = (trained.model, tmp_path / "nowhere")
     with pytest.raises(ModelError, match="nowhere: no such model folder"):
-        compare(settings(trained, subset="train", output=tmp_path / "out", compare=pair))
+        compare(settings(trained, subset="train", output=tmp_path / "out", model=None, compare=pair))
     assert not (tmp_path / "out").exists()
 
 
@@ -348,7 +348,7 @@ def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_pa
     weights["classifier.bias"] = weights["classifier.bias"].roll(1, 0)
     save_file(weights, worse / "model.safetensors", metadata={"format": "pt"})
     result = compare(
-        settings(trained, subset="train", output=tmp_path / "out", compare=(trained.model, worse))
+        settings(trained, subset="train", output=tmp_path / "out", model=None, compare=(trained.model, worse))
     )
     right = [answer.is_right for answer in result.first.answers]
     assert sum(right) > 6

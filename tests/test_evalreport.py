@@ -23,7 +23,8 @@ from tvit_cli.engine import evalreport
 from tvit_cli.engine.compare import compare
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.evalreport import MOST_STRIPS
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.events import Event, Note, silent
+from tvit_cli.engine.extract import extract
 from tvit_cli.engine.metrics import BINS
 from tvit_cli.engine.resampling import RESAMPLES
 from tvit_cli.engine.results import EvalResult
@@ -53,6 +54,7 @@ from tvit_cli.report.evaluation import (
 from tvit_cli.report.matrix import MOST_CLASSES, class_chart, confusion_chart, shown_classes
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.extract import ExtractSettings
 
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
 
@@ -308,6 +310,41 @@ def test_on_other_data_the_page_claims_nothing_about_the_training(
     assert "Whether the model knows" not in text
     again = settings(trained, path_to_data=load_card(trained.model).settings["path_to_data"], subset="train")
     assert "The model was trained on these videos" in page_of(evaluate(again)).text
+
+
+@pytest.mark.parametrize("stand_in", ["store", "name", "link"])
+def test_the_same_videos_are_known_from_a_frame_store_by_their_name_and_through_a_link(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: str
+) -> None:
+    """Trained on `recorded`, scored on `opened`: the same videos in other subsets."""
+    videos = Path(load_card(trained.model).settings["path_to_data"])
+    monkeypatch.chdir(tmp_path)
+    recorded, opened = str(videos), str(videos)
+    if stand_in == "store":
+        recorded = str(tmp_path / "frames")
+        extract(
+            ExtractSettings(path_to_data=opened, output=Path(recorded), short_side=16, num_workers=0), silent
+        )
+    elif stand_in == "name":  # what an export keeps of the path
+        Path("data").mkdir()
+        shutil.copytree(videos, Path("data", videos.name))
+        recorded, opened = videos.name, f"data/{videos.name}"
+    else:
+        opened = "link"
+        Path(opened).symlink_to(videos)
+    model = tmp_path / "twin" / "model"
+    shutil.copytree(trained.model, model)
+    card = json.loads((model / "card.json").read_text())
+    card["settings"]["path_to_data"] = recorded
+    (model / "card.json").write_text(json.dumps(card))
+    held_out = [group for groups in card["held_out"].values() for group in groups]
+    own = next(f"{n:02d}" for n in range(1, 7) if f"{n:02d}" not in held_out)
+    facts = {"path_to_data": opened, "test_groups": f"{own},", "output": tmp_path / "out"}
+    result = evaluate(settings(trained, model=model, **facts))
+    assert any("3 of the 3 test videos were trained on" in leak for leak in result.leaks)
+    if stand_in == "store":
+        again = evaluate(settings(trained, model=model, **facts | {"path_to_data": recorded}))
+        assert again.leaks == result.leaks
 
 
 def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path: Path) -> None:

@@ -502,14 +502,15 @@ def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
     """An export with --format safetensors is a model folder, also where it was pushed to."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=16, depth=1, num_heads=2)
+    config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=2, width=16, depth=1, num_heads=2)
     card = ModelCard(
         tvit_version="0.1.0",
-        labels=("jump", "run"),
+        labels=("Blue", "Green", "Red"),
         model=config.to_dict(),
         preprocessing=Preprocessing(n_frames=2, frame_size=16),
         weights_sha256="",
-        settings={"path_to_data": "mine"},
+        settings={"path_to_data": "mine", "group_pattern": r"_g(\d+)_"},
+        held_out={"val": ("02",), "test": ("01",)},
     )
     model = build_model(config, seed=3, from_scratch=True)
     repository = tmp_path / "cache" / "models--somebody--jumps"
@@ -517,11 +518,17 @@ def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
     (repository / "refs" / "main").write_text("0123abcd")
     save_model(repository / "snapshots" / "0123abcd", model.state_dict(), card)
     trained = opened(Path("somebody/jumps"))
-    assert trained.card.labels == ("jump", "run") and not trained.labels_are_guessed
+    assert trained.card.labels == ("Blue", "Green", "Red") and not trained.labels_are_guessed
     assert trained.name == "somebody--jumps" and trained.run == Path("runs/somebody--jumps")
     own = trained.model.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in model.state_dict().items())
     assert resolve_weights("somebody/jumps").is_ours
+    monkeypatch.chdir(tmp_path)
+    make_clips(Path("data", "mine"))
+    for choice, known in (({}, "These videos chose the epoch"), ({"val_groups": "03,"}, "were trained on")):
+        facts = {"model": "somebody/jumps", "subset": "val", "num_workers": 0, "device": "cpu", **choice}
+        said = evaluate(EvalSettings.model_validate(facts)).warnings
+        assert any(known in warning for warning in said) and "not known" not in " ".join(said)
 
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

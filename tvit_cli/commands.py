@@ -129,12 +129,10 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
         return
     from tvit_cli.engine import train as engine
     from tvit_cli.engine.dryrun import dry_run
-    from tvit_cli.engine.processes import are_started, end_with_launcher, run_processes
+    from tvit_cli.engine.processes import end_with_launcher
     from tvit_cli.engine.run import find_run, saved_settings
 
-    if loaded.settings.num_processes > 1 and not are_started():
-        if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
-            sys.exit(code)
+    if _several_processes(loaded.settings.num_processes):
         return
     end_with_launcher()
     if len(loaded.series) > 1 and not loaded.settings.dry_run:
@@ -196,6 +194,17 @@ def _show_plan(console: Console, plan: DryRun) -> None:
         console.warn("This is more memory than there is. Take --per-gpu-batch-size auto.")
 
 
+def _several_processes(count: int) -> bool:
+    """Run this command in that many processes where it is not one of them; whether that was done."""
+    from tvit_cli.engine.processes import are_started, run_processes
+
+    if count == 1 or are_started():
+        return False
+    if code := run_processes(count, sys.argv[1:]):
+        sys.exit(code)
+    return True
+
+
 def _train_series(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train once for each seed and split, and say how far the results lie apart."""
     from tvit_cli.console import Console
@@ -220,12 +229,9 @@ def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
     """Score a model and show its metrics, overall and per class; or set two side by side."""
     from tvit_cli.console import Console
     from tvit_cli.engine import eval as engine
-    from tvit_cli.engine.processes import are_started, run_processes
     from tvit_cli.engine.series import evaluate_series, series_models
 
-    if loaded.settings.num_processes > 1 and not are_started():
-        if code := run_processes(loaded.settings.num_processes, sys.argv[1:]):
-            sys.exit(code)
+    if _several_processes(loaded.settings.num_processes):
         return
     if loaded.settings.compare is not None:
         _compare(loaded.settings, verbosity)

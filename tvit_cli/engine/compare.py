@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from tvit_cli.engine.eval import evaluate, results_folder
 from tvit_cli.engine.evalreport import MOST_STRIPS, same_again
@@ -14,7 +11,7 @@ from tvit_cli.engine.events import Report, silent
 from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import RESAMPLES, Interval, difference_interval, mcnemar
-from tvit_cli.engine.results import Answer, EvalResult
+from tvit_cli.engine.results import Answer, EvalResult, results_in, write_json
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import SettingsError
 from tvit_cli.report.comparison import ComparisonFacts, Flip, write_comparison_report
@@ -57,19 +54,19 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """
     assert settings.compare is not None
     place = join_processes(settings.device)
-    cpu = torch.device("cpu")
-    first_folder, second_folder = (  # the second model is missed before the first is scored
-        results_folder(settings, open_trained(m, working_directory=settings.working_directory, device=cpu))
-        for m in settings.compare
-    )
+    models = [  # the second is missed before the first is scored
+        open_trained(model, working_directory=settings.working_directory, device=place.device)
+        for model in settings.compare
+    ]
+    folders = [results_folder(settings, trained) for trained in models]
     shared = settings.output
-    if shared is None and first_folder.absolute() == second_folder.absolute():
-        shared = first_folder
+    if shared is None and folders[0].resolve() == folders[1].resolve():
+        shared = folders[0]
     results = []
-    for number, model in enumerate(settings.compare):
-        output = None if shared is None else shared / "AB"[number]
+    for letter, model, trained in zip("AB", settings.compare, models, strict=True):
+        output = None if shared is None else shared / letter
         own = settings.model_copy(update={"model": model, "output": output, "compare": None})
-        results.append(evaluate(own, report, place))
+        results.append(evaluate(own, report, place, trained))
     first, second = results
     pairs = _pairs(first, second)
     right = [(a.is_right, b.is_right) for a, b in pairs]
@@ -138,8 +135,8 @@ def _write(comparison: Comparison) -> None:
         "gained": flips(comparison.gained),
         "lost": flips(comparison.lost),
     }
-    path = comparison.output / COMPARISON_FILE
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with results_in(comparison.output) as folder:
+        write_json(folder / COMPARISON_FILE, content)
 
 
 def _facts(

@@ -34,18 +34,26 @@ from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 
 
-def evaluate(settings: EvalSettings, report: Report = silent, place: Place | None = None) -> EvalResult:
+def evaluate(
+    settings: EvalSettings,
+    report: Report = silent,
+    place: Place | None = None,
+    trained: Trained | None = None,
+) -> EvalResult:
     """Score a model folder on a subset and write metrics.json, scores.csv, confusion.csv and report.html.
 
     Labels, frame size, sampling and normalisation come from the model folder. Videos that cannot be read are
-    reported, and left out or counted as wrong. Several processes share the videos and all get the result;
-    `place` says which this one is, where its caller knows. Raises ModelError, DataError, SettingsError for
-    views that the model's preprocessing has no room for, or RunError when no video can be read.
+    reported, and left out or counted as wrong. Several processes share the videos and all get the result; a caller
+    that knows which of them this is, or has opened the model, gives `place` and `trained`. Raises ModelError,
+    DataError, SettingsError for views that the model's preprocessing has no room for, or RunError when no video
+    can be read.
     """
     place = place or join_processes(settings.device)
     if not place.is_main:
         report = silent
-    trained = open_trained(settings.model, working_directory=settings.working_directory, device=place.device)
+    trained = trained or open_trained(
+        settings.model, working_directory=settings.working_directory, device=place.device
+    )
     report(Note(f"Model: {trained.folder}"))
     for note in trained.notes:
         report(Note(note, "warning"))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.data.leaks import find_leaks
-from tvit_cli.data.storeformat import is_store
-from tvit_cli.engine.source import Source
+from tvit_cli.engine.source import Source, find_data, videos_of
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError
 from tvit_cli.settings.card import ModelCard
@@ -39,18 +38,17 @@ def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) ->
     None where that is not known: on other data than the training's, or where its groups of then are gone.
     """
     path = card.settings.get("path_to_data")
-    if path is None or not source.root.exists():
-        return None
-    if settings.path_to_data is not None and Path(path).absolute() != source.root.absolute():
+    if path is None or not source.root.exists() or not _are_the_same(path, source.root):
         return None
     before = choose_videos(EvalSettings(), card)
     if choose_videos(settings, card) == before:
         return {video.name: video.subset for video in source.layout.videos}
-    if is_store(source.root):
+    videos = videos_of(source.root)
+    if videos is None:
         return None
     try:
         own = read_layout(
-            source.root,
+            videos,
             group_pattern=str(before["group_pattern"]),
             val_groups=str(before["val_groups"]),
             test_groups=str(before["test_groups"]),
@@ -59,6 +57,16 @@ def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) ->
     except DataError:
         return None
     return {video.name: video.subset for video in own.videos}
+
+
+def _are_the_same(path_to_data: str, root: Path) -> bool:
+    """Whether a card's data is what was opened: the same path or name, or a frame store of the same videos."""
+    try:
+        own = find_data(path_to_data)
+    except DataError:
+        return False
+    places = [(videos_of(path) or path).resolve() for path in (own, root)]
+    return places[0] == places[1]
 
 
 def leaks_of(settings: EvalSettings, source: Source, before: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -98,7 +106,7 @@ def what_to_know(
         found.append(
             f"{these[0].upper()}{these[1:]} chose the epoch that was kept: the numbers lean to the good side."
         )
-    if trained.results is not None:
+    if before is None and trained.results is not None:
         found.append("Which videos the model was trained on is not known: some that are scored may be.")
     elif before is None and settings.subset != "test":
         path = trained.card.settings.get("path_to_data")

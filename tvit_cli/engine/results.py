@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,15 +87,27 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
         "seconds": round(result.seconds, 3),
         "videos_per_second": round(result.metrics["videos"] / result.seconds, 3),
     }
+    with results_in(result.output) as folder:
+        write_json(folder / METRICS_FILE, content)
+        _write_rows(folder / SCORES_FILE, _score_rows(result.answers, result.labels))
+        _write_rows(folder / CONFUSION_FILE, _confusion_rows(result.answers, result.labels))
+
+
+@contextmanager
+def results_in(folder: Path) -> Iterator[Path]:
+    """A folder, made where it is missing, for the files written meanwhile. Raises RunError where they cannot be."""
     try:
-        result.output.mkdir(parents=True, exist_ok=True)
-        (result.output / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _write_rows(result.output / SCORES_FILE, _score_rows(result.answers, result.labels))
-        _write_rows(result.output / CONFUSION_FILE, _confusion_rows(result.answers, result.labels))
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except OSError as error:
         raise RunError(
-            f"{result.output}: cannot be written ({error.strerror}). Make room, or choose another --output."
+            f"{folder}: cannot be written ({error.strerror}). Make room, or choose another --output."
         ) from error
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a value as JSON that a person can read."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(output: Path) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from tvit_cli.engine.events import Report, silent
 from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
 from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place, join_processes
-from tvit_cli.engine.results import EvalResult, confusions
+from tvit_cli.engine.results import EvalResult, confusions, results_in, write_json
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER
 from tvit_cli.report.series import SeriesFacts, write_series_report
 from tvit_cli.settings.eval import EvalSettings
@@ -115,11 +114,14 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]
 
 
 def write_summary(result: SeriesResult) -> None:
-    """Write summary.json to the series' folder: every run's metrics, their means and deviations."""
+    """Write summary.json to the series' folder: every run's metrics, their means and deviations.
+
+    Raises RunError where it cannot be written.
+    """
     content = {
         "runs": result.runs,
         "mean": {name: mean for name, (mean, _) in result.summary.items()},
         "sd": {name: sd for name, (_, sd) in result.summary.items()},
     }
-    result.folder.mkdir(parents=True, exist_ok=True)
-    (result.folder / SUMMARY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with results_in(result.folder) as folder:
+        write_json(folder / SUMMARY_FILE, content)

@@ -53,7 +53,7 @@ def open_source(
     root = find_data(path_to_data)
     if root.name == MOTIONS and not root.exists():
         make_demo_data(root, report)
-    videos = _videos_of(root)
+    videos = videos_of(root)
     if videos is None:
         layout = FrameStore(root).layout()
         report(
@@ -114,6 +114,14 @@ def find_data(path_to_data: str | None) -> Path:
     raise DataError(f"--path-to-data {path_to_data}: no such folder or file.{beside}{fetch}")
 
 
+def videos_of(root: Path) -> Path | None:
+    """What holds the videos: the root itself, or what a frame store was made from; None where that is gone."""
+    if not is_store(root):
+        return root
+    made_from = Path(read_header(root).data)
+    return made_from if made_from.exists() else None
+
+
 def make_demo_data(root: Path, report: Report) -> None:
     """Make the embedded data set unless a complete one is there."""
     if is_motions(root):
@@ -135,14 +143,6 @@ def default_workers(processes: int = 1, *, spare: int = 1) -> int:
     """Decoding processes for each of several: the cores that are left to it but for `spare`, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // processes - spare))
-
-
-def _videos_of(root: Path) -> Path | None:
-    """What holds the videos: the root itself, or what a frame store was made from; None where that is gone."""
-    if not is_store(root):
-        return root
-    made_from = Path(read_header(root).data)
-    return made_from if made_from.exists() else None
 
 
 def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tvit_cli.settings.base import Settings, about
 from tvit_cli.settings.fields import Device, Pattern
@@ -119,3 +119,9 @@ class EvalSettings(Settings):
         description="Folder for the results",
         json_schema_extra=about(HOW, default="eval/<subset> in the run's folder"),
     )
+
+    @model_validator(mode="after")
+    def _one_errand(self) -> EvalSettings:
+        if self.compare is not None and self.model is not None:
+            raise ValueError("--compare names both models: leave out --model (TVIT_MODEL)")
+        return self

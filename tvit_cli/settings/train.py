@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tvit_cli.settings.base import about
+from tvit_cli.settings.base import about, flag
 from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.data import DATA, DataSettings
 from tvit_cli.settings.fields import CountOrAuto, Device, Names, Pairs, TrainMode
@@ -571,7 +571,7 @@ class TrainSettings(DataSettings):
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainSettings:
         if self.hf_model_name is not None:
-            given = [f"--{key.replace('_', '-')}" for key in SCRATCH_SHAPE if getattr(self, key) is not None]
+            given = [flag(key) for key in SCRATCH_SHAPE if getattr(self, key) is not None]
             if given:
                 raise ValueError(
                     f"{', '.join(given)}: the pretrained model {self.hf_model_name} has a shape of its own. "
