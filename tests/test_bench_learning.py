@@ -51,13 +51,21 @@ def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleTy
     assert [job.part for job in learning.jobs(rows)][-1] == "select"
     for job in learning.jobs(rows):
         rows[job.key] = row(job, {"shared": 0.9, "conv": 0.8, "joint": 0.7}.get(job.method, 0.1))
+    rows = {
+        key: {**row, "top1": 0.95} if "select" in key and "/conv/long" in key else row
+        for key, row in rows.items()
+    }
     plan = list(learning.jobs(rows))
     parts = [job.part for job in plan]
-    assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "final"
+    assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "test"
     further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != "base"}
-    assert further == {(s, r) for s in ("shared", "conv", "joint") for r in ("fast", "long")}
-    finals = [job for job in plan if job.part == "final"]
-    assert len(finals) == 2 * 3 * 3 and {job.method for job in finals} == {"shared", "conv"}
+    assert further == {("shared", "long"), ("conv", "long")}
+    finals = plan[max(number for number, part in enumerate(parts) if part == "select") + 1 :]
+    seeds = {(job.method, job.recipe): [] for job in finals}
+    for job in finals:
+        seeds[job.method, job.recipe].append(job.seed)
+    assert seeds == {("conv", "long"): [0, 0, 0, 1, 1, 1, 2, 2, 2], ("shared", "base"): [1, 1, 1, 2, 2, 2]}
+    assert len({job.key for job in plan}) == len(plan)
 
 
 def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning: ModuleType) -> None:
@@ -111,6 +119,8 @@ def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_ot
         facts = {
             "part": "test",
             "method": method,
+            "recipe": "base",
+            "seed": 0,
             "fold": 1,
             "flops": 1e9 * (20 + number / 50),
             "cpu_minutes": 9 + number / 50,
