@@ -429,7 +429,7 @@ def test_out_of_memory_elsewhere_ends_with_advice(trained: Run, monkeypatch: pyt
     def fails(*arguments: Any, **keywords: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
-    monkeypatch.setattr("tvit_cli.engine.epochend.score", fails)
+    monkeypatch.setattr("tvit_cli.engine.loopstate.score", fails)
     with pytest.raises(
         RunError, match=r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. What takes less"
     ):

@@ -25,7 +25,7 @@ from tvit_cli import main
 from tvit_cli.data import checked
 from tvit_cli.data.checked import check_videos
 from tvit_cli.data.layout import Video
-from tvit_cli.engine import epochend, loop, processes
+from tvit_cli.engine import epochend, loop, opening, processes, saving
 from tvit_cli.engine import train as train_module
 from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.launch import StopsAtOnce, StopSignals, ends_with_the_others
@@ -151,7 +151,7 @@ def test_a_second_sigint_leaves_at_once(
 @pytest.mark.parametrize(
     ("module", "function", "advice"),
     [
-        (train_module, "open_source", "start again with the same command"),
+        (opening, "open_source", "start again with the same command"),
         (train_module, "save_model", "All steps are done and saved. Go on with:"),
     ],
 )
@@ -197,13 +197,13 @@ def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
 ) -> None:
     """Between its removal and its return nothing would be there, and of one kept checkpoint all would be lost."""
     written: list[int] = []
-    real = epochend.save_checkpoint
+    real = saving.save_checkpoint
 
     def save(*arguments: Any, **keywords: Any) -> Path:
         written.append(keywords["state"].step)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(epochend, "save_checkpoint", save)
+    monkeypatch.setattr(saving, "save_checkpoint", save)
     at_call(epochend, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert command()[0] == 143
     assert written == [2, 4, 6]

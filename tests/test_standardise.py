@@ -120,7 +120,7 @@ def test_two_processes_start_with_the_numbers_of_one(facts: dict[str, object], t
 def test_a_dry_run_says_that_clips_would_be_read_and_reads_none_of_them(
     facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tvit_cli.engine.train.standardise_features", None)  # to call it is an error
+    monkeypatch.setattr("tvit_cli.engine.opening.standardise_features", None)  # to call it is an error
     said: list[Event] = []
     dry_run(settings(**facts, working_directory=tmp_path), said.append)
     videos = [video for video in layout(facts) if video.subset == "train"]

@@ -151,7 +151,7 @@ def _fuse_in_loop(fuse: Fuse, module: ModuleType) -> None:
     module.update = _before(fuse, "step", module.update)
 
 
-def _fuse_in_epochend(fuse: Fuse, module: ModuleType) -> None:
+def _fuse_in_loopstate(fuse: Fuse, module: ModuleType) -> None:
     score = module.score
 
     def scoring(*arguments: Any, progress: Callable[[int, int], None], **keywords: Any) -> Any:
@@ -234,7 +234,7 @@ if "FUSE" in os.environ:
             {
                 "tvit_cli.data.clips": functools.partial(_fuse_in_clips, _fuse),
                 "tvit_cli.engine.checkpoint": functools.partial(_fuse_in_checkpoint, _fuse),
-                "tvit_cli.engine.epochend": functools.partial(_fuse_in_epochend, _fuse),
+                "tvit_cli.engine.loopstate": functools.partial(_fuse_in_loopstate, _fuse),
                 "tvit_cli.engine.loop": functools.partial(_fuse_in_loop, _fuse),
                 "tvit_cli.model.folder": functools.partial(_fuse_in_folder, _fuse),
             }

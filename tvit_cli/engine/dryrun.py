@@ -18,15 +18,14 @@ from tvit_cli.engine.compiling import compiles
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others
 from tvit_cli.engine.loop import forward_backward, passes, update
-from tvit_cli.engine.loopstate import Loop, workers
+from tvit_cli.engine.loopstate import Loop, score_videos
 from tvit_cli.engine.memory import MemoryModel, free_bytes
 from tvit_cli.engine.microbatch import Probe, local_processes
+from tvit_cli.engine.opening import open_training
 from tvit_cli.engine.outofmemory import ends_with_advice
 from tvit_cli.engine.parallel import any_of_them
-from tvit_cli.engine.scoring import score
 from tvit_cli.engine.source import MOTIONS, find_data, make_demo_data
 from tvit_cli.engine.standardise import clips_to_standardise
-from tvit_cli.engine.train import open_training
 from tvit_cli.model.flops import count_flops
 from tvit_cli.model.trainable import trainable_report
 from tvit_cli.settings.train import TrainSettings
@@ -198,17 +197,7 @@ def _time_validation(loop: Loop) -> float:
     if not some:
         return 0.0
     begun = time.perf_counter()
-    score(
-        loop.plain_model,
-        some,
-        loop.source.layout.labels,
-        loop.built.preprocessing,
-        device=loop.device,
-        batch_size=loop.plan.batch_size,
-        workers=workers(loop),
-        autocast=loop.accelerator.autocast,
-        store=loop.source.store,
-    )
+    score_videos(loop, some)
     return (time.perf_counter() - begun) * share / len(some)
 
 

@@ -1,40 +1,29 @@
-"""The end of an epoch: validate, remember the best, save; a step or a signal may ask for the last alone."""
+"""The end of an epoch: validate, remember the best, save."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from tvit_cli.engine.checkpoint import (
-    State,
-    checkpoint_path,
-    optimizer_tensors,
-    prune_checkpoints,
-    save_checkpoint,
-)
 from tvit_cli.engine.clock import Clock
 from tvit_cli.engine.events import EpochDone, Progress
 from tvit_cli.engine.loopstate import (
     Loop,
     check_losses,
-    identity_of,
     kept_tensors,
     learning_rate,
     report_unreadable,
-    trainable,
-    workers,
+    score_videos,
 )
 from tvit_cli.engine.metrics import Tally, class_counts, video_metrics
-from tvit_cli.engine.scoring import merge_scores, score
-from tvit_cli.engine.watch import diverged, not_finite, some
+from tvit_cli.engine.saving import save
+from tvit_cli.engine.scoring import merge_scores
+from tvit_cli.engine.watch import diverged
 from tvit_cli.errors import RunError
-from tvit_cli.model.trainable import start_tensors
 
 
 def end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
@@ -82,18 +71,11 @@ def _validate(loop: Loop) -> dict[str, float]:
     videos = loop.source.readable("val")
     if not videos:
         return {}
-    own = score(
-        loop.plain_model,
+    own = score_videos(
+        loop,
         videos,
-        loop.source.layout.labels,
-        loop.built.preprocessing,
-        device=loop.device,
-        batch_size=loop.plan.batch_size,
-        workers=workers(loop),
         rank=loop.plan.rank,
         processes=loop.plan.processes,
-        autocast=loop.accelerator.autocast,
-        store=loop.source.store,
         progress=lambda done, total: loop.report(Progress("validating", done, total)),
     )
     scores = merge_scores(gather_object([own]))
@@ -111,40 +93,6 @@ def _validate(loop: Loop) -> dict[str, float]:
         loop.step, class_counts(scores.logits, scores.labels, loop.source.layout.labels)
     )
     return metrics | {"unreadable": float(len(scores.errors))}
-
-
-def save(loop: Loop) -> Path:
-    """Write a checkpoint and prune the others (the main process does; the rest wait); returns its path.
-
-    Raises RunError where a loss or a weight is not finite: such a state never takes the place of a good one.
-    """
-    check_losses(loop)
-    if names := not_finite(trainable(loop)):
-        what = f"Step {loop.step}: {len(names)} weights are not finite ({some(names)}). "
-        raise diverged(what, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
-    sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
-    if loop.accelerator.is_main_process:
-        scaler = loop.accelerator.scaler
-        save_checkpoint(
-            loop.run.checkpoints,
-            state=State(
-                step=loop.step,
-                micro_batch=loop.plan.batch_size,
-                tally=tuple(sums),
-                best_step=loop.best_step,
-                best=loop.best,
-                identity=identity_of(loop),
-                scaler={} if scaler is None else scaler.state_dict(),
-            ),
-            trainable=trainable(loop) | start_tensors(loop.plain_model),
-            optimizer=optimizer_tensors(loop.optimizer.optimizer, loop.plain_model),
-            best=loop.best_tensors,
-            ema=None if loop.ema is None else loop.ema.tensors,
-        )
-        prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints, newest=loop.step)
-    loop.accelerator.wait_for_everyone()
-    loop.saved_step, loop.saved_at = loop.step, time.monotonic()
-    return checkpoint_path(loop.run.checkpoints, loop.step)
 
 
 def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:

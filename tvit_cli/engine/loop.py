@@ -17,7 +17,7 @@ from tvit_cli.data.loading import explains_dead_workers, load_batches
 from tvit_cli.engine.batches import BatchKeys, BatchPlan, MicroBatch
 from tvit_cli.engine.checkpoint import checkpoint_path
 from tvit_cli.engine.clock import Clock
-from tvit_cli.engine.epochend import end_epoch, is_patience_over, save
+from tvit_cli.engine.epochend import end_epoch, is_patience_over
 from tvit_cli.engine.events import Note, StepDone
 from tvit_cli.engine.inputs import make_inputs, short_side
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals
@@ -26,6 +26,7 @@ from tvit_cli.engine.objective import Targets, clip_losses, window_share
 from tvit_cli.engine.optim import set_rates
 from tvit_cli.engine.outofmemory import Attempt, advice
 from tvit_cli.engine.parallel import any_of_them, sum_gradients
+from tvit_cli.engine.saving import save
 from tvit_cli.errors import Interrupted, RunError
 
 RECORDS_PER_EPOCH = 20  # lines of kind "step" in metrics.jsonl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from tvit_cli.engine.events import Note, Report
 from tvit_cli.engine.metrics import Tally
 from tvit_cli.engine.optim import learning_rate_at
 from tvit_cli.engine.run import Run, identity
+from tvit_cli.engine.scoring import Scores, score
 from tvit_cli.engine.source import Source, workers_of
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.watch import LossWatch, loss_error
@@ -104,6 +106,31 @@ def identity_of(loop: Loop) -> dict[str, object]:
         frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
         device=loop.device.type,
         processes=loop.plan.processes,
+    )
+
+
+def score_videos(
+    loop: Loop,
+    videos: Sequence[Video],
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Score videos with the model as it is now, as validation does; of several processes, this one's share."""
+    return score(
+        loop.plain_model,
+        videos,
+        loop.source.layout.labels,
+        loop.built.preprocessing,
+        device=loop.device,
+        batch_size=loop.plan.batch_size,
+        workers=workers(loop),
+        rank=rank,
+        processes=processes,
+        autocast=loop.accelerator.autocast,
+        store=loop.source.store,
+        progress=progress,
     )
 
 
