@@ -79,8 +79,14 @@ def classifier_of(result: TrainResult) -> torch.Tensor:
 
 
 def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained: Callable[..., TrainResult]) -> None:
-    facts = {**UNEVEN, "epochs": 2, "save_every_steps": 2, "drop_path": 0.4, "ema_decay": 0.8}
-    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 2, "feature_norm": True}
+    facts = {**UNEVEN, "epochs": 2, "save_every_steps": 2, "drop_path": 0.4, "token_drop": 0.3}
+    facts |= {
+        "ema_decay": 0.8,
+        "layer_decay": 0.6,
+        "balanced_sampling": True,
+        "patience": 2,
+        "feature_norm": True,
+    }
     whole, half = trained(**facts), trained(**facts)
     assert checkpoints(half)[2].name == "step-000006"  # 4 steps make an epoch
     shutil.rmtree(half.model)
@@ -191,7 +197,13 @@ def test_two_processes_agree_on_all_of_it(
         "per_gpu_batch_size": 4,
         "ema_decay": 0.8,
     }
-    facts |= {"layer_decay": 0.6, "balanced_sampling": True, "patience": 1, "learning_rate": 0.15}
+    facts |= {
+        "ema_decay": 0.8,
+        "layer_decay": 0.6,
+        "balanced_sampling": True,
+        "patience": 1,
+        "learning_rate": 0.15,
+    }
     one = trained(**facts, gradient_accumulation_steps=2)
     own = settings(
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts, num_processes=2
@@ -243,6 +255,8 @@ def test_patience_without_validation_and_drop_path_in_one_block_are_refused_and_
 
 
 def test_off_means_off(trained: Callable[..., TrainResult]) -> None:
-    off = trained(drop_path=0.0, ema_decay=None, layer_decay=1.0, class_weights="none", patience=None)
+    off = trained(
+        drop_path=0.0, token_drop=0.0, ema_decay=None, layer_decay=1.0, class_weights="none", patience=None
+    )
     even = trained(class_weights="balanced")  # classes that are even weigh 1 each, to the bit
     assert same(last_weights(off), last_weights(even))

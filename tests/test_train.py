@@ -670,6 +670,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "saturation": ({}, 0.0, weights_differ),
     "hue": ({}, 0.3, weights_differ),
     "drop_path": ({}, 0.5, weights_differ),
+    "token_drop": ({}, 0.5, weights_differ),
     "ema_decay": ({}, 0.9, average_is_kept),
     "layer_decay": ({}, 0.5, weights_differ),
     "class_weights": (UNEVEN, "balanced", weights_differ),

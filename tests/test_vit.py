@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tvit_cli.model.blocks import ACTIVATIONS, DropPath
+from tvit_cli.model.config import ATTENTIONS
 from tvit_cli.model.flops import count_flops
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.model.vit import TemporalViT, TokenDrop, ViTConfig, build_model
 
 SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
 
@@ -269,6 +270,37 @@ def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it() -> N
     model.blocks[0].register_forward_hook(lambda block, given, tokens: before.append(tokens))
     features = model.features(clips_for(SMALL))
     assert torch.equal(features, model.norm(before[0][:, 0, 0]))
+
+
+def test_token_drop_leaves_out_other_patches_of_each_clip_and_the_same_of_its_groups() -> None:
+    torch.manual_seed(0)
+    places = torch.arange(1.0, 41).expand(6, 3, 40).unsqueeze(-1)  # (clips, groups, patches, 1)
+    times = torch.tensor([100.0, 200, 300]).view(1, 3, 1, 1)
+    kept = (TokenDrop(0.75)(places + times) - times)[..., 0]
+    assert kept.shape == (6, 3, 10)
+    assert all(len(set(group.tolist())) == 10 for group in kept.flatten(0, 1))  # none twice
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert len({tuple(sorted(clip[0].tolist())) for clip in kept}) == 6
+    assert TokenDrop(0.9)(places[:, :, :3]).shape[2] == 1  # never none
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_token_drop_is_of_the_training_alone_and_spares_the_class_token(attention: str) -> None:
+    config = small(attention=attention, tubelet_size=1 if attention == "space" else 2)
+    plain = build_model(config, seed=3, from_scratch=True)
+    dropping = build_model(config, seed=3, from_scratch=True, token_drop=0.5)
+    assert dropping.config == plain.config and dropping.state_dict().keys() == plain.state_dict().keys()
+    clips = clips_for(config, n_clips=4)
+    assert torch.equal(dropping.eval()(clips), plain(clips))
+    seen: list[torch.Tensor] = []
+    dropping.blocks[0].register_forward_pre_hook(lambda block, given: seen.append(given[0]))
+    assert not torch.equal(dropping.train()(clips), plain(clips))
+    first = plain.positions.class_token + plain.positions.class_position
+    patches = config.patches_per_frame * (
+        config.n_frames // config.tubelet_size if attention == "joint" else 1
+    )
+    assert seen[0].shape[2] == 1 + round(0.5 * patches)
+    assert torch.equal(seen[0][:, :, :1], first.expand_as(seen[0][:, :, :1]))
 
 
 def test_what_is_dropped_has_gradients_of_zero_so_that_no_process_waits_for_them() -> None:

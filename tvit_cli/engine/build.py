@@ -82,6 +82,7 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         truncated_normal=settings.custom_weight_init,
         from_scratch=source is None,
         drop_path=settings.drop_path,
+        token_drop=settings.token_drop,
     )
     base = None
     if source is not None:

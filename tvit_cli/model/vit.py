@@ -36,14 +36,17 @@ class TemporalViT(nn.Module):
     class token; `joint` gives it for one frame. `initialise=False` leaves all parameters unset, for weights
     that are assigned at once.
 
-    `drop_path` is that of the last block; it rises in a line from 0 in the first, as in DeiT
-    (arXiv:2012.12877). `run_block` is how `features` calls a block: `recomputed` in its place is gradient
-    checkpointing. Both are of a training, not of the model: the config does not hold them.
+    `drop_path` is that of the last block; it rises in a line from 0 in the first, as in DeiT (arXiv:2012.12877).
+    `token_drop` is the share of the patches that are left out of each pass in training mode, as in PatchDropout
+    (arXiv:2208.07220). `run_block` is how `features` calls a block: `recomputed` in its place is gradient
+    checkpointing. All three are of a training, not of the model: the config does not hold them.
     """
 
     run_block: Callable[..., Tensor]
 
-    def __init__(self, config: ViTConfig, *, initialise: bool = True, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, config: ViTConfig, *, initialise: bool = True, drop_path: float = 0.0, token_drop: float = 0.0
+    ) -> None:
         super().__init__()
         self.config = config
         scheme = SCHEMES[config.attention]
@@ -55,7 +58,7 @@ class TemporalViT(nn.Module):
                 stride=config.patch_size,
             )
             self.temporal = scheme.embedding(config)
-            self.positions = Positions(config, scheme.grouping())
+            self.positions = Positions(config, scheme.grouping(), token_drop)
             self.pre_norm = (
                 nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
             )
@@ -179,7 +182,7 @@ class Positions(nn.Module):
     token. For frames of another size than the model's the positions are interpolated.
     """
 
-    def __init__(self, config: ViTConfig, grouping: nn.Module) -> None:
+    def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: float = 0.0) -> None:
         super().__init__()
         self.grid = config.grid
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
@@ -188,17 +191,38 @@ class Positions(nn.Module):
         self.extra = extra if config.extra_tokens else None
         self.spatial = nn.Parameter(torch.empty(1, config.patches_per_frame, config.width))
         self.grouping = grouping
+        self.token_drop = TokenDrop(token_drop) if token_drop else nn.Identity()
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, T', P, D) -> (B, G, N, D); `grid` counts the patches of a frame, down and across."""
         spatial: Tensor = self.spatial
         if grid != (self.grid, self.grid):
             spatial = resize_grid(spatial, grid)  # (1, P, D)
-        groups = self.grouping(patches + spatial)  # (B, G, patches of a group, D)
+        groups = self.token_drop(self.grouping(patches + spatial))  # (B, G, patches of a group, D)
         first = self.class_token + self.class_position  # (1, 1, D)
         if self.extra is not None:
             first = torch.cat([first, self.extra], dim=1)  # (1, 1 + extra, D)
         return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2)
+
+
+class TokenDrop(nn.Module):
+    """Leaves a share of the patches out in training mode: others of each clip, the same of all its groups.
+
+    What schemes that look over time find at one place of all groups stays the same place.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """(B, G, P, D) -> (B, G, patches that stay, D), at least one of each group."""
+        if not self.training:
+            return groups
+        n_clips, n_groups, n_patches, width = groups.shape
+        n_kept = max(1, round((1 - self.share) * n_patches))
+        kept = torch.rand(n_clips, n_patches, device=groups.device).argsort(dim=1)[:, :n_kept]  # (B, kept)
+        return groups.gather(2, kept[:, None, :, None].expand(-1, n_groups, -1, width))
 
 
 def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
@@ -219,9 +243,10 @@ def build_model(
     truncated_normal: bool = False,
     from_scratch: bool,
     drop_path: float = 0.0,
+    token_drop: float = 0.0,
 ) -> TemporalViT:
     """A model whose parameters depend on the seed alone; no other random state is read or changed."""
-    model = TemporalViT(config, initialise=False, drop_path=drop_path)
+    model = TemporalViT(config, initialise=False, drop_path=drop_path, token_drop=token_drop)
     model.reset_parameters(
         generator=torch.Generator().manual_seed(seed),
         truncated_normal_weights=truncated_normal,

@@ -435,6 +435,13 @@ class TrainSettings(DataSettings):
         description="Probability that a clip skips a branch of the last block, in a line from 0 in the first",
         json_schema_extra=about(REGULARISATION),
     )
+    token_drop: float = Field(
+        0.0,
+        ge=0,
+        le=0.9,
+        description="Share of each training clip's patches that the model is not shown, others at each step",
+        json_schema_extra=about(REGULARISATION),
+    )
     ema_decay: float | None = Field(
         None,
         gt=0,
