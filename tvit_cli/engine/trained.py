@@ -85,7 +85,7 @@ def _open_elsewhere(
     if source is None:
         return None
     results = working_directory / weights_name(given, source)
-    if source.is_ours:
+    if source.is_model_folder:
         model, card = load_model(source.folder, device=device, verify=verify)
         return Trained(model.eval(), card, given, device, results=results)
     found = load_reference(source)

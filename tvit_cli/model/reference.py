@@ -24,7 +24,7 @@ from torch import Tensor
 import tvit_cli
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED, REFERENCE, Config
-from tvit_cli.model.folder import CONFIG_FILE, for_other_programs
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, for_other_programs
 from tvit_cli.model.pretrained import whole_number
 from tvit_cli.model.referencelabels import guessed_labels, named_labels
 from tvit_cli.model.vit import TemporalViT, ViTConfig
@@ -145,8 +145,9 @@ def _stored(source: WeightsSource, written: Config) -> dict[str, Tensor]:
         raise for_other_programs(source.name)
     if kind != REFERENCE:
         raise ModelError(
-            f"{source.name}: its model_type is {kind!r}, and no card.json lies there: this is no trained model of "
-            f"videos. An image ViT becomes one with tvit train --hf-model-name {source.name}."
+            f"{source.name}: its model_type is {kind!r}, and it is no model folder of tvit ({CARD_FILE} beside "
+            f"{WEIGHTS_FILE}): this is no trained model of videos. An image ViT becomes one with "
+            f"tvit train --hf-model-name {source.name}."
         )
     if len(stored) < len(source.tensors):
         raise ModelError(f"{source.name}: a tensor is stored twice. Fetch the weights again.")

@@ -35,9 +35,14 @@ class WeightsSource:
     revision: str | None = None
 
     @property
+    def is_model_folder(self) -> bool:
+        """Whether they are those that a card of tvit lies beside."""
+        return (self.folder / CARD_FILE).is_file() and self.files == (self.folder / WEIGHTS_FILE,)
+
+    @property
     def is_ours(self) -> bool:
-        """Whether a training of tvit left them: a card beside them, and no config of another library."""
-        return (self.folder / CARD_FILE).is_file() and not (self.folder / CONFIG_FILE).is_file()
+        """Whether tvit reads them by their card: no config beside it says that they are another library's."""
+        return self.is_model_folder and "model_type" not in self.read_json(CONFIG_FILE)
 
     @property
     def config_file(self) -> str:
