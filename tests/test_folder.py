@@ -258,7 +258,9 @@ def test_an_export_for_other_programs_is_called_what_it_is(folder: Path) -> None
 def test_a_truncated_weights_file_is_named(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read .* truncated; copy it again"):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: cannot be read .* truncated; copy or fetch it again"
+    ):
         load_model(folder)
 
 

@@ -62,6 +62,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name; they are mapped from it, not read. Raises ModelError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error}). The file may be truncated; copy or fetch it again."
+        ) from error
+
+
 def load_card(folder: Path) -> ModelCard:
     """The card of a model folder. Raises ModelError when it is missing, damaged, or newer than this tvit."""
     if not folder.is_dir():
@@ -110,13 +121,7 @@ def load_model(
     except ValueError as error:
         raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
     model = TemporalViT(config, initialise=False)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: cannot be read ({error}). The file may be truncated; copy it again."
-        ) from error
+    state = read_tensors(path)
     if problems := misfits(state, model.state_dict()):
         if (folder / CONFIG_FILE).is_file():
             raise for_other_programs(str(folder))
