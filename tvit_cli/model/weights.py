@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_tensors, sha256
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, is_finite, read_tensors, sha256
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -221,6 +221,6 @@ def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
         raise ModelError(
             f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."
         )
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ModelError(f"{source.name}: {name} holds NaN or infinite numbers. Fetch the weights again.")
     return tensor
