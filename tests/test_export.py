@@ -128,6 +128,13 @@ def check_example(
     assert [row[:2] for row in said] == [[p.video, p.labels[0][0]] for p in predictions]
     for row, prediction in zip(said, predictions, strict=True):
         assert float(row[2]) == pytest.approx(prediction.labels[0][1], abs=tolerance)
+    refused = example(name, folder, [clips[0], folder.parent / "nothing.avi"])
+    assert refused.returncode == 2 and refused.stdout.splitlines() == lines[:1]
+    assert (
+        f"error: {folder.parent / 'nothing.avi'}: cannot be read as a video (No such file or directory)."
+        in (refused.stderr.splitlines())
+    )
+    assert "Traceback" not in refused.stderr
 
 
 def check_folder(result: ExportResult, *files: str) -> dict[str, Any]:
@@ -706,8 +713,10 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
                 )
                 assert np.array_equal(frames, expected), (video, short_side)
         (tmp_path / "text.avi").write_text("not a video")
-        with pytest.raises(Exception, match=r"text\.avi"):
-            module("reading").read_clip(tmp_path / "text.avi", n_frames=4, short_side=32)
+        for name, reason in (("text", "Invalid data"), ("nothing", "No such file or directory")):
+            video = tmp_path / f"{name}.avi"
+            with pytest.raises(OSError, match=rf"{name}\.avi: cannot be read as a video \({reason}"):
+                module("reading").read_clip(video, n_frames=4, short_side=32)
     assert not [name for name in sys.modules if name.startswith("_tvit_export_")]
 
 
