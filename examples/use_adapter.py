@@ -16,5 +16,9 @@ classify = pipeline("video-classification", model=f"{folder}/backbone", trust_re
 classify.model = PeftModel.from_pretrained(classify.model, folder).eval()
 
 for video in videos:
-    best = classify(video, top_k=1)[0]
+    try:
+        best = classify(video, top_k=1)[0]
+    except (OSError, ValueError) as error:  # it names the video
+        print(f"error: {error}.", file=sys.stderr)
+        sys.exit(2)
     print(f"{video}\t{best['label']}\t{best['score']:.6f}")

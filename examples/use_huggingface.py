@@ -14,5 +14,9 @@ folder, *videos = sys.argv[1:]
 classify = pipeline("video-classification", model=folder, trust_remote_code=True)
 
 for video in videos:
-    best = classify(video, top_k=1)[0]
+    try:
+        best = classify(video, top_k=1)[0]
+    except (OSError, ValueError) as error:  # it names the video
+        print(f"error: {error}.", file=sys.stderr)
+        sys.exit(2)
     print(f"{video}\t{best['label']}\t{best['score']:.6f}")

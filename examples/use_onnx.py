@@ -37,9 +37,13 @@ outside = folder / "preprocessing.onnx"  # not there when it is inside model.onn
 preprocess = onnxruntime.InferenceSession(outside) if outside.exists() else None
 
 for video in videos:
-    clips = read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
-    )[None]
+    try:
+        clips = read_clip(
+            video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+        )[None]
+    except (OSError, ValueError) as error:  # it names the video
+        print(f"error: {error}.", file=sys.stderr)
+        sys.exit(2)
     if preprocess is None:
         scores = run(model, clips)[0]
     else:

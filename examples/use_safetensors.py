@@ -26,9 +26,13 @@ model = TemporalViT(ViTConfig.from_dict(card["model"]), initialise=False).eval()
 model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
 
 for video in videos:
-    frames = read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
-    )
+    try:
+        frames = read_clip(
+            video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+        )
+    except (OSError, ValueError) as error:  # it names the video
+        print(f"error: {error}.", file=sys.stderr)
+        sys.exit(2)
     clip = frames_to_input(
         torch.from_numpy(frames).permute(0, 3, 1, 2),
         **{key: facts[key] for key in ("frame_size", "resize", "scale_to", "mean", "std")},

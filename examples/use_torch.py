@@ -23,9 +23,13 @@ outside = folder / "preprocessing.pt2"  # not there when it is inside model.pt2
 preprocess = torch.export.load(outside).module() if outside.exists() else None
 
 for video in videos:
-    frames = read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
-    )
+    try:
+        frames = read_clip(
+            video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+        )
+    except (OSError, ValueError) as error:  # it names the video
+        print(f"error: {error}.", file=sys.stderr)
+        sys.exit(2)
     clips = torch.from_numpy(frames)[None]
     with torch.inference_mode():
         scores = model(clips)[0] if preprocess is None else model(preprocess(clips))[0].softmax(0)

@@ -1,12 +1,15 @@
-"""Small videos that tests share: numbered frames, folders of classes, real clips where they are at hand."""
+"""What tests share: numbered frames, folders of classes, real clips where they are at hand, a benchmark to load."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,23 @@ os.environ["HF_MODULES_CACHE"] = _remote_code.name
 
 HEIGHT, WIDTH = 48, 64
 _DARKEST, _STEP = 20, 5  # frame i is grey of this brightness plus i steps: read back after any codec
+
+
+@pytest.fixture(scope="session")
+def load_bench() -> Callable[[str], ModuleType]:
+    """Import a benchmark by the name of its file."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(
+            f"bench_{name}", Path(__file__).parent / "bench" / f"{name}.py"
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look it up there
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,14 +14,16 @@ from tvit_cli.report.drawing import text_width
 
 
 @pytest.fixture(scope="module")
-def learning() -> ModuleType:
-    path = Path(__file__).parent / "bench" / "learning.py"
-    spec = importlib.util.spec_from_file_location("bench_learning", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_learning"] = module
-    spec.loader.exec_module(module)
-    return module
+def learning(load_bench: Callable[[str], ModuleType]) -> ModuleType:
+    return load_bench("learning")
+
+
+def test_steps_are_timed_in_turn_and_the_first_round_warms_up(
+    load_bench: Callable[[str], ModuleType],
+) -> None:
+    ran: list[str] = []
+    times = load_bench("step").in_turn({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 2)
+    assert ran == ["a", "b"] * 3 and {key: len(took) for key, took in times.items()} == {"a": 2, "b": 2}
 
 
 def row(job: Any, top1: float, loss: float = 1.0) -> dict[str, Any]:

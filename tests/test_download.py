@@ -20,6 +20,7 @@ import pytest
 from archives import Entry, write_rar4, write_tar, write_zip
 from loopback import Server
 
+from tvit_cli import main
 from tvit_cli.data.remote import rar, supply
 from tvit_cli.data.remote.catalog import Dataset, Layout, Part, Source
 from tvit_cli.data.remote.fetch import MirrorsFailed
@@ -495,3 +496,22 @@ def test_real_classes_cost_little_more_than_their_bytes(
         packed = sum(archive.getinfo(f"UCF101/{Path(clip).name}").compress_size for clip in world.landed())
     cost = world.server.sent - len(world.server.pages["/real-lists.zip"].body) - 32 * 1024
     assert len(world.landed()) == 8 and cost < 1.3 * packed
+
+
+@pytest.mark.parametrize("name", ["ucf101", "motions"])
+@pytest.mark.parametrize(("folder", "file"), [("data", "data"), ("data/sets", "data"), ("sets", "sets/NAME")])
+def test_a_file_in_the_place_of_the_data_directory_is_called_one(
+    tmp_path: Path, name: str, folder: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, taken = tmp_path / folder, tmp_path / file.replace("NAME", name)
+    taken.parent.mkdir(exist_ok=True)
+    taken.write_text("notes")
+    with pytest.raises(SystemExit) as stopped:
+        main.run(["download", name, "--data-directory", str(given)])
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    where = "" if given == taken else f"{taken} "
+    assert said.startswith(
+        f"error: --data-directory {given}: {where}is a file, and a folder is wanted there. Name"
+    )
+    assert taken.read_text() == "notes"

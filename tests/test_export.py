@@ -65,6 +65,11 @@ script, folder, clip = sys.argv[:3]
 runpy.run_path(script, run_name="__main__")
 readme = open(f"{folder}/README.md").read()
 exec(re.search(r"```python\\n(.*?)```", readme, re.DOTALL)[1].replace("FOLDER", folder).replace("clip.avi", clip), {})
+sys.argv[2:] = ["nothing.avi"]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as ended:
+    print(ended.code)
 """
 
 
@@ -102,7 +107,8 @@ def export(trained: TrainResult, output: Path, **settings: Any) -> ExportResult:
 
 
 def example(name: str, folder: Path, clips: list[Path]) -> subprocess.CompletedProcess[str]:
-    """An example, then the code of the export's own README, in a process that cannot import tvit."""
+    """An example, the code of the export's own README, and the example with a video that is not there: in a process
+    that cannot import tvit."""
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, "-c", BLOCKED, str(ROOT / "examples" / name), str(folder), *map(str, clips)],
@@ -121,13 +127,16 @@ def check_example(
     """Its labels and scores, from the video files on, are those of `tvit predict`."""
     result = example(name, folder, clips)
     assert result.returncode == 0, result.stderr
-    *lines, shown_by_readme = result.stdout.splitlines()
+    *lines, shown_by_readme, ended_with = result.stdout.splitlines()
     said = [line.split("\t") for line in lines]
     assert said[0][1] in shown_by_readme
     predictions = predict(PredictSettings(paths=tuple(clips), model=trained.model, top_k=1)).predictions
     assert [row[:2] for row in said] == [[p.video, p.labels[0][0]] for p in predictions]
     for row, prediction in zip(said, predictions, strict=True):
         assert float(row[2]) == pytest.approx(prediction.labels[0][1], abs=tolerance)
+    assert ended_with == "2" and "Traceback" not in result.stderr
+    refused = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert refused == ["error: nothing.avi: cannot be read as a video (No such file or directory)."]
 
 
 def check_folder(result: ExportResult, *files: str) -> dict[str, Any]:
@@ -706,8 +715,10 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
                 )
                 assert np.array_equal(frames, expected), (video, short_side)
         (tmp_path / "text.avi").write_text("not a video")
-        with pytest.raises(Exception, match=r"text\.avi"):
-            module("reading").read_clip(tmp_path / "text.avi", n_frames=4, short_side=32)
+        for name, reason in (("text", "Invalid data"), ("nothing", "No such file or directory")):
+            video = tmp_path / f"{name}.avi"
+            with pytest.raises(OSError, match=rf"{name}\.avi: cannot be read as a video \({reason}"):
+                module("reading").read_clip(video, n_frames=4, short_side=32)
     assert not [name for name in sys.modules if name.startswith("_tvit_export_")]
 
 

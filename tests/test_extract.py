@@ -423,3 +423,14 @@ def test_every_odd_file_is_told_apart(real_data: Path) -> None:
         json.dumps({name: str(getattr(scan, name)) for name in scan.__slots__})
         if scan.is_readable:
             assert scan.frames == count_frames(path)
+
+
+@pytest.mark.parametrize("below", ["", "store"])
+def test_a_file_in_the_place_of_the_store_is_called_one(source: Path, tmp_path: Path, below: str) -> None:
+    (tmp_path / "frames").write_text("notes")
+    given = tmp_path / "frames" / below
+    with pytest.raises(
+        DataError, match=f"--output {given}: .*is a file, and a folder is wanted there. Name an"
+    ):
+        extract(settings(source, output=given), silent)
+    assert (tmp_path / "frames").read_text() == "notes"

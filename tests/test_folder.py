@@ -237,6 +237,17 @@ def test_weights_that_do_not_fit_the_card_are_named(
         load_model(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_their_name(folder: Path, value: float) -> None:
+    spoilt = torch.ones(16)
+    spoilt[3] = value
+    edit_weights(folder, **{"norm.weight": spoilt})
+    with pytest.raises(ModelError, match=r"model\.safetensors: norm\.weight holds NaN or infinite numbers"):
+        load_model(folder)
+    edit_weights(folder, **{"norm.weight": torch.full((16,), torch.finfo(torch.float32).max)})
+    load_model(folder)  # finite, though their sum is not
+
+
 def test_an_export_for_other_programs_is_called_what_it_is(folder: Path) -> None:
     said = (
         r"model: an export of a tvit model for other programs .*Name the model folder that it was made from"
@@ -258,7 +269,9 @@ def test_an_export_for_other_programs_is_called_what_it_is(folder: Path) -> None
 def test_a_truncated_weights_file_is_named(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read .* truncated; copy it again"):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: cannot be read .* truncated; copy or fetch it again"
+    ):
         load_model(folder)
 
 

@@ -28,7 +28,7 @@ import tvit_cli
 from tvit_cli import commands, main
 from tvit_cli.engine.events import Event, Note, Progress
 from tvit_cli.engine.places import find_videos
-from tvit_cli.engine.predict import predict
+from tvit_cli.engine.predict import predict, write_embeddings
 from tvit_cli.engine.timelines import tell
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
@@ -349,6 +349,23 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
     unread = PredictSettings(paths=(str(tmp_path / "text.avi"),), model=trained.model, embeddings=nothing)
     (answer,) = predict(unread).predictions
     assert "not a video" in answer.error and not nothing.exists()
+
+
+def test_embeddings_that_cannot_be_written_leave_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(tensors: dict[str, torch.Tensor], path: Path, **how: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    out = tmp_path / "out.safetensors"
+    rows = [("a.avi", torch.ones(3))]
+    write_embeddings(out, rows, tmp_path)
+    before = out.read_bytes()
+    monkeypatch.setattr("tvit_cli.model.folder.save_file", cut_off)
+    with pytest.raises(RunError, match=r"--embeddings .*out\.safetensors: cannot be written \(No space"):
+        write_embeddings(out, rows, tmp_path)
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("window", [None, "2s"])

@@ -31,7 +31,7 @@ from tvit_cli.errors import DataError, ModelError
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.pretrained import read_config
 from tvit_cli.model.referencelabels import UCF101
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.model.weights import resolve_weights
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.eval import EvalSettings
@@ -496,14 +496,8 @@ def test_a_name_on_the_hub_is_read_from_the_cache(
         opened(Path("detker/temporal-vit-86M"))
 
 
-def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An export with --format safetensors is a model folder, also where it was pushed to."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=2, width=16, depth=1, num_heads=2)
-    card = ModelCard(
+def a_card(config: ViTConfig) -> ModelCard:
+    return ModelCard(
         tvit_version="0.1.0",
         labels=("Blue", "Green", "Red"),
         model=config.to_dict(),
@@ -512,23 +506,67 @@ def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
         settings={"path_to_data": "mine", "group_pattern": r"_g(\d+)_"},
         held_out={"val": ("02",), "test": ("01",)},
     )
+
+
+@pytest.fixture
+def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, TemporalViT]:
+    """What the hub's cache holds of somebody/jumps, a model folder, and the model in it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=2, width=16, depth=1, num_heads=2)
     model = build_model(config, seed=3, from_scratch=True)
     repository = tmp_path / "cache" / "models--somebody--jumps"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abcd")
-    save_model(repository / "snapshots" / "0123abcd", model.state_dict(), card)
+    save_model(repository / "snapshots" / "0123abcd", model.state_dict(), a_card(config))
+    return repository / "snapshots" / "0123abcd", model
+
+
+@pytest.mark.parametrize("config", [None, {}, {"library_name": "tvit"}], ids=["no", "empty", "any"])
+def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
+    pushed: tuple[Path, TemporalViT], config: dict[str, str] | None
+) -> None:
+    """An export with --format safetensors is a model folder, also where it was pushed to."""
+    folder, model = pushed
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
     trained = opened(Path("somebody/jumps"))
     assert trained.card.labels == ("Blue", "Green", "Red") and not trained.labels_are_guessed
     assert trained.name == "somebody--jumps" and trained.run == Path("runs/somebody--jumps")
     own = trained.model.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in model.state_dict().items())
-    assert resolve_weights("somebody/jumps").is_ours
+    assert read_config(resolve_weights("somebody/jumps")).width == 16  # to train from
+
+
+def test_what_a_model_on_the_hub_was_trained_on_is_known(
+    pushed: tuple[Path, TemporalViT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     make_clips(Path("data", "mine"))
     for choice, known in (({}, "These videos chose the epoch"), ({"val_groups": "03,"}, "were trained on")):
         facts = {"model": "somebody/jumps", "subset": "val", "num_workers": 0, "device": "cpu", **choice}
         said = evaluate(EvalSettings.model_validate(facts)).warnings
         assert any(known in warning for warning in said) and "not known" not in " ".join(said)
+
+
+def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(
+    pushed: tuple[Path, TemporalViT],
+) -> None:
+    folder, model = pushed
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    own = opened(Path("somebody/jumps")).model.state_dict()
+    assert torch.equal(own["norm.weight"], model.state_dict()["norm.weight"])
+    save_file({"network.norm.weight": torch.ones(16)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="an export of a tvit model for other programs"):
+        opened(Path("somebody/jumps"))
+
+
+def test_a_file_beside_a_model_folders_is_not_taken_for_it(pushed: tuple[Path, TemporalViT]) -> None:
+    folder, _ = pushed
+    save_file({"weight": torch.ones(2)}, folder / "other.safetensors")
+    assert opened(folder / "model.safetensors").card.labels == ("Blue", "Green", "Red")
+    with pytest.raises(ModelError, match=r"other\.safetensors: its model_type is None"):
+        opened(folder / "other.safetensors")
 
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,13 +24,8 @@ MEMORY = {"tvit_saved": 0.42, "tvit_rss": 0.37}
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    path = Path(__file__).parent / "bench" / "__main__.py"
-    spec = importlib.util.spec_from_file_location("bench_main", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_bench: Callable[[str], ModuleType]) -> ModuleType:
+    return load_bench("__main__")
 
 
 def write(path: Path, *records: dict[str, Any]) -> Path:

@@ -20,6 +20,7 @@ from tvit_cli.engine.predict import load_model
 from tvit_cli.engine.scoring import WithFeatures, merge_scores, score
 from tvit_cli.errors import SettingsError
 from tvit_cli.model.additions import FeatureNorm
+from tvit_cli.model.vit import ViTConfig, build_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -66,6 +67,26 @@ def test_clips_that_do_not_differ_are_shifted_and_keep_their_scale() -> None:
     norm.start(generator=None, from_scratch=False)
     norm.fit(torch.full((4, 3), 5.0))
     assert norm.shift.tolist() == [5, 5, 5] and norm.scale.tolist() == [1, 1, 1]
+
+
+def test_what_rounding_makes_of_one_clip_many_times_is_not_blown_up() -> None:
+    """Nine equal clips are a batch of 8 and one of 1, whose features may differ in their last bits."""
+    model = build_model(
+        ViTConfig(num_classes=3, frame_size=32, n_frames=4, width=48, depth=2, num_heads=3),
+        seed=0,
+        from_scratch=True,
+    ).eval()
+    network = WithFeatures(model)
+    clip = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        rows = [network(clip.expand(count, -1, -1, -1, -1))[:, 3:].double() for count in (8, 1)]
+    features = torch.cat(rows)
+    features[8] *= 1 + 1e-6  # where this machine's batches agree to the last bit
+    norm = FeatureNorm(48)
+    norm.start(generator=None, from_scratch=False)
+    norm.fit(features)
+    another = norm(2 * features.float()).detach()
+    assert another.isfinite().all() and another.abs().max() < 2 * features.abs().max()
 
 
 def test_a_process_without_a_batch_takes_part(facts: dict[str, object], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from step import timed
+from step import in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,12 +91,7 @@ def measure_speed(size: str, rounds: int) -> dict[str, dict[str, float]]:
     config = ViTConfig(num_classes=101, width=width, depth=depth, num_heads=heads)
     models = variants(build_model(config, seed=0, from_scratch=True).eval())
     clips = torch.randn(1, config.n_frames, 3, 224, 224)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for number in range(rounds + 1):
-        for name, model in models.items():
-            took = timed(lambda model=model: model(clips))
-            if number:  # the first round warms up
-                times[name].append(took)
+    times = in_turn({name: partial(model, clips) for name, model in models.items()}, rounds)
 
     def ratio(name: str, clock: int) -> float:
         pairs = zip(times["float32"], times[name], strict=True)

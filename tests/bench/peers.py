@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from step import RANK, SCALE, TARGETS, timed
+from step import RANK, SCALE, TARGETS, in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,12 +136,7 @@ def main() -> None:
             "peer": peer(name, options.depth, options.dropout),
         }
         steps = {kind: step_of(model, clips) for kind, model in models.items()}
-        times: dict[str, list[float]] = {kind: [] for kind in steps}
-        for number in range(options.rounds + 1):
-            for kind, step in steps.items():
-                seconds, _ = timed(step)
-                if number:  # the first round warms up
-                    times[kind].append(seconds)
+        times = {kind: [cpu for cpu, _ in took] for kind, took in in_turn(steps, options.rounds).items()}
         ratio = statistics.median(p / t for p, t in zip(times["peer"], times["tvit"], strict=True))
         memory = {kind: saved_megabytes(model, clips) for kind, model in models.items()}
         results[name] = {

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from indexes import synthetic_index
 from sheet import sheet
-from step import TARGETS, current_memory, peak_memory, step_of, timed
+from step import TARGETS, current_memory, in_turn, peak_memory, step_of, timed
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,12 +84,7 @@ def measure_steps(cases: dict[int, tuple[ViTConfig, int]], rounds: int) -> dict[
     for key, (shape, clips) in cases.items():
         pixels = torch.randn(clips, shape.n_frames, 3, shape.frame_size, shape.frame_size)
         steps[key] = step_of(make(shape), pixels)
-    times: dict[int, list[float]] = {key: [] for key in steps}
-    for number in range(rounds + 1):
-        for key, step in steps.items():
-            took = timed(step)[0]
-            if number:
-                times[key].append(took)
+    times = {key: [cpu for cpu, _ in took] for key, took in in_turn(steps, rounds).items()}
     first = next(iter(cases))
     work = {key: count_flops(shape) * clips for key, (shape, clips) in cases.items()}
     return {

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from step import count_flops, make_model, step_of, timed
+from step import count_flops, in_turn, make_model, step_of
 
 from tvit_cli import __version__
 from tvit_cli.model.config import ATTENTIONS
@@ -43,12 +43,7 @@ def measure(case: str, dropout: float, rounds: int) -> dict[str, dict[str, float
     steps = {name: step_of(*make_model(case, "tvit", dropout, **shape)) for name, shape in KINDS.items()}
     steps["joint, naive LoRA"] = step_of(*make_model(case, "naive", dropout))
     work = {name: count_flops(step) for name, step in steps.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            took = timed(step)
-            if number:  # the first round warms up
-                times[name].append(took)
+    times = in_turn(steps, rounds)
     return {
         name: {
             "times_faster": statistics.median(j[0] / t[0] for j, t in zip(times[BASE], took, strict=True)),

@@ -22,9 +22,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tvit does: else waiting threads use CPU time
@@ -44,6 +44,8 @@ RANK, SCALE = 4, 2.0
 SHAPES = {"vitb": (768, 12), "vits": (384, 6), "vitti": (192, 3)}
 CASES = ("vitb2_t8", "vitb4_t8", "vitb2_t18", "vitb4_t18")
 KINDS = ("naive", "peft", "tvit")
+
+Key = TypeVar("Key")
 
 
 class NaiveLora(nn.Module):
@@ -119,6 +121,17 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
+def in_turn(steps: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, list[tuple[float, float]]]:
+    """CPU and wall seconds of each step in each round, so that what slows the machine down slows them all."""
+    times: dict[Key, list[tuple[float, float]]] = {key: [] for key in steps}
+    for number in range(rounds + 1):
+        for key, step in steps.items():
+            seconds = timed(step)
+            if number:  # the first round warms up
+                times[key].append(seconds)
+    return times
+
+
 def time_case(case: str, dropout: float, rounds: int) -> dict[str, float]:
     """Ratios of step times, and the share of the matmul rate that tvit's step reaches."""
     steps = {kind: step_of(*make_model(case, kind, dropout)) for kind in KINDS}
@@ -126,12 +139,7 @@ def time_case(case: str, dropout: float, rounds: int) -> dict[str, float]:
     a, b = torch.randn(1569, 768), torch.randn(768, 3072)
     steps["matmul"] = lambda: [a @ b for _ in range(8)]
     product = 8 * 2 * 1569 * 768 * 3072
-    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in steps}
-    for number in range(rounds + 1):
-        for kind, step in steps.items():
-            seconds = timed(step)
-            if number:  # the first round warms up
-                times[kind].append(seconds)
+    times = in_turn(steps, rounds)
 
     def ratio(kind: str, clock: int) -> float:
         return statistics.median(x[clock] / y[clock] for x, y in zip(times[kind], times["tvit"], strict=True))

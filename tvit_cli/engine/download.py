@@ -19,6 +19,7 @@ from tvit_cli.data.remote.members import Limits
 from tvit_cli.data.remote.placement import Spelling, class_of, is_within, require_classes
 from tvit_cli.data.remote.supply import Progress, Supply, Tools, Wish, quiet
 from tvit_cli.data.splits import CLASS_LIST, SPLITS, lists_from_groups, parse_split_lists, read_classes
+from tvit_cli.engine.folders import check_folder
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
@@ -70,6 +71,7 @@ def download(
         what = "is no file but a pipe or a device. Save it to one first" if given.exists() else "no such file"
         raise DataError(f"{option} {given}: {what}.")
     folder = settings.data_directory / dataset.name
+    check_folder("--data-directory", settings.data_directory, folder)
     if not dataset.videos:
         _check_nothing_is_fetched(settings)
         return _made(dataset, folder, makers or {})

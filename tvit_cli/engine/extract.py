@@ -30,6 +30,7 @@ from tvit_cli.data.storewriter import (
     write_index,
 )
 from tvit_cli.engine.events import Note, Progress, Report
+from tvit_cli.engine.folders import check_folder
 from tvit_cli.engine.pool import in_order
 from tvit_cli.engine.source import MOTIONS, default_workers, find_data, make_demo_data
 from tvit_cli.errors import DataError, RunError, VideoError
@@ -83,6 +84,7 @@ def extract(
     began = time.perf_counter()
     layout, data = _read_data(settings, report)
     folder = (layout.root / FOLDER) if settings.output is None else settings.output.expanduser()
+    check_folder("--output", folder)
     parameters = Parameters(settings.frames_per_video, settings.quality, settings.short_side)
     if rank == 0:
         _prepare(folder, Header(parameters, str(data)), report, overwrite=settings.overwrite)
@@ -173,7 +175,7 @@ def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]
 def _prepare(folder: Path, header: Header, report: Report, *, overwrite: bool) -> None:
     """Makes the folder ready to take shards: its header written, what a killed run left removed."""
     if not is_store(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and any(folder.iterdir()):
             raise DataError(
                 f"{folder}: holds other files and is no frame store. Give another folder with --output."
             )

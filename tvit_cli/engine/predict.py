@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -294,16 +296,20 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
 def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model: Path) -> None:
     """Write `features`, (V, D) float32, with the videos' `names` (a JSON list) and the model in the metadata.
 
-    A video that was named twice has two rows.
-
-    Raises RunError where the file cannot be written.
+    A video that was named twice has two rows. Raises RunError where the file cannot be written; then what was
+    there before is as it was.
     """
     from safetensors import SafetensorError
 
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"features": torch.stack(rows)}, path, metadata)
+        save_tensors({"features": torch.stack(rows)}, unfinished, metadata)
+        unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error
+    finally:
+        with suppress(OSError):  # the folder itself may be what failed
+            unfinished.unlink()

@@ -34,7 +34,7 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """What the model is called: its run, or what the reference's is called among the results."""
+        """What the model is called: its run; or the folder of its results, where it comes from elsewhere."""
         return run_name(self.folder) if self.results is None else self.results.name
 
     @property
@@ -59,9 +59,9 @@ def open_trained(
 ) -> Trained:
     """Load a model folder (or the one of a run's folder); without one, the newest of the working directory.
 
-    Loads a model of tvit by its name on the Hugging Face hub, too, and what the reference implementation trained:
-    a folder, a file, or such a name. `verify` compares the weights with the hash in the card. Raises ModelError
-    when there is none or it is not whole.
+    `given` may also be the name of such a model on the Hugging Face hub, or what the reference implementation
+    trained: a folder, a file, or a name. `verify` compares the weights of a model folder with the hash in its
+    card. Raises ModelError when there is none or it is not whole.
     """
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / MODEL_FOLDER / CARD_FILE).is_file():
@@ -79,13 +79,14 @@ def _open_elsewhere(
 ) -> Trained | None:
     """What lies on the hub, or was trained by the reference; None where nothing speaks for either."""
     # It imports huggingface_hub.
-    from tvit_cli.model.reference import find_weights, load_reference, weights_name
+    from tvit_cli.model.reference import load_reference
+    from tvit_cli.model.weights import find_weights, weights_name
 
     source = find_weights(given, working_directory)
     if source is None:
         return None
     results = working_directory / weights_name(given, source)
-    if source.is_ours:
+    if source.is_model_folder:
         model, card = load_model(source.folder, device=device, verify=verify)
         return Trained(model.eval(), card, given, device, results=results)
     found = load_reference(source)

@@ -35,7 +35,8 @@ def read_clip(
     """A video's clip as RGB, uint8 (T, H, W, 3), turned as the file says.
 
     Frames larger than `short_side` are scaled down to it, the long side in proportion. The video is decoded
-    twice: only its end tells how many frames it has. Raises ValueError where there is none.
+    twice: only its end tells how many frames it has. Raises OSError for what is no video or not there,
+    ValueError where no frame can be decoded.
     """
     count = sum(1 for _ in decoded(path))
     if not count:
@@ -87,6 +88,9 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
 
 def _opened(path: str) -> InputContainer:
     """A URL as it is; a file, also one named `a:b.avi`, by the file protocol, and so what a playlist names."""
-    if "://" in path:
-        return av.open(path, metadata_errors="ignore")
-    return av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+    try:
+        if "://" in path:
+            return av.open(path, metadata_errors="ignore")
+        return av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+    except av.FFmpegError as error:
+        raise OSError(f"{path}: cannot be read as a video ({error.strerror})") from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
 LEAST_DEVIATION = 0.1  # of a feature, as a share of the mean one
+ROUNDING = 1e-5  # of a feature's size: batches of other sizes give one clip float32 features up to 1e-6 apart
 BOTTLENECK = 4  # width over bottleneck width, as in AIM (arXiv:2302.03024)
 
 
@@ -108,7 +109,8 @@ class FeatureNorm(Addition):
         """Take mean and deviation of features, (clips, D); those that hardly differ are not blown up."""
         deviation = features.std(dim=0, correction=0)  # (D,)
         self.shift.copy_(features.mean(dim=0))
-        if deviation.any():  # else all clips are one, and how far others lie from it is not known
+        # Else all clips are one, and how far others lie from it is not known.
+        if deviation.mean() > ROUNDING * features.abs().mean():
             self.scale.copy_(1 / deviation.clamp_min(LEAST_DEVIATION * float(deviation.mean())))
 
 

@@ -62,6 +62,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name; they are mapped from it, not read. Raises ModelError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error}). The file may be truncated; copy or fetch it again."
+        ) from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; a sum tells that in a tenth of the time, unless it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def load_card(folder: Path) -> ModelCard:
     """The card of a model folder. Raises ModelError when it is missing, damaged, or newer than this tvit."""
     if not folder.is_dir():
@@ -97,9 +113,9 @@ def load_model(
 ) -> tuple[TemporalViT, ModelCard]:
     """The model, ready to predict (`eval()`), with its card.
 
-    On the CPU the weights are mapped from the file, not read. `verify` compares their hash with the
+    On the CPU the weights are mapped from the file, not copied. `verify` compares their hash with the
     card's. Raises ModelError for a folder that is incomplete or damaged, or whose parts do not belong
-    together.
+    together, and for weights that are not finite.
     """
     card = load_card(folder)
     path = folder / WEIGHTS_FILE
@@ -110,13 +126,7 @@ def load_model(
     except ValueError as error:
         raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
     model = TemporalViT(config, initialise=False)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: cannot be read ({error}). The file may be truncated; copy it again."
-        ) from error
+    state = read_tensors(path)
     if problems := misfits(state, model.state_dict()):
         if (folder / CONFIG_FILE).is_file():
             raise for_other_programs(str(folder))
@@ -128,6 +138,12 @@ def load_model(
         raise ModelError(
             f"{path}: its hash is not the one in {CARD_FILE}. The file was changed; copy it again."
         )
+    for name, tensor in state.items():
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{path}: {name} holds NaN or infinite numbers, so no score would mean anything. Copy the file "
+                "again, or train again."
+            )
     model.load_state_dict(state, assign=True)
     return model.to(device).eval(), card
 

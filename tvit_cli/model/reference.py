@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,22 +23,18 @@ from torch import Tensor
 import tvit_cli
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED, REFERENCE, Config
-from tvit_cli.model.folder import CONFIG_FILE, for_other_programs
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, for_other_programs
 from tvit_cli.model.pretrained import whole_number
 from tvit_cli.model.referencelabels import guessed_labels, named_labels
 from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.model.weights import (
-    INDEX_FILE,
-    SUFFIX,
-    WEIGHTS_FILE,
+    MERGED_FILE,
     WeightsSource,
     checked,
     listed,
-    resolve_weights,
 )
 from tvit_cli.settings.card import BaseWeights, ModelCard, Preprocessing
 
-MERGED_FILE = "checkpoint_merged.safetensors"  # what its training script leaves
 PREFIX = "model."  # of the published weights; the training script's have none
 UNUSED = "pos_embed"
 SCALE_TO = 256  # whatever the frame size
@@ -71,37 +66,6 @@ class ReferenceModel:
     card: ModelCard
     labels_are_guessed: bool
     notes: tuple[str, ...]
-
-
-def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
-    """The weights that a path or a name on the hub stands for; None where nothing speaks for weights.
-
-    A file is taken for weights, a folder by its config.json or its checkpoint_merged.safetensors, and OWNER/NAME
-    for a name on the hub where there is no folder OWNER, and the working directory would not be one. Raises
-    ModelError as `resolve_weights` does.
-    """
-    if path.is_dir():
-        published = (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
-        if (path / MERGED_FILE).is_file() and not published:
-            return resolve_weights(str(path / MERGED_FILE))
-        return resolve_weights(str(path)) if (path / CONFIG_FILE).is_file() else None
-    is_name = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
-    is_local = path.is_file() or path.suffix == SUFFIX
-    is_run = working_directory.absolute().is_relative_to(path.parent.absolute())
-    return resolve_weights(path.as_posix()) if is_local or (is_name and not is_run) else None
-
-
-def weights_name(given: Path, source: WeightsSource) -> str:
-    """What weights are called: OWNER--NAME on the hub, a folder or a file by its name.
-
-    Merged weights all bear one name, and lie in <experiment>/<checkpoints>/: they are called by both.
-    """
-    if source.revision is not None:
-        return source.name.replace("/", "--")
-    folder = source.folder.resolve()
-    if source.files[0].name == MERGED_FILE:
-        return "--".join(folder.parts[1:][-2:])
-    return folder.name if given.is_dir() or given.name == WEIGHTS_FILE else given.stem
 
 
 def load_reference(source: WeightsSource) -> ReferenceModel:
@@ -145,8 +109,9 @@ def _stored(source: WeightsSource, written: Config) -> dict[str, Tensor]:
         raise for_other_programs(source.name)
     if kind != REFERENCE:
         raise ModelError(
-            f"{source.name}: its model_type is {kind!r}, and no card.json lies there: this is no trained model of "
-            f"videos. An image ViT becomes one with tvit train --hf-model-name {source.name}."
+            f"{source.name}: its model_type is {kind!r}, and it is no model folder of tvit ({CARD_FILE} beside "
+            f"{WEIGHTS_FILE}): this is no trained model of videos. An image ViT becomes one with "
+            f"tvit train --hf-model-name {source.name}."
         )
     if len(stored) < len(source.tensors):
         raise ModelError(f"{source.name}: a tensor is stored twice. Fetch the weights again.")

@@ -12,16 +12,15 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, is_finite, read_tensors, sha256
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+MERGED_FILE = "checkpoint_merged.safetensors"  # what the reference implementation's training script leaves
 HUB_FILES = (CARD_FILE, CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 
 
@@ -35,9 +34,14 @@ class WeightsSource:
     revision: str | None = None
 
     @property
+    def is_model_folder(self) -> bool:
+        """Whether they are those that a card of tvit lies beside."""
+        return (self.folder / CARD_FILE).is_file() and self.files == (self.folder / WEIGHTS_FILE,)
+
+    @property
     def is_ours(self) -> bool:
-        """Whether a training of tvit left them: a card beside them, and no config of another library."""
-        return (self.folder / CARD_FILE).is_file() and not (self.folder / CONFIG_FILE).is_file()
+        """Whether tvit reads them by their card: no config beside it says that they are another library's."""
+        return self.is_model_folder and "model_type" not in self.read_json(CONFIG_FILE)
 
     @property
     def config_file(self) -> str:
@@ -47,10 +51,7 @@ class WeightsSource:
     @cached_property
     def sha256(self) -> str:
         """Hash of the weights file; of several, that of their hashes, one a line, in the order of names."""
-        digests = []
-        for path in self.files:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        digests = [sha256(path) for path in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def read_json(self, file_name: str) -> dict[str, Any]:
@@ -70,13 +71,7 @@ class WeightsSource:
         """All stored tensors by name; they are mapped from the files, not read. Raises ModelError."""
         tensors: dict[str, Tensor] = {}
         for path in self.files:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{path}: cannot be read ({error}). The file may be truncated; fetch it again."
-                ) from error
+            found = read_tensors(path)
             if twice := found.keys() & tensors.keys():
                 raise ModelError(f"{self.name}: {min(twice)} is stored twice. Fetch the weights again.")
             tensors |= found
@@ -104,6 +99,37 @@ def resolve_weights(name: str) -> WeightsSource:
         raise ModelError(f"{name}: no such file. Check the path.")
     folder = _fetch(name)
     return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
+
+
+def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
+    """The weights that a path or a name on the hub stands for; None where nothing speaks for weights.
+
+    A file is taken for weights, a folder by its config.json or its checkpoint_merged.safetensors, and OWNER/NAME
+    for a name on the hub where there is no folder OWNER, and the working directory would not be one. Raises
+    ModelError as `resolve_weights` does.
+    """
+    if path.is_dir():
+        published = (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
+        if (path / MERGED_FILE).is_file() and not published:
+            return resolve_weights(str(path / MERGED_FILE))
+        return resolve_weights(str(path)) if (path / CONFIG_FILE).is_file() else None
+    is_name = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
+    is_local = path.is_file() or path.suffix == SUFFIX
+    is_run = working_directory.absolute().is_relative_to(path.parent.absolute())
+    return resolve_weights(path.as_posix()) if is_local or (is_name and not is_run) else None
+
+
+def weights_name(given: Path, source: WeightsSource) -> str:
+    """What weights are called: OWNER--NAME on the hub, a folder or a file by its name.
+
+    Merged weights all bear one name, and lie in <experiment>/<checkpoints>/: they are called by both.
+    """
+    if source.revision is not None:
+        return source.name.replace("/", "--")
+    folder = source.folder.resolve()
+    if source.files[0].name == MERGED_FILE:
+        return "--".join(folder.parts[1:][-2:])
+    return folder.name if given.is_dir() or given.name == WEIGHTS_FILE else given.stem
 
 
 def _fetch(name: str) -> Path:
@@ -195,6 +221,6 @@ def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
         raise ModelError(
             f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."
         )
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ModelError(f"{source.name}: {name} holds NaN or infinite numbers. Fetch the weights again.")
     return tensor
