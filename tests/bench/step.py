@@ -62,7 +62,9 @@ class NaiveLora(nn.Module):
         return self.base(x) + self.dropout(x) @ (self.a @ self.b) * SCALE
 
 
-def make_model(case: str, kind: str, dropout: float, **chosen: Any) -> tuple[TemporalViT, Tensor]:
+def make_model(
+    case: str, kind: str, dropout: float, *, token_drop: float = 0.0, **chosen: Any
+) -> tuple[TemporalViT, Tensor]:
     """A model of random weights with adapters, ready to train, and a batch for it; `chosen` goes to its config."""
     shape, frames = case.split("_t")
     name = shape.rstrip("0123456789")
@@ -71,7 +73,7 @@ def make_model(case: str, kind: str, dropout: float, **chosen: Any) -> tuple[Tem
     config = ViTConfig(
         num_classes=101, n_frames=int(frames), width=width, depth=depth, num_heads=heads, **chosen
     )
-    model = build_model(config, seed=0, from_scratch=True)
+    model = build_model(config, seed=0, from_scratch=True, token_drop=token_drop)
     if kind == "naive":
         model.requires_grad_(False)
         model.temporal.requires_grad_(True)
