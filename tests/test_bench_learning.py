@@ -53,19 +53,19 @@ def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleTy
     for job in learning.jobs(rows):
         rows[job.key] = row(job, {"shared": 0.9, "conv": 0.8, "joint": 0.7}.get(job.method, 0.1))
     rows = {
-        key: {**row, "top1": 0.95} if "select" in key and "/conv/half" in key else row
+        key: {**row, "top1": 0.95} if "select" in key and "/conv/base" in key else row
         for key, row in rows.items()
     }
     plan = list(learning.jobs(rows))
     parts = [job.part for job in plan]
     assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "test"
-    further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != "base"}
-    assert further == {("shared", "half"), ("conv", "half")}
+    further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != learning.RECIPE}
+    assert further == {("shared", "base"), ("conv", "base")}
     finals = plan[max(number for number, part in enumerate(parts) if part == "select") + 1 :]
     seeds = {(job.method, job.recipe): [] for job in finals}
     for job in finals:
         seeds[job.method, job.recipe].append(job.seed)
-    assert seeds == {("conv", "half"): [0, 0, 0, 1, 1, 1, 2, 2, 2], ("shared", "base"): [1, 1, 1, 2, 2, 2]}
+    assert seeds == {("conv", "base"): [0, 0, 0, 1, 1, 1, 2, 2, 2], ("shared", "half"): [1, 1, 1, 2, 2, 2]}
     assert len({job.key for job in plan}) == len(plan)
 
 
@@ -74,10 +74,10 @@ def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning: 
     more = [j for j in learning.jobs(rows) if j.part == "select" and j.key not in rows]
     first = more[0].method
     for job in more:
-        rows[job.key] = row(job, 0.5, loss=0.9 if (job.method, job.recipe) == (first, "half") else 1.1)
-    assert learning.selected(rows, range(1, 4))[0] == (first, "half")
-    del rows[next(key for key in rows if f"/{first}/half/" in key)]  # no longer tried on all folds
-    assert learning.selected(rows, range(1, 4))[0][1] == "base"
+        rows[job.key] = row(job, 0.5, loss=0.9 if (job.method, job.recipe) == (first, "base") else 1.1)
+    assert learning.selected(rows, range(1, 4))[0] == (first, "base")
+    del rows[next(key for key in rows if f"/{first}/base/" in key)]  # no longer tried on all folds
+    assert learning.selected(rows, range(1, 4))[0][1] == "half"
 
 
 def test_the_interval_is_over_people_and_holds_the_mean(learning: ModuleType) -> None:
@@ -120,7 +120,7 @@ def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_ot
         facts = {
             "part": "test",
             "method": method,
-            "recipe": "base",
+            "recipe": learning.recipe_of(method),
             "seed": 0,
             "fold": 1,
             "flops": 1e9 * (20 + number / 50),
