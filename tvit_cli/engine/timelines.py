@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -78,9 +79,11 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
 
 def folder_names(places: Sequence[Place]) -> Iterator[str]:
     """A folder's name for each video: its own without suffix, numbered where it comes again."""
-    seen: dict[str, int] = {}
+    given: set[str] = set()
     for place in places:
         path = PurePosixPath(urlsplit(place).path) if isinstance(place, str) else Path(place)
         stem = path.stem.strip(".") or "video"  # a URL may end in ..
-        seen[stem] = seen.get(stem, 0) + 1
-        yield stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+        numbered = (f"{stem}-{number}" for number in count(2))
+        name = next(name for name in chain([stem], numbered) if name not in given)
+        given.add(name)
+        yield name
