@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tvit_cli.data.holdout import groups_to_hold_out
+from tvit_cli.data.holdout import Groups, groups_to_hold_out
 from tvit_cli.data.manifest import read_manifest
 from tvit_cli.data.names import did_you_mean, listed
 from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
@@ -66,8 +66,8 @@ def read_layout(
     root: Path,
     *,
     group_pattern: str,
-    val_groups: str,
-    test_groups: str,
+    val_groups: Groups,
+    test_groups: Groups,
     split: int = 1,
     need_test: bool = False,
 ) -> Layout:
@@ -76,8 +76,8 @@ def read_layout(
     Recognised are a manifest `path,label[,subset][,group]`, `train|val|test/<class>/*`, `<class>/*` and the
     latter two one folder down. A group is what `group_pattern` finds in the file name: its group named
     `group`, else its first, else the whole match. `val_groups` and `test_groups` hold whole groups out of
-    train: `auto`, `none`, a count, or names with commas between. Groups are chosen without chance, evenly
-    over their sorted names, and so that every class keeps a video to train on.
+    train: `auto`, `none`, a count, names with commas between, or a tuple of names. Groups are chosen without
+    chance, evenly over their sorted names, and so that every class keeps a video to train on.
 
     Where the lists of UCF101's official splits lie in `splits/`, `split` (1 to 3) says which one is followed.
 
@@ -250,7 +250,7 @@ def _group(file_name: str, expression: re.Pattern[str]) -> str | None:
 
 
 def _hold_out(
-    videos: list[Video], subset: str, wanted: str, *, automatic: bool, notes: list[str]
+    videos: list[Video], subset: str, wanted: Groups, *, automatic: bool, notes: list[str]
 ) -> tuple[list[Video], tuple[str, ...]]:
     """Moves whole groups from train to `subset`, as `--val-groups` or `--test-groups` says; names them, too."""
     train: dict[str, Counter[str]] = defaultdict(Counter)
