@@ -261,6 +261,31 @@ def test_a_torch_program_runs_without_model_code(
     check_example(trained, "use_torch.py", result.output, clips)
 
 
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from tvit_cli.engine.export.program import save_program
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(2, 64),))
+try:
+    save_program(program, Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_torch_program_that_a_disk_has_no_room_for_is_an_error_and_not_an_abort(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path / "model.pt2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[Errno 27] File too large\n"), ended.stderr
+
+
 def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(
     trained: TrainResult, tmp_path: Path
 ) -> None:

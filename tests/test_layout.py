@@ -179,7 +179,9 @@ def test_a_number_with_a_leading_zero_is_a_name(tmp_path: Path) -> None:
 def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_path: Path) -> None:
     files = ["a, b.avi", "none.avi", "3.avi", "d.avi"]  # no pattern matches: each is a group of its own
     root = place(tmp_path, {"run": files, "walk": files})
-    first = read_layout(root, group_pattern="$^", test_groups=("run/a, b.avi",), val_groups=("walk/none.avi",))
+    first = read_layout(
+        root, group_pattern="$^", test_groups=("run/a, b.avi",), val_groups=("walk/none.avi",)
+    )
     assert first.held_out == {"test": ("run/a, b.avi",), "val": ("walk/none.avi",)}
     assert first.counts() == {"train": 6, "val": 1, "test": 1}
     nothing = read_layout(root, group_pattern="$^", test_groups=(), val_groups=())
