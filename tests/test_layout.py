@@ -192,7 +192,7 @@ def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_pat
 
 @pytest.mark.parametrize("typed", [",", " , ", ""])
 def test_a_list_of_groups_that_names_none_is_refused(tmp_path: Path, typed: str) -> None:
-    with pytest.raises(DataError, match='--val-groups ".*": names no group. To hold none out, say none'):
+    with pytest.raises(DataError, match=r'--val-groups ".*": names no group\. To hold none out, say none'):
         read(ucf101(tmp_path, groups=3), val=typed)
 
 

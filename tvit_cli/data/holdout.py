@@ -19,7 +19,7 @@ def groups_to_hold_out(
     """Sorted names of the groups that `--val-groups` or `--test-groups` moves from train to `subset`.
 
     `train` maps each group to its number of videos by label. What is `wanted`: `auto`, which holds none out unless
-    `automatic`; `none`; a count; names with commas between; or a tuple of names. What was done is added to the notes.
+    `automatic`; `none`; a count; names with commas between; a tuple of names. What was done is added to the notes.
 
     Raises DataError for a group that is not in train, and for a count that would take a class its last video.
     """

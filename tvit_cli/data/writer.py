@@ -5,9 +5,8 @@ A file is complete when its writer is done, or absent.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from av.video.stream import VideoStream
 from tvit_cli.data.colours import SCALING, matrix_by_height
 from tvit_cli.data.container import file_url
 from tvit_cli.data.pictures import Frames
+from tvit_cli.data.whole import whole_file
 from tvit_cli.errors import RunError
 
 TICKS = 60_000  # per second; MPEG-4 takes at most 65,535, and usual rates divide this one
@@ -123,14 +123,11 @@ def _to_encode(reformatter: VideoReformatter, picture: Frames, pixel_format: str
 @contextmanager
 def _complete_or_absent(path: Path, options: dict[str, str]) -> Iterator[OutputContainer]:
     """A container under another name, which is given its own when all went well. Raises RunError."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(file_url(unfinished), "w", container_options=options) as container:
+        with (
+            whole_file(path) as beside,
+            av.open(file_url(beside), "w", container_options=options) as container,
+        ):
             yield container
-        unfinished.replace(path)
     except (OSError, av.FFmpegError) as error:
         raise RunError(f"{path}: the video could not be written ({error}).") from error
-    finally:
-        with suppress(OSError):  # the folder itself may be what failed
-            unfinished.unlink()

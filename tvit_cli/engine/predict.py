@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.container import Place
+from tvit_cli.data.whole import whole_file
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import WithFeatures, score
@@ -303,13 +302,8 @@ def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model
 
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"features": torch.stack(rows)}, unfinished, metadata)
-        unfinished.replace(path)
+        with whole_file(path) as beside:
+            save_tensors({"features": torch.stack(rows)}, beside, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error
-    finally:
-        with suppress(OSError):  # the folder itself may be what failed
-            unfinished.unlink()
