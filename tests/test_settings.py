@@ -10,6 +10,7 @@ import pytest
 from tvit_cli.errors import SettingsError
 from tvit_cli.settings.base import Loaded, extra, load, presets
 from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 from tvit_cli.settings.train import TrainSettings
 
@@ -178,6 +179,13 @@ def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs() -> None:
     assert read(flags={"epochs": "20"}).settings.warmup() == 2
     assert read(flags={"epochs": "1000"}).settings.warmup() == 30
     assert read(flags={"epochs": "20", "warmup_epochs": "5"}).settings.warmup() == 5
+
+
+def test_a_model_is_described_alike_wherever_one_is_named() -> None:
+    verbs = (EvalSettings, PredictSettings, ExportSettings)
+    assert {verb.model_fields["model"].description for verb in verbs} == {
+        "Model folder, the folder of its run, a name on the hub, or what the reference trained"
+    }
 
 
 def test_predict_without_a_path_says_how_to_call_it() -> None:
