@@ -166,6 +166,8 @@ def test_a_config_file_that_is_no_table_is_refused(tmp_path: Path, name: str, te
 def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         read(config=tmp_path / "c.toml")
+    with pytest.raises(SettingsError, match=r"unknown setting\. Did you mean lora_rank\?"):
+        load(TrainSettings, flags={"LORA_RANK": 4}, environ={})
     with pytest.raises(SettingsError, match="Did you mean quickstart"):
         read(preset="quikstart")
 

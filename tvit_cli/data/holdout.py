@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from tvit_cli.data.names import did_you_mean, listed
+from tvit_cli.data.names import listed
 from tvit_cli.errors import DataError
+from tvit_cli.settings.base import suggestion
 
 Groups = str | tuple[str, ...]  # as --val-groups is typed, or the names themselves, which may hold commas
 
@@ -45,7 +46,7 @@ def groups_to_hold_out(
         for group in groups:
             if group not in train:
                 raise DataError(
-                    f'--{subset}-groups: no group "{group}" in train.{did_you_mean(group, train)} '
+                    f'--{subset}-groups: no group "{group}" in train.{suggestion(group, train, most=3)} '
                     f"Its groups are {listed(sorted(train))}."
                 )
     held = set(groups)
