@@ -233,8 +233,8 @@ def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -
         ({"annotate": "a.txt"}, "should end in .mp4 or .mov or .mkv"),
         ({"explain": "b.avi"}, "--explain b.avi: its name should end in .png"),
         ({"embeddings": "b.avi"}, "--embeddings b.avi: its name should end in .safetensors"),
-        ({"window": "0s"}, "greater than 0"),
-        ({"window": "2s", "stride": "0"}, "greater than 0"),
+        ({"window": "0.9ms"}, "--window: 0.9ms: it should be greater than or equal to 0.001"),
+        ({"window": "2s", "stride": "0"}, "--stride: 0: it should be greater than or equal to 0.001"),
         ({"window": "two"}, "length of time"),
     ):
         with pytest.raises(SettingsError, match=said):

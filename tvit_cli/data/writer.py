@@ -73,6 +73,7 @@ class VideoWriter:
     def __init__(self, container: OutputContainer) -> None:
         self._container = container
         self._stream: VideoStream | None = None
+        self._last = -1  # tick of the newest frame
         self._reformatter = VideoReformatter()
 
     def write(self, picture: Frames, start: float, end: float) -> None:
@@ -89,8 +90,10 @@ class VideoWriter:
             stream.codec_context.time_base = Fraction(1, TICKS)
             self._stream = stream
         frame = _to_encode(self._reformatter, picture[:height, :width], "yuv420p")
-        frame.pts, frame.time_base = round(start * TICKS), Fraction(1, TICKS)
-        frame.duration = round(end * TICKS) - frame.pts
+        # Frames nearer than a tick would share one, which MP4 refuses: the later one comes a tick after the other.
+        frame.pts, frame.time_base = max(round(start * TICKS), self._last + 1), Fraction(1, TICKS)
+        frame.duration = max(round(end * TICKS) - frame.pts, 1)
+        self._last = frame.pts
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
