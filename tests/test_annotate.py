@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,19 @@ def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
         widths.append(int(np.flatnonzero(change.any(0)).max()))
     assert max(widths[:7]) < 60 < min(widths[7:])
     assert [path.name for path in out.parent.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_nearer_than_a_tick_of_the_output_are_all_written(tmp_path: Path, suffix: str) -> None:
+    ticks = [0, 1, 2, 3, 4, 3600, 3601, 7200, 10800]  # of 1/90,000 s, as MPEG-TS counts
+    with video_writer(tmp_path / f"out{suffix}") as writer:
+        for number, (start, end) in enumerate(pairwise([*ticks, 14400])):
+            picture = np.full((48, 64, 3), 20 + 20 * number, np.uint8)
+            writer.write(picture, start / 90_000, end / 90_000)
+    found = list(play(tmp_path / f"out{suffix}"))
+    assert [p.start for p in found] == pytest.approx([tick / 90_000 for tick in ticks], abs=1e-3)
+    levels = [int(p.picture().mean()) for p in found]
+    assert levels == pytest.approx([20 + 20 * number for number in range(len(ticks))], abs=6)
 
 
 @pytest.mark.parametrize("height", [240, 720])

@@ -143,6 +143,20 @@ def test_groups_that_came_after_training_do_not_move_the_test_subset(tmp_path: P
     assert load_card(result.model).held_out["test"]
 
 
+def test_videos_with_commas_in_their_names_are_held_out_again_as_in_training(tmp_path: Path) -> None:
+    data = make_clips(tmp_path / "colours", groups=4)
+    for path in sorted(data.glob("*/*.avi")):
+        path.rename(path.with_name(path.name.removeprefix("v_").replace("_g", ", take ").replace("_c01", "")))
+    facts = {"path_to_data": str(data), "hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2}
+    result = run(**facts, working_directory=tmp_path, train="all", epochs=1, test_groups="2", val_groups="2")
+    held_out = load_card(result.model).held_out
+    assert all(", take " in name for names in held_out.values() for name in names)
+    found = evaluate(settings(result))
+    assert tuple(answer.video.name for answer in found.answers) == held_out["test"] and not found.leaks
+    written = json.loads((found.output / "metrics.json").read_text())
+    assert (written["val_groups"], written["test_groups"]) == (list(held_out["val"]), list(held_out["test"]))
+
+
 def test_none_and_bad_patterns_are_taken_as_they_are_typed(trained: TrainResult) -> None:
     assert load(EvalSettings, flags={"val_groups": "none"}, environ={}).settings.val_groups == "none"
     with pytest.raises(SettingsError, match="not a regular expression"):

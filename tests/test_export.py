@@ -261,6 +261,31 @@ def test_a_torch_program_runs_without_model_code(
     check_example(trained, "use_torch.py", result.output, clips)
 
 
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from tvit_cli.engine.export.program import save_program
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(2, 64),))
+try:
+    save_program(program, Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_torch_program_that_a_disk_has_no_room_for_is_an_error_and_not_an_abort(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path / "model.pt2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[Errno 27] File too large\n"), ended.stderr
+
+
 def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(
     trained: TrainResult, tmp_path: Path
 ) -> None:
@@ -579,16 +604,19 @@ def test_options_that_cannot_be_used_are_refused(flags: dict[str, Any], sentence
 class Hub:
     """Stands in for huggingface_hub.HfApi; `error` is raised at the method named `fails_at`."""
 
-    def __init__(self, fails_at: str = "", error: Exception | None = None) -> None:
+    def __init__(self, fails_at: str = "", error: Exception | None = None, *, private: bool = True) -> None:
+        self.private = private
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.fails_at, self.error = fails_at, error
 
-    def __getattr__(self, name: str) -> Callable[..., str]:
-        def call(*names: str, **facts: Any) -> str:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*names: str, **facts: Any) -> Any:
             self.calls.append((name, {**facts, "names": names}))
             if name == self.fails_at:
                 assert self.error is not None
                 raise self.error
+            if name == "repo_info":
+                return SimpleNamespace(private=self.private)
             return "https://huggingface.co/ada/colours"
 
         return call
@@ -601,10 +629,27 @@ def test_an_export_is_uploaded_whole(
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     result = export(trained, tmp_path / "plain", push_to_hub="ada/colours", private=True)
     assert result.url == "https://huggingface.co/ada/colours"
-    assert [name for name, _ in hub.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert [name for name, _ in hub.calls] == ["whoami", "create_repo", "repo_info", "upload_folder"]
     assert hub.calls[1][1] == {"names": ("ada/colours",), "private": True, "exist_ok": True}
-    assert hub.calls[2][1]["repo_id"] == "ada/colours"
-    assert (hub.calls[2][1]["folder_path"] / "parity.json").is_file()
+    assert hub.calls[3][1]["repo_id"] == "ada/colours"
+    assert (hub.calls[3][1]["folder_path"] / "parity.json").is_file()
+
+
+def test_nothing_private_is_uploaded_to_a_repository_that_is_public(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(private=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    with pytest.raises(
+        RunError, match=r"--private: ada/colours is there and public, so nothing was uploaded"
+    ):
+        publish(tmp_path, "ada/colours", private=True)
+    assert [(name, facts["names"]) for name, facts in hub.calls] == [
+        ("create_repo", ("ada/colours",)),
+        ("repo_info", ("ada/colours",)),
+    ]
+    assert publish(tmp_path, "ada/colours", private=False)
+    assert hub.calls[-1][0] == "upload_folder"
 
 
 def test_who_is_not_logged_in_is_told_how_before_anything_is_written(

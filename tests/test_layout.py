@@ -176,6 +176,26 @@ def test_a_number_with_a_leading_zero_is_a_name(tmp_path: Path) -> None:
     assert len(groups_of(read(tmp_path, test="4"), "test")) == 4
 
 
+def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_path: Path) -> None:
+    files = ["a, b.avi", "none.avi", "3.avi", "d.avi"]  # no pattern matches: each is a group of its own
+    root = place(tmp_path, {"run": files, "walk": files})
+    first = read_layout(
+        root, group_pattern="$^", test_groups=("run/a, b.avi",), val_groups=("walk/none.avi",)
+    )
+    assert first.held_out == {"test": ("run/a, b.avi",), "val": ("walk/none.avi",)}
+    assert first.counts() == {"train": 6, "val": 1, "test": 1}
+    nothing = read_layout(root, group_pattern="$^", test_groups=(), val_groups=())
+    assert nothing.counts() == {"train": 8, "val": 0, "test": 0}
+    with pytest.raises(DataError, match='--test-groups: no group "a" in train'):
+        read_layout(root, group_pattern="$^", test_groups=("a",), val_groups=())
+
+
+@pytest.mark.parametrize("typed", [",", " , ", ""])
+def test_a_list_of_groups_that_names_none_is_refused(tmp_path: Path, typed: str) -> None:
+    with pytest.raises(DataError, match=r'--val-groups ".*": names no group\. To hold none out, say none'):
+        read(ucf101(tmp_path, groups=3), val=typed)
+
+
 def test_an_unknown_group_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     root = place(tmp_path, {"run": ["daria_x.avi", "eli_x.avi"], "walk": ["daria_y.avi", "eli_y.avi"]})
     with pytest.raises(DataError, match=r'--test-groups: no group "dariya".*mean daria\?.*daria, eli'):

@@ -233,8 +233,8 @@ def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -
         ({"annotate": "a.txt"}, "should end in .mp4 or .mov or .mkv"),
         ({"explain": "b.avi"}, "--explain b.avi: its name should end in .png"),
         ({"embeddings": "b.avi"}, "--embeddings b.avi: its name should end in .safetensors"),
-        ({"window": "0s"}, "greater than 0"),
-        ({"window": "2s", "stride": "0"}, "greater than 0"),
+        ({"window": "0.9ms"}, "--window: 0.9ms: it should be greater than or equal to 0.001"),
+        ({"window": "2s", "stride": "0"}, "--stride: 0: it should be greater than or equal to 0.001"),
         ({"window": "two"}, "length of time"),
     ):
         with pytest.raises(SettingsError, match=said):
@@ -341,10 +341,6 @@ def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
     assert torch.allclose(api.embed([clip, other]), features[:2], atol=1e-6)
     with pytest.raises(VideoError, match=r"text.avi"):
         api.embed([tmp_path / "text.avi"])
-    with pytest.raises(RunError, match="cannot be written"):
-        predict(
-            PredictSettings(paths=(str(clip),), model=trained.model, embeddings=clip / "x" / "y.safetensors")
-        )
     nothing = tmp_path / "nothing.safetensors"
     unread = PredictSettings(paths=(str(tmp_path / "text.avi"),), model=trained.model, embeddings=nothing)
     (answer,) = predict(unread).predictions
@@ -366,6 +362,76 @@ def test_embeddings_that_cannot_be_written_leave_the_older_ones(
     with pytest.raises(RunError, match=r"--embeddings .*out\.safetensors: cannot be written \(No space"):
         write_embeddings(out, rows, tmp_path)
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
+def asked(trained: TrainResult, clip: Path, **flags: object) -> PredictSettings:
+    facts = {"paths": [str(clip)], "model": str(trained.model), "device": "cpu", **flags}
+    return load(PredictSettings, flags=facts, environ={}).settings
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "sentence"),
+    [
+        ("annotate", "self.mp4", r"--annotate .*self\.mp4: is the video itself\. Name another file"),
+        ("annotate", "link.mp4", r"--annotate .*link\.mp4: is the video itself"),
+        ("annotate", "folder.mp4", r"--annotate .*folder\.mp4: is a folder, and a file is wanted there"),
+        ("annotate", "self.mp4/out.mp4", r"self\.mp4 is a file, and a folder is wanted there"),
+        ("embeddings", "self.mp4/new/x.safetensors", r"--embeddings .*self\.mp4 is a file, and a folder is"),
+        ("explain", "self.mp4/why.png", r"--explain .*self\.mp4 is a file, and a folder is wanted there"),
+        (
+            "explain",
+            "locked/new/why.png",
+            r"--explain .*: you may not write to .*locked\. Name another place",
+        ),
+        ("output", "self.mp4/times", r"--output .*self\.mp4 is a file, and a folder is wanted there"),
+        ("output", "locked/times", r"--output .*: you may not write to .*locked\. Name another place"),
+        ("output", "taken", r"--output .*taken: .*taken/self is a file, and a folder is wanted there"),
+    ],
+)
+def test_a_file_that_has_no_place_is_refused_before_a_model_is_opened(
+    option: str, file: str, sentence: str, trained: TrainResult, clip: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "self.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "self.mp4")
+    for name in ("folder.mp4", "locked", "taken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "taken" / "self").touch()
+    there = os.access
+    locked = tmp_path / "locked"  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and there(path, mode))
+    monkeypatch.setattr("tvit_cli.engine.predict.open_model", None)
+    monkeypatch.setattr("tvit_cli.engine.timelines.open_model", None)
+    for window in {"output": ("2s",), "annotate": (None, "2s")}.get(option, (None,)):
+        settings = asked(trained, tmp_path / "self.mp4", window=window, **{option: str(tmp_path / file)})
+        with pytest.raises(DataError, match=sentence):
+            (tell if window else predict)(settings)
+
+
+@pytest.mark.parametrize("option", ["embeddings", "explain", "annotate", "output"])
+def test_a_disk_that_fills_meanwhile_does_not_cost_the_labels(
+    option: str, trained: TrainResult, clip: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    suffix = {"embeddings": ".safetensors", "explain": ".png", "annotate": ".mp4", "output": ""}[option]
+    window = ["--window", "100ms"] if option == "output" else []
+    with pytest.raises(SystemExit) as stopped:
+        main.run(
+            [
+                "predict",
+                str(clip),
+                "--model",
+                str(trained.model),
+                f"--{option}",
+                str(tmp_path / f"x{suffix}"),
+                *window,
+            ]
+        )
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and "No space left on device" in said.err
+    assert "Red" in said.out and not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("window", [None, "2s"])

@@ -10,6 +10,7 @@ import pytest
 from tvit_cli.errors import SettingsError
 from tvit_cli.settings.base import Loaded, extra, load, presets
 from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 from tvit_cli.settings.train import TrainSettings
 
@@ -165,6 +166,8 @@ def test_a_config_file_that_is_no_table_is_refused(tmp_path: Path, name: str, te
 def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         read(config=tmp_path / "c.toml")
+    with pytest.raises(SettingsError, match=r"unknown setting\. Did you mean lora_rank\?"):
+        load(TrainSettings, flags={"LORA_RANK": 4}, environ={})
     with pytest.raises(SettingsError, match="Did you mean quickstart"):
         read(preset="quikstart")
 
@@ -178,6 +181,13 @@ def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs() -> None:
     assert read(flags={"epochs": "20"}).settings.warmup() == 2
     assert read(flags={"epochs": "1000"}).settings.warmup() == 30
     assert read(flags={"epochs": "20", "warmup_epochs": "5"}).settings.warmup() == 5
+
+
+def test_a_model_is_described_alike_wherever_one_is_named() -> None:
+    verbs = (EvalSettings, PredictSettings, ExportSettings)
+    assert {verb.model_fields["model"].description for verb in verbs} == {
+        "Model folder, the folder of its run, a name on the hub, or what the reference trained"
+    }
 
 
 def test_predict_without_a_path_says_how_to_call_it() -> None:

@@ -300,6 +300,16 @@ def test_times_are_read_and_shown_as_people_write_them() -> None:
     assert list(folder_names(places)) == ["x", "x-2", "video", "y"]
 
 
+@pytest.mark.parametrize(
+    ("stems", "names"),
+    [(("a", "a", "a-2"), ["a", "a-2", "a-2-2"]), (("a-2", "a", "a", "a"), ["a-2", "a", "a-3", "a-4"])],
+)
+def test_no_two_timelines_share_a_folder_also_where_a_video_has_a_numbered_name(
+    stems: tuple[str, ...], names: list[str]
+) -> None:
+    assert list(folder_names([Path(f"{n}/{stem}.mp4") for n, stem in enumerate(stems)])) == names
+
+
 def test_the_picture_has_frames_and_a_lane_of_each_label(day: Path) -> None:
     timeline = model_of(Brightness()).timeline(day, window=1.0, stride=0.25)
     image = Image.open(io.BytesIO(timeline_png(timeline)))

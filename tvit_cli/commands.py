@@ -325,9 +325,8 @@ def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:
         ]
         if rows:
             console.table(["video", "label", "score"], rows)
-    _end_with_failures(
-        console, {p.video: p.error for p in result.predictions if p.error}, len(result.predictions)
-    )
+    failed = {p.video: p.error for p in result.predictions if p.error}
+    _end_with_failures(console, failed, len(result.predictions), result.unwritten)
 
 
 def _timelines(settings: PredictSettings, verbosity: Verbosity) -> None:
@@ -359,7 +358,8 @@ def _timelines(settings: PredictSettings, verbosity: Verbosity) -> None:
     elif found:
         shown = [(v, f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}") for v, s in found]
         console.table(columns, shown)
-    _end_with_failures(console, {t.video: t.error for t in told if t.error}, len(told))
+    unwritten = [reason for t in told for reason in t.unwritten]
+    _end_with_failures(console, {t.video: t.error for t in told if t.error}, len(told), unwritten)
 
 
 def _with_list(paths: tuple[str, ...], listed: list[str]) -> tuple[str, ...]:
@@ -380,11 +380,14 @@ def _prediction_rows(predictions: Sequence[Prediction]) -> Iterator[tuple[object
             yield p.video, rank, label, score, ""
 
 
-def _end_with_failures(console: Console, failed: Mapping[str, str], videos: int) -> None:
+def _end_with_failures(
+    console: Console, failed: Mapping[str, str], videos: int, unwritten: Sequence[str]
+) -> None:
     for name, error in failed.items():
         console.warn(f"{name}: {error}")
-    if failed:
-        raise RunError(f"{len(failed)} of {videos} videos could not be read.")
+    problems = [*unwritten, *([f"{len(failed)} of {videos} videos could not be read."] if failed else [])]
+    if problems:
+        raise RunError("\n".join(problems))
 
 
 def export(loaded: Loaded[ExportSettings], verbosity: Verbosity) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import av
 
 from tvit_cli.data.layout import Video
 from tvit_cli.data.video import decode_first
+from tvit_cli.data.whole import whole_file
 from tvit_cli.errors import VideoError
 
 CHECKED = ".checked.json"  # hidden, so that it is no class to who reads the folder
@@ -43,7 +43,9 @@ def unreadable_videos(
     new = {v.name: now[v.name] for v in unknown if v.name in now and v.name not in reasons}
     with suppress(OSError):
         if new and folder.stat().st_mode & _WRITABLE:  # root could, but whoever said no meant it
-            _write(folder / CHECKED, {**known, **new})
+            noted = {"decoder": _decoder(), "videos": {**known, **new}}
+            with whole_file(folder / CHECKED) as beside:
+                beside.write_text(json.dumps(noted), encoding="utf-8")
     return reasons
 
 
@@ -90,12 +92,3 @@ def _read(path: Path) -> dict[str, _Facts]:
         return dict(noted["videos"]) if noted["decoder"] == _decoder() else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # absent or spoilt: all are tried, and it is written anew
-
-
-def _write(path: Path, videos: Mapping[str, _Facts]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        unfinished.write_text(json.dumps({"decoder": _decoder(), "videos": videos}), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tvit_cli.data.names import did_you_mean, listed
+from tvit_cli.data.names import listed
 from tvit_cli.errors import DataError
+from tvit_cli.settings.base import suggestion
+
+Groups = str | tuple[str, ...]  # as --val-groups is typed, or the names themselves, which may hold commas
 
 AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
 
 
 def groups_to_hold_out(
-    train: Mapping[str, Counter[str]], subset: str, wanted: str, *, automatic: bool, notes: list[str]
+    train: Mapping[str, Counter[str]], subset: str, wanted: Groups, *, automatic: bool, notes: list[str]
 ) -> tuple[str, ...]:
     """Sorted names of the groups that `--val-groups` or `--test-groups` moves from train to `subset`.
 
     `train` maps each group to its number of videos by label. What is `wanted`: `auto`, which holds none out unless
-    `automatic`; `none`; a count; or names with commas between. What was done is added to the notes.
+    `automatic`; `none`; a count; names with commas between; a tuple of names. What was done is added to the notes.
 
     Raises DataError for a group that is not in train, and for a count that would take a class its last video.
     """
-    wanted = wanted.strip()
-    if wanted == "none" or (wanted == "auto" and not automatic):
+    wanted = wanted.strip() if isinstance(wanted, str) else wanted
+    if wanted in ("none", ()) or (wanted == "auto" and not automatic):
         return ()
+    groups: Sequence[str]
     if wanted == "auto":
         count = min(max(1, round(AUTO_SHARE[subset] * len(train))), len(train) - 1)
         groups = _spread(train, count)
         if not groups:
             notes.append(f"No {subset} subset: no group can be spared from train without emptying a class.")
             return ()
-    elif _is_count(wanted):
+    elif isinstance(wanted, str) and _is_count(wanted):
         groups = _spread(train, int(wanted))
         if len(groups) < int(wanted):
             raise DataError(
@@ -38,11 +42,11 @@ def groups_to_hold_out(
                 "held out so that each class keeps a video to train on."
             )
     else:
-        groups = [name.strip() for name in wanted.split(",") if name.strip()]
+        groups = _typed(wanted, subset) if isinstance(wanted, str) else wanted
         for group in groups:
             if group not in train:
                 raise DataError(
-                    f'--{subset}-groups: no group "{group}" in train.{did_you_mean(group, train)} '
+                    f'--{subset}-groups: no group "{group}" in train.{suggestion(group, train, most=3)} '
                     f"Its groups are {listed(sorted(train))}."
                 )
     held = set(groups)
@@ -53,6 +57,14 @@ def groups_to_hold_out(
             f"{listed(sorted(held))}."
         )
     return tuple(sorted(held))
+
+
+def _typed(wanted: str, subset: str) -> list[str]:
+    """Names with commas between. Raises DataError where there is none."""
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        raise DataError(f'--{subset}-groups "{wanted}": names no group. To hold none out, say none.')
+    return names
 
 
 def _is_count(text: str) -> bool:

@@ -7,13 +7,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tvit_cli.data.holdout import groups_to_hold_out
+from tvit_cli.data.holdout import Groups, groups_to_hold_out
 from tvit_cli.data.manifest import read_manifest
-from tvit_cli.data.names import did_you_mean, listed
+from tvit_cli.data.names import listed
 from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
 from tvit_cli.data.storeformat import is_store
 from tvit_cli.data.video import VIDEO_SUFFIXES
 from tvit_cli.errors import DataError
+from tvit_cli.settings.base import suggestion
 
 SUBSETS = ("train", "val", "test")
 
@@ -39,7 +40,7 @@ class Video:
 
     @property
     def unit(self) -> str:
-        """What stands and falls together in a statistic: its group, or the video alone."""
+        """What is held out together, and counts as one in a statistic: its group, or the video alone."""
         return self.name if self.group is None else self.group
 
 
@@ -66,8 +67,8 @@ def read_layout(
     root: Path,
     *,
     group_pattern: str,
-    val_groups: str,
-    test_groups: str,
+    val_groups: Groups,
+    test_groups: Groups,
     split: int = 1,
     need_test: bool = False,
 ) -> Layout:
@@ -76,8 +77,8 @@ def read_layout(
     Recognised are a manifest `path,label[,subset][,group]`, `train|val|test/<class>/*`, `<class>/*` and the
     latter two one folder down. A group is what `group_pattern` finds in the file name: its group named
     `group`, else its first, else the whole match. `val_groups` and `test_groups` hold whole groups out of
-    train: `auto`, `none`, a count, or names with commas between. Groups are chosen without chance, evenly
-    over their sorted names, and so that every class keeps a video to train on.
+    train: `auto`, `none`, a count, names with commas between, or a tuple of names. Groups are chosen without
+    chance, evenly over their sorted names, and so that every class keeps a video to train on.
 
     Where the lists of UCF101's official splits lie in `splits/`, `split` (1 to 3) says which one is followed.
 
@@ -88,8 +89,8 @@ def read_layout(
     if (root / "splits" / CLASS_LIST).is_file():
         videos = _follow_lists(videos, root / "splits", split, notes)
     videos = _give_groups(videos, group_pattern, notes)
-    split = any(video.subset != "train" for video in videos)
-    videos, test_held = _hold_out(videos, "test", test_groups, automatic=not split, notes=notes)
+    has_subsets = any(video.subset != "train" for video in videos)
+    videos, test_held = _hold_out(videos, "test", test_groups, automatic=not has_subsets, notes=notes)
     has_val = any(video.subset == "val" for video in videos)
     videos, val_held = _hold_out(videos, "val", val_groups, automatic=not has_val, notes=notes)
     layout = Layout(
@@ -109,7 +110,7 @@ def _find(root: Path) -> tuple[list[Video], list[str]]:
         return _from_manifest(root), []
     if not root.is_dir():
         siblings = [path.name for path in _visible(root.parent)] if root.parent.is_dir() else []
-        raise DataError(f"{root}: no such folder.{did_you_mean(root.name, siblings)}")
+        raise DataError(f"{root}: no such folder.{suggestion(root.name, siblings, most=3)}")
     notes: list[str] = []
     for base in (root, *_one_down(root)):
         if subsets := _subset_folders(base):
@@ -250,25 +251,20 @@ def _group(file_name: str, expression: re.Pattern[str]) -> str | None:
 
 
 def _hold_out(
-    videos: list[Video], subset: str, wanted: str, *, automatic: bool, notes: list[str]
+    videos: list[Video], subset: str, wanted: Groups, *, automatic: bool, notes: list[str]
 ) -> tuple[list[Video], tuple[str, ...]]:
     """Moves whole groups from train to `subset`, as `--val-groups` or `--test-groups` says; names them, too."""
     train: dict[str, Counter[str]] = defaultdict(Counter)
     for video in videos:
         if video.subset == "train":
-            train[_unit(video)][video.label] += 1
+            train[video.unit][video.label] += 1
     groups = groups_to_hold_out(train, subset, wanted, automatic=automatic, notes=notes)
     held = set(groups)
     moved_videos = [
-        replace(video, subset=subset) if video.subset == "train" and _unit(video) in held else video
+        replace(video, subset=subset) if video.subset == "train" and video.unit in held else video
         for video in videos
     ]
     return moved_videos, groups
-
-
-def _unit(video: Video) -> str:
-    """What is held out together: the group, or the video alone."""
-    return video.name if video.group is None else video.group
 
 
 def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:

@@ -5,9 +5,8 @@ A file is complete when its writer is done, or absent.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from av.video.stream import VideoStream
 from tvit_cli.data.colours import SCALING, matrix_by_height
 from tvit_cli.data.container import file_url
 from tvit_cli.data.pictures import Frames
+from tvit_cli.data.whole import whole_file
 from tvit_cli.errors import RunError
 
 TICKS = 60_000  # per second; MPEG-4 takes at most 65,535, and usual rates divide this one
@@ -73,6 +73,7 @@ class VideoWriter:
     def __init__(self, container: OutputContainer) -> None:
         self._container = container
         self._stream: VideoStream | None = None
+        self._last = -1  # tick of the newest frame
         self._reformatter = VideoReformatter()
 
     def write(self, picture: Frames, start: float, end: float) -> None:
@@ -89,8 +90,10 @@ class VideoWriter:
             stream.codec_context.time_base = Fraction(1, TICKS)
             self._stream = stream
         frame = _to_encode(self._reformatter, picture[:height, :width], "yuv420p")
-        frame.pts, frame.time_base = round(start * TICKS), Fraction(1, TICKS)
-        frame.duration = round(end * TICKS) - frame.pts
+        # Frames nearer than a tick would share one, which MP4 refuses: the later one comes a tick after the other.
+        frame.pts, frame.time_base = max(round(start * TICKS), self._last + 1), Fraction(1, TICKS)
+        frame.duration = max(round(end * TICKS) - frame.pts, 1)
+        self._last = frame.pts
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
@@ -123,14 +126,11 @@ def _to_encode(reformatter: VideoReformatter, picture: Frames, pixel_format: str
 @contextmanager
 def _complete_or_absent(path: Path, options: dict[str, str]) -> Iterator[OutputContainer]:
     """A container under another name, which is given its own when all went well. Raises RunError."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(file_url(unfinished), "w", container_options=options) as container:
+        with (
+            whole_file(path) as beside,
+            av.open(file_url(beside), "w", container_options=options) as container,
+        ):
             yield container
-        unfinished.replace(path)
     except (OSError, av.FFmpegError) as error:
         raise RunError(f"{path}: the video could not be written ({error}).") from error
-    finally:
-        with suppress(OSError):  # the folder itself may be what failed
-            unfinished.unlink()

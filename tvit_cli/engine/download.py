@@ -19,7 +19,7 @@ from tvit_cli.data.remote.members import Limits
 from tvit_cli.data.remote.placement import Spelling, class_of, is_within, require_classes
 from tvit_cli.data.remote.supply import Progress, Supply, Tools, Wish, quiet
 from tvit_cli.data.splits import CLASS_LIST, SPLITS, lists_from_groups, parse_split_lists, read_classes
-from tvit_cli.engine.folders import check_folder
+from tvit_cli.engine.outputs import check_folder
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings

@@ -61,10 +61,7 @@ def evaluate(
     choice = choose_videos(settings, trained.card)
     source = open_source(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
-        group_pattern=str(choice["group_pattern"]),
-        val_groups=str(choice["val_groups"]),
-        test_groups=str(choice["test_groups"]),
-        split=int(choice["split"]),
+        **choice,
         need_training=False,
         report=report,
     )

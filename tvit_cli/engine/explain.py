@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tvit_cli.data.clips import ClipDataset
 from tvit_cli.data.container import Place
 from tvit_cli.data.transforms import eval_transform
+from tvit_cli.data.whole import whole_file
 from tvit_cli.engine.places import named
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import ModelError, RunError, VideoError
@@ -171,11 +172,11 @@ def blanked(clip: Tensor, blank: Tensor, shape: torch.Size, patches: Tensor) -> 
 
 
 def write_explanation(path: Path, explanation: Explanation, trained: Trained) -> None:
-    """Write the film strip as a PNG. Raises RunError where it cannot be written."""
+    """Write the film strip as a PNG. Raises RunError where it cannot be written; then an older one stays."""
     data = explanation_png(explanation, trained)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with whole_file(path) as beside:
+            beside.write_bytes(data)
     except OSError as error:
         raise RunError(f"--explain {path}: cannot be written ({error.strerror}).") from error
 

@@ -30,7 +30,7 @@ from tvit_cli.data.storewriter import (
     write_index,
 )
 from tvit_cli.engine.events import Note, Progress, Report
-from tvit_cli.engine.folders import check_folder
+from tvit_cli.engine.outputs import check_folder
 from tvit_cli.engine.pool import in_order
 from tvit_cli.engine.source import MOTIONS, default_workers, find_data, make_demo_data
 from tvit_cli.errors import DataError, RunError, VideoError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
+from tvit_cli.data.holdout import Groups
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.data.leaks import find_leaks
 from tvit_cli.engine.source import Source, find_data, videos_of
@@ -15,21 +17,37 @@ from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
 
-def choose_videos(settings: EvalSettings, card: ModelCard) -> dict[str, str | int]:
+class Choice(TypedDict):
+    """How the subsets of a data set are made, as `read_layout` takes it."""
+
+    group_pattern: str
+    val_groups: Groups
+    test_groups: Groups
+    split: int
+
+
+def choose_videos(settings: EvalSettings, card: ModelCard) -> Choice:
     """How the subsets are made: as was given, else as in training.
 
     On the data that the model was trained on, the groups that were held out then are meant by name: videos that
     came later must not move what was trained on into the test subset.
     """
-    chosen: dict[str, str | int] = {}
-    for name in ("group_pattern", "val_groups", "test_groups", "split"):
+
+    def chosen(name: str) -> Any:
         given = getattr(settings, name)
-        default = TrainSettings.model_fields[name].default
-        chosen[name] = card.settings.get(name, default) if given is None else given
+        if given is not None:
+            return given
         groups = card.held_out.get(name.removesuffix("_groups"))
-        if given is None and settings.path_to_data is None and groups is not None:
-            chosen[name] = "".join(f"{group}," for group in groups) or "none"
-    return chosen
+        if settings.path_to_data is None and groups is not None:
+            return groups
+        return card.settings.get(name, TrainSettings.model_fields[name].default)
+
+    return Choice(
+        group_pattern=chosen("group_pattern"),
+        val_groups=chosen("val_groups"),
+        test_groups=chosen("test_groups"),
+        split=chosen("split"),
+    )
 
 
 def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) -> dict[str, str] | None:
@@ -47,13 +65,7 @@ def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) ->
     if videos is None:
         return None
     try:
-        own = read_layout(
-            videos,
-            group_pattern=str(before["group_pattern"]),
-            val_groups=str(before["val_groups"]),
-            test_groups=str(before["test_groups"]),
-            split=int(before["split"]),
-        )
+        own = read_layout(videos, **before)
     except DataError:
         return None
     return {video.name: video.subset for video in own.videos}

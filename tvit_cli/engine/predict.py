@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.container import Place
+from tvit_cli.data.whole import whole_file
 from tvit_cli.engine.events import Note, Progress, Report, silent
+from tvit_cli.engine.outputs import check_file, noted
 from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import WithFeatures, score
 from tvit_cli.engine.source import default_workers
@@ -22,8 +22,9 @@ from tvit_cli.engine.trained import Trained, open_trained, pick_device
 from tvit_cli.errors import RunError, SettingsError, VideoError
 from tvit_cli.model.folder import save_tensors
 from tvit_cli.model.int8 import to_int8
+from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import ModelCard
-from tvit_cli.settings.predict import PredictSettings
+from tvit_cli.settings.predict import ENDINGS, PredictSettings
 
 if TYPE_CHECKING:
     from tvit_cli.engine.explain import Explanation
@@ -54,6 +55,7 @@ class PredictResult:
     predictions: tuple[Prediction, ...]
     model: Path
     top_k: int
+    unwritten: tuple[str, ...] = ()  # why files that were asked for are not there
 
 
 class Model:
@@ -230,12 +232,15 @@ def load_model(path: str | Path, *, device: str = "auto") -> Model:
 def predict(settings: PredictSettings, report: Report = silent) -> PredictResult:
     """Label videos, preprocessed as the model's own evaluation does it.
 
-    A video that cannot be read gets a Prediction with the reason. Raises DataError for a path that does not
-    exist or a folder without videos, ModelError for the model.
+    A video that cannot be read gets a Prediction with the reason, and a file that could not be written is named in
+    the result. Raises DataError for a path that does not exist, a folder without videos, or a file that has no
+    place, ModelError for the model.
     """
     places = find_videos(settings.paths)
     check_one("explain", settings.explain, places)
     check_one("annotate", settings.annotate, places)
+    for name in ENDINGS:
+        check_file(flag(name), getattr(settings, name), places)
     model = open_model(settings, report)
     top_k = min(settings.top_k, len(model.labels))
     if top_k < settings.top_k and "top_k" in settings.model_fields_set:
@@ -252,25 +257,28 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         progress=lambda done, total: report(Progress("reading videos", done, total)),
         embeds=settings.embeddings is not None,
     )
-    if settings.embeddings is not None:
-        embeddings = [(p.video, row) for p, row in zip(predictions, features, strict=True) if row is not None]
-        if embeddings:
+    unwritten: list[str] = []
+    embeddings = [(p.video, row) for p, row in zip(predictions, features, strict=True) if row is not None]
+    if settings.embeddings is not None and embeddings:
+        with noted(unwritten):
             write_embeddings(settings.embeddings, embeddings, model.folder)
             report(Note(f"{len(embeddings)} embeddings written to {settings.embeddings}"))
     if settings.explain is not None and not predictions[0].error:
         from tvit_cli.engine.explain import verdict
 
-        explanation = model.explain(places[0])
-        model.write_explanation(settings.explain, explanation)
-        report(Note(f"{settings.explain}: {explanation.label}: {verdict(explanation.deletion)}."))
+        with noted(unwritten):
+            explanation = model.explain(places[0])
+            model.write_explanation(settings.explain, explanation)
+            report(Note(f"{settings.explain}: {explanation.label}: {verdict(explanation.deletion)}."))
     if settings.annotate is not None and not predictions[0].error:
         from tvit_cli.engine.annotate import WHOLE, annotate
         from tvit_cli.report.segments import Segment
 
         label, value = predictions[0].labels[0]
-        annotate(settings.annotate, places[0], [Segment(0.0, WHOLE, label, value)], report)
-        report(Note(f"The video with its label is in {settings.annotate}"))
-    return PredictResult(tuple(predictions), model.folder, top_k)
+        with noted(unwritten):
+            annotate(settings.annotate, places[0], [Segment(0.0, WHOLE, label, value)], report)
+            report(Note(f"The video with its label is in {settings.annotate}"))
+    return PredictResult(tuple(predictions), model.folder, top_k, tuple(unwritten))
 
 
 def open_model(settings: PredictSettings, report: Report) -> Model:
@@ -303,13 +311,8 @@ def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model
 
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"features": torch.stack(rows)}, unfinished, metadata)
-        unfinished.replace(path)
+        with whole_file(path) as beside:
+            save_tensors({"features": torch.stack(rows)}, beside, metadata)
     except (OSError, SafetensorError) as error:
         raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error
-    finally:
-        with suppress(OSError):  # the folder itself may be what failed
-            unfinished.unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tvit_cli.data.checked import unreadable_videos
 from tvit_cli.data.framestore import FrameStore, find_store
+from tvit_cli.data.holdout import Groups
 from tvit_cli.data.layout import Layout, Video, read_layout
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.remote.catalog import CATALOG
@@ -39,8 +40,8 @@ def open_source(
     path_to_data: str | None,
     *,
     group_pattern: str,
-    val_groups: str,
-    test_groups: str,
+    val_groups: Groups,
+    test_groups: Groups,
     split: int,
     report: Report,
     need_training: bool = True,

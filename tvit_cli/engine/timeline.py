@@ -18,6 +18,7 @@ from tvit_cli.data.cuts import Cuts
 from tvit_cli.data.pictures import Frames
 from tvit_cli.data.transforms import eval_transform
 from tvit_cli.data.video import Played, play
+from tvit_cli.data.whole import whole_file
 from tvit_cli.data.windows import TOLERANCE, Window, frame_places, slide
 from tvit_cli.engine.ahead import ahead
 from tvit_cli.engine.places import named
@@ -92,23 +93,33 @@ def make_timeline(
 
 
 def write_timeline(folder: Path, timeline: Timeline) -> None:
-    """Write timeline.csv, a row per window with the scores of all classes, and timeline.png."""
+    """Write timeline.csv, a row per window with the scores of all classes, and timeline.png.
+
+    Raises RunError where they cannot be written; then the folder's older ones stay.
+    """
     from tvit_cli.report.timeline import timeline_png
 
     picture = timeline_png(timeline)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / TIMELINE_FILE).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["start", "end", "label", *timeline.labels])
-            for number, row in enumerate(timeline.scores):
-                start = number * timeline.stride
-                best = timeline.labels[int(row.argmax())]
-                times = (f"{t:.3f}" for t in (start, start + timeline.window))
-                writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
-        (folder / PICTURE_FILE).write_bytes(picture)
+        with (
+            whole_file(folder / PICTURE_FILE) as drawn,
+            whole_file(folder / TIMELINE_FILE) as table,
+        ):
+            drawn.write_bytes(picture)
+            _write_table(table, timeline)
     except OSError as error:
         raise RunError(f"--output {folder}: cannot be written ({error.strerror}).") from error
+
+
+def _write_table(path: Path, timeline: Timeline) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["start", "end", "label", *timeline.labels])
+        for number, row in enumerate(timeline.scores):
+            start = number * timeline.stride
+            best = timeline.labels[int(row.argmax())]
+            times = (f"{t:.3f}" for t in (start, start + timeline.window))
+            writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
 
 
 def _whole(trained: Trained, place: Place) -> Scores:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from tvit_cli.data.container import Place
 from tvit_cli.engine.events import Note, Report, seconds_done, silent
+from tvit_cli.engine.outputs import check_file, check_writable, noted
 from tvit_cli.engine.places import check_one, find_videos
 from tvit_cli.engine.predict import open_model
 from tvit_cli.engine.timeline import write_timeline
@@ -19,25 +21,30 @@ from tvit_cli.settings.predict import PredictSettings
 
 @dataclass(frozen=True)
 class Told:
-    """The timeline of one video, or why there is none."""
+    """The timeline of one video, or why there is none; and why files of it that were asked for are not there."""
 
     video: str
     timeline: Timeline | None = None
     error: str = ""
+    unwritten: tuple[str, ...] = ()
 
 
 def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]:
     """A timeline of each video in turn, written to the output folder where one is given.
 
-    Raises DataError for a name that stands for no video, ModelError for the model, RunError where the folder
-    cannot be written.
+    Raises DataError for a name that stands for no video or a file that has no place, ModelError for the model.
     """
     assert settings.window is not None
     places = find_videos(settings.paths)
     check_one("annotate", settings.annotate, places)
+    check_file("--annotate", settings.annotate, places)
+    names = tuple(folder_names(places))
+    if settings.output is not None:
+        for name in names:
+            check_writable("--output", settings.output, settings.output / name)
     model = open_model(settings, report)
     told = []
-    for place, name in zip(places, folder_names(places), strict=True):
+    for place, name in zip(places, names, strict=True):
         what = f"seconds of {place}" if len(places) > 1 else "seconds of the video"
 
         def progress(done: float, total: float | None, what: str = what) -> None:
@@ -63,24 +70,29 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
                     "warning",
                 )
             )
+        unwritten: list[str] = []
         if settings.output is not None:
-            write_timeline(settings.output / name, timeline)
-        told.append(Told(str(place), timeline))
+            with noted(unwritten):
+                write_timeline(settings.output / name, timeline)
         if settings.annotate is not None:
             from tvit_cli.engine.annotate import annotate
 
-            annotate(settings.annotate, place, timeline.segments, report)
-            report(Note(f"The video with its labels is in {settings.annotate}"))
-    if settings.output is not None:
+            with noted(unwritten):
+                annotate(settings.annotate, place, timeline.segments, report)
+                report(Note(f"The video with its labels is in {settings.annotate}"))
+        told.append(Told(str(place), timeline, unwritten=tuple(unwritten)))
+    if settings.output is not None and not any(t.unwritten for t in told):
         report(Note(f"Written to {settings.output}"))
     return tuple(told)
 
 
 def folder_names(places: Sequence[Place]) -> Iterator[str]:
     """A folder's name for each video: its own without suffix, numbered where it comes again."""
-    seen: dict[str, int] = {}
+    given: set[str] = set()
     for place in places:
         path = PurePosixPath(urlsplit(place).path) if isinstance(place, str) else Path(place)
         stem = path.stem.strip(".") or "video"  # a URL may end in ..
-        seen[stem] = seen.get(stem, 0) + 1
-        yield stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+        numbered = (f"{stem}-{number}" for number in count(2))
+        name = next(name for name in chain([stem], numbered) if name not in given)
+        given.add(name)
+        yield name

@@ -123,10 +123,11 @@ def variable(key: str) -> str:
     return ENVIRONMENT_PREFIX + key.upper()
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]}?" if near else ""
+def suggestion(word: str, known: Iterable[str], *, most: int = 1) -> str:
+    """A question that names the nearest known words, case set aside, after a space; "" where none is near."""
+    spelt = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), spelt, n=most)
+    return f" Did you mean {' or '.join(spelt[name] for name in near)}?" if near else ""
 
 
 def is_optional(field: FieldInfo) -> bool:

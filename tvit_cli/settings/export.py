@@ -21,7 +21,7 @@ class ExportSettings(Settings):
 
     model: Path | None = Field(
         None,
-        description="Model folder, the folder of its run, or what the reference trained: folder, file, hub name",
+        description="Model folder, the folder of its run, a name on the hub, or what the reference trained",
         json_schema_extra=about(WHAT, positional=True, metavar="[MODEL]"),
     )
     working_directory: Path = Field(

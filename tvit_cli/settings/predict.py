@@ -20,6 +20,7 @@ Named = Annotated[
     BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
 ]
 Seconds = Annotated[float | None, BeforeValidator(seconds)]
+SHORTEST = 0.001  # seconds: times are compared to a thousandth of that
 
 
 ENDINGS = {"embeddings": (".safetensors",), "explain": (".png",), "annotate": (".mp4", ".mov", ".mkv")}
@@ -66,13 +67,13 @@ class PredictSettings(Settings):
 
     window: Seconds = Field(
         None,
-        gt=0,
+        ge=SHORTEST,
         description="Slide a window of this length over each video and show what happens when: 2s, 500ms",
         json_schema_extra=about(LONG, metavar="SECONDS", default="off: the whole video is one clip"),
     )
     stride: Seconds = Field(
         None,
-        gt=0,
+        ge=SHORTEST,
         description="From one window's start to the next one's",
         json_schema_extra=about(LONG, metavar="SECONDS", default="a quarter of the window"),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from tvit_cli.data.remote.manifest import Selection
 from tvit_cli.data.remote.members import Member, folded
 from tvit_cli.data.splits import group_of
 from tvit_cli.errors import DataError, SettingsError
+from tvit_cli.settings.base import suggestion
 
 VIDEO_SUFFIXES: Final = frozenset({".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v"})
 SUBSETS: Final = ("train", "val", "test")
@@ -108,13 +108,8 @@ def require_classes(wanted: Iterable[str] | None, known: Iterable[str] | None) -
     spelt = {name.casefold(): name for name in known}
     for name in wanted or ():
         if name not in spelt:
-            near = [spelt[key] for key in difflib.get_close_matches(name, spelt, n=3)]
-            hint = (
-                f"Did you mean {' or '.join(near)}?"
-                if near
-                else f"Known: {', '.join(sorted(spelt.values()))}."
-            )
-            raise SettingsError(f"--classes {name}: no such class. {hint}")
+            hint = suggestion(name, spelt.values(), most=3) or f" Known: {', '.join(sorted(spelt.values()))}."
+            raise SettingsError(f"--classes {name}: no such class.{hint}")
 
 
 def class_of(path: PurePosixPath) -> str:

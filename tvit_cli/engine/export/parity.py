@@ -103,13 +103,7 @@ def _own_clips(job: Job) -> tuple[str, list[Path]]:
     choice = choose_videos(EvalSettings(), job.trained.card)
     try:
         root = find_data(job.trained.card.settings.get("path_to_data"))
-        layout = read_layout(
-            root,
-            group_pattern=str(choice["group_pattern"]),
-            val_groups=str(choice["val_groups"]),
-            test_groups=str(choice["test_groups"]),
-            split=int(choice["split"]),
-        )
+        layout = read_layout(root, **choice)
     except DataError as error:
         job.report(Note(f"The proof takes made-up clips: {error}", "warning"))
         return "", []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from tvit_cli.engine.export.carried import carried, read_frames
 from tvit_cli.engine.export.graphs import graphs
@@ -24,9 +26,16 @@ def write(job: Job, folder: Path) -> None:
     """Write model.pt2, preprocessing.pt2 where that is not inside, card.json and the package `source`."""
     for name, graph in graphs(job).items():
         traced = torch.export.export(graph.module, (graph.example,), dynamic_shapes=(graph.dynamic,))
-        torch.export.save(traced, folder / f"{name}.pt2")
+        save_program(traced, folder / f"{name}.pt2")
     job.write_card(folder)
     ship_package(folder, ("reading",))
+
+
+def save_program(program: ExportedProgram, path: Path) -> None:
+    """Write a program. Raises OSError; torch itself ends the process (SIGABRT) where a file cannot be written."""
+    held = io.BytesIO()
+    torch.export.save(program, held)
+    path.write_bytes(held.getbuffer())
 
 
 @contextmanager

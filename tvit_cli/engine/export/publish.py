@@ -42,7 +42,8 @@ def check_login() -> None:
 def publish(folder: Path, repository: str, *, private: bool) -> str:
     """Upload a folder and return the address of its repository, which is made if it is new.
 
-    Raises RunError where the hub refuses or breaks off.
+    Raises RunError where the hub refuses or breaks off, and where a private repository is asked for and a public
+    one is there: the hub leaves it public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -50,7 +51,9 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a tvit export")
+        is_open = private and not api.repo_info(repository).private
+        if not is_open:
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a tvit export")
     except Exception as error:  # as above
         if isinstance(error, HfHubHTTPError) and _is_refused(error):
             raise RunError(
@@ -62,6 +65,11 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
             f"--push-to-hub {repository}: the upload broke off ({_said(error)}). The export is whole in {folder}; "
             f"go on with: {again}"
         ) from error
+    if is_open:
+        raise RunError(
+            f"--private: {repository} is there and public, so nothing was uploaded. The export is whole in "
+            f"{folder}. Make the repository private on its page (Settings), name another, or leave out --private."
+        )
     return str(url)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from tvit_cli.data.names import listed
 from tvit_cli.engine.export.graphs import FRAMES, PIXELS
 from tvit_cli.engine.export.job import Format, Job
 from tvit_cli.engine.export.parity import Parity
@@ -35,7 +36,7 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
     parts = [
         _header(card, form),
         f"# {title}\n\nA temporal Vision Transformer that tells {len(card.labels)} classes of videos apart: "
-        f"{_listed(card.labels)}. Trained with tvit {card.tvit_version}.\n",
+        f"{listed(card.labels)}. Trained with tvit {card.tvit_version}.\n",
         f"## Use\n\n{_use(job, form)}",
         f"## Input\n\n{_input(card)}",
         f"## How good\n\n{_table(('subset', 'metric', 'value'), metrics) if metrics else NO_METRICS}",
@@ -137,11 +138,6 @@ def _table(head: tuple[str, ...], rows: list[Any]) -> str:
         "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
         + "\n"
     )
-
-
-def _listed(labels: tuple[str, ...]) -> str:
-    more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
-    return ", ".join(labels[:12]) + more
 
 
 def _numbers(values: tuple[float, ...]) -> str:
