@@ -345,6 +345,44 @@ def test_two_processes_find_what_one_finds(trained: TrainResult, tmp_path: Path)
     assert written["intervals"] == {name: list(ends) for name, ends in one.intervals.items()}
 
 
+@pytest.mark.parametrize("form", ["folder", "test rows", "one class"])
+def test_data_that_was_made_for_testing_alone_is_scored(
+    trained: TrainResult, tmp_path: Path, form: str
+) -> None:
+    clips = make_clips(tmp_path / "others", groups=2)
+    facts = {"subset": "all", "path_to_data": str(clips)}
+    if form == "test rows":
+        manifest = tmp_path / "others.csv"
+        rows = [f"{path},{path.parent.name},test" for path in sorted(clips.glob("*/*.avi"))]
+        manifest.write_text("\n".join(["path,label,subset", *rows]) + "\n")
+        facts = {"path_to_data": str(manifest), "val_groups": "none", "test_groups": "none"}
+    elif form == "one class":
+        shutil.rmtree(clips / "Red")
+        shutil.rmtree(clips / "Green")
+    count = len(list(clips.glob("*/*.avi")))
+    result = evaluate(settings(trained, output=tmp_path / "out", **facts))
+    assert result.metrics["videos"] == count == len(result.answers)
+    assert not result.leaks
+
+
+def test_of_all_videos_of_the_training_s_data_it_is_said_which_were_trained_on(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    result = evaluate(settings(trained, subset="all", output=tmp_path / "out"))
+    train = evaluate(settings(trained, subset="train", output=tmp_path / "train")).metrics["videos"]
+    whole = result.metrics["videos"]
+    assert train < whole and not result.leaks
+    said = f"The model was trained on {train:.0f} of the {whole:.0f} videos"
+    assert any(said in warning for warning in result.warnings)
+
+
+def test_groups_beside_all_videos_are_refused() -> None:
+    with pytest.raises(
+        SettingsError, match="--subset all scores every video: leave out --val-groups and --test"
+    ):
+        load(EvalSettings, flags={"subset": "all", "val_groups": "1", "test_groups": "1"}, environ={})
+
+
 def test_a_second_model_that_is_not_there_is_missed_before_the_first_is_scored(
     trained: TrainResult, tmp_path: Path
 ) -> None:

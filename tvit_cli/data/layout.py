@@ -55,8 +55,8 @@ class Layout:
     held_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # subset -> groups taken out of train
 
     def subset(self, name: str) -> tuple[Video, ...]:
-        """Videos of `train`, `val` or `test`, in the order of their names."""
-        return tuple(video for video in self.videos if video.subset == name)
+        """Videos of `train`, `val` or `test`, or `all`, in the order of their names."""
+        return tuple(video for video in self.videos if name in (video.subset, "all"))
 
     def counts(self) -> dict[str, int]:
         """Number of videos in each subset."""
@@ -70,6 +70,7 @@ def read_layout(
     val_groups: Groups,
     test_groups: Groups,
     split: int = 1,
+    need_training: bool = True,
     need_test: bool = False,
 ) -> Layout:
     """Finds all videos below a folder, or in a CSV manifest, and gives each a label, a subset and a group.
@@ -82,7 +83,7 @@ def read_layout(
 
     Where the lists of UCF101's official splits lie in `splits/`, `split` (1 to 3) says which one is followed.
 
-    Raises DataError.
+    Raises DataError; with `need_training` also where all is one class, or a class has nothing to train on.
     """
     videos, notes = _find(root)
     videos = _merge_spellings(videos, notes)
@@ -100,7 +101,13 @@ def read_layout(
         notes=tuple(notes),
         held_out={"val": val_held, "test": test_held},
     )
-    _refuse_unusable(layout, root, need_test=need_test)
+    if need_training:
+        _refuse_untrainable(layout, root)
+    if need_test and not layout.subset("test"):
+        raise DataError(
+            f"{root}: no test subset. Add a folder test/<class>/, or hold groups out of train with "
+            "--test-groups (names, or a count)."
+        )
     return layout
 
 
@@ -267,7 +274,7 @@ def _hold_out(
     return moved_videos, groups
 
 
-def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:
+def _refuse_untrainable(layout: Layout, root: Path) -> None:
     if len(layout.labels) < 2:
         raise DataError(
             f'{root}: one class only ("{layout.labels[0]}"). A classifier needs two or more, each in a '
@@ -280,8 +287,3 @@ def _refuse_unusable(layout: Layout, root: Path, *, need_test: bool) -> None:
                 f"{root}: {listed(missing)} in {subset}, but no video of that class in train. Put one "
                 "there, or hold out other groups."
             )
-    if need_test and not layout.subset("test"):
-        raise DataError(
-            f"{root}: no test subset. Add a folder test/<class>/, or hold groups out of train with "
-            "--test-groups (names, or a count)."
-        )

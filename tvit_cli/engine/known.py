@@ -37,6 +37,8 @@ def choose_videos(settings: EvalSettings, card: ModelCard) -> Choice:
         given = getattr(settings, name)
         if given is not None:
             return given
+        if settings.subset == "all" and name.endswith("_groups"):
+            return "none"
         groups = card.held_out.get(name.removesuffix("_groups"))
         if settings.path_to_data is None and groups is not None:
             return groups
@@ -86,7 +88,7 @@ def leaks_of(settings: EvalSettings, source: Source, before: Mapping[str, str] |
 
     `before` are the `training_subsets`. Where training videos are asked for, they are none.
     """
-    if settings.subset == "train":
+    if settings.subset in ("train", "all"):
         return ()
     leaks = find_leaks(source.layout.videos)
     videos = source.layout.subset(settings.subset)
@@ -107,7 +109,7 @@ def what_to_know(
     """Sentences on what the numbers do not mean, but for leaks; `before` are the `training_subsets`."""
     videos = source.layout.subset(settings.subset)
     found = []
-    names = _were("train", videos, before) if settings.subset == "train" else []
+    names = _were("train", videos, before) if settings.subset in ("train", "all") else []
     if names:
         found.append(
             f"The model was trained on {_part(names, videos)}: the numbers say how well it knows them, not what "

@@ -69,6 +69,7 @@ def open_source(
             val_groups=val_groups,
             test_groups=test_groups,
             split=split,
+            need_training=need_training,
             need_test=need_test,
         )
     for note in layout.notes:

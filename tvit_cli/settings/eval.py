@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.base import Settings, about, flag
 from tvit_cli.settings.fields import Device, Pattern
 
 WHAT, HOW = "What is scored", "How"
@@ -31,8 +31,10 @@ class EvalSettings(Settings):
         description="Two models on the same videos: a paired test, and what the second answers otherwise",
         json_schema_extra=about(WHAT, metavar="A B", default="one model alone"),
     )
-    subset: Literal["train", "val", "test"] = Field(
-        "test", description="Videos that are scored", json_schema_extra=about(WHAT)
+    subset: Literal["train", "val", "test", "all"] = Field(
+        "test",
+        description="Videos that are scored; all of them, for data that is not the training's",
+        json_schema_extra=about(WHAT),
     )
     path_to_data: str | None = Field(
         None,
@@ -124,4 +126,7 @@ class EvalSettings(Settings):
     def _one_errand(self) -> EvalSettings:
         if self.compare is not None and self.model is not None:
             raise ValueError("--compare names both models: leave out --model (TVIT_MODEL)")
+        groups = [flag(name) for name in ("val_groups", "test_groups") if getattr(self, name) is not None]
+        if self.subset == "all" and groups:
+            raise ValueError(f"--subset all scores every video: leave out {' and '.join(groups)}")
         return self
