@@ -200,7 +200,7 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     (tmp_path / "c.json").write_text(json.dumps(facts))
     checkpoints = tmp_path / "killed" / "checkpoints"
     child = start(command(tmp_path, "--experiment-name", "killed"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.15)
@@ -812,7 +812,7 @@ def test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits(
     assert whole.returncode == 0 and out.count("The model is in") == 1, errors
     checkpoints = tmp_path / "killed" / "checkpoints"
     child = start(command(tmp_path, "--experiment-name", "killed"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     if name == "SIGKILL":  # one rank dies: the launcher ends the other, and says so
