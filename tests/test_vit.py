@@ -8,6 +8,7 @@ import torch
 from tvit_cli.model.blocks import ACTIVATIONS, DropPath
 from tvit_cli.model.config import ATTENTIONS
 from tvit_cli.model.flops import count_flops
+from tvit_cli.model.schemes import SCHEMES
 from tvit_cli.model.vit import TemporalViT, TokenDrop, ViTConfig, build_model
 
 SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
@@ -272,16 +273,25 @@ def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it() -> N
     assert torch.equal(features, model.norm(before[0][:, 0, 0]))
 
 
-def test_token_drop_leaves_out_other_patches_of_each_clip_and_the_same_of_its_groups() -> None:
+def test_token_drop_leaves_out_other_patches_of_each_clip_and_the_same_of_its_groups_where_they_meet() -> (
+    None
+):
     torch.manual_seed(0)
     places = torch.arange(1.0, 41).expand(6, 3, 40).unsqueeze(-1)  # (clips, groups, patches, 1)
     times = torch.tensor([100.0, 200, 300]).view(1, 3, 1, 1)
-    kept = (TokenDrop(0.75)(places + times) - times)[..., 0]
+    kept = (TokenDrop(0.75, aligned=True)(places + times) - times)[..., 0]
     assert kept.shape == (6, 3, 10)
     assert all(len(set(group.tolist())) == 10 for group in kept.flatten(0, 1))  # none twice
     assert torch.equal(kept, kept[:, :1].expand_as(kept))
     assert len({tuple(sorted(clip[0].tolist())) for clip in kept}) == 6
-    assert TokenDrop(0.9)(places[:, :, :3]).shape[2] == 1  # never none
+    assert TokenDrop(0.9, aligned=True)(places[:, :, :3]).shape[2] == 1  # never none
+    apart = (TokenDrop(0.75, aligned=False)(places + times) - times)[..., 0]
+    assert all(len({tuple(sorted(group.tolist())) for group in clip}) == 3 for clip in apart)
+    assert {name for name, scheme in SCHEMES.items() if scheme.looks_over_time} == {
+        "divided",
+        "shared",
+        "conv",
+    }
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

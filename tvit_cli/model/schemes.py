@@ -31,12 +31,13 @@ class FrameByFrame(nn.Module):
 
 @dataclass(frozen=True)
 class Scheme:
-    """The modules that a temporal ViT takes from its scheme."""
+    """The modules that a temporal ViT takes from its scheme; with `looks_over_time`, groups meet at each place."""
 
     grouping: Callable[[], nn.Module]
     block: type[Block]
     embedding: Callable[[ViTConfig], nn.Module]
     summary: Callable[[ViTConfig], nn.Module]
+    looks_over_time: bool = False
 
 
 def _times_on_patches(config: ViTConfig) -> nn.Module:
@@ -55,10 +56,10 @@ def _mean(config: ViTConfig) -> nn.Module:
 SCHEMES: dict[str, Scheme] = {  # by ViTConfig.attention
     # ViViT's model 1, arXiv:2103.15691
     "joint": Scheme(WholeClip, Block, _times_on_patches, _mean),
-    "divided": Scheme(FrameByFrame, DividedBlock, _times_on_patches, _mean),
+    "divided": Scheme(FrameByFrame, DividedBlock, _times_on_patches, _mean, looks_over_time=True),
     "factorized": Scheme(FrameByFrame, Block, _none, TemporalEncoder),
     # The baseline that cannot know the order of frames.
     "space": Scheme(FrameByFrame, Block, _none, _mean),
-    "shared": Scheme(FrameByFrame, SharedBlock, _times_on_patches, _mean),
-    "conv": Scheme(FrameByFrame, ConvolutionBlock, _times_on_patches, _mean),
+    "shared": Scheme(FrameByFrame, SharedBlock, _times_on_patches, _mean, looks_over_time=True),
+    "conv": Scheme(FrameByFrame, ConvolutionBlock, _times_on_patches, _mean, looks_over_time=True),
 }

@@ -58,7 +58,8 @@ class TemporalViT(nn.Module):
                 stride=config.patch_size,
             )
             self.temporal = scheme.embedding(config)
-            self.positions = Positions(config, scheme.grouping(), token_drop)
+            dropping = TokenDrop(token_drop, aligned=scheme.looks_over_time) if token_drop else nn.Identity()
+            self.positions = Positions(config, scheme.grouping(), dropping)
             self.pre_norm = (
                 nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
             )
@@ -182,7 +183,7 @@ class Positions(nn.Module):
     token. For frames of another size than the model's the positions are interpolated.
     """
 
-    def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: float = 0.0) -> None:
+    def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: nn.Module) -> None:
         super().__init__()
         self.grid = config.grid
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
@@ -191,7 +192,7 @@ class Positions(nn.Module):
         self.extra = extra if config.extra_tokens else None
         self.spatial = nn.Parameter(torch.empty(1, config.patches_per_frame, config.width))
         self.grouping = grouping
-        self.token_drop = TokenDrop(token_drop) if token_drop else nn.Identity()
+        self.token_drop = token_drop
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, T', P, D) -> (B, G, N, D); `grid` counts the patches of a frame, down and across."""
@@ -206,14 +207,14 @@ class Positions(nn.Module):
 
 
 class TokenDrop(nn.Module):
-    """Leaves a share of the patches out in training mode: others of each clip, the same of all its groups.
+    """Leaves a share of the patches out in training mode: others of each clip, and of each of its groups.
 
-    What schemes that look over time find at one place of all groups stays the same place.
+    `aligned` leaves out the same of all groups of a clip, for blocks that look at one place in all of them.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, aligned: bool) -> None:
         super().__init__()
-        self.share = share
+        self.share, self.aligned = share, aligned
 
     def forward(self, groups: Tensor) -> Tensor:
         """(B, G, P, D) -> (B, G, patches that stay, D), at least one of each group."""
@@ -221,8 +222,9 @@ class TokenDrop(nn.Module):
             return groups
         n_clips, n_groups, n_patches, width = groups.shape
         n_kept = max(1, round((1 - self.share) * n_patches))
-        kept = torch.rand(n_clips, n_patches, device=groups.device).argsort(dim=1)[:, :n_kept]  # (B, kept)
-        return groups.gather(2, kept[:, None, :, None].expand(-1, n_groups, -1, width))
+        order = torch.rand(n_clips, 1 if self.aligned else n_groups, n_patches, device=groups.device)
+        kept = order.argsort(dim=2)[:, :, :n_kept].expand(-1, n_groups, -1)  # (B, G, patches that stay)
+        return groups.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, width))
 
 
 def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
