@@ -97,6 +97,7 @@ def test_a_line_that_was_cut_is_not_read(learning: ModuleType, tmp_path: Path) -
 def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: ModuleType) -> None:
     def scored(method: str, fold: int, right: list[int], gigaflops: float) -> dict[str, Any]:
         facts = {"part": "test", "method": method, "fold": fold, "flops": gigaflops * 1e9, "cpu_minutes": 2.0}
+        facts["recipe"] = learning.RECIPE
         return {**facts, "right": {f"p_{n}": answer for n, answer in enumerate(right)}}
 
     rows = [scored("joint", 1, [1, 1, 0, 0], 18), scored("joint", 2, [1, 1, 1, 1], 18)]
@@ -110,6 +111,8 @@ def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: Mo
     assert found(rows) == [("joint", 18.0, 0.5), ("space", 15.0, 0.25)]
     assert found(rows[:2]) == [("joint", 18.0, 0.75)]
     assert found(rows[1:]) == found([]) == []
+    before = {**rows[0], "recipe": "base", "right": {"p_0": 1}}
+    assert found([rows[0], before]) == [("joint", 18.0, 0.5), ("joint, base", 18.0, 1.0)]
 
 
 def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_other(

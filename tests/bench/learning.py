@@ -297,12 +297,11 @@ def people_table(rows: Sequence[Row], methods: Sequence[str]) -> str:
 
 
 def picture(rows: dict[str, Row]) -> Drawing | None:
-    """Accuracy against operations and against processor seconds, a point per method; None where there are no rows."""
+    """Accuracy against operations and processor seconds, a point per method and recipe; None where there are no rows."""
     charts = []
     for part, title in (("test", "People left out"), ("motions", "Motions, in order")):
-        of_part = [row for row in rows.values() if row["part"] == part]
         own = on_common_folds(
-            [row for row in of_part if row["recipe"] == recipe_of(row["method"]) and row["seed"] == SEEDS[0]]
+            [row for row in rows.values() if row["part"] == part and row["seed"] == SEEDS[0]]
         )
         if not own:
             continue
@@ -332,9 +331,12 @@ def on_common_folds(rows: Sequence[Row]) -> list[Row]:
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their method, and by the recipe where that is another than the method's own."""
     methods: dict[str, list[Row]] = {}
     for row in rows:
-        methods.setdefault(row["method"], []).append(row)
+        method, recipe = row["method"], row["recipe"]
+        name = method if recipe == recipe_of(method) else f"{method}, {recipe}"
+        methods.setdefault(name, []).append(row)
     return methods
 
 

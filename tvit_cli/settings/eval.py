@@ -33,7 +33,7 @@ class EvalSettings(Settings):
     )
     subset: Literal["train", "val", "test", "all"] = Field(
         "test",
-        description="Videos that are scored; all of them, for data that is not the training's",
+        description="Videos that are scored; all is every one, for data that is not the training's",
         json_schema_extra=about(WHAT),
     )
     path_to_data: str | None = Field(
