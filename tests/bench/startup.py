@@ -18,20 +18,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CASES = {
-    "python -c pass": ["-c", "pass"],
-    "tvit --help": ["-m", "tvit_cli", "--help"],
-    "tvit train --help": ["-m", "tvit_cli", "train", "--help"],
-    "tvit train --lora-rnk 8": ["-m", "tvit_cli", "train", "--lora-rnk", "8"],
+CASES = {  # what is typed, and the exit code that it has to end with
+    "python -c pass": (["-c", "pass"], 0),
+    "tvit --help": (["-m", "tvit_cli", "--help"], 0),
+    "tvit train --help": (["-m", "tvit_cli", "train", "--help"], 0),
+    "tvit train --lora-rnk 8": (["-m", "tvit_cli", "train", "--lora-rnk", "8"], 2),
 }
 
 
-def run(arguments: list[str]) -> tuple[float, float]:
-    """Wall and processor seconds of a process and its children."""
+def run(arguments: list[str], exit_code: int) -> tuple[float, float]:
+    """Wall and processor seconds of a process and its children; one that fails otherwise than it should is no time."""
     before = os.times()
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     wall = time.perf_counter() - start
+    if done.returncode != exit_code:
+        sys.exit(f"{' '.join(arguments)}: ended with {done.returncode}, not {exit_code}:\n{done.stderr}")
     after = os.times()
     used = (after.children_user - before.children_user) + (after.children_system - before.children_system)
     return wall, used
@@ -45,8 +47,8 @@ def main() -> None:
     options = parser.parse_args()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
     for number in range(options.runs + 1):
-        for name, arguments in CASES.items():
-            took = run(arguments)
+        for name, case in CASES.items():
+            took = run(*case)
             if number:  # the first writes bytecode and fills the disk's cache
                 times[name].append(took)
     results = {
