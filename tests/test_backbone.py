@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_clips, run
+from tiny import make_clips, make_pretrained, run
 
 import tvit_cli
+from tvit_cli.engine.build import build
 from tvit_cli.errors import ModelError
 from tvit_cli.model.folder import load_card, save_model, sha256
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
+from tvit_cli.settings.train import TrainSettings
 
 SHAPE: dict[str, Any] = {
     "frame_size": 32, "patch_size": 8, "n_frames": 4, "tubelet_size": 2, "width": 16, "depth": 2, "num_heads": 2,
@@ -196,3 +198,23 @@ def test_a_training_goes_on_from_the_model_folder_of_another(tmp_path: Path) -> 
     before, after = (load_file(result.model / "model.safetensors") for result in (first, second))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["classifier.bias", "classifier.weight"]
+
+
+def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_path: Path) -> None:
+    weights = make_pretrained(tmp_path / "vit")
+    shape = {"width": 16, "depth": 1, "num_heads": 2}
+
+    def warned(**how: Any) -> list[str]:
+        notes: list[Any] = []
+        build(TrainSettings(img_size=32, **how), num_classes=3, report=notes.append)
+        return [note.text for note in notes if note.level == "warning"]
+
+    assert warned(hf_model_name=None, **shape) == []
+    assert "stays random" in warned(hf_model_name=None, train="lora", **shape)[0]
+    assert warned(hf_model_name=str(weights), train="last-1") == []
+    assert "cannot know the order" in warned(hf_model_name=str(weights), train="classifier")[0]
+    assert warned(hf_model_name=str(weights), train="classifier", attention="space", pool="attentive") == []
+    ignored = "No adapter is attached, so --lora-rank-pattern, --lora-bias have no effect."
+    assert warned(hf_model_name=str(weights), train="all", lora_bias="all", lora_rank_pattern={"q": 3}) == [
+        ignored
+    ]

@@ -658,13 +658,13 @@ def test_other_adapters_have_no_start_to_save() -> None:
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, (1,)), (2, (0, 1))])
-def test_last_n_trains_the_last_blocks_the_norm_and_the_classifier(
+def test_last_n_trains_the_last_blocks_the_norm_the_classifier_and_the_time_of_frames(
     count: int, blocks: tuple[int, ...]
 ) -> None:
     model = base()
     set_trainable(model, f"last-{count}", spec(), seed=0)
     above = {n for n in model.state_dict() if n.startswith(tuple(f"blocks.{i}." for i in blocks))}
-    assert trainable(model) == above | {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
+    assert trainable(model) == above | {"norm.weight", "norm.bias"} | FULL
 
 
 def test_last_n_trains_what_looks_over_time_after_the_blocks() -> None:
@@ -680,10 +680,24 @@ def test_more_last_blocks_than_there_are_is_refused() -> None:
         set_trainable(base(), "last-3", spec(), seed=0)
 
 
+def test_last_n_leaves_no_scheme_without_the_order_of_frames() -> None:
+    for attention in ("joint", "divided", "factorized", "shared", "conv"):
+        config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
+        model = build_model(config, seed=0, from_scratch=False)
+        set_trainable(model, "last-1", spec(), seed=0)
+        parts = {name for part in model.additions().values() for name in part.parameters()}
+        assert parts and all(parameter.requires_grad for parameter in parts), attention
+
+
 def test_no_gradient_is_computed_below_what_is_trained() -> None:
     """The first tensor with a gradient is the input of the first trained block, or the temporal embedding's output."""
-    for mode, expected in (("last-1", [False, False, True]), ("lora", [False, True, True])):
-        model = base()
+    for attention, mode, expected in (
+        ("space", "last-1", [False, False, True]),
+        ("joint", "last-1", [False, True, True]),
+        ("joint", "lora", [False, True, True]),
+    ):
+        config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
+        model = build_model(config, seed=0, from_scratch=True)
         set_trainable(model, mode, spec(), seed=0)
         outputs: list[torch.Tensor] = []
         for module in (model.patch_embed, model.temporal, model.blocks[1]):

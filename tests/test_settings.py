@@ -153,6 +153,24 @@ def test_bad_values_name_the_flag_and_the_limit(flags: dict[str, str], words: st
     assert words in str(caught.value)
 
 
+def test_a_model_from_scratch_is_trained_whole_unless_told_otherwise() -> None:
+    assert read().settings.train == "lora"
+    assert read(flags={"hf_model_name": "none"}).settings.train == "all"
+    assert read(environ={"TVIT_HF_MODEL_NAME": "none"}).settings.train == "all"
+    assert read(flags={"hf_model_name": "none", "train": "classifier"}).settings.train == "classifier"
+
+
+def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle() -> None:
+    assert read(flags={"lora_bias": "all", "lora_exclude_modules": "q"}).settings.without_effect() == []
+    whole = {"train": "all", "lora_rank": "4", "lora_bias": "all", "lora_rank_pattern": "q=3"}
+    assert read(flags=whole).settings.without_effect() == ["lora_rank_pattern", "lora_bias"]
+    none = {"lora_rank": "0", "lora_bias": "all", "lora_exclude_modules": "q", "lora_use_dora": True}
+    assert read(flags=none).settings.without_effect() == ["lora_use_dora"]
+    assert read(flags={**none, "lora_bias": "lora_only"}).settings.without_effect() == [
+        "lora_use_dora", "lora_bias",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [("c.toml", "epochs = ", "is not TOML"), ("c.json", "{", "is not JSON"), ("c.json", "[1]", "no table")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +99,28 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         for note in loaded.notes:
             report(Note(note, "detail"))
     set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
+    for warning in _warnings(settings, model, is_image_vit=source is not None and not source.is_ours):
+        report(Note(warning, "warning"))
     if settings.train == "lora" and settings.lora_rank and lora.own_layer() is None:
         report(
             Note("This PEFT does not take tvit's LoRA layers: its own compute the same, slower.", "warning")
         )
     _report_size(model, report)
     return Built(model, config, preprocessing, base)
+
+
+def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool) -> Iterator[str]:
+    """What a training would rather have said before it begins than found out after it."""
+    if settings.hf_model_name is None and settings.train != "all":
+        yield f"--train {settings.train}: most of a model from scratch stays random. Leave it out to train all."
+    additions = [weight for part in model.additions().values() for weight in part.parameters()]
+    if is_image_vit and not all(weight.requires_grad for weight in additions):
+        yield (
+            f"--train {settings.train}: what an image ViT lacks stays as it starts, at nothing, and so the model "
+            "cannot know the order of frames. --train lora or last-1 lets it learn that."
+        )
+    if ignored := settings.without_effect():
+        yield f"No adapter is attached, so {', '.join(map(flag, ignored))} have no effect."
 
 
 def _spec(settings: TrainSettings) -> lora.LoraSpec:

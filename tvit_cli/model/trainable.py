@@ -19,7 +19,7 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
     lora        what `attach` says: adapters, classifier, additions; rank 0 the same without adapters
     all         every parameter
     classifier  the classifier, and what feeds it: the attentive pool, the norm of features
-    last-N      the last N blocks and all that comes after them; no gradient is computed below
+    last-N      the last N blocks, all that comes after them, and the additions, wherever they are
 
     Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.
     """
@@ -33,7 +33,8 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
         count = int(mode.removeprefix("last-"))
         if count > len(model.blocks):
             raise ModelError(f"--train {mode}: the model has {len(model.blocks)} blocks. Give fewer, or all.")
-        for part in (*model.blocks[-count:], model.norm, model.summary):
+        # The additions, too: beside image weights they start at nothing, and without them there is no time.
+        for part in (*model.blocks[-count:], model.norm, model.summary, *model.additions().values()):
             part.requires_grad_(True)
 
 

@@ -7,7 +7,7 @@ the same bits (another device or data path is checked through what was read from
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -215,9 +215,9 @@ class TrainSettings(DataSettings):
     train: TrainMode = Field(
         "lora",
         description="What is trained: lora (adapters, the classifier and what pretrained weights lack), all, "
-        "classifier (with an attentive pool and --feature-norm), or last-N (the last N blocks and all after "
-        "them, in full)",
-        json_schema_extra=about(LORA, metavar="lora|all|classifier|last-N"),
+        "classifier (with an attentive pool and --feature-norm), or last-N (the last N blocks, all after them, "
+        "and what pretrained weights lack, in full)",
+        json_schema_extra=about(LORA, metavar="lora|all|classifier|last-N", default="lora; from scratch all"),
     )
     lora_rank: int = Field(
         8,
@@ -575,6 +575,13 @@ class TrainSettings(DataSettings):
             raise ValueError("it should be one folder name; the folder above it is --working-directory")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _trains_all_of_a_model_from_scratch(cls, values: Any) -> Any:
+        """Random weights that stay frozen would be no backbone."""
+        from_scratch = isinstance(values, dict) and values.get("hf_model_name", "") is None
+        return {"train": "all", **values} if from_scratch else values
+
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainSettings:
         if self.hf_model_name is not None:
@@ -661,6 +668,20 @@ class TrainSettings(DataSettings):
                 "--class-weights balanced and --balanced-sampling: each makes up for rare classes, and both "
                 "together would do so twice. Take one of them"
             )
+
+    def without_effect(self) -> list[str]:
+        """Settings of adapters that were changed where none is attached."""
+        if self.train == "lora" and self.lora_rank:
+            return []
+        still = {"lora_rank"}  # it is what says so
+        if self.train == "lora":
+            still |= {"lora_exclude_modules"} | ({"lora_bias"} if self.lora_bias == "all" else set())
+        fields = TrainSettings.model_fields
+        return [
+            name
+            for name, field in fields.items()
+            if name.startswith("lora_") and name not in still and getattr(self, name) != field.default
+        ]
 
     def temporal_share(self) -> float:
         """Share of the learning rate for layers over time; without adapters the rate is a small one already."""
