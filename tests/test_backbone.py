@@ -12,7 +12,7 @@ from tiny import make_clips, make_pretrained, run
 
 import tvit_cli
 from tvit_cli.engine.build import build
-from tvit_cli.errors import ModelError
+from tvit_cli.errors import CheckpointError, ModelError, SettingsError
 from tvit_cli.model.folder import load_card, save_model, sha256
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
@@ -195,6 +195,7 @@ def test_a_training_goes_on_from_the_model_folder_of_another(tmp_path: Path) -> 
     base = load_card(second.model).base
     assert base is not None
     assert (base.name, base.sha256) == (str(first.model), load_card(first.model).weights_sha256)
+    assert resolve_weights(str(first.run)).folder == first.model  # a run stands for its model, as elsewhere
     before, after = (load_file(result.model / "model.safetensors") for result in (first, second))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["classifier.bias", "classifier.weight"]
@@ -209,7 +210,10 @@ def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_pa
         build(TrainSettings(img_size=32, **how), num_classes=3, report=notes.append)
         return [note.text for note in notes if note.level == "warning"]
 
-    assert warned(hf_model_name=None, **shape) == []
+    no_file = warned(hf_model_name=str(weights))
+    assert len(no_file) == 1 and "no preprocessor_config.json" in no_file[0]
+    (weights / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    assert warned(hf_model_name=None, **shape) == warned(hf_model_name=str(weights)) == []
     assert "stays random" in warned(hf_model_name=None, train="lora", **shape)[0]
     assert warned(hf_model_name=str(weights), train="last-1") == []
     assert "cannot know the order" in warned(hf_model_name=str(weights), train="classifier")[0]
@@ -218,3 +222,28 @@ def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_pa
     assert warned(hf_model_name=str(weights), train="all", lora_bias="all", lora_rank_pattern={"q": 3}) == [
         ignored
     ]
+
+
+def test_a_run_goes_on_when_its_weights_have_moved_and_not_with_others(tmp_path: Path) -> None:
+    data, weights = make_clips(tmp_path / "colours", groups=4), make_pretrained(tmp_path / "vit")
+    how: dict[str, Any] = {"path_to_data": str(data), "working_directory": tmp_path / "runs", "epochs": 2}
+    first = run(hf_model_name=str(weights), experiment_name="a", **how)
+    moved = weights.rename(tmp_path / "moved")
+    checkpoint = sorted((first.run / "checkpoints").glob("step-*"))[0]
+    again = run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
+    assert load_card(again.model).weights_sha256 == load_card(first.model).weights_sha256
+    rewritten_weights = load_file(moved / "model.safetensors")
+    rewritten_weights["layernorm.bias"] += 1
+    save_file(rewritten_weights, moved / "model.safetensors")
+    with pytest.raises(CheckpointError, match="base weights"):
+        run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
+
+
+def test_an_experiment_is_not_overwritten_with_weights_that_lie_in_it(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"path_to_data": str(make_clips(tmp_path / "colours", groups=4))}
+    how |= {"working_directory": tmp_path / "runs", "epochs": 1, "experiment_name": "a"}
+    first = run(hf_model_name=None, width=16, depth=1, num_heads=2, **how)
+    for base in (first.model, first.run):
+        with pytest.raises(SettingsError, match=r"--overwrite: .*a holds the weights to begin with"):
+            run(hf_model_name=str(base), overwrite=True, **how)
+    assert load_card(first.model)

@@ -172,6 +172,14 @@ def test_the_vision_tower_of_a_whole_clip_loads_without_its_text_tower(tmp_path:
     )
 
 
+def test_the_vision_tower_of_a_clip_that_classifies_images_loads(tmp_path: Path) -> None:
+    config = transformers.CLIPConfig(vision_config={**SHAPE, "intermediate_size": 48}, num_labels=2)
+    whole = randomised(transformers.CLIPForImageClassification(config))
+    model, report = loaded(saved(whole, tmp_path))
+    assert_equal_features(model, getattr(whole.vision_model, "vision_model", whole.vision_model))
+    assert {"classifier.weight", "classifier.bias"} <= set(report.unused)
+
+
 def test_clips_normalisation_is_its_own_where_no_file_says_it(tmp_path: Path) -> None:
     config = read_config(resolve_weights(str(saved(clip(), tmp_path))))
     assert config.mean == CLIP_MEAN
@@ -272,7 +280,33 @@ def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path: Path) -> N
 
 def test_timm_weights_of_an_unknown_width_ask_for_the_number_of_heads(tmp_path: Path) -> None:
     folder = as_timm(MODELS["dino"](), tmp_path, model_args={})
-    with pytest.raises(ModelError, match="num_attention_heads is None"):
+    with pytest.raises(ModelError, match=r'share 32 numbers is not known.*"model_args": \{"num_heads": 8\}'):
+        loaded(folder)
+
+
+def test_timm_weights_of_an_unknown_width_have_heads_of_64_where_those_fit(tmp_path: Path) -> None:
+    shape = {**SHAPE, "hidden_size": 256, "num_attention_heads": 4}
+    config = transformers.ViTConfig(**shape, intermediate_size=48, **EAGER)
+    folder = as_timm(
+        randomised(transformers.ViTModel(config, add_pooling_layer=False)), tmp_path, model_args={}
+    )
+    assert read_config(resolve_weights(str(folder))).num_heads == 4
+
+
+def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path: Path) -> None:
+    folder = as_timm(MODELS["dino"](), tmp_path / "timm", model_type="timm")
+    assert read_config(resolve_weights(str(folder))).width == 32
+    other = saved(MODELS["dino"](), tmp_path / "vit")
+    (other / "config.json").write_text('{"model_type": "timm"}')
+    with pytest.raises(ModelError, match="its model_type is 'timm'; tvit reads vit"):
+        loaded(other)
+
+
+def test_a_ratio_that_is_no_number_is_named(tmp_path: Path) -> None:
+    folder = saved(MODELS["dinov2"](), tmp_path)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"mlp_ratio": ', '"mlp_ratio": NaN, "was": '))
+    with pytest.raises(ModelError, match="intermediate_size is None; it must be a whole number"):
         loaded(folder)
 
 

@@ -515,7 +515,13 @@ def test_automatic_precision_is_bf16_where_the_hardware_has_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert precision.resolve_precision("auto", torch.device(device)) == expected
-    assert precision.resolve_precision("fp16", torch.device(device)) == "fp16"
+    assert precision.resolve_precision("bf16", torch.device(device)) == "bf16"
+
+
+def test_fp16_is_refused_where_it_would_do_nothing() -> None:
+    assert precision.resolve_precision("fp16", torch.device("cuda")) == "fp16"
+    with pytest.raises(SettingsError, match=r"--mixed-precision fp16: nothing is computed in it on a CPU\."):
+        precision.resolve_precision("fp16", torch.device("cpu"))
 
 
 def test_automatic_precision_is_written_down_as_what_it_means_and_resumed_as_that(trained: Run) -> None:

@@ -268,7 +268,7 @@ def test_values_left_out_of_the_config_are_those_of_hugging_face(folder: Path) -
     ("changes", "sentence"),
     [
         ({"model_type": "swin"}, "its model_type is 'swin'; tvit reads vit"),
-        ({"model_type": None}, "its model_type is None; tvit reads vit"),
+        ({"model_type": None}, "its model_type is None; tvit reads vit.* and weights with timm's names"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'; tvit knows gelu"),
         ({"hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\]"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; it must be a number above 0"),
@@ -303,6 +303,30 @@ def test_a_normalisation_of_other_than_three_numbers_is_refused(folder: Path, me
         read_config(resolve_weights(str(folder)))
 
 
+@pytest.mark.parametrize("std", [[0.5, 0, 0.5], [-1, 1, 1], [0.5, float("nan"), 0.5]], ids=str)
+def test_a_normalisation_that_nothing_can_be_divided_by_is_refused(folder: Path, std: list[float]) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": std}))
+    with pytest.raises(ModelError, match="must be finite, and the second above 0"):
+        read_config(resolve_weights(str(folder)))
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder, and no name that a hub repository can have"):
+        resolve_weights("x" * 300)
+
+
+def test_a_missing_shard_is_asked_for_and_an_export_named_as_one(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
+    with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors missing, of the files that"):
+        resolve_weights(str(folder))
+    (folder / "parity.json").write_text("{}")
+    with pytest.raises(ModelError, match="an export of a tvit model for other programs"):
+        resolve_weights(str(folder))
+
+
 def drop(*names: str) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda tensors: [tensors.pop(name) for name in names]
 
@@ -325,6 +349,10 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
         (put("layernorm.bias", torch.full((32,), torch.nan)), "layernorm.bias holds NaN or infinite"),
         (put("layernorm.bias", torch.full((32,), torch.inf)), "layernorm.bias holds NaN or infinite"),
         (put("layernorm.bias", torch.zeros(32, dtype=torch.int8)), "layernorm.bias is torch.int8"),
+        (
+            put("layernorm.bias", torch.zeros(32).to(torch.float8_e4m3fn)),
+            "layernorm.bias is torch.float8_e4m3fn",
+        ),
         (put("embeddings.position_embeddings", torch.zeros(1, 16, 32)), "are no square grid"),
         (put("embeddings.position_embeddings", torch.zeros(0)), "are no square grid"),
     ],
@@ -413,7 +441,9 @@ def test_a_file_that_is_no_safetensors_is_refused_with_the_way_to_convert_it(fol
 
 def test_a_lone_file_of_unknown_names_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match="its model_type is None; tvit reads vit, deit, dinov2"):
+    with pytest.raises(
+        ModelError, match=r"no config\.json beside it names a model_type; tvit reads vit, deit, dinov2"
+    ):
         read_config(resolve_weights(str(folder / "model.safetensors")))
 
 

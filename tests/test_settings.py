@@ -160,6 +160,13 @@ def test_a_model_from_scratch_is_trained_whole_unless_told_otherwise() -> None:
     assert read(flags={"hf_model_name": "none", "train": "classifier"}).settings.train == "classifier"
 
 
+def test_none_empties_a_list_and_a_table() -> None:
+    settings = read(
+        preset="reference", flags={"lora_exclude_modules": "none", "lora_rank_pattern": "none"}
+    ).settings
+    assert (settings.lora_exclude_modules, settings.lora_rank_pattern) == ((), {})
+
+
 def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle() -> None:
     assert read(flags={"lora_bias": "all", "lora_exclude_modules": "q"}).settings.without_effect() == []
     whole = {"train": "all", "lora_rank": "4", "lora_bias": "all", "lora_rank_pattern": "q=3"}

@@ -70,7 +70,9 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
             preprocessing = preprocessing.model_copy(update={"mean": pretrained.mean, "std": pretrained.std})
             config = pretrained.vit_config(**shape)
     except ValueError as error:
-        sentence = re.sub(r"\b\w+\b", lambda word: FLAGS.get(word[0], word[0]), str(error))
+        # What the weights decide is no flag.
+        flags = FLAGS if source is None else {k: v for k, v in FLAGS.items() if k not in SCRATCH_SHAPE}
+        sentence = re.sub(r"\b\w+\b", lambda word: flags.get(word[0], word[0]), str(error))
         raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error
     if settings.drop_path and config.depth == 1:
         raise ModelError(
@@ -97,7 +99,7 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
             )
         )
         for note in loaded.notes:
-            report(Note(note, "detail"))
+            report(Note(note, "warning" if note in pretrained.notes else "detail"))
     set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
     for warning in _warnings(settings, model, is_image_vit=source is not None and not source.is_ours):
         report(Note(warning, "warning"))

@@ -96,8 +96,9 @@ def _prepare(
     *,
     standardises: bool,
 ) -> Loop:
-    built = build(settings, num_classes=len(source.layout.labels), report=report)
-    built.model.to(accelerator.device)
+    with ends_with_advice(settings, accelerator.device):
+        built = build(settings, num_classes=len(source.layout.labels), report=report)
+        built.model.to(accelerator.device)
     share_weights(built.model, accelerator)
     if settings.gradient_checkpointing:
         built.model.run_block = recomputed

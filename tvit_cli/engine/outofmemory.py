@@ -101,6 +101,8 @@ def advice(settings: TrainSettings, device: torch.device) -> str:
     if settings.n_frames > 1:
         ways.append(f"fewer frames than --n-frames {settings.n_frames}")
     ways.append(f"smaller frames than --img-size {settings.img_size}")
-    if settings.train == "all":
+    if settings.hf_model_name is None:
+        ways.append("a smaller --width or --depth")
+    elif settings.train == "all":
         ways.append("--train lora")
     return f"What takes less: {'; '.join(ways)}."

@@ -6,13 +6,20 @@ from typing import Literal
 
 import torch
 
+from tvit_cli.errors import SettingsError
+
 Precision = Literal["no", "bf16", "fp16"]
 
 FAST_BF16 = (8, 0)  # CUDA compute capability: the first whose tensor cores take bfloat16 (Ampere white paper)
 
 
 def resolve_precision(given: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """The format that a setting means on a device. See Note [Mixed precision]."""
+    """The format that a setting means on a device. See Note [Mixed precision].
+
+    Raises SettingsError for fp16 on a CPU: Accelerate would compute in float32 and say nothing.
+    """
+    if given == "fp16" and device.type == "cpu":
+        raise SettingsError("--mixed-precision fp16: nothing is computed in it on a CPU. Take bf16, or no.")
     if given != "auto":
         return given
     return "bf16" if device.type == "cuda" and _is_fast_at_bf16(device) else "no"

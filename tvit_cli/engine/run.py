@@ -53,6 +53,12 @@ def open_run(settings: TrainSettings) -> Run:
     folder = settings.working_directory / name
     checkpoints = folder / settings.checkpoint_dir
     if _is_new(folder) or settings.overwrite:
+        base = Path(settings.hf_model_name or "").expanduser()
+        if settings.hf_model_name and base.exists() and base.resolve().is_relative_to(folder.resolve()):
+            raise SettingsError(
+                f"--overwrite: {folder} holds the weights to begin with, --hf-model-name {settings.hf_model_name}. "
+                "Take another --experiment-name."
+            )
         return Run(folder, checkpoints, None)
     choices = "Take another name, or replace it with --overwrite."
     if (folder / MODEL_FOLDER).exists():

@@ -19,6 +19,7 @@ from torch import Tensor
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
 
 POSITIONS = "positions"
+TIMM = "timm"  # no model_type of any config: its weights are told by their names
 REFERENCE = (
     "temporal-vit"  # the reference implementation's model_type: a classifier of clips, see reference.py
 )
@@ -61,10 +62,10 @@ class Family:
 
 def find_family(config: Config, tensors: Collection[str]) -> Family | None:
     """The family of a config, or without one of tensors that have timm's names."""
-    if "model_type" in config:
+    if config.get("model_type", TIMM) != TIMM:
         return FAMILIES.get(str(config["model_type"]))
     is_timm = {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= set(tensors)
-    return FAMILIES["timm"] if is_timm else None
+    return FAMILIES[TIMM] if is_timm else None
 
 
 def _as_written(config: Config, tensors: Mapping[str, Tensor]) -> Config:
@@ -77,7 +78,8 @@ def _deit(config: Config, tensors: Mapping[str, Tensor]) -> Config:
 
 def _dinov2(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     width, ratio = config["hidden_size"], config["mlp_ratio"]
-    hidden = int(width * ratio) if type(width) is int and isinstance(ratio, int | float) else None
+    is_number = isinstance(ratio, int | float) and math.isfinite(ratio)
+    hidden = int(width * ratio) if type(width) is int and is_number else None
     changes: Config = {"intermediate_size": hidden, "extra_tokens": config["num_register_tokens"]}
     if config["use_swiglu_ffn"]:
         # Two thirds, rounded up to a multiple of 8: two layers in stead of one weigh as much as before.
@@ -105,7 +107,7 @@ def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     return {
         "hidden_size": width,
         "num_hidden_layers": depth,
-        "num_attention_heads": heads or TIMM_HEADS.get(width),
+        "num_attention_heads": heads or TIMM_HEADS.get(width) or (None if width % 64 else width // 64),
         "intermediate_size": int(fc2.shape[-1]),
         "patch_size": patch_size,
         "image_size": patch_size * math.isqrt(positions.shape[-2]),  # a few rows more make no square more
@@ -235,6 +237,7 @@ _BESIDE_CLIP = (
     "visual_projection.weight",
     "text_projection.weight",
     "logit_scale",
+    *_layers("classifier"),
 )
 FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     "vit": Family(_VIT, _as_written, _hugging_face_names, "vit.", _BESIDE_VIT),
@@ -256,7 +259,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
         _CLIP, _clip, _clip_names, "vision_model.", (*_BESIDE_CLIP, "text_model."), section="vision_config",
         zeros=("patch_embed.bias",), mean=CLIP_MEAN, std=CLIP_STD,
     ),
-    "timm": Family(
+    TIMM: Family(
         {}, _timm, _timm_names, "", _layers("head", "head_dist"),
         leading=(1, 2, 0), zeros=("patch_embed.bias",),
     ),

@@ -15,6 +15,7 @@ from tvit_cli.model.families import (
     FAMILIES,
     POSITIONS,
     REFERENCE,
+    TIMM,
     Channels,
     Config,
     Family,
@@ -58,6 +59,11 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         section = written.get(family.section)
         written = section if isinstance(section, dict) else {}
     raw = family.network({**family.defaults, **written}, stored)
+    if family is FAMILIES[TIMM] and raw["num_attention_heads"] is None:
+        raise ModelError(
+            f"{source.name}: how many attention heads share {raw['hidden_size']} numbers is not known. Say so in "
+            f'{CONFIG_FILE} beside the weights, as in "model_args": {{"num_heads": 8}}.'
+        )
     if raw["num_channels"] != 3:
         raise ModelError(f"{source.name}: num_channels is {raw['num_channels']!r}; frames of a video have 3.")
     activation = ACTIVATIONS.get(str(raw["hidden_act"]))
@@ -165,9 +171,13 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
     if config.get("model_type") == EXPORTED:
         raise for_other_programs(source.name)
     if family is None:
-        raise ModelError(
-            f"{source.name}: its model_type is {config.get('model_type')!r}; tvit reads {', '.join(FAMILIES)}."
+        known = ", ".join(name for name in FAMILIES if name != TIMM)
+        what = (
+            f"its model_type is {config['model_type']!r}"
+            if "model_type" in config
+            else f"no {CONFIG_FILE} beside it names a model_type"
         )
+        raise ModelError(f"{source.name}: {what}; tvit reads {known}, and weights with timm's names.")
     stored: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         short = name.removeprefix(family.prefix)
@@ -214,12 +224,18 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), ()
     try:
         (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
+        levels, spreads = (red, green, blue), (red_std, green_std, blue_std)
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"{source.name}: image_mean {mean} and image_std {std} in {file_name} must be three "
             "numbers each. Fetch the file again."
         ) from error
-    return (red, green, blue), (red_std, green_std, blue_std), ()
+    if not all(map(math.isfinite, (*levels, *spreads))) or min(spreads) <= 0:
+        raise ModelError(
+            f"{source.name}: image_mean {mean} and image_std {std} in {file_name} must be finite, and the second "
+            "above 0. Fetch the file again."
+        )
+    return levels, spreads, ()
 
 
 def _converted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -15,7 +15,17 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, is_finite, read_tensors, sha256
+from tvit_cli.model.folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    PARITY_FILE,
+    WEIGHTS_FILE,
+    for_other_programs,
+    is_finite,
+    read_tensors,
+    sha256,
+)
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -81,14 +91,16 @@ class WeightsSource:
 def resolve_weights(name: str) -> WeightsSource:
     """The weights called `name`: a safetensors file, a local folder, or a Hugging Face repository.
 
-    A local folder may be a model folder of tvit. A repository is taken from the cache or the hub; a name that
-    ends in .safetensors is never one. Raises ModelError when there is neither, when there is no network and
-    nothing cached, when a folder holds no config or no safetensors, and for a pickle.
+    A local folder may be a model folder of tvit, or the folder of a run that holds one. A repository is taken from
+    the cache or the hub; a name that ends in .safetensors is never one. Raises ModelError when there is neither,
+    when there is no network and nothing cached, when a folder holds no config or no safetensors, and for a pickle.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if _is_there(path, Path.is_dir):
+        is_run = (path / MODEL_FOLDER / CARD_FILE).is_file() and not (path / CONFIG_FILE).is_file()
+        path = path / MODEL_FOLDER if is_run else path
         return WeightsSource(name, path, _weights_files(name, path))
-    if path.exists():
+    if _is_there(path, Path.exists):
         if path.suffix != SUFFIX:
             raise ModelError(
                 f"{name}: this is a file, and no .safetensors. Name one, or the folder that holds it. "
@@ -132,6 +144,13 @@ def weights_name(given: Path, source: WeightsSource) -> str:
     return folder.name if given.is_dir() or given.name == WEIGHTS_FILE else given.stem
 
 
+def _is_there(path: Path, asked: Callable[[Path], bool]) -> bool:
+    try:
+        return asked(path)
+    except OSError:  # a name that is too long for a file
+        return False
+
+
 def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
@@ -145,7 +164,8 @@ def _fetch(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"{name}: no such folder, not in the Hugging Face cache, and the hub cannot be reached. Connect "
-            f"once to fetch it, or copy its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that. "
+            f"once to fetch it, or copy its {CONFIG_FILE}, {PREPROCESSOR_FILE} and {WEIGHTS_FILE} into a folder "
+            f"and name that. "
             f"{_what_is_cached()}"
         ) from error
     except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
@@ -169,6 +189,12 @@ def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
         )
     files = _shards(name, folder) if (folder / INDEX_FILE).is_file() else (folder / WEIGHTS_FILE,)
     absent = [path.name for path in files if not path.is_file()]
+    if absent and (folder / PARITY_FILE).is_file():
+        raise for_other_programs(name)
+    if absent and (folder / INDEX_FILE).is_file():
+        raise ModelError(
+            f"{name}: {listed(absent)} missing, of the files that {INDEX_FILE} names. Fetch them."
+        )
     if absent:
         raise ModelError(f"{name}: {listed(absent)} missing. {_how_to_convert(name)}")
     return files
@@ -217,7 +243,7 @@ def check_names(source: WeightsSource, stored: Iterable[str], expected: Iterable
 
 def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
     """The tensor. Raises ModelError where it is quantised or not finite."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ModelError(
             f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."
         )

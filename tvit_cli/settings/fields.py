@@ -9,12 +9,15 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator
 
 
 def _split(value: Any) -> Any:
-    """Comma-separated text becomes a list. "q, k" -> ["q", "k"]"""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """Comma-separated text becomes a list. "q, k" -> ["q", "k"] . "none" -> []"""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    return [] if parts == ["none"] else parts
 
 
 def _pairs(value: Any) -> Any:
-    """Comma-separated name=value text becomes a table. "q=16, fc1=4" -> {"q": "16", "fc1": "4"}"""
+    """Comma-separated name=value text becomes a table. "q=16, fc1=4" -> {"q": "16", "fc1": "4"} . "none" -> {}"""
     if not isinstance(value, str):
         return value
     table: dict[str, str] = {}

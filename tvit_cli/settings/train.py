@@ -151,7 +151,11 @@ class TrainSettings(DataSettings):
         description="Pretrained ViT: a Hugging Face name, a folder (one that tvit trained, too) or a file; none "
         "trains from scratch",
         json_schema_extra=about(
-            MODEL, reference="required", why="the reference's own backbone", resettable=True
+            MODEL,
+            harmless=True,  # what was read from it is compared by its hash
+            reference="required",
+            why="the reference's own backbone",
+            resettable=True,
         ),
     )
     width: int | None = Field(
