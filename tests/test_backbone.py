@@ -69,7 +69,7 @@ def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
     (folder / "card.json").write_text(card.model_dump_json())
 
 
-@pytest.mark.parametrize("attention", ["joint", "divided", "factorized", "shared", "conv"])
+@pytest.mark.parametrize("attention", ["joint", "divided", "factorized"])
 def test_a_model_of_the_same_attention_starts_with_the_features_of_the_trained_one(
     tmp_path: Path, attention: str
 ) -> None:
@@ -109,7 +109,7 @@ def test_tubelets_of_another_size_are_refused_with_the_option_to_give(tmp_path: 
 
 def test_another_attention_takes_what_an_image_vit_has_and_starts_the_rest_anew(tmp_path: Path) -> None:
     before = trained(tmp_path / "m", attention="divided")
-    model, report = started(tmp_path / "m", attention="shared")
+    model, report = started(tmp_path / "m", attention="joint")
     assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
     assert not model.temporal.embedding.any()  # type: ignore[operator]
     assert "temporal.embedding" in report.new

@@ -51,21 +51,21 @@ def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleTy
     rows: dict[str, Any] = {}
     assert [job.part for job in learning.jobs(rows)][-1] == "select"
     for job in learning.jobs(rows):
-        rows[job.key] = row(job, {"shared": 0.9, "conv": 0.8, "joint": 0.7}.get(job.method, 0.1))
+        rows[job.key] = row(job, {"divided": 0.9, "space": 0.8, "joint": 0.7}.get(job.method, 0.1))
     rows = {
-        key: {**row, "top1": 0.95} if "select" in key and "/conv/base" in key else row
+        key: {**row, "top1": 0.95} if "select" in key and "/space/base" in key else row
         for key, row in rows.items()
     }
     plan = list(learning.jobs(rows))
     parts = [job.part for job in plan]
     assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "test"
     further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != learning.RECIPE}
-    assert further == {("shared", "base"), ("conv", "base")}
+    assert further == {("divided", "base"), ("space", "base")}
     finals = plan[max(number for number, part in enumerate(parts) if part == "select") + 1 :]
     seeds = {(job.method, job.recipe): [] for job in finals}
     for job in finals:
         seeds[job.method, job.recipe].append(job.seed)
-    assert seeds == {("conv", "base"): [0, 0, 0, 1, 1, 1, 2, 2, 2], ("shared", "half"): [1, 1, 1, 2, 2, 2]}
+    assert seeds == {("space", "base"): [0, 0, 0, 1, 1, 1, 2, 2, 2], ("divided", "half"): [1, 1, 1, 2, 2, 2]}
     assert len({job.key for job in plan}) == len(plan)
 
 

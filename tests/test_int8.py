@@ -41,7 +41,7 @@ def test_the_error_is_that_of_rounding_and_does_not_grow_with_one_large_token(sh
     assert 0 < off.max() < 0.03
 
 
-@pytest.mark.parametrize("attention", ["joint", "divided", "factorized", "shared"])
+@pytest.mark.parametrize("attention", ["joint", "divided", "factorized", "space"])
 def test_every_linear_layer_of_a_model_but_the_classifier_computes_in_8_bits(attention: str) -> None:
     config = ViTConfig(
         num_classes=5, frame_size=32, n_frames=4, width=32, depth=2, num_heads=2, attention=attention

@@ -681,7 +681,7 @@ def test_more_last_blocks_than_there_are_is_refused() -> None:
 
 
 def test_last_n_leaves_no_scheme_without_the_order_of_frames() -> None:
-    for attention in ("joint", "divided", "factorized", "shared", "conv"):
+    for attention in ("joint", "divided", "factorized"):
         config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
         model = build_model(config, seed=0, from_scratch=False)
         set_trainable(model, "last-1", spec(), seed=0)

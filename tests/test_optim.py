@@ -144,8 +144,6 @@ def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
 
 def test_layers_over_time_have_a_rate_of_their_own_and_offsets_and_gates_the_whole_one() -> None:
     for attention, own in (
-        ("shared", {"blocks.0.temporal.down.weight", "blocks.0.temporal.up.weight"}),
-        ("conv", {"blocks.0.temporal.kernel", "blocks.0.temporal.up.weight"}),
         ("factorized", {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"}),
         ("divided", set()),
     ):
@@ -156,7 +154,7 @@ def test_layers_over_time_have_a_rate_of_their_own_and_offsets_and_gates_the_who
         by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
         assert own <= {name for name, scale in by_name.items() if scale == 0.3}
         assert {name for name, scale in by_name.items() if scale == 0.3} == {
-            name for name in by_name if own and (".temporal." in name or name.startswith("summary."))
+            name for name in by_name if name.startswith("summary.")
         }
         assert by_name["blocks.0.attention.q.weight"] == 0.5
         if attention == "divided":

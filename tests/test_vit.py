@@ -287,11 +287,7 @@ def test_token_drop_leaves_out_other_patches_of_each_clip_and_the_same_of_its_gr
     assert TokenDrop(0.9, aligned=True)(places[:, :, :3]).shape[2] == 1  # never none
     apart = (TokenDrop(0.75, aligned=False)(places + times) - times)[..., 0]
     assert all(len({tuple(sorted(group.tolist())) for group in clip}) == 3 for clip in apart)
-    assert {name for name, scheme in SCHEMES.items() if scheme.looks_over_time} == {
-        "divided",
-        "shared",
-        "conv",
-    }
+    assert {name for name, scheme in SCHEMES.items() if scheme.looks_over_time} == {"divided"}
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

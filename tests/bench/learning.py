@@ -56,7 +56,7 @@ from tvit_cli.settings.train import TrainSettings
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples" / "configs" / "leave_people_out.toml"
 FOLDS = (("daria", "eli", "moshe"), ("denis", "ido", "lena"), ("ira", "lyova", "shahar"))
-SCHEMES = ("shared", "joint", "divided", "conv", "space", "factorized")
+SCHEMES = ("joint", "divided", "space", "factorized")
 METHODS: dict[str, dict[str, Any]] = {  # name -> what it changes of the recipe
     **{scheme: {"attention": scheme} for scheme in SCHEMES},
     "linear probe": {"attention": "space", "train": "classifier", "learning_rate": 5e-3, "epochs": 20},

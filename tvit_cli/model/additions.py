@@ -2,7 +2,7 @@
 
 They are trained in full, whatever is frozen. Beside pretrained weights each starts so that it adds nothing.
 
-Letters: B clips, T' times, P patches per frame, N tokens of a frame, D width, d width of a bottleneck.
+Letters: B clips, T' times, P patches per frame, D width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
 LEAST_DEVIATION = 0.1  # of a feature, as a share of the mean one
 ROUNDING = 1e-5  # of a feature's size: batches of other sizes give one clip float32 features up to 1e-6 apart
-BOTTLENECK = 4  # width over bottleneck width, as in AIM (arXiv:2302.03024)
 
 
 class Addition(nn.Module):
@@ -114,65 +113,11 @@ class FeatureNorm(Addition):
             self.scale.copy_(1 / deviation.clamp_min(LEAST_DEVIATION * float(deviation.mean())))
 
 
-class Bottleneck(Addition):
-    """Two linear layers with a narrow middle (adapters, arXiv:1902.00751)."""
-
-    is_map = True
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, bottleneck_width(width))
-        self.act = nn.GELU()
-        self.up = nn.Linear(bottleneck_width(width), width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        output: Tensor = self.up(self.act(self.down(tokens)))
-        return output
-
-    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        if not from_scratch:
-            nn.init.zeros_(self.up.weight)
-
-
-class TemporalConvolution(Bottleneck):
-    """A bottleneck whose middle is convolved over three times, each channel by itself.
-
-    A third of the channels starts by passing on the time before, a third the time after (a temporal shift,
-    arXiv:1811.08383), the rest their own. Source: ST-Adapter, arXiv:2206.13559, with a kernel over time alone
-    so that class tokens take part.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.kernel = nn.Parameter(torch.empty(3, bottleneck_width(width)))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T', N, D) -> (B, T', N, D)."""
-        present = self.down(tokens)  # (B, T', N, d)
-        past = F.pad(present[:, :-1], (0, 0, 0, 0, 1, 0))  # (B, T', N, d), nothing before the first
-        future = F.pad(present[:, 1:], (0, 0, 0, 0, 0, 1))  # (B, T', N, d), nothing after the last
-        mixed = self.kernel[0] * past + self.kernel[1] * present + self.kernel[2] * future
-        output: Tensor = self.up(self.act(mixed))
-        return output
-
-    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        super().start(generator=generator, from_scratch=from_scratch)
-        nn.init.zeros_(self.kernel)
-        for time, channels in enumerate(self.kernel.tensor_split(3, dim=1)):
-            nn.init.ones_(channels[time])
-
-
 def resize_times(embedding: Tensor, n_times: int) -> Tensor:
     """A temporal embedding interpolated linearly, (1, T', 1, D) -> (1, new T', 1, D)."""
     lines = embedding[:, :, 0].transpose(1, 2)  # (1, D, T')
     lines = F.interpolate(lines, size=n_times, mode="linear", align_corners=False)
     return lines.transpose(1, 2).unsqueeze(2)
-
-
-def bottleneck_width(width: int) -> int:
-    """d, from D."""
-    return max(1, width // BOTTLENECK)
 
 
 def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> None:

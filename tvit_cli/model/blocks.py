@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .additions import Addition, Bottleneck, Gate, TemporalConvolution, TemporalEmbedding
+from .additions import Addition, Gate, TemporalEmbedding
 from .attention import SelfAttention, over_time
 from .config import ViTConfig
 
@@ -74,39 +74,6 @@ class DividedBlock(Block):
     def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
         super().__init__(config, drop_path)
         self.temporal = TemporalAttention(config)
-
-    def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
-        """(B, T', N, D) -> (B, T', Q, D)."""
-        return super().forward(tokens + self.drop_path(self.temporal(tokens)), n_queries)
-
-
-class SharedBlock(Block):
-    """First attends over time with its spatial attention's weights, then within each frame.
-
-    A bottleneck, all that is new, decides what of it is added. Source: AIM's temporal adaptation,
-    arXiv:2302.03024; LoRA stands in for its other two adapters.
-    """
-
-    def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
-        super().__init__(config, drop_path)
-        self.temporal = Bottleneck(config.width)
-
-    def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
-        """(B, T', N, D) -> (B, T', Q, D)."""
-        seen = over_time(self.attention, self.norm1(tokens))  # (B, T', N, D)
-        return super().forward(tokens + self.drop_path(self.temporal(seen)), n_queries)
-
-
-class ConvolutionBlock(Block):
-    """First mixes neighbouring times by a convolution in a bottleneck, then attends within each frame.
-
-    As in its source there is no norm before it: the residual path of a pretrained ViT may be a hundredth of what
-    a norm makes of it (0.05 in DINOv2-S), and one step of the bottleneck would then drown it.
-    """
-
-    def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
-        super().__init__(config, drop_path)
-        self.temporal = TemporalConvolution(config.width)
 
     def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
         """(B, T', N, D) -> (B, T', Q, D)."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ATTENTIONS = ("joint", "divided", "factorized", "space", "shared", "conv")
+ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
 TEMPORAL_INDICES = ("frame", "token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .additions import bottleneck_width
 from .config import ViTConfig
 
 
@@ -21,7 +20,8 @@ def count_flops(config: ViTConfig, n_frames: int | None = None) -> int:
     total += (config.depth - 1) * _block(config, groups, tokens, tokens) + _block(
         config, groups, tokens, asking
     )
-    total += config.depth * _over_time(config, n_times, tokens)
+    if config.attention == "divided":  # before its attention within frames, a block attends over time
+        total += config.depth * _attention(config, tokens, n_times, n_times)
     if config.pool == "attentive":
         total += groups * tokens * config.width * (config.num_heads + 1)
     total += (config.temporal_depth or 0) * _block(config, 1, n_times, n_times)
@@ -39,12 +39,3 @@ def _block(config: ViTConfig, groups: int, tokens: int, asking: int) -> int:
 def _attention(config: ViTConfig, groups: int, tokens: int, asking: int) -> int:
     layers = 2 * groups * (tokens + asking) * config.width**2
     return layers + 2 * groups * asking * tokens * config.width
-
-
-def _over_time(config: ViTConfig, n_times: int, tokens: int) -> int:
-    """Multiply-adds of what a block does over time, before its attention within frames."""
-    bottleneck = 2 * n_times * tokens * config.width * bottleneck_width(config.width)
-    attention = _attention(config, tokens, n_times, n_times)
-    return {"divided": attention, "shared": attention + bottleneck, "conv": bottleneck}.get(
-        config.attention, 0
-    )

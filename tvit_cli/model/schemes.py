@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .additions import TemporalEmbedding, TokenIndexedEmbedding
-from .blocks import Block, ConvolutionBlock, DividedBlock, SharedBlock, TemporalEncoder
+from .blocks import Block, DividedBlock, TemporalEncoder
 from .config import ViTConfig
 from .pooling import MeanOverGroups
 
@@ -60,6 +60,4 @@ SCHEMES: dict[str, Scheme] = {  # by ViTConfig.attention
     "factorized": Scheme(FrameByFrame, Block, _none, TemporalEncoder),
     # The baseline that cannot know the order of frames.
     "space": Scheme(FrameByFrame, Block, _none, _mean),
-    "shared": Scheme(FrameByFrame, SharedBlock, _times_on_patches, _mean, looks_over_time=True),
-    "conv": Scheme(FrameByFrame, ConvolutionBlock, _times_on_patches, _mean, looks_over_time=True),
 }

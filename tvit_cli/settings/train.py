@@ -185,11 +185,10 @@ class TrainSettings(DataSettings):
     tubelet_size: int = Field(
         1, ge=1, le=16, description="Frames per patch token", json_schema_extra=about(MODEL)
     )
-    attention: Literal["joint", "divided", "factorized", "space", "shared", "conv"] = Field(
+    attention: Literal["joint", "divided", "factorized", "space"] = Field(
         "joint",
-        description="How tokens see other frames: all at once (joint); over time, then within the frame, with "
-        "weights for time (divided), with the spatial ones (shared) or a convolution (conv); by blocks over "
-        "whole frames (factorized); not at all (space)",
+        description="How tokens see other frames: all at once (joint); over time, then within the frame "
+        "(divided); by blocks over whole frames (factorized); not at all (space)",
         json_schema_extra=about(MODEL),
     )
     temporal_depth: int | None = Field(
@@ -464,7 +463,8 @@ class TrainSettings(DataSettings):
         None,
         gt=0,
         le=1,
-        description="Learning rate of layers over time that pretrained weights lack, as a share of --learning-rate",
+        description="Learning rate of blocks over whole frames, which pretrained weights lack, as a share of "
+        "--learning-rate; with --attention factorized only",
         json_schema_extra=about(
             REGULARISATION, default="0.1 with --train lora on pretrained weights, else 1"
         ),
@@ -648,12 +648,11 @@ class TrainSettings(DataSettings):
                 f"--temporal-depth {self.temporal_depth}: --attention {self.attention} has no blocks over whole "
                 "frames. Leave it out, or take --attention factorized"
             )
-        with_layers = ("factorized", "shared", "conv")
-        trained = self.attention in with_layers and self.train != "classifier"
+        trained = self.attention == "factorized" and self.train != "classifier"
         if self.temporal_rate is not None and not trained:
             raise ValueError(
-                f"--temporal-rate {self.temporal_rate:g}: no layers over time are trained with --attention "
-                f"{self.attention} and --train {self.train}. Leave it out, or take one of {', '.join(with_layers)}"
+                f"--temporal-rate {self.temporal_rate:g}: no blocks over whole frames are trained with --attention "
+                f"{self.attention} and --train {self.train}. Leave it out, or take --attention factorized"
             )
 
     def _regularisation_agrees(self) -> None:
@@ -688,7 +687,7 @@ class TrainSettings(DataSettings):
         ]
 
     def temporal_share(self) -> float:
-        """Share of the learning rate for layers over time; without adapters the rate is a small one already."""
+        """Share of the learning rate for blocks over frames; without adapters the rate is a small one already."""
         if self.temporal_rate is not None:
             return self.temporal_rate
         return 0.1 if self.train == "lora" and self.hf_model_name is not None else 1.0
