@@ -53,6 +53,11 @@ def _step(record: Record) -> list[Row]:
             ),
             (f"against PEFT's own layers: dropout {dropout}", _times(cases, "peft", "peft_wall")),
             (
+                f"against the naive LoRA and PEFT's layers in plain ViTs (see `step.py`): dropout {dropout}",
+                f"{_times(cases, 'plain_naive', 'plain_naive_wall')}; "
+                f"{_times(cases, 'plain_peft', 'plain_peft_wall')}",
+            ),
+            (
                 f"share of the machine's matmul rate: dropout {dropout}",
                 _middle([row["share"] for row in cases]),
             ),

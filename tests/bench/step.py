@@ -4,7 +4,9 @@
 
 The same model, data and loss each time, forward and backward; only the layers differ. The naive LoRA forms A@B in
 every forward pass and multiplies the dropped input by it, which lets autograd compute a gradient as large as the
-frozen weights. The matmul rate is measured in the same rounds, on a product of an MLP's shape. FLOPs are torch's own
+frozen weights. The "plain" ones are the same layers in a ViT as it is usually written: all tokens go through its last
+block, though only the class token is read. That is half of a slice of two layers and a twelfth of a whole ViT-B, so
+what tvit saves by it counts for what it is in `vitb12` and `vits12` alone. The matmul rate is measured in the same rounds, on a product of an MLP's shape. FLOPs are torch's own
 count, attention included and recomputation left out. Memory: what autograd has saved when the forward pass ends, and
 how far the peak of a process of its own grows during the step. Seconds are the process's CPU time over its threads, which
 hardly changes when others use the machine; wall seconds stand beside them.
@@ -44,6 +46,7 @@ RANK, SCALE = 4, 2.0
 SHAPES = {"vitb": (768, 12), "vits": (384, 6), "vitti": (192, 3)}
 CASES = ("vitb2_t8", "vitb4_t8", "vitb2_t18", "vitb4_t18")
 KINDS = ("naive", "peft", "tvit")
+PLAIN = ("plain_naive", "plain_peft")
 
 Key = TypeVar("Key")
 
@@ -66,6 +69,7 @@ def make_model(
     case: str, kind: str, dropout: float, *, token_drop: float = 0.0, **chosen: Any
 ) -> tuple[TemporalViT, Tensor]:
     """A model of random weights with adapters, ready to train, and a batch for it; `chosen` goes to its config."""
+    plain, kind = kind.startswith("plain_"), kind.removeprefix("plain_")
     shape, frames = case.split("_t")
     name = shape.rstrip("0123456789")
     width, heads = SHAPES[name]
@@ -85,6 +89,8 @@ def make_model(
         layer = lora.own_layer if kind == "tvit" else lambda: None
         with mock.patch.object(lora, "own_layer", layer):
             lora.attach(model, spec, seed=0)
+    if plain:
+        model.pool.n_queries = None
     return model.train(), torch.randn(1, int(frames), 3, 224, 224)
 
 
@@ -136,7 +142,7 @@ def in_turn(steps: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key,
 
 def time_case(case: str, dropout: float, rounds: int) -> dict[str, float]:
     """Ratios of step times, and the share of the matmul rate that tvit's step reaches."""
-    steps = {kind: step_of(*make_model(case, kind, dropout)) for kind in KINDS}
+    steps = {kind: step_of(*make_model(case, kind, dropout)) for kind in KINDS + PLAIN}
     flops = count_flops(steps["tvit"])
     a, b = torch.randn(1569, 768), torch.randn(768, 3072)
     steps["matmul"] = lambda: [a @ b for _ in range(8)]
@@ -156,11 +162,9 @@ def time_case(case: str, dropout: float, rounds: int) -> dict[str, float]:
         for kind, values in times.items()
     }
     return {
-        "naive": ratio("naive", 0),
-        "peft": ratio("peft", 0),
+        **{kind: ratio(kind, 0) for kind in ("naive", "peft", *PLAIN)},
         "share": share(0),
-        "naive_wall": ratio("naive", 1),
-        "peft_wall": ratio("peft", 1),
+        **{f"{kind}_wall": ratio(kind, 1) for kind in ("naive", "peft", *PLAIN)},
         "share_wall": share(1),
         "cpu_seconds": median["tvit"][0],
         "wall_seconds": median["tvit"][1],
