@@ -52,17 +52,26 @@ def _step(record: Record) -> list[Row]:
                 _times(cases, "naive", "naive_wall"),
             ),
             (f"against PEFT's own layers: dropout {dropout}", _times(cases, "peft", "peft_wall")),
-            (
-                f"against the naive LoRA and PEFT's layers in plain ViTs (see `step.py`): dropout {dropout}",
-                f"{_times(cases, 'plain_naive', 'plain_naive_wall')}; "
-                f"{_times(cases, 'plain_peft', 'plain_peft_wall')}",
-            ),
+            *_plain(record, dropout),
             (
                 f"share of the machine's matmul rate: dropout {dropout}",
                 _middle([row["share"] for row in cases]),
             ),
         ]
     return rows
+
+
+def _plain(record: Record, dropout: str) -> list[Row]:
+    """Whole models beside plain ViTs, whose last block is a twelfth; in a slice of two layers it would be half."""
+    cases = {
+        name: row for name, row in record["results"].items()
+        if f"{WHOLE}_t" in name and name.endswith(f"dropout {dropout}")
+    }  # fmt: skip
+    rows = list(cases.values())
+    figures = [_times(rows, f"plain_{kind}", f"plain_{kind}_wall") for kind in ("naive", "peft") if rows]
+    where = f"{_models({'results': cases})}, dropout {dropout}"
+    what = f"the same beside plain ViTs, all of whose tokens pass the last block; naive, PEFT: {where}"
+    return [(what, "; ".join(figures))] if rows else []
 
 
 def _memory(record: Record) -> list[Row]:
@@ -100,6 +109,7 @@ def _schemes(record: Record) -> list[Row]:
     ]
 
 
+WHOLE = 12  # layers of ViT-B and ViT-S
 NOT_COMPARED = ("joint", "joint, naive LoRA")
 
 

@@ -194,7 +194,7 @@ def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained: Train
     from tvit_cli.engine.source import open_source
     from tvit_cli.engine.trained import open_trained
 
-    opened = open_trained(trained.model, working_directory=Path(), device="cpu")
+    opened = open_trained(trained.model, working_directory=Path(), device=torch.device("cpu"))
     source = open_source(
         opened.card.settings["path_to_data"],
         group_pattern=opened.card.settings["group_pattern"],
@@ -418,6 +418,23 @@ def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_pa
     assert end.value.code == 0
 
 
+def test_the_number_format_of_an_evaluation_is_chosen_used_and_written_down(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    def scored(name: str, **how: Any) -> tuple[dict[str, Any], list[str]]:
+        result = evaluate(settings(trained, output=tmp_path / name, **how))
+        rows = (result.output / "scores.csv").read_text().splitlines()
+        return json.loads((result.output / "metrics.json").read_text()), rows
+
+    auto, whole = scored("auto"), scored("no", mixed_precision="no")
+    half = scored("bf16", mixed_precision="bf16")
+    assert auto[0]["mixed_precision"] == whole[0]["mixed_precision"] == "no" and auto[1] == whole[1]
+    assert half[0]["mixed_precision"] == "bf16" and half[1] != whole[1]
+    assert abs(half[0]["metrics"]["loss"] - whole[0]["metrics"]["loss"]) < 0.1
+    with pytest.raises(SettingsError, match="--mixed-precision fp16"):
+        evaluate(settings(trained, mixed_precision="fp16"))
+
+
 SHOWN = {
     "model": test_the_run_folder_stands_for_its_model,
     "working_directory": test_without_a_model_the_newest_of_the_working_directory_is_taken,
@@ -439,6 +456,7 @@ SHOWN = {
     "crops_per_clip": test_more_views_are_averaged_scores_of_clips_at_other_places,
     "flip": test_more_views_are_averaged_scores_of_clips_at_other_places,
     "num_processes": test_two_processes_find_what_one_finds,
+    "mixed_precision": test_the_number_format_of_an_evaluation_is_chosen_used_and_written_down,
     "output": test_scoring_twice_gives_the_same_bytes,
 }
 

@@ -19,7 +19,7 @@ from tiny import last_weights, make_clips, make_pretrained, run, same, settings
 from torch import nn
 
 from tvit_cli import main
-from tvit_cli.engine import compiling, microbatch, precision
+from tvit_cli.engine import compiling, microbatch, parallel, precision
 from tvit_cli.engine.build import Built
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.dryrun import dry_run
@@ -488,6 +488,17 @@ def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
     a, b = last_weights(one), last_weights(two)
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     assert metrics(one)[-1]["train_loss"] == pytest.approx(metrics(two)[-1]["train_loss"], rel=1e-4)
+
+
+def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NCCL each such number would be fetched from a GPU, when all that was asked of it before is done."""
+    made: list[str] = []
+    monkeypatch.setattr(parallel.dist, "get_backend", lambda group: group)
+    monkeypatch.setattr(parallel.dist, "new_group", lambda *, backend: made.append(backend) or "new")
+    parallel._between_hosts.cache_clear()
+    assert parallel._between_hosts("gloo") == "gloo" and not made
+    assert [parallel._between_hosts("nccl") for _ in range(2)] == ["new", "new"] and made == ["gloo"]
+    parallel._between_hosts.cache_clear()
 
 
 def test_gradients_are_summed_in_buckets_of_one_type() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tvit_cli.model import loralinear
+from tvit_cli.model import lora, loralinear
 from tvit_cli.model.loralinear import draw_mask, lora_linear
+from tvit_cli.model.vit import ViTConfig, build_model
 
 CPU = torch.device("cpu")
 
@@ -199,6 +200,26 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for() -> None:
     inputs = tensors()
     with torch.no_grad():
         assert saved_bytes(lambda: lora_linear(*inputs, scale=1.0, dropout=0.1), without=[]) == 0
+
+
+def test_queries_keys_and_values_keep_one_input_under_autocast() -> None:
+    config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=32, depth=1, num_heads=2)
+    model = build_model(config, seed=0, from_scratch=True).train()
+    lora.attach(model, lora.LoraSpec(2, 4, 0.0, False, "none", ("q", "k", "v"), ()), seed=0)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and tensor.shape == (1, 1, 9, 32):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+    ):
+        tokens = torch.randn(1, 1, 9, 32, requires_grad=True)
+        model.blocks[0].attention(tokens).sum()
+    assert len(kept) == 1
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])

@@ -70,6 +70,21 @@ def tvit(trained: TrainResult, *arguments: str, stdin: str | None = None) -> sub
     )
 
 
+def test_the_number_format_of_a_prediction_can_be_chosen(trained: TrainResult, clip: Path) -> None:
+    def scores(**how: Any) -> list[float]:
+        model = tvit_cli.load_model(trained.model, device="cpu", **how)
+        labels = [value for _, value in model.predict(clip).labels]
+        return [*labels, model.timeline(clip, window=0.1).scores.max(), *model.embed([clip])[0].tolist()]
+
+    whole, half = scores(), scores(mixed_precision="bf16")
+    assert scores(mixed_precision="no") == whole
+    assert half == pytest.approx(whole, abs=0.05) and all(
+        a != b for a, b in zip(half[:4], whole[:4], strict=True)
+    )
+    with pytest.raises(SettingsError, match="--int8 and --mixed-precision bf16"):
+        load(PredictSettings, flags={"paths": ["a.mp4"], "int8": True, "mixed_precision": "bf16"}, environ={})
+
+
 def test_a_clip_is_labelled_by_the_newest_model_with_nothing_else_said(
     trained: TrainResult, clip: Path
 ) -> None:

@@ -233,6 +233,21 @@ def test_operations_are_drawn_from_seed_epoch_and_index_and_nothing_else(
     assert {level for _, level in draws(magnitude=3.0, operations=16)} == {-0.3, 0.3}
 
 
+def test_frames_that_are_moved_at_once_are_those_that_are_moved_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_by_one = OPERATIONS["rotate"](clip(), 0.7, FILL)
+    monkeypatch.setattr(Tensor, "chunk", lambda pixels, pieces: (pixels,))
+    assert torch.equal(OPERATIONS["rotate"](clip(), 0.7, FILL), one_by_one)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_operation_asks_the_device_for_a_number(name: str) -> None:
+    """The meta device has no numbers to give."""
+    there = OPERATIONS[name](clip().to("meta"), 0.7, FILL)
+    assert (there.shape, there.dtype) == (clip().shape, torch.uint8)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     for name, operation in OPERATIONS.items():

@@ -54,12 +54,17 @@ def test_without_results_there_is_no_table_and_a_second_run_changes_nothing(tmp_
 def test_a_row_spans_all_cases_of_the_newest_run_and_says_where_it_was_measured(tmp_path: Path) -> None:
     old = {"group": "step", "results": {"vitb2_t8, dropout 0.1": {**STEP, "naive": 9.0}}}
     cases = {"vitb2_t8, dropout 0.1": {**STEP, "naive": 1.85}, "vitb4_t18, dropout 0.1": STEP}
+    whole = {"vits12_t8, dropout 0.1": {**STEP, "plain_peft": 1.25}}
     held = {"group": "memory", "commit": "def5678", "others": 1.5, "results": {"vitb2_t8, dropout 0": MEMORY}}
     made = table(read_records(write(tmp_path / "r.jsonl", old, {"group": "step", "results": cases}, held)))
     where = "ViT-B, 2 layers and ViT-B, 4 layers, 8 and 18 frames, dropout 0.1"
     assert f"{where} | × 1.51–1.85 (by the clock 1.55) |" in made
     assert "× 1.08 (by the clock 1.11)" in made and "9.0" not in made
-    assert "× 1.70 (by the clock 1.80); × 1.20 (by the clock 1.30)" in made
+    assert "plain ViTs" not in made
+    of_whole = table(read_records(write(tmp_path / "w.jsonl", {"group": "step", "results": cases | whole})))
+    row = next(line for line in of_whole.splitlines() if "plain ViTs" in line)
+    assert "naive, PEFT: ViT-S, 12 layers, 8 frames, dropout 0.1" in row
+    assert "× 1.70 (by the clock 1.80); × 1.25 (by the clock 1.30)" in row
     assert "| 0.77 in the median, 0.77 at least |" in made
     assert "dropout 0 | held 0.42, peak 0.37 | `memory` |" in made
     assert (

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvit_cli.data import transforms
 from tvit_cli.data.randaugment import OPERATIONS
@@ -36,6 +37,22 @@ def noise(seed: int, height: int = 48, width: int = 64, frames: int = 4) -> Tens
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (frames, height, width, 3), generator=generator, dtype=torch.uint8)
     return pixels.permute(0, 3, 1, 2)
+
+
+class Copies(TorchDispatchMode):
+    """What is copied to another device, and whether the copy is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], bool, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        there = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and there is not None and there != args[0].device:
+            dense = args[0].is_contiguous() or args[0].is_contiguous(memory_format=torch.channels_last)
+            self.seen.append((tuple(args[0].shape), dense, bool(kwargs.get("non_blocking"))))
+        return func(*args, **kwargs)
 
 
 def colour(*rgb: int, frames: int = 2) -> Tensor:
@@ -340,3 +357,19 @@ def test_a_gpu_gives_the_same_clip_in_any_batch() -> None:
     together = train(clips, keys, device=gpu)
     for number in range(2):
         assert torch.equal(train([clips[number]], [keys[number]], device=gpu)[0], together[number])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_whole_clips_move_to_the_device_and_nothing_waits_for_it(kind: str) -> None:
+    """A box of a clip in pinned memory would be copied out of it first; a blocking copy would empty a GPU's queue."""
+    clips = [noise(0), noise(1)]
+    there = torch.device("meta")
+    with Copies() as copies:
+        if kind == "train":
+            facts = Augmentation(hue=0.1, randaugment=2, random_erasing=1.0)
+            out = train(clips, [(0, 0), (0, 1)], facts, device=there)
+        else:
+            out = eval_transform(clips, preprocessing=card(), device=there)
+    assert out.device == there and out.shape == (2, 4, 3, SIZE, SIZE)
+    assert [shape for shape, _, _ in copies.seen if len(shape) == 4] == [(4, 3, 48, 64)] * 2
+    assert all(is_dense and does_not_block for _, is_dense, does_not_block in copies.seen)

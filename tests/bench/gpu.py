@@ -5,13 +5,15 @@
 ViT-B with rank 8 on q, k, v, fc1 and fc2, clips of 224 pixels that are on the device already; forward, backward and
 the optimizer's update, gradients clipped. The matmul rate is measured in the same precision on a product of an
 MLP's shape, so that "of the matmul rate" is what is left to gain by anything but another kernel. Operations are
-those that the step needs; recomputation (--checkpointing) is not counted. `--device cpu --width 64 --depth 2` shows
+those that the step needs; recomputation (--checkpointing) is not counted. Beside the schemes stands what it takes to
+bring uint8 clips of 320x240 from pinned memory to the device and augment them there. `--device cpu --width 64 --depth 2` shows
 that it runs where there is no accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -32,11 +34,13 @@ from step import TARGETS, count_flops
 from torch.nn import functional as F
 
 from tvit_cli import __version__
+from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.model import lora
 from tvit_cli.model.blocks import recomputed
 from tvit_cli.model.config import ATTENTIONS
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.settings.card import Preprocessing
 
 CLASSES = 101
 
@@ -64,7 +68,9 @@ def training_step(
 ) -> Callable[[], None]:
     groups = parameter_groups(model, weight_decay=0.05, bias_weight_decay=False, norm_weight_decay=False)
     optimizer = adamw(groups, learning_rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8)
-    called: Any = torch.compile(model) if options.compile else model
+    if options.compile:
+        torch.compiler.reset()  # else the ninth shape in one process would be run uncompiled
+    called: Any = torch.compile(model, dynamic=False) if options.compile else model
     clips = torch.randn(batch, frames, 3, options.size, options.size, device=options.device)
     labels = torch.zeros(batch, dtype=torch.int64, device=options.device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -78,6 +84,19 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def augmentation(options: argparse.Namespace, frames: int, batch: int) -> Callable[[], object]:
+    clips = [torch.randint(256, (frames, 240, 320, 3), dtype=torch.uint8) for _ in range(batch)]
+    if torch.cuda.is_available():
+        clips = [clip.pin_memory() for clip in clips]
+    views = [clip.permute(0, 3, 1, 2) for clip in clips]
+    keys = torch.arange(batch)
+    preprocessing = Preprocessing(n_frames=frames, frame_size=options.size)
+    return lambda: train_transform(
+        views, keys, keys, augmentation=Augmentation(), preprocessing=preprocessing, seed=0,
+        device=torch.device(options.device),
+    )  # fmt: skip
 
 
 def seconds(options: argparse.Namespace, work: Callable[[], object], rounds: int) -> float:
@@ -99,12 +118,22 @@ def synchronise(options: argparse.Namespace) -> None:
 
 
 def matmul_rate(options: argparse.Namespace) -> float:
-    """Operations per second of a large product in the precision that is measured."""
+    """Operations per second of large products, many in a row, in the precision that is measured."""
     dtype = torch.float32 if options.precision == "no" else torch.bfloat16
     rows = 1024 if torch.device(options.device).type == "cpu" else 16384
     a = torch.randn(rows, options.width, device=options.device, dtype=dtype)
     b = torch.randn(options.width, 4 * options.width, device=options.device, dtype=dtype)
-    return 2 * rows * options.width * 4 * options.width / seconds(options, lambda: a @ b, 20)
+    many = (
+        1 if torch.device(options.device).type == "cpu" else 20
+    )  # one alone is over before the next is asked for
+    out = a @ b
+    product = 2 * rows * options.width * 4 * options.width
+
+    def products() -> None:
+        for _ in range(many):
+            torch.mm(a, b, out=out)
+
+    return many * product / seconds(options, products, 20)
 
 
 def main() -> None:
@@ -140,13 +169,20 @@ def main() -> None:
             clips = torch.randn(1, frames, 3, options.size, options.size)
             label = torch.zeros(1, dtype=torch.int64)
             flops = count_flops(lambda m=counted, c=clips, y=label: F.cross_entropy(m(c), y).backward())
+            del counted
+            gc.collect()
             if is_cuda:
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            took = seconds(
-                options,
-                training_step(options, make(options, attention, frames), frames, options.batch),
-                options.rounds,
-            )
+            try:
+                took = seconds(
+                    options,
+                    training_step(options, make(options, attention, frames), frames, options.batch),
+                    options.rounds,
+                )
+            except torch.OutOfMemoryError:
+                print(f"{attention:10} {frames:3} frames: out of memory; take a smaller --batch", flush=True)
+                continue
             clips_per_second = options.batch / took
             results[f"{attention}, {frames} frames"] = found = {
                 "clips_per_second": clips_per_second,
@@ -157,6 +193,10 @@ def main() -> None:
             print(
                 f"{attention:10} {frames:3} frames", *(f"{k} {v:.3g}" for k, v in found.items()), flush=True
             )
+    for frames in map(int, options.frames.split(",")):
+        took = seconds(options, augmentation(options, frames, options.batch), options.rounds)
+        results[f"augmentation, {frames} frames"] = {"clips_per_second": options.batch / took}
+        print(f"augmentation {frames:3} frames: {options.batch / took:.0f} clips per second", flush=True)
     facts = {key: value for key, value in vars(options).items() if key not in ("schemes", "frames")}
     machine = {
         "tvit": __version__,

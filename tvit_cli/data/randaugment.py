@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvit_cli.data.draws import Kind, draw_generator
+from tvit_cli.data.pixels import beside
 
 LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # grey of a colour: ITU-R BT.601
 _LARGEST = 10.0  # of the scale of magnitudes
@@ -161,15 +162,22 @@ def _moved(pixels: Tensor, matrix: list[list[float]], fill: Tensor) -> Tensor:
     """Each pixel is taken, bilinearly, from the place that the matrix gives: x, y, 1 in -1..1 -> x, y."""
     side = pixels.shape[-1]
     assert pixels.shape[-2] == side, "a matrix in units of half the frame wants square frames"
-    theta = torch.tensor([matrix], device=pixels.device)
+    outside = beside(fill, pixels.new_empty(0, dtype=torch.float32)).view(-1, 1, 1)
+    theta = beside(torch.tensor([matrix]), outside)
     grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)  # (1, S, S, 2)
-    outside = fill.to(grid).view(-1, 1, 1)
     moved = torch.empty_like(pixels)
     # By frame: a CPU then uses one small piece of memory again and again, instead of fetching fresh pages.
-    for out, frame in zip(moved, pixels, strict=True):
-        above = (frame.float() - outside)[None]  # what comes in from beside the frame is 0, hence `fill`
-        shown = F.grid_sample(above, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out.copy_(_rounded(shown[0].add_(outside)))
+    pieces = len(pixels) if pixels.device.type == "cpu" else 1
+    for out, frames in zip(moved.chunk(pieces), pixels.chunk(pieces), strict=True):
+        above = frames.float() - outside  # what comes in from beside the frame is 0, hence `fill`
+        shown = F.grid_sample(
+            above,
+            grid.expand(len(above), -1, -1, -1),
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )
+        out.copy_(_rounded(shown.add_(outside)))
     return moved
 
 
@@ -192,11 +200,20 @@ def _rounded(pixels: Tensor) -> Tensor:
 
 def _equalized(channel: Tensor) -> Tensor:
     places = channel.flatten().int()
-    counts = torch.bincount(places, minlength=256)
     values = torch.arange(256, device=channel.device)
-    brightest = counts[(values * (counts > 0)).amax()]
+    counts = _counts(places)
+    brightest = counts.index_select(0, (values * (counts > 0)).amax().view(1))[0]
     step = (counts.sum() - brightest) // 255
     below = counts.cumsum(0) - counts
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
     table = torch.where(step > 0, table, values).to(torch.uint8)
     return table.index_select(0, places).view(channel.shape)
+
+
+def _counts(places: Tensor) -> Tensor:
+    """How often each of 256 values occurs, int64 (256,)."""
+    if places.device.type == "cpu":
+        return torch.bincount(places, minlength=256)
+    # torch.bincount would ask the device for the largest value, and wait for the answer.
+    counts = torch.zeros(256, dtype=torch.int64, device=places.device)
+    return counts.scatter_add_(0, places.long(), torch.ones_like(places, dtype=torch.int64))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data.draws import Kind, draw_generator
-from tvit_cli.data.pixels import frames_to_input, normalise, resized
+from tvit_cli.data.pixels import beside, frames_to_input, normalise, resized
 from tvit_cli.data.randaugment import LUMA, randaugment
 from tvit_cli.settings.card import Preprocessing
 
@@ -79,12 +79,13 @@ def train_transform(
     on (seed, epoch, index) and the frame's size alone: not on the batch, the worker or the device. All frames
     of a clip share it.
     """
-    fill = 255 * torch.tensor(preprocessing.mean)
     size = preprocessing.frame_size
     batch = _empty(clips, size, device)
+    fill = beside(255 * torch.tensor(preprocessing.mean), batch)
     for out, clip, epoch, index in zip(batch, clips, epochs.tolist(), indices.tolist(), strict=True):
         draw = _draw(augmentation, preprocessing, clip.shape[2:], seed, epoch, index)
-        pixels = resized(_boxed(clip, draw.box), (size, size), device)
+        # The whole clip moves: a box of it would be copied first, out of the pinned memory.
+        pixels = resized(_boxed(clip.to(device, non_blocking=True), draw.box), (size, size))
         if draw.flip:
             pixels = pixels.flip(3)
         if augmentation.randaugment:
@@ -198,8 +199,8 @@ def _jitter(pixels: Tensor, draw: _Draw, out: Tensor) -> None:
     pixels = pixels.contiguous().float()
     matrix = _hue_matrix(draw.hue) @ _saturation_matrix(draw.saturation) * draw.contrast * draw.brightness
     frames = len(pixels)
-    torch.bmm(matrix.to(out).expand(frames, 3, 3), pixels.flatten(2), out=out.view(frames, 3, -1))
-    mean_grey = LUMA.to(out) @ pixels.mean(dim=(0, 2, 3))
+    torch.bmm(beside(matrix, out).expand(frames, 3, 3), pixels.flatten(2), out=out.view(frames, 3, -1))
+    mean_grey = beside(LUMA, out) @ pixels.mean(dim=(0, 2, 3))
     out.add_(mean_grey * ((1 - draw.contrast) * draw.brightness)).clamp_(0, 255)
 
 

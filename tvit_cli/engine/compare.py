@@ -55,7 +55,12 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     assert settings.compare is not None
     place = join_processes(settings.device)
     models = [  # the second is missed before the first is scored
-        open_trained(model, working_directory=settings.working_directory, device=place.device)
+        open_trained(
+            model,
+            working_directory=settings.working_directory,
+            device=place.device,
+            mixed_precision=settings.mixed_precision,
+        )
         for model in settings.compare
     ]
     folders = [results_folder(settings, trained) for trained in models]

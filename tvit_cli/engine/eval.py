@@ -52,7 +52,10 @@ def evaluate(
     if not place.is_main:
         report = silent
     trained = trained or open_trained(
-        settings.model, working_directory=settings.working_directory, device=place.device
+        settings.model,
+        working_directory=settings.working_directory,
+        device=place.device,
+        mixed_precision=settings.mixed_precision,
     )
     report(Note(f"Model: {trained.folder}"))
     for note in trained.notes:
@@ -87,6 +90,7 @@ def evaluate(
         rank=place.rank,
         processes=place.processes,
         shuffle_seed=shuffle_seed,
+        autocast=trained.autocast,
         store=source.store,
         progress=lambda done, total: report(Progress("scoring videos", done, total)),
     )
@@ -116,6 +120,7 @@ def evaluate(
     facts: dict[str, object] = {
         "data": str(source.root),
         "frames": "videos" if source.store is None else "frame store",
+        "mixed_precision": trained.precision,
         **choice,
         "views": asdict(views),
         "unreadable_videos": settings.unreadable,

@@ -3,14 +3,14 @@
 Letters: T frames, C channels, S the side of a frame, p pixels along a patch, P patches along a frame.
 
 Note [One relevance for every scheme]
-Attention rollout (arXiv:2005.00928) and gradient-weighted attention (arXiv:2103.15679) multiply attention matrices
-from block to block. They say nothing of what does not pass through a softmax (an MLP, a gate), and every scheme needs
-a rule of its own for how frames meet. Integrated gradients (arXiv:1703.01365) ask the model as a whole: the gradient
-of the label's log score is averaged on the straight way from a blank clip to this one and multiplied by what changes
-on it. It holds for any scheme and pooling by construction, and it adds up: the relevance of all patches is
-log score(clip) - log score(blank). The blank is the clip's own mean colour. On the demo motions the strongest patch
-then lay on the moving object more often than with four other blanks, and deleting what attention's maps point at did
-less harm than deleting random patches (tests/bench/RESULTS.md).
+Attention rollout (arXiv:2005.00928) and gradient-weighted attention (arXiv:2103.15679) multiply attention
+matrices from block to block. They say nothing of what does not pass through a softmax (an MLP, a gate), and every
+scheme needs a rule of its own for how frames meet. Integrated gradients (arXiv:1703.01365) ask the model as a
+whole: the gradient of the label's log score is averaged on the straight way from a blank clip to this one and
+multiplied by what changes on it. It holds for any scheme and pooling by construction, and it adds up: the
+relevance of all patches is log score(clip) - log score(blank). The blank is the clip's own mean colour. On the
+demo motions the strongest patch then lay on the moving object more often than with four other blanks, and
+deleting what attention's maps point at did less harm than deleting random patches (tests/bench/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +16,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistError
 
-from tvit_cli.engine.precision import Precision, resolve_precision
+from tvit_cli.engine.precision import resolve_precision
 from tvit_cli.engine.trained import pick_device
 from tvit_cli.errors import Interrupted, RunError, SettingsError
+from tvit_cli.settings.fields import MixedPrecision
 
 EXIT_CODES = {
     "SIGINT": 130,
@@ -37,7 +37,7 @@ SPLITTERS = {
 }
 
 
-def make_accelerator(*, device: str, mixed_precision: Literal["auto"] | Precision) -> Accelerator:
+def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Accelerator:
     """An Accelerator on the device asked for, with the precision that `auto` means there.
 
     Raises ModelError when this machine has no such device, SettingsError where `accelerate launch` was told to

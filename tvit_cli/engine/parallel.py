@@ -5,6 +5,7 @@ See Note [Out of memory] for why gradients are summed here and not by Distribute
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -40,20 +41,26 @@ def any_of_them(fact: bool, accelerator: Accelerator) -> bool:
     """Whether something is true in any process; all processes get the same answer."""
     if accelerator.num_processes == 1:
         return fact
-    return bool(_reduced(int(fact), accelerator, dist.ReduceOp.MAX))
+    return bool(_reduced(int(fact), dist.ReduceOp.MAX))
 
 
 def least_of_them(value: int, accelerator: Accelerator) -> int:
     """The smallest value that any process has."""
     if accelerator.num_processes == 1:
         return value
-    return _reduced(value, accelerator, dist.ReduceOp.MIN)
+    return _reduced(value, dist.ReduceOp.MIN)
 
 
-def _reduced(value: int, accelerator: Accelerator, how: dist.ReduceOp.RedOpType) -> int:
-    shared = torch.tensor(value, device=accelerator.device)
-    dist.all_reduce(shared, how)
+def _reduced(value: int, how: dist.ReduceOp.RedOpType) -> int:
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, how, group=_between_hosts(dist.group.WORLD))
     return int(shared.item())
+
+
+@functools.cache
+def _between_hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All processes, joined by their processors: what those alone know is not asked of GPUs and waited for."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:

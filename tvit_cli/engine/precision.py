@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
 from tvit_cli.errors import SettingsError
+from tvit_cli.settings.fields import MixedPrecision
 
 Precision = Literal["no", "bf16", "fp16"]
 
 FAST_BF16 = (8, 0)  # CUDA compute capability: the first whose tensor cores take bfloat16 (Ampere white paper)
 
 
-def resolve_precision(given: Literal["auto"] | Precision, device: torch.device) -> Precision:
+def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
     """The format that a setting means on a device. See Note [Mixed precision].
 
     Raises SettingsError for fp16 on a CPU: Accelerate would compute in float32 and say nothing.
@@ -23,6 +25,13 @@ def resolve_precision(given: Literal["auto"] | Precision, device: torch.device) 
     if given != "auto":
         return given
     return "bf16" if device.type == "cuda" and _is_fast_at_bf16(device) else "no"
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, a forward pass computes in that format."""
+    if precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 # Note [Mixed precision]

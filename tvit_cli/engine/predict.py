@@ -24,6 +24,7 @@ from tvit_cli.model.folder import save_tensors
 from tvit_cli.model.int8 import to_int8
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import ModelCard
+from tvit_cli.settings.fields import MixedPrecision
 from tvit_cli.settings.predict import ENDINGS, PredictSettings
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class Model:
             device=self._trained.device,
             batch_size=batch_size,
             workers=min(default_workers(), len(places) // VIDEOS_PER_WORKER),
+            autocast=self._trained.autocast,
             progress=progress,
         )
         return dict(zip(scores.indices.tolist(), scores.logits, strict=True)), scores.errors
@@ -220,13 +222,19 @@ class Model:
         return Prediction(str(place), tuple((self.labels[i], value) for i, value in best))
 
 
-def load_model(path: str | Path, *, device: str = "auto") -> Model:
+def load_model(path: str | Path, *, device: str = "auto", mixed_precision: MixedPrecision = "auto") -> Model:
     """Open a model folder, or the folder of its run, on a device: auto, cpu, cuda or mps.
+
+    `mixed_precision` auto computes in bf16 on GPUs with the hardware for it.
 
     Raises ModelError when it is not whole or the machine has no such device.
     """
     runs = PredictSettings.model_fields["working_directory"].default
-    return Model(open_trained(Path(path), working_directory=runs, device=pick_device(device)))
+    return Model(
+        open_trained(
+            Path(path), working_directory=runs, device=pick_device(device), mixed_precision=mixed_precision
+        )
+    )
 
 
 def predict(settings: PredictSettings, report: Report = silent) -> PredictResult:
@@ -291,7 +299,12 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
         raise SettingsError(
             f"--int8: is for CPUs, and the model would run on {device.type}. Leave it out, or take --device cpu."
         )
-    trained = open_trained(settings.model, working_directory=settings.working_directory, device=device)
+    trained = open_trained(
+        settings.model,
+        working_directory=settings.working_directory,
+        device=device,
+        mixed_precision=settings.mixed_precision,
+    )
     report(Note(f"Model: {trained.folder}"))
     if settings.int8:
         layers = to_int8(trained.model, but="classifier")

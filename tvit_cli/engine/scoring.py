@@ -87,7 +87,7 @@ def score(
     keys = [(0, index) for index in range(len(videos))]
     own = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][rank::processes]
     count = sum(map(len, own))
-    loaded = load_batches(dataset, own, workers=min(workers, len(own)))
+    loaded = load_batches(dataset, own, workers=min(workers, len(own)), pin_memory=device.type == "cuda")
     was_training = model.training
     model.eval()
     rows: list[_Rows] = []
@@ -100,7 +100,7 @@ def score(
                 for clips in _clips(batch, views)
                 for place, flip in views.crops
             ]
-        )  # (views, B, K)
+        ).cpu()  # (views, B, K)
         read = batch.weights > 0
         errors |= dict(batch.errors)
         of_views = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
@@ -178,7 +178,7 @@ def _logits(
     frames = eval_transform(clips, preprocessing=preprocessing, device=device, place=place, flip=flip)
     with autocast():
         logits: Tensor = model(frames)
-    return logits.float().cpu()
+    return logits.float()
 
 
 def _mean(logits: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ def make_timeline(
     for batch in ahead(_batches(windows, batch_size)):
         clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
         frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
-        rows.append(trained.model(frames).double().softmax(1).cpu())
+        with trained.autocast():
+            logits = trained.model(frames)
+        rows.append(logits.double().softmax(1).cpu())
         for w in batch:
             album.offer(w, window)
         if progress is not None:
@@ -133,6 +135,7 @@ def _whole(trained: Trained, place: Place) -> Scores:
         device=trained.device,
         batch_size=1,
         workers=0,
+        autocast=trained.autocast,
     )
     if found.errors:
         raise VideoError(f"{place}: {found.errors[0]}")

@@ -107,6 +107,7 @@ def score_test(model: Path, settings: TrainSettings, report: Report, place: Plac
             device=settings.device,
             num_workers=settings.num_workers,
             per_gpu_batch_size=settings.per_gpu_batch_size,
+            mixed_precision=settings.mixed_precision,
         ),
         report,
         place,

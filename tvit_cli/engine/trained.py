@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tvit_cli.engine.precision import Precision, autocast, resolve_precision
 from tvit_cli.errors import ModelError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
 from tvit_cli.model.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
+from tvit_cli.settings.fields import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Trained:
     results: Path | None = None
     labels_are_guessed: bool = False
     notes: tuple[str, ...] = ()
+    precision: Precision = "no"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Within it, the model computes in its precision."""
+        return autocast(self.precision, self.device)
 
     @property
     def name(self) -> str:
@@ -55,23 +64,30 @@ class Trained:
 
 
 def open_trained(
-    given: Path | None, *, working_directory: Path, device: torch.device, verify: bool = False
+    given: Path | None,
+    *,
+    working_directory: Path,
+    device: torch.device,
+    verify: bool = False,
+    mixed_precision: MixedPrecision = "no",
 ) -> Trained:
     """Load a model folder (or the one of a run's folder); without one, the newest of the working directory.
 
     `given` may also be the name of such a model on the Hugging Face hub, or what the reference implementation
     trained: a folder, a file, or a name. `verify` compares the weights of a model folder with the hash in its
-    card. Raises ModelError when there is none or it is not whole.
+    card. Raises ModelError when there is none or it is not whole, SettingsError for a precision that the device
+    does not have.
     """
+    precision = resolve_precision(mixed_precision, device)
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / MODEL_FOLDER / CARD_FILE).is_file():
         folder = folder / MODEL_FOLDER
     if not (folder / CARD_FILE).is_file():
         found = _open_elsewhere(folder, working_directory, device, verify=verify)
         if found is not None:
-            return found
+            return replace(found, precision=precision)
     model, card = load_model(folder, device=device, verify=verify)
-    return Trained(model.eval(), card, folder, device)
+    return Trained(model.eval(), card, folder, device, precision=precision)
 
 
 def _open_elsewhere(

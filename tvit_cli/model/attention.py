@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
         """(B, G, N, D) -> (B, G, Q, D); only the first `n_queries` tokens of a group ask, all when None."""
+        tokens = in_autocast(tokens)  # once for the three layers, which each would keep a copy of their own
         # Without gaps between rows: for gapped ones torch's choice of matmul, and so the last bit of the
         # numbers, depends on which weights are frozen.
         asking = tokens[:, :, :n_queries].contiguous()  # (B, G, Q, D)
@@ -38,6 +40,12 @@ class SelfAttention(nn.Module):
     def _split_heads(self, tokens: Tensor) -> Tensor:
         heads = tokens.reshape(-1, tokens.shape[2], self.num_heads, tokens.shape[3] // self.num_heads)
         return heads.transpose(1, 2)  # (B*G, N, A, D/A) -> (B*G, A, N, D/A)
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """The tensor in the number format that autocast computes in, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:

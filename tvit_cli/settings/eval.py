@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tvit_cli.settings.base import Settings, about, flag
-from tvit_cli.settings.fields import Device, Pattern
+from tvit_cli.settings.fields import PRECISION, Device, MixedPrecision, Pattern
 
 WHAT, HOW = "What is scored", "How"
 
@@ -98,6 +98,7 @@ class EvalSettings(Settings):
         json_schema_extra=about(HOW, default="from the CPU count"),
     )
     device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
+    mixed_precision: MixedPrecision = Field("auto", description=PRECISION, json_schema_extra=about(HOW))
     num_processes: int = Field(
         1,
         ge=1,

@@ -67,6 +67,8 @@ TrainMode = Annotated[str, AfterValidator(_is_train_mode)]
 Pattern = Annotated[str, AfterValidator(_compiles)]
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+PRECISION = "Number format of the forward pass; auto is bf16 where the GPU is fast at it, else no"
 
 GROUP_PATTERN = r"_g(\d+)_"  # UCF101: v_Archery_g01_c02.avi, clips of one group are cut from one recording
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from tvit_cli.settings.base import Settings, about, flag
-from tvit_cli.settings.fields import Device, seconds
+from tvit_cli.settings.fields import PRECISION, Device, MixedPrecision, seconds
 
 HOW, SHOWN, LONG, MORE = "How", "What is shown", "Long videos", "What is written"
 
@@ -48,6 +48,7 @@ class PredictSettings(Settings):
         8, ge=1, description="Clips in one forward pass", json_schema_extra=about(HOW)
     )
     device: Device = Field("auto", description="Where the model runs", json_schema_extra=about(HOW))
+    mixed_precision: MixedPrecision = Field("auto", description=PRECISION, json_schema_extra=about(HOW))
 
     int8: bool = Field(
         False,
@@ -115,6 +116,10 @@ class PredictSettings(Settings):
             path = getattr(self, name)
             if path is not None and path.suffix.lower() not in endings:
                 raise ValueError(f"--{name} {path}: its name should end in {' or '.join(endings)}")
+        if self.int8 and self.mixed_precision in ("bf16", "fp16"):
+            raise ValueError(
+                f"--int8 and --mixed-precision {self.mixed_precision} are two formats of numbers: take one of them"
+            )
         if self.int8 and self.explain is not None:
             raise ValueError("--explain follows gradients, which 8 bits have none of: leave out --int8")
         if self.window is None:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tvit_cli.settings.base import about, flag
 from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.data import DATA, DataSettings
-from tvit_cli.settings.fields import CountOrAuto, Device, Names, Pairs, TrainMode
+from tvit_cli.settings.fields import PRECISION, CountOrAuto, Device, MixedPrecision, Names, Pairs, TrainMode
 
 RUN, MODEL, LORA = "Run", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
@@ -379,10 +379,8 @@ class TrainSettings(DataSettings):
     adam_epsilon: float = Field(
         1e-8, gt=0, description="AdamW's epsilon", json_schema_extra=about(OPTIMISATION, reference="1e-8")
     )
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        "auto",
-        description="Number format of the forward pass; auto is bf16 where the GPU is fast at it, else no",
-        json_schema_extra=about(OPTIMISATION),
+    mixed_precision: MixedPrecision = Field(
+        "auto", description=PRECISION, json_schema_extra=about(OPTIMISATION)
     )
     compile: bool = Field(
         False,
