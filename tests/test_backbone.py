@@ -218,7 +218,7 @@ def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_pa
     assert warned(hf_model_name=str(weights), train="last-1") == []
     assert "cannot know the order" in warned(hf_model_name=str(weights), train="classifier")[0]
     assert warned(hf_model_name=str(weights), train="classifier", attention="space", pool="attentive") == []
-    ignored = "No adapter is attached, so --lora-rank-pattern, --lora-bias have no effect."
+    ignored = "No adapter is attached: nothing comes of --lora-rank-pattern, --lora-bias."
     assert warned(hf_model_name=str(weights), train="all", lora_bias="all", lora_rank_pattern={"q": 3}) == [
         ignored
     ]
@@ -232,10 +232,14 @@ def test_a_run_goes_on_when_its_weights_have_moved_and_not_with_others(tmp_path:
     checkpoint = sorted((first.run / "checkpoints").glob("step-*"))[0]
     again = run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
     assert load_card(again.model).weights_sha256 == load_card(first.model).weights_sha256
+    (moved / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    with pytest.raises(CheckpointError, match=r"--hf-model-name: .*\n  network: "):
+        run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
+    (moved / "preprocessor_config.json").unlink()
     rewritten_weights = load_file(moved / "model.safetensors")
     rewritten_weights["layernorm.bias"] += 1
     save_file(rewritten_weights, moved / "model.safetensors")
-    with pytest.raises(CheckpointError, match="base weights"):
+    with pytest.raises(CheckpointError, match=r"--hf-model-name: .*\n  base weights: "):
         run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
 
 
@@ -243,6 +247,8 @@ def test_an_experiment_is_not_overwritten_with_weights_that_lie_in_it(tmp_path: 
     how: dict[str, Any] = {"path_to_data": str(make_clips(tmp_path / "colours", groups=4))}
     how |= {"working_directory": tmp_path / "runs", "epochs": 1, "experiment_name": "a"}
     first = run(hf_model_name=None, width=16, depth=1, num_heads=2, **how)
+    with pytest.raises(ModelError, match="no name that a hub repository can have"):
+        run(hf_model_name="x" * 300, overwrite=True, **how)
     for base in (first.model, first.run):
         with pytest.raises(SettingsError, match=r"--overwrite: .*a holds the weights to begin with"):
             run(hf_model_name=str(base), overwrite=True, **how)

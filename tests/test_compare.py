@@ -169,3 +169,13 @@ def test_two_models_of_one_name_are_told_apart_by_their_paths(trained: TrainResu
     text = measured(compared(*models))
     assert f"{models[1]} against {models[0]}" in text
     assert f"people against {trained.run.name}" in measured(compared(trained.model, models[0]))
+
+
+def test_both_models_are_scored_in_the_number_format_that_was_asked_for(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    comparison = compared(
+        trained.model, copy_of(trained, tmp_path / "b"), mixed_precision="bf16", output=tmp_path
+    )
+    for result in (comparison.first, comparison.second):
+        assert json.loads((result.output / "metrics.json").read_text())["mixed_precision"] == "bf16"

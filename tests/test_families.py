@@ -284,15 +284,6 @@ def test_timm_weights_of_an_unknown_width_ask_for_the_number_of_heads(tmp_path: 
         loaded(folder)
 
 
-def test_timm_weights_of_an_unknown_width_have_heads_of_64_where_those_fit(tmp_path: Path) -> None:
-    shape = {**SHAPE, "hidden_size": 256, "num_attention_heads": 4}
-    config = transformers.ViTConfig(**shape, intermediate_size=48, **EAGER)
-    folder = as_timm(
-        randomised(transformers.ViTModel(config, add_pooling_layer=False)), tmp_path, model_args={}
-    )
-    assert read_config(resolve_weights(str(folder))).num_heads == 4
-
-
 def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path: Path) -> None:
     folder = as_timm(MODELS["dino"](), tmp_path / "timm", model_type="timm")
     assert read_config(resolve_weights(str(folder))).width == 32

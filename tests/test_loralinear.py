@@ -202,6 +202,12 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for() -> None:
         assert saved_bytes(lambda: lora_linear(*inputs, scale=1.0, dropout=0.1), without=[]) == 0
 
 
+def test_attention_computes_on_a_device_that_autocast_does_not_know() -> None:
+    config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=32, depth=1, num_heads=2)
+    model = build_model(config, seed=0, from_scratch=True).to("meta")
+    assert model(torch.empty(1, 2, 3, 16, 16, device="meta")).shape == (1, 2)
+
+
 def test_queries_keys_and_values_keep_one_input_under_autocast() -> None:
     config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=32, depth=1, num_heads=2)
     model = build_model(config, seed=0, from_scratch=True).train()

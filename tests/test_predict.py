@@ -81,6 +81,14 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained: TrainResult, c
     assert half == pytest.approx(whole, abs=0.05) and all(
         a != b for a, b in zip(half[:4], whole[:4], strict=True)
     )
+    facts: dict[str, Any] = {"paths": [str(clip)], "model": trained.model, "device": "cpu"}
+    typed = [
+        predict(PredictSettings(**facts, mixed_precision=precision)).predictions[0].labels[0][1]
+        for precision in ("no", "bf16")
+    ]
+    assert typed == [whole[0], half[0]]
+    explained = tvit_cli.load_model(trained.model, device="cpu", mixed_precision="bf16").explain(clip)
+    assert explained.score == pytest.approx(half[0], rel=1e-6)
     with pytest.raises(SettingsError, match="--int8 and --mixed-precision bf16"):
         load(PredictSettings, flags={"paths": ["a.mp4"], "int8": True, "mixed_precision": "bf16"}, environ={})
 

@@ -315,6 +315,12 @@ def test_a_name_that_is_too_long_for_a_file_is_no_name(tmp_path: Path) -> None:
         resolve_weights("x" * 300)
 
 
+def test_a_run_that_has_not_ended_is_no_start_for_another(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ModelError, match="a run without a model"):
+        resolve_weights(str(tmp_path))
+
+
 def test_a_missing_shard_is_asked_for_and_an_export_named_as_one(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(

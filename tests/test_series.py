@@ -106,6 +106,25 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(facts: dict[str, Any],
     assert json.loads((replaced.folder / "seed0-split1/settings.json").read_text())["lora_rank"] == 4
 
 
+def test_a_series_is_not_overwritten_with_weights_that_lie_in_it(
+    facts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nothing is trained first: the run that holds them is the last of the series."""
+    seeds(facts, tmp_path, 0, 1)
+    models = [tmp_path / "people" / f"seed{seed}-split1" / "model" / "card.json" for seed in (0, 1)]
+    before = [path.read_bytes() for path in models]
+    with pytest.raises(SettingsError, match=r"--overwrite: .*seed1-split1 holds the weights"):
+        seeds(facts, tmp_path, 0, 1, overwrite=True, hf_model_name=str(models[1].parent))
+    assert [path.read_bytes() for path in models] == before
+
+
+def test_a_series_goes_on_with_the_weights_that_it_began_with(facts: dict[str, Any], tmp_path: Path) -> None:
+    seeds(facts, tmp_path, 0)
+    other = make_pretrained(tmp_path / "other")
+    with pytest.raises(SettingsError, match="--hf-model-name: "):
+        seeds(facts, tmp_path, 0, 1, hf_model_name=str(other))
+
+
 def test_a_single_runs_folder_is_not_taken_for_a_series(facts: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "people").mkdir()
     (tmp_path / "people" / "settings.json").write_text("{}")

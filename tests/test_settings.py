@@ -170,7 +170,7 @@ def test_none_empties_a_list_and_a_table() -> None:
 def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle() -> None:
     assert read(flags={"lora_bias": "all", "lora_exclude_modules": "q"}).settings.without_effect() == []
     whole = {"train": "all", "lora_rank": "4", "lora_bias": "all", "lora_rank_pattern": "q=3"}
-    assert read(flags=whole).settings.without_effect() == ["lora_rank_pattern", "lora_bias"]
+    assert read(flags=whole).settings.without_effect() == ["lora_rank", "lora_rank_pattern", "lora_bias"]
     none = {"lora_rank": "0", "lora_bias": "all", "lora_exclude_modules": "q", "lora_use_dora": True}
     assert read(flags=none).settings.without_effect() == ["lora_use_dora"]
     assert read(flags={**none, "lora_bias": "lora_only"}).settings.without_effect() == [

@@ -587,6 +587,15 @@ def counts_differ(base: TrainResult, changed: TrainResult) -> bool:
     )
 
 
+def formats_differ(base: TrainResult, changed: TrainResult) -> bool:
+    """The training's format, and that of the test at its end."""
+    said = [
+        json.loads((result.run / "eval" / "test" / "metrics.json").read_text())["mixed_precision"]
+        for result in (base, changed)
+    ]
+    return weights_differ(base, changed) and said == ["no", "bf16"]
+
+
 def average_is_kept(base: TrainResult, changed: TrainResult) -> bool:
     """The raw weights are trained as ever; what is validated and saved is another thing."""
     a, b = (load_model(result.model)[0].classifier.weight for result in (base, changed))
@@ -662,7 +671,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult
     "adam_beta1": ({}, 0.5, weights_differ),
     "adam_beta2": ({}, 0.9, weights_differ),
     "adam_epsilon": ({}, 1e-2, weights_differ),
-    "mixed_precision": ({}, "bf16", weights_differ),
+    "mixed_precision": ({"test_at_end": True}, "bf16", formats_differ),
     "crop_scale_min": ({}, 1.0, weights_differ),
     "horizontal_flip": ({}, 0.0, weights_differ),
     "brightness": ({}, 0.0, weights_differ),

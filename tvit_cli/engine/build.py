@@ -114,7 +114,7 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
 def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool) -> Iterator[str]:
     """What a training would rather have said before it begins than found out after it."""
     if settings.hf_model_name is None and settings.train != "all":
-        yield f"--train {settings.train}: most of a model from scratch stays random. Leave it out to train all."
+        yield f"--train {settings.train}: what it leaves frozen of a model from scratch stays random."
     additions = [weight for part in model.additions().values() for weight in part.parameters()]
     if is_image_vit and not all(weight.requires_grad for weight in additions):
         yield (
@@ -122,7 +122,7 @@ def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool
             "cannot know the order of frames. --train lora or last-1 lets it learn that."
         )
     if ignored := settings.without_effect():
-        yield f"No adapter is attached, so {', '.join(map(flag, ignored))} have no effect."
+        yield f"No adapter is attached: nothing comes of {', '.join(map(flag, ignored))}."
 
 
 def _spec(settings: TrainSettings) -> lora.LoraSpec:

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,7 @@ def open_run(settings: TrainSettings) -> Run:
     folder = settings.working_directory / name
     checkpoints = folder / settings.checkpoint_dir
     if _is_new(folder) or settings.overwrite:
-        base = Path(settings.hf_model_name or "").expanduser()
-        if settings.hf_model_name and base.exists() and base.resolve().is_relative_to(folder.resolve()):
-            raise SettingsError(
-                f"--overwrite: {folder} holds the weights to begin with, --hf-model-name {settings.hf_model_name}. "
-                "Take another --experiment-name."
-            )
+        refuse_own_base(folder, settings)
         return Run(folder, checkpoints, None)
     choices = "Take another name, or replace it with --overwrite."
     if (folder / MODEL_FOLDER).exists():
@@ -67,6 +62,16 @@ def open_run(settings: TrainSettings) -> Run:
     if not known:
         raise SettingsError(f"--experiment-name {name}: {folder} was begun and has no checkpoint. {choices}")
     return Run(folder, checkpoints, known[-1])
+
+
+def refuse_own_base(folder: Path, settings: TrainSettings) -> None:
+    """Raise SettingsError where a run would be replaced that holds the weights it begins with."""
+    name = settings.hf_model_name
+    if name and Path(name).expanduser().absolute().resolve().is_relative_to(folder.absolute().resolve()):
+        raise SettingsError(
+            f"--overwrite: {folder} holds the weights to begin with, --hf-model-name {name}. Take another "
+            "--experiment-name."
+        )
 
 
 def experiment_name(settings: TrainSettings) -> str:
@@ -186,6 +191,7 @@ def identity(
     training: Iterable[str],
     validation: Iterable[str],
     base: BaseWeights | None,
+    network: Mapping[str, Any],
     frames: str,
     device: str,
     processes: int,
@@ -197,6 +203,7 @@ def identity(
         "training videos": _digest(training),
         "validation videos": _digest(validation),
         "base weights": None if base is None else base.sha256,
+        "network": network,
         "frames": frames,
         "device type": device,
         "processes": processes,
@@ -206,9 +213,13 @@ def identity(
 def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise CheckpointError that lists every setting that differs and would change the result.
 
-    A setting that did not exist yet when the checkpoint was written had what is its default now.
+    A setting that did not exist yet when the checkpoint was written had what is its default now. Weights may have
+    moved: where they and the network are the same, so is what they are called.
     """
-    lines = _differences({**_DEFAULTS, **before}, now)
+    before = {**_DEFAULTS, **before}
+    if all(before.get(key) == now[key] is not None for key in ("base weights", "network")):
+        before["hf_model_name"] = now["hf_model_name"]
+    lines = _differences(before, now)
     if lines:
         raise CheckpointError(
             "The checkpoint was written with other settings, and going on would mix two runs:\n"

@@ -45,7 +45,8 @@ class SelfAttention(nn.Module):
 def in_autocast(x: Tensor) -> Tensor:
     """The tensor in the number format that autocast computes in, where it is on."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if is_on else x
 
 
 def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     return {
         "hidden_size": width,
         "num_hidden_layers": depth,
-        "num_attention_heads": heads or TIMM_HEADS.get(width) or (None if width % 64 else width // 64),
+        "num_attention_heads": heads or TIMM_HEADS.get(width),
         "intermediate_size": int(fc2.shape[-1]),
         "patch_size": patch_size,
         "image_size": patch_size * math.isqrt(positions.shape[-2]),  # a few rows more make no square more

@@ -252,8 +252,8 @@ def _check_init(model: TemporalViT, spec: LoraSpec, ranks: Mapping[str, int]) ->
         if spec.init in FROM_WEIGHTS and rank > least:
             raise ModelError(
                 f"{option}: {name} maps {layer.in_features} to {layer.out_features} numbers, so its rank is at "
-                f"most {least}, not {rank}. Give {flag('lora_rank_pattern')} {name.rpartition('.')[2]}={least}, or "
-                "leave it out."
+                f"most {least}, not {rank}. Give {flag('lora_rank_pattern')} "
+                f"{name if name in spec.rank_pattern else name.rpartition('.')[2]}={least}, or leave it out."
             )
         if spec.init == "orthogonal" and rank % 2:
             raise ModelError(f"{option}: {name} has the rank {rank}; it has to be even. Use {rank + 1}.")

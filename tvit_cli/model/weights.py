@@ -182,6 +182,8 @@ def _what_is_cached() -> str:
 
 
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
+    if (folder / "settings.json").is_file() and not (folder / WEIGHTS_FILE).is_file():
+        raise ModelError(f"{name}: a run without a model; it is written when a training ends. Name another.")
     if not any((folder / file_name).is_file() for file_name in (CONFIG_FILE, CARD_FILE)):
         raise ModelError(
             f"{name}: {CONFIG_FILE} is missing (and {CARD_FILE}, which a model folder of tvit has). Copy it from "

@@ -9,15 +9,17 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator
 
 
 def _split(value: Any) -> Any:
-    """Comma-separated text becomes a list. "q, k" -> ["q", "k"] . "none" -> []"""
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    return [] if parts == ["none"] else parts
+    """Comma-separated text becomes a list. "q, k" -> ["q", "k"]"""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _none(value: Any) -> Any:
+    """The word for an empty list or table. "none" -> "" """
+    return "" if isinstance(value, str) and value.strip() == "none" else value
 
 
 def _pairs(value: Any) -> Any:
-    """Comma-separated name=value text becomes a table. "q=16, fc1=4" -> {"q": "16", "fc1": "4"} . "none" -> {}"""
+    """Comma-separated name=value text becomes a table. "q=16, fc1=4" -> {"q": "16", "fc1": "4"}"""
     if not isinstance(value, str):
         return value
     table: dict[str, str] = {}
@@ -62,7 +64,8 @@ def _is_train_mode(value: str) -> str:
 
 V = TypeVar("V")
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Pairs = Annotated[dict[str, V], BeforeValidator(_pairs)]
+NamesOrNone = Annotated[Names, BeforeValidator(_none)]
+Pairs = Annotated[dict[str, V], BeforeValidator(_pairs), BeforeValidator(_none)]
 TrainMode = Annotated[str, AfterValidator(_is_train_mode)]
 Pattern = Annotated[str, AfterValidator(_compiles)]
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]

@@ -14,7 +14,15 @@ from pydantic import Field, field_validator, model_validator
 from tvit_cli.settings.base import about, flag
 from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.data import DATA, DataSettings
-from tvit_cli.settings.fields import PRECISION, CountOrAuto, Device, MixedPrecision, Names, Pairs, TrainMode
+from tvit_cli.settings.fields import (
+    PRECISION,
+    CountOrAuto,
+    Device,
+    MixedPrecision,
+    NamesOrNone,
+    Pairs,
+    TrainMode,
+)
 
 RUN, MODEL, LORA = "Run", "Model", "LoRA"
 OPTIMISATION, AUGMENTATION, CHECKPOINTS = "Optimisation", "Augmentation", "Checkpoints"
@@ -152,7 +160,6 @@ class TrainSettings(DataSettings):
         "trains from scratch",
         json_schema_extra=about(
             MODEL,
-            harmless=True,  # what was read from it is compared by its hash
             reference="required",
             why="the reference's own backbone",
             resettable=True,
@@ -272,12 +279,12 @@ class TrainSettings(DataSettings):
         description="Biases trained beside the adapters: none, those of adapted layers, or all",
         json_schema_extra=about(LORA, reference="'none'"),
     )
-    lora_target_modules: Names = Field(
+    lora_target_modules: NamesOrNone = Field(
         ("q", "k", "v"),
         description=f"Layers that get an adapter, of {', '.join(LORA_TARGETS)}; or full names",
         json_schema_extra=about(LORA, reference="None", why="LoRA trains nothing without targets"),
     )
-    lora_exclude_modules: Names = Field(
+    lora_exclude_modules: NamesOrNone = Field(
         (),
         description="Layers that get no adapter and are trained in full",
         json_schema_extra=about(LORA, reference="None", default="none"),
@@ -650,7 +657,8 @@ class TrainSettings(DataSettings):
         if self.temporal_rate is not None and not trained:
             raise ValueError(
                 f"--temporal-rate {self.temporal_rate:g}: no blocks over whole frames are trained with --attention "
-                f"{self.attention} and --train {self.train}. Leave it out, or take --attention factorized"
+                f"{self.attention} and --train {self.train}. Leave it out, or take --attention factorized and "
+                "another --train than classifier"
             )
 
     def _regularisation_agrees(self) -> None:
@@ -674,9 +682,11 @@ class TrainSettings(DataSettings):
         """Settings of adapters that were changed where none is attached."""
         if self.train == "lora" and self.lora_rank:
             return []
-        still = {"lora_rank"}  # it is what says so
-        if self.train == "lora":
-            still |= {"lora_exclude_modules"} | ({"lora_bias"} if self.lora_bias == "all" else set())
+        still: set[str] = set()
+        if self.train == "lora":  # rank 0 is what says so
+            still = {"lora_rank", "lora_exclude_modules"} | (
+                {"lora_bias"} if self.lora_bias == "all" else set()
+            )
         fields = TrainSettings.model_fields
         return [
             name
