@@ -196,7 +196,7 @@ def use_index(folder: Path) -> Row:
         "digest_at_a_checkpoint",
         lambda: identity(
             TrainSettings(), labels=layout.labels, training=[video.name for video in layout.videos], validation=[],
-            base=None, frames="store", device="cpu", processes=1,
+            base=None, network={}, frames="store", device="cpu", processes=1,
         ),
     )  # fmt: skip
     found["mebibytes"] = peak_memory() - before
