@@ -218,8 +218,8 @@ def draw(results: dict[str, dict[int, Row]]) -> Drawing | None:
     frames = {
         name.removeprefix("frames, "): rows for name, rows in results.items() if name.startswith("frames, ")
     }
-    for start in range(0, len(frames), len(roles)):
-        some = list(frames.items())[start : start + len(roles)]
+    for start in range(0, len(frames), 2):
+        some = list(frames.items())[start : start + 2]
         curves = [curve(name, rows, "times", role) for (name, rows), role in zip(some, roles, strict=False)]
         add("Time of a step over that of 4 frames", curves, "frames")
     for name in ("clips in a batch", "classes"):
