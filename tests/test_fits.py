@@ -493,12 +493,16 @@ def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
 def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over NCCL each such number would be fetched from a GPU, when all that was asked of it before is done."""
     made: list[str] = []
-    monkeypatch.setattr(parallel.dist, "get_backend", lambda group: group)
+    used: list[Any] = []
+    backends = iter(("gloo", "nccl", "nccl"))
+    monkeypatch.setattr(parallel.dist, "get_backend", lambda: next(backends))
     monkeypatch.setattr(parallel.dist, "new_group", lambda *, backend: made.append(backend) or "new")
-    parallel._between_hosts.cache_clear()
-    assert parallel._between_hosts("gloo") == "gloo" and not made
-    assert [parallel._between_hosts("nccl") for _ in range(2)] == ["new", "new"] and made == ["gloo"]
-    parallel._between_hosts.cache_clear()
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor, how, group: used.append(group))
+    parallel._between_processors.cache_clear()
+    for _ in range(3):
+        assert parallel._reduced(3, parallel.dist.ReduceOp.MAX) == 3
+    assert (used, made) == ([None, "new", "new"], ["gloo"])
+    parallel._between_processors.cache_clear()
 
 
 def test_gradients_are_summed_in_buckets_of_one_type() -> None:

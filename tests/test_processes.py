@@ -67,6 +67,32 @@ def losses(runs: Path) -> list[float]:
     return [line["train_loss"] for line in lines if line["kind"] == "step"]
 
 
+@pytest.mark.parametrize("ending", ["well", "refused"])
+def test_processes_part_before_they_end(facts: dict[str, Any], tmp_path: Path, ending: str) -> None:
+    """gloo's threads, left running, now and then abort a process that has done its work, which then has failed."""
+    own = settings(**{**facts, "epochs": 1, "working_directory": tmp_path})
+    if ending == "refused":
+        own = own.model_copy(update={"path_to_data": str(tmp_path / "nothing")})
+    (tmp_path / "own.json").write_text(own.model_dump_json())
+    (tmp_path / "program.py").write_text(
+        "import atexit\n"
+        "from torch import distributed\n"
+        "from tvit_cli.main import run\n"
+        "atexit.register(lambda: print('together' if distributed.is_initialized() else 'parted', flush=True))\n"
+        f"run(['train', '--config', {str(tmp_path / 'own.json')!r}, '-q'])\n"
+    )
+    words = [
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        str(tmp_path / "program.py"),
+    ]
+    output, errors = start(words).communicate(timeout=120)
+    assert output.count("parted") >= 1 and "together" not in output, errors
+
+
 def test_in_float64_the_losses_are_those_of_one_process_however_a_batch_is_shared_out(
     facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 import tvit_cli
 from tvit_cli import commands
-from tvit_cli.errors import TvitError
+from tvit_cli.errors import Interrupted, TvitError
 
 if TYPE_CHECKING:
     from tvit_cli.options import Verbosity
@@ -149,6 +149,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         app(arguments, prog_name="tvit")
     try:
         app(arguments, prog_name="tvit")
+    except SystemExit:
+        _leave_the_others(well=True)
+        raise
     except TvitError as error:
         _fail(error, error.exit_code)
     except OSError as error:
@@ -171,4 +174,13 @@ def _fail(error: TvitError, code: int) -> None:
     from tvit_cli.console import print_error
 
     print_error(error)
+    _leave_the_others(well=isinstance(error, Interrupted))
     sys.exit(code)
+
+
+def _leave_the_others(*, well: bool) -> None:
+    together = sys.modules.get("torch.distributed")  # whoever shares work has loaded it
+    if together is not None and together.is_available() and together.is_initialized():
+        from tvit_cli.engine.parallel import leave
+
+        leave(well=well)

@@ -53,14 +53,24 @@ def least_of_them(value: int, accelerator: Accelerator) -> int:
 
 def _reduced(value: int, how: dist.ReduceOp.RedOpType) -> int:
     shared = torch.tensor(value)
-    dist.all_reduce(shared, how, group=_between_hosts(dist.group.WORLD))
+    dist.all_reduce(shared, how, group=None if dist.get_backend() == "gloo" else _between_processors())
     return int(shared.item())
 
 
 @functools.cache
-def _between_hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _between_processors() -> dist.ProcessGroup:
     """All processes, joined by their processors: what those alone know is not asked of GPUs and waited for."""
-    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo")
+
+
+def leave(*, well: bool) -> None:
+    """Part from the other processes, at the end of this one: gloo's threads abort a process that ends with them.
+
+    A process that did not end `well` leaves NCCL's as they are: the others may be waiting for it, and it for them.
+    """
+    if well or dist.get_backend() == "gloo":
+        _between_processors.cache_clear()
+        dist.destroy_process_group()
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
