@@ -83,10 +83,9 @@ def test_processes_part_before_they_end(facts: dict[str, Any], tmp_path: Path, e
     )
     words = [
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
         str(tmp_path / "program.py"),
     ]
     output, errors = start(words).communicate(timeout=120)

@@ -415,5 +415,14 @@ def export(loaded: Loaded[ExportSettings], verbosity: Verbosity) -> None:
         console.say(f"Uploaded to {result.url}")
 
 
+def part(*, well: bool) -> None:
+    """Leave the processes that this one shared its work with, if there are any: see `engine.parallel.leave`."""
+    together = sys.modules.get("torch.distributed")  # whoever shares work has loaded it
+    if together is not None and together.is_available() and together.is_initialized():
+        from tvit_cli.engine.parallel import leave
+
+        leave(well=well)
+
+
 def _limit(value: float | None) -> str:
     return "" if value is None else f"{value:g}"

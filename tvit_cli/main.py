@@ -150,7 +150,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments, prog_name="tvit")
     except SystemExit:
-        _leave_the_others(well=True)
+        commands.part(well=True)
         raise
     except TvitError as error:
         _fail(error, error.exit_code)
@@ -174,13 +174,5 @@ def _fail(error: TvitError, code: int) -> None:
     from tvit_cli.console import print_error
 
     print_error(error)
-    _leave_the_others(well=isinstance(error, Interrupted))
+    commands.part(well=isinstance(error, Interrupted))
     sys.exit(code)
-
-
-def _leave_the_others(*, well: bool) -> None:
-    together = sys.modules.get("torch.distributed")  # whoever shares work has loaded it
-    if together is not None and together.is_available() and together.is_initialized():
-        from tvit_cli.engine.parallel import leave
-
-        leave(well=well)

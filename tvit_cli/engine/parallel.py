@@ -60,7 +60,8 @@ def _reduced(value: int, how: dist.ReduceOp.RedOpType) -> int:
 @functools.cache
 def _between_processors() -> dist.ProcessGroup:
     """All processes, joined by their processors: what those alone know is not asked of GPUs and waited for."""
-    return dist.new_group(backend="gloo")
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
 def leave(*, well: bool) -> None:
