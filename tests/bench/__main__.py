@@ -109,11 +109,12 @@ def busy_seconds() -> float | None:
 
 
 def busy_others(before: float | None, since: float) -> float | None:
-    """How many cores others have kept busy since then, in the mean."""
+    """How many cores others have kept busy since then, in the mean; clocks of a tick may make it more than there are."""
     now = busy_seconds()
     if before is None or now is None:
         return None
-    return round(max(0.0, now - before) / (time.perf_counter() - since), 1)
+    busy = max(0.0, now - before) / (time.perf_counter() - since)
+    return round(min(busy, os.cpu_count() or busy), 1)
 
 
 def processor() -> str:
