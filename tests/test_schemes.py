@@ -317,3 +317,14 @@ def test_a_model_folder_of_the_first_version_loads(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model.state_dict(), card)
     assert "pool" not in json.loads((tmp_path / "model" / "card.json").read_text())["model"]
     assert torch.equal(load_model(tmp_path / "model")[0](clips()), model(clips()))
+
+
+@every_scheme
+def test_under_autocast_logits_have_the_precision_that_tells_classes_apart(attention: str) -> None:
+    model = moved(build(attention))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(clips())
+        features = model.features(clips())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model.classifier(features.float()), atol=1e-6, rtol=1e-6)
+    assert not torch.equal(logits, logits.bfloat16().float())

@@ -145,7 +145,7 @@ class WithFeatures(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         features = self.model.features(clips)  # (B, D)
-        return torch.cat([self.model.classifier(features), features], dim=1)
+        return torch.cat([self.model.classify(features), features], dim=1)
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:

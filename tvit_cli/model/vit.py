@@ -78,7 +78,17 @@ class TemporalViT(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits, (B, T, C, H, W) -> (B, K)."""
-        logits: Tensor = self.classifier(self.features(clips))
+        return self.classify(self.features(clips))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits, (B, D) -> (B, K), under autocast in full precision: in bf16 those of likely classes would tie."""
+        device = features.device.type
+        logits: Tensor
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                logits = self.classifier(features.to(self.norm.weight.dtype))
+        else:
+            logits = self.classifier(features)
         return logits
 
     def features(self, clips: Tensor) -> Tensor:
