@@ -233,7 +233,9 @@ def test_a_run_goes_on_when_its_weights_have_moved_and_not_with_others(tmp_path:
     again = run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
     assert load_card(again.model).weights_sha256 == load_card(first.model).weights_sha256
     (moved / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(CheckpointError, match=r"--hf-model-name: .*\n  network: "):
+    with pytest.raises(
+        CheckpointError, match=r"--hf-model-name: .*\n  base mean: 0\.485,.* -> 0\.5,0\.5,0\.5\n"
+    ):
         run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
     (moved / "preprocessor_config.json").unlink()
     rewritten_weights = load_file(moved / "model.safetensors")

@@ -162,7 +162,7 @@ def _moved(pixels: Tensor, matrix: list[list[float]], fill: Tensor) -> Tensor:
     """Each pixel is taken, bilinearly, from the place that the matrix gives: x, y, 1 in -1..1 -> x, y."""
     side = pixels.shape[-1]
     assert pixels.shape[-2] == side, "a matrix in units of half the frame wants square frames"
-    outside = beside(fill, pixels.new_empty(0, dtype=torch.float32)).view(-1, 1, 1)
+    outside = fill.to(pixels.device, torch.float32).view(-1, 1, 1)
     theta = beside(torch.tensor([matrix]), outside)
     grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)  # (1, S, S, 2)
     moved = torch.empty_like(pixels)

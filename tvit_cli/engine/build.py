@@ -11,6 +11,7 @@ from tvit_cli.engine.events import Note, Report
 from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrainedconfig import NETWORK
 from tvit_cli.model.trainable import set_trainable, trainable_report
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.base import flag
@@ -42,6 +43,13 @@ class Built:
     config: ViTConfig
     preprocessing: Preprocessing
     base: BaseWeights | None
+
+    def network(self) -> dict[str, Any]:
+        """What the files of pretrained weights decide beside the weights, as JSON has it; from scratch nothing."""
+        if self.base is None:
+            return {}
+        normalisation = self.preprocessing.model_dump(mode="json", include={"mean", "std"})
+        return {name: getattr(self.config, name) for name in NETWORK} | normalisation
 
 
 def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built:

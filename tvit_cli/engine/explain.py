@@ -92,10 +92,7 @@ def explain(trained: Trained, place: Place, label: str | None = None) -> Explana
     if item.error:
         raise VideoError(f"{place}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
-    with (
-        torch.no_grad(),
-        trained.autocast(),
-    ):  # as it is predicted; the explanation itself is in full precision
+    with torch.no_grad(), trained.autocast():  # as predicted; the explanation is in full precision
         scores = trained.model(clip[None]).double().softmax(1)[0]
     index = int(scores.argmax()) if label is None else card.labels.index(label)
     blank = blank_clip(clip)

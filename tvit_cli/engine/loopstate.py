@@ -103,10 +103,7 @@ def identity_of(loop: Loop) -> dict[str, object]:
         training=[video.name for video in loop.source.readable("train")],
         validation=[video.name for video in loop.source.readable("val")],
         base=loop.built.base,
-        network={
-            "model": loop.built.config.to_dict(),
-            "preprocessing": loop.built.preprocessing.model_dump(mode="json"),
-        },
+        network=loop.built.network(),
         frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
         device=loop.device.type,
         processes=loop.plan.processes,

@@ -17,13 +17,13 @@ from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
 from tvit_cli.engine.microbatch import as_before
 from tvit_cli.engine.source import find_data
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
-from tvit_cli.model.folder import MODEL_FOLDER
+from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.card import BaseWeights
 from tvit_cli.settings.train import TrainSettings
 
-SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
+BASE = "base"  # what an identity calls that which pretrained weights and the files beside them decide
 _DEFAULTS = TrainSettings().model_dump(mode="json")
 
 
@@ -196,14 +196,17 @@ def identity(
     device: str,
     processes: int,
 ) -> dict[str, Any]:
-    """What has to be the same for a resumed run to end as one that was never stopped."""
+    """What has to be the same for a resumed run to end as one that was never stopped.
+
+    `network` holds what the files of the base weights decide beside the weights themselves.
+    """
     return {
         **_recipe(settings),
         "classes": list(labels),
         "training videos": _digest(training),
         "validation videos": _digest(validation),
-        "base weights": None if base is None else base.sha256,
-        "network": network,
+        f"{BASE} weights": None if base is None else base.sha256,
+        **{f"{BASE} {name}": value for name, value in network.items()},
         "frames": frames,
         "device type": device,
         "processes": processes,
@@ -217,7 +220,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
     moved: where they and the network are the same, so is what they are called.
     """
     before = {**_DEFAULTS, **before}
-    if all(before.get(key) == now[key] is not None for key in ("base weights", "network")):
+    if all(before.get(key) == now[key] for key in now if key.startswith(f"{BASE} ")):
         before["hf_model_name"] = now["hf_model_name"]
     lines = _differences(before, now)
     if lines:

@@ -11,11 +11,11 @@ from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.results import METRICS_FILE, read_metrics
-from tvit_cli.engine.run import SETTINGS_FILE, check_recipe, experiment_name, refuse_own_base
+from tvit_cli.engine.run import check_recipe, experiment_name, refuse_own_base
 from tvit_cli.engine.series import SeriesResult, summarise, write_summary
 from tvit_cli.engine.train import place_of, score_test, train
 from tvit_cli.errors import Interrupted, SettingsError
-from tvit_cli.model.folder import MODEL_FOLDER, load_card
+from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, load_card
 from tvit_cli.settings.train import TrainSettings
 
 TEST = Path("eval", "test")  # where the test subset's evaluation is written, beside the model

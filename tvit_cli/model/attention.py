@@ -26,7 +26,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
         """(B, G, N, D) -> (B, G, Q, D); only the first `n_queries` tokens of a group ask, all when None."""
-        tokens = in_autocast(tokens)  # once for the three layers, which each would keep a copy of their own
+        # Once for the three layers, each of which would keep a copy of its own.
+        tokens = tokens.to(autocast_dtype(tokens.device) or tokens.dtype)
         # Without gaps between rows: for gapped ones torch's choice of matmul, and so the last bit of the
         # numbers, depends on which weights are frozen.
         asking = tokens[:, :, :n_queries].contiguous()  # (B, G, Q, D)
@@ -42,11 +43,10 @@ class SelfAttention(nn.Module):
         return heads.transpose(1, 2)  # (B*G, N, A, D/A) -> (B*G, A, N, D/A)
 
 
-def in_autocast(x: Tensor) -> Tensor:
-    """The tensor in the number format that autocast computes in, where it is on."""
-    device = x.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if is_on else x
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The number format that autocast computes in on a device; None where it is off, or not known there."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
 
 
 def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:

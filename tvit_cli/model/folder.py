@@ -25,6 +25,7 @@ from tvit_cli.model.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
 MODEL_FOLDER = "model"  # of a run
+SETTINGS_FILE = "settings.json"  # of a run: what it was told
 CARD_FILE = "card.json"
 CONFIG_FILE = "config.json"  # beside weights in transformers' form, exports of tvit among them
 WEIGHTS_FILE = "model.safetensors"

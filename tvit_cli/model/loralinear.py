@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tvit_cli.model.attention import autocast_dtype
+
 CHUNK = 2**18  # numbers that are dropped at a time on a CPU: 1 MB of float32, about a core's own cache
 BYTE = 256  # values of a random byte
 
@@ -46,9 +48,8 @@ def lora_linear(
     global generator, and the others grow by 1 / (1 - dropout). With `gelu`, the name of an approximation as
     `F.gelu` takes it, the layer's input is gelu(x). Under autocast all is computed in its number format.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
         bias = None if bias is None else bias.to(dtype)
     keep = draw_mask(x.numel(), dropout, x.device).view(-1, x.shape[-1]) if dropout else None
@@ -221,6 +222,6 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
                 return None
             dtype = self.base_layer.weight.dtype
             same = self.lora_A[name].weight.dtype == dtype
-            return name if same and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type)) else None
+            return name if same and (x.dtype == dtype or autocast_dtype(x.device) is not None) else None
 
     return LoraLinear

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .additions import Addition, FeatureNorm, truncated_normal
+from .attention import autocast_dtype
 from .blocks import called
 from .config import ViTConfig
 from .pooling import POOLING
@@ -82,13 +83,12 @@ class TemporalViT(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits, (B, D) -> (B, K), under autocast in full precision: in bf16 those of likely classes would tie."""
-        device = features.device.type
         logits: Tensor
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                logits = self.classifier(features.to(self.norm.weight.dtype))
-        else:
+        if autocast_dtype(features.device) is None:
             logits = self.classifier(features)
+        else:
+            with torch.autocast(features.device.type, enabled=False):
+                logits = self.classifier(features.to(self.norm.weight.dtype))
         return logits
 
     def features(self, clips: Tensor) -> Tensor:

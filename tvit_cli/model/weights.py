@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -20,6 +20,7 @@ from tvit_cli.model.folder import (
     CONFIG_FILE,
     MODEL_FOLDER,
     PARITY_FILE,
+    SETTINGS_FILE,
     WEIGHTS_FILE,
     for_other_programs,
     is_finite,
@@ -96,11 +97,11 @@ def resolve_weights(name: str) -> WeightsSource:
     when there is no network and nothing cached, when a folder holds no config or no safetensors, and for a pickle.
     """
     path = Path(name).expanduser()
-    if _is_there(path, Path.is_dir):
-        is_run = (path / MODEL_FOLDER / CARD_FILE).is_file() and not (path / CONFIG_FILE).is_file()
-        path = path / MODEL_FOLDER if is_run else path
-        return WeightsSource(name, path, _weights_files(name, path))
-    if _is_there(path, Path.exists):
+    if _is_there(path):
+        if path.is_dir():
+            is_run = (path / MODEL_FOLDER / CARD_FILE).is_file() and not (path / CONFIG_FILE).is_file()
+            path = path / MODEL_FOLDER if is_run else path
+            return WeightsSource(name, path, _weights_files(name, path))
         if path.suffix != SUFFIX:
             raise ModelError(
                 f"{name}: this is a file, and no .safetensors. Name one, or the folder that holds it. "
@@ -144,9 +145,9 @@ def weights_name(given: Path, source: WeightsSource) -> str:
     return folder.name if given.is_dir() or given.name == WEIGHTS_FILE else given.stem
 
 
-def _is_there(path: Path, asked: Callable[[Path], bool]) -> bool:
+def _is_there(path: Path) -> bool:
     try:
-        return asked(path)
+        return path.exists()
     except OSError:  # a name that is too long for a file
         return False
 
@@ -182,7 +183,7 @@ def _what_is_cached() -> str:
 
 
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
-    if (folder / "settings.json").is_file() and not (folder / WEIGHTS_FILE).is_file():
+    if (folder / SETTINGS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{name}: a run without a model; it is written when a training ends. Name another.")
     if not any((folder / file_name).is_file() for file_name in (CONFIG_FILE, CARD_FILE)):
         raise ModelError(

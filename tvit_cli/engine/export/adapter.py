@@ -15,9 +15,9 @@ from tvit_cli.engine.events import silent
 from tvit_cli.engine.export import huggingface
 from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.quiet import quiet
-from tvit_cli.engine.run import SETTINGS_FILE
 from tvit_cli.errors import ModelError
 from tvit_cli.model import adapter, lora
+from tvit_cli.model.folder import SETTINGS_FILE
 from tvit_cli.model.trainable import load_trainable, trainable_tensors
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
