@@ -26,9 +26,10 @@ from tiny import make_clips, run
 
 import tvit_cli
 from tvit_cli import commands, main
+from tvit_cli.engine.embeddings import write_embeddings
 from tvit_cli.engine.events import Event, Note, Progress
 from tvit_cli.engine.places import find_videos
-from tvit_cli.engine.predict import predict, write_embeddings
+from tvit_cli.engine.predict import predict
 from tvit_cli.engine.timelines import tell
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.container import Place
-from tvit_cli.data.whole import whole_file
+from tvit_cli.engine.embeddings import write_embeddings
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.outputs import check_file, noted
 from tvit_cli.engine.places import check_one, find_video, find_videos, named
 from tvit_cli.engine.scoring import WithFeatures, score
 from tvit_cli.engine.source import default_workers
 from tvit_cli.engine.trained import Trained, open_trained, pick_device
-from tvit_cli.errors import RunError, SettingsError, VideoError
-from tvit_cli.model.folder import save_tensors
+from tvit_cli.errors import SettingsError, VideoError
 from tvit_cli.model.int8 import to_int8
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import ModelCard
@@ -312,20 +310,3 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
     for note in trained.notes:
         report(Note(note, "warning"))
     return Model(trained)
-
-
-def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model: Path) -> None:
-    """Write `features`, (V, D) float32, with the videos' `names` (a JSON list) and the model in the metadata.
-
-    A video that was named twice has two rows. Raises RunError where the file cannot be written; then what was
-    there before is as it was.
-    """
-    from safetensors import SafetensorError
-
-    names, rows = zip(*embeddings, strict=True)
-    metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
-    try:
-        with whole_file(path) as beside:
-            save_tensors({"features": torch.stack(rows)}, beside, metadata)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"--embeddings {path}: cannot be written ({error}).") from error
