@@ -183,7 +183,9 @@ def test_the_vision_tower_of_a_clip_that_classifies_images_loads(tmp_path: Path)
 def test_clips_normalisation_is_its_own_where_no_file_says_it(tmp_path: Path) -> None:
     config = read_config(resolve_weights(str(saved(clip(), tmp_path))))
     assert config.mean == CLIP_MEAN
-    assert config.notes == ("no preprocessor_config.json: frames are normalised with CLIP's mean and std",)
+    assert config.notes == (
+        "no preprocessor_config.json: frames are normalised with CLIP's mean and std; put it beside weights that have others",
+    )
 
 
 def as_timm(image_vit: Any, folder: Path, **config: Any) -> Path:

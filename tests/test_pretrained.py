@@ -204,7 +204,7 @@ def test_the_report_counts_what_matched_and_names_what_is_new_and_unused(folder:
     assert report.matched == 4 + 2 * 16 + 2
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
     assert sorted(report.unused) == ["pooler.dense.bias", "pooler.dense.weight"]
-    note = "no preprocessor_config.json: frames are normalised with ImageNet's mean and std"
+    note = "no preprocessor_config.json: frames are normalised with ImageNet's mean and std; put it beside weights that have others"
     assert report.notes == (note,)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tvit_cli.data.layout import Video
+from tvit_cli.data.names import listed
 from tvit_cli.engine.evalreport import write_report
 from tvit_cli.engine.events import Note, Progress, Report, silent
 from tvit_cli.engine.known import choose_videos, leaks_of, training_subsets, what_to_know
@@ -160,8 +161,8 @@ def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSet
     unknown = sorted({video.label for video in videos} - set(trained.card.labels))
     if unknown:
         raise DataError(
-            f"{len(unknown)} classes of the data are unknown to the model ({', '.join(unknown[:5])} …). "
-            f"It knows {len(trained.card.labels)}: {', '.join(trained.card.labels[:5])} …"
+            f"{len(unknown)} classes of the data are unknown to the model ({listed(unknown)}). "
+            f"It knows {len(trained.card.labels)}: {listed(trained.card.labels)}."
             + (" Give data with all of its classes, or name them." if trained.labels_are_guessed else "")
         )
 

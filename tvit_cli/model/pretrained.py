@@ -218,7 +218,10 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
         mean, std, file_name = timm.get("mean", family.mean), timm.get("std", family.std), CONFIG_FILE
     elif not written:
         whose = "ImageNet" if family.mean == IMAGENET_MEAN else "CLIP"
-        note = f"no {PREPROCESSOR_FILE}: frames are normalised with {whose}'s mean and std"
+        note = (
+            f"no {PREPROCESSOR_FILE}: frames are normalised with {whose}'s mean and std; put it beside weights that "
+            "have others"
+        )
         return family.mean, family.std, (note,)
     if written.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), ()
