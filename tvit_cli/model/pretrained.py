@@ -219,8 +219,8 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
     elif not written:
         whose = "ImageNet" if family.mean == IMAGENET_MEAN else "CLIP"
         note = (
-            f"no {PREPROCESSOR_FILE}: frames are normalised with {whose}'s mean and std; put it beside weights that "
-            "have others"
+            f"no {PREPROCESSOR_FILE}: frames are normalised with {whose}'s mean and std; put it beside "
+            "weights that have others"
         )
         return family.mean, family.std, (note,)
     if written.get("do_normalize") is False:
