@@ -33,7 +33,7 @@ GROUPS = {
     "scaling": ("how cost grows with frames, clips, classes, processes and videos", ["scaling.py"]),
     "checkpoint": ("size and time of a checkpoint of ViT-B", ["checkpoint.py"]),
     "display": ("what the live display costs", ["display.py"]),
-    "gpu": ("steps on an accelerator, per scheme and frame count", ["gpu.py"]),
+    "gpu": ("on an accelerator: steps per scheme and frame count, training from a frame store", ["gpu.py"]),
 }
 
 

@@ -132,16 +132,13 @@ def write_manifest(folder: Path, videos: list[Video]) -> Path:
     return path
 
 
-def make_weights(folder: Path, settings: TrainSettings) -> Path:
-    """A model folder of random weights with ViT-S/14's shape."""
-    config = ViTConfig(
-        num_classes=2, frame_size=settings.img_size, patch_size=14, width=384, depth=12, num_heads=6
-    )
+def make_weights(folder: Path, config: ViTConfig) -> Path:
+    """A model folder of random weights, of a model for two classes."""
     card = ModelCard(
         tvit_version=__version__,
         labels=("a", "b"),
         model=config.to_dict(),
-        preprocessing=Preprocessing(n_frames=config.n_frames, frame_size=settings.img_size),
+        preprocessing=Preprocessing(n_frames=config.n_frames, frame_size=config.frame_size),
         weights_sha256="",
     )
     save_model(folder, build_model(config, seed=0, from_scratch=True).state_dict(), card)
@@ -162,7 +159,11 @@ def measure(
     flags |= {"device": "cpu", "mixed_precision": "no", "working_directory": folder / "runs"}
     flags |= {"num_workers": options.workers}
     recipe = load(TrainSettings, config=CONFIG, flags=flags, environ={}).settings
-    weights = make_weights(folder / "weights", recipe) if weights is None else weights
+    if weights is None:
+        vits = ViTConfig(
+            num_classes=2, frame_size=recipe.img_size, patch_size=14, width=384, depth=12, num_heads=6
+        )
+        weights = make_weights(folder / "weights", vits)
     batches: list[ClipBatch] = []
     found: dict[str, list[Epoch]] = {kind: [] for kind in KINDS}
     for number in range(options.rounds + 1):
