@@ -321,6 +321,14 @@ def test_a_run_that_has_not_ended_is_no_start_for_another(tmp_path: Path) -> Non
         resolve_weights(str(tmp_path))
 
 
+def test_a_folder_of_runs_is_no_start_for_another_but_each_of_them_is(tmp_path: Path) -> None:
+    for run in ("mine-s1", "mine-s2"):
+        (tmp_path / run / "model").mkdir(parents=True)
+        (tmp_path / run / "model" / "card.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"a folder of runs \(mine-s1, mine-s2\)\. Name one of them"):
+        resolve_weights(str(tmp_path))
+
+
 def test_a_missing_shard_is_asked_for_and_an_export_named_as_one(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(

@@ -186,6 +186,8 @@ def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
     if (folder / SETTINGS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{name}: a run without a model; it is written when a training ends. Name another.")
     if not any((folder / file_name).is_file() for file_name in (CONFIG_FILE, CARD_FILE)):
+        if runs := sorted(path.parent.parent.name for path in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
+            raise ModelError(f"{name}: a folder of runs ({listed(runs)}). Name one of them.")
         raise ModelError(
             f"{name}: {CONFIG_FILE} is missing (and {CARD_FILE}, which a model folder of tvit has). Copy it from "
             "where the weights came from."
