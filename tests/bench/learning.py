@@ -59,6 +59,7 @@ FOLDS = (("daria", "eli", "moshe"), ("denis", "ido", "lena"), ("ira", "lyova", "
 SCHEMES = ("joint", "divided", "space", "factorized")
 METHODS: dict[str, dict[str, Any]] = {  # name -> what it changes of the recipe
     **{scheme: {"attention": scheme} for scheme in SCHEMES},
+    "joint, tubelets of 2": {"attention": "joint", "tubelet_size": 2},
     "linear probe": {"attention": "space", "train": "classifier", "learning_rate": 5e-3, "epochs": 20},
     "full, joint": {"attention": "joint", "train": "all", "layer_decay": 0.65},  # at 5e-5 for all: 0.100
 }
