@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from tvit_cli.engine.build import Built
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.dryrun import dry_run
 from tvit_cli.engine.events import Event, Note, TrainingStarts
-from tvit_cli.engine.launch import make_accelerator
+from tvit_cli.engine.launch import StopSignals, make_accelerator
 from tvit_cli.engine.memory import MemoryModel, free_host_bytes, memory_model, peak_bytes
 from tvit_cli.engine.microbatch import Probe, global_batch, largest_that_fits
 from tvit_cli.engine.outofmemory import Attempt, is_out_of_memory
@@ -494,14 +495,19 @@ def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.M
     """Over NCCL each such number would be fetched from a GPU, when all that was asked of it before is done."""
     made: list[str] = []
     used: list[Any] = []
-    backends = iter(("gloo", "nccl", "nccl"))
+    backends = iter(("gloo", "nccl", "nccl", "nccl"))
     monkeypatch.setattr(parallel.dist, "get_backend", lambda: next(backends))
     monkeypatch.setattr(parallel.dist, "new_group", lambda *, backend: made.append(backend) or "new")
     monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor, how, group: used.append(group))
     parallel._between_processors.cache_clear()
-    for _ in range(3):
-        assert parallel._reduced(3, parallel.dist.ReduceOp.MAX) == 3
-    assert (used, made) == ([None, "new", "new"], ["gloo"])
+    two: Any = SimpleNamespace(num_processes=2)
+    signals = StopSignals()
+    signals.received = "SIGTERM"
+    assert parallel.least_of_them(3, two) == 3
+    assert parallel.greatest_of_them([1, 4], two) == [1, 4]
+    assert parallel.any_of_them(True, two)
+    assert signals.agreed(two, save_is_due=True) == ("SIGTERM", True)
+    assert (used, made) == ([None, "new", "new", "new"], ["gloo"])
     parallel._between_processors.cache_clear()
 
 

@@ -475,6 +475,18 @@ def test_this_peft_takes_our_layers() -> None:
     }
 
 
+def test_a_weight_that_learns_beside_its_adapter_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for model in (adapted(dropout=0.0), of_peft(monkeypatch, dropout=0.0)):
+        layer = next(iter(lora.adapted_layers(model).values()))
+        layer.base_layer.weight.requires_grad_(True)
+        perturb(model)
+        model(clips()).square().sum().backward()
+        found.append(layer.base_layer.weight.grad)
+    assert found[0] is not None
+    torch.testing.assert_close(*found)
+
+
 def test_merged_and_disabled_adapters_are_pefts_work() -> None:
     model = adapted(targets=LINEAR_TARGETS)
     perturb(model)

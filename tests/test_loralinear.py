@@ -75,7 +75,9 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(
 
 @pytest.mark.usefixtures("chunk")
 def test_gradients_are_those_of_finite_differences() -> None:
-    inputs = [tensor.requires_grad_() for tensor in tensors((3, 4), outputs=3, rank=2, dtype=torch.float64)]
+    inputs = tensors((3, 4), outputs=3, rank=2, dtype=torch.float64)
+    for learnt in (0, 2, 3, 4):  # all but the weight, which is frozen
+        inputs[learnt].requires_grad_()
     for gelu in (None, "none"):
 
         def layer(*inputs: Tensor, gelu: str | None = gelu) -> Tensor:
@@ -85,9 +87,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradcheck(layer, inputs)
 
 
-@pytest.mark.parametrize("learning", range(5))
+@pytest.mark.parametrize("learning", [0, 2, 3, 4])
 def test_each_gradient_is_right_when_nothing_else_learns(learning: int) -> None:
-    """Input, weight, bias, A and B: what one of them needs is kept though no other asks for it."""
+    """Input, bias, A and B: what one of them needs is kept though no other asks for it."""
     inputs = [tensor.requires_grad_(i == learning) for i, tensor in enumerate(tensors())]
     for gelu in (None, "none"):
         facts = {"scale": 2.0, "gelu": gelu}
@@ -194,6 +196,14 @@ def test_a_gelu_that_was_taken_over_keeps_nothing_of_its_own() -> None:
     apart = saved_bytes(lambda: lora_linear(F.gelu(x), *weights, scale=1.0), without=weights)
     taken = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, gelu="none"), without=weights)
     assert apart - taken == 4 * x.numel()
+
+
+def test_under_autocast_no_copy_of_the_frozen_weight_is_kept() -> None:
+    x, *weights = tensors((64, 256), outputs=128, rank=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0), without=weights)
+    product, lora_a, lora_b = 64 * 4, 4 * 256, 128 * 4
+    assert kept == 2 * (x.numel() + product + lora_a + lora_b)
 
 
 def test_nothing_is_kept_where_no_gradient_is_asked_for() -> None:

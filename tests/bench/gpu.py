@@ -131,8 +131,8 @@ def fed_from_store(options: argparse.Namespace, attention: str, frames: int) -> 
         settings = TrainSettings(
             path_to_data=str(manifest), working_directory=folder / "runs", val_groups="none", test_groups="none",
             test_at_end=False, hf_model_name=str(make_weights(folder / "weights", config)), n_frames=frames,
-            img_size=options.size, attention=attention, lora_rank=8, lora_dropout=options.dropout, epochs=3,
-            warmup_epochs=0, per_gpu_batch_size=options.batch, device=options.device, compile=options.compile,
+            img_size=options.size, attention=attention, lora_rank=8, lora_dropout=options.dropout,
+            lora_target_modules=TARGETS, epochs=3, warmup_epochs=0, per_gpu_batch_size=options.batch, device=options.device, compile=options.compile,
             mixed_precision=options.precision, gradient_checkpointing=options.checkpointing,
         )  # fmt: skip
         found: dict[str, float] = {}

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistError
 
+from tvit_cli.engine.parallel import greatest_of_them
 from tvit_cli.engine.precision import resolve_precision
 from tvit_cli.engine.trained import pick_device
 from tvit_cli.errors import Interrupted, RunError, SettingsError
@@ -121,13 +122,10 @@ class StopSignals:
 
     def agreed(self, accelerator: Accelerator, *, save_is_due: bool) -> tuple[str | None, bool]:
         """The signal that any process has received, and whether a save is due in any; the same for all."""
-        if accelerator.num_processes == 1:
-            return self.received, save_is_due
         names = list(EXIT_CODES)
-        own = [names.index(self.received) + 1 if self.received else 0, int(save_is_due)]
-        gathered = accelerator.gather(torch.tensor([own], device=accelerator.device))
-        signal_number, due = gathered.amax(0).tolist()
-        return names[signal_number - 1] if signal_number else None, bool(due)
+        own = names.index(self.received) + 1 if self.received else 0
+        number, due = greatest_of_them([own, int(save_is_due)], accelerator)
+        return names[number - 1] if number else None, bool(due)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -39,22 +39,24 @@ def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) 
 
 def any_of_them(fact: bool, accelerator: Accelerator) -> bool:
     """Whether something is true in any process; all processes get the same answer."""
-    if accelerator.num_processes == 1:
-        return fact
-    return bool(_reduced(int(fact), dist.ReduceOp.MAX))
+    return bool(greatest_of_them([fact], accelerator)[0])
+
+
+def greatest_of_them(values: list[int], accelerator: Accelerator) -> list[int]:
+    """Of each number the greatest that any process has."""
+    return _reduced(values, dist.ReduceOp.MAX) if accelerator.num_processes > 1 else values
 
 
 def least_of_them(value: int, accelerator: Accelerator) -> int:
     """The smallest value that any process has."""
-    if accelerator.num_processes == 1:
-        return value
-    return _reduced(value, dist.ReduceOp.MIN)
+    return _reduced([value], dist.ReduceOp.MIN)[0] if accelerator.num_processes > 1 else value
 
 
-def _reduced(value: int, how: dist.ReduceOp.RedOpType) -> int:
-    shared = torch.tensor(value)
+def _reduced(values: list[int], how: dist.ReduceOp.RedOpType) -> list[int]:
+    shared = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(shared, how, group=None if dist.get_backend() == "gloo" else _between_processors())
-    return int(shared.item())
+    reduced: list[int] = shared.tolist()
+    return reduced
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 Note [What a LoRA layer keeps]. Written with autograd's own operations, `linear(x) + s * drop(x) A' B'` keeps
 the dropped input and its noise, each in the input's size and number format, goes over the output three times
 for the sum, and draws its noise one number at a time. Here the forward pass keeps the input (shared by layers
-that read the same tokens), the r-wide product, and a byte per number for the mask. The dropped input is made
+that read the same tokens), the r-wide product, and a byte per number for the mask; of the frozen weight nothing,
+which under autocast is cast in either pass instead. The dropped input is made
 where it is needed, a few rows at a time, so that it stays in the processor's cache, and never whole. A layer
 that follows a GELU takes it over and keeps what comes before it, so that the GELU's output, four times as wide
 as the tokens, is kept nowhere. Products with one narrow side are taken in the order that the CPU's matrix
@@ -44,14 +45,14 @@ def lora_linear(
 ) -> Tensor:
     """`linear(x) + scale * drop(x) A' B'`, (..., I) -> (..., O), with lora_a (r, I) and lora_b (O, r).
 
+    `weight` (O, I) is frozen: it gets no gradient. `bias` (O) may learn.
     Before the adapter each number of the input is dropped with the probability `dropout`, drawn from torch's
     global generator, and the others grow by 1 / (1 - dropout). With `gelu`, the name of an approximation as
     `F.gelu` takes it, the layer's input is gelu(x). Under autocast all is computed in its number format.
     """
     dtype = autocast_dtype(x.device)
     if dtype is not None:
-        x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
-        bias = None if bias is None else bias.to(dtype)
+        x, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, lora_a, lora_b))
     keep = draw_mask(x.numel(), dropout, x.device).view(-1, x.shape[-1]) if dropout else None
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, lora_a, lora_b, keep, scale / (1 - dropout), gelu
@@ -104,11 +105,11 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         gelu: str | None,
     ) -> Tensor:
-        needs_x, needs_weight, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])  # (N, I)
             rows = rows if gelu is None else F.gelu(rows, approximate=gelu)
-            output = F.linear(rows, weight, bias)  # (N, O)
+            output = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
             product = rows.new_empty(lora_a.shape[0], rows.shape[0])  # (r, N)
             for part in _chunks(rows):
                 torch.mm(lora_a, _dropped(rows[part], keep, part).t(), out=product[:, part])
@@ -116,7 +117,7 @@ class _LoraLinear(torch.autograd.Function):
             output.addmm_(product.t(), lora_b.t())
         ctx.scale, ctx.gelu, ctx.shape = scale, gelu, x.shape
         ctx.save_for_backward(
-            x if needs_weight or needs_a or (gelu is not None and needs_x) else None,
+            x if needs_a or (gelu is not None and needs_x) else None,
             weight if needs_x else None,
             lora_a if needs_x else None,
             lora_b if needs_x or needs_a else None,
@@ -128,27 +129,24 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         x, weight, lora_a, lora_b, keep, product = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # (N, O)
         grad_x: Any = None
         grad_a: Any = None
-        grad_weight = grad_bias = grad_b = None
+        grad_bias = grad_b = None
         with torch.autocast(grad.device.type, enabled=False):
             if needs_bias:
                 grad_bias = grad.sum(0)
             if needs_b:
                 grad_b = (product @ grad).t().contiguous()  # (O, r)
             if needs_x:
-                grad_x = grad @ weight  # (N, I)
+                grad_x = grad @ weight.to(grad.dtype)  # (N, I)
             if needs_x or needs_a:
                 product = (lora_b.t() @ grad.t()).mul_(ctx.scale)  # (r, N): the gradient at A's output
             if needs_a:
                 grad_a = grad.new_zeros(product.shape[0], ctx.shape[-1])  # (r, I)
             before: Any = None if x is None else x.reshape(-1, x.shape[-1])  # (N, I)
-            if needs_weight:
-                rows = before if ctx.gelu is None else F.gelu(before, approximate=ctx.gelu)
-                grad_weight = grad.t() @ rows  # (O, I)
             for part in _chunks(grad_x if before is None else before) if needs_x or needs_a else ():
                 if needs_a:
                     rows = before[part]
@@ -164,7 +162,7 @@ class _LoraLinear(torch.autograd.Function):
                         gelu_backward(gradient, before[part], approximate=ctx.gelu, grad_input=gradient)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
@@ -182,8 +180,9 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a LoRA layer that computes by `lora_linear` where that is the same function.
 
     `parent` has PEFT's form: base_layer, and lora_A, lora_B, lora_dropout, scaling by adapter. It computes what
-    it alone can: other variants of LoRA, several adapters at once, merged or disabled ones, and graphs of
-    torch.compile, which finds out by itself what to keep. `gelu` names the GELU that was taken over, if any.
+    it alone can: other variants of LoRA, several adapters at once, merged or disabled ones, weights that learn
+    beside their adapter, and graphs of torch.compile, which finds out by itself what to keep. `gelu` names the
+    GELU that was taken over, if any.
     """
 
     class LoraLinear(parent):  # type: ignore[misc, valid-type]
@@ -215,6 +214,7 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
                 or self.merged
                 or len(active) != 1
                 or type(self.base_layer) is not nn.Linear
+                or self.base_layer.weight.requires_grad
             ):
                 return None
             name: str = active[0]
