@@ -124,10 +124,11 @@ def test_the_schedule_moves_every_group_by_its_share() -> None:
         assert all(group["lr"] == rate * group["rate_scale"] for group in optimizer.param_groups)
 
 
-def test_adamw_takes_betas_and_epsilon() -> None:
+def test_adamw_is_fused_and_takes_betas_and_epsilon() -> None:
     groups = [{"params": list(nn.Linear(2, 2).parameters()), "weight_decay": 0.0}]
     optimizer = adamw(groups, learning_rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
+    assert optimizer.defaults["fused"]
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:

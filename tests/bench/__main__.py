@@ -4,8 +4,8 @@ Each prints medians and ratios of what it runs in turn, then a line of JSON with
 `--json FILE` appends that line to a file, with the group, the commit, the date, the processor, and how many cores
 others kept busy meanwhile; `tests/speed_table.py` makes the README's table of speed from results.jsonl beside this file.
 Options after `--` go to the programs: `python tests/bench step -- --rounds 5`. What needs data, weights or a trained
-model of its own (learning, kills, exports, timeline, explain) says so when it is asked: `python tests/bench/NAME.py
---help`. Figures that were kept are in RESULTS.md.
+model of its own (learning, kills, exports, timeline, explain, maps, int8) says so when it is asked:
+`python tests/bench/NAME.py --help`. Figures that were kept are in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from typing import Any
 HERE = Path(__file__).parent
 GROUPS = {
     "data": ("reading clips, augmentation, extraction", ["data.py"]),
+    "augment": ("augmentation alone", ["data.py", "--only", "augmentation"]),
     "step": ("a training step: tvit, PEFT's layers, a naive LoRA", ["step.py", "--only", "time"]),
     "memory": ("memory of the same steps", ["step.py", "--only", "memory"]),
     "schemes": ("a step of each attention scheme at 18 frames beside joint attention", ["schemes.py"]),
     "epoch": ("a whole epoch, from a frame store and from videos, beside its steps alone", ["epoch.py"]),
+    "kernels": (
+        "attention and the patch embedding by torch's choice and by what else there is",
+        ["kernels.py"],
+    ),
     "peers": ("a step beside transformers' video models with PEFT", ["peers.py"]),
     "infer": ("tvit predict on one clip, whole process", ["predict.py"]),
     "startup": ("help and mistakes, whole process", ["startup.py"]),

@@ -6,10 +6,11 @@ The same model, data and loss each time, forward and backward; only the layers d
 every forward pass and multiplies the dropped input by it, which lets autograd compute a gradient as large as the
 frozen weights. The "plain" ones are the same layers in a ViT as it is usually written: all tokens go through its last
 block, though only the class token is read. That is half of a slice of two layers and a twelfth of a whole ViT-B, so
-what tvit saves by it counts for what it is in `vitb12` and `vits12` alone. The matmul rate is measured in the same rounds, on a product of an MLP's shape. FLOPs are torch's own
-count, attention included and recomputation left out. Memory: what autograd has saved when the forward pass ends, and
-how far the peak of a process of its own grows during the step. Seconds are the process's CPU time over its threads, which
-hardly changes when others use the machine; wall seconds stand beside them.
+what tvit saves by it counts for what it is in `vitb12` and `vits12` alone. The matmul rate is measured in the same
+rounds, on a product of an MLP's shape. FLOPs are torch's own count, attention included and recomputation left out.
+Memory: what autograd has saved when the forward pass ends ("saved"), how far the peak of a process of its own grows
+during the step ("rss"), and that peak as a whole, weights and libraries included ("whole"). Seconds are the process's
+CPU time over its threads, which hardly changes when others use the machine; wall seconds stand beside them.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
 TARGETS = ("q", "k", "v", "fc1", "fc2")
 RANK, SCALE = 4, 2.0
 SHAPES = {"vitb": (768, 12), "vits": (384, 6), "vitti": (192, 3)}
-CASES = ("vitb2_t8", "vitb4_t8", "vitb2_t18", "vitb4_t18")
+CASES = tuple(f"{model}_t{frames}" for model in ("vitb2", "vitb4", "vits12", "vitb12") for frames in (8, 18))
 KINDS = ("naive", "peft", "tvit")
 PLAIN = ("plain_naive", "plain_peft")
+MEMORY = ("saved", "rss", "whole")
 
 Key = TypeVar("Key")
 
@@ -94,11 +96,14 @@ def make_model(
     return model.train(), torch.randn(1, int(frames), 3, 224, 224)
 
 
-def step_of(model: TemporalViT, clips: Tensor) -> Callable[[], None]:
+def step_of(model: nn.Module, clips: Tensor) -> Callable[[], None]:
+    """Forward, loss and backward; transformers' models give their logits a name."""
     labels = torch.zeros(len(clips), dtype=torch.int64)
 
     def step() -> None:
-        F.cross_entropy(model(clips), labels).backward()
+        output = model(clips)
+        logits = output if isinstance(output, Tensor) else output.logits
+        F.cross_entropy(logits, labels).backward()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -172,24 +177,33 @@ def time_case(case: str, dropout: float, rounds: int) -> dict[str, float]:
     }
 
 
-def measure_memory(case: str, kind: str, dropout: float) -> tuple[float, float]:
-    """Megabytes that autograd holds after the forward pass (weights left out), and growth of the process's peak."""
+def measure_memory(case: str, kind: str, dropout: float) -> tuple[float, float, float]:
+    """Megabytes: held by autograd after the forward pass (weights left out), growth of the process's peak, the peak."""
     model, clips = make_model(case, kind, dropout)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: building is not the step's
+    before = current_memory()
+    logits, held = forward_and_held(model, clips)
+    logits.sum().backward()
+    peak = peak_memory()
+    return held, peak - before, peak
+
+
+def forward_and_held(model: nn.Module, clips: Tensor) -> tuple[Any, float]:
+    """What a model says of clips, and the megabytes that autograd holds then, weights left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
+    kept: list[Tensor] = []  # else a freed address could be counted once for two tensors
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
         return tensor
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: building is not the step's
-    before = current_memory()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(clips).sum()
-    loss.backward()
-    return sum(saved.values()) / 2**20, peak_memory() - before
+        output = model(clips)
+    return output, sum(saved.values()) / 2**20
 
 
 def current_memory() -> float:
@@ -212,8 +226,8 @@ def memory_case(case: str, dropout: float) -> dict[str, float]:
     return {
         f"{kind}_{name}": results[kind][i] / results["naive"][i]
         for kind in ("peft", "tvit")
-        for i, name in enumerate(("saved", "rss"))
-    } | {"naive_saved_mb": results["naive"][0], "naive_rss_mb": results["naive"][1]}
+        for i, name in enumerate(MEMORY)
+    } | {f"naive_{name}_mb": results["naive"][i] for i, name in enumerate(MEMORY)}
 
 
 def main() -> None:
@@ -241,8 +255,9 @@ def main() -> None:
                 found |= memory_case(case, dropout)
             results[f"{case}, dropout {dropout:g}"] = found
             print(f"{case:12} dropout {dropout:<4g}", *(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
-    machine = {"tvit": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    print(json.dumps({"benchmark": "step", "threads": options.threads, **machine, "results": results}))
+    facts = {"threads": options.threads, "rounds": options.rounds, "tvit": __version__}
+    facts |= {"torch": torch.__version__, "python": platform.python_version()}
+    print(json.dumps({"benchmark": "step", **facts, "results": results}))
 
 
 if __name__ == "__main__":
