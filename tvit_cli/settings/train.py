@@ -36,11 +36,11 @@ DEFAULT_MICRO_BATCH = 8
 # another where all patches are shown for 16 epochs: divided answers 82 of 90 right, joint and single frames alone
 # (space) 81, factorized 78. With half of the patches for twice as long (--token-drop 0.5), which was chosen on
 # inner people, joint answers 86, 84 and 80 (three seeds), single frames 66, 65 and 70. On motions, which only the
-# order of frames tells apart, all but space are right on 0.98 to 1.00 of 256 clips. joint trains adapters alone,
-# and needs fewer operations than divided (18.3 and 22.1 GFLOP a clip; tests/bench/RESULTS.md). Attention over
-# time with the weights of space (AIM) and convolutions over time (ST-Adapter) were tried, were no better
-# anywhere, and are gone. Its cost grows with the square of the tokens; for long clips of large frames there are
-# tubelets, and divided.
+# order of frames tells apart, all but space are right on 0.98 to 1.00 of 256 clips where all patches are shown
+# (with half of them factorized on 0.945, joint and divided as before). joint trains adapters alone, and needs
+# fewer operations than divided (18.3 and 22.1 GFLOP a clip; tests/bench/RESULTS.md). Attention over time with the
+# weights of space (AIM) and convolutions over time (ST-Adapter) were tried, were no better anywhere, and are gone.
+# Its cost grows with the square of the tokens; for long clips of large frames there are tubelets, and divided.
 
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
 
