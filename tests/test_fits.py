@@ -20,7 +20,7 @@ from tiny import last_weights, make_clips, make_pretrained, run, same, settings
 from torch import nn
 
 from tvit_cli import main
-from tvit_cli.engine import compiling, microbatch, parallel, precision
+from tvit_cli.engine import compiling, launch, microbatch, parallel, precision
 from tvit_cli.engine.build import Built
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.dryrun import dry_run
@@ -489,6 +489,48 @@ def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
     a, b = last_weights(one), last_weights(two)
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     assert metrics(one)[-1]["train_loss"] == pytest.approx(metrics(two)[-1]["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "variables", "refused"),
+    [
+        ("cuda", 2, {"LOCAL_WORLD_SIZE": "4"}, "4 processes on a machine with 2 GPUs"),
+        ("cuda", 1, {"LOCAL_WORLD_SIZE": "2"}, r"with 1 GPU: .* --num-processes 1, or --device cpu"),
+        ("cuda", 1, {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}, None),
+        ("cuda", 8, {"LOCAL_WORLD_SIZE": "8"}, None),
+        ("cuda", 1, {"WORLD_SIZE": "8"}, None),  # one on each of eight machines
+        ("mps", 0, {"WORLD_SIZE": "2"}, "2 processes on a machine with 1 GPU"),
+        ("cpu", 0, {"LOCAL_WORLD_SIZE": "4"}, None),
+    ],
+)
+def test_more_processes_than_gpus_are_refused(
+    kind: str, gpus: int, variables: dict[str, str], refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if refused is None:
+        launch._refuse_shared_gpus(torch.device(kind))
+        return
+    with pytest.raises(SettingsError, match=refused):
+        launch._refuse_shared_gpus(torch.device(kind))
+
+
+def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        raise NotImplementedError("Using RTX 4000 series doesn't support faster communication")
+
+    monkeypatch.setattr(launch, "Accelerator", refuse)
+    with pytest.raises(SettingsError, match="Accelerate will not start here: Using RTX 4000"):
+        make_accelerator(device="cpu", mixed_precision="no")
+
+
+def test_float32_convolutions_are_not_tf32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert precision.resolve_precision("no", torch.device("cuda")) == "no"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.MonkeyPatch) -> None:

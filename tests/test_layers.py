@@ -84,7 +84,7 @@ NETWORK = ("vit", "schemes", "blocks", "pooling", "attention", "additions", "flo
 
 @pytest.mark.parametrize("path", [Path("model", f"{name}.py") for name in NETWORK], ids=str)
 def test_the_model_itself_imports_torch_and_nothing_else(path: Path) -> None:
-    standard = {"__future__", "math", "collections.abc", "dataclasses", "typing"}
+    standard = {"__future__", "math", "collections.abc", "contextlib", "dataclasses", "typing"}
     for name in imports(path):
         top = name.split(".")[0]
         own = name.removeprefix("tvit_cli.model.").split(".")[0] in NETWORK

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tvit_cli.model import lora, loralinear
+from tvit_cli.model import blocks, lora, loralinear
 from tvit_cli.model.loralinear import draw_mask, lora_linear
 from tvit_cli.model.vit import ViTConfig, build_model
 
@@ -263,6 +263,22 @@ def test_gradient_checkpointing_draws_the_same_mask_again() -> None:
         torch.rand(3)  # moves the generator between the passes
         results.append(gradients(output, [inputs[0], inputs[3], inputs[4]]))
     assert all(map(torch.equal, *results))
+
+
+def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the draws of CPUs and CUDA alone; here it keeps none, and the processor's stand for MPS's."""
+    monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
+    x = torch.ones(64, requires_grad=True)
+    drop: Callable[[Tensor], Tensor] = lambda x: F.dropout(x, 0.5) * x  # noqa: E731
+    dropped = checkpoint(
+        drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=blocks._same_mps_draws
+    )
+    after = torch.rand(3)
+    state = torch.get_rng_state()
+    (gradient,) = torch.autograd.grad(dropped.sum(), [x])
+    assert torch.equal(gradient != 0, dropped != 0) and 0 < int((dropped != 0).sum()) < 64
+    assert torch.equal(torch.get_rng_state(), state) and len(after) == 3
 
 
 def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tvit_cli.data.clips import ClipDataset, collate
 from tvit_cli.data.layout import read_layout
 from tvit_cli.data.transforms import Augmentation, train_transform
+from tvit_cli.engine import loop
 from tvit_cli.engine.balance import class_weights
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.events import Event, Note
@@ -159,6 +160,23 @@ def test_a_resumed_run_loses_its_patience_in_the_same_epoch(
     shutil.rmtree(again.model)  # killed after its last step, before its end
     trained(**facts, resume_from_checkpoint=str(checkpoints(again)[-1]))
     assert records(again) == records(whole) and (again.model / "card.json").is_file()
+
+
+def test_class_weights_leave_losses_in_float32(
+    trained: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 they made all losses float64, which MPS does not have."""
+    seen = set()
+    own = loop.clip_losses
+
+    def watched(*given: Any, **options: Any) -> torch.Tensor:
+        losses = own(*given, **options)
+        seen.add((options["class_weights"].dtype, losses.dtype))
+        return losses
+
+    monkeypatch.setattr(loop, "clip_losses", watched)
+    trained(**UNEVEN, epochs=1, class_weights="balanced")
+    assert seen == {(torch.float32, torch.float32)}
 
 
 def test_the_training_loss_counts_each_clip_by_its_weight(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data.draws import Kind, draw_generator
+from tvit_cli.data.pixels import moved
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def mix(
         else:
             torch.lerp(other, own, share, out=out)
         shares.append(share)
-    return mixed, torch.tensor(shares, dtype=torch.float32).to(clips.device, non_blocking=True)
+    return mixed, moved(torch.tensor(shares, dtype=torch.float32), clips.device)
 
 
 def _box(share: float, side: int, generator: np.random.Generator) -> tuple[int, int, int, int]:

@@ -41,7 +41,7 @@ def frames_to_input(
         height, width = round(height * side / short), round(width * side / short)
     else:
         height, width = side, side
-    pixels = resized(clip.to(device, non_blocking=True), (height, width))
+    pixels = resized(moved(clip, device), (height, width))
     top, left = int((height - frame_size) * place), int((width - frame_size) * place)
     view = pixels[:, :, top : top + frame_size, left : left + frame_size]
     if out is None:
@@ -71,4 +71,9 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> No
 
 def beside(numbers: Tensor, pixels: Tensor) -> Tensor:
     """A few numbers in the format of other ones, where those are; a GPU's queue is not waited for."""
-    return numbers.to(pixels.dtype).to(pixels.device, non_blocking=True)
+    return moved(numbers.to(pixels.dtype), pixels.device)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device, whose queue is not waited for; MPS's is, which would read memory that may be gone by then."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "mps")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data.draws import Kind, draw_generator
-from tvit_cli.data.pixels import beside, frames_to_input, normalise, resized
+from tvit_cli.data.pixels import beside, frames_to_input, moved, normalise, resized
 from tvit_cli.data.randaugment import LUMA, randaugment
 from tvit_cli.settings.card import Preprocessing
 
@@ -85,7 +85,7 @@ def train_transform(
     for out, clip, epoch, index in zip(batch, clips, epochs.tolist(), indices.tolist(), strict=True):
         draw = _draw(augmentation, preprocessing, clip.shape[2:], seed, epoch, index)
         # The whole clip moves: a box of it would be copied first, out of the pinned memory.
-        pixels = resized(_boxed(clip.to(device, non_blocking=True), draw.box), (size, size))
+        pixels = resized(_boxed(moved(clip, device), draw.box), (size, size))
         if draw.flip:
             pixels = pixels.flip(3)
         if augmentation.randaugment:

@@ -33,6 +33,7 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if missing := _missing(device):
         raise SettingsError(f"--compile: {missing}, or leave --compile out.")
+    torch.compiler.reset()  # what was compiled for the run before, of a series, counts towards a limit of eight
     return cast(nn.Module, torch.compile(model, dynamic=False))
 
 

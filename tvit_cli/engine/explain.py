@@ -93,7 +93,7 @@ def explain(trained: Trained, place: Place, label: str | None = None) -> Explana
         raise VideoError(f"{place}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
     with torch.no_grad(), trained.autocast():  # as predicted; the explanation is in full precision
-        scores = trained.model(clip[None]).double().softmax(1)[0]
+        scores = trained.model(clip[None]).cpu().double().softmax(1)[0]  # MPS has no float64
     index = int(scores.argmax()) if label is None else card.labels.index(label)
     blank = blank_clip(clip)
     relevance = by_patch(
@@ -150,7 +150,7 @@ def deletion_test(model: nn.Module, clip: Tensor, blank: Tensor, relevance: Tens
     rows = []
     for order in orders:
         clips = [blanked(clip, blank, relevance.shape, order[: round(share * count)]) for share in SHARES]
-        rows.append(model(torch.stack(clips)).double().softmax(1)[:, label].cpu())
+        rows.append(model(torch.stack(clips)).cpu().double().softmax(1)[:, label])
     scores = torch.stack(rows)  # (orders, shares)
     means = scores.mean(1)
     as_far = int((means[1:] <= means[0]).sum())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tvit_cli.data.clips import ClipBatch
 from tvit_cli.data.mixing import Mixing, mix
+from tvit_cli.data.pixels import moved
 from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.engine.batches import MicroBatch
 from tvit_cli.engine.objective import Targets
@@ -43,15 +44,15 @@ def make_inputs(
         seed=settings.seed,
         device=device,
     )
-    labels = batch.labels.to(device, non_blocking=True)
+    labels = moved(batch.labels, device)
     own = len(planned.keys)
     weights = batch.weights[:own].clone()
     weights[planned.real :] = 0
-    weights = weights.to(device, non_blocking=True)
+    weights = moved(weights, device)
     if not planned.partners:
         return clips, Targets(labels, weights)
     partners = [other if batch.weights[other] else place for place, other in enumerate(planned.partners)]
-    others = batch.labels[partners].to(device, non_blocking=True)
+    others = moved(batch.labels[partners], device)
     mixing = Mixing(mixup=settings.mixup, cutmix=settings.cutmix)
     clips, shares = mix(clips, partners, batch.epochs, batch.indices, mixing=mixing, seed=settings.seed)
     return clips, Targets(labels[:own], weights, others, shares)

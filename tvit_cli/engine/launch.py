@@ -42,14 +42,17 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     """An Accelerator on the device asked for, with the precision that `auto` means there.
 
     Raises ModelError when this machine has no such device, SettingsError where `accelerate launch` was told to
-    split the model, RunError when the processes cannot find each other.
+    split the model or there are more processes than GPUs, RunError when the processes cannot find each other.
     """
     chosen = pick_device(device)
     _refuse_split_models(chosen)
+    _refuse_shared_gpus(chosen)
     AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
     precision = resolve_precision(mixed_precision, chosen)
     try:
         return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
+    except NotImplementedError as error:  # GPUs that cannot talk to each other with the driver that is there
+        raise SettingsError(f"Accelerate will not start here: {error}") from error
     except DistError as error:
         place = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', '?')}"
         in_use = "EADDRINUSE" in str(error) or "address already in use" in str(error)
@@ -97,6 +100,19 @@ def _refuse_split_models(device: torch.device) -> None:
                 "Accelerate's config: processes then share the clips, each with the whole model. What makes that "
                 "fit: --per-gpu-batch-size auto, --gradient-checkpointing."
             )
+
+
+def _refuse_shared_gpus(device: torch.device) -> None:
+    """Raises SettingsError where two processes would get one GPU: NCCL fails then, and MPS knows of no others."""
+    counted = "WORLD_SIZE" if device.type == "mps" else "LOCAL_WORLD_SIZE"
+    processes = int(os.environ.get(counted, "1"))
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
+    has_its_own = device.type == "cuda" and gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if processes > gpus and not has_its_own:
+        raise SettingsError(
+            f"{processes} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: each process needs one "
+            f"of its own. Take --num-processes {gpus}, or --device cpu."
+        )
 
 
 class StopSignals:

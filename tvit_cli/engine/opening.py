@@ -11,7 +11,7 @@ from tvit_cli.engine.balance import class_weights
 from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import build
 from tvit_cli.engine.checkpoint import load_checkpoint
-from tvit_cli.engine.compiling import compiled
+from tvit_cli.engine.compiling import compiled, compiles
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
@@ -104,11 +104,12 @@ def _prepare(
         built.model.run_block = recomputed
     model = accelerator.prepare_model(built.model, evaluation_mode=True)  # in evaluation mode it adds no DDP
     model = compiled(model, accelerator.device) if settings.compile else model
-    settings, window = resolve_batch(
-        settings,
-        accelerator.num_processes,
-        find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
-    )
+    with compiles(settings.compile):
+        settings, window = resolve_batch(
+            settings,
+            accelerator.num_processes,
+            find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
+        )
     assert settings.per_gpu_batch_size != "auto"
     if standardises:
         with ends_with_advice(settings, accelerator.device):
@@ -160,6 +161,6 @@ def _prepare(
         plan,
         trackers=Trackers(run.folder if accelerator.is_main_process else None),
         report=report,
-        class_weights=torch.tensor(weights, device=accelerator.device),
+        class_weights=torch.tensor(weights, dtype=torch.float32, device=accelerator.device),
         ema=None if settings.ema_decay is None else WeightAverage(built.model, settings.ema_decay),
     )

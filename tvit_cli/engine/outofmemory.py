@@ -22,6 +22,7 @@ SENTENCES = (
     "not enough memory",
     "MPS backend out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )

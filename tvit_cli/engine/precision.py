@@ -18,10 +18,15 @@ FAST_BF16 = (8, 0)  # CUDA compute capability: the first whose tensor cores take
 def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
     """The format that a setting means on a device. See Note [Mixed precision].
 
+    From then on convolutions in float32 are what they are called on CUDA as well: as torch starts, those take
+    inputs of TF32, with 10 bits of mantissa.
+
     Raises SettingsError for fp16 on a CPU: Accelerate would compute in float32 and say nothing.
     """
     if given == "fp16" and device.type == "cpu":
         raise SettingsError("--mixed-precision fp16: nothing is computed in it on a CPU. Take bf16, or no.")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     if given != "auto":
         return given
     return "bf16" if device.type == "cuda" and _is_fast_at_bf16(device) else "no"

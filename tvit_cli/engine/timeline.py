@@ -60,7 +60,7 @@ def make_timeline(
         frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
         with trained.autocast():
             logits = trained.model(frames)
-        rows.append(logits.double().softmax(1).cpu())
+        rows.append(logits.cpu().double().softmax(1))
         for w in batch:
             album.offer(w, window)
         if progress is not None:

@@ -19,7 +19,7 @@ from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others
 from tvit_cli.engine.loop import fit, how_to_resume
 from tvit_cli.engine.loopstate import Loop, kept_tensors
 from tvit_cli.engine.opening import open_training
-from tvit_cli.engine.outofmemory import ends_with_advice
+from tvit_cli.engine.outofmemory import ends_with_advice, release
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.results import EvalResult
 from tvit_cli.engine.run import held, write_settings
@@ -62,6 +62,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         ends_with_the_others(),
         StopsAtOnce("Nothing is lost; start again with the same command.") as signals,
     ):
+        release()  # of a series, the model before: a GPU may hold but one
         loop = open_training(settings, report)
         with held(loop.run) if loop.accelerator.is_main_process else nullcontext():
             _open_records(loop)

@@ -6,7 +6,8 @@ look over time take one group per time, so that their tokens are (B, T', N, D).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -172,5 +173,22 @@ def recomputed(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return called(block, *inputs, **options)
+    if inputs[0].device.type == "mps":
+        options["context_fn"] = _same_mps_draws
     output: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
     return output
+
+
+def _same_mps_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the pass and for its repetition: dropout's draws on MPS, which torch puts back on CPUs and CUDA alone."""
+    return nullcontext(), _drawing_from(torch.mps.get_rng_state())
+
+
+@contextmanager
+def _drawing_from(state: Tensor) -> Iterator[None]:
+    before = torch.mps.get_rng_state()
+    torch.mps.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.mps.set_rng_state(before)
