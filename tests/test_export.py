@@ -238,7 +238,7 @@ def test_onnx_takes_any_number_of_clips_knows_its_labels_and_has_a_price_in_8_bi
     monkeypatch.setattr(onnx_format, "_trace", traced_already)
     small = export(trained, tmp_path / "small", format="onnx", int8=True)
     record = check_folder(small, "model.onnx", "preprocessing.onnx")
-    assert 0 < small.parity.max_logit_difference < 0.1
+    assert 0 < small.parity.max_logit_difference < 0.05  # with the whole range 0.14 without VNNI
     assert (record["logit_limit"], record["agreement_limit"]) == (None, 0.95)
     weights = [t.data_type for t in onnx.load(small.output / "model.onnx").graph.initializer]
     assert weights.count(onnx.TensorProto.INT8) >= 13
