@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
+from tvit_cli.model import int8
 from tvit_cli.model.int8 import Int8Linear, to_int8
 from tvit_cli.model.vit import ViTConfig, build_model
+
+
+def test_the_faster_of_bytes_and_floats_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = torch._int_mm
+
+    def slow(*factors: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return multiply(*factors)
+
+    monkeypatch.setattr(torch, "_int_mm", slow)
+    assert not int8.is_fast()
+    monkeypatch.setattr(torch, "_int_mm", lambda *factors: None)
+    assert int8.is_fast()
 
 
 def test_whole_numbers_times_scales_are_multiplied_without_any_error() -> None:

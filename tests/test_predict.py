@@ -33,6 +33,7 @@ from tvit_cli.engine.predict import predict
 from tvit_cli.engine.timelines import tell
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
+from tvit_cli.model import int8
 from tvit_cli.model.folder import load_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
@@ -140,17 +141,32 @@ def test_predictions_are_the_evaluations(trained: TrainResult, clip: Path) -> No
             assert score == pytest.approx(float(scores[label]), abs=2e-6)
 
 
-def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(trained: TrainResult) -> None:
+def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(
+    trained: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def answers(**chosen: Any) -> list[dict[str, float]]:
         clips = trained.run.parents[1] / "colours"
         settings = PredictSettings(paths=(str(clips),), model=trained.model, top_k=3, device="cpu", **chosen)
         return [dict(prediction.labels) for prediction in predict(settings).predictions]
 
+    monkeypatch.setattr(int8, "is_fast", lambda: True)
     whole, rounded = answers(), answers(int8=True)
     assert len(whole) == 18 and whole != rounded
     assert [max(a, key=a.__getitem__) for a in whole] == [max(a, key=a.__getitem__) for a in rounded]
     for a, b in zip(whole, rounded, strict=True):
         assert b == pytest.approx(a, abs=0.03)
+
+
+def test_8_bits_are_left_out_with_a_word_where_they_are_slower(
+    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "is_fast", lambda: False)
+    said: list[Event] = []
+    facts: dict[str, Any] = {"paths": (str(clip),), "model": trained.model, "device": "cpu"}
+    whole, asked = (predict(PredictSettings(**facts, int8=chosen), said.append) for chosen in (False, True))
+    assert whole.predictions == asked.predictions
+    warnings = [event.text for event in said if isinstance(event, Note) and event.level == "warning"]
+    assert warnings == ["--int8: this processor multiplies bytes slower than floats, so floats it is."]
 
 
 def test_8_bits_are_refused_where_they_would_run_on_another_device(

@@ -24,6 +24,7 @@ import torch
 from tvit_cli import __version__
 from tvit_cli.data.writer import write_video
 from tvit_cli.model.folder import save_model
+from tvit_cli.model.int8 import is_fast
 from tvit_cli.model.vit import ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
 
@@ -123,6 +124,7 @@ def main() -> None:
         "ratio": ratio("tvit predict", 0),
         "cpu_ratio": ratio("tvit predict", 2),
         "megabytes": median("tvit predict", 1),
+        "int8_is_fast": is_fast(),  # else it is left out
         "int8_seconds": median("tvit predict --int8", 0),
         "int8_ratio": ratio("tvit predict --int8", 0, "tvit predict"),
         "int8_cpu_ratio": ratio("tvit predict --int8", 2, "tvit predict"),

@@ -5,6 +5,9 @@ See Note [Eight bits].
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +20,9 @@ LARGEST = 127  # of a signed byte; -128 is left out, so that both signs have the
 # more often: a few large activations of a ViT leave the others few steps. What is no Linear layer stays as
 # it is: attention's own products, norms, the patch embedding; and the classifier, which costs nothing. Measured
 # beside bf16 in tests/bench/RESULTS.md.
+#
+# On a processor without instructions for it (VNNI), torch multiplies bytes some ten times slower than floats, so it
+# is tried out which of the two is faster.
 
 
 class Int8Linear(nn.Module):
@@ -41,6 +47,23 @@ class Int8Linear(nn.Module):
         sums = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight)  # int32 (N, out)
         out = sums.float().mul_(self.scale)
         return torch.addcmul(self.bias, out, scale, out=out).view(*x.shape[:-1], -1)
+
+
+def is_fast() -> bool:
+    """Whether bytes are multiplied faster than floats here; products of either kind are timed, some ms each."""
+    rows, weight = torch.ones(256, 512), torch.ones(512, 512)
+    byte_rows, byte_weight = rows.to(torch.int8), weight.to(torch.int8)
+    in_bytes, in_floats = (
+        min(_seconds(product) for _ in range(3))  # the first also makes what is kept for the next
+        for product in (lambda: torch._int_mm(byte_rows, byte_weight), lambda: rows @ weight)
+    )
+    return in_bytes < in_floats
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def to_int8(model: nn.Module, *, but: str) -> int:

@@ -4,12 +4,11 @@ Note [What a LoRA layer keeps]. Written with autograd's own operations, `linear(
 the dropped input and its noise, each in the input's size and number format, goes over the output three times
 for the sum, and draws its noise one number at a time. Here the forward pass keeps the input (shared by layers
 that read the same tokens), the r-wide product, and a byte per number for the mask; of the frozen weight nothing,
-which under autocast is cast in either pass instead. The dropped input is made
-where it is needed, a few rows at a time, so that it stays in the processor's cache, and never whole. A layer
-that follows a GELU takes it over and keeps what comes before it, so that the GELU's output, four times as wide
-as the tokens, is kept nowhere. Products with one narrow side are taken in the order that the CPU's matrix
-kernels are fast at: (r, N) where (N, r) takes up to eight times as long. Figures, and what did not help:
-tests/bench/RESULTS.md.
+which under autocast is cast in either pass instead. The dropped input is made where it is needed, a few rows at a
+time, so that it stays in the processor's cache, and never whole. A layer that follows a GELU takes it over and
+keeps what comes before it, so that the GELU's output, four times as wide as the tokens, is kept nowhere. Products
+with one narrow side are taken in the order that the CPU's matrix kernels are fast at: (r, N) where (N, r) takes
+up to eight times as long. Figures of whole steps, and what did not help: tests/bench/RESULTS.md.
 
 Letters: N rows (tokens of all clips), I and O the layer's inputs and outputs, r the rank.
 """

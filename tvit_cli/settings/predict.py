@@ -52,7 +52,7 @@ class PredictSettings(Settings):
 
     int8: bool = Field(
         False,
-        description="Compute in 8 bits on a CPU: about twice as fast with a ViT-B, and scores differ a little",
+        description="Compute in 8 bits on a CPU, if that is faster there (up to twice); scores differ a little",
         json_schema_extra=about(HOW, flag="--int8"),
     )
 
