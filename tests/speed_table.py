@@ -42,82 +42,87 @@ def updated(text: str, records: dict[str, Record]) -> str:
 
 
 def _step(record: Record) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for dropout in _dropouts(record):
-        cases = [row for name, row in record["results"].items() if name.endswith(f"dropout {dropout}")]
-        where = f"{_models(record)}, dropout {dropout}"
+        cases = _cases(record, dropout)
+        of = list(cases.values())
+        where = f"dropout {dropout}" if rows else f"{_models(cases)}, dropout {dropout}"
         rows += [
             (
-                f"a training step against a naive LoRA (A@B formed): {where}",
-                _times(cases, "naive", "naive_wall"),
+                f"a training step against a naive LoRA (A@B formed), by processor: {where}",
+                _times(of, "naive", "naive_wall"),
             ),
-            (f"against PEFT's own layers: dropout {dropout}", _times(cases, "peft", "peft_wall")),
-            *_plain(record, dropout),
-            (
-                f"share of the machine's matmul rate: dropout {dropout}",
-                _middle([row["share"] for row in cases]),
-            ),
+            (f"against PEFT's own layers: dropout {dropout}", _times(of, "peft", "peft_wall")),
+            *_plain(cases, dropout),
+            (f"share of the machine's matmul rate: dropout {dropout}", _middle([row["share"] for row in of])),
         ]
     return rows
 
 
-def _plain(record: Record, dropout: str) -> list[Row]:
+def _plain(cases: dict[str, Record], dropout: str) -> list[Row]:
     """Whole models beside plain ViTs, whose last block is a twelfth; in a slice of two layers it would be half."""
-    cases = {
-        name: row for name, row in record["results"].items()
-        if f"{WHOLE}_t" in name and name.endswith(f"dropout {dropout}")
-    }  # fmt: skip
-    rows = list(cases.values())
+    whole = {case: row for case, row in cases.items() if f"{WHOLE}_t" in case}
+    rows = list(whole.values())
     figures = [_times(rows, f"plain_{kind}", f"plain_{kind}_wall") for kind in ("naive", "peft") if rows]
-    where = f"{_models({'results': cases})}, dropout {dropout}"
+    where = f"{_models(whole)}, dropout {dropout}"
     what = f"the same beside plain ViTs, all of whose tokens pass the last block; naive, PEFT: {where}"
     return [(what, "; ".join(figures))] if rows else []
 
 
 def _memory(record: Record) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for dropout in _dropouts(record):
-        cases = [row for name, row in record["results"].items() if name.endswith(f"dropout {dropout}")]
-        held, peak = (_range(row[f"tvit_{kind}"] for row in cases) for kind in ("saved", "rss"))
-        rows.append(
-            (f"memory of a step against the naive LoRA: dropout {dropout}", f"held {held}, peak {peak}")
+        cases = _cases(record, dropout)
+        held, grows, whole = (
+            _range(row[f"tvit_{kind}"] for row in cases.values()) for kind in ("saved", "rss", "whole")
         )
+        where = f"dropout {dropout}" if rows else f"{_models(cases)}, dropout {dropout}"
+        what = f"memory of a step against the naive LoRA: {where}"
+        rows.append((what, f"held {held}; what a process grows by {grows}; a whole process {whole}"))
     return rows
 
 
 def _peers(record: Record) -> list[Row]:
+    same = f"equal width and tokens, {record['depth']} layers"
     return [
         (
-            f"a step against transformers' {name} with PEFT, equal width, depth and tokens; memory",
-            f"× {row['times_faster']:.2f}; {row['memory_ratio']:.2f}",
+            f"a step against transformers' {name.partition(',')[0]} with PEFT, {same},{name.partition(',')[2]}; memory held",
+            f"× {row['times_faster']:.2f} (by the clock {row['times_faster_wall']:.2f}); {row['memory_ratio']:.2f}",
         )
         for name, row in record["results"].items()
     ]
 
 
 def _schemes(record: Record) -> list[Row]:
-    return [
-        (
-            f"a step at {case.partition('_t')[2]} frames, {_model(case)}, against joint attention over single frames",
-            ", ".join(
-                f"{name} × {row['times_faster']:.2f}"
-                for name, row in rows.items()
-                if name not in NOT_COMPARED
-            ),
-        )
-        for case, rows in record["results"].items()
-    ]
+    rows = []
+    for case, found in record["results"].items():
+        for base, name in (
+            ("joint", "joint attention over single frames"),
+            ("joint, naive LoRA", "the same, naive LoRA"),
+        ):
+            faster = ", ".join(
+                f"{kind} × {row['times_faster'] / found[base]['times_faster']:.2f}"
+                for kind, row in found.items()
+                if kind not in ("joint", "joint, naive LoRA")
+            )
+            rows.append(
+                (f"a step at {case.partition('_t')[2]} frames, {_model(case)}, against {name}", faster)
+            )
+    return rows
 
 
 WHOLE = 12  # layers of ViT-B and ViT-S
-NOT_COMPARED = ("joint", "joint, naive LoRA")
 
 
 def _epoch(record: Record) -> list[Row]:
     rows = record["results"]
+    clips = f"{record['clips']} clips, {record['data']}"
+    what = (
+        f"a whole epoch against the sum of its steps (ViT-S, 98 px; {clips}): from a frame store, from videos"
+    )
     return [
         (
-            f"a whole epoch against the sum of its steps: from a frame store, from videos ({record['clips']} clips)",
+            what,
             f"× {rows['store']['wall_ratio']:.2f}, × {rows['videos']['wall_ratio']:.2f} "
             f"(processor × {rows['store']['cpu_ratio']:.2f}, × {rows['videos']['cpu_ratio']:.2f})",
         )
@@ -126,31 +131,41 @@ def _epoch(record: Record) -> list[Row]:
 
 def _data(record: Record) -> list[Row]:
     ratios = record["ratios"]
+
+    def both(kind: str) -> str:
+        return f"× {ratios[f'video, {kind}']:.1f}, × {ratios[f'store, {kind}']:.1f}"
+
+    base = "against decoding all frames and augmenting PIL images"
     return [
         (
-            "a training clip (18 frames, 224 px) from a video, and from the frame store, against decoding all and "
-            "augmenting PIL images",
-            f"× {ratios['video, 0 workers']:.1f}, × {ratios['store, 0 workers']:.0f}",
+            f"reading a training clip (18 frames, 224 px) from a video, and from the frame store, {base}: "
+            "tvit augments on the GPU",
+            both("0 workers"),
         ),
-        ("augmenting it", f"× {ratios['augmentation']:.1f}"),
+        ("the same where tvit augments on the same core", both("augmented as well")),
+        ("augmenting alone", f"× {ratios['augmentation']:.1f}"),
     ]
 
 
 def _infer(record: Record) -> list[Row]:
     what = f"`tvit predict clip.avi`, ViT-{record['size']}, whole process, against `import torch` and a forward pass"
     eight = f"with `--int8`, against without (ViT-{record['size']})"
-    return [
-        (what, f"{record['seconds']:.2f} s, × {record['ratio']:.2f}"),
-        (eight, f"{record['int8_seconds']:.2f} s, × {record['int8_ratio']:.2f}"),
-    ]
+    rows = [(what, f"{record['seconds']:.2f} s, × {record['ratio']:.2f}")]
+    if record["int8_is_fast"]:
+        rows.append((eight, f"{record['int8_seconds']:.2f} s, × {record['int8_ratio']:.2f}"))
+    return rows
 
 
 def _startup(record: Record) -> list[Row]:
+    bare = record["results"][BARE]["wall"]
     return [
-        (f"`{name}`", f"{row['wall']:.2f} s")
+        (f"`{name}`, and Python that does nothing", f"{row['wall']:.2f} s, {bare:.3f} s")
         for name, row in record["results"].items()
-        if name.startswith("tvit")
+        if name != BARE
     ]
+
+
+BARE = "python -c pass"
 
 
 ROWS: dict[str, Callable[[Record], list[Row]]] = {
@@ -169,11 +184,18 @@ def _dropouts(record: Record) -> list[str]:
     return list(dict.fromkeys(name.rpartition("dropout ")[2] for name in record["results"]))
 
 
-def _models(record: Record) -> str:
-    cases = dict.fromkeys(name.partition(",")[0] for name in record["results"])
-    models = dict.fromkeys(_model(case) for case in cases)
-    frames = dict.fromkeys(case.partition("_t")[2] for case in cases)
-    return f"{' and '.join(models)}, {' and '.join(frames)} frames"
+def _cases(record: Record, dropout: str) -> dict[str, Record]:
+    """The rows of one dropout by case."""
+    named = ((name.partition(", dropout "), row) for name, row in record["results"].items())
+    return {case: row for (case, _, of), row in named if of == dropout}
+
+
+def _models(cases: Iterable[str]) -> str:
+    """vitb2_t8, vitb2_t18 -> ViT-B, 2 layers (8, 18 frames)"""
+    frames: dict[str, list[str]] = {}
+    for case in cases:
+        frames.setdefault(_model(case), []).append(case.partition("_t")[2])
+    return "; ".join(f"{model} ({', '.join(own)} frames)" for model, own in frames.items())
 
 
 def _model(case: str) -> str:
