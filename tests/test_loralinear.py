@@ -274,11 +274,11 @@ def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch: pytes
     dropped = checkpoint(
         drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=blocks._same_mps_draws
     )
-    after = torch.rand(3)
+    torch.rand(3)  # moves the generator between the passes
     state = torch.get_rng_state()
     (gradient,) = torch.autograd.grad(dropped.sum(), [x])
     assert torch.equal(gradient != 0, dropped != 0) and 0 < int((dropped != 0).sum()) < 64
-    assert torch.equal(torch.get_rng_state(), state) and len(after) == 3
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:

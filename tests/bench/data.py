@@ -5,9 +5,9 @@
 The baseline does what most training scripts do: decode every frame, make a PIL image of the chosen ones, and crop,
 flip, jitter (hue included) and normalise frame by frame, to float. T=18 frames at 224 px from clips of 180 frames
 of 320×240 in MPEG-4 with B-frames that weigh what UCF101's do: about 2.5 kB per frame, 15 kB as JPEG. tvit hands
-over uint8 frames, to be augmented where the model is: on a GPU. Its augmentation is measured by itself, and added in the
-rows "augmented as well", which are what a training on the same CPU has of it. What one process does alone is timed by processor, which
-other work on the machine disturbs least; what several do together, by the clock.
+over uint8 frames, to be augmented where the model is: on a GPU. Its augmentation is measured by itself, and added in
+the rows "augmented as well", which are what a training on the same CPU has of it. What one process does alone is timed
+by processor, which other work on the machine disturbs least; what several do together, by the clock.
 """
 
 from __future__ import annotations

@@ -15,15 +15,16 @@ import os
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from step import in_turn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,23 +96,15 @@ def no_grad(work: Callable[[], object]) -> Callable[[], object]:
     return wrapped
 
 
-def in_turn(options: argparse.Namespace, works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each; the first two rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(options.rounds + 2):
-        for name, work in works.items():
-            synchronise(options)
-            start = time.perf_counter()
-            work()
-            synchronise(options)
-            if number >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(took) for name, took in times.items()}
+def finished(options: argparse.Namespace, work: Callable[[], object]) -> Callable[[], None]:
+    """The same, over when the device has done it."""
 
+    def wrapped() -> None:
+        work()
+        if options.device != "cpu":
+            torch.accelerator.synchronize()
 
-def synchronise(options: argparse.Namespace) -> None:
-    if options.device != "cpu":
-        torch.accelerator.synchronize()
+    return wrapped
 
 
 def main() -> None:
@@ -131,7 +124,8 @@ def main() -> None:
         ("attention, 18 frames", attention(options, 18)),
         ("patch embedding, 8 frames", patch_embedding(options)),
     ):
-        took = in_turn(options, works)
+        times = in_turn({name: finished(options, work) for name, work in works.items()}, options.rounds)
+        took = {name: statistics.median(wall for _, wall in found) for name, found in times.items()}
         first = next(iter(took.values()))
         results[what] = {
             name: {"seconds": seconds, "times": seconds / first} for name, seconds in took.items()
