@@ -203,6 +203,7 @@ def forward_and_held(model: nn.Module, clips: Tensor) -> tuple[Any, float]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(clips)
+    kept.clear()  # autograd holds on to `pack`, and by it they would outlive their part of the backward pass
     return output, sum(saved.values()) / 2**20
 
 
