@@ -219,16 +219,23 @@ def peak_memory() -> float:
 
 
 def memory_case(case: str, dropout: float) -> dict[str, float]:
-    """Ratios to the naive LoRA, each kind in a process of its own."""
+    """Ratios to the naive LoRA, and tvit's to a plain ViT's, each kind in a process of its own."""
     results = {}
-    for kind in KINDS:
+    for kind in (*KINDS, "plain_naive"):
         command = [sys.executable, __file__, "--child", case, kind, str(dropout)]
         results[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {
         f"{kind}_{name}": results[kind][i] / results["naive"][i]
         for kind in ("peft", "tvit")
         for i, name in enumerate(MEMORY)
-    } | {f"naive_{name}_mb": results["naive"][i] for i, name in enumerate(MEMORY)}
+    } | {
+        key: value
+        for i, name in enumerate(MEMORY)
+        for key, value in (
+            (f"tvit_{name}_plain", results["tvit"][i] / results["plain_naive"][i]),
+            (f"naive_{name}_mb", results["naive"][i]),
+        )
+    }
 
 
 def main() -> None:
