@@ -19,23 +19,18 @@
 set -u
 name=${1:?"sbatch examples/slurm.sh NAME [options of tvit train]"}
 shift
-run=${TVIT_WORKING_DIRECTORY:-working_directory}/$name
 
 # The processes meet at the first machine of the job, on a port that another job is unlikely to have.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # which srun does not take from the job by itself
 
-# A named run that is not finished is gone on with. Stopped before its first checkpoint, it begins again.
-begin=()
-if [ ! -e "$run/model" ] && ! compgen -G "$run/checkpoints/step-*" > /dev/null; then
-    begin=(--overwrite)
-fi
-
-# srun hands signals on, and ends with the highest exit code of its processes; torchrun would turn 75 into 1.
+# A named run that is not finished is gone on with. srun hands signals on, and ends with the highest exit code of its
+# processes; torchrun would turn 75 into 1.
 srun --wait=120 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec tvit train "$@"' \
-    tvit --experiment-name "$name" ${begin[@]+"${begin[@]}"} "$@" &
+    tvit --experiment-name "$name" --num-workers $((SRUN_CPUS_PER_TASK - 1)) "$@" &
 step=$!
 trap 'kill -USR1 "$step"' USR1
 wait "$step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import loopback
 import pytest
@@ -21,7 +23,7 @@ from archives import Entry, write_rar4, write_tar, write_zip
 from loopback import Server
 
 from tvit_cli import main
-from tvit_cli.data.remote import rar, supply
+from tvit_cli.data.remote import disk, rar, supply
 from tvit_cli.data.remote.catalog import Dataset, Layout, Part, Source
 from tvit_cli.data.remote.fetch import MirrorsFailed
 from tvit_cli.data.remote.http import Http, Retry
@@ -342,7 +344,12 @@ def test_videos_of_somebody_else_are_not_touched(world: World) -> None:
 
 def test_archive_is_kept_where_that_is_asked_for(world: World) -> None:
     world.run(keep_archive=True)
-    assert (world.folder / "archives" / "flat.zip").read_bytes() == world.server.pages["/flat.zip"].body
+    kept = world.folder / "archives" / "flat.zip"
+    assert kept.read_bytes() == world.server.pages["/flat.zip"].body
+    (world.folder / "videos" / min(VIDEOS)).unlink()
+    assert world.run(repair=True, keep_archive=True).differences == () and kept.is_file()
+    (world.folder / "videos" / min(VIDEOS)).unlink()
+    assert world.run(repair=True).differences == () and not kept.exists()
 
 
 def test_disk_too_small_is_named_before_the_fetch(world: World) -> None:
@@ -515,3 +522,28 @@ def test_a_file_in_the_place_of_the_data_directory_is_called_one(
         f"error: --data-directory {given}: {where}is a file, and a folder is wanted there. Name"
     )
     assert taken.read_text() == "notes"
+
+
+def test_a_file_system_without_locks_is_downloaded_to(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(disk, "_lock", none)
+    world.run()
+    assert world.landed() == VIDEOS
+
+
+def test_data_that_may_only_be_read_is_verified(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run()
+    really = Path.open
+
+    def read_only(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if set(mode) & set("aw+x"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert world.run(verify=True).differences == ()
+    (world.folder / ".lock").unlink()
+    with pytest.raises(RunError, match=r"mini: cannot be written \(Permission denied\)"):
+        world.run()

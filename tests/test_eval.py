@@ -463,3 +463,38 @@ SHOWN = {
 
 def test_every_setting_of_eval_has_a_test_of_its_effect() -> None:
     assert set(SHOWN) == set(EvalSettings.model_fields)
+
+
+def test_results_on_other_data_leave_those_of_the_own_test_alone(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    own = evaluate(settings(trained))
+    clips = make_clips(tmp_path / "elsewhere", groups=4)
+    shutil.rmtree(clips / "Red")
+    other = evaluate(settings(trained, path_to_data=str(clips), test_groups="1"))
+    assert other.output == trained.run / "eval" / "test-elsewhere" and other.subset == "test"
+    assert json.loads((own.output / "metrics.json").read_text())["metrics"] == own.metrics
+    same = load_card(trained.model).settings["path_to_data"]
+    assert evaluate(settings(trained, path_to_data=str(same))).output == own.output
+
+
+def test_classes_that_are_spelt_otherwise_are_the_same(trained: TrainResult, tmp_path: Path) -> None:
+    clips = make_clips(tmp_path / "colours", groups=4)
+    before = evaluate(settings(trained, path_to_data=str(clips), output=tmp_path / "a", test_groups="1"))
+    (clips / "Red").rename(clips / "red")
+    after = evaluate(settings(trained, path_to_data=str(clips), output=tmp_path / "b", test_groups="1"))
+    assert after.metrics == before.metrics and set(after.per_class) == {"Blue", "Green", "Red"}
+
+
+@pytest.mark.parametrize("verb", ["one", "pair"])
+def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_scored(
+    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr("tvit_cli.engine.eval.score", lambda *a, **k: pytest.fail("was scored"))
+    with pytest.raises(DataError, match=r"--output .*taken.* is a file, and a folder is wanted there"):
+        if verb == "one":
+            evaluate(settings(trained, output=tmp_path / "taken"))
+        else:
+            pair = (trained.model, trained.run)
+            compare(settings(trained, model=None, compare=pair, output=tmp_path / "taken"))

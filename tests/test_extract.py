@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from tvit_cli.data.scan import scan_video
 from tvit_cli.data.storewriter import shard_paths
 from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames
 from tvit_cli.data.writer import write_video
-from tvit_cli.engine.events import Event, Note, silent
+from tvit_cli.engine.events import Event, Note, Progress, silent
 from tvit_cli.engine.extract import ExtractResult, check, extract
 from tvit_cli.engine.pool import in_order
-from tvit_cli.errors import DataError, RunError
+from tvit_cli.engine.source import open_source
+from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.settings.base import load
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.maxbad import most_bad
 
@@ -434,3 +437,77 @@ def test_a_file_in_the_place_of_the_store_is_called_one(source: Path, tmp_path: 
     ):
         extract(settings(source, output=given), silent)
     assert (tmp_path / "frames").read_text() == "notes"
+
+
+def test_a_video_that_was_mended_or_removed_after_extracting_is_no_longer_set_aside(data: Path) -> None:
+    mended, removed = data / "run" / "v_run_g00_c01.avi", data / "run" / "v_run_g01_c01.avi"
+    whole = mended.read_bytes()
+    for path in (mended, removed):
+        path.write_text("text")
+    store = FrameStore(run(data).folder)
+    removed.unlink()
+    facts: dict[str, Any] = {
+        "group_pattern": "g(..)",
+        "val_groups": "none",
+        "test_groups": "none",
+        "split": 1,
+    }
+    found = open_source(str(data), report=silent, **facts)
+    assert found.store is not None and list(found.unreadable) == ["run/v_run_g00_c01.avi"]
+    mended.write_bytes(whole)
+    notes: list[Event] = []
+    found = open_source(str(data), report=notes.append, **facts)
+    assert found.store is None and found.unreadable == {}
+    assert any("1 of 7 videos (such as run/v_run_g00_c01.avi) are new or changed" in str(n) for n in notes)
+    assert store.outdated(found.layout.videos) == ["run/v_run_g00_c01.avi"]
+
+
+def test_a_second_extraction_into_one_store_is_refused_while_the_first_is_busy(data: Path) -> None:
+    refused: list[str] = []
+
+    def again(event: Event) -> None:
+        if isinstance(event, Progress) and not refused:
+            with pytest.raises(RunError, match="another process is busy with extracting to") as error:
+                run(data)
+            refused.append(str(error.value))
+
+    assert run(data, again).videos == 2 * GROUPS and refused
+    assert run(data).videos == 0
+
+
+def test_a_store_of_other_data_is_not_emptied_for_these(data: Path, tmp_path: Path) -> None:
+    rows = [f"{path},{path.parent.name}" for path in sorted(data.glob("*/*.avi"))]
+    for name, own in (("first", rows[::2]), ("second", rows[1::2])):
+        (data / f"{name}.csv").write_text("\n".join(["path,label", *own]) + "\n")
+    folder = run(data / "first.csv").folder
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        DataError, match=r"first\.csv, whose videos would leave it .*Make another with --output"
+    ):
+        run(data / "second.csv")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert run(data / "second.csv", output=tmp_path / "other").videos == GROUPS
+    assert run(data / "second.csv", overwrite=True).videos == GROUPS
+    copied = tmp_path / "copied"
+    shutil.copytree(data, copied)
+    for path in copied.glob("*.csv"):
+        path.unlink()
+    run(data, overwrite=True)
+    shutil.rmtree(copied / "frames")
+    shutil.copytree(data / "frames", copied / "frames")
+    assert run(copied).videos == 0  # a copy with its store is a data set of its own
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"json_lines": True}, "--json: prints what --check finds"),
+        (
+            {"check": True, "repair": True, "overwrite": True},
+            "--check writes nothing: leave out --overwrite and --re",
+        ),
+    ],
+)
+def test_options_without_an_effect_are_refused(flags: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        load(ExtractSettings, flags=flags, environ={})

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import loopback
 import pytest
@@ -26,6 +27,7 @@ BODY = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 FETCH = """
 from pathlib import Path
+from typing import Any
 from tvit_cli.data.remote.fetch import fetch
 fetch([{url!r}], Path({target!r}))
 """
@@ -130,6 +132,22 @@ def test_file_that_shrank_meanwhile_starts_over(server: Server, tmp_path: Path) 
         get([url], tmp_path / "a", http=quick(attempts=1))
     server.add("/a", BODY[:1000], etag=None, last_modified="Mon, 01 Jan 2024 00:00:00 GMT")
     assert get([url], tmp_path / "a").bytes == 1000
+
+
+@pytest.mark.parametrize("after", [(300_000, "Tue, 02 Jan 2024"), (299_000, "Mon, 01 Jan 2024")])
+def test_file_that_changed_behind_a_server_without_conditions_starts_over(
+    server: Server, tmp_path: Path, after: tuple[int, str]
+) -> None:
+    size, day = after
+    facts: dict[str, Any] = {"etag": None, "ignore_if_range": True}
+    url = server.add(
+        "/a", bytes(300_000), cut_after=90_000, cuts=1, last_modified="Mon, 01 Jan 2024 00:00:00 GMT", **facts
+    )
+    with pytest.raises(MirrorsFailed):
+        get([url], tmp_path / "a", http=quick(attempts=1))
+    server.add("/a", BODY[:size], last_modified=f"{day} 00:00:00 GMT", **facts)
+    get([url], tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == BODY[:size]
 
 
 def test_wrong_range_is_not_appended(server: Server, tmp_path: Path) -> None:
@@ -261,6 +279,7 @@ def test_disk_that_fills_up_keeps_the_part_for_later(server: Server, tmp_path: P
     child = f"""
 import resource, signal, sys
 from pathlib import Path
+from typing import Any
 from tvit_cli.data.remote.fetch import fetch
 from tvit_cli.errors import RunError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tvit_cli.data.checked import check_videos
-from tvit_cli.data.layout import Layout, read_layout
+from tvit_cli.data.layout import Layout, read_layout, spelt_as
 from tvit_cli.errors import DataError
 
 UCF101 = r"_g(\d+)_"
@@ -186,8 +186,11 @@ def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_pat
     assert first.counts() == {"train": 6, "val": 1, "test": 1}
     nothing = read_layout(root, group_pattern="$^", test_groups=(), val_groups=())
     assert nothing.counts() == {"train": 8, "val": 0, "test": 0}
-    with pytest.raises(DataError, match='--test-groups: no group "a" in train'):
-        read_layout(root, group_pattern="$^", test_groups=("a",), val_groups=())
+    (root / "run" / "a, b.avi").unlink()
+    before = ("run/a, b.avi", "run/d.avi")
+    left = read_layout(root, group_pattern="$^", test_groups=before, val_groups=())
+    assert left.held_out["test"] == ("run/d.avi",)
+    assert "1 of the 2 groups that were held out as test are gone: run/a, b.avi." in left.notes
 
 
 @pytest.mark.parametrize("typed", [",", " , ", ""])
@@ -424,3 +427,17 @@ def test_the_official_split_lists_are_followed(tmp_path: Path) -> None:
     }
     assert any("2 videos are in no list" in note for note in two.notes)
     assert any("Official split 2" in note for note in two.notes)
+
+
+def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path: Path) -> None:
+    composed, apart = "Caf\u00e9", "Cafe\u0301"  # as macOS writes it
+    files = ["daria_1.avi", "eli_1.avi"]
+    place(tmp_path / "data" / "train", {composed: files, "Run": files})
+    root = place(tmp_path / "data" / "test", {apart: files, "Run": files}).parent
+    layout = read(root, test="none", val="none")
+    assert layout.labels in ((composed, "Run"), (apart, "Run"))
+    assert {video.label for video in layout.subset("test")} == set(layout.labels)
+    again = spelt_as(layout, ["CAFE\u0301", "run", "Walk"])
+    assert again.labels == ("CAFE\u0301", "run") and {video.label for video in again.videos} == set(
+        again.labels
+    )

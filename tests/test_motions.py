@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -192,3 +193,14 @@ def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     with pytest.raises(RunError, match="disk full"):
         make_motions(tmp_path / "m", clips_per_group=1, frame_size=SIZE, frames=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_processes_that_make_it_the_slower_one_takes_what_is_there(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"clips_per_group": 1, "frame_size": SIZE, "frames": 2}
+
+    def another(done: int, total: int) -> None:
+        if done == total:
+            make_motions(tmp_path / "m", **facts)
+
+    assert make_motions(tmp_path / "m", progress=another, **facts) == len(clips(tmp_path / "m"))
+    assert is_motions(tmp_path / "m") and [path.name for path in tmp_path.iterdir()] == ["m"]

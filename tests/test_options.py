@@ -157,3 +157,9 @@ def test_a_check_ends_with_what_it_found(tmp_path: Path) -> None:
     spoilt = tvit("extract", "--check", "--path-to-data", str(videos))
     assert spoilt.returncode == 1 and f"error: 1 of {count} videos cannot be read." in spoilt.stderr
     assert "can be read." not in spoilt.stdout
+
+
+def test_a_screen_without_the_letters_of_a_name_is_shown_others(tmp_path: Path) -> None:
+    videos = make_clips(tmp_path / "caf\u00e9")
+    shown = tvit("extract", "--check", "--json", "--path-to-data", str(videos), PYTHONIOENCODING="ascii")
+    assert shown.returncode == 0 and "caf\\" in shown.stdout, shown.stderr

@@ -184,6 +184,14 @@ def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained: TrainRes
     assert "--top-k" not in tvit(trained, str(clip)).stderr  # nobody asked for more labels than there are
 
 
+def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path: Path) -> None:
+    for name in ("a.mp4", "._a.mp4", "__MACOSX/a.mp4", ".b/c.mp4", "d/e.mp4", "d/.f.mp4"):
+        (tmp_path / ".hidden" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".hidden" / name).touch()
+    root = tmp_path / ".hidden"  # where it lies itself does not count
+    assert find_videos([root]) == [root / "a.mp4", root / "d" / "e.mp4"]
+
+
 def test_folders_stand_for_the_videos_below_them(tmp_path: Path, trained: TrainResult) -> None:
     found = find_videos([trained.run.parents[1] / "colours" / "Red"])
     assert len(found) == 6 and found == sorted(found)

@@ -21,7 +21,10 @@ import torch
 from fuse import sitecustomize
 from tiny import make_clips, make_pretrained, run, settings
 
-from tvit_cli.engine import inputs, scoring
+from tvit_cli.data.checked import unreadable_videos
+from tvit_cli.data.layout import read_layout
+from tvit_cli.engine import inputs, scoring, source
+from tvit_cli.settings.fields import GROUP_PATTERN
 
 ROOT = Path(__file__).parents[1]
 
@@ -219,7 +222,7 @@ def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(
     (tmp_path / "bin" / "tvit").write_text("#!/usr/bin/env bash\necho $@\n")
     shutil.rmtree(whole / "checkpoints")
     third = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=100)
-    assert "--experiment-name mine" in third.stdout and "--overwrite" not in third.stdout  # a model is there
+    assert "--experiment-name mine --num-workers 7" in third.stdout and "--overwrite" not in third.stdout
 
 
 def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says() -> None:
@@ -230,3 +233,39 @@ def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says() -> None:
     assert (
         asked["ntasks-per-node"] == asked["gpus-per-node"]
     )  # every process sees all GPUs, and takes its own
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, 1), ({"WORLD_SIZE": "8"}, 8), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4)],
+)
+def test_cores_are_shared_by_the_processes_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], count: int
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)), raising=False)
+    assert source.local_processes() == count
+    assert source.default_workers() == min(16, 32 // count - 1)
+
+
+def test_a_clip_that_another_process_could_not_read_is_named(facts: dict[str, Any], tmp_path: Path) -> None:
+    data = tmp_path / "data" / "colours"
+    shutil.copytree(facts["path_to_data"], data)
+    layout = read_layout(data, group_pattern=GROUP_PATTERN, val_groups="none", test_groups="none")
+    unreadable_videos(layout.videos, data, workers=1)
+    for path in sorted(data.glob("*/*.avi"))[::3]:  # spoilt since they were found good
+        facts_before = path.stat()
+        path.write_bytes(bytes(facts_before.st_size))
+        os.utime(path, ns=(facts_before.st_atime_ns, facts_before.st_mtime_ns))
+    own = settings(**{**facts, "path_to_data": str(data), "epochs": 1, "num_workers": 0, "max_bad": "100%"})
+    (tmp_path / "c.json").write_text(own.model_dump_json(exclude={"working_directory"}))
+    words = ["train", "--config", str(tmp_path / "c.json"), "--working-directory", str(tmp_path / "runs")]
+    outputs = [
+        start(["tvit_cli", *words, "--experiment-name", f"by{count}", "--num-processes", f"{count}"])
+        .communicate(timeout=100)[1] for count in (1, 2)
+    ]  # fmt: skip
+    one, two = (sorted(re.findall(r"left out: (\S+):", text)) for text in outputs)
+    assert one and one == two, outputs

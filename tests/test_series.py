@@ -198,3 +198,10 @@ def test_a_series_is_scored_as_a_whole(
     with pytest.raises(SystemExit) as end:
         main.run(["eval", "--model", str(trained.folder), "--device", "cpu"])
     assert end.value.code == 0 and "mean ± sd" in capsys.readouterr().out
+
+
+def test_a_folder_of_unlike_runs_is_no_series(tmp_path: Path) -> None:
+    for name in ("ucf101-1", "ucf101-2", "seed0-split1"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "card.json").touch()
+    assert list(series_models(tmp_path)) == ["seed0-split1"]

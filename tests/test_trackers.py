@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import make_clips, make_pretrained, run, settings
 
 from tvit_cli.engine import trackers as module
 from tvit_cli.engine.checkpoint import list_checkpoints
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.events import Event, Note, silent
 from tvit_cli.engine.trackers import Trackers
 from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.errors import RunError, SettingsError
@@ -169,3 +170,28 @@ def test_a_record_that_a_full_disk_cut_off_is_no_record(tmp_path: Path) -> None:
         file.write('{"kind": "step", "step": 3, "lo')
     assert trackers.records("epoch") == [{"kind": "epoch", "step": 2, "val_loss": 0.5}]
     assert trackers.records("step") == []
+
+
+def test_wandb_that_cannot_be_reached_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def unreachable(**_: Any) -> None:
+        raise wandb.errors.CommError("Run initialization has timed out")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(
+        RunError, match=r"--log-wandb: W&B could not be reached .*timed out.* WANDB_MODE=offline"
+    ):
+        Trackers(tmp_path).open_wandb(name="mine", config={}, report=silent)
+
+
+def test_steps_and_epochs_have_curves_of_their_own_in_wandb(tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+    trackers = Trackers(tmp_path)
+    trackers._wandb = SimpleNamespace(log=lambda values, step: logged.append({**values, "at": step}))
+    for kind, loss in (("step", 1.0), ("epoch", 2.0)):
+        trackers.log({"kind": kind, "step": 3, "train_loss": loss})
+    assert logged == [{"step/train_loss": 1.0, "at": 3}, {"epoch/train_loss": 2.0, "at": 3}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,9 +23,12 @@ from tvit_cli import main
 from tvit_cli.data.clips import ClipDataset
 from tvit_cli.engine import checkpoint
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.run import next_name
+from tvit_cli.engine.opening import refuse_disagreement
+from tvit_cli.engine.run import Run as RunFolder
+from tvit_cli.engine.run import check_identity, held, next_name
 from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.errors import (
     CheckpointError,
@@ -36,6 +40,7 @@ from tvit_cli.errors import (
     VideoError,
 )
 from tvit_cli.model.folder import load_model
+from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.train import TrainSettings
 
@@ -62,6 +67,13 @@ def trained(clips: Path, pretrained: Path, tmp_path: Path) -> Run:
         return run(**{**facts, **changes})
 
     return go
+
+
+def typed(*words: str) -> None:
+    """Run the program in this process; it ends well."""
+    with pytest.raises(SystemExit) as ended:
+        main.run(words)
+    assert not ended.value.code
 
 
 def records(result: TrainResult, kind: str = "epoch") -> list[dict[str, Any]]:
@@ -393,8 +405,94 @@ def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -
     assert same(last_weights(again), last_weights(whole)) and again.run == half.run
     shutil.rmtree(again.model)
     shutil.rmtree(again.run / "checkpoints")
-    with pytest.raises(SettingsError, match="has no checkpoint"):
-        trained(experiment_name="half", epochs=3)
+    (again.run / "metrics.jsonl").write_text("{}")  # it ended before its first checkpoint: it begins again
+    anew = trained(experiment_name="half", epochs=3)
+    assert same(last_weights(anew), last_weights(whole)) and len(records(anew)) == 3
+
+
+def test_what_is_no_training_s_or_has_checkpoints_elsewhere_is_not_begun_anew(
+    trained: Run, tmp_path: Path
+) -> None:
+    first = trained(experiment_name="mine", checkpoint_dir="kept")
+    shutil.rmtree(first.model)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("a cat")
+    for name in ("mine", "photos"):
+        with pytest.raises(
+            SettingsError, match=rf"{name}.checkpoints holds no checkpoint\. Take another name"
+        ):
+            trained(experiment_name=name)
+    assert list_checkpoints(first.run / "kept") and (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_a_finished_run_whose_test_was_cut_off_is_scored_by_the_same_command(trained: Run) -> None:
+    facts: dict[str, Any] = {"experiment_name": "mine", "epochs": 2, "test_at_end": True, "test_groups": "03"}
+    first = trained(**facts)
+    assert first.test is not None
+    shutil.rmtree(first.run / "eval")  # killed while it scored
+    again = trained(**facts)
+    assert again.test is not None and again.test.metrics == first.test.metrics and len(records(again)) == 2
+    with pytest.raises(SettingsError, match="is finished"):
+        trained(**facts)
+
+
+def test_a_run_of_several_processes_goes_on_with_as_many(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = trained(experiment_name="mine", num_processes=2)
+    last = list_checkpoints(own.run / "checkpoints")[-1]
+    started: list[int] = []
+    monkeypatch.setattr(
+        "tvit_cli.engine.processes.run_processes", lambda count, *rest, **more: started.append(count) or 0
+    )
+    typed("train", "--resume-from-checkpoint", str(last))
+    typed("train", "--resume-from-checkpoint", str(last), "--num-processes", "3")
+    assert started == [2, 3]
+    found = load_checkpoint(last).state.identity
+    with pytest.raises(
+        CheckpointError, match=r"processes: 2 -> 1\n.*\nIt takes 2 processes \(--num-processes"
+    ):
+        check_identity({**found, "processes": 2}, found)
+    with pytest.raises(
+        CheckpointError, match="began with videos goes on with them: move its frame store away"
+    ):
+        check_identity(found, {**found, "frames": "store, of 32 frames"})
+
+
+def test_settings_of_a_resumed_run_are_shown_as_they_are(
+    trained: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = trained(experiment_name="mine", lora_rank=3)
+    last = list_checkpoints(own.run / "checkpoints")[-1]
+    typed("train", "--resume-from-checkpoint", str(last), "--show-settings")
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["lora_rank"])
+    assert shown.split()[1] == "3" and "settings.json" in shown
+
+
+def test_processes_that_see_different_videos_do_not_start() -> None:
+    own = {"training videos": "12 (ab)", "frames": "videos"}
+    refuse_disagreement([own, own])
+    with pytest.raises(RunError, match=r"Process 1 does not see what process 0 sees \(training videos\)"):
+        refuse_disagreement([own, {**own, "training videos": "11 (cd)"}])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
+def test_a_name_that_is_not_utf_8_is_trained_on_scored_and_predicted(
+    clips: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data" / "colours"
+    shutil.copytree(clips, data)
+    for path in (*data.glob("Red/*"), *data.glob("Blue/*")):
+        os.rename(path, os.fsencode(path).replace(b"_c01", b"_caf\xe9_c01"))  # noqa: PTH104  # bytes
+    os.rename(data / "Red", os.fsencode(data / "R") + b"\xe9d")  # noqa: PTH104
+    result = run(
+        path_to_data=str(data), hf_model_name=str(pretrained), working_directory=tmp_path, test_groups="03"
+    )
+    found = evaluate(EvalSettings(model=result.model, num_workers=0, device="cpu"))
+    assert "R\\udce9d" in found.labels and found.report is not None
+    assert r"caf\udce9" in (found.output / "scores.csv").read_text(encoding="utf-8")
+    typed("predict", str(data), "--model", str(result.model), "--json", "--device", "cpu")
+    assert capsys.readouterr().out.count("udce9_c01") == 2 * len(list(data.glob("Blue/*")))
 
 
 def test_an_experiment_is_replaced_only_when_told_to(trained: Run) -> None:
@@ -416,8 +514,26 @@ def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained: Run) -
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     with pytest.raises(RunError, match="another training is busy in it"):
         trained(experiment_name="mine", epochs=3)
+    with (
+        pytest.raises(RunError, match="another training has just taken this name"),
+        held(RunFolder(first.run, first.run / "checkpoints", None)),
+    ):
+        pass
     holder.communicate(b"")
     trained(experiment_name="mine", epochs=3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_trained_on(
+    trained: Run, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    assert trained(epochs=1).model.is_dir()
 
 
 def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(

@@ -119,6 +119,10 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train a model and say where it is and what to type next."""
     from tvit_cli.console import Console
 
+    if loaded.settings.resume_from_checkpoint is not None and len(loaded.series) == 1:
+        from tvit_cli.engine.run import find_run, saved_settings
+
+        loaded = loaded.over(saved_settings(find_run(loaded.settings)))
     if loaded.settings.show_settings:
         series = [settings.model_dump(mode="json", exclude={"show_settings"}) for settings in loaded.series]
         rows = [
@@ -130,16 +134,13 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     from tvit_cli.engine import train as engine
     from tvit_cli.engine.dryrun import dry_run
     from tvit_cli.engine.processes import end_with_launcher
-    from tvit_cli.engine.run import find_run, saved_settings
 
-    if _several_processes(loaded.settings.num_processes):
+    if _several_processes(loaded.settings.num_processes, resumes=True):
         return
     end_with_launcher()
     if len(loaded.series) > 1 and not loaded.settings.dry_run:
         _train_series(loaded, verbosity)
         return
-    if loaded.settings.resume_from_checkpoint is not None:
-        loaded = loaded.over(saved_settings(find_run(loaded.settings)))
     if loaded.settings.dry_run:
         with Console(verbosity) as console:
             plan = dry_run(loaded.settings, console.report)
@@ -194,13 +195,13 @@ def _show_plan(console: Console, plan: DryRun) -> None:
         console.warn("This is more memory than there is. Take --per-gpu-batch-size auto.")
 
 
-def _several_processes(count: int) -> bool:
+def _several_processes(count: int, *, resumes: bool) -> bool:
     """Run this command in that many processes where it is not one of them; whether that was done."""
     from tvit_cli.engine.processes import are_started, run_processes
 
     if count == 1 or are_started():
         return False
-    if code := run_processes(count, sys.argv[1:]):
+    if code := run_processes(count, sys.argv[1:], resumes=resumes):
         sys.exit(code)
     return True
 
@@ -231,7 +232,7 @@ def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
     from tvit_cli.engine import eval as engine
     from tvit_cli.engine.series import evaluate_series, series_models
 
-    if _several_processes(loaded.settings.num_processes):
+    if _several_processes(loaded.settings.num_processes, resumes=False):
         return
     if loaded.settings.compare is not None:
         _compare(loaded.settings, verbosity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -143,6 +144,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     TVIT_DEBUG=1 shows tracebacks.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # See Note [Threads that wait must sleep]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a name that a screen has no letters for ends nothing
     words = sys.argv[1:] if arguments is None else arguments
     app = build_app(None if "_TVIT_COMPLETE" in os.environ else words)
     if os.environ.get("TVIT_DEBUG") == "1":

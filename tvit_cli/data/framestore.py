@@ -102,15 +102,16 @@ class FrameStore:
 
         Videos that are no longer on disk are none of these.
         """
+        unreadable = self._index.facts["unreadable"]
+        sizes = self._index.facts.get("unreadable_bytes", {})  # stores made before it was noted have none
         names = []
         for video in videos:
             index = self.find(video.name)
-            if index is None:
-                if video.name not in self._index.facts["unreadable"]:
-                    names.append(video.name)
-            elif (
-                video.path.exists() and video.path.stat().st_size != self._index.clips[index]["source_bytes"]
-            ):
+            if index is None and video.name not in unreadable:
+                names.append(video.name)
+                continue
+            size = sizes.get(video.name) if index is None else self._index.clips[index]["source_bytes"]
+            if size is not None and video.path.exists() and video.path.stat().st_size != size:
                 names.append(video.name)
         return names
 

@@ -20,7 +20,8 @@ def groups_to_hold_out(
     """Sorted names of the groups that `--val-groups` or `--test-groups` moves from train to `subset`.
 
     `train` maps each group to its number of videos by label. What is `wanted`: `auto`, which holds none out unless
-    `automatic`; `none`; a count; names with commas between; a tuple of names. What was done is added to the notes.
+    `automatic`; `none`; a count; names with commas between; a tuple of names that were held out before, of which
+    some may be gone. What was done is added to the notes.
 
     Raises DataError for a group that is not in train, and for a count that would take a class its last video.
     """
@@ -42,7 +43,7 @@ def groups_to_hold_out(
                 "held out so that each class keeps a video to train on."
             )
     else:
-        groups = _typed(wanted, subset) if isinstance(wanted, str) else wanted
+        groups = _typed(wanted, subset) if isinstance(wanted, str) else _left(wanted, subset, train, notes)
         for group in groups:
             if group not in train:
                 raise DataError(
@@ -65,6 +66,18 @@ def _typed(wanted: str, subset: str) -> list[str]:
     if not names:
         raise DataError(f'--{subset}-groups "{wanted}": names no group. To hold none out, say none.')
     return names
+
+
+def _left(
+    before: tuple[str, ...], subset: str, train: Mapping[str, Counter[str]], notes: list[str]
+) -> list[str]:
+    """Of the groups that were held out before, those that are still there."""
+    gone = [group for group in before if group not in train]
+    if gone:
+        notes.append(
+            f"{len(gone)} of the {len(before)} groups that were held out as {subset} are gone: {listed(gone)}."
+        )
+    return [group for group in before if group in train]
 
 
 def _is_count(text: str) -> bool:

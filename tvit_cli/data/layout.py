@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tvit_cli.data.holdout import Groups, groups_to_hold_out
 from tvit_cli.data.manifest import read_manifest
-from tvit_cli.data.names import listed
+from tvit_cli.data.names import is_hidden, listed, readable, same_class
 from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
 from tvit_cli.data.storeformat import is_store
 from tvit_cli.data.video import VIDEO_SUFFIXES
@@ -29,7 +30,7 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One labelled file; `name`, its posix path below the root, is its identity from run to run."""
+    """One labelled file; `name`, its posix path below the root as text, is its identity from run to run."""
 
     path: Path
     name: str
@@ -168,7 +169,8 @@ def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list
             )
         ignored += len(others)
         videos += [
-            Video(path, path.relative_to(root).as_posix(), folder.name, subset, None) for path in inside
+            Video(path, readable(path.relative_to(root).as_posix()), readable(folder.name), subset, None)
+            for path in inside
         ]
     if ignored:
         notes.append(
@@ -180,7 +182,7 @@ def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list
 
 def _visible(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, without hidden files and the droppings of archivers."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+    return sorted(path for path in folder.iterdir() if not is_hidden(Path(path.name)))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -197,28 +199,42 @@ def _from_manifest(path: Path) -> list[Video]:
 
 
 def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
-    """Gives labels that differ in case only the spelling that most videos have.
+    """Gives labels that are the `same_class` the spelling that most videos have.
 
     UCF101 writes HandStandPushups and HandstandPushups: taken as they stand, 102 classes.
     """
     spellings: dict[str, Counter[str]] = defaultdict(Counter)
     for video in videos:
-        spellings[video.label.casefold()][video.label] += 1
+        spellings[same_class(video.label)][video.label] += 1
     chosen = {key: min(found, key=lambda label: (-found[label], label)) for key, found in spellings.items()}
     for key, found in spellings.items():
         if len(found) > 1:
             notes.append(f"{' and '.join(sorted(found))} are read as one class, {chosen[key]}.")
-    return [replace(video, label=chosen[video.label.casefold()]) for video in videos]
+    return [replace(video, label=chosen[same_class(video.label)]) for video in videos]
+
+
+def spelt_as(layout: Layout, labels: Iterable[str]) -> Layout:
+    """A layout whose classes are spelt as they are in `labels`, where they are the same classes."""
+    spelling = {same_class(label): label for label in labels}
+
+    def spelt(label: str) -> str:
+        return spelling.get(same_class(label), label)
+
+    return replace(
+        layout,
+        labels=tuple(sorted(map(spelt, layout.labels))),
+        videos=tuple(replace(video, label=spelt(video.label)) for video in layout.videos),
+    )
 
 
 def _follow_lists(videos: list[Video], lists: Path, split: int, notes: list[str]) -> list[Video]:
     """Gives each video the subset that an official split list states; unlisted videos are left out."""
     subsets = {
-        (label.casefold(), file.casefold()): subset
+        (same_class(label), file.casefold()): subset
         for subset, entries in parse_split_lists(lists, split).items()
         for label, file in entries
     }
-    found = [(video, subsets.get((video.label.casefold(), video.path.name.casefold()))) for video in videos]
+    found = [(video, subsets.get((same_class(video.label), video.path.name.casefold()))) for video in videos]
     chosen = [replace(video, subset=subset) for video, subset in found if subset is not None]
     if not chosen:
         raise DataError(f"{lists}: none of the {len(videos)} videos is in the lists of split {split}.")

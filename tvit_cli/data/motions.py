@@ -122,9 +122,14 @@ def make_motions(
         (beside / BOXES).write_text(json.dumps(boxes, sort_keys=True), encoding="utf-8")
         (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         beside.chmod(0o755)  # mkdtemp's 0o700 would hide the data set from other people of this machine
-        if root.exists():
-            root.rmdir()  # empty, as seen above; a rename onto it would fail on Windows
-        beside.rename(root)
+        try:
+            if root.exists():
+                root.rmdir()  # empty, as seen above; a rename onto it would fail on Windows
+            beside.rename(root)
+        except OSError:
+            if not is_motions(root):
+                raise
+            shutil.rmtree(beside)  # another process was faster
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +58,8 @@ class ShardWriter:
         if not self._failed:
             self._complete()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk, of which the failure before has told
+                self._file.close()
             self._unfinished.unlink(missing_ok=True)
 
     def add(self, name: str, packed: Packed) -> None:
@@ -170,6 +172,11 @@ def write_index(folder: Path, layout: Layout, unreadable: Mapping[str, str]) -> 
         "groups": groups,
         "shards": [[contents.shards[n].name, contents.shards[n].stat().st_size] for n in live],
         "unreadable": dict(unreadable),
+        "unreadable_bytes": {
+            video.name: video.path.stat().st_size
+            for video in layout.videos
+            if video.name in unreadable and video.path.exists()
+        },
     }
     unfinished = folder / f".{INDEX}.part"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tvit_cli.engine.eval import evaluate, results_folder
+from tvit_cli.engine.eval import check_results_folder, evaluate, results_folder
 from tvit_cli.engine.evalreport import MOST_STRIPS, same_again
 from tvit_cli.engine.events import Report, silent
 from tvit_cli.engine.pages import write_page
@@ -67,12 +67,12 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     shared = settings.output
     if shared is None and folders[0].resolve() == folders[1].resolve():
         shared = folders[0]
-    results = []
+    each = []
     for letter, model, trained in zip("AB", settings.compare, models, strict=True):
         output = None if shared is None else shared / letter
-        own = settings.model_copy(update={"model": model, "output": output, "compare": None})
-        results.append(evaluate(own, report, place, trained))
-    first, second = results
+        each.append(settings.model_copy(update={"model": model, "output": output, "compare": None}))
+        check_results_folder(each[-1], trained)
+    first, second = (evaluate(own, report, place, trained) for own, trained in zip(each, models, strict=True))
     pairs = _pairs(first, second)
     right = [(a.is_right, b.is_right) for a, b in pairs]
     gained = tuple(pair for pair, (a, b) in zip(pairs, right, strict=True) if b and not a)

@@ -142,8 +142,7 @@ class _Job:
                 self._bring(part, self._given(part), selection)
         for name, why in without_lists.items():
             self._make_lists(name, why)
-        if not self.settings.keep_archive:
-            disk.remove_tree(self.supply.archives)
+        self._tidy()
         return self._result([])
 
     def verify_or_repair(self) -> DownloadResult:
@@ -164,8 +163,12 @@ class _Job:
                 )
             if is_list:
                 self._read_spelling()
-        disk.remove_tree(self.supply.archives)
+        self._tidy()
         return self._result(self._compare(wrong))
+
+    def _tidy(self) -> None:
+        if not self.settings.keep_archive:
+            disk.remove_tree(self.supply.archives)
 
     def _bring(self, part: Part, given: Path | None, selection: Selection) -> None:
         """Bring what is missing of a part; no request where nothing is."""

@@ -20,11 +20,11 @@ from tvit_cli.engine.launch import StopsAtOnce, ends_with_the_others
 from tvit_cli.engine.loop import forward_backward, passes, update
 from tvit_cli.engine.loopstate import Loop, score_videos
 from tvit_cli.engine.memory import MemoryModel, free_bytes
-from tvit_cli.engine.microbatch import Probe, local_processes
+from tvit_cli.engine.microbatch import Probe
 from tvit_cli.engine.opening import open_training
 from tvit_cli.engine.outofmemory import ends_with_advice
 from tvit_cli.engine.parallel import any_of_them
-from tvit_cli.engine.source import MOTIONS, find_data, make_demo_data
+from tvit_cli.engine.source import MOTIONS, find_data, local_processes, make_demo_data
 from tvit_cli.engine.standardise import clips_to_standardise
 from tvit_cli.model.flops import count_flops
 from tvit_cli.model.trainable import trainable_report

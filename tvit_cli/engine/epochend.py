@@ -29,6 +29,8 @@ from tvit_cli.errors import RunError
 def end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
     """Validate, log, remember the best, save."""
     check_losses(loop)
+    for name, reason in gather_object(list(loop.unreadable.items())):
+        report_unreadable(loop, name, reason)
     sums = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     loop.tally = Tally.zeros(loop.device)
     if not sums[2]:
@@ -80,7 +82,7 @@ def _validate(loop: Loop) -> dict[str, float]:
     )
     scores = merge_scores(gather_object([own]))
     for index, reason in scores.errors.items():
-        report_unreadable(loop, videos[index], reason)
+        report_unreadable(loop, videos[index].name, reason)
     if not len(scores.indices):
         raise RunError(
             f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.", by_all=True

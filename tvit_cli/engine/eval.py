@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
-from tvit_cli.data.layout import Video
+from tvit_cli.data.layout import Video, spelt_as
 from tvit_cli.data.names import listed
 from tvit_cli.engine.evalreport import write_report
 from tvit_cli.engine.events import Note, Progress, Report, silent
-from tvit_cli.engine.known import choose_videos, leaks_of, training_subsets, what_to_know
+from tvit_cli.engine.known import (
+    choose_videos,
+    is_training_data,
+    leaks_of,
+    training_subsets,
+    what_to_know,
+)
 from tvit_cli.engine.metrics import (
     calibration_bins,
     calibration_error,
@@ -23,12 +29,13 @@ from tvit_cli.engine.metrics import (
     most_confused,
     video_metrics,
 )
+from tvit_cli.engine.outputs import check_writable
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.resampling import Outcomes, metric_intervals
 from tvit_cli.engine.results import Answer, EvalResult, write_result
 from tvit_cli.engine.scoring import Scores, Views, clips_to_score, merge_scores, score
 from tvit_cli.engine.seen import Seen
-from tvit_cli.engine.source import open_source, workers_of
+from tvit_cli.engine.source import data_name, find_data, open_source, videos_of, workers_of
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.card import ModelCard
@@ -59,6 +66,7 @@ def evaluate(
         mixed_precision=settings.mixed_precision,
     )
     report(Note(f"Model: {trained.folder}"))
+    check_results_folder(settings, trained)
     for note in trained.notes:
         report(Note(note, "warning"))
     views = _views(settings, trained.card)
@@ -70,6 +78,7 @@ def evaluate(
         report=report,
     )
     trained = trained.named_by(source.layout.labels)
+    source = replace(source, layout=spelt_as(source.layout, trained.card.labels))
     videos = source.layout.subset(settings.subset)
     _check_labels(videos, trained, settings)
     before = training_subsets(settings, trained.card, source)
@@ -78,7 +87,7 @@ def evaluate(
         report(Note(warning, "warning"))
     shuffle_seed = settings.seed if settings.shuffle_frames else None
     started = time.perf_counter()
-    workers = workers_of(settings.num_workers, place.processes)
+    workers = workers_of(settings.num_workers)
     own = score(
         trained.model,
         videos,
@@ -135,8 +144,19 @@ def evaluate(
 
 
 def results_folder(settings: EvalSettings, trained: Trained) -> Path:
-    """The folder for the results of a model, unless another is given."""
-    return trained.run / "eval" / _subset_name(settings)
+    """The folder for the results of a model, unless another is given; those on other data are apart."""
+    name = _subset_name(settings)
+    if settings.path_to_data is not None and trained.card.settings.get("path_to_data") is not None:
+        root = find_data(settings.path_to_data)
+        if not is_training_data(trained.card, root):
+            name += f"-{data_name(videos_of(root) or root)}"
+    return trained.run / "eval" / name
+
+
+def check_results_folder(settings: EvalSettings, trained: Trained) -> None:
+    """Raise DataError where results cannot be written, before anything was scored."""
+    folder = settings.output or results_folder(settings, trained)
+    check_writable("--output", folder, folder)
 
 
 def _subset_name(settings: EvalSettings) -> str:

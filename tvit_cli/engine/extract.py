@@ -6,12 +6,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from tvit_cli.data.framestore import record_problem
 from tvit_cli.data.layout import Layout, Video, read_layout
 from tvit_cli.data.packing import Packed, is_unchanged, pack_video
+from tvit_cli.data.remote.disk import held
 from tvit_cli.data.scan import Scan, scan_video
 from tvit_cli.data.storeformat import (
     FOLDER,
@@ -78,16 +80,32 @@ def extract(
     shards of its own; rank 0 prepares the folder before and joins the index after, and `wait_for_all` is the
     barrier between. A video that was changed since is packed anew.
 
-    Raises DataError where a store with other parameters is in the way, RunError where the disk is full or,
-    after the index was written, where more than `max_bad` videos are unreadable.
+    Raises DataError where a store with other parameters, or of other data, is in the way, RunError where another
+    extraction is busy in it, where the disk is full or, after the index was written, where more than `max_bad`
+    videos are unreadable.
     """
-    began = time.perf_counter()
     layout, data = _read_data(settings, report)
     folder = (layout.root / FOLDER) if settings.output is None else settings.output.expanduser()
     check_folder("--output", folder)
+    lock = folder.with_name(f".{folder.name}.lock")
+    with held(lock, what=f"extracting to {folder}") if rank == 0 else nullcontext():
+        return _extract(settings, report, folder, layout, data, rank, processes, wait_for_all)
+
+
+def _extract(
+    settings: ExtractSettings,
+    report: Report,
+    folder: Path,
+    layout: Layout,
+    data: Path,
+    rank: int,
+    processes: int,
+    wait_for_all: Callable[[], None],
+) -> ExtractResult:
+    began = time.perf_counter()
     parameters = Parameters(settings.frames_per_video, settings.quality, settings.short_side)
     if rank == 0:
-        _prepare(folder, Header(parameters, str(data)), report, overwrite=settings.overwrite)
+        _prepare(folder, Header(parameters, str(data)), layout.root, report, overwrite=settings.overwrite)
     wait_for_all()
 
     contents, _ = read_contents(folder)
@@ -95,7 +113,7 @@ def extract(
     missing = [video for video in own if not _is_done(contents, video, repair=settings.repair, report=report)]
     unreadable: dict[str, str] = {}
     jobs = [(video.path, parameters) for video in missing]
-    workers = default_workers(processes, spare=0) if settings.num_workers is None else settings.num_workers
+    workers = default_workers(spare=0) if settings.num_workers is None else settings.num_workers
     with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib * MIB) as writer:
         results = in_order(
             _pack,
@@ -172,8 +190,8 @@ def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]
     return layout, data
 
 
-def _prepare(folder: Path, header: Header, report: Report, *, overwrite: bool) -> None:
-    """Makes the folder ready to take shards: its header written, what a killed run left removed."""
+def _prepare(folder: Path, header: Header, root: Path, report: Report, *, overwrite: bool) -> None:
+    """Makes the folder ready to take the shards of what lies below `root`: its header written, leavings removed."""
     if not is_store(folder):
         if folder.exists() and any(folder.iterdir()):
             raise DataError(
@@ -186,11 +204,18 @@ def _prepare(folder: Path, header: Header, report: Report, *, overwrite: bool) -
         (folder / INDEX).unlink(missing_ok=True)
         for path in folder.glob(SHARDS):
             path.unlink()
-    elif (found := read_header(folder).parameters) != header.parameters:
-        raise DataError(
-            f"{folder}: this frame store was made with {found}; asked for are {header.parameters}. Replace "
-            "it with --overwrite, or make another with --output FOLDER."
-        )
+    else:
+        found = read_header(folder)
+        if found.parameters != header.parameters:
+            raise DataError(
+                f"{folder}: this frame store was made with {found.parameters}; asked for are "
+                f"{header.parameters}. Replace it with --overwrite, or make another with --output FOLDER."
+            )
+        if _is_of_other_data(found, header, root, folder):
+            raise DataError(
+                f"{folder}: this frame store was made from {found.data}, whose videos would leave it for those "
+                f"of {header.data}. Make another with --output FOLDER, or replace it with --overwrite."
+            )
     _or_run_error(folder, lambda: write_header(folder, header))
     contents, damaged = read_contents(folder)
     for error in damaged:
@@ -198,6 +223,22 @@ def _prepare(folder: Path, header: Header, report: Report, *, overwrite: bool) -
     leftovers = {path for pattern in (".shard-*.part", ".unreadable-*.json") for path in folder.glob(pattern)}
     for path in leftovers | (set(folder.glob(SHARDS)) - set(contents.shards)):
         path.unlink()
+
+
+def _is_of_other_data(found: Header, header: Header, root: Path, folder: Path) -> bool:
+    """Whether a store was made from data that is still there and is not what is to be extracted.
+
+    A store that was copied together with its videos is now one of the copies.
+    """
+    before, now = Path(found.data), Path(header.data)
+    if not before.exists() or before.resolve() == now.resolve():
+        return False
+    is_copy = folder.resolve().parent == root.resolve() and _root(before) != _root(now)
+    return not is_copy
+
+
+def _root(data: Path) -> Path:
+    return data.resolve() if data.is_dir() else data.resolve().parent
 
 
 def _or_run_error(folder: Path, write: Callable[[], None]) -> None:

@@ -57,8 +57,7 @@ def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) ->
 
     None where that is not known: on other data than the training's, or where its groups of then are gone.
     """
-    path = card.settings.get("path_to_data")
-    if path is None or not source.root.exists() or not _are_the_same(path, source.root):
+    if not source.root.exists() or not is_training_data(card, source.root):
         return None
     before = choose_videos(EvalSettings(), card)
     if choose_videos(settings, card) == before:
@@ -73,10 +72,13 @@ def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) ->
     return {video.name: video.subset for video in own.videos}
 
 
-def _are_the_same(path_to_data: str, root: Path) -> bool:
-    """Whether a card's data is what was opened: the same path or name, or a frame store of the same videos."""
+def is_training_data(card: ModelCard, root: Path) -> bool:
+    """Whether data is what a model was trained on: the same path or name, or a frame store of the same videos."""
+    path = card.settings.get("path_to_data")
+    if path is None:
+        return False
     try:
-        own = find_data(path_to_data)
+        own = find_data(path)
     except DataError:
         return False
     places = [(videos_of(path) or path).resolve() for path in (own, root)]

@@ -88,7 +88,7 @@ def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tenso
     """This process's share of the window's mean loss; its gradients are added to those that are there."""
     settings = loop.settings
     for index, reason in batch.errors:
-        report_unreadable(loop, loop.source.readable("train")[index], reason)
+        report_unreadable(loop, loop.source.readable("train")[index].name, reason)
     torch.manual_seed(_mix(settings.seed, planned, loop.plan))  # all dropout: no state to store
     clips, targets = make_inputs(
         planned, batch, settings=settings, preprocessing=loop.built.preprocessing, device=loop.device
@@ -130,7 +130,8 @@ def _halve_micro_batch(loop: Loop) -> None:
     if before == 1:
         raise RunError(
             f"Step {loop.step + 1}: out of memory with a single clip per forward pass. "
-            f"{advice(loop.settings, loop.device)}"
+            f"{advice(loop.settings, loop.device)}",
+            by_all=True,
         )
     loop.plan = loop.plan.halved()
     loop.report(

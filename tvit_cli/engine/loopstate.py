@@ -72,7 +72,7 @@ class Loop:
 
 def workers(loop: Loop) -> int:
     """Number of processes that decode for this one: --num-workers, or what the machine has cores for."""
-    return workers_of(loop.settings.num_workers, loop.plan.processes)
+    return workers_of(loop.settings.num_workers)
 
 
 def learning_rate(loop: Loop, step: int) -> float:
@@ -142,8 +142,8 @@ def check_losses(loop: Loop) -> None:
         raise loss_error(bad, names, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
 
 
-def report_unreadable(loop: Loop, video: Video, reason: str) -> None:
+def report_unreadable(loop: Loop, name: str, reason: str) -> None:
     """Warn of a video that is left out, once in a process's life."""
-    if video.name not in loop.unreadable:
-        loop.unreadable[video.name] = reason
-        loop.report(Note(f"left out: {video.name}: {reason}", "warning"))
+    if name not in loop.unreadable:
+        loop.unreadable[name] = reason
+        loop.report(Note(f"left out: {name}: {reason}", "warning"))

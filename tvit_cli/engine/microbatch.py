@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from tvit_cli.engine.build import Built
 from tvit_cli.engine.memory import MOMENTS, MemoryModel, free_bytes, memory_model, peak_bytes
 from tvit_cli.engine.outofmemory import Attempt, advice, release
 from tvit_cli.engine.parallel import least_of_them
+from tvit_cli.engine.source import local_processes
 from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.settings.train import DEFAULT_MICRO_BATCH, TrainSettings
 
@@ -97,14 +97,10 @@ def find_micro_batch(
     if not least:
         raise RunError(
             f"--per-gpu-batch-size auto: not even one clip fits into the memory of {device}. "
-            f"{advice(settings, device)}"
+            f"{advice(settings, device)}",
+            by_all=True,
         )
     return least
-
-
-def local_processes() -> int:
-    """Processes of this training on this machine, as torchrun and `accelerate launch` number them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Probe:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from tvit_cli.data.leaks import find_leaks
 from tvit_cli.engine.balance import class_weights
@@ -15,7 +17,7 @@ from tvit_cli.engine.compiling import compiled, compiles
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.loopstate import Loop
+from tvit_cli.engine.loopstate import Loop, identity_of
 from tvit_cli.engine.microbatch import as_before, find_micro_batch, resolve_batch
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.outofmemory import ends_with_advice
@@ -25,7 +27,7 @@ from tvit_cli.engine.saving import restore
 from tvit_cli.engine.source import Source, open_source, workers_of
 from tvit_cli.engine.standardise import standardise_features
 from tvit_cli.engine.trackers import Trackers
-from tvit_cli.errors import DataError, SettingsError
+from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.model.blocks import recomputed
 from tvit_cli.settings.maxbad import most_bad
 from tvit_cli.settings.train import TrainSettings
@@ -57,6 +59,7 @@ def open_training(settings: TrainSettings, report: Report, *, standardises: bool
         settings = as_before(settings, checkpoint.state.identity, accelerator.num_processes)
     standardises = standardises and settings.feature_norm and checkpoint is None
     loop = _prepare(settings, accelerator, run, source, report, standardises=standardises)
+    refuse_disagreement(gather_object([identity_of(loop)]))
     if checkpoint is not None:
         restore(loop, checkpoint)
     return loop
@@ -87,6 +90,18 @@ def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) ->
         )
 
 
+def refuse_disagreement(identities: Sequence[Mapping[str, object]]) -> None:
+    """Raise RunError where a process sees other videos than the first, or another store: plans would differ."""
+    first = identities[0]
+    for rank, own in enumerate(identities):
+        if differing := [name for name in first if own[name] != first[name]]:
+            raise RunError(
+                f"Process {rank} does not see what process 0 sees ({', '.join(differing)}). Start again once all "
+                "see the same files; a `tvit extract` that is under way has to end first.",
+                by_all=True,
+            )
+
+
 def _prepare(
     settings: TrainSettings,
     accelerator: Accelerator,
@@ -102,8 +117,7 @@ def _prepare(
     share_weights(built.model, accelerator)
     if settings.gradient_checkpointing:
         built.model.run_block = recomputed
-    model = accelerator.prepare_model(built.model, evaluation_mode=True)  # in evaluation mode it adds no DDP
-    model = compiled(model, accelerator.device) if settings.compile else model
+    model = compiled(built.model, accelerator.device) if settings.compile else built.model
     with compiles(settings.compile):
         settings, window = resolve_batch(
             settings,
@@ -117,7 +131,7 @@ def _prepare(
                 built,
                 source,
                 accelerator,
-                workers=workers_of(settings.num_workers, accelerator.num_processes),
+                workers=workers_of(settings.num_workers),
                 report=report,
             )
     optimizer = adamw(

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from tvit_cli.data.container import Place
 from tvit_cli.data.layout import Video
+from tvit_cli.data.names import is_hidden, readable
 from tvit_cli.data.video import VIDEO_SUFFIXES
 from tvit_cli.errors import DataError
 
@@ -42,7 +43,7 @@ def check_one(option: str, path: Path | None, places: Sequence[Place]) -> None:
 def named(place: Place, label: str) -> Video:
     """A place as a video to score; the label is one that nobody asks for."""
     path, url = (Path(place), place) if isinstance(place, str) else (place, "")
-    return Video(path=path, name=str(place), label=label, subset="test", group=None, url=url)
+    return Video(path=path, name=readable(str(place)), label=label, subset="test", group=None, url=url)
 
 
 def _found(name: str | Path) -> list[Place]:
@@ -79,6 +80,10 @@ def _found(name: str | Path) -> list[Place]:
 def _videos_below(folder: Path) -> list[Place]:
     return [
         *sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in VIDEO_SUFFIXES
+            and path.is_file()
+            and not is_hidden(path.relative_to(folder))
         )
     ]

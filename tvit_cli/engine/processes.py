@@ -31,7 +31,7 @@ def end_with_launcher() -> None:
         threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
 
 
-def run_processes(count: int, arguments: Sequence[str]) -> int:
+def run_processes(count: int, arguments: Sequence[str], *, resumes: bool) -> int:
     """Run `python -m tvit_cli <arguments>` in `count` processes of one group; the exit code of them all.
 
     SIGINT, SIGTERM and SIGUSR1 are handed on, and each process saves and stops as a single one would. When one
@@ -66,7 +66,12 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
             name = signal.Signals(-failure.exitcode).name
             raise RunError(
                 f"Process {rank} of {count} was killed ({name}), so all were ended. If memory ran out, take a "
-                "smaller --per-gpu-batch-size. Go on from the last checkpoint with --resume-from-checkpoint latest."
+                "smaller --per-gpu-batch-size. "
+                + (
+                    "Go on from the last checkpoint with --resume-from-checkpoint latest."
+                    if resumes
+                    else "Then start again."
+                )
             ) from error
         return int(failure.exitcode)
     except SignalException as error:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvit_cli.data.remote.disk import LOCKLESS
 from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
 from tvit_cli.engine.microbatch import as_before
-from tvit_cli.engine.source import find_data
+from tvit_cli.engine.results import METRICS_FILE
+from tvit_cli.engine.source import data_name, find_data
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE
 from tvit_cli.settings.base import extra, flag
@@ -23,6 +25,11 @@ from tvit_cli.settings.card import BaseWeights
 from tvit_cli.settings.train import TrainSettings
 
 LOCK_FILE = ".lock"
+_BUSY = "another training is busy in it. Wait for it to end."
+_TAKEN = (
+    "another training has just taken this name. Start again, or give this one a name with --experiment-name."
+)
+TEST = Path("eval", "test")  # where the test subset's evaluation is written, beside the model
 BASE = "base"  # what an identity calls that which pretrained weights and the files beside them decide
 _DEFAULTS = TrainSettings().model_dump(mode="json")
 
@@ -44,23 +51,25 @@ class Run:
 def open_run(settings: TrainSettings) -> Run:
     """Choose the folder that a training writes to; `write_settings` makes it, once all else was found good.
 
-    A named experiment that is not finished is gone on with. Raises SettingsError where it is finished or has no
-    checkpoint, unless it is to be overwritten; CheckpointError where there is nothing to resume from.
+    A named experiment that is not finished, or is yet to be scored on the test subset, is gone on with; one that
+    ended before its first checkpoint begins again. Raises SettingsError where it is finished, or is no training's,
+    unless it is to be overwritten; CheckpointError where there is nothing to resume from.
     """
     if settings.resume_from_checkpoint is not None:
         return find_run(settings)
     name = experiment_name(settings)
     folder = settings.working_directory / name
     checkpoints = folder / settings.checkpoint_dir
-    if _is_new(folder) or settings.overwrite:
+    if _is_new(folder) or settings.overwrite or _has_nothing(folder):
         refuse_own_base(folder, settings)
         return Run(folder, checkpoints, None)
     choices = "Take another name, or replace it with --overwrite."
-    if (folder / MODEL_FOLDER).exists():
-        raise SettingsError(f"--experiment-name {name}: {folder} is finished. {choices}")
     known = list_checkpoints(checkpoints)
+    is_scored = not settings.test_at_end or (folder / TEST / METRICS_FILE).is_file()
+    if (folder / MODEL_FOLDER).exists() and (is_scored or not known):
+        raise SettingsError(f"--experiment-name {name}: {folder} is finished. {choices}")
     if not known:
-        raise SettingsError(f"--experiment-name {name}: {folder} was begun and has no checkpoint. {choices}")
+        raise SettingsError(f"--experiment-name {name}: {checkpoints} holds no checkpoint. {choices}")
     return Run(folder, checkpoints, known[-1])
 
 
@@ -78,7 +87,7 @@ def experiment_name(settings: TrainSettings) -> str:
     """The name that was given, or the first free one on the data set."""
     if settings.experiment_name is not None:
         return settings.experiment_name
-    return next_name(settings.working_directory, _data_name(find_data(settings.path_to_data)))
+    return next_name(settings.working_directory, data_name(find_data(settings.path_to_data)))
 
 
 def find_run(settings: TrainSettings) -> Run:
@@ -139,7 +148,7 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
     path = run.folder / SETTINGS_FILE
     try:
         if run.resume_from is None:
-            if settings.overwrite:
+            if settings.overwrite or _has_nothing(run.folder):
                 _empty(run.folder)
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -148,9 +157,7 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
             beside.write_text(text, encoding="utf-8")
             beside.replace(path)
     except FileExistsError:
-        raise SettingsError(
-            f"{run.folder}: another training has just taken this name. Start again."
-        ) from None
+        raise SettingsError(f"{run.folder}: {_TAKEN}") from None
     except OSError as error:
         raise RunError(
             f"{run.folder}: cannot be written ({error.strerror}). Make room, or choose another --working-directory."
@@ -178,9 +185,8 @@ def held(run: Run) -> Iterator[None]:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(
-                    f"{run.folder}: another training is busy in it. Wait for it to end."
-                ) from error
+                if error.errno not in LOCKLESS:
+                    raise RunError(f"{run.folder}: {_BUSY if run.resume_from else _TAKEN}") from error
         yield
 
 
@@ -227,7 +233,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any]) -> None:
         raise CheckpointError(
             "The checkpoint was written with other settings, and going on would mix two runs:\n"
             + "\n".join(lines)
-            + "\nGo on with the run's own settings, or start a new run."
+            + f"\nGo on with the run's own settings, or start a new run.{_hint(before, now)}"
         )
 
 
@@ -267,8 +273,28 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def _hint(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How to come back to what is no setting."""
+    hints = []
+    if before.get("frames") != now["frames"]:
+        hints.append(
+            "A run that began with videos goes on with them: move its frame store away until it has ended."
+            if before.get("frames") == "videos"
+            else "A run that began with a frame store goes on with it: make it as it was with `tvit extract`."
+        )
+    if before.get("processes") != now["processes"]:
+        hints.append(f"It takes {before.get('processes')} processes (--num-processes, or what started them).")
+    return "".join(f"\n{hint}" for hint in hints)
+
+
 def _is_new(folder: Path) -> bool:
     return not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+def _has_nothing(folder: Path) -> bool:
+    """Whether a training began in a folder and ended before there was anything to go on from, or to lose."""
+    begun = (folder / SETTINGS_FILE).is_file() and not (folder / MODEL_FOLDER).exists()
+    return begun and not any(list_checkpoints(inside) for inside in folder.glob("*/"))
 
 
 def _empty(folder: Path) -> None:
@@ -287,10 +313,6 @@ def _digest(names: Iterable[str]) -> str:
 
 def _name(key: str) -> str:
     return flag(key) if key in TrainSettings.model_fields else key
-
-
-def _data_name(path: Path) -> str:
-    return path.stem if path.is_file() else path.absolute().resolve().name
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
 from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place, join_processes
 from tvit_cli.engine.results import EvalResult, confusions, results_in, write_json
+from tvit_cli.engine.trained import is_of_series
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER
 from tvit_cli.report.series import SeriesFacts, write_series_report
 from tvit_cli.settings.eval import EvalSettings
@@ -42,9 +43,8 @@ def series_models(folder: Path | None) -> dict[str, Path]:
     """The model folders of a series by the names of its runs; none where `folder` is something else."""
     if folder is None or (folder / CARD_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
         return {}
-    return {
-        card.parents[1].name: card.parent for card in sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
-    }
+    cards = sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
+    return {card.parents[1].name: card.parent for card in cards if is_of_series(card.parents[1].name)}
 
 
 def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
@@ -60,7 +60,7 @@ def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Rep
         own = settings.model_copy(update={"model": model, "output": output})
         results[name] = evaluate(own, report if place.is_main else silent, place)
     runs = {name: result.metrics for name, result in results.items()}
-    folder = settings.output or settings.model / "eval" / next(iter(results.values())).subset
+    folder = settings.output or settings.model / "eval" / next(iter(results.values())).output.name
     whole = SeriesResult(folder, runs, summarise(list(runs.values())))
     if place.is_main:
         write_summary(whole)

@@ -76,6 +76,9 @@ def open_source(
         report(Note(note))
     store = _find_store(root, layout, report)
     unreadable = _unreadable(layout, report) if store is None else store.unreadable
+    if videos is not None:
+        names = {video.name for video in layout.videos}  # those that were removed since are nobody's concern
+        unreadable = {name: reason for name, reason in unreadable.items() if name in names}
     for name, reason in unreadable.items():
         report(Note(f"set aside: {name}: {reason}", "warning"))
     source = Source(root, layout, unreadable, store)
@@ -116,6 +119,11 @@ def find_data(path_to_data: str | None) -> Path:
     raise DataError(f"--path-to-data {path_to_data}: no such folder or file.{beside}{fetch}")
 
 
+def data_name(root: Path) -> str:
+    """What a data set is called: by its folder, or its manifest."""
+    return root.stem if root.is_file() else root.absolute().resolve().name
+
+
 def videos_of(root: Path) -> Path | None:
     """What holds the videos: the root itself, or what a frame store was made from; None where that is gone."""
     if not is_store(root):
@@ -136,15 +144,20 @@ def make_demo_data(root: Path, report: Report) -> None:
     )
 
 
-def workers_of(given: int | None, processes: int = 1) -> int:
-    """Decoding workers of each of several processes: what was given, else `default_workers`."""
-    return default_workers(processes) if given is None else given
+def local_processes() -> int:
+    """Processes of this command on this machine; where the launcher does not say, as srun, all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
-def default_workers(processes: int = 1, *, spare: int = 1) -> int:
-    """Decoding processes for each of several: the cores that are left to it but for `spare`, at most 16."""
+def workers_of(given: int | None) -> int:
+    """Decoding workers of this process: what was given, else `default_workers`."""
+    return default_workers() if given is None else given
+
+
+def default_workers(*, spare: int = 1) -> int:
+    """Decoding processes for this one: its share of this machine's cores but for `spare`, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // processes - spare))
+    return max(1, min(16, cores // local_processes() - spare))
 
 
 def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None:

@@ -36,7 +36,10 @@ class Trackers:
                 _keep_until(self._folder / name, step)
 
     def open_wandb(self, *, name: str, config: dict[str, Any], report: Report) -> None:
-        """Open, or go on with, the W&B run of an experiment; offline where nobody is logged in."""
+        """Open, or go on with, the W&B run of an experiment; offline where nobody is logged in.
+
+        Raises RunError where W&B does not let us in.
+        """
         folder = self._folder
         if folder is None:
             return
@@ -55,16 +58,22 @@ class Trackers:
         id_file = folder / "wandb-id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._wandb = wandb.init(
-            project="tvit",
-            name=name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            config=config,
-            dir=str(folder),
-            mode=mode,  # type: ignore[arg-type, unused-ignore]
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self._wandb = wandb.init(
+                project="tvit",
+                name=name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                config=config,
+                dir=str(folder),
+                mode=mode,  # type: ignore[arg-type, unused-ignore]
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.Error as error:
+            raise RunError(
+                f"--log-wandb: W&B could not be reached ({error}). Set WANDB_MODE=offline and send the run later "
+                "with `wandb sync`, or leave --log-wandb out."
+            ) from error
 
     def open_tensorboard(self, step: int) -> None:
         """Write TensorBoard's log below the run; what an earlier process logged after a step is not shown."""
@@ -82,11 +91,12 @@ class Trackers:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._append(METRICS_FILE, clean)
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        named = {f"{record['kind']}/{name}": value for name, value in numbers.items()}
         if self._wandb is not None:
-            self._wandb.log(numbers, step=record["step"])
+            self._wandb.log(named, step=record["step"])
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            for name, value in named.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
             self._tensorboard.flush()
 
     def log_per_class(self, step: int, counts: Mapping[str, tuple[int, int]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tvit_cli.data.names import same_class
 from tvit_cli.engine.precision import Precision, autocast, resolve_precision
 from tvit_cli.errors import ModelError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
@@ -57,8 +58,8 @@ class Trained:
         """The model with a data set's labels for guessed ones: all, or their spelling where it has fewer."""
         if not self.labels_are_guessed:
             return self
-        spelt = {label.casefold(): label for label in labels}
-        own = tuple(spelt.get(label.casefold(), label) for label in self.card.labels)
+        spelt = {same_class(label): label for label in labels}
+        own = tuple(spelt.get(same_class(label), label) for label in self.card.labels)
         chosen = tuple(labels) if len(labels) == len(own) else own
         return replace(self, card=self.card.model_copy(update={"labels": chosen}))
 
@@ -123,7 +124,12 @@ def run_name(model: Path) -> str:
     if folder.name != MODEL_FOLDER:
         return folder.name
     run = folder.parent
-    return f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed\d+-split\d+", run.name) else run.name
+    return f"{run.parent.name}/{run.name}" if is_of_series(run.name) else run.name
+
+
+def is_of_series(name: str) -> bool:
+    """Whether a run's folder is called as one of several seeds and splits is."""
+    return re.fullmatch(r"seed\d+-split\d+", name) is not None
 
 
 def pick_device(name: str) -> torch.device:

@@ -29,6 +29,6 @@ def write_pages(
             picture.write_bytes(to_png(drawing))
     path = folder / name
     beside = path.with_suffix(".writing")
-    beside.write_text(html, encoding="utf-8")
+    beside.write_text(html, encoding="utf-8", errors="backslashreplace")
     beside.replace(path)
     return path

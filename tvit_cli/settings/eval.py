@@ -120,7 +120,7 @@ class EvalSettings(Settings):
     output: Path | None = Field(
         None,
         description="Folder for the results",
-        json_schema_extra=about(HOW, default="eval/<subset> in the run's folder"),
+        json_schema_extra=about(HOW, default="eval/<subset> in the run's folder, with -<data> on other data"),
     )
 
     @model_validator(mode="after")

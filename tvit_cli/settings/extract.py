@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tvit_cli.settings.base import about
+from tvit_cli.settings.base import about, flag
 from tvit_cli.settings.data import DATA, DataSettings
 
 FRAMES, HOW = "Frames", "How"
@@ -73,3 +73,12 @@ class ExtractSettings(DataSettings):
         description="Print one JSON object per video of --check",
         json_schema_extra=about(HOW, flag="--json"),
     )
+
+    @model_validator(mode="after")
+    def _one_errand(self) -> ExtractSettings:
+        if self.json_lines and not self.check:
+            raise ValueError("--json: prints what --check finds. Give --check too, or leave --json out")
+        unused = [flag(name) for name in ("output", "overwrite", "repair") if getattr(self, name)]
+        if self.check and unused:
+            raise ValueError(f"--check writes nothing: leave out {' and '.join(unused)}")
+        return self

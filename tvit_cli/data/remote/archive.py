@@ -77,12 +77,6 @@ def detect_kind(path: Path) -> ArchiveKind:
     return "tar"
 
 
-def list_members(path: Path, *, limits: Limits | None = None) -> list[Member]:
-    """All entries that an archive declares, unchecked. Raises DataError where it cannot be read."""
-    with _opened(path, limits or Limits()) as archive:
-        return archive.members
-
-
 def unpack(
     path: Path,
     target: Path,

@@ -10,12 +10,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from tvit_cli.errors import RunError
 
 FreeBytes = Callable[[Path], int]
 SPARE_BYTES: Final = 64 * 1024**2  # left free, so that the system beside us does not stumble
+# No locks on this file system (NFS, Lustre, some of FUSE): better without one than not at all.
+LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # EFBIG: a limit on file sizes
 
 
@@ -55,19 +57,31 @@ def full_disk_named(folder: Path, *, purpose: str, need: Callable[[], int]) -> I
 def held(lock: Path, *, what: str) -> Iterator[None]:
     """Hold a lock file for this process; it falls with the process, however that ends.
 
-    Raises RunError at once where another process holds it. The empty file stays: removing it would let a
+    Raises RunError at once where another process holds it; where the file system has no locks, nothing is held.
+    The empty file stays: removing it would let a
     third process lock a file that a second one still waits for.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+b") as file:
+    with _opened(lock) as file:
         try:
             _lock(file.fileno())
         except OSError as error:
-            raise RunError(
-                f"{lock}: another process is busy with {what}. "
-                "Wait for it to end, then run this command again."
-            ) from error
+            if error.errno not in LOCKLESS:
+                raise RunError(
+                    f"{lock}: another process is busy with {what}. "
+                    "Wait for it to end, then run this command again."
+                ) from error
         yield
+
+
+def _opened(lock: Path) -> BinaryIO:
+    """A lock file, made unless it is there; one that may only be read can be locked as well."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("a+b")
+    except OSError as error:
+        if lock.is_file():
+            return lock.open("rb")
+        raise RunError(f"{lock.parent}: cannot be written ({error.strerror}).") from error
 
 
 if sys.platform == "win32":

@@ -236,8 +236,7 @@ class _Fetch:
             raise _Stale("has fewer bytes than were received before; starting over")
         if answer.status == PARTIAL:
             total = answer.total
-            same = part.origin is None or part.origin.url != url or part.origin.etag in (None, answer.etag)
-            if answer.start != part.length or not same:
+            if answer.start != part.length or not self._is_as_before(url, answer, part.origin):
                 part.discard()
                 raise _Stale("the file has changed on the server; starting over")
             part.mixed = True
@@ -256,6 +255,13 @@ class _Fetch:
             part.origin = _Origin(url, answer.etag, answer.last_modified, total)
             disk.write_json(part.side, asdict(part.origin))
         return total
+
+    def _is_as_before(self, url: str, answer: Response, origin: _Origin | None) -> bool:
+        """Whether nothing that a server tells of the rest says that it is of another file than the beginning."""
+        if origin is None or origin.url != url:
+            return True
+        dates, sizes = {origin.last_modified, answer.last_modified}, {origin.total, answer.total}
+        return origin.etag in (None, answer.etag) and len(dates - {None}) < 2 and len(sizes - {None}) < 2
 
     def _write(self, answer: Response, part: _Part, total: int | None) -> None:
         limit = total or self.size

@@ -194,8 +194,7 @@ class Supply:
         if source.kind == "rar":
             rar.require_way()
         unpacked = self.dataset.unpacked_bytes or source.bytes or 0
-        parts = (file for file in target.parent.glob("*") if file.is_file())
-        have = sum(file.stat().st_size for file in (*parts, *target.parent.glob(".*.part")))
+        have = sum(file.stat().st_size for file in target.parent.glob("*") if file.is_file())
         need = max(0, (source.bytes or 0) + (0 if source.layout == "lists" else unpacked) - have)
         disk.require_free(
             self.landing.folder, need, purpose=f"{source.file_name} with its files", free=self.tools.free

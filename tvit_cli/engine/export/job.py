@@ -48,9 +48,12 @@ class Job:
             base = base.model_copy(update={"name": _public(base.name)})
         return card.model_copy(update={"settings": settings, "base": base})
 
-    def write_card(self, folder: Path) -> None:
-        """Write card.json into an export."""
-        (folder / CARD_FILE).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    def write_card(self, folder: Path, *, weights_sha256: str | None = None) -> None:
+        """Write card.json into an export, with the hash of weights that lie beside it."""
+        card = self.card
+        if weights_sha256 is not None:
+            card = card.model_copy(update={"weights_sha256": weights_sha256})
+        (folder / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

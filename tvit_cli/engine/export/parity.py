@@ -19,7 +19,7 @@ from tvit_cli.engine.export.job import Answerer, Job
 from tvit_cli.engine.known import choose_videos
 from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.scoring import score
-from tvit_cli.engine.source import find_data
+from tvit_cli.engine.source import find_data, videos_of
 from tvit_cli.errors import DataError, RunError
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
@@ -103,7 +103,7 @@ def _own_clips(job: Job) -> tuple[str, list[Path]]:
     choice = choose_videos(EvalSettings(), job.trained.card)
     try:
         root = find_data(job.trained.card.settings.get("path_to_data"))
-        layout = read_layout(root, **choice)
+        layout = read_layout(videos_of(root) or root, **choice)
     except DataError as error:
         job.report(Note(f"The proof takes made-up clips: {error}", "warning"))
         return "", []

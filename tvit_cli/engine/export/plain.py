@@ -14,7 +14,7 @@ from torch import Tensor
 from tvit_cli.engine.export.carried import carried, read_frames
 from tvit_cli.engine.export.job import Answerer, Format, Job
 from tvit_cli.engine.export.sources import ship_package
-from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors
+from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors, sha256
 
 FILES = ("vit", "reading", "pixels")
 
@@ -23,7 +23,7 @@ def write(job: Job, folder: Path) -> None:
     """Write model.safetensors, card.json and the package `source`."""
     state = {name: tensor.contiguous() for name, tensor in job.trained.model.state_dict().items()}
     save_tensors(state, folder / WEIGHTS_FILE, {"format": "pt"})
-    job.write_card(folder)
+    job.write_card(folder, weights_sha256=sha256(folder / WEIGHTS_FILE))
     ship_package(folder, FILES)
 
 
