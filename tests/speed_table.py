@@ -78,7 +78,9 @@ def _memory(record: Record) -> list[Row]:
         )
         where = f"dropout {dropout}" if rows else f"{_models(cases)}, dropout {dropout}"
         what = f"memory of a step against the naive LoRA: {where}"
-        rows.append((what, f"held {held}; what a process grows by {grows}; a whole process {whole}"))
+        plain = [row["tvit_rss_plain"] for row in cases.values() if "tvit_rss_plain" in row]
+        beside = f" ({_range(plain)} beside a plain ViT's)" if plain else ""
+        rows.append((what, f"held {held}; what a process grows by {grows}{beside}; a whole process {whole}"))
     return rows
 
 

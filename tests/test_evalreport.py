@@ -44,14 +44,13 @@ from tvit_cli.report.comparison import (
 )
 from tvit_cli.report.drawing import Box, Dot, Line, Text
 from tvit_cli.report.evaluation import (
-    ClassRow,
     EvaluationFacts,
     ShownVideo,
     evaluation_drawings,
     evaluation_page,
     write_evaluation_report,
 )
-from tvit_cli.report.matrix import MOST_CLASSES, class_chart, confusion_chart, shown_classes
+from tvit_cli.report.matrix import MOST_CLASSES, ClassScore, class_chart, confusion_chart, shown_classes
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
@@ -100,7 +99,7 @@ def facts(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **chan
         "bins": 9,
         "groups": 2,
         "seconds": 2.0,
-        "per_class": {first: ClassRow(2, 2, 2 / 3, 0.8), second: ClassRow(2, 1, 1.0, 2 / 3)},
+        "per_class": {first: ClassScore(2, 2, 3), second: ClassScore(2, 1, 1)},
         "counts": {(first, first): 2, (second, first): 1, (second, second): 1},
         "confused": [(second, first, 1)],
         "calibration": [Bin(0.6, 0.6667, 3, 0.62, 1.0), Bin(0.9333, 1.0, 1, 0.97, 0.0)],

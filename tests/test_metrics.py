@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from tvit_cli.engine.metrics import (
-    ClassScore,
     Tally,
     calibration_bins,
     calibration_error,
@@ -22,6 +21,7 @@ from tvit_cli.engine.metrics import (
     video_metrics,
 )
 from tvit_cli.engine.resampling import Outcomes, difference_interval, mcnemar, metric_intervals
+from tvit_cli.report.matrix import ClassScore
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
 LABELS = torch.tensor([0, 2, 2, 1])

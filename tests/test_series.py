@@ -22,7 +22,8 @@ from tvit_cli.engine.series import (
     summarise,
 )
 from tvit_cli.engine.trainseries import train_series
-from tvit_cli.errors import Interrupted, SettingsError
+from tvit_cli.errors import Interrupted, ModelError, SettingsError
+from tvit_cli.model.folder import load_card
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -205,3 +206,5 @@ def test_a_folder_of_unlike_runs_is_no_series(tmp_path: Path) -> None:
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "card.json").touch()
     assert list(series_models(tmp_path)) == ["seed0-split1"]
+    with pytest.raises(ModelError, match=r"holds 3 runs and is none itself. Name one, such as .*ucf101-2"):
+        load_card(tmp_path)

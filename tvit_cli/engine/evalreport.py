@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.events import Report
-from tvit_cli.engine.metrics import BINS, ClassScore
+from tvit_cli.engine.metrics import BINS
 from tvit_cli.engine.pages import write_page
 from tvit_cli.engine.place import Place
 from tvit_cli.engine.resampling import RESAMPLES
 from tvit_cli.engine.results import Answer, EvalResult, confusions
 from tvit_cli.engine.trained import Trained
-from tvit_cli.report.evaluation import ClassRow, EvaluationFacts, ShownVideo, write_evaluation_report
+from tvit_cli.report.evaluation import EvaluationFacts, ShownVideo, write_evaluation_report
 from tvit_cli.report.words import plural
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.eval import EvalSettings
@@ -57,7 +57,7 @@ def write_report(
         bins=BINS,
         groups=len({answer.video.unit for answer in result.answers}),
         seconds=result.seconds,
-        per_class=class_rows(result.per_class),
+        per_class=result.per_class,
         counts=confusions(read),
         confused=result.confused,
         calibration=result.calibration,
@@ -72,11 +72,6 @@ def write_report(
         device=trained.device,
     )
     return write_page(write_evaluation_report, page, report)
-
-
-def class_rows(table: Mapping[str, ClassScore]) -> dict[str, ClassRow]:
-    """How each class fared, as the page takes it."""
-    return {label: ClassRow(row.videos, row.right, row.precision, row.f1) for label, row in table.items()}
 
 
 def shown_videos(result: EvalResult, answers: Sequence[Answer]) -> list[ShownVideo]:

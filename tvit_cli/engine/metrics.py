@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvit_cli.report.calibration import Bin
+from tvit_cli.report.matrix import ClassScore
 
 BINS = 15  # of confidence, for its calibration
 
@@ -73,31 +74,6 @@ def video_metrics(logits: Tensor, labels: Tensor, *, top_k: int) -> dict[str, fl
         f"video_top{k}": top_k_right(logits, labels, k).sum().item() / videos,
         "mean_class_accuracy": mean_class_accuracy(table),
     }
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """How one class fared: its videos, how many were known, and how often its name was said."""
-
-    videos: int
-    right: int
-    said: int
-
-    @property
-    def recall(self) -> float:
-        """The share of the class's videos that were known: its accuracy."""
-        return self.right / self.videos if self.videos else 0.0
-
-    @property
-    def precision(self) -> float:
-        """The share of right answers among those that name the class; 0 where none does."""
-        return self.right / self.said if self.said else 0.0
-
-    @property
-    def f1(self) -> float:
-        """The harmonic mean of precision and recall."""
-        named = self.videos + self.said
-        return 2 * self.right / named if named else 0.0
 
 
 def class_table(confusion: Tensor, unread: Tensor | None = None) -> list[ClassScore]:

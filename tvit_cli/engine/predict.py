@@ -52,8 +52,6 @@ class PredictResult:
     """One prediction per video, in the order of the paths given."""
 
     predictions: tuple[Prediction, ...]
-    model: Path
-    top_k: int
     unwritten: tuple[str, ...] = ()  # why files that were asked for are not there
 
 
@@ -284,7 +282,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         with noted(unwritten):
             annotate(settings.annotate, places[0], [Segment(0.0, WHOLE, label, value)], report)
             report(Note(f"The video with its label is in {settings.annotate}"))
-    return PredictResult(tuple(predictions), model.folder, top_k, tuple(unwritten))
+    return PredictResult(tuple(predictions), tuple(unwritten))
 
 
 def open_model(settings: PredictSettings, report: Report) -> Model:

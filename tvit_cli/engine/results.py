@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tvit_cli.data.layout import Video
-from tvit_cli.engine.metrics import ClassScore
 from tvit_cli.engine.resampling import Interval
 from tvit_cli.engine.seen import Seen
 from tvit_cli.errors import DataError, RunError
 from tvit_cli.report.calibration import Bin
+from tvit_cli.report.matrix import ClassScore
 
 METRICS_FILE = "metrics.json"
 SCORES_FILE = "scores.csv"

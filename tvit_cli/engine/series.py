@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.evalreport import class_rows, same_again
+from tvit_cli.engine.evalreport import same_again
 from tvit_cli.engine.events import Report, silent
 from tvit_cli.engine.metrics import class_table, confusion_matrix, most_confused
 from tvit_cli.engine.pages import write_page
@@ -97,7 +97,7 @@ def _facts(
         summary=whole.summary,
         counts=confusions(read),
         confused=[(labels[true], labels[said], count) for true, said, count in most_confused(confusion)],
-        per_class=class_rows(found),
+        per_class=found,
         outputs={name: str(result.report or result.output) for name, result in results.items()},
         warnings=list(dict.fromkeys(notes)),
         commands=[("The same again", same_again(settings, ["--model", str(settings.model)]))],

@@ -86,6 +86,11 @@ def load_card(folder: Path) -> ModelCard:
     path = folder / CARD_FILE
     if not path.is_file():
         if not (folder / WEIGHTS_FILE).is_file():
+            if runs := sorted(card.parents[1] for card in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
+                raise ModelError(
+                    f"{folder}: holds {len(runs)} run{'s' * (len(runs) > 1)} and is none itself. Name one, such as "
+                    f"{runs[-1]}."
+                )
             raise ModelError(
                 f"{folder}: no model folder, nor a run that ended: no {CARD_FILE} in it. Name the folder of a "
                 f"run, or the folder {MODEL_FOLDER} in it."

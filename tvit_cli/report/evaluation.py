@@ -14,7 +14,14 @@ from tvit_cli.report import page
 from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
 from tvit_cli.report.drawing import Drawing
 from tvit_cli.report.machine import hardware, software
-from tvit_cli.report.matrix import MOST_CLASSES, Counts, class_chart, confusion_chart, shown_classes
+from tvit_cli.report.matrix import (
+    MOST_CLASSES,
+    ClassScore,
+    Counts,
+    class_chart,
+    confusion_chart,
+    shown_classes,
+)
 from tvit_cli.report.pictures import film_strip
 from tvit_cli.report.words import number, percent, plural
 from tvit_cli.report.writing import write_pages
@@ -23,16 +30,6 @@ from tvit_cli.settings.card import Preprocessing
 MOST_BESIDE = 720  # a wider matrix has the page for itself
 FEW_GROUPS = 10  # fewer make an interval a rough guide
 CONFIDENCE = ("reliability", "confidence", "coverage")
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """How one class fared."""
-
-    videos: int
-    right: int
-    precision: float
-    f1: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class EvaluationFacts:
     bins: int
     groups: int
     seconds: float
-    per_class: Mapping[str, ClassRow]
+    per_class: Mapping[str, ClassScore]
     counts: Counts
     confused: Sequence[tuple[str, str, int]]
     calibration: Sequence[Bin]
@@ -224,7 +221,7 @@ def confusion_section(
     return page.section("What is taken for what", page.paragraph(text), *side_by_side)
 
 
-def classes_section(per_class: Mapping[str, ClassRow]) -> page.Html:
+def classes_section(per_class: Mapping[str, ClassScore]) -> page.Html:
     """A bar for each class, and a table with precision and F1."""
     ordered = sorted(per_class.items(), key=lambda item: (item[1].right / item[1].videos, item[0]))
     bars = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tvit_cli.report.drawing import Box, Drawing, Line, Role, Shape, Text, text_width
 from tvit_cli.report.words import percent, plural
@@ -15,6 +16,31 @@ LEAST_NUMBERED = 17.0  # a smaller cell has no room for its count
 STRONG = 0.6  # a cell of this opacity or more has light letters
 
 Counts = Mapping[tuple[str, str], int]  # (true label, said label) -> videos
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How one class fared: its videos, how many were known, and how often its name was said."""
+
+    videos: int
+    right: int
+    said: int
+
+    @property
+    def recall(self) -> float:
+        """The share of the class's videos that were known: its accuracy."""
+        return self.right / self.videos if self.videos else 0.0
+
+    @property
+    def precision(self) -> float:
+        """The share of right answers among those that name the class; 0 where none does."""
+        return self.right / self.said if self.said else 0.0
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of precision and recall."""
+        named = self.videos + self.said
+        return 2 * self.right / named if named else 0.0
 
 
 def shown_classes(labels: Sequence[str], counts: Counts) -> list[str]:

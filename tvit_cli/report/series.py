@@ -11,9 +11,9 @@ import torch
 
 from tvit_cli.report import page
 from tvit_cli.report.drawing import Drawing
-from tvit_cli.report.evaluation import ClassRow, classes_section, confusion_section, metric_name
+from tvit_cli.report.evaluation import classes_section, confusion_section, metric_name
 from tvit_cli.report.machine import hardware, software
-from tvit_cli.report.matrix import Counts, confusion_chart, shown_classes
+from tvit_cli.report.matrix import ClassScore, Counts, confusion_chart, shown_classes
 from tvit_cli.report.rows import Row, rows_chart
 from tvit_cli.report.words import percent, plural
 from tvit_cli.report.writing import write_pages
@@ -40,7 +40,7 @@ class SeriesFacts:
     summary: Mapping[str, tuple[float, float]]
     counts: Counts
     confused: Sequence[tuple[str, str, int]]
-    per_class: Mapping[str, ClassRow]
+    per_class: Mapping[str, ClassScore]
     outputs: Mapping[str, str]
     warnings: Sequence[str]
     commands: Sequence[tuple[str, str]]
