@@ -75,7 +75,7 @@ except SystemExit as ended:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """A run with adapters, a bias and a layer trained in full, blocks that see time, standardised features."""
+    """A run with adapters, a bias and a layer trained in full, blocks that see time, tubelets, standardised features."""
     root = tmp_path_factory.mktemp("export")
     return run(
         path_to_data=str(make_clips(root / "colours")),
@@ -83,6 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
         hf_model_name=str(make_pretrained(root / "pretrained")),
         epochs=3,
         attention="divided",
+        tubelet_size=2,
         lora_rank=2,
         lora_bias="all",
         feature_norm=True,

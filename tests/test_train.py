@@ -469,6 +469,23 @@ def test_settings_of_a_resumed_run_are_shown_as_they_are(
     assert shown.split()[1] == "3" and "settings.json" in shown
 
 
+@pytest.mark.parametrize("what", ["lora", "last-1"])
+def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(trained: Run, what: str) -> None:
+    result = trained(train=what, tubelet_size=2, epochs=1)
+    model, _ = load_model(result.model)
+    first, central = model.patch_embed.weight.detach().chunk(2, dim=1)
+    assert 0 < first.abs().mean() < 0.2 * central.abs().mean()  # they started at nothing
+
+
+def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(
+    trained: Run, clips: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
+    train(settings(**facts, train="classifier", tubelet_size=2, epochs=1), events.append)
+    assert any("of each tubelet of 2 frames the model sees one" in str(event) for event in events)
+
+
 def test_processes_that_see_different_videos_do_not_start() -> None:
     own = {"training videos": "12 (ab)", "frames": "videos"}
     refuse_disagreement([own, own])

@@ -129,6 +129,11 @@ def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool
             f"--train {settings.train}: what an image ViT lacks stays as it starts, at nothing, and so the model "
             "cannot know the order of frames. --train lora or last-1 lets it learn that."
         )
+    if is_image_vit and settings.train == "classifier" and model.sees_tubelets():
+        yield (
+            f"--train classifier: of each tubelet of {settings.tubelet_size} frames the model sees one; its "
+            "weights for the others stay at nothing. Leave --tubelet-size out, or take --train lora."
+        )
     if settings.compile and settings.lora_use_dora:
         yield "--compile: it cannot follow into PEFT's DoRA layers, so a pass falls into pieces; little is gained."
     if ignored := settings.without_effect():

@@ -82,6 +82,8 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     for addition in model.additions().values():
         addition.requires_grad_(True)
     model.classifier.requires_grad_("classifier" not in targets)
+    if model.sees_tubelets() and "patch_embed" not in targets:
+        model.patch_embed.requires_grad_(True)
     for name in excluded:
         model.get_submodule(name).requires_grad_(True)
     for name, parameter in model.named_parameters():

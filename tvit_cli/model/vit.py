@@ -122,6 +122,10 @@ class TemporalViT(nn.Module):
         inner = [name for name in found if any(name.startswith(f"{outer}.") for outer in found)]
         return {name: module for name, module in found.items() if name not in inner}
 
+    def sees_tubelets(self) -> bool:
+        """Whether a patch spans several frames, of which image weights have looked at one."""
+        return self.config.tubelet_size > 1
+
     def copies(self) -> dict[str, str]:
         """Parameters that start as copies of pretrained ones: temporal attention's of spatial attention's."""
         pairs = (("temporal.norm.", "norm1."), ("temporal.attention.", "attention."))
