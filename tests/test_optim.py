@@ -161,12 +161,3 @@ def test_layers_over_time_have_a_rate_of_their_own_and_offsets_and_gates_the_who
         if attention == "divided":
             assert by_name["blocks.0.temporal.scale.gate"] == by_name["temporal.embedding"] == 1
             assert by_name["blocks.0.temporal.attention.q.weight"] == 0.5
-
-
-def test_patches_of_several_frames_have_the_rate_of_layers_over_time() -> None:
-    for size, scale in ((1, 0.25), (2, 0.3)):
-        model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "n_frames": 4, "tubelet_size": size}))
-        facts = {"weight_decay": 0.1, "bias_weight_decay": False, "norm_weight_decay": False}
-        groups = parameter_groups(model, **facts, layer_decay=0.5, temporal_rate=0.3)
-        scales = {id(p): group["rate_scale"] for group in groups for p in group["params"]}
-        assert {scales[id(p)] for p in model.patch_embed.parameters()} == {scale}

@@ -469,21 +469,24 @@ def test_settings_of_a_resumed_run_are_shown_as_they_are(
     assert shown.split()[1] == "3" and "settings.json" in shown
 
 
-@pytest.mark.parametrize("what", ["lora", "last-1"])
-def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(trained: Run, what: str) -> None:
-    result = trained(train=what, tubelet_size=2, epochs=1)
-    model, _ = load_model(result.model)
+def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(trained: Run) -> None:
+    model, _ = load_model(trained(tubelet_size=2, epochs=1).model)
     first, central = model.patch_embed.weight.detach().chunk(2, dim=1)
     assert 0 < first.abs().mean() < 0.2 * central.abs().mean()  # they started at nothing
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": "classifier"}, {"train": "last-1"}, {"lora_rank": 0}, {"lora_init": "pissa"}],
+    ids=str,
+)
 def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(
-    trained: Run, clips: Path, pretrained: Path, tmp_path: Path
+    clips: Path, pretrained: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     events: list[Event] = []
     facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
-    train(settings(**facts, train="classifier", tubelet_size=2, epochs=1), events.append)
-    assert any("of each tubelet of 2 frames the model sees one" in str(event) for event in events)
+    train(settings(**facts, **changes, tubelet_size=2, epochs=1), events.append)
+    assert any("Of each tubelet of 2 frames the model sees one" in str(event) for event in events)
 
 
 def test_processes_that_see_different_videos_do_not_start() -> None:

@@ -129,10 +129,11 @@ def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool
             f"--train {settings.train}: what an image ViT lacks stays as it starts, at nothing, and so the model "
             "cannot know the order of frames. --train lora or last-1 lets it learn that."
         )
-    if is_image_vit and settings.train == "classifier" and model.sees_tubelets():
+    patches_learn = any(weight.requires_grad for weight in model.patch_embed.parameters())
+    if is_image_vit and model.sees_tubelets() and not patches_learn:
         yield (
-            f"--train classifier: of each tubelet of {settings.tubelet_size} frames the model sees one; its "
-            "weights for the others stay at nothing. Leave --tubelet-size out, or take --train lora."
+            f"Of each tubelet of {settings.tubelet_size} frames the model sees one: its weights for the others "
+            "stay at nothing. Leave --tubelet-size out, or take --train lora with a rank, or all."
         )
     if settings.compile and settings.lora_use_dora:
         yield "--compile: it cannot follow into PEFT's DoRA layers, so a pass falls into pieces; little is gained."

@@ -34,12 +34,9 @@ def parameter_groups(
 
     Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens,
     positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
-    that of `layer_scale`; parts that an image ViT lacks get `temporal_rate` where they hold layers, as does the
-    patch embedding of tubelets, else 1.
+    that of `layer_scale`; parts that an image ViT lacks get `temporal_rate` where they hold layers, else 1.
     """
     new = {f"{path}.": temporal_rate if part.is_map else 1.0 for path, part in model.additions().items()}
-    if model.sees_tubelets():
-        new["patch_embed."] = temporal_rate
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for path, module in model.named_modules():
         scale = next(

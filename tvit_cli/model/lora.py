@@ -27,6 +27,7 @@ LoraBias = Literal["none", "lora_only", "all"]
 ADAPTER = "default"  # the one adapter's name inside PEFT
 FROM_WEIGHTS = frozenset({"pissa", "olora"})  # these take the adapter's start out of the base weights
 LINEAR_ONLY = FROM_WEIGHTS | {"orthogonal"}
+PATCHES = "patch_embed"
 START_PARTS = (f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
 
 
@@ -57,7 +58,8 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     Trainable are then the adapters, in full the parts that an image ViT lacks, the classifier (unless it is a
     target itself) and the excluded layers, and biases: none, those of the layers with an adapter
     (`lora_only`), or all. An excluded layer gets no adapter, target or not, and learns its own weights, as
-    in the reference. Rank 0 attaches no adapter.
+    in the reference. Rank 0 attaches no adapter. The patch embedding of tubelets has one, asked for or not:
+    pretrained, it looks at one frame of each, and frozen it would stay blind to the others.
 
     Raises ModelError for a name that is no layer of the model, when no layer is left for an adapter, and for a
     rank or an initialisation that a layer cannot have.
@@ -65,6 +67,8 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     assert not adapted_layers(model), "adapters are attached once"
     excluded = resolve_layers(model, spec.exclude, option="lora_exclude_modules")
     wanted = resolve_layers(model, spec.targets, option="lora_target_modules")
+    if model.sees_tubelets() and PATCHES not in wanted and spec.init not in FROM_WEIGHTS:
+        wanted.append(PATCHES)
     targets = [name for name in wanted if name not in excluded] if spec.rank else []
     if spec.rank and not targets:
         raise ModelError(
@@ -82,8 +86,6 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     for addition in model.additions().values():
         addition.requires_grad_(True)
     model.classifier.requires_grad_("classifier" not in targets)
-    if model.sees_tubelets() and "patch_embed" not in targets:
-        model.patch_embed.requires_grad_(True)
     for name in excluded:
         model.get_submodule(name).requires_grad_(True)
     for name, parameter in model.named_parameters():

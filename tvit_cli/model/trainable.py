@@ -21,9 +21,6 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
     classifier  the classifier, and what feeds it: the attentive pool, the norm of features
     last-N      the last N blocks, all that comes after them, and the additions, wherever they are
 
-    With adapters and with the last blocks goes the patch embedding of tubelets: pretrained, it looks at one frame
-    of each, and frozen it would stay blind to the others.
-
     Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.
     """
     if mode == "lora":
@@ -39,8 +36,6 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
         # The additions, too: beside image weights they start at nothing, and without them there is no time.
         for part in (*model.blocks[-count:], model.norm, model.summary, *model.additions().values()):
             part.requires_grad_(True)
-        if model.sees_tubelets():
-            model.patch_embed.requires_grad_(True)
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -283,7 +283,8 @@ class TrainSettings(DataSettings):
     )
     lora_target_modules: NamesOrNone = Field(
         ("q", "k", "v"),
-        description=f"Layers that get an adapter, of {', '.join(LORA_TARGETS)}; or full names",
+        description=f"Layers that get an adapter, of {', '.join(LORA_TARGETS)}; or full names; patch_embed always "
+        "where a patch spans several frames",
         json_schema_extra=about(LORA, reference="None", why="LoRA trains nothing without targets"),
     )
     lora_exclude_modules: NamesOrNone = Field(
@@ -470,8 +471,8 @@ class TrainSettings(DataSettings):
         None,
         gt=0,
         le=1,
-        description="Learning rate of layers that pretrained weights lack, as a share of --learning-rate: blocks "
-        "over whole frames (--attention factorized), patches of several frames (--tubelet-size)",
+        description="Learning rate of blocks over whole frames, which pretrained weights lack, as a share of "
+        "--learning-rate; with --attention factorized only",
         json_schema_extra=about(
             REGULARISATION, default="0.1 with --train lora on pretrained weights, else 1"
         ),
@@ -655,12 +656,12 @@ class TrainSettings(DataSettings):
                 f"--temporal-depth {self.temporal_depth}: --attention {self.attention} has no blocks over whole "
                 "frames. Leave it out, or take --attention factorized"
             )
-        has_new = self.attention == "factorized" or self.tubelet_size > 1
-        if self.temporal_rate is not None and not (has_new and self.train != "classifier"):
+        trained = self.attention == "factorized" and self.train != "classifier"
+        if self.temporal_rate is not None and not trained:
             raise ValueError(
-                f"--temporal-rate {self.temporal_rate:g}: no layers that pretrained weights lack are trained with "
-                f"--attention {self.attention}, --tubelet-size {self.tubelet_size} and --train {self.train}. Leave "
-                "it out, or take --attention factorized or larger tubelets, and another --train than classifier"
+                f"--temporal-rate {self.temporal_rate:g}: no blocks over whole frames are trained with --attention "
+                f"{self.attention} and --train {self.train}. Leave it out, or take --attention factorized and "
+                "another --train than classifier"
             )
 
     def _regularisation_agrees(self) -> None:
@@ -697,7 +698,7 @@ class TrainSettings(DataSettings):
         ]
 
     def temporal_share(self) -> float:
-        """Share of the learning rate for layers that see time; without adapters the rate is a small one already."""
+        """Share of the learning rate for blocks over frames; without adapters the rate is a small one already."""
         if self.temporal_rate is not None:
             return self.temporal_rate
         return 0.1 if self.train == "lora" and self.hf_model_name is not None else 1.0
