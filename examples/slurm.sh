@@ -25,12 +25,13 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # which srun does not take from the job by itself
+export TVIT_NUM_WORKERS=${TVIT_NUM_WORKERS:-$((SRUN_CPUS_PER_TASK - 1))}
 
 # A named run that is not finished is gone on with. srun hands signals on, and ends with the highest exit code of its
 # processes; torchrun would turn 75 into 1.
 srun --wait=120 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec tvit train "$@"' \
-    tvit --experiment-name "$name" --num-workers $((SRUN_CPUS_PER_TASK - 1)) "$@" &
+    tvit --experiment-name "$name" "$@" &
 step=$!
 trap 'kill -USR1 "$step"' USR1
 wait "$step"

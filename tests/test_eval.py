@@ -484,6 +484,15 @@ def test_classes_that_are_spelt_otherwise_are_the_same(trained: TrainResult, tmp
     (clips / "Red").rename(clips / "red")
     after = evaluate(settings(trained, path_to_data=str(clips), output=tmp_path / "b", test_groups="1"))
     assert after.metrics == before.metrics and set(after.per_class) == {"Blue", "Green", "Red"}
+    other = tmp_path / "other"
+    shutil.copytree(trained.model, other)
+    card = (other / "card.json").read_text().replace('"Red"', '"RED"')
+    (other / "card.json").write_text(card)
+    pair = (trained.model, other)
+    both = compare(
+        settings(trained, model=None, compare=pair, path_to_data=str(clips), output=tmp_path / "c")
+    )
+    assert both.difference == 0 and both.second.labels == both.first.labels
 
 
 @pytest.mark.parametrize("verb", ["one", "pair"])

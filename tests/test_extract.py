@@ -476,7 +476,7 @@ def test_a_second_extraction_into_one_store_is_refused_while_the_first_is_busy(d
 
 
 def test_a_store_of_other_data_is_not_emptied_for_these(data: Path, tmp_path: Path) -> None:
-    rows = [f"{path},{path.parent.name}" for path in sorted(data.glob("*/*.avi"))]
+    rows = [f"{path.relative_to(data)},{path.parent.name}" for path in sorted(data.glob("*/*.avi"))]
     for name, own in (("first", rows[::2]), ("second", rows[1::2])):
         (data / f"{name}.csv").write_text("\n".join(["path,label", *own]) + "\n")
     folder = run(data / "first.csv").folder
@@ -488,6 +488,7 @@ def test_a_store_of_other_data_is_not_emptied_for_these(data: Path, tmp_path: Pa
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert run(data / "second.csv", output=tmp_path / "other").videos == GROUPS
     assert run(data / "second.csv", overwrite=True).videos == GROUPS
+    assert run(data).videos == GROUPS  # all that the store has, and more
     copied = tmp_path / "copied"
     shutil.copytree(data, copied)
     for path in copied.glob("*.csv"):
@@ -511,3 +512,15 @@ def test_a_store_of_other_data_is_not_emptied_for_these(data: Path, tmp_path: Pa
 def test_options_without_an_effect_are_refused(flags: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
         load(ExtractSettings, flags=flags, environ={})
+
+
+def test_a_store_where_one_stands_or_where_nothing_may_be_written_beside_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(data, output=".").videos == 2 * GROUPS and (tmp_path / ".here.lock").exists()
+    (tmp_path / ".here.lock").unlink()
+    really = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and really(path, mode))
+    assert run(data, output=".").skipped == 2 * GROUPS and not (tmp_path / ".here.lock").exists()

@@ -27,7 +27,6 @@ BODY = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 FETCH = """
 from pathlib import Path
-from typing import Any
 from tvit_cli.data.remote.fetch import fetch
 fetch([{url!r}], Path({target!r}))
 """
@@ -279,7 +278,6 @@ def test_disk_that_fills_up_keeps_the_part_for_later(server: Server, tmp_path: P
     child = f"""
 import resource, signal, sys
 from pathlib import Path
-from typing import Any
 from tvit_cli.data.remote.fetch import fetch
 from tvit_cli.errors import RunError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

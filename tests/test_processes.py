@@ -219,10 +219,10 @@ def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(
     assert again.returncode == 0 and "Going on from step-" in again.stderr, again.stderr
     assert (whole / "model" / "card.json").is_file()
     assert (tmp_path / "scontrol.log").read_text().count("requeue") == 1
-    (tmp_path / "bin" / "tvit").write_text("#!/usr/bin/env bash\necho $@\n")
+    (tmp_path / "bin" / "tvit").write_text("#!/usr/bin/env bash\necho $TVIT_NUM_WORKERS $@\n")
     shutil.rmtree(whole / "checkpoints")
     third = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=100)
-    assert "--experiment-name mine --num-workers 7" in third.stdout and "--overwrite" not in third.stdout
+    assert third.stdout.split() == ["7", "train", "--experiment-name", "mine", "--config", words[-1]]
 
 
 def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says() -> None:

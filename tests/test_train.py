@@ -332,7 +332,7 @@ def test_two_trainings_never_share_a_folder(trained: Run, monkeypatch: pytest.Mo
     (trained(epochs=1).run / "settings.json").rename(trained(epochs=1, experiment_name="x").run / "kept.json")
     folder = module.Run(trained(epochs=1, experiment_name="y").run, Path(), None)
     with pytest.raises(SettingsError, match="another training has just taken this name"):
-        module.write_settings(folder, settings())
+        module.write_settings(folder, settings(), is_alone=True)
 
 
 def test_logged_losses_do_not_depend_on_how_a_batch_is_cut(trained: Run) -> None:
@@ -405,7 +405,9 @@ def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -
     assert same(last_weights(again), last_weights(whole)) and again.run == half.run
     shutil.rmtree(again.model)
     shutil.rmtree(again.run / "checkpoints")
-    (again.run / "metrics.jsonl").write_text("{}")  # it ended before its first checkpoint: it begins again
+    shutil.rmtree(again.run / "plots")
+    (again.run / "report.html").unlink()
+    (again.run / "checkpoints" / ".step-000003.writing").mkdir(parents=True)  # killed in its first checkpoint
     anew = trained(experiment_name="half", epochs=3)
     assert same(last_weights(anew), last_weights(whole)) and len(records(anew)) == 3
 
@@ -417,12 +419,18 @@ def test_what_is_no_training_s_or_has_checkpoints_elsewhere_is_not_begun_anew(
     shutil.rmtree(first.model)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("a cat")
-    for name in ("mine", "photos"):
+    other = trained(experiment_name="other")
+    for path in (other.model, other.run / "checkpoints"):
+        shutil.rmtree(path)  # for room; its report was kept
+    (tmp_path / "editor").mkdir()
+    (tmp_path / "editor" / "settings.json").write_text('{"fontSize": 12}')
+    for name in ("mine", "photos", "other", "editor"):
         with pytest.raises(
             SettingsError, match=rf"{name}.checkpoints holds no checkpoint\. Take another name"
         ):
             trained(experiment_name=name)
     assert list_checkpoints(first.run / "kept") and (tmp_path / "photos" / "cat.jpg").exists()
+    assert (other.run / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()
 
 
 def test_a_finished_run_whose_test_was_cut_off_is_scored_by_the_same_command(trained: Run) -> None:
@@ -545,7 +553,7 @@ def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained: Run) -
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_trained_on(
-    trained: Run, monkeypatch: pytest.MonkeyPatch, number: int
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
 
@@ -554,6 +562,10 @@ def test_a_file_system_without_locks_is_trained_on(
 
     monkeypatch.setattr(fcntl, "lockf", none)
     assert trained(epochs=1).model.is_dir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.json").write_text("{}")  # who knows whether one is busy in it
+    with pytest.raises(SettingsError, match=r"there are no locks here .* Take another --experiment-name"):
+        trained(experiment_name="mine", epochs=1)
 
 
 def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tvit_cli.data.holdout import Groups, groups_to_hold_out
 from tvit_cli.data.manifest import read_manifest
-from tvit_cli.data.names import is_hidden, listed, readable, same_class
+from tvit_cli.data.names import is_hidden, listed, readable, same_class, spelling
 from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
 from tvit_cli.data.storeformat import is_store
 from tvit_cli.data.video import VIDEO_SUFFIXES
@@ -215,11 +215,7 @@ def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
 
 def spelt_as(layout: Layout, labels: Iterable[str]) -> Layout:
     """A layout whose classes are spelt as they are in `labels`, where they are the same classes."""
-    spelling = {same_class(label): label for label in labels}
-
-    def spelt(label: str) -> str:
-        return spelling.get(same_class(label), label)
-
+    spelt = spelling(labels)
     return replace(
         layout,
         labels=tuple(sorted(map(spelt, layout.labels))),
@@ -249,7 +245,9 @@ def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Vi
     """Reads each group off its file's name, unless a manifest gave it."""
     expression = re.compile(pattern)
     videos = [
-        video if video.group is not None else replace(video, group=_group(video.path.name, expression))
+        video
+        if video.group is not None
+        else replace(video, group=_group(readable(video.path.name), expression))
         for video in videos
     ]
     alone = [video.name for video in videos if video.group is None]

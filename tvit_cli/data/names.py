@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _SHOWN = 12  # how many names a message lists
@@ -27,6 +27,13 @@ def same_class(label: str) -> str:
     macOS writes an accented letter as two characters, other systems as one.
     """
     return unicodedata.normalize("NFC", label).casefold()
+
+
+def spelling(labels: Iterable[str]) -> Callable[[str], str]:
+    """What spells a label as it is spelt in `labels`, where one of them is the same class; itself comes first."""
+    known = list(labels)
+    spelt = {same_class(label): label for label in known} | {label: label for label in known}
+    return lambda label: spelt.get(label, spelt.get(same_class(label), label))
 
 
 def is_hidden(path: Path) -> bool:

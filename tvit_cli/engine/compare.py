@@ -63,6 +63,7 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
         )
         for model in settings.compare
     ]
+    models[1] = models[1].spelt_as(models[0].card.labels)
     folders = [results_folder(settings, trained) for trained in models]
     shared = settings.output
     if shared is None and folders[0].resolve() == folders[1].resolve():
@@ -71,7 +72,8 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     for letter, model, trained in zip("AB", settings.compare, models, strict=True):
         output = None if shared is None else shared / letter
         each.append(settings.model_copy(update={"model": model, "output": output, "compare": None}))
-        check_results_folder(each[-1], trained)
+        if place.is_main:
+            check_results_folder(each[-1], trained)
     first, second = (evaluate(own, report, place, trained) for own, trained in zip(each, models, strict=True))
     pairs = _pairs(first, second)
     right = [(a.is_right, b.is_right) for a, b in pairs]

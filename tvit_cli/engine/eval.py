@@ -66,7 +66,8 @@ def evaluate(
         mixed_precision=settings.mixed_precision,
     )
     report(Note(f"Model: {trained.folder}"))
-    check_results_folder(settings, trained)
+    if place.is_main:
+        check_results_folder(settings, trained)
     for note in trained.notes:
         report(Note(note, "warning"))
     views = _views(settings, trained.card)

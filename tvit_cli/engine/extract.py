@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tvit_cli.data.storeformat import (
     Parameters,
     is_store,
     read_header,
+    to_key,
     write_header,
 )
 from tvit_cli.data.storewriter import (
@@ -32,7 +33,7 @@ from tvit_cli.data.storewriter import (
     write_index,
 )
 from tvit_cli.engine.events import Note, Progress, Report
-from tvit_cli.engine.outputs import check_folder
+from tvit_cli.engine.outputs import check_folder, may_write
 from tvit_cli.engine.pool import in_order
 from tvit_cli.engine.source import MOTIONS, default_workers, find_data, make_demo_data
 from tvit_cli.errors import DataError, RunError, VideoError
@@ -87,9 +88,19 @@ def extract(
     layout, data = _read_data(settings, report)
     folder = (layout.root / FOLDER) if settings.output is None else settings.output.expanduser()
     check_folder("--output", folder)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with held(lock, what=f"extracting to {folder}") if rank == 0 else nullcontext():
+    with _alone(folder) if rank == 0 else nullcontext():
         return _extract(settings, report, folder, layout, data, rank, processes, wait_for_all)
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other extractions out of a store by a file beside it: inside, it would make a folder of none yet.
+
+    Where nothing may be written there, nobody is kept out.
+    """
+    place = folder.absolute()
+    if not may_write(place.parent):
+        return nullcontext()
+    return held(place.with_name(f".{place.name}.lock"), what=f"extracting to {folder}")
 
 
 def _extract(
@@ -105,7 +116,9 @@ def _extract(
     began = time.perf_counter()
     parameters = Parameters(settings.frames_per_video, settings.quality, settings.short_side)
     if rank == 0:
-        _prepare(folder, Header(parameters, str(data)), layout.root, report, overwrite=settings.overwrite)
+        _prepare(
+            folder, Header(parameters, str(data.absolute())), layout, report, overwrite=settings.overwrite
+        )
     wait_for_all()
 
     contents, _ = read_contents(folder)
@@ -190,8 +203,8 @@ def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]
     return layout, data
 
 
-def _prepare(folder: Path, header: Header, root: Path, report: Report, *, overwrite: bool) -> None:
-    """Makes the folder ready to take the shards of what lies below `root`: its header written, leavings removed."""
+def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, overwrite: bool) -> None:
+    """Makes the folder ready to take shards: its header written, what a killed run left removed."""
     if not is_store(folder):
         if folder.exists() and any(folder.iterdir()):
             raise DataError(
@@ -211,7 +224,7 @@ def _prepare(folder: Path, header: Header, root: Path, report: Report, *, overwr
                 f"{folder}: this frame store was made with {found.parameters}; asked for are "
                 f"{header.parameters}. Replace it with --overwrite, or make another with --output FOLDER."
             )
-        if _is_of_other_data(found, header, root, folder):
+        if _is_of_other_data(found, header, layout, folder):
             raise DataError(
                 f"{folder}: this frame store was made from {found.data}, whose videos would leave it for those "
                 f"of {header.data}. Make another with --output FOLDER, or replace it with --overwrite."
@@ -225,16 +238,21 @@ def _prepare(folder: Path, header: Header, root: Path, report: Report, *, overwr
         path.unlink()
 
 
-def _is_of_other_data(found: Header, header: Header, root: Path, folder: Path) -> bool:
-    """Whether a store was made from data that is still there and is not what is to be extracted.
+def _is_of_other_data(found: Header, header: Header, layout: Layout, folder: Path) -> bool:
+    """Whether a store has clips of data that is still there and is not what is to be extracted.
 
     A store that was copied together with its videos is now one of the copies.
     """
     before, now = Path(found.data), Path(header.data)
-    if not before.exists() or before.resolve() == now.resolve():
+    try:
+        is_other = before.exists() and before.resolve() != now.resolve()
+    except OSError:  # somebody else's
         return False
-    is_copy = folder.resolve().parent == root.resolve() and _root(before) != _root(now)
-    return not is_copy
+    is_copy = folder.resolve().parent == layout.root.resolve() and _root(before) != _root(now)
+    if not is_other or is_copy:
+        return False
+    wanted = {to_key(video.name) for video in layout.videos}
+    return not wanted.issuperset(read_contents(folder)[0].places)
 
 
 def _root(data: Path) -> Path:

@@ -69,6 +69,10 @@ def training_subsets(settings: EvalSettings, card: ModelCard, source: Source) ->
         own = read_layout(videos, **before)
     except DataError:
         return None
+    for subset, groups in own.held_out.items():
+        held = before["val_groups" if subset == "val" else "test_groups"]
+        if isinstance(held, tuple) and set(groups) != set(held):  # gone, or called otherwise now
+            return None
     return {video.name: video.subset for video in own.videos}
 
 

@@ -18,6 +18,7 @@ from torch.distributed import DistError
 
 from tvit_cli.engine.parallel import greatest_of_them
 from tvit_cli.engine.precision import resolve_precision
+from tvit_cli.engine.source import local_processes
 from tvit_cli.engine.trained import pick_device
 from tvit_cli.errors import Interrupted, RunError, SettingsError
 from tvit_cli.settings.fields import MixedPrecision
@@ -49,6 +50,9 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     _refuse_shared_gpus(chosen)
     AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
     precision = resolve_precision(mixed_precision, chosen)
+    os.environ.setdefault(
+        "LOCAL_WORLD_SIZE", str(local_processes())
+    )  # else Accelerate says that it is alone here
     try:
         return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
     except NotImplementedError as error:  # GPUs that cannot talk to each other with the driver that is there

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from tvit_cli.data.layout import SUBSETS
 from tvit_cli.data.leaks import find_leaks
 from tvit_cli.engine.balance import class_weights
 from tvit_cli.engine.batches import BatchPlan
@@ -17,12 +18,12 @@ from tvit_cli.engine.compiling import compiled, compiles
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.loopstate import Loop, identity_of
+from tvit_cli.engine.loopstate import Loop
 from tvit_cli.engine.microbatch import as_before, find_micro_batch, resolve_batch
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.outofmemory import ends_with_advice
 from tvit_cli.engine.parallel import share_weights
-from tvit_cli.engine.run import Run, open_run
+from tvit_cli.engine.run import Run, digest_of, open_run
 from tvit_cli.engine.saving import restore
 from tvit_cli.engine.source import Source, open_source, workers_of
 from tvit_cli.engine.standardise import standardise_features
@@ -51,6 +52,7 @@ def open_training(settings: TrainSettings, report: Report, *, standardises: bool
         need_test=settings.test_at_end,
         report=report,
     )
+    refuse_disagreement(gather_object([_seen(source)]))
     _refuse_bad_data(settings, source, report)
     run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
@@ -59,7 +61,6 @@ def open_training(settings: TrainSettings, report: Report, *, standardises: bool
         settings = as_before(settings, checkpoint.state.identity, accelerator.num_processes)
     standardises = standardises and settings.feature_norm and checkpoint is None
     loop = _prepare(settings, accelerator, run, source, report, standardises=standardises)
-    refuse_disagreement(gather_object([identity_of(loop)]))
     if checkpoint is not None:
         restore(loop, checkpoint)
     return loop
@@ -88,6 +89,15 @@ def _refuse_bad_data(settings: TrainSettings, source: Source, report: Report) ->
             f"--patience {settings.patience}: {source.root} has no validation subset to tell which epoch is "
             "better. Hold groups out for it with --val-groups, or leave --patience out."
         )
+
+
+def _seen(source: Source) -> dict[str, object]:
+    """What all processes have to see alike."""
+    return {
+        "classes": digest_of(source.layout.labels),
+        **{f"{name} videos": digest_of(v.name for v in source.readable(name)) for name in SUBSETS},
+        "frame store": "none" if source.store is None else str(source.store.parameters),
+    }
 
 
 def refuse_disagreement(identities: Sequence[Mapping[str, object]]) -> None:

@@ -30,11 +30,16 @@ def check_folder(option: str, given: Path, folder: Path | None = None) -> None:
 def check_writable(option: str, given: Path, folder: Path) -> None:
     """`check_folder`, and DataError where nothing may be written to the folder."""
     check_folder(option, given, folder)
-    place = _nearest(folder)
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not may_write(folder):
         raise DataError(
-            f"{option} {given}: you may not write to {place.absolute()}. Name another place, or ask for access."
+            f"{option} {given}: you may not write to {_nearest(folder).absolute()}. Name another place, or ask for "
+            "access."
         )
+
+
+def may_write(folder: Path) -> bool:
+    """Whether files may be made in a folder, or the folder in what is there."""
+    return os.access(_nearest(folder), os.W_OK | os.X_OK)
 
 
 def check_file(option: str, path: Path | None, inputs: Sequence[Place]) -> None:

@@ -18,6 +18,8 @@ from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
 from tvit_cli.engine.microbatch import as_before
 from tvit_cli.engine.results import METRICS_FILE
 from tvit_cli.engine.source import data_name, find_data
+from tvit_cli.engine.trackers import METRICS_FILE as RECORDS_FILE
+from tvit_cli.engine.trackers import PER_CLASS_FILE, TENSORBOARD_FOLDER
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE
 from tvit_cli.settings.base import extra, flag
@@ -25,6 +27,8 @@ from tvit_cli.settings.card import BaseWeights
 from tvit_cli.settings.train import TrainSettings
 
 LOCK_FILE = ".lock"
+# What a training writes into its folder before its first checkpoint.
+_BEGUN = {SETTINGS_FILE, LOCK_FILE, RECORDS_FILE, PER_CLASS_FILE, TENSORBOARD_FOLDER, "wandb", "wandb-id"}
 _BUSY = "another training is busy in it. Wait for it to end."
 _TAKEN = (
     "another training has just taken this name. Start again, or give this one a name with --experiment-name."
@@ -36,11 +40,15 @@ _DEFAULTS = TrainSettings().model_dump(mode="json")
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its folder of checkpoints, and the checkpoint to go on from, if any."""
+    """A run's folder, its folder of checkpoints, and the checkpoint to go on from, if any.
+
+    One that `begins_again` was begun by a training that ended before its first checkpoint.
+    """
 
     folder: Path
     checkpoints: Path
     resume_from: Path | None
+    begins_again: bool = False
 
     @property
     def model(self) -> Path:
@@ -60,9 +68,11 @@ def open_run(settings: TrainSettings) -> Run:
     name = experiment_name(settings)
     folder = settings.working_directory / name
     checkpoints = folder / settings.checkpoint_dir
-    if _is_new(folder) or settings.overwrite or _has_nothing(folder):
+    if _is_new(folder) or settings.overwrite:
         refuse_own_base(folder, settings)
         return Run(folder, checkpoints, None)
+    if settings.experiment_name is not None and _has_nothing(folder):
+        return Run(folder, checkpoints, None, begins_again=True)
     choices = "Take another name, or replace it with --overwrite."
     known = list_checkpoints(checkpoints)
     is_scored = not settings.test_at_end or (folder / TEST / METRICS_FILE).is_file()
@@ -136,11 +146,17 @@ def saved_settings(run: Run) -> Path:
     return path
 
 
-def write_settings(run: Run, settings: TrainSettings) -> None:
+def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None:
     """Make the run's folder and store what the run was told, as --config reads it.
 
-    Raises SettingsError where another training took a new run's name meanwhile.
+    `is_alone` says that `held` has a lock on it. Raises SettingsError where another training took a new run's
+    name meanwhile, or may be busy in one that begins again.
     """
+    if run.begins_again and not is_alone and not settings.overwrite:
+        raise SettingsError(
+            f"{run.folder}: was begun and has no checkpoint, and there are no locks here that would tell whether "
+            "another training is busy in it. Take another --experiment-name, or replace it with --overwrite."
+        )
     text = (
         settings.model_dump_json(exclude={"resume_from_checkpoint", "overwrite", "show_settings"}, indent=1)
         + "\n"
@@ -148,7 +164,7 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
     path = run.folder / SETTINGS_FILE
     try:
         if run.resume_from is None:
-            if settings.overwrite or _has_nothing(run.folder):
+            if settings.overwrite or (run.begins_again and _has_nothing(run.folder)):
                 _empty(run.folder)
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -165,10 +181,11 @@ def write_settings(run: Run, settings: TrainSettings) -> None:
 
 
 @contextmanager
-def held(run: Run) -> Iterator[None]:
+def held(run: Run) -> Iterator[bool]:
     """Make the run's folder and keep other trainings out of it; the lock falls with the process.
 
-    The lock is one that loader workers do not inherit: they may outlive a process that was killed by seconds.
+    Whether that could be done: some file systems have no locks, and Windows none of this kind. The lock is one that
+    loader workers do not inherit: they may outlive a process that was killed by seconds.
     Raises RunError where another process holds it, or where the folder cannot be made.
     """
     try:
@@ -178,6 +195,7 @@ def held(run: Run) -> Iterator[None]:
         raise RunError(
             f"{run.folder}: cannot be written ({error.strerror}). Choose another --working-directory."
         ) from error
+    is_alone = sys.platform != "win32"
     with file:
         if sys.platform != "win32":
             import fcntl
@@ -187,7 +205,8 @@ def held(run: Run) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in LOCKLESS:
                     raise RunError(f"{run.folder}: {_BUSY if run.resume_from else _TAKEN}") from error
-        yield
+                is_alone = False
+        yield is_alone
 
 
 def identity(
@@ -209,8 +228,8 @@ def identity(
     return {
         **_recipe(settings),
         "classes": list(labels),
-        "training videos": _digest(training),
-        "validation videos": _digest(validation),
+        "training videos": digest_of(training),
+        "validation videos": digest_of(validation),
         f"{BASE} weights": None if base is None else base.sha256,
         **{f"{BASE} {name}": value for name, value in network.items()},
         "frames": frames,
@@ -292,9 +311,20 @@ def _is_new(folder: Path) -> bool:
 
 
 def _has_nothing(folder: Path) -> bool:
-    """Whether a training began in a folder and ended before there was anything to go on from, or to lose."""
-    begun = (folder / SETTINGS_FILE).is_file() and not (folder / MODEL_FOLDER).exists()
-    return begun and not any(list_checkpoints(inside) for inside in folder.glob("*/"))
+    """Whether a training began in a folder and was killed before there was anything to go on from, or to lose.
+
+    So there is its settings file, and beside it nothing but its records and what it had not finished writing.
+    """
+    try:
+        told = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
+        is_ours = not told or set(json.loads(told)) <= set(TrainSettings.model_fields)
+    except (OSError, ValueError, TypeError):
+        return False
+    return is_ours and all(path.name in _BEGUN or _holds_nothing(path) for path in folder.iterdir())
+
+
+def _holds_nothing(path: Path) -> bool:
+    return path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir())
 
 
 def _empty(folder: Path) -> None:
@@ -305,7 +335,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _digest(names: Iterable[str]) -> str:
+def digest_of(names: Iterable[str]) -> str:
     """How many names there are, and a hash of them in their order."""
     every = list(names)
     return f"{len(every)} ({hashlib.sha256(chr(10).join(every).encode()).hexdigest()[:12]})"

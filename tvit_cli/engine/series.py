@@ -50,7 +50,8 @@ def series_models(folder: Path | None) -> dict[str, Path]:
 def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
     """Score every model of a series as `evaluate` does, each on the data and split of its own training.
 
-    The summary goes to eval/<subset>/summary.json in the series' folder, or to `--output`, with a page beside it.
+    The summary goes to eval/<subset>/summary.json in the series' folder (eval/<subset>-<data> on other data), or to
+    `--output`, with a page beside it.
     """
     assert settings.model is not None
     place = join_processes(settings.device)

@@ -64,8 +64,8 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     ):
         release()  # of a series, the model before: a GPU may hold but one
         loop = open_training(settings, report)
-        with held(loop.run) if loop.accelerator.is_main_process else nullcontext():
-            _open_records(loop)
+        with held(loop.run) if loop.accelerator.is_main_process else nullcontext(False) as is_alone:
+            _open_records(loop, is_alone=is_alone)
             _announce(loop)
             try:
                 with ends_with_advice(loop.settings, loop.device), compiles(loop.settings.compile):
@@ -115,7 +115,7 @@ def score_test(model: Path, settings: TrainSettings, report: Report, place: Plac
     )
 
 
-def _open_records(loop: Loop) -> None:
+def _open_records(loop: Loop, *, is_alone: bool) -> None:
     """Write the run's settings and open its metrics: the first files touched, once all was found good."""
     run, settings = loop.run, loop.settings
     if loop.accelerator.is_main_process:
@@ -125,7 +125,7 @@ def _open_records(loop: Loop) -> None:
             "checkpoint_dir": run.checkpoints.name,
             "path_to_data": str(loop.source.root),
         }
-        write_settings(run, settings.model_copy(update=own))
+        write_settings(run, settings.model_copy(update=own), is_alone=is_alone)
     loop.trackers.cut_after(loop.step)
     if settings.log_wandb:
         config = settings.model_dump(mode="json")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tvit_cli.data.names import same_class
+from tvit_cli.data.names import spelling
 from tvit_cli.engine.precision import Precision, autocast, resolve_precision
 from tvit_cli.errors import ModelError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
@@ -54,14 +54,18 @@ class Trained:
             return self.results
         return (self.folder if self.folder.name else self.folder.absolute()).parent
 
+    def spelt_as(self, labels: Sequence[str]) -> Trained:
+        """The model with its classes spelt as they are in `labels`, where they are the same classes."""
+        own = tuple(map(spelling(labels), self.card.labels))
+        return replace(self, card=self.card.model_copy(update={"labels": own}))
+
     def named_by(self, labels: Sequence[str]) -> Trained:
         """The model with a data set's labels for guessed ones: all, or their spelling where it has fewer."""
         if not self.labels_are_guessed:
             return self
-        spelt = {same_class(label): label for label in labels}
-        own = tuple(spelt.get(same_class(label), label) for label in self.card.labels)
-        chosen = tuple(labels) if len(labels) == len(own) else own
-        return replace(self, card=self.card.model_copy(update={"labels": chosen}))
+        if len(labels) != len(self.card.labels):
+            return self.spelt_as(labels)
+        return replace(self, card=self.card.model_copy(update={"labels": tuple(labels)}))
 
 
 def open_trained(

@@ -78,7 +78,7 @@ class ExtractSettings(DataSettings):
     def _one_errand(self) -> ExtractSettings:
         if self.json_lines and not self.check:
             raise ValueError("--json: prints what --check finds. Give --check too, or leave --json out")
-        unused = [flag(name) for name in ("output", "overwrite", "repair") if getattr(self, name)]
+        unused = [flag(name) for name in ("overwrite", "repair") if getattr(self, name)]
         if self.check and unused:
             raise ValueError(f"--check writes nothing: leave out {' and '.join(unused)}")
         return self

@@ -16,8 +16,9 @@ from tvit_cli.errors import RunError
 
 FreeBytes = Callable[[Path], int]
 SPARE_BYTES: Final = 64 * 1024**2  # left free, so that the system beside us does not stumble
-# No locks on this file system (NFS, Lustre, some of FUSE): better without one than not at all.
-LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+# No locks on this file system (NFS, Lustre, some of FUSE), or none on a file that may only be read (NFS): better
+# without one than not at all.
+LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # EFBIG: a limit on file sizes
 
 
@@ -58,8 +59,7 @@ def held(lock: Path, *, what: str) -> Iterator[None]:
     """Hold a lock file for this process; it falls with the process, however that ends.
 
     Raises RunError at once where another process holds it; where the file system has no locks, nothing is held.
-    The empty file stays: removing it would let a
-    third process lock a file that a second one still waits for.
+    The empty file stays: removing it would let a third process lock a file that a second one still waits for.
     """
     with _opened(lock) as file:
         try:
