@@ -524,3 +524,29 @@ def test_a_store_where_one_stands_or_where_nothing_may_be_written_beside_it(
     really = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and really(path, mode))
     assert run(data, output=".").skipped == 2 * GROUPS and not (tmp_path / ".here.lock").exists()
+
+
+def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data: Path) -> None:
+    facts: dict[str, Any] = {
+        "group_pattern": "g(..)",
+        "val_groups": "none",
+        "test_groups": "none",
+        "split": 1,
+    }
+    run(data, short_side=100)  # 12 of 14 frames, 100 of 150 pixels
+
+    def opened(**wanted: Any) -> tuple[bool, str]:
+        notes: list[str] = []
+        found = open_source(str(data), report=lambda event: notes.append(str(event)), **facts, **wanted)
+        return found.store is not None, " ".join(note for note in notes if "warning" in note)
+
+    assert opened(n_frames=12, frame_size=100, frame_grid=12) == (True, "")
+    is_used, said = opened(n_frames=13)
+    assert not is_used and "it has 12 frames of 8 of its 8 videos, and 13 are asked for" in said
+    assert "--frames-per-video 13 --overwrite" in said
+    is_used, said = opened(frame_size=101)
+    assert is_used and "8 of its 8 videos are kept with 100 pixels, and the model takes 101" in said
+    is_used, said = opened(frame_grid=14)
+    assert is_used and "--frame-grid 14 takes the nearest" in said
+    run(data, short_side=300, frames_per_video=20, overwrite=True)  # all that there is
+    assert opened(n_frames=64, frame_size=512) == (True, "")

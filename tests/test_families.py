@@ -18,7 +18,7 @@ from tvit_cli.model.families import CLIP_MEAN, FAMILIES
 from tvit_cli.model.lora import LoraSpec, merge
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.trainable import set_trainable
-from tvit_cli.model.vit import TemporalViT, build_model
+from tvit_cli.model.vit import TemporalViT, build_model, resize_grid
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # transformers warns of its optional dependencies
@@ -354,3 +354,11 @@ def test_families_are_told_by_the_model_type_that_transformers_writes(tmp_path: 
     for number, make in enumerate(MODELS.values()):
         folder = saved(make(), tmp_path / str(number))
         assert json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES
+
+
+def test_timms_positions_are_resized_as_timm_does(tmp_path: Path) -> None:
+    folder = as_timm(randomised(registers()), tmp_path)
+    native = loaded(folder)[0].positions.spatial
+    smaller = loaded(folder, frame_size=16)[0].positions.spatial
+    assert torch.equal(smaller, resize_grid(native, (2, 2), antialias=True))
+    assert not torch.allclose(smaller, resize_grid(native, (2, 2)), atol=1e-3)

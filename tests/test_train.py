@@ -497,6 +497,21 @@ def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(
     assert any("Of each tubelet of 2 frames the model sees one" in str(event) for event in events)
 
 
+def test_what_begins_with_a_model_of_another_scheme_and_what_has_no_effect_is_said(
+    trained: Run, clips: Path, tmp_path: Path
+) -> None:
+    before = trained(attention="divided", epochs=1)
+    events: list[Event] = []
+    facts = {"path_to_data": str(clips), "hf_model_name": str(before.model), "working_directory": tmp_path}
+    train(settings(**facts, epochs=1, randaugment_magnitude=5), events.append)
+    said = " ".join(map(str, events))
+    assert "was trained with --attention divided. With joint what it learnt of time is left out" in said
+    assert "--randaugment-magnitude 5: nothing comes of it without --randaugment" in said
+    events.clear()
+    train(settings(**facts, epochs=1, attention="divided"), events.append)
+    assert "is left out" not in " ".join(map(str, events))
+
+
 def test_processes_that_see_different_videos_do_not_start() -> None:
     own = {"training videos": "12 (ab)", "frames": "videos"}
     refuse_disagreement([own, own])

@@ -179,10 +179,10 @@ def _show_plan(console: Console, plan: DryRun) -> None:
         ("device", f"{plan.device}, {plan.precision} mixed precision"),
         ("batch", plan.batch),
         ("steps", f"{plan.epochs} epochs of {plan.steps_per_epoch}"),
-        ("forward pass", f"{plan.forward_flops / 1e9:,.2f} GFLOP per clip"),
+        ("evaluated clip", f"{plan.forward_flops / 1e9:,.2f} GFLOP, forward"),
         (
-            "and backward",
-            f"{plan.pass_flops / 1e9:,.2f} GFLOP per clip, {per_step / 1e12:,.3f} TFLOP per step",
+            "trained clip",
+            f"{plan.pass_flops / 1e9:,.2f} GFLOP, forward and backward; {per_step / 1e12:,.3f} TFLOP per step",
         ),
         ("memory", f"{size(memory.needed(clips))} of {size(plan.available)}: {' + '.join(parts)}"),
         ("step", f"{plan.seconds_per_step:.3g} s, {plan.data_wait:.0%} of it waiting for data"),

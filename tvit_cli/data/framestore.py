@@ -115,6 +115,17 @@ class FrameStore:
                 names.append(video.name)
         return names
 
+    def short_of(self, n_frames: int) -> int:
+        """Of how many clips the store has fewer than `n_frames` frames, though their videos have more."""
+        clips = self._index.clips
+        return int((clips["stored"] < np.minimum(clips["frame_count"], n_frames)).sum())
+
+    def smaller_than(self, frame_size: int) -> int:
+        """How many clips were scaled down to a short side below `frame_size` pixels, or may have been."""
+        limit, clips = self.parameters.short_side, self._index.clips
+        shortest = np.minimum(clips["height"], clips["width"])
+        return int((shortest == limit).sum()) if limit < frame_size else 0
+
     def read(
         self,
         clip: int | str,

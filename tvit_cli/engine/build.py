@@ -10,6 +10,7 @@ from typing import Any
 from tvit_cli.engine.events import Note, Report
 from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
+from tvit_cli.model.folder import load_card
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.model.pretrainedconfig import NETWORK
 from tvit_cli.model.trainable import set_trainable, trainable_report
@@ -109,7 +110,9 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         for note in loaded.notes:
             report(Note(note, "warning" if note in pretrained.notes else "detail"))
     set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
-    for warning in _warnings(settings, model, is_image_vit=source is not None and not source.is_ours):
+    theirs = None if source is None or not source.is_ours else load_card(source.folder).model.get("attention")
+    is_image_vit = source is not None and not source.is_ours
+    for warning in _warnings(settings, model, is_image_vit=is_image_vit, theirs=theirs):
         report(Note(warning, "warning"))
     if settings.train == "lora" and settings.lora_rank and lora.own_layer() is None:
         report(
@@ -119,8 +122,13 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
     return Built(model, config, preprocessing, base)
 
 
-def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool) -> Iterator[str]:
-    """What a training would rather have said before it begins than found out after it."""
+def _warnings(
+    settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool, theirs: str | None
+) -> Iterator[str]:
+    """What a training would rather have said before it begins than found out after it.
+
+    `theirs` is the attention scheme of a model of ours that it begins with.
+    """
     if settings.hf_model_name is None and settings.train != "all":
         yield f"--train {settings.train}: what it leaves frozen of a model from scratch stays random."
     additions = [weight for part in model.additions().values() for weight in part.parameters()]
@@ -135,6 +143,15 @@ def _warnings(settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool
             f"Of each tubelet of {settings.tubelet_size} frames the model sees one: its weights for the others "
             "stay at nothing. Leave --tubelet-size out, or take --train lora with a rank, or all."
         )
+    if theirs is not None and theirs != settings.attention:
+        yield (
+            f"{settings.hf_model_name}: was trained with --attention {theirs}. With {settings.attention} what it "
+            f"learnt of time is left out; --attention {theirs} keeps it."
+        )
+    magnitude = TrainSettings.model_fields["randaugment_magnitude"].default
+    if settings.randaugment_magnitude != magnitude and not settings.randaugment:
+        given = f"--randaugment-magnitude {settings.randaugment_magnitude:g}"
+        yield f"{given}: nothing comes of it without --randaugment."
     if settings.compile and settings.lora_use_dora:
         yield "--compile: it cannot follow into PEFT's DoRA layers, so a pass falls into pieces; little is gained."
     if ignored := settings.without_effect():

@@ -76,6 +76,9 @@ def evaluate(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
         **choice,
         need_training=False,
+        n_frames=trained.card.preprocessing.n_frames,
+        frame_size=trained.card.preprocessing.scale_to,
+        frame_grid=trained.card.preprocessing.frame_grid,
         report=report,
     )
     trained = trained.named_by(source.layout.labels)

@@ -50,6 +50,9 @@ def open_training(settings: TrainSettings, report: Report, *, standardises: bool
         test_groups=settings.test_groups,
         split=settings.split,
         need_test=settings.test_at_end,
+        n_frames=settings.n_frames,
+        frame_size=settings.img_size,
+        frame_grid=settings.frame_grid,
         report=report,
     )
     refuse_disagreement(gather_object([_seen(source)]))

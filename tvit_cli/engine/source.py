@@ -46,8 +46,14 @@ def open_source(
     report: Report,
     need_training: bool = True,
     need_test: bool = False,
+    n_frames: int = 1,
+    frame_size: int = 1,
+    frame_grid: int | None = None,
 ) -> Source:
     """Find a data set, read its layout, and set unreadable videos aside by name and reason.
+
+    A frame store is used where it has `n_frames` of every video that does; where its frames are smaller than
+    `frame_size`, or others than a `frame_grid` has, that is said.
 
     Raises DataError without data, or, with `need_training`, where a class has no readable training video.
     """
@@ -75,6 +81,10 @@ def open_source(
     for note in layout.notes:
         report(Note(note))
     store = _find_store(root, layout, report)
+    if store is not None and not _suffices(store, n_frames, frame_size, frame_grid, report):
+        if videos is None:
+            raise DataError(f"{root}: holds too few frames, and the videos that it was made from are gone.")
+        store = None
     unreadable = _unreadable(layout, report) if store is None else store.unreadable
     if videos is not None:
         names = {video.name for video in layout.videos}  # those that were removed since are nobody's concern
@@ -178,6 +188,38 @@ def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None
         return None
     report(Note(f"Frames are read from {folder} ({store.parameters}), not from the videos."))
     return store
+
+
+def _suffices(
+    store: FrameStore, n_frames: int, frame_size: int, frame_grid: int | None, report: Report
+) -> bool:
+    """Whether a store has the frames that are asked for; what else it lacks is said."""
+    kept = store.parameters.frames_per_video
+    if short := store.short_of(n_frames):
+        command = store.header.command(store.folder, "--frames-per-video", str(n_frames), "--overwrite")
+        why = f"it has {kept} frames of {short} of its {len(store)} videos, and {n_frames} are asked for"
+        report(Note(f"{store.folder}: not used, since {why}. Make it anew with `{command}`.", "warning"))
+        return False
+    if small := store.smaller_than(frame_size):
+        size = str(frame_size)
+        command = store.header.command(store.folder, "--short-side", size, "--overwrite")
+        report(
+            Note(
+                f"{store.folder}: {small} of its {len(store)} videos are kept with {store.parameters.short_side} "
+                f"pixels, and the model takes {size}: frames are scaled up; those of a video itself are sharper. "
+                f"Make it anew with `{command}`.",
+                "warning",
+            )
+        )
+    if frame_grid is not None and frame_grid != kept:
+        report(
+            Note(
+                f"{store.folder}: has {kept} frames of a video, --frame-grid {frame_grid} takes the nearest of "
+                "them; from a video itself it takes others.",
+                "warning",
+            )
+        )
+    return True
 
 
 def _unreadable(layout: Layout, report: Report) -> dict[str, str]:

@@ -261,6 +261,6 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     ),
     TIMM: Family(
         {}, _timm, _timm_names, "", _layers("head", "head_dist"),
-        leading=(1, 2, 0), zeros=("patch_embed.bias",),
+        leading=(1, 2, 0), zeros=("patch_embed.bias",), antialias=True,
     ),
 }  # fmt: skip
