@@ -57,8 +57,15 @@ def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained:
     assert result.output == trained.run / "eval" / "test"
     written = json.loads((result.output / "metrics.json").read_text())
     assert written["metrics"] == result.metrics
+    assert result.intervals == {}  # three clips of one group are one observation
     rows = list(csv.DictReader((result.output / "scores.csv").read_text().splitlines()))
-    assert len(rows) == 3
+    assert len(rows) == 3 and {row["group"] for row in rows} == {
+        answer.video.group for answer in result.answers
+    }
+    assert {row["group"] for row in rows} == set(load_card(trained.model).held_out["test"])
+    header, *counts = csv.reader((result.output / "confusion.csv").read_text().splitlines())
+    found = {(row[0], said): int(n) for row in counts for said, n in zip(header[1:], row[1:], strict=True)}
+    assert {pair for pair, n in found.items() if n} == {(a.video.label, a.predicted) for a in result.answers}
     right = sum(row["label"] == row["predicted"] for row in rows)
     assert result.metrics["video_top1"] == right / 3
     assert sum(row.right for row in result.per_class.values()) == right
@@ -507,3 +514,12 @@ def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_scored(
         else:
             pair = (trained.model, trained.run)
             compare(settings(trained, model=None, compare=pair, output=tmp_path / "taken"))
+
+
+def test_a_comparison_on_one_group_has_no_interval(trained: TrainResult, tmp_path: Path) -> None:
+    other = shutil.copytree(trained.model, tmp_path / "other")
+    pair = (trained.model, other)
+    own = settings(trained, model=None, compare=pair, output=tmp_path / "out")
+    assert compare(own).interval is None
+    several = own.model_copy(update={"subset": "train", "output": tmp_path / "train"})
+    assert compare(several).interval is not None

@@ -20,7 +20,7 @@ from tiny import last_weights, make_clips, make_pretrained, run, same, settings
 from torch import nn
 
 from tvit_cli import main
-from tvit_cli.engine import compiling, launch, microbatch, parallel, precision
+from tvit_cli.engine import compiling, launch, memory, microbatch, parallel, precision
 from tvit_cli.engine.build import Built
 from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.dryrun import dry_run
@@ -771,3 +771,10 @@ def test_on_a_gpu_running_out_of_memory_is_survived(trained: Run) -> None:
         trained(device="cuda", per_gpu_batch_size=12, img_size=224, mixed_precision="no")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_on_a_cpu_a_process_may_take_its_share_of_half_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 8_000)
+    assert [memory.free_bytes(torch.device("cpu"), count) for count in (1, 2)] == [4_000, 2_000]

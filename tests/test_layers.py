@@ -120,6 +120,6 @@ def test_every_module_says_in_its_first_line_what_it_owns() -> None:
 
 def test_every_note_that_is_referred_to_exists() -> None:
     texts = [(ROOT / p).read_text(encoding="utf-8") for p in MODULES]
-    titles = {m for t in texts for m in re.findall(r"(?<!See )Note \[([^\]]+)\]", t)}
+    titles = {m for t in texts for m in re.findall(r"(?<![Ss]ee )Note \[([^\]]+)\]", t)}
     referred = {m for t in texts for m in re.findall(r"[Ss]ee Note \[([^\]]+)\]", t)}
     assert referred <= titles

@@ -9,6 +9,7 @@ import pytest
 
 from tvit_cli.data.checked import check_videos
 from tvit_cli.data.layout import Layout, read_layout, spelt_as
+from tvit_cli.engine.source import find_data
 from tvit_cli.errors import DataError
 
 UCF101 = r"_g(\d+)_"
@@ -441,3 +442,16 @@ def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path: Path) 
     assert again.labels == ("CAFE\u0301", "run") and {video.label for video in again.videos} == set(
         again.labels
     )
+
+
+def test_without_a_name_the_only_data_set_is_taken_or_ucf101_and_never_one_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place(tmp_path / "data" / "mine", {"run": ["a.avi"]})
+    assert find_data(None) == Path("data/mine")
+    place(tmp_path / "data" / "yours", {"run": ["a.avi"]})
+    with pytest.raises(DataError, match="No data set chosen: data/ holds mine, yours"):
+        find_data(None)
+    place(tmp_path / "data" / "ucf101", {"run": ["a.avi"]})
+    assert find_data(None) == Path("data/ucf101")

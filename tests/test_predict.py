@@ -27,7 +27,7 @@ from tiny import make_clips, run
 import tvit_cli
 from tvit_cli import commands, main
 from tvit_cli.engine.embeddings import write_embeddings
-from tvit_cli.engine.events import Event, Note, Progress
+from tvit_cli.engine.events import Event, Note, Progress, silent
 from tvit_cli.engine.places import find_videos
 from tvit_cli.engine.predict import predict
 from tvit_cli.engine.timelines import tell
@@ -484,7 +484,11 @@ def test_a_disk_that_fills_meanwhile_does_not_cost_the_labels(
 
 @pytest.mark.parametrize("window", [None, "2s"])
 def test_how_much_of_a_labelled_video_is_written_is_told(
-    trained: TrainResult, tmp_path: Path, make_video: Callable[..., Path], window: str | None
+    trained: TrainResult,
+    tmp_path: Path,
+    make_video: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    window: str | None,
 ) -> None:
     video = make_video(tmp_path / "long.mp4", frames=40, rate=10)
     out = tmp_path / "out.mp4"
@@ -500,6 +504,16 @@ def test_how_much_of_a_labelled_video_is_written_is_told(
     written = [event for event in told if isinstance(event, Progress) and event.what == "seconds written"]
     assert [(event.done, event.total) for event in written] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(told[-1], Note) and str(out) in told[-1].text
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "tvit_cli.engine.annotate.annotate", lambda path, place, segments, *_: drawn.extend(segments)
+    )
+    if window:
+        (found,) = tell(settings, silent)
+        assert found.timeline is not None and drawn == list(found.timeline.segments)
+    else:
+        (said,) = predict(settings, silent).predictions
+        assert [(segment.label, segment.score) for segment in drawn] == [said.labels[0]]
 
 
 def test_memory_that_runs_out_is_no_mistake_of_ours(

@@ -251,3 +251,12 @@ def test_the_ucf101_preset_uses_what_it_says() -> None:
     assert preset.global_batch_size is not None and isinstance(preset.per_gpu_batch_size, int)
     assert preset.global_batch_size % preset.per_gpu_batch_size == 0
     assert preset.ema_decay == 0.999 and preset.randaugment == 2 and preset.frame_grid == 32
+
+
+def test_layers_over_time_learn_slowly_beside_adapters_on_pretrained_weights_alone() -> None:
+    def share(**flags: Any) -> float:
+        return TrainSettings.model_validate({"attention": "factorized", **flags}).temporal_share()
+
+    assert share() == 0.1
+    assert share(train="all") == share(hf_model_name=None, train="all") == 1.0
+    assert share(temporal_rate=0.3) == 0.3

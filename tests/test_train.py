@@ -27,6 +27,7 @@ from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.extract import extract
 from tvit_cli.engine.opening import refuse_disagreement
+from tvit_cli.engine.optim import learning_rate_at
 from tvit_cli.engine.run import Run as RunFolder
 from tvit_cli.engine.run import check_identity, held, next_name
 from tvit_cli.engine.train import TrainResult, train
@@ -495,6 +496,15 @@ def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(
     facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
     train(settings(**facts, **changes, tubelet_size=2, epochs=1), events.append)
     assert any("Of each tubelet of 2 frames the model sees one" in str(event) for event in events)
+
+
+def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained: Run) -> None:
+    result = trained(warmup_epochs=1, epochs=3, learning_rate=0.01)
+    steps = records(result, "step")
+    assert [record["step"] for record in steps] == list(range(1, 10))  # three of an epoch
+    rates = [learning_rate_at(step, peak=0.01, warmup_steps=3, total_steps=9) for step in range(9)]
+    assert [record["learning_rate"] for record in steps] == pytest.approx(rates)
+    assert all(record["grad_norm"] > 0 for record in steps)
 
 
 def test_what_begins_with_a_model_of_another_scheme_and_what_has_no_effect_is_said(

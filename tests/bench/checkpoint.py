@@ -98,8 +98,7 @@ def main() -> None:
                 "cores": os.cpu_count(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
-            },
-            indent=1,
+            }
         )
     )
 
