@@ -12,6 +12,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from tvit_cli.data.video import Played, play, read_clip
 from tvit_cli.data.windows import frame_places, slide
 from tvit_cli.data.writer import write_video
 from tvit_cli.engine.ahead import ahead
+from tvit_cli.engine.events import silent
 from tvit_cli.engine.predict import Model
-from tvit_cli.engine.timelines import folder_names
+from tvit_cli.engine.timeline import Timeline
+from tvit_cli.engine.timelines import folder_names, tell
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
@@ -373,3 +376,27 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(
     table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert float(table[0]["end"]) == pytest.approx(first["segments"][0]["end"], abs=1e-3)
     assert table[-1]["error"]
+
+
+def test_windows_stride_and_smoothing_are_as_asked_for(
+    folder: Path, day: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    really = Model.timeline
+
+    def spy(model: Model, video: Any, **options: Any) -> Timeline:
+        given.append(options)
+        return really(model, video, **options)
+
+    monkeypatch.setattr(Model, "timeline", spy)
+
+    def windows(**flags: str) -> int:
+        own = {"paths": [str(day)], "model": str(folder), "window": "2s", "device": "cpu", **flags}
+        (told,) = tell(load(PredictSettings, flags=own, environ={}).settings, silent)
+        assert told.timeline is not None
+        return len(told.timeline.scores)
+
+    assert windows() == 17  # ten seconds, a window each quarter of one
+    assert windows(stride="1s", smoothing="0") == 9
+    assert [options["stride"] for options in given] == [None, 1.0]
+    assert given[0]["smoothing"] != 0 and given[1]["smoothing"] == 0

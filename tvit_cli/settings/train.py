@@ -41,7 +41,7 @@ DEFAULT_MICRO_BATCH = 8
 # fewer operations than divided (18.3 and 22.1 GFLOP a clip; tests/bench/RESULTS.md). Attention over time with the
 # weights of space (AIM) and convolutions over time (ST-Adapter) were tried, were no better anywhere, and are gone.
 # Its cost grows with the square of the tokens; for long clips of large frames there are divided, and tubelets,
-# which are faster than anything else and not free: of 2 frames they answer 77 of the 90 right.
+# which are faster than anything else and not free: of 2 frames they answer 78 of the 90 right.
 
 SCRATCH_SHAPE = {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16}  # ViT-Ti/16 (DeiT, table 1)
 
