@@ -251,6 +251,31 @@ def test_cores_are_shared_by_the_processes_of_this_machine(
     assert source.default_workers() == min(16, 32 // count - 1)
 
 
+def test_of_processes_that_a_queue_started_each_still_knows_that_it_is_not_alone(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom tvit_cli.engine.launch import make_accelerator\n"
+        "from tvit_cli.engine.source import local_processes\n"
+        "for _ in range(2): make_accelerator(device='cpu', mixed_precision='no')\n"
+        "print(local_processes(), flush=True)\n"
+        "from tvit_cli.engine.parallel import leave\nleave(well=True)"
+    )
+    (tmp_path / "told.py").write_text(code)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    facts = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("TVIT_", "LOCAL_"))} | facts
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "told.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environ, "PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for process in both:
+        out, errors = process.communicate(timeout=100)
+        assert process.returncode == 0 and out.split() == ["2"], errors
+
+
 def test_a_clip_that_another_process_could_not_read_is_named(facts: dict[str, Any], tmp_path: Path) -> None:
     data = tmp_path / "data" / "colours"
     shutil.copytree(facts["path_to_data"], data)
