@@ -543,10 +543,10 @@ def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data: Pa
     assert opened(n_frames=12, frame_size=100, frame_grid=12) == (True, "")
     is_used, said = opened(n_frames=13)
     assert not is_used and "it has 12 frames of 8 of its 8 videos, and 13 are asked for" in said
-    assert "--frames-per-video 13 --overwrite" in said
+    assert "--frames-per-video 13 --short-side 100 --quality 90 --overwrite" in said
     is_used, said = opened(frame_size=101)
     assert is_used and "8 of its 8 videos are kept with 100 pixels, and the model takes 101" in said
     is_used, said = opened(frame_grid=14)
     assert is_used and "--frame-grid 14 takes the nearest" in said
     run(data, short_side=300, frames_per_video=20, overwrite=True)  # all that there is
-    assert opened(n_frames=64, frame_size=512) == (True, "")
+    assert opened(n_frames=64, frame_size=512, frame_grid=9) == (True, "")

@@ -87,8 +87,14 @@ def test_a_run_of_a_series_that_ended_before_its_first_checkpoint_begins_again(
     facts: dict[str, Any], tmp_path: Path
 ) -> None:
     before = seeds(facts, tmp_path, 0, 1)
-    for folder in ("model", "checkpoints"):
-        shutil.rmtree(before.folder / "seed1-split1" / folder)
+    run = before.folder / "seed1-split1"
+    for folder in ("model", "plots"):
+        shutil.rmtree(run / folder)
+    (run / "report.html").unlink()
+    (run / "checkpoints").rename(run / "kept")
+    with pytest.raises(SettingsError, match=r"seed1-split1.checkpoints holds no checkpoint"):
+        seeds(facts, tmp_path, 0, 1)  # they lie elsewhere: --checkpoint-dir kept
+    shutil.rmtree(run / "kept")
     assert seeds(facts, tmp_path, 0, 1).runs == before.runs
 
 

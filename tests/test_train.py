@@ -486,7 +486,13 @@ def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(train
 
 @pytest.mark.parametrize(
     "changes",
-    [{"train": "classifier"}, {"train": "last-1"}, {"lora_rank": 0}, {"lora_init": "pissa"}],
+    [
+        {"train": "classifier"},
+        {"train": "last-1"},
+        {"lora_rank": 0, "lora_bias": "all"},
+        {"lora_init": "pissa"},
+        {"lora_init": "orthogonal"},
+    ],
     ids=str,
 )
 def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(
@@ -515,7 +521,7 @@ def test_what_begins_with_a_model_of_another_scheme_and_what_has_no_effect_is_sa
     facts = {"path_to_data": str(clips), "hf_model_name": str(before.model), "working_directory": tmp_path}
     train(settings(**facts, epochs=1, randaugment_magnitude=5), events.append)
     said = " ".join(map(str, events))
-    assert "was trained with --attention divided. With joint what it learnt of time is left out" in said
+    assert "was trained with --attention divided. With others, what it learnt of time is left out." in said
     assert "--randaugment-magnitude 5: nothing comes of it without --randaugment" in said
     events.clear()
     train(settings(**facts, epochs=1, attention="divided"), events.append)
@@ -525,7 +531,7 @@ def test_what_begins_with_a_model_of_another_scheme_and_what_has_no_effect_is_sa
 def test_processes_that_see_different_videos_do_not_start() -> None:
     own = {"training videos": "12 (ab)", "frames": "videos"}
     refuse_disagreement([own, own])
-    with pytest.raises(RunError, match=r"Process 1 does not see what process 0 sees \(training videos\)"):
+    with pytest.raises(RunError, match=r"Process 1 has not what process 0 has \(training videos\)"):
         refuse_disagreement([own, {**own, "training videos": "11 (cd)"}])
 
 

@@ -10,11 +10,13 @@ from typing import Any
 from tvit_cli.engine.events import Note, Report
 from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
+from tvit_cli.model.backbone import SCHEME
 from tvit_cli.model.folder import load_card
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.model.pretrainedconfig import NETWORK
 from tvit_cli.model.trainable import set_trainable, trainable_report
 from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.model.weights import WeightsSource
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import BaseWeights, Preprocessing
 from tvit_cli.settings.train import SCRATCH_SHAPE, TrainSettings
@@ -110,7 +112,7 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         for note in loaded.notes:
             report(Note(note, "warning" if note in pretrained.notes else "detail"))
     set_trainable(model, settings.train, _spec(settings), seed=settings.seed)
-    theirs = None if source is None or not source.is_ours else load_card(source.folder).model.get("attention")
+    theirs = _own_scheme(source, config) if source is not None and source.is_ours else None
     is_image_vit = source is not None and not source.is_ours
     for warning in _warnings(settings, model, is_image_vit=is_image_vit, theirs=theirs):
         report(Note(warning, "warning"))
@@ -122,12 +124,19 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
     return Built(model, config, preprocessing, base)
 
 
+def _own_scheme(source: WeightsSource, config: ViTConfig) -> str | None:
+    """How a model of ours looks at time, as flags; None where the model to train does as well."""
+    theirs = ViTConfig.from_dict(load_card(source.folder).model)
+    differing = [name for name in SCHEME if getattr(theirs, name) != getattr(config, name)]
+    return ", ".join(f"{flag(name)} {getattr(theirs, name)}" for name in differing) or None
+
+
 def _warnings(
     settings: TrainSettings, model: TemporalViT, *, is_image_vit: bool, theirs: str | None
 ) -> Iterator[str]:
     """What a training would rather have said before it begins than found out after it.
 
-    `theirs` is the attention scheme of a model of ours that it begins with.
+    `theirs` is how a model of ours that it begins with looks at time, where that is another way.
     """
     if settings.hf_model_name is None and settings.train != "all":
         yield f"--train {settings.train}: what it leaves frozen of a model from scratch stays random."
@@ -137,17 +146,16 @@ def _warnings(
             f"--train {settings.train}: what an image ViT lacks stays as it starts, at nothing, and so the model "
             "cannot know the order of frames. --train lora or last-1 lets it learn that."
         )
-    patches_learn = any(weight.requires_grad for weight in model.patch_embed.parameters())
+    patches = model.patch_embed.named_parameters()
+    patches_learn = any(p.requires_grad for name, p in patches if not name.endswith("bias"))
     if is_image_vit and model.sees_tubelets() and not patches_learn:
         yield (
             f"Of each tubelet of {settings.tubelet_size} frames the model sees one: its weights for the others "
-            "stay at nothing. Leave --tubelet-size out, or take --train lora with a rank, or all."
+            "stay at nothing. Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
         )
-    if theirs is not None and theirs != settings.attention:
-        yield (
-            f"{settings.hf_model_name}: was trained with --attention {theirs}. With {settings.attention} what it "
-            f"learnt of time is left out; --attention {theirs} keeps it."
-        )
+    if theirs is not None:
+        name = settings.hf_model_name
+        yield f"{name}: was trained with {theirs}. With others, what it learnt of time is left out."
     magnitude = TrainSettings.model_fields["randaugment_magnitude"].default
     if settings.randaugment_magnitude != magnitude and not settings.randaugment:
         given = f"--randaugment-magnitude {settings.randaugment_magnitude:g}"

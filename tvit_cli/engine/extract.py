@@ -165,7 +165,10 @@ def process_place() -> tuple[int, int, Callable[[], None]]:
         return 0, 1, lambda: None
     from accelerate import PartialState  # only here: it loads torch
 
+    told = "LOCAL_WORLD_SIZE" in os.environ
     state = PartialState(cpu=True)
+    if not told:  # Accelerate has set it to 1, whoever else is on this machine
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
     return state.process_index, state.num_processes, state.wait_for_everyone
 
 
@@ -252,7 +255,8 @@ def _is_of_other_data(found: Header, header: Header, layout: Layout, folder: Pat
     if not is_other or is_copy:
         return False
     wanted = {to_key(video.name) for video in layout.videos}
-    return not wanted.issuperset(read_contents(folder)[0].places)
+    holds_them_all = wanted.issuperset(read_contents(folder)[0].places)
+    return not (holds_them_all and _root(before) == _root(now))
 
 
 def _root(data: Path) -> Path:

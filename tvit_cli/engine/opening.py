@@ -18,12 +18,12 @@ from tvit_cli.engine.compiling import compiled, compiles
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.loopstate import Loop
+from tvit_cli.engine.loopstate import Loop, identity_of
 from tvit_cli.engine.microbatch import as_before, find_micro_batch, resolve_batch
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.outofmemory import ends_with_advice
 from tvit_cli.engine.parallel import share_weights
-from tvit_cli.engine.run import Run, digest_of, open_run
+from tvit_cli.engine.run import Run, digest_of, open_run, recipe
 from tvit_cli.engine.saving import restore
 from tvit_cli.engine.source import Source, open_source, workers_of
 from tvit_cli.engine.standardise import standardise_features
@@ -55,7 +55,7 @@ def open_training(settings: TrainSettings, report: Report, *, standardises: bool
         frame_grid=settings.frame_grid,
         report=report,
     )
-    refuse_disagreement(gather_object([_seen(source)]))
+    refuse_disagreement(gather_object([{**recipe(settings), **_seen(source)}]))
     _refuse_bad_data(settings, source, report)
     run: Run = broadcast_object_list([open_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
@@ -64,6 +64,7 @@ def open_training(settings: TrainSettings, report: Report, *, standardises: bool
         settings = as_before(settings, checkpoint.state.identity, accelerator.num_processes)
     standardises = standardises and settings.feature_norm and checkpoint is None
     loop = _prepare(settings, accelerator, run, source, report, standardises=standardises)
+    refuse_disagreement(gather_object([identity_of(loop)]))
     if checkpoint is not None:
         restore(loop, checkpoint)
     return loop
@@ -104,13 +105,13 @@ def _seen(source: Source) -> dict[str, object]:
 
 
 def refuse_disagreement(identities: Sequence[Mapping[str, object]]) -> None:
-    """Raise RunError where a process sees other videos than the first, or another store: plans would differ."""
+    """Raise RunError where a process has other settings than the first, or sees other files: plans would differ."""
     first = identities[0]
     for rank, own in enumerate(identities):
         if differing := [name for name in first if own[name] != first[name]]:
             raise RunError(
-                f"Process {rank} does not see what process 0 sees ({', '.join(differing)}). Start again once all "
-                "see the same files; a `tvit extract` that is under way has to end first.",
+                f"Process {rank} has not what process 0 has ({', '.join(differing)}). Start all with the same "
+                "settings, once they see the same files; a `tvit extract` that is under way has to end first.",
                 by_all=True,
             )
 

@@ -226,7 +226,7 @@ def identity(
     `network` holds what the files of the base weights decide beside the weights themselves.
     """
     return {
-        **_recipe(settings),
+        **recipe(settings),
         "classes": list(labels),
         "training videos": digest_of(training),
         "validation videos": digest_of(validation),
@@ -268,7 +268,7 @@ def check_recipe(folder: Path, settings: TrainSettings, processes: int) -> Train
             f"{folder / SETTINGS_FILE}: cannot be read ({error}). Remove {folder}."
         ) from error
     settings = as_before(settings, before, processes)
-    lines = _differences(before, _recipe(settings))
+    lines = _differences(before, recipe(settings))
     if lines:
         raise SettingsError(
             f"{folder} is finished and was trained with other settings:\n"
@@ -278,7 +278,7 @@ def check_recipe(folder: Path, settings: TrainSettings, processes: int) -> Train
     return settings
 
 
-def _recipe(settings: TrainSettings) -> dict[str, Any]:
+def recipe(settings: TrainSettings) -> dict[str, Any]:
     """The settings that change a result, as JSON has them."""
     values = settings.model_dump(mode="json")
     return {k: v for k, v in values.items() if not extra(TrainSettings.model_fields[k]).get("harmless")}

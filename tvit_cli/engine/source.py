@@ -18,6 +18,7 @@ from tvit_cli.engine.events import Note, Progress, Report
 from tvit_cli.errors import DataError
 
 DATA_DIRECTORY = Path("data")
+MOST_FRAMES = 2**32 - 1  # of a video that a store knows
 DEFAULT_NAME = "ucf101"
 MOTIONS = "motions"
 
@@ -186,7 +187,6 @@ def _find_store(root: Path, layout: Layout, report: Report) -> FrameStore | None
             )
         )
         return None
-    report(Note(f"Frames are read from {folder} ({store.parameters}), not from the videos."))
     return store
 
 
@@ -194,24 +194,27 @@ def _suffices(
     store: FrameStore, n_frames: int, frame_size: int, frame_grid: int | None, report: Report
 ) -> bool:
     """Whether a store has the frames that are asked for; what else it lacks is said."""
-    kept = store.parameters.frames_per_video
+    kept, size = store.parameters.frames_per_video, store.parameters.short_side
+    larger = (
+        f"--frames-per-video {max(kept, n_frames)} --short-side {max(size, frame_size)} "
+        f"--quality {store.parameters.quality} --overwrite"
+    )
+    command = store.header.command(store.folder, larger)
     if short := store.short_of(n_frames):
-        command = store.header.command(store.folder, "--frames-per-video", str(n_frames), "--overwrite")
         why = f"it has {kept} frames of {short} of its {len(store)} videos, and {n_frames} are asked for"
         report(Note(f"{store.folder}: not used, since {why}. Make it anew with `{command}`.", "warning"))
         return False
+    report(Note(f"Frames are read from {store.folder} ({store.parameters}), not from the videos."))
     if small := store.smaller_than(frame_size):
-        size = str(frame_size)
-        command = store.header.command(store.folder, "--short-side", size, "--overwrite")
         report(
             Note(
-                f"{store.folder}: {small} of its {len(store)} videos are kept with {store.parameters.short_side} "
-                f"pixels, and the model takes {size}: frames are scaled up; those of a video itself are sharper. "
-                f"Make it anew with `{command}`.",
+                f"{store.folder}: {small} of its {len(store)} videos are kept with {size} pixels, and the model "
+                f"takes {frame_size}: frames are scaled up; those of a video itself are sharper. Make it anew with "
+                f"`{command}`.",
                 "warning",
             )
         )
-    if frame_grid is not None and frame_grid != kept:
+    if frame_grid is not None and frame_grid != kept and store.short_of(MOST_FRAMES):
         report(
             Note(
                 f"{store.folder}: has {kept} frames of a video, --frame-grid {frame_grid} takes the nearest of "

@@ -29,12 +29,15 @@ def plan_facts(loop: Loop) -> dict[str, str]:
 def write_report(loop: Loop, *, problem: str = "", test: EvalResult | None = None) -> Path | None:
     """Write the run's report, if this is the main process and an epoch is done; returns its path.
 
-    `problem` is why the run ended early. A report that cannot be written is a warning: it costs no training.
+    `problem` is why the run ended early; one that has no checkpoint yet begins again, and has no report. One that
+    cannot be written is a warning: it costs no training.
     """
     from tvit_cli.report.training import TrainingFacts, write_training_report
 
     epochs = loop.trackers.records("epoch")
     if not epochs or not loop.accelerator.is_main_process:
+        return None
+    if problem and not list_checkpoints(loop.run.checkpoints):
         return None
     parameters = list(loop.plain_model.parameters())
     facts = TrainingFacts(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from tvit_cli.engine.checkpoint import list_checkpoints
 from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.results import METRICS_FILE, read_metrics
@@ -55,9 +54,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
         report(Note(f"Run {number + 1} of {len(runs)}: {folder / run}{' is finished' * (run in finished)}"))
         try:
             if run not in finished:
-                # One that ended before its first checkpoint has nothing to go on from: it begins again.
-                begins = not list_checkpoints(folder / run / settings.checkpoint_dir)
-                train(settings.model_copy(update={"overwrite": settings.overwrite or begins}), report)
+                train(settings, report)
             elif settings.test_at_end and not _tested(folder / run):
                 score_test(folder / run / MODEL_FOLDER, settings, report, place_of(accelerator))
         except Interrupted as stop:

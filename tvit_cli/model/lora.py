@@ -59,7 +59,8 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     target itself) and the excluded layers, and biases: none, those of the layers with an adapter
     (`lora_only`), or all. An excluded layer gets no adapter, target or not, and learns its own weights, as
     in the reference. Rank 0 attaches no adapter. The patch embedding of tubelets has one, asked for or not:
-    pretrained, it looks at one frame of each, and frozen it would stay blind to the others.
+    pretrained, it looks at one frame of each, and frozen it would stay blind to the others. An initialisation that
+    is for linear layers alone leaves it so.
 
     Raises ModelError for a name that is no layer of the model, when no layer is left for an adapter, and for a
     rank or an initialisation that a layer cannot have.
@@ -67,7 +68,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     assert not adapted_layers(model), "adapters are attached once"
     excluded = resolve_layers(model, spec.exclude, option="lora_exclude_modules")
     wanted = resolve_layers(model, spec.targets, option="lora_target_modules")
-    if model.sees_tubelets() and PATCHES not in wanted and spec.init not in FROM_WEIGHTS:
+    if model.sees_tubelets() and PATCHES not in wanted and spec.init not in LINEAR_ONLY:
         wanted.append(PATCHES)
     targets = [name for name in wanted if name not in excluded] if spec.rank else []
     if spec.rank and not targets:

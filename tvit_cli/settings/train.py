@@ -283,7 +283,7 @@ class TrainSettings(DataSettings):
     )
     lora_target_modules: NamesOrNone = Field(
         ("q", "k", "v"),
-        description=f"Layers that get an adapter, of {', '.join(LORA_TARGETS)}; or full names; patch_embed always "
+        description=f"Layers that get an adapter, of {', '.join(LORA_TARGETS)}; or full names; patch_embed, too, "
         "where a patch spans several frames",
         json_schema_extra=about(LORA, reference="None", why="LoRA trains nothing without targets"),
     )
