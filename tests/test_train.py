@@ -26,10 +26,10 @@ from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.eval import evaluate
 from tvit_cli.engine.events import Event, Note
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.opening import refuse_disagreement
+from tvit_cli.engine.identity import check_identity, refuse_disagreement
 from tvit_cli.engine.optim import learning_rate_at
 from tvit_cli.engine.run import Run as RunFolder
-from tvit_cli.engine.run import check_identity, held, next_name
+from tvit_cli.engine.run import held, next_name
 from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.errors import (
     CheckpointError,

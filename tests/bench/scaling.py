@@ -42,10 +42,10 @@ from torch.nn import functional as F
 from tvit_cli import __version__
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.engine.batches import BatchPlan
+from tvit_cli.engine.identity import identity
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.parallel import sum_gradients
-from tvit_cli.engine.run import identity
 from tvit_cli.model import lora
 from tvit_cli.model.config import ATTENTIONS
 from tvit_cli.model.flops import count_flops

@@ -35,7 +35,7 @@ from tvit_cli.data.storewriter import (
 from tvit_cli.engine.events import Note, Progress, Report
 from tvit_cli.engine.outputs import check_folder, may_write
 from tvit_cli.engine.pool import in_order
-from tvit_cli.engine.source import MOTIONS, default_workers, find_data, make_demo_data
+from tvit_cli.engine.source import MOTIONS, counted_as_before, default_workers, find_data, make_demo_data
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.maxbad import most_bad
@@ -165,10 +165,8 @@ def process_place() -> tuple[int, int, Callable[[], None]]:
         return 0, 1, lambda: None
     from accelerate import PartialState  # only here: it loads torch
 
-    told = "LOCAL_WORLD_SIZE" in os.environ
-    state = PartialState(cpu=True)
-    if not told:  # Accelerate has set it to 1, whoever else is on this machine
-        os.environ.pop("LOCAL_WORLD_SIZE", None)
+    with counted_as_before():
+        state = PartialState(cpu=True)
     return state.process_index, state.num_processes, state.wait_for_everyone
 
 

@@ -18,6 +18,7 @@ from torch.distributed import DistError
 
 from tvit_cli.engine.parallel import greatest_of_them
 from tvit_cli.engine.precision import resolve_precision
+from tvit_cli.engine.source import counted_as_before
 from tvit_cli.engine.trained import pick_device
 from tvit_cli.errors import Interrupted, RunError, SettingsError
 from tvit_cli.settings.fields import MixedPrecision
@@ -49,9 +50,9 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     _refuse_shared_gpus(chosen)
     AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
     precision = resolve_precision(mixed_precision, chosen)
-    told = "LOCAL_WORLD_SIZE" in os.environ
     try:
-        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
+        with counted_as_before():
+            return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
     except NotImplementedError as error:  # GPUs that cannot talk to each other with the driver that is there
         raise SettingsError(f"Accelerate will not start here: {error}") from error
     except DistError as error:
@@ -66,9 +67,6 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
                 else f"{str(error).splitlines()[0]}. Is MASTER_ADDR right, and can every machine reach it?"
             )
         ) from error
-    finally:
-        if not told:  # Accelerate has set it to 1, whoever else is on this machine
-            os.environ.pop("LOCAL_WORLD_SIZE", None)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from tvit_cli.engine.batches import BatchPlan
 from tvit_cli.engine.build import Built
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import Note, Report
+from tvit_cli.engine.identity import identity
 from tvit_cli.engine.metrics import Tally
 from tvit_cli.engine.optim import learning_rate_at
-from tvit_cli.engine.run import Run, identity
+from tvit_cli.engine.run import Run
 from tvit_cli.engine.scoring import Scores, score
 from tvit_cli.engine.source import Source, workers_of
 from tvit_cli.engine.trackers import Trackers

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -17,18 +15,19 @@ from tvit_cli.engine.checkpoint import load_checkpoint
 from tvit_cli.engine.compiling import compiled, compiles
 from tvit_cli.engine.ema import WeightAverage
 from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.identity import digest_of, recipe, refuse_disagreement
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.loopstate import Loop, identity_of
 from tvit_cli.engine.microbatch import as_before, find_micro_batch, resolve_batch
 from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.outofmemory import ends_with_advice
 from tvit_cli.engine.parallel import share_weights
-from tvit_cli.engine.run import Run, digest_of, open_run, recipe
+from tvit_cli.engine.run import Run, open_run
 from tvit_cli.engine.saving import restore
 from tvit_cli.engine.source import Source, open_source, workers_of
 from tvit_cli.engine.standardise import standardise_features
 from tvit_cli.engine.trackers import Trackers
-from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.errors import DataError, SettingsError
 from tvit_cli.model.blocks import recomputed
 from tvit_cli.settings.maxbad import most_bad
 from tvit_cli.settings.train import TrainSettings
@@ -102,18 +101,6 @@ def _seen(source: Source) -> dict[str, object]:
         **{f"{name} videos": digest_of(v.name for v in source.readable(name)) for name in SUBSETS},
         "frame store": "none" if source.store is None else str(source.store.parameters),
     }
-
-
-def refuse_disagreement(identities: Sequence[Mapping[str, object]]) -> None:
-    """Raise RunError where a process has other settings than the first, or sees other files: plans would differ."""
-    first = identities[0]
-    for rank, own in enumerate(identities):
-        if differing := [name for name in first if own[name] != first[name]]:
-            raise RunError(
-                f"Process {rank} has not what process 0 has ({', '.join(differing)}). Start all with the same "
-                "settings, once they see the same files; a `tvit extract` that is under way has to end first.",
-                by_all=True,
-            )
 
 
 def _prepare(

@@ -18,8 +18,8 @@ from tvit_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from tvit_cli.engine.events import Note
+from tvit_cli.engine.identity import check_identity
 from tvit_cli.engine.loopstate import Loop, check_losses, identity_of, trainable
-from tvit_cli.engine.run import check_identity
 from tvit_cli.engine.watch import diverged, not_finite, some
 from tvit_cli.model.trainable import load_trainable, start_tensors
 

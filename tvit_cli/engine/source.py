@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,17 @@ def make_demo_data(root: Path, report: Report) -> None:
 def local_processes() -> int:
     """Processes of this command on this machine; where the launcher does not say, as srun, all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def counted_as_before() -> Iterator[None]:
+    """Within, Accelerate starts, and notes down that this process is alone on its machine; that is undone after."""
+    told = "LOCAL_WORLD_SIZE" in os.environ
+    try:
+        yield
+    finally:
+        if not told:
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
 
 
 def workers_of(given: int | None) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from tvit_cli.engine.events import Note, Report, silent
+from tvit_cli.engine.identity import check_recipe
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.results import METRICS_FILE, read_metrics
-from tvit_cli.engine.run import TEST, check_recipe, experiment_name, refuse_own_base
+from tvit_cli.engine.run import TEST, experiment_name, refuse_own_base
 from tvit_cli.engine.series import SeriesResult, summarise, write_summary
 from tvit_cli.engine.train import place_of, score_test, train
 from tvit_cli.errors import Interrupted, SettingsError
