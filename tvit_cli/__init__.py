@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvit_cli.engine.predict import Model, Prediction, load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Model", "Prediction", "__version__", "load_model"]
 
 
