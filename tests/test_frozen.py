@@ -1,0 +1,204 @@
+"""The command line compared with a committed list: verbs, options, defaults, limits, variables, presets, public names.
+
+Removing or renaming one of them breaks users' scripts, so it is a decision and not an accident. Help texts are not
+compared. After a deliberate change, regenerate the list and commit it with the change:
+
+    python tests/test_frozen.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import tomllib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import annotated_types
+import pytest
+import typer
+from pydantic import BaseModel
+
+import tvit_cli
+import tvit_cli.settings
+
+ROOT = Path(__file__).parents[1]
+LIST = Path(__file__).parent / "frozen" / "options.json"
+LIMITS = {
+    annotated_types.Ge: "ge",
+    annotated_types.Gt: "gt",
+    annotated_types.Le: "le",
+    annotated_types.Lt: "lt",
+}
+
+
+def program() -> ModuleType:
+    """The module that pyproject.toml names as the program `tvit`."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    return importlib.import_module(scripts["tvit"].partition(":")[0])
+
+
+def settings_models() -> dict[str, type[BaseModel]]:
+    """The settings model of each verb: train -> TrainSettings, wherever below tvit_cli.settings it is defined."""
+    found = {}
+    for module in pkgutil.walk_packages(tvit_cli.settings.__path__, "tvit_cli.settings."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, type) and issubclass(value, BaseModel) and name.endswith("Settings"):
+                found[name.removesuffix("Settings").lower()] = value
+    return found
+
+
+def literals(annotation: Any) -> Iterator[str]:
+    """The values of every Literal within a type."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from map(str, typing.get_args(annotation))
+    else:
+        for part in typing.get_args(annotation):
+            yield from literals(part)
+
+
+def setting(model: type[BaseModel], key: str) -> dict[str, Any]:
+    """Default, limits, choices and environment variable of one setting."""
+    field = model.model_fields[key]
+    series: tuple[str, ...] = getattr(model, "SERIES", ())
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return {
+        "default": "required" if field.is_required() else json.loads(json.dumps(default, default=str)),
+        "none": type(None) in typing.get_args(field.annotation),
+        "limits": sorted(
+            f"{LIMITS[type(m)]} {getattr(m, LIMITS[type(m)])}" for m in field.metadata if type(m) in LIMITS
+        ),
+        "choices": sorted(literals(field.annotation)),
+        "variable": f"TVIT_{key.upper()}",
+        "series": key in series,
+    }
+
+
+def parameter(option: Any) -> dict[str, Any]:
+    """Spellings and shape of one parameter on the command line."""
+    return {
+        "names": sorted(option.opts) if option.param_type_name == "option" else "argument",
+        "off": sorted(option.secondary_opts),
+        "metavar": option.metavar,
+        "nargs": option.nargs,
+        "multiple": bool(getattr(option, "multiple", False)),
+        "switch": bool(getattr(option, "is_flag", False)),
+    }
+
+
+def command_rows(name: str, command: Any, context: Any, model: type[BaseModel] | None) -> dict[str, Any]:
+    """One row per parameter of a verb, under "verb key"."""
+    rows = {}
+    for option in command.get_params(context):
+        key = option.name
+        known = model is not None and key in model.model_fields
+        rows[f"{name} {key}"] = parameter(option) | (setting(model, key) if known else {})
+    missing = set(model.model_fields if model else ()) - {option.name for option in command.params}
+    return rows | {f"{name} {key}": {"names": None} | setting(model, key) for key in missing}
+
+
+def today() -> dict[str, Any]:
+    """All that the list holds, read from the code."""
+    group = typer.main.get_command(program().build_app())
+    context = group.context_class(group, info_name="tvit", **group.context_settings)
+    models = settings_models()
+    rows = command_rows("tvit", group, context, None)
+    for name, verb in group.commands.items():
+        inner = verb.context_class(verb, info_name=name, parent=context, **verb.context_settings)
+        rows |= command_rows(name, verb, inner, models[name])
+    presets = {
+        path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
+        for path in Path(next(iter(tvit_cli.__path__))).rglob("presets/*.toml")
+    }
+    return {
+        "verbs": dict.fromkeys(sorted(group.commands), True),
+        "public": dict.fromkeys(sorted(tvit_cli.__all__), True),
+        "presets": {
+            f"{name} {key}": value
+            for name, values in sorted(presets.items())
+            for key, value in values.items()
+        },
+        "options": dict(sorted(rows.items())),
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each name that was removed, added or changed."""
+    lines = []
+    for name in sorted({*before, *now}):
+        if name not in now:
+            lines.append(f"removed: {name} (was {before[name]})")
+        elif name not in before:
+            lines.append(f"added: {name} ({now[name]})")
+        elif before[name] != now[name] and isinstance(now[name], dict):
+            lines += [
+                f"changed: {name}, {k}: {before[name].get(k)} -> {now[name].get(k)}"
+                for k in sorted({*before[name], *now[name]})
+                if before[name].get(k) != now[name].get(k)
+            ]
+        elif before[name] != now[name]:
+            lines.append(f"changed: {name}: {before[name]} -> {now[name]}")
+    return lines
+
+
+def frozen() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(LIST.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("part", ["verbs", "public", "presets", "options"])
+def test_command_line_equals_the_frozen_list(part: str) -> None:
+    found = differences(frozen()[part], json.loads(json.dumps(today()))[part])
+    assert not found, "\n".join([*found, "If this is meant: python tests/test_frozen.py"])
+
+
+def test_differences_name_removed_added_and_changed() -> None:
+    before = {"a": {"default": 1}, "b": True, "c": True}
+    now = {"a": {"default": 2}, "b": True, "d": True}
+    assert differences(before, now) == [
+        "changed: a, default: 1 -> 2",
+        "removed: c (was True)",
+        "added: d (True)",
+    ]
+
+
+def test_frozen_environment_variables_are_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {row["variable"] for row in frozen()["options"].values() if "variable" in row}
+    for variable in variables:
+        monkeypatch.setenv(variable, "~")
+    monkeypatch.setenv("TVIT_NOT_A_SETTING", "1")
+    with pytest.raises(SystemExit) as ended:
+        program().run(["train", "--show-settings"])
+    assert ended.value.code == 2
+    refused = capsys.readouterr().err
+    assert refused.count("unknown environment variable") == 1 and "TVIT_NOT_A_SETTING" in refused
+
+
+@pytest.mark.parametrize("name", ["TvitError", "SettingsError", "DataError", "ModelError"])
+def test_error_classes_are_importable(name: str) -> None:
+    assert issubclass(getattr(importlib.import_module("tvit_cli.errors"), name), Exception)
+
+
+def test_public_names_can_be_had() -> None:
+    assert all(hasattr(tvit_cli, name) for name in frozen()["public"])
+
+
+def write_list() -> None:
+    """Write the list, one row per line."""
+    parts = [
+        f'"{part}": {{\n'
+        + ",\n".join(f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in rows.items())
+        + "\n}"
+        for part, rows in today().items()
+    ]
+    LIST.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_list()
