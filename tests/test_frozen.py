@@ -15,18 +15,17 @@ import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import annotated_types
 import pytest
 import typer
+from entry import program, tvit
 from pydantic import BaseModel
 
 import tvit_cli
 import tvit_cli.settings
 
-ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).parent / "frozen" / "options.json"
 LIMITS = {
     annotated_types.Ge: "ge",
@@ -34,12 +33,6 @@ LIMITS = {
     annotated_types.Le: "le",
     annotated_types.Lt: "lt",
 }
-
-
-def program() -> ModuleType:
-    """The module that pyproject.toml names as the program `tvit`."""
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    return importlib.import_module(scripts["tvit"].partition(":")[0])
 
 
 def settings_models() -> dict[str, type[BaseModel]]:
@@ -166,18 +159,14 @@ def test_differences_name_removed_added_and_changed() -> None:
     ]
 
 
-def test_frozen_environment_variables_are_known(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_frozen_environment_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {row["variable"] for row in frozen()["options"].values() if "variable" in row}
     for variable in variables:
         monkeypatch.setenv(variable, "~")
     monkeypatch.setenv("TVIT_NOT_A_SETTING", "1")
-    with pytest.raises(SystemExit) as ended:
-        program().run(["train", "--show-settings"])
-    assert ended.value.code == 2
-    refused = capsys.readouterr().err
-    assert refused.count("unknown environment variable") == 1 and "TVIT_NOT_A_SETTING" in refused
+    refused = tvit("train", "--show-settings")
+    assert refused.code == 2
+    assert refused.err.count("unknown environment variable") == 1 and "TVIT_NOT_A_SETTING" in refused.err
 
 
 @pytest.mark.parametrize("name", ["TvitError", "SettingsError", "DataError", "ModelError"])
