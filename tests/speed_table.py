@@ -1,249 +1,220 @@
-"""The table of speed of README.md, made from what the benchmarks wrote. Run as a program, it rewrites the README."""
+"""Speed tables of README.md and docs/benchmarks.md, made from tests/bench/results.jsonl. As a program, it rewrites both."""
 
 from __future__ import annotations
 
 import json
 import re
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "bench" / "results.jsonl"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "tests" / "bench" / "results.jsonl"
 BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=<!-- /speed -->)", re.DOTALL)
+CASE = (
+    "vitb12_t8, dropout 0.1"  # the README's model and setting: a whole ViT-B, 8 frames, the default dropout
+)
 
 Record = dict[str, Any]
-Row = tuple[str, str]  # what was measured, and the figure
+Records = dict[str, Record]
 
 
-def read_records(path: Path = RESULTS) -> dict[str, Record]:
+def read_records(path: Path = RESULTS) -> Records:
     """The newest record of each group: group -> record."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {record["group"]: record for record in map(json.loads, lines)}
 
 
-def table(records: dict[str, Record]) -> str:
-    """Markdown: a line per figure, and below it where they were measured; empty without records."""
-    rows = [
-        (group, row) for group, rows_of in ROWS.items() if group in records for row in rows_of(records[group])
-    ]
-    if not rows:
-        return ""
-    lines = ["| speed | figure | `python tests/bench` |", "|---|---|---|"]
-    lines += [f"| {what} | {figure} | `{group}` |" for group, (what, figure) in rows]
-    return "\n".join(lines) + "\n\n" + _sources([records[group] for group in ROWS if group in records]) + "\n"
-
-
-def updated(text: str, records: dict[str, Record]) -> str:
-    """README text with a fresh table."""
-    made = table(records)
+def updated(text: str, made: str) -> str:
+    """A page with a fresh table; without one, the block is emptied."""
     return BLOCK.sub(lambda match: f"\n{made}\n" if made else "", text)
 
 
-def _step(record: Record) -> list[Row]:
-    rows: list[Row] = []
-    for dropout in _dropouts(record):
-        cases = _cases(record, dropout)
-        of = list(cases.values())
-        where = f"dropout {dropout}" if rows else f"{_models(cases)}, dropout {dropout}"
-        rows += [
-            (
-                f"a training step against a naive LoRA (A@B formed), by processor: {where}",
-                _times(of, "naive", "naive_wall"),
-            ),
-            (f"against PEFT's own layers: dropout {dropout}", _times(of, "peft", "peft_wall")),
-            *_plain(cases, dropout),
-            (f"share of the machine's matmul rate: dropout {dropout}", _middle([row["share"] for row in of])),
-        ]
-    return rows
-
-
-def _plain(cases: dict[str, Record], dropout: str) -> list[Row]:
-    """Whole models beside plain ViTs, whose last block is a twelfth; in a slice of two layers it would be half."""
-    whole = {case: row for case, row in cases.items() if f"{WHOLE}_t" in case}
-    rows = list(whole.values())
-    figures = [_times(rows, f"plain_{kind}", f"plain_{kind}_wall") for kind in ("naive", "peft") if rows]
-    where = f"{_models(whole)}, dropout {dropout}"
-    what = f"the same beside plain ViTs, all of whose tokens pass the last block; naive, PEFT: {where}"
-    return [(what, "; ".join(figures))] if rows else []
-
-
-def _memory(record: Record) -> list[Row]:
-    rows: list[Row] = []
-    for dropout in _dropouts(record):
-        cases = _cases(record, dropout)
-        held, grows, whole = (
-            _range(row[f"tvit_{kind}"] for row in cases.values()) for kind in ("saved", "rss", "whole")
-        )
-        where = f"dropout {dropout}" if rows else f"{_models(cases)}, dropout {dropout}"
-        what = f"memory of a step against the naive LoRA: {where}"
-        plain = [row["tvit_rss_plain"] for row in cases.values() if "tvit_rss_plain" in row]
-        beside = f" ({_range(plain)} beside a plain ViT's)" if plain else ""
-        rows.append((what, f"held {held}; what a process grows by {grows}{beside}; a whole process {whole}"))
-    return rows
-
-
-def _peers(record: Record) -> list[Row]:
-    same = f"equal width and tokens, {record['depth']} layers"
-    return [
+def readme_table(records: Records) -> str:
+    """Markdown: five figures of one model and one setting, by the clock; empty while one is missing."""
+    if not {"step", "memory", "infer"} <= records.keys():
+        return ""
+    step, memory = records["step"]["results"].get(CASE), records["memory"]["results"].get(CASE)
+    infer = records["infer"]
+    if step is None or memory is None:
+        return ""
+    rows = [
+        ("training step, against a naive LoRA (A·B formed)", f"{step['naive_wall']:.2f} × faster"),
+        ("training step, against PEFT's layers", f"{step['peft_wall']:.2f} × faster"),
+        ("memory of a training step, against the naive LoRA", f"{memory['tvit_rss']:.2f} ×"),
+        ("share of the machine's matmul rate in a training step", f"{step['share']:.0%}"),
         (
-            f"a step against transformers' {name.partition(',')[0]} with PEFT, {same},{name.partition(',')[2]}; memory held",
-            f"× {row['times_faster']:.2f} (by the clock {row['times_faster_wall']:.2f}); {row['memory_ratio']:.2f}",
-        )
-        for name, row in record["results"].items()
-    ]
-
-
-def _schemes(record: Record) -> list[Row]:
-    rows = []
-    for case, found in record["results"].items():
-        for base, name in (
-            ("joint", "joint attention over single frames"),
-            ("joint, naive LoRA", "the same, naive LoRA"),
-        ):
-            faster = ", ".join(
-                f"{kind} × {row['times_faster'] / found[base]['times_faster']:.2f}"
-                for kind, row in found.items()
-                if kind not in ("joint", "joint, naive LoRA")
-            )
-            rows.append(
-                (f"a step at {case.partition('_t')[2]} frames, {_model(case)}, against {name}", faster)
-            )
-    return rows
-
-
-WHOLE = 12  # layers of ViT-B and ViT-S
-
-
-def _epoch(record: Record) -> list[Row]:
-    rows = record["results"]
-    clips = f"{record['clips']} clips, {record['data']}"
-    what = (
-        f"a whole epoch against the sum of its steps (ViT-S, 98 px; {clips}): from a frame store, from videos"
-    )
-    return [
-        (
-            what,
-            f"× {rows['store']['wall_ratio']:.2f}, × {rows['videos']['wall_ratio']:.2f} "
-            f"(processor × {rows['store']['cpu_ratio']:.2f}, × {rows['videos']['cpu_ratio']:.2f})",
-        )
-    ]
-
-
-def _data(record: Record) -> list[Row]:
-    ratios = record["ratios"]
-
-    def both(kind: str) -> str:
-        return f"× {ratios[f'video, {kind}']:.1f}, × {ratios[f'store, {kind}']:.1f}"
-
-    base = "against decoding all frames and augmenting PIL images"
-    return [
-        (
-            f"reading a training clip (18 frames, 224 px) from a video, and from the frame store, {base}: "
-            "tvit augments on the GPU",
-            both("0 workers"),
+            "`tvit predict clip.avi`, whole process, against `import torch` and a forward pass",
+            f"{infer['seconds']:.1f} s, {infer['floor_seconds']:.1f} s",
         ),
-        ("the same where tvit augments on the same core", both("augmented as well")),
-        ("augmenting alone", f"× {ratios['augmentation']:.1f}"),
     ]
+    return _table(("speed", "figure"), rows)
 
 
-def _infer(record: Record) -> list[Row]:
-    what = f"`tvit predict clip.avi`, ViT-{record['size']}, whole process, against `import torch` and a forward pass"
-    eight = f"with `--int8`, against without (ViT-{record['size']})"
-    rows = [(what, f"{record['seconds']:.2f} s, × {record['ratio']:.2f}")]
-    if record["int8_is_fast"]:
-        rows.append((eight, f"{record['int8_seconds']:.2f} s, × {record['int8_ratio']:.2f}"))
-    return rows
+def benchmark_tables(records: Records) -> str:
+    """Markdown: a heading and a table for each group that was measured, then the sources."""
+    measured = {group: records[group] for group in GROUPS if group in records}
+    parts = [
+        f"### {title} (`{g}`)\n\n{tabulate(measured[g])}\n"
+        for g, (title, tabulate) in GROUPS.items()
+        if g in measured
+    ]
+    return "".join(parts) + _sources(measured) + "\n" if measured else ""
 
 
-def _startup(record: Record) -> list[Row]:
-    bare = record["results"][BARE]["wall"]
-    return [
-        (f"`{name}`, and Python that does nothing", f"{row['wall']:.2f} s, {bare:.3f} s")
+def _step(record: Record) -> str:
+    pairs = ("naive", "peft", "plain_naive", "plain_peft")
+    rows = [
+        (
+            *_case(name),
+            *(f"{row[key]:.2f} ({row[f'{key}_wall']:.2f})" if key in row else "" for key in pairs),
+            f"{row['share']:.2f}",
+        )
+        for name, row in _whole(record).items()
+    ]
+    head = ("model", "T", "dropout", "× naive", "× PEFT", "plain, × naive", "plain, × PEFT", "of matmul rate")
+    return _table(head, rows)
+
+
+def _memory(record: Record) -> str:
+    keys = ("tvit_saved", "tvit_rss", "tvit_whole", "tvit_rss_plain", "peft_rss")
+    rows = [
+        (*_case(name), *(f"{row[key]:.2f}" if key in row else "" for key in keys))
+        for name, row in _whole(record).items()
+    ]
+    head = (
+        "model",
+        "T",
+        "dropout",
+        "kept by autograd",
+        "growth",
+        "process",
+        "growth, plain ViT",
+        "PEFT's growth",
+    )
+    return _table(head, rows)
+
+
+def _peers(record: Record) -> str:
+    rows = [
+        (
+            *name.split(", dropout "),
+            f"{row['times_faster']:.2f} ({row['times_faster_wall']:.2f})",
+            f"{row['memory_ratio']:.2f}",
+        )
         for name, row in record["results"].items()
-        if name != BARE
     ]
+    return _table(("transformers model", "dropout", "× faster", "memory ratio"), rows)
 
 
-BARE = "python -c pass"
+def _schemes(record: Record) -> str:
+    cases = record["results"]
+    names = list(next(iter(cases.values())))
+    rows = [
+        (
+            name,
+            *(
+                f"{found[name]['times_faster']:.2f} ({found[name]['times_faster_wall']:.2f})"
+                if name in found
+                else ""
+                for found in cases.values()
+            ),
+        )
+        for name in names
+    ]
+    return _table(("scheme", *(f"{_case(case)[0]}, {_case(case)[1]} frames" for case in cases)), rows)
 
 
-ROWS: dict[str, Callable[[Record], list[Row]]] = {
-    "step": _step,
-    "memory": _memory,
-    "peers": _peers,
-    "schemes": _schemes,
-    "epoch": _epoch,
-    "data": _data,
-    "infer": _infer,
-    "startup": _startup,
+def _epoch(record: Record) -> str:
+    rows = [
+        (name, f"{row['wall_ratio']:.2f} ({row['cpu_ratio']:.2f})", f"{row['data_wait']:.1%}")
+        for name, row in record["results"].items()
+    ]
+    return _table(("frames from", "× its steps alone, by the clock (CPU time)", "waiting for data"), rows)
+
+
+def _data(record: Record) -> str:
+    ratios = record["ratios"]
+    places = ("0 workers", "1 workers", "2 workers", "augmented as well")
+    rows = [
+        (place, *(f"{ratios[f'{source}, {place}']:.1f}" for source in ("video", "store")))
+        for place in places
+        if f"store, {place}" in ratios
+    ]
+    return _table(("", "video, × baseline", "frame store, × baseline"), rows)
+
+
+def _infer(record: Record) -> str:
+    rows = [
+        ("float32", f"{record['seconds']:.2f} s", f"{record['ratio']:.2f}", f"{record['megabytes']:.0f} MB")
+    ]
+    if record.get("int8_is_fast"):
+        ratio = record["int8_seconds"] / record["floor_seconds"]
+        size = f"{record['int8_megabytes']:.0f} MB"
+        rows.append(("`--int8`", f"{record['int8_seconds']:.2f} s", f"{ratio:.2f}", size))
+    return _table(("", "whole process", "× `import torch` and a forward pass", "peak memory"), rows)
+
+
+def _startup(record: Record) -> str:
+    misspelt = {"tvit train --lora-rnk 8": "an unknown option"}
+    rows = [
+        (misspelt.get(name, f"`{name}`"), f"{row['wall']:.2f}") for name, row in record["results"].items()
+    ]
+    return _table(("command", "seconds"), rows)
+
+
+GROUPS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "step": ("Training step", _step),
+    "memory": ("Memory of a training step", _memory),
+    "peers": ("Beside transformers' video models with PEFT", _peers),
+    "schemes": ("Attention schemes at 18 frames", _schemes),
+    "epoch": ("A whole epoch", _epoch),
+    "data": ("Reading clips", _data),
+    "infer": ("Predicting one clip", _infer),
+    "startup": ("Start-up", _startup),
 }
 
 
-def _dropouts(record: Record) -> list[str]:
-    return list(dict.fromkeys(name.rpartition("dropout ")[2] for name in record["results"]))
+def _whole(record: Record) -> dict[str, Record]:
+    """The rows of whole models; those of slices of a few layers where there are no others."""
+    rows: dict[str, Record] = record["results"]
+    return {name: row for name, row in rows.items() if "12_t" in name} or rows
 
 
-def _cases(record: Record, dropout: str) -> dict[str, Record]:
-    """The rows of one dropout by case."""
-    named = ((name.partition(", dropout "), row) for name, row in record["results"].items())
-    return {case: row for (case, _, of), row in named if of == dropout}
+def _case(name: str) -> tuple[str, ...]:
+    """vitb2_t18, dropout 0.1 -> ViT-B, 2 layers · 18 · 0.1"""
+    shape, _, rest = name.partition("_t")
+    frames, _, dropout = rest.partition(", dropout ")
+    kind = shape.rstrip("0123456789")
+    model = f"ViT-{kind.removeprefix('vit').capitalize()}, {shape.removeprefix(kind)} layers"
+    return (model, frames, dropout) if dropout else (model, frames)
 
 
-def _models(cases: Iterable[str]) -> str:
-    """vitb2_t8, vitb2_t18 -> ViT-B, 2 layers (8, 18 frames)"""
-    frames: dict[str, list[str]] = {}
-    for case in cases:
-        frames.setdefault(_model(case), []).append(case.partition("_t")[2])
-    return "; ".join(f"{model} ({', '.join(own)} frames)" for model, own in frames.items())
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _model(case: str) -> str:
-    """vitb2_t18 -> ViT-B, 2 layers"""
-    shape = case.partition("_t")[0]
-    name = shape.rstrip("0123456789")
-    return f"ViT-{name.removeprefix('vit').capitalize()}, {shape.removeprefix(name)} layers"
-
-
-def _times(cases: list[Record], by_processor: str, by_clock: str) -> str:
-    return f"× {_range(row[by_processor] for row in cases)} (by the clock {_range(row[by_clock] for row in cases)})"
-
-
-def _range(values: Iterable[float]) -> str:
-    """The least and the most of several, once where they look the same."""
-    numbers = sorted(values)
-    low, high = f"{numbers[0]:.2f}", f"{numbers[-1]:.2f}"
-    return low if low == high else f"{low}–{high}"
-
-
-def _middle(values: list[float]) -> str:
-    """The median, which one reading of a machine that was slow for a moment does not move, and the least."""
-    return f"{statistics.median(values):.2f} in the median, {min(values):.2f} at least"
-
-
-def _sources(records: list[Record]) -> str:
-    """Where and when: one sentence per commit, date, machine and torch."""
-    places: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        machine = f"{record['cores']} cores of {record['processor']}"
-        key = (
-            record["commit"],
+def _sources(records: Records) -> str:
+    """Commit, date, machine and torch of each group; groups of one run together."""
+    groups: dict[str, list[str]] = {}
+    for group, record in records.items():
+        facts = [
+            f"commit {record['commit']}",
             record["date"],
-            machine,
-            f"torch {record['torch']}" if "torch" in record else "",
-        )
-        places.setdefault(key, []).append(record)
-    sentences = []
-    for (commit, date, machine, torch), own in places.items():
-        groups = ", ".join(f"`{record['group']}`" for record in own)
-        facts = ", ".join(filter(None, [f"commit {commit}", date, machine, torch]))
-        others = max((record["others"] or 0 for record in own), default=0)
-        busy = f", others keeping {others:g} of them busy at most" if others else ""
-        sentences.append(f"{groups}: {facts}{busy}.")
-    return " ".join(sentences)
+            f"{record['cores']} cores of {record['processor']}",
+        ]
+        if "torch" in record:
+            facts.append(f"torch {record['torch']}")
+        if record.get("others"):
+            facts.append(f"other processes used up to {record['others']:g} cores")
+        groups.setdefault(", ".join(facts), []).append(f"`{group}`")
+    return " ".join(f"{', '.join(names)}: {facts}." for facts, names in groups.items())
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
+    records = read_records()
+    for page, made in ((README, readme_table(records)), (BENCHMARKS, benchmark_tables(records))):
+        page.write_text(updated(page.read_text(encoding="utf-8"), made), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The README's table of speed: made of what the benchmarks wrote, the newest of each, and nothing else."""
+"""The speed tables of README.md and docs/benchmarks.md: made from the newest record of each benchmark."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from speed_table import BLOCK, README, ROWS, read_records, table, updated
+from speed_table import (
+    BENCHMARKS,
+    BLOCK,
+    CASE,
+    GROUPS,
+    README,
+    benchmark_tables,
+    read_records,
+    readme_table,
+    updated,
+)
 
-PLACE = {
-    "commit": "abc1234",
-    "date": "2026-11-22",
-    "processor": "EPYC",
-    "cores": 2,
-    "others": 0.1,
-    "torch": "2.13",
-}
+PLACE = {"commit": "abc1234", "date": "2026-11-22", "processor": "EPYC", "cores": 2, "others": 0.1}
 STEP = {"naive": 1.51, "naive_wall": 1.55, "peft": 1.08, "peft_wall": 1.11, "share": 0.77}
-STEP |= {"plain_naive": 1.7, "plain_naive_wall": 1.8, "plain_peft": 1.2, "plain_peft_wall": 1.3}
 STARTUP = {"python -c pass": {"wall": 0.015, "cpu": 0.01}, "tvit --help": {"wall": 0.2, "cpu": 0.1}}
 MEMORY = {"tvit_saved": 0.42, "tvit_rss": 0.37, "tvit_whole": 0.5}
+INFER = {"seconds": 3.43, "floor_seconds": 3.04, "ratio": 1.13, "megabytes": 725.0}
 
 
 @pytest.fixture(scope="module")
@@ -35,67 +38,62 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
     return path
 
 
-def test_the_table_in_the_readme_is_the_one_that_the_results_make() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "make"), [(README, readme_table), (BENCHMARKS, benchmark_tables)])
+def test_pages_have_the_tables_of_the_stored_results(page: Path, make: Callable[[Any], str]) -> None:
+    text = page.read_text(encoding="utf-8")
     assert BLOCK.search(text)
-    assert updated(text, read_records()) == text, "run: python tests/speed_table.py"
+    assert updated(text, make(read_records())) == text, "run: python tests/speed_table.py"
 
 
-def test_without_results_there_is_no_table_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
+def test_without_results_there_is_no_table(tmp_path: Path) -> None:
     assert read_records(tmp_path / "none.jsonl") == {}
     text = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
-    assert updated(text, {}) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
-    records = {"startup": {**PLACE, "group": "startup", "results": STARTUP}}
-    once = updated(text, records)
-    assert "| `tvit --help`, and Python that does nothing | 0.20 s, 0.015 s | `startup` |" in once
-    assert updated(once, records) == once
+    assert updated(text, readme_table({})) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
+    assert updated(text, benchmark_tables({})) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
 
 
-def test_a_row_spans_all_cases_of_the_newest_run_and_says_where_it_was_measured(tmp_path: Path) -> None:
+def test_a_second_update_changes_nothing(tmp_path: Path) -> None:
+    records = read_records(write(tmp_path / "r.jsonl", {"group": "startup", "results": STARTUP}))
+    once = updated("<!-- speed -->\nold\n<!-- /speed -->\n", benchmark_tables(records))
+    assert "| `tvit --help` | 0.20 |" in once
+    assert updated(once, benchmark_tables(records)) == once
+
+
+def test_tables_show_the_newest_record_and_its_source(tmp_path: Path) -> None:
     old = {"group": "step", "results": {"vitb2_t8, dropout 0.1": {**STEP, "naive": 9.0}}}
-    cases = {"vitb2_t8, dropout 0.1": {**STEP, "naive": 1.85}, "vitb4_t18, dropout 0.1": STEP}
-    whole = {"vits12_t8, dropout 0.1": {**STEP, "plain_peft": 1.25}}
-    held = {"group": "memory", "commit": "def5678", "others": 1.5, "results": {"vitb2_t8, dropout 0": MEMORY}}
-    made = table(read_records(write(tmp_path / "r.jsonl", old, {"group": "step", "results": cases}, held)))
-    where = "ViT-B, 2 layers (8 frames); ViT-B, 4 layers (18 frames), dropout 0.1"
-    assert f"{where} | × 1.51–1.85 (by the clock 1.55) |" in made
-    assert "× 1.08 (by the clock 1.11)" in made and "9.0" not in made
-    assert "plain ViTs" not in made
-    of_whole = table(read_records(write(tmp_path / "w.jsonl", {"group": "step", "results": cases | whole})))
-    row = next(line for line in of_whole.splitlines() if "plain ViTs" in line)
-    assert "naive, PEFT: ViT-S, 12 layers (8 frames), dropout 0.1" in row
-    assert "× 1.70 (by the clock 1.80); × 1.25 (by the clock 1.30)" in row
-    assert "| 0.77 in the median, 0.77 at least |" in made
-    assert "dropout 0 | held 0.42; what a process grows by 0.37; a whole process 0.50 | `memory` |" in made
-    assert (
-        "`step`: commit abc1234, 2026-11-22, 2 cores of EPYC, torch 2.13, others keeping 0.1 of them busy"
-        in made
-    )
-    assert (
-        "`memory`: commit def5678, 2026-11-22, 2 cores of EPYC, torch 2.13, others keeping 1.5 of them"
-        in made
-    )
-
-
-def test_schemes_stand_beside_joint_attention_and_beside_its_naive_lora(tmp_path: Path) -> None:
-    rows = {
-        name: {"times_faster": times}
-        for name, times in (("joint", 1.0), ("factorized", 2.0), ("joint, naive LoRA", 0.5))
+    new = {
+        "group": "step",
+        "torch": "2.13",
+        "results": {"vitb2_t8, dropout 0.1": STEP},
     }
-    made = table(
-        read_records(write(tmp_path / "r.jsonl", {"group": "schemes", "results": {"vitb2_t18": rows}}))
-    )
-    assert "against joint attention over single frames | factorized × 2.00 |" in made
-    assert "against the same, naive LoRA | factorized × 4.00 |" in made
+    made = benchmark_tables(read_records(write(tmp_path / "r.jsonl", old, new)))
+    assert "| ViT-B, 2 layers | 8 | 0.1 | 1.51 (1.55) | 1.08 (1.11) |  |  | 0.77 |" in made
+    assert "9.00" not in made
+    source = "`step`: commit abc1234, 2026-11-22, 2 cores of EPYC, torch 2.13"
+    assert f"{source}, other processes used up to 0.1 cores." in made
 
 
-def test_every_group_of_the_table_is_a_benchmark_that_can_be_run(bench: ModuleType) -> None:
-    assert set(ROWS) <= set(bench.GROUPS)
+def test_whole_models_take_the_place_of_slices(tmp_path: Path) -> None:
+    rows = {"vitb2_t8, dropout 0.1": STEP, "vits12_t18, dropout 0": STEP}
+    made = benchmark_tables(read_records(write(tmp_path / "r.jsonl", {"group": "step", "results": rows})))
+    assert "| ViT-S, 12 layers | 18 | 0 |" in made and "2 layers" not in made.replace("12 layers", "")
+
+
+def test_readme_has_five_figures_of_one_model_and_setting(tmp_path: Path) -> None:
+    step, memory = {"group": "step", "results": {CASE: STEP}}, {"group": "memory", "results": {CASE: MEMORY}}
+    made = readme_table(read_records(write(tmp_path / "r.jsonl", step, memory, {"group": "infer", **INFER})))
+    figures = [line.split(" | ")[-1].rstrip(" |") for line in made.splitlines()[2:]]
+    assert figures == ["1.55 × faster", "1.11 × faster", "0.37 ×", "77%", "3.4 s, 3.0 s"]
+    assert readme_table(read_records(write(tmp_path / "s.jsonl", step, memory))) == ""
+
+
+def test_every_group_of_the_tables_is_a_benchmark(bench: ModuleType) -> None:
+    assert set(GROUPS) <= set(bench.GROUPS)
     for _, (program, *_) in bench.GROUPS.values():
         assert (Path(__file__).parent / "bench" / program).is_file()
 
 
-def test_what_a_benchmark_found_is_appended_with_where_and_when(
+def test_results_are_appended_with_commit_date_and_machine(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "tiny.py"

@@ -2,10 +2,10 @@
 
 Each prints medians and ratios of what it runs in turn, then a line of JSON with the machine and the versions.
 `--json FILE` appends that line to a file, with the group, the commit, the date, the processor, and how many cores
-others kept busy meanwhile; `tests/speed_table.py` makes the README's table of speed from results.jsonl beside this file.
+others kept busy meanwhile; `tests/speed_table.py` makes the speed tables of README.md and docs/benchmarks.md from results.jsonl.
 Options after `--` go to the programs: `python tests/bench step -- --rounds 5`. What needs data, weights or a trained
 model of its own (learning, kills, exports, timeline, explain, maps, int8) says so when it is asked:
-`python tests/bench/NAME.py --help`. Figures that were kept are in RESULTS.md.
+`python tests/bench/NAME.py --help`. Figures that were kept are in docs/benchmarks.md.
 """
 
 from __future__ import annotations

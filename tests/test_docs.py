@@ -1,0 +1,191 @@
+"""README.md and docs/: links resolve, every command is valid, and the marked ones run on a tiny data set."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from documents import (
+    PAGES,
+    README,
+    ROOT,
+    anchors,
+    blocks,
+    commands,
+    links,
+    named_files,
+    parse,
+    program,
+    settings_of,
+)
+from settings_page import PAGE, page
+
+from tvit_cli.settings.base import load
+
+COMMANDS = [pytest.param(line, id=f"{page.stem}: {line}") for page in PAGES for line in commands(page)]
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".sh", ".toml"))
+TINY = {
+    "TVIT_HF_MODEL_NAME": "none",
+    "TVIT_WIDTH": "16",
+    "TVIT_DEPTH": "1",
+    "TVIT_NUM_HEADS": "2",
+    "TVIT_IMG_SIZE": "32",
+    "TVIT_N_FRAMES": "4",
+    "TVIT_EPOCHS": "1",
+    "TVIT_NUM_WORKERS": "0",
+    "TVIT_DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "160",
+}
+
+
+def validate(line: str) -> None:
+    verb, typed = parse(line)
+    model = settings_of(program().commands[verb])
+    flags = {key: value for key, value in typed.items() if key in model.model_fields}
+    config = typed.get("config")
+    load(
+        model,  # type: ignore[type-var]
+        flags=flags,
+        config=ROOT / str(config) if config else None,
+        preset=typed.get("preset"),  # type: ignore[arg-type]
+        environ={},
+    )
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_has_valid_names_and_values(line: str) -> None:
+    validate(line)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_every_example_config_is_valid(path: Path) -> None:
+    validate(f"tvit train --config {path.relative_to(ROOT)}")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_commands_in_the_comments_of_examples_are_valid(path: Path) -> None:
+    for line in re.findall(
+        r"(?:^#\s+|`)(tvit [a-z]+ [^`\n]+)", path.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        validate(line)
+
+
+def test_a_wrong_option_and_a_wrong_value_are_found() -> None:
+    for line in ("tvit train --lora-rnk 8", "tvit train --attention sideways", "tvit eval --top-k 0"):
+        with pytest.raises(Exception, match=r"lora-rnk|sideways|top-k"):
+            validate(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_anchors_resolve(page: Path) -> None:
+    for link in links(page):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_files_exist(page: Path) -> None:
+    assert [name for name in named_files(page) if not (ROOT / name).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {
+        (README.parent / link.partition("#")[0]).resolve() for link in links(README) if "://" not in link
+    }
+    assert {page for page in PAGES if page != README} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_is_longer_than_250_lines(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_pictures_are_few_and_small() -> None:
+    pictures = sorted((ROOT / "docs" / "images").iterdir())
+    assert len(pictures) <= 6
+    assert [path.name for path in pictures if path.stat().st_size > 150_000] == []
+
+
+def test_settings_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/settings_page.py > docs/settings.md"
+
+
+def test_every_verb_has_a_command_in_the_pages() -> None:
+    assert {line.split()[1] for page in PAGES for line in commands(page)} == set(program().commands)
+
+
+# The commands that are run
+
+
+CODE = """
+import importlib.util, shlex, sys
+where = "tvit_cli.cli" if importlib.util.find_spec("tvit_cli.cli") else "tvit_cli.main"
+program = importlib.import_module(where)
+for line in sys.argv[1:]:
+    print(f"$ {line}", flush=True)
+    try:
+        program.run(shlex.split(line)[1:])
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def run_commands(folder: Path, lines: Sequence[str]) -> None:
+    """Run command lines in a folder, in one process, made tiny by environment variables."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("TVIT_")}
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, *lines],
+        cwd=folder,
+        env={**environ, **TINY, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.stdout}{result.stderr}"
+
+
+@pytest.fixture(scope="module")
+def workspace(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_classes: Callable[[Path, Mapping[str, Sequence[str]]], Path],
+) -> Path:
+    """A folder with what the pages name: my_videos, clips/, single clips, the runs motions-1 and mine."""
+    folder = tmp_path_factory.mktemp("docs")
+    people = ("anna", "ben", "cem", "dora", "eva", "finn")
+    names = [f"{person}_g{number:02d}_c01.avi" for number, person in enumerate(people, start=1)]
+    make_classes(folder / "my_videos", {"jump": names, "walk": names})
+    for there in ("clips", "new_clips"):
+        shutil.copytree(folder / "my_videos" / "jump", folder / there)
+    for name in ("clip.avi", "match.mp4"):
+        shutil.copyfile(folder / "clips" / names[0], folder / name)
+    run_commands(folder, ["tvit train --path-to-data my_videos --experiment-name motions-1"])
+    shutil.copytree(folder / "working_directory" / "motions-1", folder / "working_directory" / "mine")
+    return folder
+
+
+RUN = [pytest.param(page, id=page.stem) for page in PAGES if any(block.is_run for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_marked_commands_run_in_the_order_of_the_page(page: Path, workspace: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(workspace, tmp_path / "work"))
+    lines = [line for block in blocks(page) if block.is_run for line in block.commands()]
+    if any(line.startswith("tvit train") and "--experiment-name mine" in line for line in lines):
+        shutil.rmtree(folder / "working_directory" / "mine")
+    run_commands(folder, lines)
