@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from tvit_cli.errors import VideoError
+from tvit_cli.errors import TvitError, VideoError
 
 Place: TypeAlias = Path | str  # a file, or the URL of a stream
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
@@ -25,10 +25,17 @@ Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
 SECONDS_FOR_AN_ANSWER = 30.0
 
+# Raised on damaged files by FFmpeg, and by PyAV itself: an IndexError for a stream that appears after the header
+# was read, a UnicodeDecodeError for names, an OverflowError for numbers.
+DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
+
 
 @contextmanager
 def opened(path: Place, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """One container, one video stream; whatever FFmpeg raises inside becomes a VideoError."""
+    """One container, one video stream; whatever is raised inside becomes a VideoError.
+
+    TvitErrors and AssertionErrors pass as they are.
+    """
     if isinstance(path, str):
         url, protocols, seconds = path, _NETWORK, SECONDS_FOR_AN_ANSWER
     else:
@@ -43,6 +50,8 @@ def opened(path: Place, *, threads: int) -> Iterator[tuple[InputContainer, Video
             if threads > 1:
                 stream.thread_type = "AUTO"
             yield container, stream
+    except (TvitError, AssertionError):
+        raise
     except av.ExitError as error:
         raise VideoError(f"{path}: no answer within {SECONDS_FOR_AN_ANSWER:.0f} s.") from error
     except PermissionError as error:
@@ -50,6 +59,8 @@ def opened(path: Place, *, threads: int) -> Iterator[tuple[InputContainer, Video
     except av.FFmpegError as error:
         what = "not a video that FFmpeg can read" if isinstance(path, Path) else "cannot be fetched and read"
         raise VideoError(f"{path}: {what} ({error.strerror}).") from error
+    except Exception as error:
+        raise VideoError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _checked(path: Path) -> str:
@@ -94,20 +105,23 @@ def _video_stream(path: Place, container: InputContainer) -> VideoStream:
 
 
 def packets_of(path: Place, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Packets of the stream, then None or an empty one to flush the decoder, even if the file breaks off."""
+    """Packets of the stream, then None or an empty one to flush the decoder, even if the file breaks off.
+
+    Those of a stream that appears late are skipped; PyAV raises an IndexError for it at the end of the file.
+    """
     try:
         for packet in container.demux(stream):
             # Decoded as it is, an encrypted picture may come out as noise and no error.
             if packet.has_sidedata("encryption_info"):
                 raise VideoError(f"{path}: the video is encrypted (Common Encryption) and cannot be decoded.")
             yield packet
-    except av.FFmpegError:
+    except DAMAGED:
         yield None
 
 
 def decoded(stream: VideoStream, packet: Packet) -> list[av.VideoFrame]:
     """Frames that this packet completes; none where it does not decode."""
-    with suppress(av.FFmpegError):
+    with suppress(*DAMAGED):
         return stream.decode(packet)
     return []
 

@@ -46,8 +46,12 @@ VIDEO_SUFFIXES = frozenset({
 # to frames, and with a key frame every 300 it decodes as much. A caller who knows the count passes it, and
 # decoding stops after the last chosen frame.
 COUNT_SLACK = 3
+MOST_SHOWN = (
+    10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold has it
+)
 
 P = TypeVar("P")
+T = TypeVar("T")
 
 _HELD_BYTES = 64 << 20  # packets of a file up to this size stay in memory between counting and decoding
 
@@ -205,31 +209,59 @@ class Played:
 def play(path: Place, *, short_side: int | None = None, threads: int = 1) -> Iterator[Played]:
     """Decodes a video once, in order, and hands over every frame with the time that it is shown.
 
-    Frames follow each other without gaps. Where their times are missing or go back, as with packed B-frames, a
-    frame lasts as long as the rate says. One frame is held, so that memory does not grow with the video.
+    A frame is shown until the next one, unless that takes more than MOST_SHOWN: then there is a gap, before which
+    it lasts as long as the frame before it. Where times are missing or go back, as with packed B-frames, a frame
+    lasts as long as the rate says; where one jumps ahead and the next comes back, as long as the frame before it.
+    Two frames are held, so that memory does not grow with the video.
 
     Raises VideoError, `<path>: <reason>`, where no frame can be read.
     """
     with opened(path, threads=threads) as (container, stream):
-        lasts = 1 / float(stream.average_rate or ASSUMED_RATE)
+        lasts = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
         length = None if container.duration is None else container.duration / av.time_base
+        step = lasts
         kept: KeptFrames | None = None
-        first: float | None = None
-        held: av.VideoFrame | None = None
-        start = 0.0
-        for frame in decoded_all(stream, packets_of(path, container, stream)):
+        frames = _with_starts(decoded_all(stream, packets_of(path, container, stream)), lasts)
+        for (frame, start), following in _with_next(frames):
             kept = kept or KeptFrames(frame, short_side)
-            first = frame.time if first is None else first
-            if held is not None:
-                after = start + lasts
-                at = after if frame.time is None or first is None else frame.time - first
-                end = at if at > start else after
-                yield Played(start, end, length, partial(kept.upright, held))
-                start = end
-            held = frame
-        if held is None or kept is None:
+            end = start + lasts if following is None else following[1]
+            if end - start > MOST_SHOWN:
+                lasts = step  # the average rate counts the gap
+                end = start + lasts
+            step = end - start
+            yield Played(start, end, length, partial(kept.upright, frame))
+        if kept is None:
             raise no_frame(path)
-        yield Played(start, start + lasts, length, partial(kept.upright, held))
+
+
+def _with_starts(frames: Iterable[av.VideoFrame], lasts: float) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Frames with the seconds at which they are first shown, which always increase. See `play`."""
+    first: float | None = None
+    start, step = -lasts, lasts
+    for frame, following in _with_next(frames):
+        first = frame.time if first is None else first
+        at = start if frame.time is None or first is None else frame.time - first
+        after = None if following is None else following.time
+        if at <= start:
+            at = start + lasts
+        elif at - start > MOST_SHOWN:
+            if after is not None and after < frame.time:
+                at = start + step
+        else:
+            step = at - start
+        yield frame, at
+        start = at
+
+
+def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item with the one after it, None after the last."""
+    held: list[T] = []
+    for item in items:
+        if held:
+            yield held.pop(), item
+        held.append(item)
+    for item in held:
+        yield item, None
 
 
 def count_frames(path: Path) -> int:

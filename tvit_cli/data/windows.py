@@ -42,21 +42,26 @@ def slide(
 ) -> Iterator[Window]:
     """The windows of `length` seconds that begin every `stride` seconds and end within the video.
 
+    After a gap in which no frame is shown, they begin anew with the next frame: none lies across a gap or in it.
     A window's frames are those shown at `places`, shares of its length: for a window as long as the video, at
     a constant rate, those of `segment_indices`. A frame is converted once, however many windows share it.
     """
     opened: deque[Window] = deque()
-    number = 0
+    number, begin, ended = 0, 0.0, 0.0
     for frame in played:
+        if frame.start > ended + TOLERANCE:
+            opened.clear()
+            number, begin = 0, frame.start
+        ended = frame.end
         shown: Frames | None = None
         before = len(opened)
-        while before or number * stride < frame.end - TOLERANCE:
+        while before or begin + number * stride < frame.end - TOLERANCE:
             # In the order of their starts, and so of their ends: a frame may be shown for more windows than fit
             # into memory.
             if before:
                 window, before = opened.popleft(), before - 1
             else:
-                window, number = Window(number * stride), number + 1
+                window, number = Window(begin + number * stride), number + 1
             while (
                 len(window.pictures) < len(places)
                 and window.start + places[len(window.pictures)] * length < frame.end - TOLERANCE

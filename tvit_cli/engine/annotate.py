@@ -31,7 +31,9 @@ def annotate(path: Path, place: Place, segments: Sequence[Segment], report: Repo
             while number < len(segments) - 1 and frame.start >= segments[number].end - 1e-6:
                 number += 1
             segment = segments[number]
-            picture = captioned(frame.picture(), f"{segment.label}  {segment.score:.2f}")
+            picture = frame.picture()
+            if segment.start - 1e-6 <= frame.start < segment.end:  # else it lies by itself between two gaps
+                picture = captioned(picture, f"{segment.label}  {segment.score:.2f}")
             writer.write(picture, frame.start, frame.end)
             if round(frame.end) > round(frame.start):
                 report(seconds_done("seconds written", frame.end, frame.length))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from tvit_cli.engine.places import named
 from tvit_cli.engine.scoring import score
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import RunError, VideoError
-from tvit_cli.report.segments import Scores, Timeline, find_segments, smooth
+from tvit_cli.report.segments import Scores, Segment, Stretch, Timeline, find_segments, smooth
 
 TIMELINE_FILE, PICTURE_FILE = "timeline.csv", "timeline.png"
 MOST_PICTURES = 48  # of one timeline; when there are more, every second is dropped
@@ -44,7 +45,10 @@ def make_timeline(
 ) -> Timeline:
     """Score a window every `stride` seconds while the video is decoded, once, ahead of the model.
 
-    A video shorter than one window is one clip, as `predict` scores it. Raises VideoError.
+    A video shorter than one window is one clip, as `predict` scores it. Windows and segments leave out gaps in
+    which no frame is shown (see `play`), and stretches between gaps that are shorter than a window.
+
+    Raises VideoError.
     """
     preprocessing = trained.card.preprocessing
     clock, cuts, album = _Clock(), Cuts(), _Album()
@@ -55,6 +59,7 @@ def make_timeline(
         places=frame_places(preprocessing.n_frames, preprocessing.frame_grid),
     )
     rows: list[Tensor] = []
+    starts: list[float] = []
     for batch in ahead(_batches(windows, batch_size)):
         clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
         frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
@@ -62,25 +67,30 @@ def make_timeline(
             logits = trained.model(frames)
         rows.append(logits.cpu().double().softmax(1))
         for w in batch:
+            starts.append(w.start)
             album.offer(w, window)
         if progress is not None:
             progress(batch[-1].start + window, clock.length)
     seconds = clock.now
     if rows:
         scores = torch.cat(rows).numpy()
+        parts = _parts(clock.stretches, starts, stride)
+        smoothed, segments = _segments(
+            scores,
+            parts,
+            trained.card.labels,
+            window=window,
+            stride=stride,
+            smoothing=smoothing,
+            cuts=cuts.found(),
+        )
     else:
         window = stride = seconds
-        scores = _whole(trained, place)
-    cells = max(1, math.ceil((seconds - TOLERANCE) / stride))
-    smoothed = smooth(scores, window=window, stride=stride, cells=cells)
-    segments = find_segments(
-        smoothed,
-        trained.card.labels,
-        stride=stride,
-        seconds=seconds,
-        price=smoothing * max(1.0, window / stride),
-        cuts=cuts.found(),
-    )
+        scores = smoothed = _whole(trained, place)
+        parts = ()
+        best = int(scores[0].argmax())
+        label, value = trained.card.labels[best], float(scores[0, best])
+        segments = tuple(Segment(start, end, label, value) for start, end in clock.stretches)
     return Timeline(
         video=str(place),
         labels=trained.card.labels,
@@ -91,7 +101,51 @@ def make_timeline(
         smoothed=smoothed,
         segments=segments,
         pictures=tuple(album.pictures),
+        stretches=parts,
     )
+
+
+def _parts(
+    stretches: Sequence[tuple[float, float]], starts: Sequence[float], stride: float
+) -> tuple[Stretch, ...]:
+    """The stretches in which windows begin, at `starts` in ascending order."""
+    parts = []
+    for start, end in stretches:
+        windows = bisect_left(starts, end) - bisect_left(starts, start - TOLERANCE)
+        if windows:
+            cells = max(1, math.ceil((end - start - TOLERANCE) / stride))
+            parts.append(Stretch(start, end, windows, cells))
+    return tuple(parts)
+
+
+def _segments(
+    scores: Scores,
+    parts: Sequence[Stretch],
+    labels: Sequence[str],
+    *,
+    window: float,
+    stride: float,
+    smoothing: float,
+    cuts: Sequence[float],
+) -> tuple[Scores, tuple[Segment, ...]]:
+    """Smoothed scores (J, K) and segments, of each stretch by itself."""
+    smoothed: list[Scores] = []
+    segments: list[Segment] = []
+    first = 0
+    for part in parts:
+        own = scores[first : first + part.windows]
+        first += part.windows
+        smoothed.append(smooth(own, window=window, stride=stride, cells=part.cells))
+        segments += find_segments(
+            smoothed[-1],
+            labels,
+            stride=stride,
+            seconds=part.end,
+            price=smoothing * max(1.0, window / stride),
+            cuts=cuts,
+            begin=part.start,
+        )
+    return np.concatenate(smoothed), tuple(segments)
 
 
 def write_timeline(folder: Path, timeline: Timeline) -> None:
@@ -117,8 +171,7 @@ def _write_table(path: Path, timeline: Timeline) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["start", "end", "label", *timeline.labels])
-        for number, row in enumerate(timeline.scores):
-            start = number * timeline.stride
+        for start, row in zip(timeline.starts(), timeline.scores, strict=True):
             best = timeline.labels[int(row.argmax())]
             times = (f"{t:.3f}" for t in (start, start + timeline.window))
             writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
@@ -149,13 +202,18 @@ def _batches(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
 
 @dataclass
 class _Clock:
-    """How far a video has been played."""
+    """How far a video has been played, and its stretches without gaps between frames."""
 
     now: float = 0.0
     length: float | None = None
+    stretches: list[tuple[float, float]] = field(default_factory=list)
 
     def watch(self, played: Iterable[Played]) -> Iterator[Played]:
         for frame in played:
+            start = frame.start
+            if self.stretches and start <= self.now + TOLERANCE:
+                start, _ = self.stretches.pop()
+            self.stretches.append((start, frame.end))
             self.now, self.length = frame.end, frame.length
             yield frame
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from tvit_cli.data.container import Place
+from tvit_cli.data.video import MOST_SHOWN
 from tvit_cli.engine.events import Note, Report, seconds_done, silent
 from tvit_cli.engine.outputs import check_file, check_writable, noted
 from tvit_cli.engine.places import check_one, find_videos
@@ -67,6 +68,14 @@ def tell(settings: PredictSettings, report: Report = silent) -> tuple[Told, ...]
                 Note(
                     f"{place}: lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s: "
                     "it is one clip.",
+                    "warning",
+                )
+            )
+        if len(timeline.stretches) > 1:
+            report(
+                Note(
+                    f"{place}: time stamps have gaps of more than {MOST_SHOWN:g} s without a frame; windows and "
+                    "segments leave them out.",
                     "warning",
                 )
             )

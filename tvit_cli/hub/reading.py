@@ -21,6 +21,9 @@ from av.video.reformatter import VideoReformatter
 from .colours import SCALING, matrix_of
 from .sampling import indices_on_grid, segment_indices
 
+# Raised on damaged files by FFmpeg, and by PyAV itself: an IndexError for a stream that appears late.
+_DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
+
 
 def choose_frames(frame_count: int, n_frames: int, frame_grid: int | None = None) -> list[int]:
     """The frames a model sees: the middle one of each of `n_frames` equal shares of the video."""
@@ -76,10 +79,10 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
         while True:
             try:
                 packet = next(packets, None)
-            except av.FFmpegError:
+            except _DAMAGED:
                 packet = None  # the file breaks off
             frames: list[VideoFrame] = []
-            with suppress(av.FFmpegError):
+            with suppress(*_DAMAGED):
                 frames = streams[0].decode(packet)
             yield from frames
             if packet is None:

@@ -44,11 +44,22 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Seconds of a video without a gap between frames, with how many windows (`scores`) and cells lie in them."""
+
+    start: float
+    end: float
+    windows: int
+    cells: int
+
+
+@dataclass(frozen=True)
 class Timeline:
     """The segments of one video, and the windows they are made from.
 
-    Window w begins at `w * stride` seconds; `scores` (W, K) are its classes' scores. `smoothed` (J, K) are those
-    of cells of one stride each. `pictures` are frames, uint8 (H, W, 3), with their times.
+    A window begins every `stride` seconds of a stretch; `scores` (W, K) are their classes' scores. `smoothed`
+    (J, K) are those of cells of one stride each. A video is one stretch, or several where its time stamps have
+    gaps; those shorter than a window are left out. `pictures` are frames, uint8 (H, W, 3), with their times.
     """
 
     video: str
@@ -60,6 +71,15 @@ class Timeline:
     smoothed: Scores
     segments: tuple[Segment, ...]
     pictures: tuple[tuple[float, NDArray[np.uint8]], ...]
+    stretches: tuple[Stretch, ...] = ()  # empty: the whole video is one
+
+    def parts(self) -> tuple[Stretch, ...]:
+        """The stretches, one where the video has no gaps."""
+        return self.stretches or (Stretch(0.0, self.seconds, len(self.scores), len(self.smoothed)),)
+
+    def starts(self) -> list[float]:
+        """When each window begins, (W,), in seconds."""
+        return [part.start + n * self.stride for part in self.parts() for n in range(part.windows)]
 
 
 def smooth(scores: Scores, *, window: float, stride: float, cells: int) -> Scores:
@@ -116,18 +136,20 @@ def find_segments(
     seconds: float,
     price: float,
     cuts: Sequence[float] = (),
+    begin: float = 0.0,
 ) -> tuple[Segment, ...]:
-    """Neighbouring cells of one label, merged; the last one ends with the video.
+    """Neighbouring cells of one label, merged; the first starts at `begin`, the last one ends at `seconds`.
 
     `price` is that of a change of label, `cuts` are times in seconds. See Note [How a timeline is smoothed].
     """
     segments = []
     first = 0
-    prices = change_prices(price, cells=len(smoothed), stride=stride, cuts=cuts)
+    within = [cut - begin for cut in cuts if begin <= cut < seconds]
+    prices = change_prices(price, cells=len(smoothed), stride=stride, cuts=within)
     for label, run in groupby(best_path(smoothed, prices=prices)):
         last = first + len(list(run))
-        end = seconds if last == len(smoothed) else last * stride
+        end = seconds if last == len(smoothed) else begin + last * stride
         score = float(smoothed[first:last, label].mean())
-        segments.append(Segment(first * stride, end, labels[label], score))
+        segments.append(Segment(begin + first * stride, end, labels[label], score))
         first = last
     return tuple(segments)

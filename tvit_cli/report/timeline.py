@@ -59,13 +59,16 @@ def timeline_drawing(timeline: Timeline, *, left: float) -> Drawing:
         top = STRIP + 2 * GAP + number * LANE
         shapes.append(Text((left - 8, top + 15), label, "ink", LABEL_SIZE, "end"))
         column = timeline.labels.index(label)
-        values = _columns(timeline.smoothed[:, column])
-        width = timeline.seconds * across / len(values)
-        shapes += [
-            Box((left + place * width, top + 3), width, LANE - 10, "one", opacity=0.45 * float(value))
-            for place, value in enumerate(values)
-            if value >= 0.01
-        ]
+        first = 0
+        for part in timeline.parts():
+            values = _columns(timeline.smoothed[first : first + part.cells, column], len(timeline.smoothed))
+            first += part.cells
+            begin, width = left + part.start * across, (part.end - part.start) * across / len(values)
+            shapes += [
+                Box((begin + place * width, top + 3), width, LANE - 10, "one", opacity=0.45 * float(value))
+                for place, value in enumerate(values)
+                if value >= 0.01
+            ]
         shapes += [
             Box(
                 (left + segment.start * across, top + LANE - 7),
@@ -90,9 +93,9 @@ def clock(seconds: float) -> str:
     return f"{text}.{tenth}" if tenth else text
 
 
-def _columns(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """At most MOST_COLUMNS means of neighbouring values; all but the last of as many."""
-    group = -(-len(values) // MOST_COLUMNS)
+def _columns(values: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
+    """Means of neighbouring values, at most MOST_COLUMNS of `cells` values; all but the last of as many."""
+    group = -(-cells // MOST_COLUMNS)
     starts = np.arange(0, len(values), group)
     sums = np.add.reduceat(values, starts)
     counts = np.minimum(starts + group, len(values)) - starts

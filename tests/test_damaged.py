@@ -1,0 +1,293 @@
+"""Damaged videos: a stream that appears late, errors of the reader itself, gaps in the time stamps."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import tiny
+
+import tvit_cli
+from tvit_cli.data import container
+from tvit_cli.data.scan import scan_video
+from tvit_cli.data.video import count_frames, play, read_clip
+from tvit_cli.data.writer import video_writer, write_video
+from tvit_cli.engine.annotate import annotate
+from tvit_cli.engine.events import Note
+from tvit_cli.engine.extract import check, extract
+from tvit_cli.engine.predict import load_model, predict
+from tvit_cli.engine.timelines import tell
+from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.report.timeline import timeline_png
+from tvit_cli.settings.extract import ExtractSettings
+from tvit_cli.settings.predict import PredictSettings
+
+LATE = 300  # frames before and after the sound: more than FFmpeg reads to find the streams
+
+
+def sound(path: Path) -> bytes:
+    """A second of video with sound, as MPEG-TS."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = container.add_stream("mp2", rate=48000)
+        for n in range(25):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 9 * n, np.uint8), format="rgb24")
+            frame.pts = n
+            container.mux(video.encode(frame))
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 48000), np.int16), format="s16", layout="stereo")
+        noise.sample_rate = 48000
+        container.mux(audio.encode(noise))
+        container.mux(video.encode(None))
+        container.mux(audio.encode(None))
+    return path.read_bytes()
+
+
+def late_stream(path: Path) -> Path:
+    """Three MPEG-TS files joined, of which only the second has sound: FFmpeg finds it while it reads the packets."""
+    noise = np.random.default_rng(0).integers(0, 255, (LATE, 48, 48, 3)).astype(np.uint8)
+    silent, second = path.with_name("silent.part.ts"), path.with_name("second.part.ts")
+    write_video(silent, noise, quantiser=8)
+    path.write_bytes(silent.read_bytes() + sound(second) + silent.read_bytes())
+    silent.unlink()
+    second.unlink()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("model") / "model", tuple(tiny.COLOURS))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three classes of six sound videos."""
+    return tiny.make_clips(tmp_path / "data")
+
+
+def test_a_stream_that_appears_late_costs_no_frame(tmp_path: Path) -> None:
+    path = late_stream(tmp_path / "late.ts")
+    with av.open(str(path)) as source:
+        assert len(source.streams) == 1  # PyAV raises an IndexError for the other at the end
+    frames = LATE + 25 + LATE
+    assert count_frames(path) == frames and not scan_video(path).problem
+    assert read_clip(path, lambda count: [0, count - 1]).frame_count == frames
+    assert sum(1 for _ in play(path)) == frames
+
+
+def test_an_exported_reader_reads_a_video_with_a_late_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(tvit_cli.__file__).parent
+    (tmp_path / "exported").mkdir()
+    for name in ("hub/reading.py", "data/colours.py", "data/sampling.py"):
+        shutil.copy(package / name, tmp_path / "exported")
+    monkeypatch.syspath_prepend(tmp_path)
+    reading = importlib.import_module("exported.reading")
+    path = late_stream(tmp_path / "late.ts")
+    assert sum(1 for _ in reading.decoded(path)) == LATE + 25 + LATE
+
+
+def test_every_command_reads_a_video_with_a_late_stream(data: Path, model: Path, tmp_path: Path) -> None:
+    late_stream(data / "Red" / "v_Red_g07_c01.ts")
+    reads_all(data, model, tmp_path, videos=19)
+
+
+def reads_all(data: Path, model: Path, tmp_path: Path, videos: int) -> None:
+    """Every command goes to its end with all of these videos."""
+    answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
+    assert len(answer.predictions) == videos and not any(p.error for p in answer.predictions)
+    told = tell(PredictSettings(paths=(str(data),), model=model, device="cpu", window=0.2))
+    assert len(told) == videos and not any(t.error for t in told)
+    checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
+    assert len(checked.scans) == videos and not any(scan.problem for scan in checked.scans)
+    store = tmp_path / "store"
+    stored = extract(ExtractSettings(path_to_data=str(data), output=store, num_workers=0), lambda event: None)
+    assert stored.videos == videos and not stored.unreadable
+    result = tiny.run(
+        path_to_data=str(data), working_directory=tmp_path / "runs", hf_model_name=None, width=16, depth=1,
+        num_heads=2, train="all", epochs=1,
+    )  # fmt: skip
+    assert result.model.is_dir()
+
+
+ERRORS = [
+    IndexError("list index out of range"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    OverflowError("too large"),
+    ValueError("no such thing"),
+    RuntimeError("anything else"),
+]
+
+
+@pytest.fixture(params=ERRORS, ids=lambda error: type(error).__name__)
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Opening a file of a name with "bad" in it raises an error that is not FFmpeg's."""
+    really = av.open
+
+    def fail(path: str, *given: Any, **named: Any) -> Any:
+        if "bad" in path:
+            raise request.param
+        return really(path, *given, **named)
+
+    monkeypatch.setattr(container.av, "open", fail)
+    return type(request.param).__name__
+
+
+def test_any_error_of_the_reader_names_one_video(
+    failing: str, data: Path, model: Path, tmp_path: Path
+) -> None:
+    bad = data / "Red" / "v_bad_g07_c01.avi"
+    shutil.copyfile(data / "Red" / "v_Red_g01_c01.avi", bad)
+    with pytest.raises(VideoError, match=rf"v_bad_g07_c01\.avi: cannot be read \({failing}: "):
+        read_clip(bad, lambda count: [0])
+    answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
+    assert [failing in p.error for p in answer.predictions].count(True) == 1
+    (told,) = tell(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
+    assert failing in told.error
+    checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
+    assert [scan.path.name for scan in checked.unreadable] == [bad.name]
+    how: dict[str, Any] = {"path_to_data": str(data), "output": tmp_path / "store", "num_workers": 0}
+    stored = extract(ExtractSettings(**how, max_bad="1"), lambda event: None)
+    assert stored.videos == 18 and list(stored.unreadable) == [f"Red/{bad.name}"]
+    with pytest.raises(RunError, match="1 of 19 videos cannot be read"):
+        extract(ExtractSettings(**how, max_bad="0"), lambda event: None)
+    facts: dict[str, Any] = {
+        "path_to_data": str(data), "working_directory": tmp_path / "runs", "hf_model_name": None,
+        "width": 16, "depth": 1, "num_heads": 2, "train": "all", "epochs": 1,
+    }  # fmt: skip
+    assert tiny.run(**facts, max_bad="1").model.is_dir()
+    with pytest.raises(DataError, match="1 of 19 videos cannot be read"):
+        tiny.run(**facts, max_bad="0")
+
+
+@pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
+def test_frames_before_an_error_of_the_demuxer_are_kept(
+    error: Exception, tmp_path: Path, make_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __init__(self, source: Any) -> None:
+            self.source = source
+
+        def demux(self, stream: Any) -> Any:
+            for number, packet in enumerate(self.source.demux(stream)):
+                if number == 7:
+                    raise error
+                yield packet
+
+    path = make_video(tmp_path / "a.avi", codec="mjpeg", pixel_format="yuvj420p")
+    really = container.packets_of
+    broken = lambda place, source, stream: really(place, Broken(source), stream)  # noqa: E731
+    monkeypatch.setattr("tvit_cli.data.video.packets_of", broken)
+    assert count_frames(path) == 7
+
+
+def film(path: Path, times: list[float]) -> Path:
+    """A grey video with a frame at each of these seconds."""
+    with video_writer(path) as writer:
+        for number, time in enumerate(times):
+            grey = np.full((32, 48, 3), 60 + 140 * (number % 2), np.uint8)
+            writer.write(grey, time, time + 0.04)
+    return path
+
+
+def steady(start: float, seconds: float) -> list[float]:
+    return [start + n / 25 for n in range(round(seconds * 25))]
+
+
+@pytest.mark.parametrize("gap", [20.0, 3600.0, 1e6])
+def test_windows_and_segments_leave_out_a_gap(gap: float, model: Path, tmp_path: Path) -> None:
+    path = film(tmp_path / "gap.mkv", steady(0, 3) + steady(gap, 2))
+    notes: list[Any] = []
+    output = tmp_path / "out"
+    (told,) = tell(
+        PredictSettings(paths=(str(path),), model=model, device="cpu", window=1.0, stride=0.5, output=output),
+        notes.append,
+    )
+    assert told.timeline is not None
+    assert len(told.timeline.scores) == 5 + 3 and len(told.timeline.smoothed) == 6 + 4
+    assert told.timeline.seconds == pytest.approx(gap + 2, abs=0.05)
+    rows = list(csv.DictReader((output / "gap" / "timeline.csv").read_text().splitlines()))
+    assert [float(row["start"]) for row in rows] == pytest.approx(
+        [0, 0.5, 1, 1.5, 2, gap, gap + 0.5, gap + 1], abs=0.05
+    )
+    for segment in told.timeline.segments:
+        assert segment.end <= 3.05 or segment.start >= gap - 0.05
+    assert told.timeline.segments[0].start == 0
+    assert told.timeline.segments[-1].end == told.timeline.seconds
+    assert any("gaps of more than 10 s" in note.text for note in notes if isinstance(note, Note))
+    assert timeline_png(told.timeline)
+
+
+def forged(path: Path, frames: int, number: int) -> Path:
+    """An FLV at 25 frames per second of which one frame's time stamp has a bit set: 12 days too late."""
+    levels = (60 + 3 * np.arange(frames) % 140).astype(np.uint8)
+    pictures = np.broadcast_to(levels[:, None, None, None], (frames, 32, 48, 3)).copy()
+    write_video(path, pictures, codec="flv1")
+    data = bytearray(path.read_bytes())
+    place, seen = 13, 0  # behind the header
+    while place < len(data):
+        if data[place] == 9:  # video
+            if seen == number:
+                data[place + 7] = 0x3F  # bits 24 to 31 of the milliseconds
+            seen += 1
+        place += 11 + int.from_bytes(data[place + 1 : place + 4], "big") + 4
+    path.write_bytes(data)
+    return path
+
+
+def test_one_forged_time_stamp_makes_no_gap(model: Path, tmp_path: Path) -> None:
+    path = forged(tmp_path / "forged.flv", 75, 40)
+    played = list(play(path))
+    assert [p.start for p in played] == pytest.approx(steady(0, 3), abs=0.05)
+    timeline = load_model(model, device="cpu").timeline(path, window=1.0, stride=0.5)
+    assert len(timeline.scores) == 5 and timeline.seconds == pytest.approx(3, abs=0.05)
+
+
+def test_frames_that_all_lie_apart_are_one_clip_with_true_times(model: Path, tmp_path: Path) -> None:
+    path = film(tmp_path / "apart.mkv", [0, 0.04, 1000, 1000.04])
+    timeline = load_model(model, device="cpu").timeline(path, window=2.0)
+    assert len(timeline.scores) == 1
+    assert [s.start for s in timeline.segments] == pytest.approx([0, 1000], abs=0.01)
+    assert all(s.end - s.start < 1 for s in timeline.segments)
+
+
+def test_annotated_frames_between_gaps_carry_only_labels_of_their_own(model: Path, tmp_path: Path) -> None:
+    path = film(tmp_path / "gap.mkv", [*steady(0, 2), 50.0, *steady(100, 2)])
+    timeline = load_model(model, device="cpu").timeline(path, window=1.0)
+    annotate(tmp_path / "out.mkv", path, timeline.segments)
+    pictures = read_clip(tmp_path / "out.mkv", range).frames
+    plain = read_clip(path, range).frames
+    differences = np.abs(pictures.astype(int) - plain).max(axis=(1, 2, 3))
+    assert (differences > 40).tolist() == [True] * 50 + [False] + [True] * 50
+
+
+@pytest.mark.real
+def test_every_command_reads_the_fault_files(
+    real_data: Path, data: Path, model: Path, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("late_stream.ts", "gap_in_timestamps.flv")):
+        place = data / "Red" / f"v_Red_g0{7 + number}_c01{Path(name).suffix}"
+        shutil.copyfile(real_data / "faults" / name, place)
+    reads_all(data, model, tmp_path, videos=20)
+
+
+@pytest.mark.real
+def test_the_late_stream_of_the_fault_files_costs_no_frame(real_data: Path) -> None:
+    path = real_data / "faults" / "late_stream.ts"
+    assert count_frames(path) == 400 and not scan_video(path).problem
+
+
+@pytest.mark.real
+def test_the_gap_of_the_fault_files_makes_no_windows(real_data: Path, model: Path) -> None:
+    path = real_data / "faults" / "gap_in_timestamps.flv"
+    timeline = load_model(model, device="cpu").timeline(path, window=0.2, stride=0.1)
+    assert timeline.seconds == pytest.approx(18 / 25, abs=0.01) and len(timeline.scores) == 6
