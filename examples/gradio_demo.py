@@ -4,7 +4,8 @@
     python examples/gradio_demo.py [--model FOLDER] [--host 127.0.0.1] [--port 7860] [--share]
 
 Without --model it is the newest one below working_directory/. Nothing leaves the machine unless --share asks for
-it; what people upload is deleted an hour after, and all of it when the demo ends.
+it; what people upload is deleted an hour after, and all of it when the demo ends. A request is limited in frames
+and in time, and a timeline that nobody waits for any more is given up.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 import tvit_cli
+from tvit_cli.data.container import count_packets
 from tvit_cli.data.motions import CLASSES, RATE, make_motions
 from tvit_cli.data.video import VIDEO_SUFFIXES, read_clip
 from tvit_cli.data.writer import write_video
 from tvit_cli.engine.annotate import annotate
 from tvit_cli.engine.explain import Explanation, verdict
-from tvit_cli.errors import TvitError
+from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.model.folder import find_newest_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.pictures import jpeg_uri, to_pixels
@@ -44,11 +49,16 @@ try:
 except ImportError:
     sys.exit('The demo needs Gradio: python -m pip install "tvit[demo]"')
 
+T = TypeVar("T")
+Alive = Callable[..., None]  # called with the seconds done and, where it is known, those there are
+
 THE_BEST = "the best one"
 IN_A_ROW = ("MoveRight", "Grow", "TurnClockwise", "MoveUp")  # of the example of a long video
 NO_WHY = "Here it will stand where in its frames the label is seen."
 NO_TIMELINE = "Here it will stand what happens when."
 HOUR = 3600  # seconds
+POLL = 0.5  # seconds between two looks at whether a client still waits
+MOST_FRAMES, MOST_SECONDS = 30_000, 300
 MODEL = "model"  # what it is asked in the page, it answers one at a time
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: 0 auto}
@@ -69,20 +79,33 @@ footer {display: none !important}
 
 
 class Page:
-    """What the page does with a video; `folder` is for what it writes."""
+    """Answers of the page; `folder` is for what it writes.
 
-    def __init__(self, model: tvit_cli.Model, folder: Path) -> None:
+    A video has at most `most_frames`, and a timeline takes at most `most_seconds` to make.
+    """
+
+    def __init__(
+        self,
+        model: tvit_cli.Model,
+        folder: Path,
+        most_frames: int = MOST_FRAMES,
+        most_seconds: float = MOST_SECONDS,
+    ) -> None:
         self.model = model
         self.folder = folder
+        self.most_frames = most_frames
+        self.most_seconds = most_seconds
 
     def label(self, video: str | None, top_k: int) -> dict[str, float]:
         """The best labels with their scores."""
         with told(path := chosen(video)):
+            self.check(path)
             return dict(self.model.predict(path, top_k=int(top_k)).labels)
 
     def explain(self, video: str | None, label: str) -> tuple[str, str]:
         """The frames that the model was given, and what speaks for a label in them."""
         with told(path := chosen(video)):
+            self.check(path)
             why = self.model.explain(path, label=None if label == THE_BEST else label)
         pictures = [self.model.draw_explanation(why, dark=dark) for dark in (False, True)]
         text = f"What speaks for {why.label}: {verdict(why.deletion)}"
@@ -95,23 +118,42 @@ class Page:
         window: float,
         stride: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio finds out that it is wanted)
-    ) -> str:
+    ) -> Iterator[Any]:
         """The timeline as a picture, and its segments as a table."""
 
         def played(done: float, total: float | None) -> None:
             progress(min(1.0, done / total) if total else None, f"{clock(done)} played")
 
         with told(path := chosen(video)):
-            timeline = self.model.timeline(path, window=window, stride=min(stride, window), progress=played)
-        return drawn_timeline(timeline, window)
+            timeline = yield from waited(
+                lambda alive: self.timeline(path, window, stride, alive), self.most_seconds, played
+            )
+        yield drawn_timeline(timeline, window)
 
-    def write(self, video: str | None, window: float, stride: float) -> Iterator[str]:
+    def write(self, video: str | None, window: float, stride: float) -> Iterator[Any]:
         """The video with its labels in the picture, as a file that browsers play; Gradio takes a copy."""
         with told(path := chosen(video)), tempfile.TemporaryDirectory(dir=self.folder) as folder:
             place = Path(folder) / f"{path.stem}-labelled.mp4"
-            timeline = self.model.timeline(path, window=window, stride=min(stride, window))
-            annotate(place, path, timeline.segments)
+
+            def work(alive: Alive) -> None:
+                timeline = self.timeline(path, window, stride, alive)
+                annotate(place, path, timeline.segments, lambda event: alive())
+
+            yield from waited(work, self.most_seconds)
             yield str(place)
+
+    def timeline(self, path: Path, window: float, stride: float, alive: Alive) -> Timeline:
+        """The timeline of a video that the page takes."""
+        self.check(path)
+        return self.model.timeline(path, window=window, stride=min(stride, window), progress=alive)
+
+    def check(self, path: Path) -> None:
+        """Raises VideoError for a video of more frames than the page takes."""
+        if (frames := count_packets(path)) > self.most_frames:
+            raise VideoError(
+                f"{path}: has {frames:,} frames; this page takes videos of at most {self.most_frames:,}. "
+                "Upload a shorter part of it."
+            )
 
     def frames(self, why: Explanation) -> str:
         """The frames that the model was given."""
@@ -133,6 +175,48 @@ class Page:
         if (top1 := card.metrics.get("val_video_top1")) is not None:
             facts.append(f"top-1 of {top1:.3f} on {card.metrics.get('val_videos', 0):.0f} validation videos")
         return " · ".join(facts)
+
+
+def waited(
+    work: Callable[[Alive], T],
+    most: float,
+    progress: Callable[[float, float | None], None] | None = None,
+) -> Generator[Any, None, T]:
+    """Returns the result of `work`, done in a thread; yields meanwhile, so that Gradio may close this generator.
+
+    It does so when the client has left. Then, or after `most` seconds, `alive(done, total)` raises in the thread,
+    which `work` calls again and again.
+    """
+    left = threading.Event()
+    end = time.monotonic() + most
+    done: list[tuple[float, float | None]] = []
+    future: Future[T] = Future()
+
+    def alive(*now: Any) -> None:
+        if left.is_set():
+            raise RunError("The client has left.")
+        if time.monotonic() > end:
+            raise RunError(
+                f"Stopped after {most:g} s, the limit of one request. Upload a shorter video, or choose more "
+                "seconds between windows."
+            )
+        done[:] = [now] if now else []
+
+    def run() -> None:
+        try:
+            future.set_result(work(alive))
+        except BaseException as error:  # noqa: BLE001  # raised again by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while wait([future], POLL).not_done:
+            if progress is not None and (now := done[:]):
+                progress(*now[0])
+            yield gr.skip()
+        return future.result()
+    finally:
+        left.set()
 
 
 def chosen(video: str | None) -> Path:
@@ -284,6 +368,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
     parser.add_argument("--max-upload-mb", type=int, default=256, help="largest video that is taken (256)")
+    parser.add_argument(
+        "--max-frames", type=int, default=MOST_FRAMES, help=f"frames of the longest video ({MOST_FRAMES})"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=MOST_SECONDS, help=f"longest work on a timeline ({MOST_SECONDS})"
+    )
     told = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -295,7 +385,7 @@ def main() -> None:
             examples = make_examples(folder) if set(CLASSES) <= set(model.labels) else []
         except TvitError as error:
             sys.exit(f"error: {error}")
-        blocks = build(Page(model, folder), examples)
+        blocks = build(Page(model, folder, told.max_frames, told.max_seconds), examples)
         try:
             _, local, public = blocks.launch(
                 server_name=told.host,

@@ -1,0 +1,101 @@
+"""Limits of a request to the demo: frames, seconds, and a client that leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+from needs import need
+
+from tvit_cli.engine.predict import load_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("model") / "model", tuple(tiny.COLOURS))
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    """The module of examples/gradio_demo.py."""
+    need("gradio")
+    path = Path(__file__).parents[1] / "examples" / "gradio_demo.py"
+    spec = importlib.util.spec_from_file_location("gradio_demo", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Endless:
+    """A model whose timelines never end by themselves."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = threading.Event(), threading.Event()
+
+    def timeline(self, path: Path, *, progress: Callable[..., None], **how: Any) -> None:
+        self.began.set()
+        try:
+            while True:
+                progress(1.0, None)
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("step", ["when", "write"])
+def test_a_timeline_of_the_demo_ends_when_its_client_leaves(
+    step: str, demo: ModuleType, make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Endless()
+    page = demo.Page(model, tmp_path)
+    request = getattr(page, step)(str(make_video(tmp_path / "a.mp4")), 2.0, 0.5)
+    next(request)
+    assert model.began.wait(60) and not model.ended.is_set()
+    request.close()  # by Gradio, for a client that has left
+    assert model.ended.wait(60)
+
+
+@pytest.mark.parametrize("step", ["when", "write"])
+def test_a_timeline_of_the_demo_ends_when_its_time_is_up(
+    step: str, demo: ModuleType, make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Endless()
+    page = demo.Page(model, tmp_path, most_seconds=0.1)
+    with pytest.raises(demo.gr.Error, match=r"Stopped after 0\.1 s, the limit of one request"):
+        list(getattr(page, step)(str(make_video(tmp_path / "a.mp4")), 2.0, 0.5))
+    assert model.ended.is_set()
+
+
+def test_a_video_of_too_many_frames_is_refused_by_each_step_of_the_demo(
+    demo: ModuleType, model: Path, make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    page = demo.Page(load_model(model, device="cpu"), tmp_path, most_frames=11)
+    video = str(make_video(tmp_path / "a.mp4", frames=12))
+    for step in (
+        lambda: page.label(video, 3),
+        lambda: page.explain(video, demo.THE_BEST),
+        lambda: list(page.when(video, 2.0, 0.5)),
+        lambda: list(page.write(video, 2.0, 0.5)),
+    ):
+        with pytest.raises(
+            demo.gr.Error, match=r"a\.mp4: has 12 frames; this page takes videos of at most 11"
+        ):
+            step()
+
+
+def test_the_demo_gives_the_timeline_that_the_model_makes(
+    demo: ModuleType, model: Path, make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    page = demo.Page(load_model(model, device="cpu"), tmp_path)
+    video = make_video(tmp_path / "a.mp4", frames=40, rate=10)
+    *_, shown = page.when(str(video), 2.0, 0.5)
+    timeline = page.model.timeline(video, window=2.0, stride=0.5)
+    assert demo.table(timeline) in shown
