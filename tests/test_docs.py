@@ -172,7 +172,8 @@ def workspace(
     make_classes(folder / "my_videos", {"jump": names, "walk": names})
     for there in ("clips", "new_clips"):
         shutil.copytree(folder / "my_videos" / "jump", folder / there)
-    for name in ("clip.avi", "match.mp4"):
+    for name in ("clip.avi", "match.mp4", "data/motions/test/MoveLeft/v_MoveLeft_g22_c01.avi"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "clips" / names[0], folder / name)
     run_commands(folder, ["tvit train --path-to-data my_videos --experiment-name motions-1"])
     shutil.copytree(folder / "working_directory" / "motions-1", folder / "working_directory" / "mine")
