@@ -26,14 +26,9 @@ optional value. Every command has `--help`, `--config FILE`, `--verbose` (`-v`) 
 _HELP = re.compile(r"^(?P<text>.*) \((?:(?P<limits>.*); )?default (?P<default>.*)\)$", re.DOTALL)
 
 
-def page() -> str:
+def make_page() -> str:
     """The page's Markdown: a table per command, a bold row per panel, a row per option."""
-    return HEAD + "".join(_section(name, command) for name, command in sorted_commands())
-
-
-def sorted_commands() -> list[tuple[str, Any]]:
-    """Name and click command of each verb, in the order of `tvit --help`."""
-    return list(program().commands.items())
+    return HEAD + "".join(_section(name, command) for name, command in program().commands.items())
 
 
 def _section(name: str, command: Any) -> str:
@@ -83,4 +78,4 @@ def _name(option: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(make_page(), end="")

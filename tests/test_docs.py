@@ -24,7 +24,7 @@ from documents import (
     program,
     settings_of,
 )
-from settings_page import PAGE, page
+from settings_page import PAGE, make_page
 
 from tvit_cli.settings.base import load
 
@@ -51,10 +51,10 @@ def validate(line: str) -> None:
     flags = {key: value for key, value in typed.items() if key in model.model_fields}
     config = typed.get("config")
     load(
-        model,  # type: ignore[type-var]
+        model,
         flags=flags,
         config=ROOT / str(config) if config else None,
-        preset=typed.get("preset"),  # type: ignore[arg-type]
+        preset=typed.get("preset"),
         environ={},
     )
 
@@ -121,7 +121,9 @@ def test_pictures_are_few_and_small() -> None:
 
 
 def test_settings_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/settings_page.py > docs/settings.md"
+    assert PAGE.read_text(encoding="utf-8") == make_page(), (
+        "run: python tests/settings_page.py > docs/settings.md"
+    )
 
 
 def test_every_verb_has_a_command_in_the_pages() -> None:
