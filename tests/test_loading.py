@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +17,10 @@ from typing import Any
 import pytest
 import torch
 from test_framestore import build
+from tiny import make_clips, make_pretrained
 
+from tvit_cli import main
+from tvit_cli.data import loading
 from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
@@ -130,3 +138,171 @@ def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos: list[Vid
     died = r"process that decodes videos died.*--resume-from-checkpoint latest"
     with pytest.raises(RunError, match=died), explains_dead_workers():
         list(load_batches(data, KEYS, workers=1))
+
+
+def test_batches_become_files_where_shared_memory_is_little(
+    videos: list[Video], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loading, "_free_shared_memory", lambda: 1000.0)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", None)  # not even tried
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    alone = list(load_batches(dataset(videos), KEYS, workers=0))
+    batches = load_batches(dataset(videos), KEYS, workers=2)
+    first = next(batches)
+    assert list(tmp_path.glob("tvit-*"))
+    assert all(same(a, b) for a, b in zip(alone, [first, *batches], strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+def no_space(*arguments: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Failing(ClipDataset):
+    """Its clips cannot be read (memory), or read and not sent (space)."""
+
+    how = "send"
+
+    def __getitem__(self, key: Any) -> ClipItem:
+        if self.how == "read":
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        item = super().__getitem__(key)
+        object.__setattr__(item, "error", Words("x"))
+        return item
+
+
+class Words(str):
+    """A reason that a worker's queue cannot send."""
+
+    __reduce_ex__ = no_space
+
+
+FAILED = (
+    r"process that decodes videos failed: .*(No space|Cannot allocate).*--num-workers.*extract.*--shm-size"
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["send", "read"])
+def test_a_worker_that_fails_is_an_error_with_advice(
+    videos: list[Video], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(Failing, "how", how)
+    data = Failing(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
+    with pytest.raises(RunError, match=FAILED), explains_dead_workers():
+        list(load_batches(data, KEYS, workers=2))
+
+
+class Hanging(ClipDataset):
+    """Never gives a clip."""
+
+    def __getitem__(self, key: Any) -> ClipItem:
+        while True:
+            time.sleep(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_workers_that_do_not_end_are_killed(videos: list[Video], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_SECONDS_TO_END", 0.2)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: no_space())
+    data = Hanging(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(OSError, match="No space"):
+            list(load_batches(data, KEYS, workers=2))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not loading.multiprocessing.active_children()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The command line of each verb that reads videos with worker processes; the model is trained."""
+    root = tmp_path_factory.mktemp("verbs")
+    clips = make_clips(root / "clips", groups=12)
+    train = ["train", "--path-to-data", str(clips), "--hf-model-name", str(make_pretrained(root / "pre"))]
+    train += ["--img-size", "32", "--n-frames", "4", "--epochs", "1", "--per-gpu-batch-size", "4"]
+    train += ["--device", "cpu", "--working-directory", str(root / "runs"), "--num-workers"]
+    with pytest.raises(SystemExit) as ended:
+        main.run([*train, "0", "--experiment-name", "model"])
+    assert not ended.value.code
+    model = ["--model", str(root / "runs" / "model"), "--device", "cpu"]
+    return {
+        "train": [*train, "2", "--experiment-name", "other"],
+        "eval": ["eval", *model, "--num-workers", "2"],
+        "predict": ["predict", str(clips), *model],
+    }
+
+
+VERBS = pytest.mark.parametrize("verb", ["train", "eval", "predict"])
+
+
+@VERBS
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_verbs_say_that_a_worker_failed(
+    words: dict[str, list[str]],
+    verb: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loading, "collate", no_space)
+    monkeypatch.setattr("tvit_cli.engine.predict.default_workers", lambda: 2)
+    with pytest.raises(SystemExit) as ended:
+        main.run(words[verb])
+    errors = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 1 and "decodes videos failed" in errors and "--shm-size" in errors
+
+
+HANG = """
+import os, sys, time
+from tvit_cli import main
+from tvit_cli.data import loading
+from tvit_cli.engine import launch, predict
+launch.SECONDS_TO_GET_BATCH = loading._SECONDS_TO_END = 0.2
+predict.default_workers = lambda: 2
+def hang(items):
+    print("hangs", flush=True)
+    while True:
+        time.sleep(60)
+loading.collate = hang
+main.run(sys.argv[1:])
+"""
+
+
+@VERBS
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_the_wait_for_a_batch(
+    words: dict[str, list[str]], verb: str, name: str, code: int
+) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", HANG, *words[verb]], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        while (line := child.stdout.readline()) and "hangs" not in line:
+            pass
+        assert line
+        child.send_signal(getattr(signal, name))
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == code, errors
+    assert "Traceback" not in errors
+
+
+@VERBS
+def test_verbs_end_well_with_a_small_shared_memory(words: dict[str, list[str]], verb: str) -> None:
+    """In a mount namespace of their own; the queue's thread of a worker failed there, and nobody noticed."""
+    small = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{small} && exec "$@"', "sh", sys.executable, "-m", "tvit_cli",
+         *words[verb], *(["--experiment-name", "small"] if verb == "train" else [])],
+        env=environ, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

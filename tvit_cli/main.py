@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -139,7 +142,7 @@ def _program(
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0, the exit code of a TvitError, 130 after Ctrl-C, 1 for our own mistakes.
+    """Run the program and exit: 0, the exit code of a TvitError, 130 or 143 after a signal, 1 for our own mistakes.
 
     TVIT_DEBUG=1 shows tracebacks.
     """
@@ -152,6 +155,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     app = build_app(None if "_TVIT_COMPLETE" in os.environ else words)
     if os.environ.get("TVIT_DEBUG") == "1":
         app(arguments, prog_name="tvit")
+    is_main = threading.current_thread() is threading.main_thread()
+    before = (
+        signal.signal(signal.SIGTERM, _stop) if is_main else None
+    )  # the first process of a container ignores it
     try:
         app(arguments, prog_name="tvit")
     except SystemExit:
@@ -166,6 +173,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001  # the last resort: one sentence instead of a traceback
         text = f"{type(error).__name__}: {error}\nThis is a mistake in tvit itself; TVIT_DEBUG=1 shows where."
         _fail(TvitError(text), 1)
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("Stopped by SIGTERM. Start again with the same command.", exit_code=143)
 
 
 # Note [Threads that wait must sleep]

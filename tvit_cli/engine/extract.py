@@ -18,7 +18,7 @@ from tvit_cli.data.scan import Scan, scan_video
 from tvit_cli.data.storeformat import (
     FOLDER,
     INDEX,
-    LEFTOVER,
+    SHARDS,
     Header,
     Parameters,
     is_store,
@@ -30,7 +30,6 @@ from tvit_cli.data.storewriter import (
     Contents,
     ShardWriter,
     read_contents,
-    shard_paths,
     write_index,
 )
 from tvit_cli.engine.events import Note, Progress, Report
@@ -217,7 +216,7 @@ def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, ov
     if overwrite:
         # The index goes first: without it the store is unfinished, and nobody reads half of it.
         (folder / INDEX).unlink(missing_ok=True)
-        for path in shard_paths(folder):
+        for path in folder.glob(SHARDS):
             path.unlink()
     else:
         found = read_header(folder)
@@ -235,8 +234,8 @@ def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, ov
     contents, damaged = read_contents(folder)
     for error in damaged:
         report(Note(str(error), "warning"))
-    leftovers = {path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name)}
-    for path in leftovers | (set(shard_paths(folder)) - set(contents.shards)):
+    leftovers = {path for pattern in (".shard-*.part", ".unreadable-*.json") for path in folder.glob(pattern)}
+    for path in leftovers | (set(folder.glob(SHARDS)) - set(contents.shards)):
         path.unlink()
 
 

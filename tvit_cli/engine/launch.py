@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistError
 
+from tvit_cli.data.loading import is_waiting
 from tvit_cli.engine.parallel import greatest_of_them
 from tvit_cli.engine.precision import resolve_precision
 from tvit_cli.engine.source import counted_as_before
@@ -28,6 +29,7 @@ EXIT_CODES = {
     "SIGTERM": 143,
     "SIGUSR1": 75,
 }  # 75: EX_TEMPFAIL, which queues take for "requeue"
+SECONDS_TO_GET_BATCH = 5  # after a signal that asks for a stop, a batch is waited for no longer
 SECONDS_TO_BE_ENDED = 3  # a launcher looks for dead processes several times a second
 
 
@@ -120,7 +122,8 @@ def _refuse_shared_gpus(device: torch.device) -> None:
 class StopSignals:
     """Within this context, SIGINT, SIGTERM and SIGUSR1 ask for a stop; a second SIGINT stops at once.
 
-    One that nobody has acted upon when the context ends well is handed to whoever handled it before.
+    One that nobody has acted upon when the context ends well is handed to whoever handled it before. Where a batch
+    does not arrive within SECONDS_TO_GET_BATCH after the signal, Interrupted is raised in the wait.
     """
 
     def __init__(self) -> None:
@@ -129,11 +132,15 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self._before = _handle_with(self._handle)
+        if self._before and hasattr(signal, "setitimer"):
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_waiting)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._before and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         _restore(self._before)
         if error is None and self.received:
             signal.raise_signal(signal.Signals[self.received])
@@ -150,6 +157,19 @@ class StopSignals:
         if name == "SIGINT" and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = name
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_GET_BATCH, 1)
+
+    def _stop_waiting(self, number: int, frame: FrameType | None) -> None:
+        if is_waiting() and self.received:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            error = Interrupted(
+                f"Stopped by {self.received} while waiting for videos. Go on from the last checkpoint with "
+                "--resume-from-checkpoint latest.",
+                exit_code=EXIT_CODES[self.received],
+            )
+            error.by_all = False  # the others may be waiting for this process
+            raise error
 
 
 class StopsAtOnce:

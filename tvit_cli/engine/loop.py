@@ -6,7 +6,9 @@ import math
 import shlex
 import time
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -41,8 +43,8 @@ def fit(loop: Loop) -> None:
     loop.model.train()
     attempt, tally = Attempt(), loop.tally.sums.clone()
     window_loss = torch.zeros((), device=loop.device)
-    with StopSignals() as signals:
-        for planned, batch in passes(loop):
+    with StopSignals() as signals, closing(_arriving(loop, signals)) as coming:
+        for planned, batch in coming:
             clock.data_arrived()
             loss = attempt.run(forward_backward, loop, planned, batch)
             if loss is not None:
@@ -71,6 +73,26 @@ def fit(loop: Loop) -> None:
                     return
                 tally = loop.tally.sums.clone()
             clock.waits_for_data()
+
+
+def _arriving(loop: Loop, signals: StopSignals) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
+    """The passes; where no batch arrives after a signal, the last step's state is saved and the run stops."""
+    tally = loop.tally.sums.clone()
+    with closing(passes(loop)) as coming:
+        while True:
+            try:
+                item = next(coming, None)
+            except Interrupted:
+                if not loop.step or not signals.received or loop.plan.processes > 1:
+                    raise
+                loop.tally.sums = tally  # the window that was begun is dropped
+                loop.watch.forget(loop.step)
+                _stop(loop, signals.received)
+            if item is None:
+                return
+            yield item
+            if item[0].closes_window:
+                tally = loop.tally.sums.clone()
 
 
 def passes(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
@@ -148,7 +170,7 @@ def _minutes_are_over(loop: Loop) -> bool:
     return limit is not None and time.monotonic() - loop.saved_at >= 60 * limit
 
 
-def _stop(loop: Loop, name: str) -> None:
+def _stop(loop: Loop, name: str) -> NoReturn:
     # A checkpoint that is there is not written again: for a moment it would not be there.
     is_saved = loop.saved_step == loop.step
     path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else save(loop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -93,21 +93,22 @@ def score(
     rows: list[_Rows] = []
     errors: dict[int, str] = {}
     done = 0
-    for batch in loaded:
-        logits = torch.stack(
-            [
-                _logits(model, clips, preprocessing, device, place, flip, autocast)
-                for clips in _clips(batch, views)
-                for place, flip in views.crops
-            ]
-        ).cpu()  # (views, B, K)
-        read = batch.weights > 0
-        errors |= dict(batch.errors)
-        of_views = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
-        rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], of_views[read]))
-        done += len(batch.labels)
-        if progress is not None:
-            progress(done, count)
+    with closing(loaded):
+        for batch in loaded:
+            logits = torch.stack(
+                [
+                    _logits(model, clips, preprocessing, device, place, flip, autocast)
+                    for clips in _clips(batch, views)
+                    for place, flip in views.crops
+                ]
+            ).cpu()  # (views, B, K)
+            read = batch.weights > 0
+            errors |= dict(batch.errors)
+            of_views = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
+            rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], of_views[read]))
+            done += len(batch.labels)
+            if progress is not None:
+                progress(done, count)
     model.train(was_training)
     return _join(rows, errors, classes=len(labels))
 
