@@ -352,6 +352,18 @@ def test_archive_is_kept_where_that_is_asked_for(world: World) -> None:
     assert world.run(repair=True).differences == () and not kept.exists()
 
 
+def test_foreign_files_beside_the_archives_are_kept(world: World) -> None:
+    archives = world.folder / "archives"
+    archives.mkdir(parents=True)
+    (archives / "thesis.txt").write_text("mine")
+    (archives / "flat.zip").write_bytes(
+        world.server.pages["/flat.zip"].body
+    )  # put there by hand: used, not fetched
+    world.run()
+    assert world.landed() == VIDEOS
+    assert sorted(path.name for path in archives.iterdir()) == ["flat.zip", "thesis.txt"]
+
+
 def test_disk_too_small_is_named_before_the_fetch(world: World) -> None:
     with pytest.raises(RunError, match=r"needs .* are free"):
         world.run(free=lambda _: 64 * 1024**2 + 20_000)

@@ -440,11 +440,14 @@ def test_a_proof_has_limits(difference: float, agreement: float, int8: bool, pas
 
 def test_what_is_there_is_replaced_only_when_told_to(trained: TrainResult, tmp_path: Path) -> None:
     first = export(trained, tmp_path / "plain")
-    (first.output / "stale").touch()
     with pytest.raises(SettingsError, match=r"an export is there already\. Replace it with --overwrite"):
         export(trained, tmp_path / "plain")
     export(trained, tmp_path / "plain", overwrite=True)
-    assert not (tmp_path / "plain" / "stale").exists()
+    (first.output / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(SettingsError, match=r"tvit did not write: notes\.txt\. Move them away, or name"):
+            export(trained, tmp_path / "plain", overwrite=overwrite)
+    assert (first.output / "notes.txt").read_text() == "mine" and (first.output / "parity.json").is_file()
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(SettingsError, match="the folder that you are in"),

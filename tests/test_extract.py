@@ -304,6 +304,20 @@ def test_a_folder_of_other_files_is_not_written_into(data: Path, tmp_path: Path)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_a_store_is_replaced_without_its_foreign_files(data: Path) -> None:
+    folder = run(data).folder
+    foreign = {"thesis.txt", "shard-mine.frames", ".shard-mine.part", ".unreadable-mine.json"}
+    for name in foreign:
+        (folder / name).write_text("mine")
+    run(data)
+    assert run(data, frames_per_video=4, overwrite=True).videos == 2 * GROUPS
+    assert {path.name for path in folder.iterdir() if path.read_bytes() == b"mine"} == foreign
+    (folder / "store.json").write_text('{"books": []}')
+    with pytest.raises(DataError):
+        run(data, overwrite=True)
+    assert (folder / "index.frames").is_file()
+
+
 def test_groups_and_subsets_are_noted_down_and_brought_up_to_date(data: Path) -> None:
     folder = run(data, val_groups="01", test_groups="00,02").folder
 

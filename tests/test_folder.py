@@ -101,12 +101,14 @@ def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path: Path) ->
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_saving_replaces_an_older_model(folder: Path) -> None:
-    (folder / "stale.txt").write_text("of the older model")
+def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder: Path) -> None:
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.txt").write_text("mine")
     save_model(folder, trained(seed=1).state_dict(), CARD)
     model, _ = load_model(folder, verify=True)
     assert torch.equal(model.classifier.weight, trained(seed=1).classifier.weight)
-    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors", "notes"]
+    assert (folder / "notes" / "thesis.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 

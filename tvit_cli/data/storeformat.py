@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -27,7 +28,10 @@ import numpy.typing as npt
 from tvit_cli.errors import DataError
 
 VERSION = 1
-HEADER, INDEX, SHARDS = "store.json", "index.frames", "shard-*.frames"
+FORMAT = "tvit frame store"
+HEADER, INDEX = "store.json", "index.frames"
+SHARD = re.compile(r"shard-\d{5,}-\d{2,}\.frames")
+LEFTOVER = re.compile(r"\.shard-\d{5,}-\d{2,}\.part|\.unreadable-\d{2,}\.json")  # of a killed process
 FOLDER = "frames"  # beside the videos that a store was made from
 
 SUBSETS = ("train", "val", "test")
@@ -89,13 +93,17 @@ class Header:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder is a frame store, finished or not."""
-    return (folder / HEADER).is_file()
+    """Whether a folder is a frame store, finished or not; another program's store.json makes none."""
+    try:
+        facts = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / HEADER).is_file()  # damaged, which its reader says
+    return isinstance(facts, dict) and facts.get("format") == FORMAT
 
 
 def write_header(folder: Path, header: Header) -> None:
     """Makes the folder of a store, complete with its header or not at all."""
-    text = json.dumps({"format": "tvit frame store", "version": VERSION, **asdict(header)}, indent=2)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}, indent=2)
     target = folder / HEADER
     if not folder.is_dir():  # half made, it would be a class without videos to who reads the data
         target = folder.with_name(f".{folder.name}.{os.getpid()}.part") / HEADER

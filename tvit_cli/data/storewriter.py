@@ -19,7 +19,7 @@ from tvit_cli.data.storeformat import (
     CLIP,
     INDEX,
     NO_GROUP,
-    SHARDS,
+    SHARD,
     SUBSETS,
     Table,
     make_table,
@@ -103,7 +103,8 @@ class ShardWriter:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The complete shards, oldest first: a later record of a clip takes the place of an earlier one."""
-    return sorted(folder.glob(SHARDS), key=lambda path: (_number(path), path.name))
+    shards = (path for path in folder.iterdir() if SHARD.fullmatch(path.name)) if folder.is_dir() else ()
+    return sorted(shards, key=lambda path: (_number(path), path.name))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from tvit_cli.errors import CheckpointError, RunError
+from tvit_cli.removal import foreign_files, move_files, remove_own
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_WORK = re.compile(r"\.step-\d{6,}\.(writing|removing)")  # half written or half removed
+CHECKPOINT_FILES = re.compile(
+    r"state\.json|(trainable|optimizer|best|ema)\.safetensors"
+)  # files of a checkpoint
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -79,7 +84,7 @@ def save_checkpoint(
     final = checkpoint_path(folder, state.step)
     beside = folder / f".{final.name}.writing"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_own(beside, CHECKPOINT_FILES)
         beside.mkdir(parents=True)
         hashes = {}
         files = {"trainable": trainable, "optimizer": optimizer, "best": best, "ema": ema}
@@ -94,12 +99,15 @@ def save_checkpoint(
         content["sha256"] = {**hashes, STATE_FILE: _digest(content)}
         _write(beside / STATE_FILE, json.dumps(content, indent=1).encode())
         sync_folder(beside)
-        if final.exists():
-            final.rename(_retired(final))
+        old = final.rename(_retired(final)) if final.exists() else None
         beside.rename(final)
         sync_folder(folder)
+        if old is not None:
+            move_files(old, final, foreign_files(old, CHECKPOINT_FILES))
+            remove_own(old, CHECKPOINT_FILES)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            remove_own(beside, CHECKPOINT_FILES)
         kept = [path.name for path in list_checkpoints(folder)]
         reason = "the disk is full" if error.errno in _FULL else str(error)
         raise RunError(
@@ -170,7 +178,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, earliest first; what was left half written is not among them."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=_step)
+    found = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
+    return sorted(found, key=_step)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -182,15 +191,20 @@ def prune_checkpoints(folder: Path, keep: int, *, newest: int) -> None:
     """Remove all checkpoints but the `keep` latest, and what a killed process left half written.
 
     Checkpoints after step `newest` go first: they are of a course that a resumed run has left. A checkpoint is
-    renamed before its files go, so that one that is half removed is never taken for whole.
+    renamed before its files go, so that one that is half removed is never taken for whole. Files that are not of
+    a checkpoint stay under the name that they had.
     """
     known = list_checkpoints(folder)
     left = [path for path in known if _step(path) > newest]
     for path in [*left, *known[: len(known) - len(left)][:-keep]]:
-        gone = path.rename(_retired(path))
-        shutil.rmtree(gone, ignore_errors=True)
-    for rest in (*folder.glob(".step-*.writing"), *folder.glob(".step-*.removing")):
-        shutil.rmtree(rest, ignore_errors=True)
+        with suppress(OSError):
+            gone = path.rename(_retired(path))
+            remove_own(gone, CHECKPOINT_FILES)
+            if gone.exists():
+                gone.rename(path)
+    for rest in [path for path in folder.iterdir() if _WORK.fullmatch(path.name)]:
+        with suppress(OSError):
+            remove_own(rest, CHECKPOINT_FILES)
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
@@ -247,7 +261,7 @@ def sync_folder(folder: Path) -> None:
 
 def _retired(path: Path) -> Path:
     retired = path.with_name(f".{path.name}.removing")
-    shutil.rmtree(retired, ignore_errors=True)
+    remove_own(retired, CHECKPOINT_FILES)
     return retired
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 from tvit_cli.data.remote import disk, manifest
 from tvit_cli.data.remote.archive import Unpacked
 from tvit_cli.data.remote.catalog import CATALOG, Dataset, Part, find
-from tvit_cli.data.remote.fetch import MirrorsFailed
+from tvit_cli.data.remote.fetch import MirrorsFailed, fetch_files
 from tvit_cli.data.remote.http import Http
 from tvit_cli.data.remote.landing import Landing
 from tvit_cli.data.remote.manifest import Difference, Selection, SourceRecord
@@ -21,6 +22,7 @@ from tvit_cli.data.remote.supply import Progress, Supply, Tools, Wish, quiet
 from tvit_cli.data.splits import CLASS_LIST, SPLITS, lists_from_groups, parse_split_lists, read_classes
 from tvit_cli.engine.outputs import check_folder
 from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.removal import remove_files
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
 
@@ -168,7 +170,12 @@ class _Job:
 
     def _tidy(self) -> None:
         if not self.settings.keep_archive:
-            disk.remove_tree(self.supply.archives)
+            folder = self.supply.archives
+            for part in self.dataset.splits + self.dataset.videos:
+                for source in part.sources:
+                    remove_files(folder, fetch_files(folder / source.file_name))
+            with suppress(OSError):
+                folder.rmdir()
 
     def _bring(self, part: Part, given: Path | None, selection: Selection) -> None:
         """Bring what is missing of a part; no request where nothing is."""

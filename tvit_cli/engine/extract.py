@@ -18,7 +18,7 @@ from tvit_cli.data.scan import Scan, scan_video
 from tvit_cli.data.storeformat import (
     FOLDER,
     INDEX,
-    SHARDS,
+    LEFTOVER,
     Header,
     Parameters,
     is_store,
@@ -30,6 +30,7 @@ from tvit_cli.data.storewriter import (
     Contents,
     ShardWriter,
     read_contents,
+    shard_paths,
     write_index,
 )
 from tvit_cli.engine.events import Note, Progress, Report
@@ -216,7 +217,7 @@ def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, ov
     if overwrite:
         # The index goes first: without it the store is unfinished, and nobody reads half of it.
         (folder / INDEX).unlink(missing_ok=True)
-        for path in folder.glob(SHARDS):
+        for path in shard_paths(folder):
             path.unlink()
     else:
         found = read_header(folder)
@@ -234,8 +235,8 @@ def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, ov
     contents, damaged = read_contents(folder)
     for error in damaged:
         report(Note(str(error), "warning"))
-    leftovers = {path for pattern in (".shard-*.part", ".unreadable-*.json") for path in folder.glob(pattern)}
-    for path in leftovers | (set(folder.glob(SHARDS)) - set(contents.shards)):
+    leftovers = {path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name)}
+    for path in leftovers | (set(shard_paths(folder)) - set(contents.shards)):
         path.unlink()
 
 

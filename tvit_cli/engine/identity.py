@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.engine.microbatch import as_before
+from tvit_cli.engine.run import choices_beside
+from tvit_cli.engine.trained import is_of_series
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
 from tvit_cli.model.folder import SETTINGS_FILE
 from tvit_cli.settings.base import extra, flag
@@ -83,7 +85,7 @@ def check_recipe(folder: Path, settings: TrainSettings, processes: int) -> Train
         raise SettingsError(
             f"{folder} is finished and was trained with other settings:\n"
             + "\n".join(lines)
-            + "\nTake another --experiment-name, or replace all its runs with --overwrite."
+            + f"\n{choices_beside(*(path for path in folder.parent.iterdir() if is_of_series(path.name)))}"
         )
     return settings
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tvit_cli.data.remote.disk import LOCKLESS
-from tvit_cli.engine.checkpoint import find_checkpoint, list_checkpoints
+from tvit_cli.engine.checkpoint import CHECKPOINT_FILES, find_checkpoint, list_checkpoints
 from tvit_cli.engine.results import METRICS_FILE
 from tvit_cli.engine.source import data_name, find_data
 from tvit_cli.engine.trackers import METRICS_FILE as RECORDS_FILE
 from tvit_cli.engine.trackers import PER_CLASS_FILE, TENSORBOARD_FOLDER
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
-from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE
+from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, own_files
+from tvit_cli.removal import files_below, foreign_files, remove_files, some
 from tvit_cli.settings.train import TrainSettings
 
 LOCK_FILE = ".lock"
@@ -27,6 +27,11 @@ _BEGUN = {SETTINGS_FILE, LOCK_FILE, RECORDS_FILE, PER_CLASS_FILE, TENSORBOARD_FO
 _BUSY = "another training is busy in it. Wait for it to end."
 _TAKEN = (
     "another training has just taken this name. Start again, or give this one a name with --experiment-name."
+)
+# Names of the drawings that reports leave in plots/.
+_DRAWINGS = (
+    *("loss", "accuracy", "learning_rate", "confusion", "per_class", "reliability", "confidence", "coverage"),
+    *("gradient_norm", "throughput", "data_wait", "changed_classes", "runs"),
 )
 TEST = Path("eval", "test")  # where the test subset's evaluation is written, beside the model
 
@@ -62,11 +67,11 @@ def open_run(settings: TrainSettings) -> Run:
     folder = settings.working_directory / name
     checkpoints = folder / settings.checkpoint_dir
     if _is_new(folder) or settings.overwrite:
-        refuse_own_base(folder, settings)
+        check_replaceable(folder, settings)
         return Run(folder, checkpoints, None)
     if settings.experiment_name is not None and _has_nothing(folder):
         return Run(folder, checkpoints, None, begins_again=True)
-    choices = "Take another name, or replace it with --overwrite."
+    choices = choices_beside(folder)
     known = list_checkpoints(checkpoints)
     is_scored = not settings.test_at_end or (folder / TEST / METRICS_FILE).is_file()
     if (folder / MODEL_FOLDER).exists() and (is_scored or not known):
@@ -76,8 +81,37 @@ def open_run(settings: TrainSettings) -> Run:
     return Run(folder, checkpoints, known[-1])
 
 
-def refuse_own_base(folder: Path, settings: TrainSettings) -> None:
-    """Raise SettingsError where a run would be replaced that holds the weights it begins with."""
+def choices_beside(*folders: Path) -> str:
+    """Advice where an experiment's name is taken; --overwrite only where it would be accepted for all folders."""
+    if any(why_not_replaced(folder) for folder in folders):
+        return "Take another name with --experiment-name."
+    return "Take another name with --experiment-name, or replace it with --overwrite."
+
+
+def why_not_replaced(folder: Path) -> str:
+    """Why a folder is not a run that --overwrite may remove, "" where it is one or is empty.
+
+    It has to be a run by its settings file, and hold no file that tvit did not write. Links are not followed.
+    """
+    if _is_new(folder) and not folder.is_symlink():
+        return ""
+    if folder.is_symlink():
+        return f"{folder} is a link, and links are not followed"
+    own = _own_files(folder)
+    if own is None:
+        return (
+            f"{folder} is not the folder of a run, and holds {some(files_below(folder)) or 'other folders'}"
+        )
+    foreign = foreign_files(folder, own)
+    return f"{folder} holds files that tvit did not write: {some(foreign)}" if foreign else ""
+
+
+def check_replaceable(folder: Path, settings: TrainSettings) -> None:
+    """Raise SettingsError where --overwrite must not remove a folder: it is no run of its own, holds other
+    files, or the weights to begin with.
+    """
+    if settings.overwrite and (reason := why_not_replaced(folder)):
+        raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name, or move them away.")
     name = settings.hf_model_name
     if name and Path(name).expanduser().absolute().resolve().is_relative_to(folder.absolute().resolve()):
         raise SettingsError(
@@ -158,6 +192,7 @@ def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None
     try:
         if run.resume_from is None:
             if settings.overwrite or (run.begins_again and _has_nothing(run.folder)):
+                check_replaceable(run.folder, settings)
                 _empty(run.folder)
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -211,21 +246,42 @@ def _has_nothing(folder: Path) -> bool:
 
     So there is its settings file, and beside it nothing but its records and what it had not finished writing.
     """
-    try:
-        told = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
-        is_ours = not told or set(json.loads(told)) <= set(TrainSettings.model_fields)
-    except (OSError, ValueError, TypeError):
-        return False
-    return is_ours and all(path.name in _BEGUN or _holds_nothing(path) for path in folder.iterdir())
+    return not why_not_replaced(folder) and all(
+        path.name in _BEGUN or _holds_nothing(path) for path in folder.iterdir()
+    )
 
 
 def _holds_nothing(path: Path) -> bool:
     return path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir())
 
 
+def _own_files(folder: Path) -> re.Pattern[str] | None:
+    """A pattern of the files that tvit writes into a run, by their relative paths; None where it is no run."""
+    try:
+        text = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
+        told = json.loads(text) if text else {"path_to_data": "", "checkpoint_dir": "checkpoints"}
+        checkpoints = re.escape(told["checkpoint_dir"])
+        told["path_to_data"]  # every run has it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    page = rf"(report|comparison)\.(html|writing)|plots/({'|'.join(_DRAWINGS)})\.png"
+    patterns = [
+        r"\.lock|settings\.(json|writing)|(metrics|val_per_class)\.(jsonl|writing)|wandb-id",
+        r"wandb/(latest-run|wandb-resume\.json|debug[^/]*\.log|(offline-)?run-[^/]+(/.+)?)|tensorboard/(.+/)?events\.out\.[^/]+",
+        page,
+        rf"{checkpoints}/\.?step-\d{{6,}}(\.writing|\.removing)?/({CHECKPOINT_FILES.pattern})",
+        r"model/(card\.json|model\.safetensors)|\.model\.writing/(new|old)/(card\.json|model\.safetensors)",
+        rf"eval/(.+/)?((metrics|comparison|summary)\.json|(scores|confusion)\.csv|{page})",
+    ]
+    exports = [path for path in (folder / "export").glob("*/") if not path.is_symlink()]
+    patterns += [rf"export/{re.escape(path.name)}/({own_files(path).pattern})" for path in exports]
+    return re.compile("|".join(f"({pattern})" for pattern in patterns))
+
+
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK_FILE:
-            path.unlink()
+    """Remove a run's files but its lock; settings go last: half removed, it is still known as a run."""
+    own = _own_files(folder)
+    if own is None or folder.is_symlink():
+        return
+    names = [name for name in files_below(folder) if own.fullmatch(name) and name != LOCK_FILE]
+    remove_files(folder, sorted(names, key=lambda name: name == SETTINGS_FILE))

@@ -11,7 +11,7 @@ from tvit_cli.engine.events import Note, Report, silent
 from tvit_cli.engine.identity import check_recipe
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.results import METRICS_FILE, read_metrics
-from tvit_cli.engine.run import TEST, experiment_name, refuse_own_base
+from tvit_cli.engine.run import TEST, check_replaceable, experiment_name
 from tvit_cli.engine.series import SeriesResult, summarise, write_summary
 from tvit_cli.engine.train import place_of, score_test, train
 from tvit_cli.errors import Interrupted, SettingsError
@@ -47,7 +47,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
     }
     for run, settings in runs.items():
         if settings.overwrite:
-            refuse_own_base(folder / run, settings)
+            check_replaceable(folder / run, settings)
     finished = [run for run, s in runs.items() if _is_finished(folder / run) and not s.overwrite]
     for run in finished:
         runs[run] = check_recipe(folder / run, runs[run], accelerator.num_processes)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from tvit_cli.errors import ModelError, RunError
 from tvit_cli.model.misfits import misfits
 from tvit_cli.model.vit import TemporalViT, ViTConfig
+from tvit_cli.removal import foreign_files, move_files, remove_own
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
 MODEL_FOLDER = "model"  # of a run
@@ -182,6 +184,20 @@ def find_newest_model(working_directory: Path) -> Path:
     return max(written)[1]
 
 
+def own_files(folder: Path) -> re.Pattern[str]:
+    """A pattern of the files that tvit wrote into a model folder or an export, by their relative paths.
+
+    An export lists its files; Python may have left compiled modules beside them.
+    """
+    names = {CARD_FILE, WEIGHTS_FILE}
+    if (folder / PARITY_FILE).is_file():
+        try:
+            names = {PARITY_FILE, *json.loads((folder / PARITY_FILE).read_text(encoding="utf-8"))["files"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            names = set()  # somebody else's
+    return re.compile("|".join([r"(.+/)?__pycache__/[^/]+\.pyc", *map(re.escape, sorted(names))]))
+
+
 def _may_be_replaced(folder: Path) -> bool:
     return (folder / CARD_FILE).is_file() or (folder.is_dir() and not any(folder.iterdir()))
 
@@ -191,13 +207,13 @@ def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed.
 
     What a process that was killed left of an earlier try is swept first; a model that it had already moved
-    aside goes back to its place.
+    aside goes back to its place. Files of the old folder that tvit did not write are kept, in the new one.
     """
     work = folder.parent / f".{folder.name}.writing"
     new, old = work / "new", work / "old"
     if old.exists() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(work, ignore_errors=True)
+    _sweep(work, folder)
     try:
         new.mkdir(parents=True)
         yield new
@@ -213,7 +229,24 @@ def replacing(folder: Path) -> Iterator[Path]:
             raise
         _sync(folder.parent)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _sweep(work, folder)
+
+
+def _sweep(work: Path, folder: Path) -> None:
+    """Removes the working folder of `replacing`; files in it that tvit did not write go to `folder` or stay."""
+    if work.is_symlink():
+        return
+    new, old = work / "new", work / "old"
+    if not new.is_symlink():
+        shutil.rmtree(new, ignore_errors=True)
+    with suppress(OSError):
+        if old.is_symlink():
+            old.unlink()
+        elif old.exists() and folder.is_dir():
+            own = own_files(old)
+            move_files(old, folder, [n for n in foreign_files(old, own) if not os.path.lexists(folder / n)])
+            remove_own(old, own)
+        work.rmdir()
 
 
 def _sync(path: Path) -> None:

@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Point, Role, Text
 
 FINER = 3  # drawn this many times as large and scaled down, since Pillow draws hard edges
 MOST_PIXELS = 40_000_000  # while it is drawn; a larger drawing is drawn less fine
 DASH = 4.0
+SOFTWARE = "tvit"  # of the PNG's metadata
 
 
 def to_png(drawing: Drawing, *, scale: int = 2, dark: bool = False) -> bytes:
@@ -43,8 +46,19 @@ def to_png(drawing: Drawing, *, scale: int = 2, dark: bool = False) -> bytes:
             case Text():
                 _text(image, draw, shape, zoom, colours)
     data = io.BytesIO()
-    image.reduce(finer).save(data, "PNG")
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    image.reduce(finer).save(data, "PNG", pnginfo=info)
     return data.getvalue()
+
+
+def is_own_png(path: Path) -> bool:
+    """Whether a file is a PNG that `to_png` made, by its Software entry."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 @dataclass(frozen=True)

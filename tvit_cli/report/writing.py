@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tvit_cli.report.drawing import Drawing
-from tvit_cli.report.png import to_png
+from tvit_cli.report.png import is_own_png, to_png
 
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
@@ -17,14 +17,16 @@ def write_pages(
 ) -> Path:
     """Write plots/<name>.png and the page, which is whole or as it was before; returns its path.
 
-    A drawing that there is nothing for is None: the file that an earlier page left under its name goes.
+    A drawing that there is nothing for is None: the file that an earlier page of tvit left under
+    its name goes.
     """
     plots = folder / PLOTS_FOLDER
     plots.mkdir(parents=True, exist_ok=True)
     for drawn, drawing in drawings.items():
         picture = plots / f"{drawn}.png"
         if drawing is None:
-            picture.unlink(missing_ok=True)
+            if is_own_png(picture):
+                picture.unlink()
         else:
             picture.write_bytes(to_png(drawing))
     path = folder / name

@@ -58,7 +58,9 @@ class DownloadSettings(Settings):
         json_schema_extra=about(HOW),
     )
     keep_archive: bool = Field(
-        False, description="Keep the archives beside the videos", json_schema_extra=about(HOW)
+        False,
+        description="Keep the archives beside the videos; those that tvit did not fetch are always kept",
+        json_schema_extra=about(HOW),
     )
 
     @model_validator(mode="after")

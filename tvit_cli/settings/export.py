@@ -54,7 +54,11 @@ class ExportSettings(Settings):
         description="Folder for the export",
         json_schema_extra=about(HOW, default="export/<format> in the run's folder"),
     )
-    overwrite: bool = Field(False, description="Replace an older export", json_schema_extra=about(HOW))
+    overwrite: bool = Field(
+        False,
+        description="Replace an older export; refused where it holds files that tvit did not write",
+        json_schema_extra=about(HOW),
+    )
     push_to_hub: str | None = Field(
         None,
         description="Upload the export to this repository of the Hugging Face hub",

@@ -571,7 +571,7 @@ class TrainSettings(DataSettings):
     )
     overwrite: bool = Field(
         False,
-        description="Replace the experiment of that name",
+        description="Replace the run of that name; refused where it holds files that tvit did not write",
         json_schema_extra=about(CHECKPOINTS, harmless=True),
     )
     resume_from_checkpoint: str | None = Field(

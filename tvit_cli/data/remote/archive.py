@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import lzma
+import re
 import struct
 import tarfile
 import zipfile
@@ -32,6 +33,7 @@ Progress = Callable[[int, int | None], None]  # bytes unpacked, bytes in all
 Plan = Callable[[Sequence[Member]], Mapping[int, PurePosixPath]]
 
 CHUNK_BYTES: Final = 256 * 1024
+_WORK: Final = re.compile(r"(tree|raw)/.+")
 ENTRY_BYTES: Final = 200  # generous mean of a ZIP directory entry; bounds what is read into memory
 DAMAGED: Final = (
     zipfile.BadZipFile,
@@ -93,7 +95,7 @@ def unpack(
     """
     limits = limits or Limits()
     beside = target.with_name(f".{target.name}.unpacking")
-    disk.remove_tree(beside)
+    disk.remove_work(beside, _WORK)
     if target.exists():
         raise DataError(f"{target}: is already there; an archive is unpacked into a new folder only")
     with _opened(path, limits) as archive:
@@ -124,7 +126,7 @@ def unpack(
                     )
                 disk.rename(beside / "tree", target)
         finally:
-            disk.remove_tree(beside)
+            disk.remove_work(beside, _WORK)
     return done
 
 

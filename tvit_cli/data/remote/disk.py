@@ -6,13 +6,15 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from tvit_cli.errors import RunError
+from tvit_cli.errors import DataError, RunError
+from tvit_cli.removal import foreign_files, some
 
 FreeBytes = Callable[[Path], int]
 SPARE_BYTES: Final = 64 * 1024**2  # left free, so that the system beside us does not stumble
@@ -122,12 +124,18 @@ def rename(source: Path, target: Path) -> None:
             os.close(descriptor)
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove a folder that may be absent; a link in its place is removed, not followed."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
+def remove_work(folder: Path, own: re.Pattern[str]) -> None:
+    """Removes a working folder, if it is there, whose files `own` matches by their relative paths.
+
+    Raises DataError where something else lies in it or in its place; nothing is removed then.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise DataError(f"{folder}: is in the way, and tvit did not write it. Move it away.")
+    if foreign := foreign_files(folder, own):
+        raise DataError(f"{folder}: holds files that tvit did not write: {some(foreign)}. Move them away.")
+    shutil.rmtree(folder)
 
 
 def size_text(size: float) -> str:

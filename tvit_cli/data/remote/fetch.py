@@ -81,6 +81,26 @@ def file_sha256(path: Path, *, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
+def is_fetched(target: Path, sha256: str | None = None) -> bool:
+    """Whether a fetch has left this file, by the record beside it, and of this sha256 if one is given."""
+    try:
+        record = json.loads(_record(target).read_text(encoding="utf-8"))
+        return bool(sha256 in (None, record["sha256"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def fetch_files(target: Path) -> list[str]:
+    """Names of the files that a fetch leaves in a folder: the target, if it was fetched, and those beside it."""
+    beside = [f".{target.name}.{end}" for end in ("part", "part.json", "lock", "source.json.new")]
+    own = [target.name] if is_fetched(target) else []
+    return [*own, *beside, _record(target).name]
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(f".{target.name}.source.json")
+
+
 def _quiet(*_: object) -> None:
     pass
 
@@ -153,16 +173,24 @@ class _Fetch:
     ) -> None:
         self.target, self.size, self.sha256 = target, size, sha256
         self.http, self.progress, self.report, self.free = http, progress, report, free
-        self.record = target.with_name(f".{target.name}.source.json")
+        self.record = _record(target)
         self.received = 0
 
     def already_there(self) -> Fetched | None:
-        """The target, if a finished fetch left it; a file of another size or hash is removed."""
+        """The target, if a finished fetch left it; one of another size or hash is removed.
+
+        Raises RunError for a wrong file that no fetch has left.
+        """
         if not self.target.is_file():
             return None
         found = file_sha256(self.target)
         size = self.target.stat().st_size
         if found != (self.sha256 or found) or size != (self.size or size):
+            if not is_fetched(self.target, found):
+                raise RunError(
+                    f"{self.target}: {size} bytes, sha256 {found}, is not the file that is wanted, nor one "
+                    "that tvit has fetched. Move it away and run the same command again."
+                )
             self.report(f"{self.target}: {size} bytes, sha256 {found}, not what is wanted; fetched anew")
             self.target.unlink()
             return None

@@ -8,6 +8,7 @@ next run moves what is left in `.incoming/`, then fetches what the manifest name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,8 @@ TOPS: Final = ("videos", "splits")
 
 class Landing:
     """What lies in `folder`. `damaged` are files known to be wrong, `landed` counts those that came in."""
+
+    own: Final = re.compile(rf"({'|'.join(TOPS)})/.+")  # files of a working folder
 
     def __init__(self, folder: Path, dataset: str) -> None:
         self.folder = folder
@@ -49,13 +52,13 @@ class Landing:
 
     def clear_incoming(self) -> Path:
         """Where the next archive may be unpacked: a folder that does not exist."""
-        disk.remove_tree(self.incoming)
+        disk.remove_work(self.incoming, self.own)
         return self.incoming
 
     def new_incoming(self) -> Path:
         """A new folder to fill file by file; `accept` makes it the incoming one."""
         new = self.incoming.with_name(f"{self.incoming.name}.unpacking")
-        disk.remove_tree(new)
+        disk.remove_work(new, self.own)
         new.mkdir(parents=True)
         return new
 
@@ -94,7 +97,7 @@ class Landing:
             if record is not None and path.is_file() and path.stat().st_size == record.bytes:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(self.folder / name)
-        disk.remove_tree(self.incoming)
+        disk.remove_work(self.incoming, self.own)
 
     def _knows_all(self, folder: Path) -> bool:
         names = (path.relative_to(folder.parent).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from tvit_cli.data.remote import disk, rar
 from tvit_cli.data.remote.archive import Unpacked, detect_kind, most_directory, store, unpack, zip_members
 from tvit_cli.data.remote.catalog import Dataset, Layout, Part, Source
-from tvit_cli.data.remote.fetch import MirrorsFailed, fetch, file_sha256
+from tvit_cli.data.remote.fetch import MirrorsFailed, fetch, file_sha256, is_fetched
 from tvit_cli.data.remote.http import Http, Refused
 from tvit_cli.data.remote.landing import Landing
 from tvit_cli.data.remote.manifest import Selection, SourceRecord
@@ -221,7 +221,8 @@ class Supply:
         try:
             self._unpack(wish, target, source.layout, record)
         except DataError:
-            target.unlink()  # it would only be found wanting again
+            if is_fetched(target, fetched.sha256):
+                target.unlink()  # it would only be found wanting again
             raise
 
     def _from_given(self, wish: Wish, path: Path) -> None:

@@ -20,7 +20,8 @@ from tvit_cli.engine.export.publish import check_login, publish
 from tvit_cli.engine.export.readme import README_FILE, readme
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.model.folder import PARITY_FILE, replacing, sha256
+from tvit_cli.model.folder import PARITY_FILE, own_files, replacing, sha256
+from tvit_cli.removal import foreign_files, some
 from tvit_cli.settings.export import ExportFormat, ExportSettings
 
 FORMATS: dict[ExportFormat, Format] = {
@@ -88,6 +89,15 @@ def _check_free(output: Path, settings: ExportSettings) -> None:
         return
     if not (output / PARITY_FILE).is_file():
         raise SettingsError(f"{output}: exists and is no export. Name another folder with --output.")
+    if output.is_symlink():
+        raise SettingsError(
+            f"{output}: is a link. Name the folder that it leads to, or another one, with --output."
+        )
+    if foreign := foreign_files(output, own_files(output)):
+        raise SettingsError(
+            f"{output}: holds files that tvit did not write: {some(foreign)}. Move them away, or name another "
+            "folder with --output."
+        )
     if not settings.overwrite:
         raise SettingsError(
             f"{output}: an export is there already. Replace it with --overwrite, or name another --output."
