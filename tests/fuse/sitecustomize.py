@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 FILL = 1 << 20  # bytes that the filler grows by
@@ -125,7 +125,7 @@ def _fuse_in_clips(fuse: Fuse, module: ModuleType) -> None:
 
 def _fuse_in_checkpoint(fuse: Fuse, module: ModuleType) -> None:
     """Blows in the middle of a file that is written, and in the middle of a checkpoint that is removed."""
-    write, prune, rmtree = module._write, module.prune_checkpoints, module.shutil.rmtree
+    write, prune, remove = module._write, module.prune_checkpoints, module.remove_own
 
     def half_written(path: Path, data: bytes) -> None:
         with suppress(OSError):
@@ -133,16 +133,16 @@ def _fuse_in_checkpoint(fuse: Fuse, module: ModuleType) -> None:
         fuse.reached("checkpoint write")
         write(path, data)
 
-    def half_removed(path: Path, **keywords: Any) -> None:
+    def half_removed(path: Path, own: Any) -> None:
         if files := sorted(path.glob("*")):
             files[0].unlink()
             fuse.reached("checkpoint prune")
-        rmtree(path, **keywords)
+        remove(path, own)
 
     def pruning(*arguments: Any, **keywords: Any) -> None:
-        module.shutil = SimpleNamespace(rmtree=half_removed)
+        module.remove_own = half_removed
         prune(*arguments, **keywords)
-        module.shutil = SimpleNamespace(rmtree=rmtree)
+        module.remove_own = remove
 
     module._write, module.prune_checkpoints = half_written, pruning
 
