@@ -28,18 +28,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 import tvit_cli
-from tvit_cli.data.container import count_packets
 from tvit_cli.data.motions import CLASSES, RATE, make_motions
-from tvit_cli.data.video import VIDEO_SUFFIXES, read_clip
-from tvit_cli.data.writer import write_video
-from tvit_cli.engine.annotate import annotate
-from tvit_cli.engine.explain import Explanation, verdict
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_packets, read_clip
+from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine.predict.explain import Explanation, verdict
+from tvit_cli.engine.predict.timeline import annotate
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.model.folder import find_newest_model
 from tvit_cli.report.drawing import PALETTE
-from tvit_cli.report.pictures import jpeg_uri, to_pixels
+from tvit_cli.report.film import clock, jpeg_uri, timeline_png, to_pixels
 from tvit_cli.report.segments import Timeline
-from tvit_cli.report.timeline import clock, timeline_png
 
 # Gradio reads these when it is imported.
 TEMPORARY = tempfile.TemporaryDirectory(prefix="tvit-demo-", ignore_cleanup_errors=True)

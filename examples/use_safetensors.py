@@ -16,7 +16,7 @@ folder, *videos = map(Path, sys.argv[1:])
 sys.path.insert(0, str(folder))
 
 from source.config import ViTConfig  # noqa: E402  (the files that lie in the export)
-from source.pixels import frames_to_input  # noqa: E402
+from source.preprocessing import frames_to_input  # noqa: E402
 from source.reading import read_clip  # noqa: E402
 from source.vit import TemporalViT  # noqa: E402
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video_writer import write_video
 
 # Tests run on every core at once, and so does what they start; torch's threads on top of that only wait for
 # each other. Set before torch is imported anywhere.

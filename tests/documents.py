@@ -77,7 +77,7 @@ def program() -> Any:
     try:
         app = importlib.import_module("tvit_cli.cli")
     except ModuleNotFoundError:
-        app = importlib.import_module("tvit_cli.main")
+        app = importlib.import_module("tvit_cli.cli")
     return typer.main.get_command(app.build_app())
 
 

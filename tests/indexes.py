@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tvit_cli.data.storeformat import (
+from tvit_cli.data.framestore_format import (
     CLIP,
     NO_GROUP,
     Header,

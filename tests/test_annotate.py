@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvit_cli.data.video import play, probe
-from tvit_cli.data.writer import video_writer, write_video
-from tvit_cli.engine.annotate import WHOLE, annotate
-from tvit_cli.engine.events import Event, Progress
+from tvit_cli.data.video import iter_frames, probe
+from tvit_cli.data.video_writer import video_writer, write_video
+from tvit_cli.engine.predict.timeline import WHOLE, annotate
 from tvit_cli.errors import DataError, RunError, VideoError
-from tvit_cli.report.caption import caption_mask, captioned
+from tvit_cli.report.film import caption_mask, draw_caption
 from tvit_cli.report.segments import Segment
+from tvit_cli.results import Event, Progress
 
 
 def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
@@ -26,7 +26,7 @@ def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
     told: list[Event] = []
     segments = [Segment(0, 0.7, "A", 0.9), Segment(0.7, 2, "a much longer label", 0.8)]
     annotate(out, source, segments, told.append)
-    before, after = list(play(source)), list(play(out))
+    before, after = list(iter_frames(source)), list(iter_frames(out))
     assert [p.start for p in after] == pytest.approx([p.start for p in before], abs=1e-3)
     assert (probe(out).width, probe(out).height) == (120, 90)
     assert told == [Progress("seconds written", second, 2) for second in (1, 2)]
@@ -48,7 +48,7 @@ def test_frames_nearer_than_a_tick_of_the_output_are_all_written(tmp_path: Path,
         for number, (start, end) in enumerate(pairwise([*ticks, 14400])):
             picture = np.full((48, 64, 3), 20 + 20 * number, np.uint8)
             writer.write(picture, start / 90_000, end / 90_000)
-    found = list(play(tmp_path / f"out{suffix}"))
+    found = list(iter_frames(tmp_path / f"out{suffix}"))
     assert [p.start for p in found] == pytest.approx([tick / 90_000 for tick in ticks], abs=1e-3)
     levels = [int(p.picture().mean()) for p in found]
     assert levels == pytest.approx([20 + 20 * number for number in range(len(ticks))], abs=6)
@@ -62,13 +62,13 @@ def test_colours_stay_as_they_are(tmp_path: Path, height: int) -> None:
         writer.write(colour, 0.1, 0.5)
     write_video(tmp_path / "all.mp4", np.stack([colour, colour]))
     for name in ("one.mp4", "all.mp4"):
-        for frame in play(tmp_path / name):
+        for frame in iter_frames(tmp_path / name):
             assert np.abs(frame.picture().astype(int) - colour).max() <= 3, name
 
 
 def test_a_caption_is_light_on_a_darkened_corner_and_fits_the_picture() -> None:
     picture = np.full((180, 240, 3), 100, np.uint8)
-    out = captioned(picture, "Walk  0.93")
+    out = draw_caption(picture, "Walk  0.93")
     rows, columns = caption_mask("Walk  0.93", 180, 240).shape
     assert (out[: 180 - rows] == 100).all() and (out[:, columns:] == 100).all()
     corner = out[180 - rows :, :columns]

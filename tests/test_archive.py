@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 import pytest
 from archives import WRITERS, Entry, deflated_zeros, write_rar4, write_tar, write_zip
 
-from tvit_cli.data.remote import rar
-from tvit_cli.data.remote.archive import detect_kind, store, unpack
-from tvit_cli.data.remote.members import Limits, Member, check_members
+from tvit_cli.data import rar
+from tvit_cli.data.archive_safety import Limits, Member, check_members
+from tvit_cli.data.archives import detect_kind, store, unpack
 from tvit_cli.errors import DataError, RunError
 
 HAS_RAR = bool(rar.ways())
@@ -273,7 +273,7 @@ def test_disk_that_fills_up_while_unpacking_leaves_nothing(tmp_path: Path) -> No
     child = f"""
 import resource, signal, sys
 from pathlib import Path
-from tvit_cli.data.remote.archive import unpack
+from tvit_cli.data.archives import unpack
 from tvit_cli.errors import RunError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
@@ -294,7 +294,7 @@ def test_killed_at_any_moment_it_leaves_nothing_or_all(form: str, tmp_path: Path
     out = tmp_path / "out"
     code = f"""
 from pathlib import Path
-from tvit_cli.data.remote.archive import unpack
+from tvit_cli.data.archives import unpack
 print("go", flush=True)
 unpack(Path({str(tmp_path / "a")!r}), Path({str(out)!r}))
 """

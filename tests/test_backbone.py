@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny import make_clips, make_pretrained, run
 
 import tvit_cli
-from tvit_cli.engine.build import build
+from tvit_cli.engine.train.build import build
 from tvit_cli.errors import CheckpointError, ModelError, SettingsError
 from tvit_cli.model.folder import load_card, save_model, sha256
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tvit_cli.engine.balance import balanced_order, class_weights
+from tvit_cli.engine.train.batches import balanced_order, class_weights
 
 LABELS = (0,) * 12 + (1,) * 6 + (2,) * 2
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tvit_cli.engine.batches import BatchKeys, BatchPlan
+from tvit_cli.engine.train.batches import BatchKeys, BatchPlan
 
 
 def plan(**changes: Any) -> BatchPlan:

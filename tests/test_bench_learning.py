@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tvit_cli.report.axes import LABEL_SIZE
-from tvit_cli.report.drawing import text_width
+from tvit_cli.report.drawing import LABEL_SIZE, text_width
 
 
 @pytest.fixture(scope="module")

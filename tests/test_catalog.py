@@ -7,11 +7,15 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from tvit_cli.data.remote.catalog import CATALOG, Layout, find
-from tvit_cli.data.remote.manifest import Selection
-from tvit_cli.data.remote.members import Member
-from tvit_cli.data.remote.placement import Spelling, choose, place, place_all, take_clips
-from tvit_cli.data.splits import group_of, lists_from_groups, parse_split_lists, read_classes
+from tvit_cli.data.archive_safety import Member
+from tvit_cli.data.catalog import CATALOG, Layout, Spelling, choose, find, place, place_all, take_clips
+from tvit_cli.data.dataset_folder import Selection
+from tvit_cli.data.split_files import (
+    group_of,
+    lists_from_groups,
+    parse_split_lists,
+    read_classes,
+)
 from tvit_cli.errors import DataError, SettingsError
 
 PUSHUPS = "videos/HandStandPushups/v_HandStandPushups_g01_c01.avi"

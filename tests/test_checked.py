@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tvit_cli.data import checked
-from tvit_cli.data.checked import CHECKED, unreadable_videos
 from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.engine import dataset
+from tvit_cli.engine.dataset import CHECKED, unreadable_videos
 
 Make = Callable[..., Path]
 
@@ -29,8 +29,8 @@ def videos(make_video: Make, tmp_path: Path) -> list[Video]:
 def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the files that were opened since it was last cleared."""
     names: list[str] = []
-    real = checked.decode_first
-    monkeypatch.setattr(checked, "decode_first", lambda path: names.append(path.name[0]) or real(path))
+    real = dataset.decode_first
+    monkeypatch.setattr(dataset, "decode_first", lambda path: names.append(path.name[0]) or real(path))
     yield names
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import last_weights, make_clips, make_pretrained, run, same
 from torch import nn
 
-from tvit_cli.engine import checkpoint as module
-from tvit_cli.engine.checkpoint import (
+from tvit_cli.engine.train import checkpoint as module
+from tvit_cli.engine.train.checkpoint import (
     State,
     find_checkpoint,
     list_checkpoints,
@@ -28,7 +28,7 @@ from tvit_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from tvit_cli.errors import CheckpointError, RunError
-from tvit_cli.model.trainable import trainable_tensors
+from tvit_cli.model.lora import trainable_tensors
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tvit_cli.data import clips
 from tvit_cli.data.clips import ClipBatch, ClipDataset, collate
 from tvit_cli.data.layout import Video
-from tvit_cli.data.sampling import segment_indices
+from tvit_cli.portable.reading import segment_indices
 
 LABELS = ("run", "walk")
 FRAMES = 40

@@ -11,9 +11,9 @@ import pytest
 from tiny import make_clips, run
 
 from tvit_cli.data.clips import ClipDataset
-from tvit_cli.engine import clock as module
-from tvit_cli.engine import loop
-from tvit_cli.engine.clock import Clock
+from tvit_cli.engine.train import loop
+from tvit_cli.engine.train import monitor as module
+from tvit_cli.engine.train.monitor import Clock
 
 
 class Gpu:

@@ -12,7 +12,7 @@ from pages import Page
 from tiny import make_clips, run
 
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine.compare import Comparison, compare
+from tvit_cli.engine.evaluate.compare import Comparison, compare
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import RunError, SettingsError
@@ -132,8 +132,8 @@ def test_each_model_is_opened_once(
         opened.append(model)
         return open_trained(model, **how)
 
-    monkeypatch.setattr("tvit_cli.engine.compare.open_trained", counting)
-    monkeypatch.setattr("tvit_cli.engine.eval.open_trained", counting)
+    monkeypatch.setattr("tvit_cli.engine.evaluate.compare.open_trained", counting)
+    monkeypatch.setattr("tvit_cli.engine.evaluate.open_trained", counting)
     models = (trained.model, copy_of(trained, tmp_path / "other" / "model"))
     compared(*models, output=tmp_path / "out")
     assert tuple(opened) == models

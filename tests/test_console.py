@@ -10,8 +10,8 @@ import pytest
 
 from tvit_cli import console as module
 from tvit_cli.console import Console, print_error, size
-from tvit_cli.engine.events import EpochDone, Note, Progress, StepDone, TrainingStarts
 from tvit_cli.errors import RunError
+from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
 
 LONG = "a/" * 80 + "clip.avi"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tvit_cli.data.cuts import Cuts
-from tvit_cli.data.video import Played
+from tvit_cli.data.video import TimedFrame
+from tvit_cli.engine.predict.timeline import ShotBoundaries
 
 RATE = 12
 Picture = NDArray[np.uint8]
@@ -21,14 +21,16 @@ def scene(seed: int, size: int = 32) -> Picture:
     return np.kron(coarse, np.ones((size // 4, size // 4, 1))).astype(np.uint8)
 
 
-def cuts_of(picture_at: Callable[[int], Picture], frames: int, every: int = 3) -> Cuts:
+def cuts_of(picture_at: Callable[[int], Picture], frames: int, every: int = 3) -> ShotBoundaries:
     """What is found where every third frame's picture is asked for."""
 
-    def played() -> Iterator[Played]:
+    def played() -> Iterator[TimedFrame]:
         for number in range(frames):
-            yield Played(number / RATE, (number + 1) / RATE, None, lambda number=number: picture_at(number))
+            yield TimedFrame(
+                number / RATE, (number + 1) / RATE, None, lambda number=number: picture_at(number)
+            )
 
-    cuts = Cuts()
+    cuts = ShotBoundaries()
     for number, frame in enumerate(cuts.watch(played())):
         if number % every == every // 2:
             assert np.array_equal(frame.picture(), picture_at(number))

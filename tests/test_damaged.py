@@ -16,17 +16,15 @@ import pytest
 import tiny
 
 import tvit_cli
-from tvit_cli.data import container
-from tvit_cli.data.scan import scan_video
-from tvit_cli.data.video import count_frames, play, read_clip
-from tvit_cli.data.writer import video_writer, write_video
-from tvit_cli.engine.annotate import annotate
-from tvit_cli.engine.events import Note
-from tvit_cli.engine.extract import check, extract
-from tvit_cli.engine.predict import load_model, predict
-from tvit_cli.engine.timelines import tell
+from tvit_cli.data import video
+from tvit_cli.data.video import count_frames, iter_frames, read_clip
+from tvit_cli.data.video_writer import video_writer, write_video
+from tvit_cli.engine.extract import check, extract, scan_video
+from tvit_cli.engine.predict import load_model, predict, predict_timelines
+from tvit_cli.engine.predict.timeline import annotate
 from tvit_cli.errors import DataError, RunError, VideoError
-from tvit_cli.report.timeline import timeline_png
+from tvit_cli.report.film import timeline_png
+from tvit_cli.results import Note
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.predict import PredictSettings
 
@@ -80,7 +78,7 @@ def test_a_stream_that_appears_late_costs_no_frame(tmp_path: Path) -> None:
     frames = LATE + 25 + LATE
     assert count_frames(path) == frames and not scan_video(path).problem
     assert read_clip(path, lambda count: [0, count - 1]).frame_count == frames
-    assert sum(1 for _ in play(path)) == frames
+    assert sum(1 for _ in iter_frames(path)) == frames
 
 
 def test_an_exported_reader_reads_a_video_with_a_late_stream(
@@ -105,7 +103,7 @@ def reads_all(data: Path, model: Path, tmp_path: Path, videos: int) -> None:
     """Every command goes to its end with all of these videos."""
     answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
     assert len(answer.predictions) == videos and not any(p.error for p in answer.predictions)
-    told = tell(PredictSettings(paths=(str(data),), model=model, device="cpu", window=0.2))
+    told = predict_timelines(PredictSettings(paths=(str(data),), model=model, device="cpu", window=0.2))
     assert len(told) == videos and not any(t.error for t in told)
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
     assert len(checked.scans) == videos and not any(scan.problem for scan in checked.scans)
@@ -138,7 +136,7 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             raise request.param
         return really(path, *given, **named)
 
-    monkeypatch.setattr(container.av, "open", fail)
+    monkeypatch.setattr(video.av, "open", fail)
     return type(request.param).__name__
 
 
@@ -151,7 +149,7 @@ def test_any_error_of_the_reader_names_one_video(
         read_clip(bad, lambda count: [0])
     answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
     assert [failing in p.error for p in answer.predictions].count(True) == 1
-    (told,) = tell(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
+    (told,) = predict_timelines(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
     assert failing in told.error
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
     assert [scan.path.name for scan in checked.unreadable] == [bad.name]
@@ -184,7 +182,7 @@ def test_frames_before_an_error_of_the_demuxer_are_kept(
                 yield packet
 
     path = make_video(tmp_path / "a.avi", codec="mjpeg", pixel_format="yuvj420p")
-    really = container.packets_of
+    really = video.demux
     broken = lambda place, source, stream: really(place, Broken(source), stream)  # noqa: E731
     monkeypatch.setattr("tvit_cli.data.video.packets_of", broken)
     assert count_frames(path) == 7
@@ -208,7 +206,7 @@ def test_windows_and_segments_leave_out_a_gap(gap: float, model: Path, tmp_path:
     path = film(tmp_path / "gap.mkv", steady(0, 3) + steady(gap, 2))
     notes: list[Any] = []
     output = tmp_path / "out"
-    (told,) = tell(
+    (told,) = predict_timelines(
         PredictSettings(paths=(str(path),), model=model, device="cpu", window=1.0, stride=0.5, output=output),
         notes.append,
     )
@@ -246,7 +244,7 @@ def forged(path: Path, frames: int, number: int) -> Path:
 
 def test_one_forged_time_stamp_makes_no_gap(model: Path, tmp_path: Path) -> None:
     path = forged(tmp_path / "forged.flv", 75, 40)
-    played = list(play(path))
+    played = list(iter_frames(path))
     assert [p.start for p in played] == pytest.approx(steady(0, 3), abs=0.05)
     timeline = load_model(model, device="cpu").timeline(path, window=1.0, stride=0.5)
     assert len(timeline.scores) == 5 and timeline.seconds == pytest.approx(3, abs=0.05)

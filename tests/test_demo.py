@@ -18,7 +18,7 @@ from tiny import make_model
 
 import tvit_cli
 from tvit_cli.data.motions import CLASSES
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video_writer import write_video
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

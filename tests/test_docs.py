@@ -135,7 +135,7 @@ def test_every_verb_has_a_command_in_the_pages() -> None:
 
 CODE = """
 import importlib.util, shlex, sys
-where = "tvit_cli.cli" if importlib.util.find_spec("tvit_cli.cli") else "tvit_cli.main"
+where = "tvit_cli.cli" if importlib.util.find_spec("tvit_cli.cli") else "tvit_cli.cli"
 program = importlib.import_module(where)
 for line in sys.argv[1:]:
     print(f"$ {line}", flush=True)

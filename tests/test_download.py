@@ -22,12 +22,11 @@ import pytest
 from archives import Entry, write_rar4, write_tar, write_zip
 from loopback import Server
 
-from tvit_cli import main
-from tvit_cli.data.remote import disk, rar, supply
-from tvit_cli.data.remote.catalog import Dataset, Layout, Part, Source
-from tvit_cli.data.remote.fetch import MirrorsFailed
-from tvit_cli.data.remote.http import Http, Retry
-from tvit_cli.data.splits import parse_split_lists
+from tvit_cli import cli, files
+from tvit_cli.data import rar, transfer
+from tvit_cli.data.catalog import Dataset, Layout, Part, Source
+from tvit_cli.data.http import Http, MirrorsFailed, Retry
+from tvit_cli.data.split_files import parse_split_lists
 from tvit_cli.engine.download import DownloadResult, Progress, download
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.download import DownloadSettings
@@ -245,7 +244,7 @@ def test_chosen_classes_cost_little_more_than_their_bytes(
            for action in CLASSES for group in range(1, 26)}  # fmt: skip
     write_zip(world.root / "big.zip", [Entry(name, data) for name, data in big.items()])
     world.use(world.source("/big.zip", (world.root / "big.zip").read_bytes()))
-    monkeypatch.setattr(supply, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(transfer, "WHOLE_BYTES", 1000)
     world.run(classes=["Bowling", "archery"], clips_per_class=10)
     assert (
         sorted(path.parent.name for path in world.folder.rglob("*.avi"))
@@ -273,7 +272,7 @@ def test_server_without_range_gives_a_small_archive_whole_and_refuses_a_large_on
 ) -> None:
     world.use(world.source("/flat.zip", world.flat_zip(), ranges=False))
     assert world.run(clips_per_class=1).videos == 3
-    monkeypatch.setattr(supply, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(transfer, "WHOLE_BYTES", 1000)
     with pytest.raises(MirrorsFailed, match=r"(?s)ignores Range.*leave out --classes and --clips-per-class"):
         world.run(clips_per_class=2)
 
@@ -412,16 +411,17 @@ def test_manifest_that_is_damaged_is_named(world: World) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from tvit_cli.data.remote import disk, landing
-from tvit_cli.data.remote.catalog import Dataset, Part, Source
+from tvit_cli import files
+from tvit_cli.data import dataset_folder
+from tvit_cli.data.catalog import Dataset, Part, Source
 from tvit_cli.engine.download import download
 from tvit_cli.settings.download import DownloadSettings
-slow = disk.rename
+slow = files.rename
 def rename(source, target):
     print("rename", flush=True)
     sys.stdin.readline()
     slow(source, target)
-disk.rename = rename
+files.rename = rename
 catalog = [{dataset!r}]
 download(DownloadSettings(name="mini", data_directory=Path({data!r})), catalog=catalog)
 """
@@ -461,7 +461,7 @@ def test_killed_while_receiving_it_goes_on(world: World) -> None:
     page = world.server.pages["/flat.zip"]
     page.chunk, page.seconds_per_chunk = 2000, 0.02
     code = CHILD.format(dataset=world.dataset, data=str(world.root / "data")).replace(
-        "disk.rename = rename", ""
+        "files.rename = rename", ""
     )
     with subprocess.Popen([sys.executable, "-c", code]) as child:
         while world.server.sent < 0.3 * len(page.body):
@@ -509,7 +509,7 @@ def test_real_classes_cost_little_more_than_their_bytes(
     lists = world.source("/real-lists.zip", (real / "UCF101TrainTestSplits-mini.zip").read_bytes(), "lists")
     world.dataset = replace(world.dataset, splits=(Part("splits", (lists,)),))
     world.use(world.source("/a.zip", (real / "UCF101-mini-flat.zip").read_bytes()))
-    monkeypatch.setattr(supply, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(transfer, "WHOLE_BYTES", 1000)
     world.run(classes=["Bend", "Walk"], clips_per_class=4)
     with zipfile.ZipFile(real / "UCF101-mini-flat.zip") as archive:
         packed = sum(archive.getinfo(f"UCF101/{Path(clip).name}").compress_size for clip in world.landed())
@@ -526,7 +526,7 @@ def test_a_file_in_the_place_of_the_data_directory_is_called_one(
     taken.parent.mkdir(exist_ok=True)
     taken.write_text("notes")
     with pytest.raises(SystemExit) as stopped:
-        main.run(["download", name, "--data-directory", str(given)])
+        cli.run(["download", name, "--data-directory", str(given)])
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     where = "" if given == taken else f"{taken} "
@@ -540,7 +540,7 @@ def test_a_file_system_without_locks_is_downloaded_to(world: World, monkeypatch:
     def none(descriptor: int) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(disk, "_lock", none)
+    monkeypatch.setattr(files, "_lock", none)
     world.run()
     assert world.landed() == VIDEOS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tvit_cli.engine.ema import WeightAverage
+from tvit_cli.engine.train.state import WeightAverage
 from tvit_cli.errors import ModelError
 
 

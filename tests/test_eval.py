@@ -15,19 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_clips, run
 
-from tvit_cli import main
-from tvit_cli.data import loading
-from tvit_cli.data.sampling import segment_indices
-from tvit_cli.data.transforms import eval_transform
+from tvit_cli import cli
+from tvit_cli.data import clips
+from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import read_clip
-from tvit_cli.engine import scoring
-from tvit_cli.engine.compare import compare
-from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.events import Event, Note, silent
-from tvit_cli.engine.source import open_source
+from tvit_cli.engine.dataset import open_dataset
+from tvit_cli.engine.evaluate import evaluate, scoring
+from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_card, load_model
+from tvit_cli.portable.reading import segment_indices
+from tvit_cli.results import Event, Note, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
@@ -198,11 +197,11 @@ def test_a_model_folder_with_a_missing_file_names_it(trained: TrainResult, tmp_p
 
 @pytest.mark.parametrize("count", [7, 8, 9, 13])
 def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained: TrainResult, count: int) -> None:
-    from tvit_cli.engine.source import open_source
+    from tvit_cli.engine.dataset import open_dataset
     from tvit_cli.engine.trained import open_trained
 
     opened = open_trained(trained.model, working_directory=Path(), device=torch.device("cpu"))
-    source = open_source(
+    source = open_dataset(
         opened.card.settings["path_to_data"],
         group_pattern=opened.card.settings["group_pattern"],
         val_groups="1",
@@ -244,29 +243,29 @@ def test_nothing_readable_is_an_error_and_not_a_number(trained: TrainResult, tmp
 def test_settings_given_to_eval_reach_the_layout(
     trained: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tvit_cli.engine import source
+    from tvit_cli.engine import dataset
 
     seen: list[dict[str, Any]] = []
-    real = source.read_layout
+    real = dataset.read_layout
 
     def spy(root: Path, **choice: Any) -> Any:
         seen.append(choice)
         return real(root, **choice)
 
-    monkeypatch.setattr(source, "read_layout", spy)
+    monkeypatch.setattr(dataset, "read_layout", spy)
     evaluate(settings(trained, split=3, test_groups="2", group_pattern=r"g(\d\d)"))
     assert (seen[0]["split"], seen[0]["test_groups"], seen[0]["group_pattern"]) == (3, "2", r"g(\d\d)")
 
 
 def test_batches_and_workers_are_as_asked_for(trained: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    real = loading.DataLoader
+    real = clips.DataLoader
 
     def spy(*arguments: Any, **keywords: Any) -> Any:
         seen.append((max(map(len, keywords["batch_sampler"])), keywords["num_workers"]))
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(loading, "DataLoader", spy)
+    monkeypatch.setattr(clips, "DataLoader", spy)
     evaluate(settings(trained, per_gpu_batch_size=2, num_workers=1))
     assert seen == [(2, 1)]
 
@@ -282,7 +281,7 @@ def test_more_views_are_averaged_scores_of_clips_at_other_places(
 ) -> None:
     one = evaluate(settings(trained, output=tmp_path / "1"))
     model, card = load_model(trained.model)
-    source = open_source(
+    source = open_dataset(
         card.settings["path_to_data"], group_pattern=r"_g(\d+)_", val_groups="1", test_groups="1", split=1,
         report=silent,
     )  # fmt: skip
@@ -421,7 +420,7 @@ def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_pa
         and written["lost"][0]["first"] == written["lost"][0]["label"]
     )
     with pytest.raises(SystemExit) as end:
-        main.run(["eval", "--compare", str(trained.model), str(worse), "--output", str(tmp_path / "cli")])
+        cli.run(["eval", "--compare", str(trained.model), str(worse), "--output", str(tmp_path / "cli")])
     assert end.value.code == 0
 
 
@@ -507,7 +506,7 @@ def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_scored(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     (tmp_path / "taken").write_text("a file")
-    monkeypatch.setattr("tvit_cli.engine.eval.score", lambda *a, **k: pytest.fail("was scored"))
+    monkeypatch.setattr("tvit_cli.engine.evaluate.score", lambda *a, **k: pytest.fail("was scored"))
     with pytest.raises(DataError, match=r"--output .*taken.* is a file, and a folder is wanted there"):
         if verb == "one":
             evaluate(settings(trained, output=tmp_path / "taken"))

@@ -19,23 +19,29 @@ from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips, run
 
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine import evalreport
-from tvit_cli.engine.compare import compare
-from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.evalreport import MOST_STRIPS
-from tvit_cli.engine.events import Event, Note, silent
+from tvit_cli.engine.evaluate import evaluate, files
+from tvit_cli.engine.evaluate.compare import compare
+from tvit_cli.engine.evaluate.files import MOST_STRIPS, EvalResult
+from tvit_cli.engine.evaluate.metrics import BINS, RESAMPLES
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.metrics import BINS
-from tvit_cli.engine.resampling import RESAMPLES
-from tvit_cli.engine.results import EvalResult
-from tvit_cli.engine.series import evaluate_series, series_models
 from tvit_cli.engine.train import TrainResult
+from tvit_cli.engine.train.sweep import evaluate_series, series_models
 from tvit_cli.engine.trained import run_name
 from tvit_cli.errors import DataError
 from tvit_cli.model.folder import load_card
-from tvit_cli.model.vit import TemporalViT
-from tvit_cli.report import evaluation, words
-from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
+from tvit_cli.portable.vit import TemporalViT
+from tvit_cli.report import evaluation, html
+from tvit_cli.report.charts import (
+    MOST_CLASSES,
+    Bin,
+    ClassScore,
+    class_chart,
+    confidence_chart,
+    confusion_chart,
+    coverage_chart,
+    reliability_chart,
+    shown_classes,
+)
 from tvit_cli.report.comparison import (
     ComparisonFacts,
     comparison_drawings,
@@ -50,7 +56,7 @@ from tvit_cli.report.evaluation import (
     evaluation_page,
     write_evaluation_report,
 )
-from tvit_cli.report.matrix import MOST_CLASSES, ClassScore, class_chart, confusion_chart, shown_classes
+from tvit_cli.results import Event, Note, silent
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
@@ -148,9 +154,9 @@ def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
               "macro_f1": "macro F1", "calibration_error": "calibration error"}  # fmt: skip
     assert titles.keys() == intervals.keys()
     for name, title in titles.items():
-        low, high = (words.percent(end) for end in intervals[name])
+        low, high = (html.percent(end) for end in intervals[name])
         ends = f"{low.removesuffix(' %')} to {high}"
-        assert f"{title}{words.percent(metrics[name])}95 % within {ends}" in text.replace("\u00a0", " ")
+        assert f"{title}{html.percent(metrics[name])}95 % within {ends}" in text.replace("\u00a0", " ")
     assert f"videos{metrics['videos']:.0f}" in text
     for label, row in found["per_class"].items():
         assert f"{label}{row['right']} of {row['videos']}" in text
@@ -159,7 +165,7 @@ def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
         assert f"{pair['label']}{pair['said']}{pair['videos']}" in text
         assert f"{pair['label']}: {pair['videos']} of " in text
     for b in found["calibration"]:
-        assert f"{words.plural(b['videos'], 'video')}: {words.percent(b['confidence'])} sure" in text
+        assert f"{html.plural(b['videos'], 'video')}: {html.percent(b['confidence'])} sure" in text
 
 
 def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result: EvalResult) -> None:
@@ -213,13 +219,13 @@ def test_wrong_answers_come_surest_first_and_then_the_hardest_of_the_rest(
     assert wrong and places == sorted(places)
     surest = wrong[0]
     said = f"{surest.video.label}, taken for {surest.predicted} · {surest.video.name}"
-    assert f"{said}{surest.predicted}{words.percent(max(surest.scores))}" in text
+    assert f"{said}{surest.predicted}{html.percent(max(surest.scores))}" in text
 
 
 def test_a_page_of_many_videos_shows_few_of_them(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evalreport, "MOST_STRIPS", 1)
+    monkeypatch.setattr(files, "MOST_STRIPS", 1)
     result = evaluate(settings(trained, subset="train", output=tmp_path))
     assert sum(uri.startswith("data:image/jpeg") for uri in page_of(result).references) <= 2
 
@@ -257,7 +263,7 @@ def test_groups_of_the_training_that_are_gone_stop_no_evaluation(
     def gone(*given: Any, **choice: Any) -> None:
         raise DataError("--test-groups: no group 04 in train")
 
-    monkeypatch.setattr("tvit_cli.engine.known.read_layout", gone)
+    monkeypatch.setattr("tvit_cli.engine.evaluate.selection.read_layout", gone)
     assert evaluate(settings(trained, test_groups="2", output=tmp_path)).leaks == ()
 
 
@@ -468,10 +474,10 @@ def test_a_series_has_a_page_with_its_mean_and_every_run(series: Path) -> None:
         ("macro_f1", "macro F1"),
         ("calibration_error", "calibration error"),
     ):
-        mean, sd = words.percent(found["mean"][name]), words.percent(found["sd"][name])
+        mean, sd = html.percent(found["mean"][name]), html.percent(found["sd"][name])
         assert f"{title}{mean.removesuffix(' %')} ± {sd}" in shown.text
         values = [run[name] for run in found["runs"].values()]
-        assert f"from {words.percent(min(values))} to {words.percent(max(values))}" in shown.text
+        assert f"from {html.percent(min(values))} to {html.percent(max(values))}" in shown.text
     runs = [evaluate(own.model_copy(update={"model": model})) for model in series_models(series).values()]
     for label in COLOURS:
         videos, right = (sum(getattr(r.per_class[label], n) for r in runs) for n in ("videos", "right"))
@@ -502,8 +508,8 @@ def test_a_comparison_has_a_page_that_says_which_is_better_and_what_flipped(
     assert f"first right{both}{lost}first wrong{gained}{found['videos'] - both - gained - lost}" in shown.text
     assert source.count("<img ") == min(gained, MOST_STRIPS) + min(lost, MOST_STRIPS)
     flip = (result.gained + result.lost)[0]
-    assert f"first: {flip[0].predicted}{words.percent(max(flip[0].scores))}" in shown.text
-    assert f"second: {flip[1].predicted}{words.percent(max(flip[1].scores))}" in shown.text
+    assert f"first: {flip[0].predicted}{html.percent(max(flip[0].scores))}" in shown.text
+    assert f"second: {flip[1].predicted}{html.percent(max(flip[1].scores))}" in shown.text
     assert trouble_in_chromium(result.report, dark=True) == []
 
 

@@ -13,8 +13,9 @@ from tiny import make_model
 from torch import Tensor, nn
 
 import tvit_cli
-from tvit_cli.data.writer import write_video
-from tvit_cli.engine.explain import (
+from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine.predict import predict
+from tvit_cli.engine.predict.explain import (
     Deletion,
     Explanation,
     blank_clip,
@@ -23,12 +24,11 @@ from tvit_cli.engine.explain import (
     deletion_test,
     integrated_gradients,
 )
-from tvit_cli.engine.predict import predict
 from tvit_cli.errors import DataError, ModelError, VideoError
-from tvit_cli.model.config import ATTENTIONS, POOLS
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.portable.config import ATTENTIONS, POOLS
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
-from tvit_cli.report.relevance import Reading, lights, relevance_png
+from tvit_cli.report.film import ExplanationStrip, lights, relevance_png
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.predict import PredictSettings
 
@@ -164,7 +164,7 @@ def test_the_strip_is_bright_where_the_relevance_is() -> None:
     relevance = torch.zeros(2, 2, 2)
     relevance[1, 0, 1], relevance[0, 1, 1] = 4.0, -3.0
     assert lights(relevance)[1, 0, 1] == 1 and lights(relevance).sum() == 1
-    reading = Reading("Left 0.9", "it holds", relevance, [0.0, 1.0])
+    reading = ExplanationStrip("Left 0.9", "it holds", relevance, [0.0, 1.0])
     white = Preprocessing(n_frames=2, frame_size=16, mean=(0, 0, 0), std=(1, 1, 1))
     image = np.asarray(
         Image.open(io.BytesIO(relevance_png(torch.ones(2, 3, 16, 16), white, reading))).convert("L")

@@ -23,24 +23,20 @@ from loopback import serving
 from safetensors.torch import load_file, save_file
 from tiny import make_clips, make_pretrained, run
 
-import tvit_cli
-from tvit_cli import main
-from tvit_cli.data.pixels import frames_to_input
-from tvit_cli.data.sampling import indices_on_grid, segment_indices
+from tvit_cli import cli
 from tvit_cli.data.video import read_clip
 from tvit_cli.engine import export as engine
-from tvit_cli.engine.export import ExportResult, plain
+from tvit_cli.engine.evaluate.files import read_metrics
+from tvit_cli.engine.export import ExportResult, check_login, plain, publish
 from tvit_cli.engine.export import onnx as onnx_format
-from tvit_cli.engine.export.carried import carried
+from tvit_cli.engine.export.formats import PORTABLE, PreprocessingGraph, import_source, ship_package
 from tvit_cli.engine.export.parity import CLIPS, Parity
-from tvit_cli.engine.export.pixelgraph import PreprocessingGraph
-from tvit_cli.engine.export.publish import check_login, publish
-from tvit_cli.engine.export.sources import ROOMS, ship_package, shipped
 from tvit_cli.engine.predict import predict
-from tvit_cli.engine.results import read_metrics
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
+from tvit_cli.portable.preprocessing import frames_to_input
+from tvit_cli.portable.reading import indices_on_grid, segment_indices
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.export import ExportFormat, ExportSettings
@@ -379,7 +375,7 @@ def test_an_export_that_answers_otherwise_is_not_written_and_the_exit_code_is_1(
     before = kept.read_bytes()
     spoil(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
-        main.run(["export", str(trained.run), "--output", str(tmp_path / "plain"), "--overwrite"])
+        cli.run(["export", str(trained.run), "--output", str(tmp_path / "plain"), "--overwrite"])
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert "largest difference of a logit 1 (at most 0.0001)" in said and "On 3 clips" in said
@@ -465,7 +461,7 @@ def test_the_command_says_what_the_proof_found_and_where_the_export_is(
     trained: TrainResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(trained.run.parents[1])
-    main.build_app()(["export", "-f", "safetensors"], standalone_mode=False)  # the newest model
+    cli.build_app()(["export", "-f", "safetensors"], standalone_mode=False)  # the newest model
     said = capsys.readouterr().out
     folder = Path("working_directory", trained.run.name, "export", "safetensors")
     assert "largest difference of a logit  0.0e+00  0.0001" in said and f"Written to {folder}" in said
@@ -750,12 +746,12 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
     def choose(count: int) -> list[int]:
         return segment_indices(count, 4) if grid is None else indices_on_grid(count, 4, grid=grid)
 
-    ship_package(tmp_path, ("reading",))
+    ship_package(tmp_path)
     videos = [packed_xvid, make_video(tmp_path / "a.avi", 11), make_video(tmp_path / "b.mp4", 2)]
     damaged = bytearray(videos[1].read_bytes())
     damaged[len(damaged) // 2 : len(damaged) // 2 + 200] = bytes(200)
     (tmp_path / "damaged.avi").write_bytes(damaged)
-    with carried(tmp_path) as module:
+    with import_source(tmp_path) as module:
         for video in [*videos, tmp_path / "damaged.avi"]:
             for short_side in (32, 200):
                 expected = read_clip(video, choose, short_side=short_side).frames
@@ -774,11 +770,11 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
 def test_the_shipped_reader_takes_a_file_for_a_file_whatever_its_name_and_content(
     tmp_path: Path, make_video: Callable[..., Path]
 ) -> None:
-    ship_package(tmp_path, ("reading",))
+    ship_package(tmp_path)
     video = make_video(tmp_path / "plain.avi", 5)
     named = shutil.copyfile(video, tmp_path / "x:y.avi")
     facts = {"n_frames": 2, "short_side": 32}
-    with carried(tmp_path) as module, serving() as server:
+    with import_source(tmp_path) as module, serving() as server:
         read = module("reading").read_clip
         assert np.array_equal(read(named, **facts), read(video, **facts))
         assert np.array_equal(read(f"file://{video}", **facts), read(video, **facts))
@@ -793,10 +789,10 @@ def test_the_shipped_reader_takes_a_file_for_a_file_whatever_its_name_and_conten
         assert not server.requests
 
 
-def test_what_is_shipped_imports_itself_and_four_packages() -> None:
+def test_portable_imports_itself_and_four_packages() -> None:
     allowed = {"torch", "numpy", "av", "transformers", *sys.stdlib_module_names}
-    files = shipped(("modeling_tvit", "processing_tvit"))
-    assert {"vit", "attention", "config", "sampling", "pixels", "colours", "reading"} <= files.keys()
+    files = {path.stem: path for path in PORTABLE.glob("*.py")}
+    assert {"vit", "layers", "config", "preprocessing", "reading"} <= files.keys()
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -805,6 +801,3 @@ def test_what_is_shipped_imports_itself_and_four_packages() -> None:
                 assert node.level == 1 and node.module in files, name
             elif isinstance(node, ast.ImportFrom):
                 assert str(node.module).split(".")[0] in allowed, name
-    names = [p.stem for room in ROOMS for p in room.glob("*.py") if p.stem in files]
-    assert len(names) == len(set(names)), "in an export they lie in one folder"
-    assert tvit_cli.__version__

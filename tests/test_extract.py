@@ -17,19 +17,18 @@ import numpy as np
 import pytest
 
 from tvit_cli.data.framestore import FrameStore
-from tvit_cli.data.sampling import grid_indices
-from tvit_cli.data.scan import scan_video
-from tvit_cli.data.storewriter import shard_paths
+from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames
-from tvit_cli.data.writer import write_video
-from tvit_cli.engine.events import Event, Note, Progress, silent
-from tvit_cli.engine.extract import ExtractResult, check, extract
-from tvit_cli.engine.pool import in_order
-from tvit_cli.engine.source import open_source
+from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine.dataset import open_dataset
+from tvit_cli.engine.distributed import map_in_order
+from tvit_cli.engine.extract import ExtractResult, check, extract, scan_video
 from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.portable.reading import grid_indices
+from tvit_cli.results import Event, Note, Progress, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.extract import ExtractSettings
-from tvit_cli.settings.maxbad import most_bad
+from tvit_cli.settings.types import most_bad
 
 GROUPS = 4
 
@@ -105,7 +104,7 @@ def test_worker_processes_write_the_same_bytes_as_one(data: Path, tmp_path: Path
 KILLED = """
 import sys
 from pathlib import Path
-from tvit_cli.engine.events import silent
+from tvit_cli.results import silent
 from tvit_cli.engine.extract import extract
 from tvit_cli.settings.extract import ExtractSettings
 if __name__ == "__main__":
@@ -338,7 +337,7 @@ def explode(number: int) -> int:
 
 
 def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on() -> None:
-    results = list(in_order(explode, range(6), workers=2, lost=lambda job, too_long: -job))
+    results = list(map_in_order(explode, range(6), workers=2, lost=lambda job, too_long: -job))
     assert results == [0, 1, 4, -3, 16, 25]
 
 
@@ -352,7 +351,7 @@ def hang(seconds: float) -> float:
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no alarm clock")
 def test_a_job_that_hangs_is_named_and_the_others_go_on() -> None:
-    results = in_order(
+    results = map_in_order(
         hang, [0.01, 60, 0.02], workers=1, lost=lambda job, too_long: (job, too_long), seconds=2
     )
     assert list(results) == [0.01, (60, True), 0.02]
@@ -383,7 +382,7 @@ def fail(number: int) -> int:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_mistake_of_ours_in_a_worker_is_not_hidden(workers: int) -> None:
     with pytest.raises(ZeroDivisionError):
-        list(in_order(fail, [1], workers=workers, lost=lambda job, too_long: -job))
+        list(map_in_order(fail, [1], workers=workers, lost=lambda job, too_long: -job))
 
 
 def test_check_tells_what_files_hold_and_writes_nothing(data: Path) -> None:
@@ -466,11 +465,11 @@ def test_a_video_that_was_mended_or_removed_after_extracting_is_no_longer_set_as
         "test_groups": "none",
         "split": 1,
     }
-    found = open_source(str(data), report=silent, **facts)
+    found = open_dataset(str(data), report=silent, **facts)
     assert found.store is not None and list(found.unreadable) == ["run/v_run_g00_c01.avi"]
     mended.write_bytes(whole)
     notes: list[Event] = []
-    found = open_source(str(data), report=notes.append, **facts)
+    found = open_dataset(str(data), report=notes.append, **facts)
     assert found.store is None and found.unreadable == {}
     assert any("1 of 7 videos (such as run/v_run_g00_c01.avi) are new or changed" in str(n) for n in notes)
     assert store.outdated(found.layout.videos) == ["run/v_run_g00_c01.avi"]
@@ -551,7 +550,7 @@ def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data: Pa
 
     def opened(**wanted: Any) -> tuple[bool, str]:
         notes: list[str] = []
-        found = open_source(str(data), report=lambda event: notes.append(str(event)), **facts, **wanted)
+        found = open_dataset(str(data), report=lambda event: notes.append(str(event)), **facts, **wanted)
         return found.store is not None, " ".join(note for note in notes if "warning" in note)
 
     assert opened(n_frames=12, frame_size=100, frame_grid=12) == (True, "")

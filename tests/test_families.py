@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import CLIP_MEAN, FAMILIES
-from tvit_cli.model.lora import LoraSpec, merge
+from tvit_cli.model.lora import LoraSpec, merge, set_trainable
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
-from tvit_cli.model.trainable import set_trainable
-from tvit_cli.model.vit import TemporalViT, build_model, resize_grid
+from tvit_cli.portable.vit import TemporalViT, build_model, resize_grid
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # transformers warns of its optional dependencies

@@ -18,16 +18,15 @@ import loopback
 import pytest
 from loopback import Server
 
-from tvit_cli.data.remote.fetch import Fetched, MirrorsFailed, fetch
-from tvit_cli.data.remote.http import Broken, Http, Refused, Retry
-from tvit_cli.data.remote.remotezip import RangeFile, RemoteZip
+from tvit_cli.data.http import Broken, Fetched, Http, MirrorsFailed, Refused, Retry, fetch
+from tvit_cli.data.transfer import RangeFile, RemoteZip
 from tvit_cli.errors import RunError
 
 BODY = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 FETCH = """
 from pathlib import Path
-from tvit_cli.data.remote.fetch import fetch
+from tvit_cli.data.http import fetch
 fetch([{url!r}], Path({target!r}))
 """
 
@@ -278,7 +277,7 @@ def test_disk_that_fills_up_keeps_the_part_for_later(server: Server, tmp_path: P
     child = f"""
 import resource, signal, sys
 from pathlib import Path
-from tvit_cli.data.remote.fetch import fetch
+from tvit_cli.data.http import fetch
 from tvit_cli.errors import RunError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

@@ -19,23 +19,31 @@ from accelerate import Accelerator
 from tiny import last_weights, make_clips, make_pretrained, run, same, settings
 from torch import nn
 
-from tvit_cli import main
-from tvit_cli.engine import compiling, launch, memory, microbatch, parallel, precision
-from tvit_cli.engine.build import Built
-from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
-from tvit_cli.engine.dryrun import dry_run
-from tvit_cli.engine.events import Event, Note, TrainingStarts
+from tvit_cli import cli
+from tvit_cli.engine import distributed, launch
+from tvit_cli.engine.distributed import BUCKET_BYTES, _buckets
 from tvit_cli.engine.launch import StopSignals, make_accelerator
-from tvit_cli.engine.memory import MemoryModel, free_host_bytes, memory_model, peak_bytes
-from tvit_cli.engine.microbatch import Probe, global_batch, largest_that_fits
-from tvit_cli.engine.outofmemory import Attempt, is_out_of_memory
-from tvit_cli.engine.parallel import BUCKET_BYTES, _buckets
-from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.engine.train import TrainResult, memory, train
+from tvit_cli.engine.train.build import Built, compile_model
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.dryrun import dry_run
+from tvit_cli.engine.train.memory import (
+    Attempt,
+    MemoryModel,
+    Probe,
+    free_host_bytes,
+    global_batch,
+    is_out_of_memory,
+    largest_that_fits,
+    memory_model,
+    peak_bytes,
+)
 from tvit_cli.errors import CheckpointError, ModelError, RunError, SettingsError
 from tvit_cli.model import lora
-from tvit_cli.model.blocks import recomputed
-from tvit_cli.model.trainable import set_trainable, trainable_report
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.model.lora import set_trainable, trainable_report
+from tvit_cli.portable.layers import recompute_block
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.results import Event, Note, TrainingStarts
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
@@ -69,7 +77,7 @@ def model(
     spec = lora.LoraSpec(4, 4, dropout, False, "none", ("q", "k", "v"), ())
     set_trainable(vit, train, spec, seed=0)  # type: ignore[arg-type]
     if checkpointing:
-        vit.run_block = recomputed
+        vit.run_block = recompute_block
     return vit.train()
 
 
@@ -127,7 +135,7 @@ def test_a_run_with_gradient_checkpointing_ends_with_the_same_bits_and_takes_les
     calls: list[str] = []
     real = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        "tvit_cli.model.blocks.checkpoint", lambda *a, **k: (calls.append("block"), real(*a, **k))[1]
+        "tvit_cli.portable.layers.checkpoint", lambda *a, **k: (calls.append("block"), real(*a, **k))[1]
     )
     plain = trained(lora_dropout=0.3)
     assert not calls
@@ -293,7 +301,7 @@ def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(
         )
 
     monkeypatch.setattr(Probe, "memory_model", as_if)
-    monkeypatch.setattr(microbatch, "free_bytes", lambda device, processes: 2999)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, processes: 2999)
     found = train(own, events.append)
     plan = next(e.facts["batch"] for e in events if isinstance(e, TrainingStarts))
     assert plan == "global batch 8 = 1 process × 2 clips × 4 accumulation"
@@ -315,7 +323,7 @@ def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(
 def test_without_room_for_one_clip_an_automatic_micro_batch_gives_advice(
     trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(microbatch, "free_bytes", lambda device, processes: 10)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, processes: 10)
     with pytest.raises(RunError, match=r"not even one clip fits.*--gradient-checkpointing.*--img-size 32"):
         trained(per_gpu_batch_size="auto")
     assert not list(tmp_path.iterdir())
@@ -430,7 +438,7 @@ def test_out_of_memory_elsewhere_ends_with_advice(trained: Run, monkeypatch: pyt
     def fails(*arguments: Any, **keywords: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
-    monkeypatch.setattr("tvit_cli.engine.loopstate.score", fails)
+    monkeypatch.setattr("tvit_cli.engine.train.state.score", fails)
     with pytest.raises(
         RunError, match=r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. What takes less"
     ):
@@ -439,8 +447,8 @@ def test_out_of_memory_elsewhere_ends_with_advice(trained: Run, monkeypatch: pyt
 
 IN_RANK_1 = """
 import os, sys, torch
-from tvit_cli import main
-from tvit_cli.model.vit import TemporalViT
+from tvit_cli import cli
+from tvit_cli.portable.vit import TemporalViT
 
 real = TemporalViT.features
 
@@ -454,7 +462,7 @@ def features(self, clips):
     return features
 
 TemporalViT.features = features
-main.run(sys.argv[1:])
+cli.run(sys.argv[1:])
 """
 
 
@@ -529,7 +537,7 @@ def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch: pytes
 
 def test_float32_convolutions_are_not_tf32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert precision.resolve_precision("no", torch.device("cuda")) == "no"
+    assert launch.resolve_precision("no", torch.device("cuda")) == "no"
     assert not torch.backends.cudnn.allow_tf32
 
 
@@ -538,19 +546,19 @@ def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.M
     made: list[str] = []
     used: list[Any] = []
     backends = iter(("gloo", "nccl", "nccl", "nccl"))
-    monkeypatch.setattr(parallel.dist, "get_backend", lambda: next(backends))
-    monkeypatch.setattr(parallel.dist, "new_group", lambda *, backend: made.append(backend) or "new")
-    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor, how, group: used.append(group))
-    parallel._between_processors.cache_clear()
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: next(backends))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda *, backend: made.append(backend) or "new")
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, how, group: used.append(group))
+    distributed._between_processors.cache_clear()
     two: Any = SimpleNamespace(num_processes=2)
     signals = StopSignals()
     signals.received = "SIGTERM"
-    assert parallel.least_of_them(3, two) == 3
-    assert parallel.greatest_of_them([1, 4], two) == [1, 4]
-    assert parallel.any_of_them(True, two)
+    assert distributed.all_reduce_min(3, two) == 3
+    assert distributed.all_reduce_max([1, 4], two) == [1, 4]
+    assert distributed.any_rank(True, two)
     assert signals.agreed(two, save_is_due=True) == ("SIGTERM", True)
     assert (used, made) == ([None, "new", "new", "new"], ["gloo"])
-    parallel._between_processors.cache_clear()
+    distributed._between_processors.cache_clear()
 
 
 def test_gradients_are_summed_in_buckets_of_one_type() -> None:
@@ -577,14 +585,14 @@ def test_automatic_precision_is_bf16_where_the_hardware_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert precision.resolve_precision("auto", torch.device(device)) == expected
-    assert precision.resolve_precision("bf16", torch.device(device)) == "bf16"
+    assert launch.resolve_precision("auto", torch.device(device)) == expected
+    assert launch.resolve_precision("bf16", torch.device(device)) == "bf16"
 
 
 def test_fp16_is_refused_where_it_would_do_nothing() -> None:
-    assert precision.resolve_precision("fp16", torch.device("cuda")) == "fp16"
+    assert launch.resolve_precision("fp16", torch.device("cuda")) == "fp16"
     with pytest.raises(SettingsError, match=r"--mixed-precision fp16: nothing is computed in it on a CPU\."):
-        precision.resolve_precision("fp16", torch.device("cpu"))
+        launch.resolve_precision("fp16", torch.device("cpu"))
 
 
 def test_automatic_precision_is_written_down_as_what_it_means_and_resumed_as_that(trained: Run) -> None:
@@ -619,7 +627,7 @@ def test_a_gpu_that_is_not_there_ends_with_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main.run(["train", "--device", "cuda", "--path-to-data", facts["path_to_data"]])
+        cli.run(["train", "--device", "cuda", "--path-to-data", facts["path_to_data"]])
     assert stop.value.code == ModelError.exit_code == 2
     assert "--device cuda: this machine has none" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -659,7 +667,7 @@ def test_a_compiled_run_compiles_each_size_of_a_pass_once_and_keeps_its_names(
 def test_a_compiler_gives_the_numbers_of_the_plain_module() -> None:
     torch.compiler.reset()
     plain = nn.Sequential(nn.Linear(4, 4), nn.GELU())
-    fast = compiling.compiled(plain, CPU)
+    fast = compile_model(plain, CPU)
     clips = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(fast(clips), plain(clips))
     assert type(fast) is not nn.Sequential
@@ -701,7 +709,7 @@ def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     own = settings(**facts, working_directory=tmp_path)
     words = [f"--{k.replace('_', '-')}={getattr(own, k)}" for k in own.model_fields_set - {"device"}]
-    main.build_app()(["train", "--dry-run", "--device", "cpu", *words], standalone_mode=False)
+    cli.build_app()(["train", "--dry-run", "--device", "cpu", *words], standalone_mode=False)
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["batch"].strip() == "global batch 4 = 1 process × 4 clips × 1 accumulation"
     assert shown["steps"].strip() == "2 epochs of 3"
@@ -732,7 +740,7 @@ def test_a_dry_run_of_the_demo_makes_its_data_elsewhere(
     monkeypatch.chdir(tmp_path)
     clips = make_clips(tmp_path / "clips")
     monkeypatch.setattr(
-        "tvit_cli.engine.dryrun.make_demo_data", lambda root, report: shutil.copytree(clips, root)
+        "tvit_cli.engine.train.dryrun.make_demo_data", lambda root, report: shutil.copytree(clips, root)
     )
     notes: list[Event] = []
     plan = dry_run(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tvit_cli.errors import ModelError, RunError
 from tvit_cli.model import folder as folder_module
 from tvit_cli.model.folder import find_newest_model, load_card, load_model, save_model
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.card import CARD_VERSION, BaseWeights, ModelCard, Preprocessing
 
 CONFIG = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=16, depth=2, num_heads=2)

@@ -15,17 +15,15 @@ import torch
 from indexes import synthetic_index
 
 from tvit_cli.data import framestore
-from tvit_cli.data.clips import ClipDataset
-from tvit_cli.data.framestore import FrameStore, find_store, nearest, record_problem
+from tvit_cli.data.clips import ClipDataset, load_batches
+from tvit_cli.data.framestore import FrameStore, check_record, find_store, nearest
+from tvit_cli.data.framestore_format import Header, Parameters, write_header
+from tvit_cli.data.framestore_writer import ShardWriter, pack_video, read_contents, shard_paths, write_index
 from tvit_cli.data.layout import Layout, Video, read_layout
-from tvit_cli.data.loading import load_batches
-from tvit_cli.data.packing import pack_video
-from tvit_cli.data.sampling import grid_indices, indices_on_grid, segment_indices
-from tvit_cli.data.storeformat import Header, Parameters, write_header
-from tvit_cli.data.storewriter import ShardWriter, read_contents, shard_paths, write_index
 from tvit_cli.data.video import read_clip
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.portable.reading import grid_indices, indices_on_grid, segment_indices
 
 PARAMETERS = Parameters(frames_per_video=8, quality=90, short_side=256)
 LABELS = ("run", "walk")
@@ -278,12 +276,12 @@ def test_a_flipped_bit_anywhere_in_a_record_is_noticed(own_store: FrameStore, vi
         start + size - 1,
     ]:
         flip(shard, place)
-        assert "checksum" in record_problem(shard, row)
+        assert "checksum" in check_record(shard, row)
         with pytest.raises(VideoError, match=rf"^{name}: its record in .* is damaged .*--repair"):
             own_store.read(name, lambda n: grid_indices(n, 8))
         own_store.read(videos[1].name, lambda n: [0])  # the others are unharmed
         shard.write_bytes(good)
-    assert record_problem(shard, row) == ""
+    assert check_record(shard, row) == ""
 
 
 def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store: FrameStore, videos: list[Video]) -> None:
@@ -381,7 +379,7 @@ def test_a_full_disk_keeps_the_shards_that_were_complete(
     with pytest.raises(RunError, match="No space left"), writer:
         writer.add("a", packed)
         writer.add("b", packed)  # completes the first
-        monkeypatch.setattr("tvit_cli.data.storewriter.os.fsync", full)
+        monkeypatch.setattr("tvit_cli.data.framestore_writer.os.fsync", full)
         writer.add("c", packed)
     assert sorted(p.name for p in folder.iterdir()) == ["shard-00000-00.frames", "store.json"]
 

@@ -9,9 +9,8 @@ from tiny import settings
 from torch import Tensor
 
 from tvit_cli.data.clips import ClipBatch
-from tvit_cli.engine.batches import MicroBatch
-from tvit_cli.engine.inputs import make_inputs
-from tvit_cli.engine.objective import Targets
+from tvit_cli.engine.train.batches import MicroBatch, make_inputs
+from tvit_cli.engine.train.optim import Targets
 from tvit_cli.settings.card import Preprocessing
 
 STILL = {"crop_scale_min": 1.0, "horizontal_flip": 0, "brightness": 0, "contrast": 0, "saturation": 0}

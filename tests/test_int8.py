@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tvit_cli.model import int8
-from tvit_cli.model.int8 import Int8Linear, to_int8
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.model import linear
+from tvit_cli.model.linear import Int8Linear, to_int8
+from tvit_cli.portable.vit import ViTConfig, build_model
 
 
 def test_the_faster_of_bytes_and_floats_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,9 +21,9 @@ def test_the_faster_of_bytes_and_floats_is_found_out(monkeypatch: pytest.MonkeyP
         return multiply(*factors)
 
     monkeypatch.setattr(torch, "_int_mm", slow)
-    assert not int8.is_fast()
+    assert not linear.is_fast()
     monkeypatch.setattr(torch, "_int_mm", lambda *factors: None)
-    assert int8.is_fast()
+    assert linear.is_fast()
 
 
 def test_whole_numbers_times_scales_are_multiplied_without_any_error() -> None:

@@ -21,14 +21,14 @@ import pytest
 from bench import kills
 from bench.kills import FACTORS, IN_THE_SUITE, Bench, Plan, Wrong, compare, covering, plan_of
 
-from tvit_cli import main
-from tvit_cli.data import checked
-from tvit_cli.data.checked import check_videos
+from tvit_cli import cli
 from tvit_cli.data.layout import Video
-from tvit_cli.engine import epochend, loop, opening, processes, saving
+from tvit_cli.engine import dataset, launch, train
 from tvit_cli.engine import train as train_module
-from tvit_cli.engine.checkpoint import list_checkpoints
-from tvit_cli.engine.launch import StopsAtOnce, StopSignals, ends_with_the_others
+from tvit_cli.engine.dataset import check_videos
+from tvit_cli.engine.launch import ImmediateStop, StopSignals, lost_rank_errors
+from tvit_cli.engine.train import loop
+from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.errors import Interrupted, RunError
 
 ONE = Plan("one process", 1, 0, "videos", ())
@@ -97,7 +97,7 @@ def command(
     def run(*flags: str) -> tuple[int, str]:
         (tmp_path / "c.json").write_text(bench.settings(ONE, tmp_path / "runs", "mine").model_dump_json())
         with pytest.raises(SystemExit) as ended:
-            main.run(["train", "--config", str(tmp_path / "c.json"), *flags])
+            cli.run(["train", "--config", str(tmp_path / "c.json"), *flags])
         return int(ended.value.code or 0), capsys.readouterr().err
 
     return run
@@ -151,7 +151,7 @@ def test_a_second_sigint_leaves_at_once(
 @pytest.mark.parametrize(
     ("module", "function", "advice"),
     [
-        (opening, "open_source", "start again with the same command"),
+        (train, "open_dataset", "start again with the same command"),
         (train_module, "save_model", "All steps are done and saved. Go on with:"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_signal_before_the_first_step_or_after_the_last_has_its_exit_code_too(
     compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
 
 
-@pytest.mark.parametrize(("module", "function"), [(epochend, "_validate"), (train_module, "save_model")])
+@pytest.mark.parametrize(("module", "function"), [(loop, "_validate"), (train_module, "save_model")])
 def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
     command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any,
     function: str,
@@ -187,7 +187,7 @@ def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
 
 
 def test_a_signal_after_the_last_step_is_not_swallowed() -> None:
-    with pytest.raises(Interrupted, match="SIGTERM"), StopsAtOnce("All is done."), StopSignals() as signals:
+    with pytest.raises(Interrupted, match="SIGTERM"), ImmediateStop("All is done."), StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == "SIGTERM"
 
@@ -197,14 +197,14 @@ def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
 ) -> None:
     """Between its removal and its return nothing would be there, and of one kept checkpoint all would be lost."""
     written: list[int] = []
-    real = saving.save_checkpoint
+    real = loop.save_checkpoint
 
     def save(*arguments: Any, **keywords: Any) -> Path:
         written.append(keywords["state"].step)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(saving, "save_checkpoint", save)
-    at_call(epochend, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    at_call(loop, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert command()[0] == 143
     assert written == [2, 4, 6]
 
@@ -234,7 +234,7 @@ def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checked, "decode_first", slow)
+    monkeypatch.setattr(dataset, "decode_first", slow)
     videos = [Video(tmp_path / str(i), str(i), "a", "train", None) for i in range(200)]
     with pytest.raises(KeyboardInterrupt):
         check_videos(videos, workers=2, progress=stop)
@@ -246,9 +246,9 @@ def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(
 ) -> None:
     monkeypatch.setattr("tvit_cli.engine.launch.SECONDS_TO_BE_ENDED", 0)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RunError, match="Another process of this training has ended"), ends_with_the_others():
+    with pytest.raises(RunError, match="Another process of this training has ended"), lost_rank_errors():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
-    with pytest.raises(RuntimeError, match="ours"), ends_with_the_others():
+    with pytest.raises(RuntimeError, match="ours"), lost_rank_errors():
         raise RuntimeError("a mistake of ours")
     signal.signal(signal.SIGTERM, before)
 
@@ -256,8 +256,8 @@ def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(
 def test_a_process_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
     """Else it trained on, unseen, and kept the run's folder busy."""
     worker = (
-        "import time; from tvit_cli.engine.processes import end_with_launcher;"
-        "end_with_launcher(); print('here', flush=True); time.sleep(60)"
+        "import time; from tvit_cli.engine.launch import exit_with_launcher;"
+        "exit_with_launcher(); print('here', flush=True); time.sleep(60)"
     )
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     environ = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -268,7 +268,7 @@ def test_a_process_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
     child.kill()
     ended = threading.Thread(target=child.stdout.read)  # the worker holds the other end
     ended.start()
-    ended.join(20 * processes.SECONDS_BETWEEN_LOOKS)
+    ended.join(20 * launch.SECONDS_BETWEEN_LOOKS)
     assert not ended.is_alive()
     child.wait()
     child.stdout.close()
@@ -280,8 +280,8 @@ def test_interrupted_processes_are_spoken_for_by_the_first(
     for rank, said in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit):
-            main._fail(Interrupted("Stopped by SIGTERM.", exit_code=143), 143)
+            cli._fail(Interrupted("Stopped by SIGTERM.", exit_code=143), 143)
         assert capsys.readouterr().err.count("Stopped by SIGTERM") == said
         with pytest.raises(SystemExit):
-            main._fail(RunError("memory ran out"), 1)
+            cli._fail(RunError("memory ran out"), 1)
         assert capsys.readouterr().err.count("memory ran out") == 1

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tvit_cli.data.checked import check_videos
-from tvit_cli.data.layout import Layout, read_layout, spelt_as
-from tvit_cli.engine.source import find_data
+from tvit_cli.data.layout import Layout, match_labels, read_layout
+from tvit_cli.engine.dataset import check_videos, find_data
 from tvit_cli.errors import DataError
 
 UCF101 = r"_g(\d+)_"
@@ -438,7 +437,7 @@ def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path: Path) 
     layout = read(root, test="none", val="none")
     assert layout.labels in ((composed, "Run"), (apart, "Run"))
     assert {video.label for video in layout.subset("test")} == set(layout.labels)
-    again = spelt_as(layout, ["CAFE\u0301", "run", "Walk"])
+    again = match_labels(layout, ["CAFE\u0301", "run", "Walk"])
     assert again.labels == ("CAFE\u0301", "run") and {video.label for video in again.videos} == set(
         again.labels
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tvit_cli.data import leaks
 from tvit_cli.data.layout import Video
-from tvit_cli.data.leaks import find_leaks
+from tvit_cli.engine.evaluate import selection
+from tvit_cli.engine.evaluate.selection import find_leaks
 
 
 def video(folder: Path, name: str, subset: str, group: str | None, data: bytes) -> Video:
@@ -46,7 +46,7 @@ def test_a_clean_split_says_nothing_and_reads_nothing(
         video(tmp_path, "b", "train", "01", b"1"),
         video(tmp_path, "c", "test", "02", b"22"),
     ]
-    monkeypatch.setattr(leaks, "_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(selection, "_sha256", lambda path: pytest.fail(f"{path} was read"))
     assert find_leaks(videos) == ()
 
 

@@ -19,13 +19,12 @@ import torch
 from test_framestore import build
 from tiny import make_clips, make_pretrained
 
-from tvit_cli import main
-from tvit_cli.data import loading
-from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem
+from tvit_cli import cli
+from tvit_cli.data import clips
+from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, explains_dead_workers, load_batches
 from tvit_cli.data.framestore import FrameStore
+from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import Video
-from tvit_cli.data.loading import explains_dead_workers, load_batches
-from tvit_cli.data.storewriter import shard_paths
 from tvit_cli.errors import DataError, RunError
 
 LABELS = ("run", "walk")
@@ -143,7 +142,7 @@ def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos: list[Vid
 def test_batches_become_files_where_shared_memory_is_little(
     videos: list[Video], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loading, "_free_shared_memory", lambda: 1000.0)
+    monkeypatch.setattr(clips, "_free_shared_memory", lambda: 1000.0)
     monkeypatch.setattr(torch.Tensor, "share_memory_", None)  # not even tried
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     alone = list(load_batches(dataset(videos), KEYS, workers=0))
@@ -204,7 +203,7 @@ class Hanging(ClipDataset):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_that_do_not_end_are_killed(videos: list[Video], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_SECONDS_TO_END", 0.2)
+    monkeypatch.setattr(clips, "_SECONDS_TO_END", 0.2)
     before = signal.signal(signal.SIGALRM, lambda number, frame: no_space())
     data = Hanging(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
     try:
@@ -213,7 +212,7 @@ def test_workers_that_do_not_end_are_killed(videos: list[Video], monkeypatch: py
             list(load_batches(data, KEYS, workers=2))
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not loading.multiprocessing.active_children()  # type: ignore[attr-defined]
+    assert not clips.multiprocessing.active_children()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +224,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     train += ["--img-size", "32", "--n-frames", "4", "--epochs", "1", "--per-gpu-batch-size", "4"]
     train += ["--device", "cpu", "--working-directory", str(root / "runs"), "--num-workers"]
     with pytest.raises(SystemExit) as ended:
-        main.run([*train, "0", "--experiment-name", "model"])
+        cli.run([*train, "0", "--experiment-name", "model"])
     assert not ended.value.code
     model = ["--model", str(root / "runs" / "model"), "--device", "cpu"]
     return {
@@ -246,10 +245,10 @@ def test_verbs_say_that_a_worker_failed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(loading, "collate", no_space)
+    monkeypatch.setattr(clips, "collate", no_space)
     monkeypatch.setattr("tvit_cli.engine.predict.default_workers", lambda: 2)
     with pytest.raises(SystemExit) as ended:
-        main.run(words[verb])
+        cli.run(words[verb])
     errors = " ".join(capsys.readouterr().err.split())
     assert ended.value.code == 1 and "decodes videos failed" in errors and "--shm-size" in errors
 
@@ -257,7 +256,7 @@ def test_verbs_say_that_a_worker_failed(
 HANG = """
 import os, sys, time
 from tvit_cli import main
-from tvit_cli.data import loading
+from tvit_cli.data import clips
 from tvit_cli.engine import launch, predict
 launch.SECONDS_TO_GET_BATCH = loading._SECONDS_TO_END = 0.2
 predict.default_workers = lambda: 2

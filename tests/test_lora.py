@@ -14,25 +14,24 @@ import torch
 from torch import nn
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model import lora, loralinear
-from tvit_cli.model.adapter import bare_state_dict, plain_name, save_adapter
+from tvit_cli.model import linear, lora
 from tvit_cli.model.lora import (
     LoraSpec,
     attach,
+    bare_state_dict,
+    load_trainable,
     merge,
     merged_state_dict,
     own_layer,
+    plain_name,
     resolve_layers,
-)
-from tvit_cli.model.schemes import SCHEMES
-from tvit_cli.model.trainable import (
-    load_trainable,
+    save_adapter,
     set_trainable,
     start_tensors,
     trainable_report,
     trainable_tensors,
 )
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.vit import SCHEMES, TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.train import LORA_TARGETS
 
 with warnings.catch_warnings():
@@ -349,7 +348,7 @@ def injected(monkeypatch: pytest.MonkeyPatch, model: TemporalViT, dropout: float
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * mask(x.numel(), dropout, x.device).view(x.shape) / (1 - dropout)
 
-    monkeypatch.setattr(loralinear, "draw_mask", mask)
+    monkeypatch.setattr(linear, "draw_mask", mask)
     for module in model.modules():
         if type(module) is PeftLinear and dropout:
             module.lora_dropout["default"] = Dropout()
@@ -744,7 +743,7 @@ def test_peft_itself_loads_a_saved_adapter_onto_the_bare_model(
 
 def test_the_module_does_not_load_peft() -> None:
     code = (
-        "import sys, torch; import tvit_cli.model.lora, tvit_cli.model.adapter, tvit_cli.model.folder;"
+        "import sys, torch; import tvit_cli.model.lora, tvit_cli.model.folder;"
         "sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tvit_cli.model import blocks, lora, loralinear
-from tvit_cli.model.loralinear import draw_mask, lora_linear
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.model import linear, lora
+from tvit_cli.model.linear import draw_mask, lora_linear
+from tvit_cli.portable import layers
+from tvit_cli.portable.vit import ViTConfig, build_model
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture(params=[2**18, 30], ids=["one chunk", "chunks of two rows"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loralinear, "CHUNK", request.param)
+    monkeypatch.setattr(linear, "CHUNK", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -272,7 +273,7 @@ def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch: pytes
     x = torch.ones(64, requires_grad=True)
     drop: Callable[[Tensor], Tensor] = lambda x: F.dropout(x, 0.5) * x  # noqa: E731
     dropped = checkpoint(
-        drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=blocks._same_mps_draws
+        drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=layers._same_mps_draws
     )
     torch.rand(3)  # moves the generator between the passes
     state = torch.get_rng_state()

@@ -8,20 +8,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tvit_cli.engine.metrics import (
+from tvit_cli.engine.evaluate.metrics import (
+    Outcomes,
     Tally,
     calibration_bins,
     calibration_error,
     class_table,
     confusion_matrix,
+    difference_interval,
     macro_f1,
+    mcnemar,
+    metric_intervals,
     most_confused,
     ranks,
     top_k_right,
     video_metrics,
 )
-from tvit_cli.engine.resampling import Outcomes, difference_interval, mcnemar, metric_intervals
-from tvit_cli.report.matrix import ClassScore
+from tvit_cli.report.charts import ClassScore
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
 LABELS = torch.tensor([0, 2, 2, 1])

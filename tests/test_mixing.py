@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvit_cli.data.mixing import Mixing, mix
+from tvit_cli.data.augment import Mixing, mix
 
 SIZE = 24
 

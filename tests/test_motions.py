@@ -15,8 +15,8 @@ import pytest
 
 from tvit_cli.data import motions
 from tvit_cli.data.motions import CLASSES, GROUPS, OPPOSITES, is_motions, make_motions
-from tvit_cli.data.sampling import segment_indices
 from tvit_cli.errors import DataError, RunError
+from tvit_cli.portable.reading import segment_indices
 
 Change = Callable[[np.ndarray], bool]
 

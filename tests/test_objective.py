@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvit_cli.engine import objective
-from tvit_cli.engine.metrics import Tally
-from tvit_cli.engine.objective import Targets, window_share
+from tvit_cli.engine.evaluate.metrics import Tally
+from tvit_cli.engine.train import optim
+from tvit_cli.engine.train.optim import Targets, window_share
 
 # Two classes; softmax of (0, ln 3) is (1/4, 3/4).
 LOGITS = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, math.log(3)]])
@@ -28,7 +28,7 @@ def clip_losses(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     weights = torch.tensor(class_weights)
-    return objective.clip_losses(logits, targets, class_weights=weights, label_smoothing=label_smoothing)
+    return optim.clip_losses(logits, targets, class_weights=weights, label_smoothing=label_smoothing)
 
 
 def test_a_clip_of_one_label_costs_its_cross_entropy() -> None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from tvit_cli.engine.optim import adamw, layer_scale, learning_rate_at, parameter_groups, set_rates
+from tvit_cli.engine.train.optim import (
+    adamw,
+    layer_scale,
+    learning_rate_at,
+    parameter_groups,
+    set_rates,
+)
 from tvit_cli.model.lora import LoraSpec, attach
-from tvit_cli.model.vit import TemporalViT, ViTConfig
+from tvit_cli.portable.vit import TemporalViT, ViTConfig
 
 TINY = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=8, depth=1, num_heads=2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import make_clips
 
-from tvit_cli import options
+from tvit_cli import cli
 from tvit_cli.settings.base import Loaded, flag
 from tvit_cli.settings.predict import PredictSettings
 from tvit_cli.settings.train import TrainSettings
@@ -40,7 +40,7 @@ def test_help_of_train_shows_every_setting_with_its_default_and_range() -> None:
     text = tvit("train", "--help").stdout
     for name, field in TrainSettings.model_fields.items():
         assert flag(name) in text, name
-        assert f"default {options.default(field)}" in " ".join(text.replace("│", " ").split()), name
+        assert f"default {cli.default(field)}" in " ".join(text.replace("│", " ").split()), name
     assert "at least 0, at most 1024; default 8" in text
     for panel in ("LoRA", "Optimisation", "Augmentation", "Checkpoints", "Everywhere"):
         assert f"─ {panel} ─" in text
@@ -52,7 +52,7 @@ def test_help_of_train_shows_every_setting_with_its_default_and_range() -> None:
 def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from tvit_cli.main import run\n"
+        "from tvit_cli.cli import run\n"
         f"try: run({arguments!r})\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'accelerate', 'peft', 'av', 'numpy', 'wandb'} & set(sys.modules)\n"
@@ -69,10 +69,10 @@ def test_an_unknown_flag_suggests_the_nearest_and_exits_2() -> None:
 
 def test_underscores_are_accepted_beside_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Loaded[TrainSettings]] = []
-    from tvit_cli import main
+    from tvit_cli import cli
 
-    monkeypatch.setattr(main.commands, "train", lambda loaded, verbosity: seen.append(loaded))
-    app = main.build_app()
+    monkeypatch.setattr(cli.commands, "train", lambda loaded, verbosity: seen.append(loaded))
+    app = cli.build_app()
     app(["train", "--lora_rank", "3", "--per_gpu-batch_size=5", "--no_log_wandb"], standalone_mode=False)
     assert (seen[0].settings.lora_rank, seen[0].settings.per_gpu_batch_size) == (3, 5)
     assert seen[0].origins["log_wandb"] == "flag"
@@ -80,19 +80,19 @@ def test_underscores_are_accepted_beside_hyphens(monkeypatch: pytest.MonkeyPatch
 
 def test_values_keep_their_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Loaded[TrainSettings]] = []
-    from tvit_cli import main
+    from tvit_cli import cli
 
-    monkeypatch.setattr(main.commands, "train", lambda loaded, verbosity: seen.append(loaded))
-    main.build_app()(["train", "--lora-bias", "lora_only", "--experiment-name", "a_b"], standalone_mode=False)
+    monkeypatch.setattr(cli.commands, "train", lambda loaded, verbosity: seen.append(loaded))
+    cli.build_app()(["train", "--lora-bias", "lora_only", "--experiment-name", "a_b"], standalone_mode=False)
     assert (seen[0].settings.lora_bias, seen[0].settings.experiment_name) == ("lora_only", "a_b")
 
 
 def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Loaded[PredictSettings]] = []
-    from tvit_cli import main
+    from tvit_cli import cli
 
-    monkeypatch.setattr(main.commands, "predict", lambda loaded, verbosity: seen.append(loaded))
-    main.build_app()(["predict", "a.avi", "b", "--top-k", "3", "--json"], standalone_mode=False)
+    monkeypatch.setattr(cli.commands, "predict", lambda loaded, verbosity: seen.append(loaded))
+    cli.build_app()(["predict", "a.avi", "b", "--top-k", "3", "--json"], standalone_mode=False)
     settings = seen[0].settings
     assert settings.paths == ("a.avi", "b")
     assert (settings.top_k, settings.json_lines) == (3, True)

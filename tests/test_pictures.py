@@ -10,11 +10,11 @@ import pytest
 import simplejpeg
 from test_video import solid_colour, turn
 
-from tvit_cli.data.packing import pack_video
+from tvit_cli.data.framestore_format import CRC, FRAME, Parameters
+from tvit_cli.data.framestore_writer import pack_video
 from tvit_cli.data.pictures import Planes
-from tvit_cli.data.storeformat import CRC, FRAME, Parameters
 from tvit_cli.data.video import read_clip, read_pictures
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video_writer import write_video
 
 Make = Callable[..., Path]
 

@@ -25,16 +25,14 @@ from safetensors.torch import load_file
 from tiny import make_clips, run
 
 import tvit_cli
-from tvit_cli import commands, main
-from tvit_cli.engine.embeddings import write_embeddings
-from tvit_cli.engine.events import Event, Note, Progress, silent
-from tvit_cli.engine.places import find_videos
-from tvit_cli.engine.predict import predict
-from tvit_cli.engine.timelines import tell
+from tvit_cli import cli, commands
+from tvit_cli.engine.predict import predict, predict_timelines, write_embeddings
+from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
-from tvit_cli.model import int8
+from tvit_cli.model import linear
 from tvit_cli.model.folder import load_model
+from tvit_cli.results import Event, Note, Progress, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
 
@@ -128,7 +126,7 @@ def test_a_broken_clip_is_reported_the_rest_is_predicted_and_the_exit_code_is_1(
 
 
 def test_predictions_are_the_evaluations(trained: TrainResult, clip: Path) -> None:
-    from tvit_cli.engine.eval import evaluate
+    from tvit_cli.engine.evaluate import evaluate
     from tvit_cli.settings.eval import EvalSettings
 
     result = evaluate(EvalSettings(model=trained.model, num_workers=0, device="cpu"))
@@ -149,7 +147,7 @@ def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(
         settings = PredictSettings(paths=(str(clips),), model=trained.model, top_k=3, device="cpu", **chosen)
         return [dict(prediction.labels) for prediction in predict(settings).predictions]
 
-    monkeypatch.setattr(int8, "is_fast", lambda: True)
+    monkeypatch.setattr(linear, "is_fast", lambda: True)
     whole, rounded = answers(), answers(int8=True)
     assert len(whole) == 18 and whole != rounded
     assert [max(a, key=a.__getitem__) for a in whole] == [max(a, key=a.__getitem__) for a in rounded]
@@ -160,7 +158,7 @@ def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(
 def test_8_bits_are_left_out_with_a_word_where_they_are_slower(
     trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "is_fast", lambda: False)
+    monkeypatch.setattr(linear, "is_fast", lambda: False)
     said: list[Event] = []
     facts: dict[str, Any] = {"paths": (str(clip),), "model": trained.model, "device": "cpu"}
     whole, asked = (predict(PredictSettings(**facts, int8=chosen), said.append) for chosen in (False, True))
@@ -448,11 +446,11 @@ def test_a_file_that_has_no_place_is_refused_before_a_model_is_opened(
     locked = tmp_path / "locked"  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != locked and there(path, mode))
     monkeypatch.setattr("tvit_cli.engine.predict.open_model", None)
-    monkeypatch.setattr("tvit_cli.engine.timelines.open_model", None)
+    monkeypatch.setattr("tvit_cli.engine.predict.open_model", None)
     for window in {"output": ("2s",), "annotate": (None, "2s")}.get(option, (None,)):
         settings = asked(trained, tmp_path / "self.mp4", window=window, **{option: str(tmp_path / file)})
         with pytest.raises(DataError, match=sentence):
-            (tell if window else predict)(settings)
+            (predict_timelines if window else predict)(settings)
 
 
 @pytest.mark.parametrize("option", ["embeddings", "explain", "annotate", "output"])
@@ -466,7 +464,7 @@ def test_a_disk_that_fills_meanwhile_does_not_cost_the_labels(
     suffix = {"embeddings": ".safetensors", "explain": ".png", "annotate": ".mp4", "output": ""}[option]
     window = ["--window", "100ms"] if option == "output" else []
     with pytest.raises(SystemExit) as stopped:
-        main.run(
+        cli.run(
             [
                 "predict",
                 str(clip),
@@ -498,7 +496,7 @@ def test_how_much_of_a_labelled_video_is_written_is_told(
     ).settings
     told: list[Event] = []
     if window:
-        tell(settings, told.append)
+        predict_timelines(settings, told.append)
     else:
         predict(settings, told.append)
     written = [event for event in told if isinstance(event, Progress) and event.what == "seconds written"]
@@ -506,10 +504,10 @@ def test_how_much_of_a_labelled_video_is_written_is_told(
     assert isinstance(told[-1], Note) and str(out) in told[-1].text
     drawn: list[Any] = []
     monkeypatch.setattr(
-        "tvit_cli.engine.annotate.annotate", lambda path, place, segments, *_: drawn.extend(segments)
+        "tvit_cli.engine.predict.timeline.annotate", lambda path, place, segments, *_: drawn.extend(segments)
     )
     if window:
-        (found,) = tell(settings, silent)
+        (found,) = predict_timelines(settings, silent)
         assert found.timeline is not None and drawn == list(found.timeline.segments)
     else:
         (said,) = predict(settings, silent).predictions
@@ -524,6 +522,6 @@ def test_memory_that_runs_out_is_no_mistake_of_ours(
 
     monkeypatch.setattr("tvit_cli.engine.predict.open_model", full)
     with pytest.raises(SystemExit) as stopped:
-        main.run(["predict", str(clip), "--model", str(trained.model)])
+        cli.run(["predict", str(clip), "--model", str(trained.model)])
     assert stopped.value.code == 1
     assert capsys.readouterr().err.strip() == "error: Memory ran out."

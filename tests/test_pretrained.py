@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tvit_cli.errors import ModelError
 from tvit_cli.model import weights as weights_module
-from tvit_cli.model.config import ATTENTIONS
 from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
-from tvit_cli.model.vit import TemporalViT, build_model
+from tvit_cli.portable.config import ATTENTIONS
+from tvit_cli.portable.vit import TemporalViT, build_model
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
 
 with warnings.catch_warnings():

@@ -21,10 +21,12 @@ import torch
 from fuse import sitecustomize
 from tiny import make_clips, make_pretrained, run, settings
 
-from tvit_cli.data.checked import unreadable_videos
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine import inputs, scoring, source
-from tvit_cli.settings.fields import GROUP_PATTERN
+from tvit_cli.engine.dataset import unreadable_videos
+from tvit_cli.engine.distributed import default_worker_count, local_processes
+from tvit_cli.engine.evaluate import scoring
+from tvit_cli.engine.train import batches
+from tvit_cli.settings.types import GROUP_PATTERN
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,9 +61,9 @@ def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
 
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """What FLOAT64 does to a process that is started, done to this one until the test ends."""
-    for module, name in ((inputs, "train_transform"), (scoring, "eval_transform")):
+    for module, name in ((batches, "train_transform"), (scoring, "eval_transform")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    sitecustomize.float64_in_inputs(inputs)
+    sitecustomize.float64_in_inputs(batches)
     sitecustomize.float64_in_scoring(scoring)
 
 
@@ -80,7 +82,7 @@ def test_processes_part_before_they_end(facts: dict[str, Any], tmp_path: Path, e
     (tmp_path / "program.py").write_text(
         "import atexit\n"
         "from torch import distributed\n"
-        "from tvit_cli.main import run\n"
+        "from tvit_cli.cli import run\n"
         "atexit.register(lambda: print('together' if distributed.is_initialized() else 'parted', flush=True))\n"
         f"run(['train', '--config', {str(tmp_path / 'own.json')!r}, '-q'])\n"
     )
@@ -247,17 +249,17 @@ def test_cores_are_shared_by_the_processes_of_this_machine(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)), raising=False)
-    assert source.local_processes() == count
-    assert source.default_workers() == min(16, 32 // count - 1)
+    assert local_processes() == count
+    assert default_worker_count() == min(16, 32 // count - 1)
 
 
 def test_of_processes_that_a_queue_started_each_still_knows_that_it_is_not_alone(tmp_path: Path) -> None:
     code = (
         "import os\nfrom tvit_cli.engine.launch import make_accelerator\n"
-        "from tvit_cli.engine.source import local_processes\n"
+        "from tvit_cli.engine.distributed import local_processes\n"
         "for _ in range(2): make_accelerator(device='cpu', mixed_precision='no')\n"
         "print(local_processes(), flush=True)\n"
-        "from tvit_cli.engine.parallel import leave\nleave(well=True)"
+        "from tvit_cli.engine.distributed import shutdown\nshutdown(graceful=True)"
     )
     (tmp_path / "told.py").write_text(code)
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import run
 
-from tvit_cli.engine.eval import evaluate
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.predict import predict
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.predict import PredictSettings

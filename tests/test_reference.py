@@ -18,21 +18,21 @@ from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips
 from torch import Tensor
 
-from tvit_cli import load_model, main
-from tvit_cli.data.sampling import segment_indices
-from tvit_cli.data.transforms import eval_transform
+from tvit_cli import cli, load_model
+from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import read_clip
-from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.export import export
 from tvit_cli.engine.predict import predict
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, ModelError
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.pretrained import read_config
-from tvit_cli.model.referencelabels import UCF101
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.model.reference import UCF101
 from tvit_cli.model.weights import resolve_weights
+from tvit_cli.portable.reading import segment_indices
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.results import Event, Note
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
@@ -368,7 +368,7 @@ def test_it_is_typed_as_any_model(
     for arguments in (["predict", str(next(colours.glob("Red/*"))), "--model", "temporal-vit"],
                       ["eval", "--model", "temporal-vit", "--device", "cpu", *data]):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
-            main.run(arguments)
+            cli.run(arguments)
         assert ended.value.code in (0, None)
     shown = capsys.readouterr()
     assert "class " in shown.out and "video_top1" in shown.out.replace(" ", "_")

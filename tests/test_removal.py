@@ -10,24 +10,22 @@ from typing import Any
 import pytest
 from tiny import make_clips, make_pretrained, run, settings
 
-from tvit_cli import main
-from tvit_cli.data.remote import disk
-from tvit_cli.data.remote.fetch import fetch, fetch_files
-from tvit_cli.data.remote.landing import Landing
-from tvit_cli.data.storeformat import is_store
-from tvit_cli.data.storewriter import shard_paths
-from tvit_cli.engine.checkpoint import State, list_checkpoints, prune_checkpoints, save_checkpoint
-from tvit_cli.engine.eval import evaluate
+from tvit_cli import cli, files
+from tvit_cli.data.dataset_folder import Landing
+from tvit_cli.data.framestore_format import is_store
+from tvit_cli.data.framestore_writer import shard_paths
+from tvit_cli.data.http import fetch, fetch_files
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.export import export
-from tvit_cli.engine.run import why_not_replaced
 from tvit_cli.engine.train import TrainResult
-from tvit_cli.engine.trainseries import train_series
-from tvit_cli.errors import DataError, RunError, SettingsError
-from tvit_cli.model.folder import replacing
-from tvit_cli.removal import files_below, some
-from tvit_cli.report.drawing import Drawing
-from tvit_cli.report.png import to_png
-from tvit_cli.report.writing import write_pages
+from tvit_cli.engine.train.checkpoint import State, list_checkpoints, prune_checkpoints, save_checkpoint
+from tvit_cli.engine.train.run_folder import why_not_replaced
+from tvit_cli.engine.train.sweep import train_series
+from tvit_cli.errors import DataError, RunError, SettingsError, shorten
+from tvit_cli.files import files_below
+from tvit_cli.model.folder import replace_folder
+from tvit_cli.report.drawing import Drawing, to_png
+from tvit_cli.report.html import write_pages
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 
@@ -75,7 +73,7 @@ def train_again(facts: dict[str, Any], folder: Path, how: str, capsys: Any) -> t
     for name in own.model_fields_set:
         words += [f"--{name.replace('_', '-')}", str(getattr(own, name))]
     with pytest.raises(SystemExit) as ended:
-        main.run(["train", *words])
+        cli.run(["train", *words])
     return int(ended.value.code or 0), " ".join(capsys.readouterr().err.split())
 
 
@@ -226,7 +224,7 @@ def test_a_working_folder_with_a_foreign_file_keeps_it(tmp_path: Path) -> None:
         (work / name).touch()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "card.json").touch()
-    with replacing(tmp_path / "model") as new:
+    with replace_folder(tmp_path / "model") as new:
         (new / "card.json").write_text("new")
     assert files_below(tmp_path) == [".model.writing/thesis.txt", "model/card.json", "model/thesis.txt"]
 
@@ -235,7 +233,7 @@ def test_a_linked_working_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "new").mkdir(parents=True)
     (tmp_path / "thesis" / "new" / "thesis.txt").touch()
     (tmp_path / ".model.writing").symlink_to(tmp_path / "thesis")
-    with pytest.raises(OSError, match="exists"), replacing(tmp_path / "model"):
+    with pytest.raises(OSError, match="exists"), replace_folder(tmp_path / "model"):
         pass
     assert files_below(tmp_path / "thesis") == ["new/thesis.txt"]
 
@@ -284,7 +282,7 @@ def test_a_linked_working_folder_of_a_download_is_refused(tmp_path: Path) -> Non
     (tmp_path / "elsewhere" / "videos" / "cat.avi").touch()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="link: is in the way"):
-        disk.remove_work(tmp_path / "link", Landing(tmp_path / "set", "mini").own)
+        files.remove_work(tmp_path / "link", Landing(tmp_path / "set", "mini").own)
     assert files_below(tmp_path / "elsewhere") == ["videos/cat.avi"]
 
 
@@ -300,4 +298,4 @@ def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path: Path) -> 
 
 
 def test_a_message_names_the_first_files_and_counts_the_rest() -> None:
-    assert some(["a", "b", "c"]) == "a, b, c" and some(list("abcdefg")) == "a, b, c and 4 more"
+    assert shorten(["a", "b", "c"]) == "a, b, c" and shorten(list("abcdefg")) == "a, b, c and 4 more"

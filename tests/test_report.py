@@ -18,16 +18,14 @@ from pages import Page, trouble_in_chromium
 from PIL import Image
 from tiny import COLOURS, make_clips, run, settings
 
-from tvit_cli.data.transforms import eval_transform
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.data.augment import eval_transform
 from tvit_cli.engine.train import TrainResult, train
-from tvit_cli.report import machine, page, training, words, writing
-from tvit_cli.report.axes import ticks
+from tvit_cli.report import html, training
 from tvit_cli.report.charts import MOST_POINTS, Curve, curves_chart, thinned
-from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Text, text_width, to_svg
-from tvit_cli.report.pictures import Samples, film_strip, spread, to_pixels
-from tvit_cli.report.png import to_png
+from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Text, text_width, ticks, to_png, to_svg
+from tvit_cli.report.film import Samples, film_strip, spread, to_pixels
 from tvit_cli.report.training import TrainingFacts, curves, training_page
+from tvit_cli.results import Event, Note
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
@@ -101,8 +99,8 @@ def test_the_page_says_what_the_metrics_say(result: TrainResult) -> None:
     lines = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
     epochs = [r for r in lines if r["kind"] == "epoch"]
     best = epochs[result.best_epoch - 1]
-    assert f"test top-1{words.percent(result.test.metrics['video_top1'])}" in text
-    assert f"val top-1{words.percent(best['val_video_top1'])}best epoch, {result.best_epoch} of 3" in text
+    assert f"test top-1{html.percent(result.test.metrics['video_top1'])}" in text
+    assert f"val top-1{html.percent(best['val_video_top1'])}best epoch, {result.best_epoch} of 3" in text
     for record in epochs:
         assert f"epoch {record['epoch']}: val {record['val_loss']:.3g}" in text
     counted = json.loads((result.run / "val_per_class.jsonl").read_text().splitlines()[result.best_epoch - 1])
@@ -127,7 +125,7 @@ def test_the_curves_lie_beside_the_page_as_pictures(result: TrainResult) -> None
 def test_the_samples_are_what_the_model_was_given(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    from tvit_cli.model.vit import TemporalViT
+    from tvit_cli.portable.vit import TemporalViT
 
     given: list[torch.Tensor] = []
     real = TemporalViT.forward
@@ -157,7 +155,7 @@ def test_a_report_that_cannot_be_written_costs_no_training(
     def full(drawing: Drawing) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "to_png", full)
+    monkeypatch.setattr(html, "to_png", full)
     events: list[Event] = []
     facts = settings(path_to_data=str(clips), working_directory=tmp_path, epochs=1, **SCRATCH)
     done = train(facts, events.append)
@@ -223,7 +221,7 @@ def test_no_text_of_a_chart_overlaps_another_or_leaves_the_sheet(epochs: int, pe
         "Gradient norm, before clipping",
         [Curve(name, points, role) for name, role in zip(names, ("one", "two", "three"), strict=True)],  # type: ignore[arg-type]
         x_name="epoch",
-        show=words.number,
+        show=html.number,
         mark=(epochs, "best"),
     )
     assert chart is not None
@@ -327,23 +325,23 @@ def test_a_film_strip_shows_the_frames_side_by_side() -> None:
 
 
 def test_a_table_marks_the_rows_it_is_told_to_and_numbers_stand_right() -> None:
-    html = page.table(("a", "b"), [("x", 1), ("y", 2)], changed=[1])
-    assert html.count('class="changed"') == 1 and html.count('class="number"') == 2
-    assert page.table(("a",), []) == "" and page.section("empty", page.Html("")) == ""
+    text = html.table(("a", "b"), [("x", 1), ("y", 2)], changed=[1])
+    assert text.count('class="changed"') == 1 and text.count('class="number"') == 2
+    assert html.table(("a",), []) == "" and html.section("empty", html.Html("")) == ""
 
 
 def test_the_commit_of_a_working_tree_is_found_and_its_absence_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert machine.git_commit(tmp_path) == ""
+    assert html.git_commit(tmp_path) == ""
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):  # fmt: skip
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    commit = machine.git_commit(tmp_path)
+    commit = html.git_commit(tmp_path)
     assert len(commit) == 40
     (tmp_path / "a").write_text("1")
     subprocess.run(["git", "-C", str(tmp_path), "add", "a"], check=True)
-    assert machine.git_commit(tmp_path) == f"{commit}, with changes that are not committed"
+    assert html.git_commit(tmp_path) == f"{commit}, with changes that are not committed"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.git_commit(tmp_path) == ""
-    assert {"tvit", "torch", "python", "system"} <= machine.software(tmp_path).keys()
-    assert machine.hardware(torch.device("cpu"))["processor"]
+    assert html.git_commit(tmp_path) == ""
+    assert {"tvit", "torch", "python", "system"} <= html.software(tmp_path).keys()
+    assert html.hardware(torch.device("cpu"))["processor"]

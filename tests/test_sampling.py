@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tvit_cli.data.sampling import segment_indices
+from tvit_cli.portable.reading import segment_indices
 
 
 def test_centres_of_segments_are_taken_without_offsets() -> None:

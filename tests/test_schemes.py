@@ -13,17 +13,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tvit_cli.model.attention import over_time
-from tvit_cli.model.blocks import ACTIVATIONS
-from tvit_cli.model.config import ACTIVATIONS as ACTIVATION_NAMES
-from tvit_cli.model.config import ATTENTIONS, POOLS
-from tvit_cli.model.flops import count_flops
+from tvit_cli.engine.train.dryrun import count_flops
 from tvit_cli.model.folder import load_model, save_model
-from tvit_cli.model.lora import LoraSpec, merge
-from tvit_cli.model.pooling import POOLING
-from tvit_cli.model.schemes import SCHEMES
-from tvit_cli.model.trainable import set_trainable, trainable_tensors
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.model.lora import LoraSpec, merge, set_trainable, trainable_tensors
+from tvit_cli.portable.config import ACTIVATIONS as ACTIVATION_NAMES
+from tvit_cli.portable.config import ATTENTIONS, POOLS
+from tvit_cli.portable.layers import ACTIVATIONS, over_time
+from tvit_cli.portable.vit import POOLING, SCHEMES, TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
 

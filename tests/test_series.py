@@ -11,19 +11,13 @@ from typing import Any
 import pytest
 from tiny import make_clips, make_pretrained, settings
 
-from tvit_cli import main
-from tvit_cli.engine import trainseries as engine
-from tvit_cli.engine.checkpoint import list_checkpoints
-from tvit_cli.engine.events import Event, Note
-from tvit_cli.engine.series import (
-    SeriesResult,
-    evaluate_series,
-    series_models,
-    summarise,
-)
-from tvit_cli.engine.trainseries import train_series
+from tvit_cli import cli
+from tvit_cli.engine.train import sweep as engine
+from tvit_cli.engine.train.checkpoint import list_checkpoints
+from tvit_cli.engine.train.sweep import SeriesResult, evaluate_series, series_models, summarise, train_series
 from tvit_cli.errors import Interrupted, ModelError, SettingsError
 from tvit_cli.model.folder import load_card
+from tvit_cli.results import Event, Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -175,7 +169,7 @@ def test_the_command_prints_every_run_and_the_mean(
         if key not in ("working_directory", "seed"):
             arguments += [f"--{key.replace('_', '-')}", str(value)]
     with pytest.raises(SystemExit) as end:
-        main.run(arguments)
+        cli.run(arguments)
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert "seed0-split1" in out and "seed1-split1" in out and "mean ± sd" in out
@@ -203,7 +197,7 @@ def test_a_series_is_scored_as_a_whole(
     written = json.loads((trained.folder / "eval" / "test" / "summary.json").read_text())
     assert written["sd"]["loss"] == scored.summary["loss"][1]
     with pytest.raises(SystemExit) as end:
-        main.run(["eval", "--model", str(trained.folder), "--device", "cpu"])
+        cli.run(["eval", "--model", str(trained.folder), "--device", "cpu"])
     assert end.value.code == 0 and "mean ± sd" in capsys.readouterr().out
 
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from tiny import last_weights, make_clips, make_pretrained, run, settings
 
 from tvit_cli.data.layout import Video, read_layout
-from tvit_cli.engine import standardise
-from tvit_cli.engine.dryrun import dry_run
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.evaluate.scoring import WithFeatures, merge_scores, score
 from tvit_cli.engine.predict import load_model
-from tvit_cli.engine.scoring import WithFeatures, merge_scores, score
+from tvit_cli.engine.train import build
+from tvit_cli.engine.train.dryrun import dry_run
 from tvit_cli.errors import SettingsError
-from tvit_cli.model.additions import FeatureNorm
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.portable.layers import FeatureNorm
+from tvit_cli.portable.vit import ViTConfig, build_model
+from tvit_cli.results import Event, Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -141,7 +141,7 @@ def test_two_processes_start_with_the_numbers_of_one(facts: dict[str, object], t
 def test_a_dry_run_says_that_clips_would_be_read_and_reads_none_of_them(
     facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tvit_cli.engine.opening.standardise_features", None)  # to call it is an error
+    monkeypatch.setattr("tvit_cli.engine.train.standardise_features", None)  # to call it is an error
     said: list[Event] = []
     dry_run(settings(**facts, working_directory=tmp_path), said.append)
     videos = [video for video in layout(facts) if video.subset == "train"]
@@ -156,12 +156,12 @@ def test_of_many_clips_some_from_all_places_are_taken(
     facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(**facts, working_directory=tmp_path)
-    monkeypatch.setattr(standardise, "MOST_CLIPS", 3)
+    monkeypatch.setattr(build, "MOST_CLIPS", 3)
     few = run(**facts, working_directory=tmp_path)
     shifts = [load_file(r.model / "model.safetensors")["feature_norm.shift"] for r in (whole, few)]
     assert not torch.allclose(*shifts)
     videos = layout(facts)
-    chosen = standardise._evenly(videos)
+    chosen = build._evenly(videos)
     places = [videos.index(video) for video in chosen]
     assert places == [(2 * i + 1) * len(videos) // 6 for i in range(3)]
 

@@ -21,22 +21,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tvit_cli import commands
-from tvit_cli.data.sampling import indices_on_grid, segment_indices
-from tvit_cli.data.video import Played, play, read_clip
-from tvit_cli.data.windows import frame_places, slide
-from tvit_cli.data.writer import write_video
-from tvit_cli.engine.ahead import ahead
-from tvit_cli.engine.events import silent
-from tvit_cli.engine.predict import Model
-from tvit_cli.engine.timeline import Timeline
-from tvit_cli.engine.timelines import folder_names, tell
+from tvit_cli.data.video import TimedFrame, iter_frames, read_clip
+from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine.predict import Model, folder_names, predict_timelines
+from tvit_cli.engine.predict.timeline import Timeline, frame_positions, prefetch, sliding_windows
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.portable.reading import indices_on_grid, segment_indices
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
+from tvit_cli.report.film import clock, timeline_png
 from tvit_cli.report.segments import best_path, change_prices, find_segments, smooth
-from tvit_cli.report.timeline import clock, timeline_png
+from tvit_cli.results import silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.predict import PredictSettings
@@ -49,7 +46,7 @@ def film(
     seconds: float,
     rate: int = RATE,
     converted: Callable[[int, np.ndarray], None] = lambda number, frame: None,
-) -> Iterator[Played]:
+) -> Iterator[TimedFrame]:
     """Frames of one pixel whose value is their number."""
     for number in range(round(seconds * rate)):
 
@@ -58,7 +55,7 @@ def film(
             converted(number, frame)
             return frame
 
-        yield Played(number / rate, (number + 1) / rate, seconds, picture)
+        yield TimedFrame(number / rate, (number + 1) / rate, seconds, picture)
 
 
 class Brightness(nn.Module):
@@ -104,8 +101,8 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(
     frames: int, n_frames: int, grid: int | None
 ) -> None:
-    (window,) = slide(
-        film(frames / 12, 12), length=frames / 12, stride=1e3, places=frame_places(n_frames, grid)
+    (window,) = sliding_windows(
+        film(frames / 12, 12), length=frames / 12, stride=1e3, places=frame_positions(n_frames, grid)
     )
     expected = indices_on_grid(frames, n_frames, grid=grid) if grid else segment_indices(frames, n_frames)
     assert window.frames()[:, 0, 0, 0].tolist() == expected
@@ -113,11 +110,11 @@ def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(
 
 
 def test_windows_begin_every_stride_and_end_within_the_video() -> None:
-    windows = list(slide(film(5), length=2, stride=0.5, places=frame_places(4, None)))
+    windows = list(sliding_windows(film(5), length=2, stride=0.5, places=frame_positions(4, None)))
     assert [w.start for w in windows] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     for w in windows:
         assert w.frames()[:, 0, 0, 0].tolist() == [round(RATE * w.start) + n for n in (2, 7, 12, 17)]
-    assert not list(slide(film(5), length=5.01, stride=1, places=[0.5]))
+    assert not list(sliding_windows(film(5), length=5.01, stride=1, places=[0.5]))
 
 
 def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
@@ -131,7 +128,9 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
         alive[number] = frame
         most = max(most, len(alive))
 
-    for window in slide(film(3600, converted=converted), length=2, stride=0.5, places=frame_places(4, None)):
+    for window in sliding_windows(
+        film(3600, converted=converted), length=2, stride=0.5, places=frame_positions(4, None)
+    ):
         count += 1
         assert len(window.pictures) == 4
     assert count == 3598 * 2 + 1
@@ -142,8 +141,8 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
 
 def test_a_frame_that_is_shown_for_years_fills_no_memory() -> None:
     grey = np.full((1, 1, 3), 7, np.uint8)
-    played = [Played(0, 3e8, 3e8, lambda: grey)]
-    windows = slide(played, length=2, stride=0.5, places=frame_places(4, None))
+    played = [TimedFrame(0, 3e8, 3e8, lambda: grey)]
+    windows = sliding_windows(played, length=2, stride=0.5, places=frame_positions(4, None))
     tracemalloc.start()
     try:
         found = list(itertools.islice(windows, 1000))
@@ -158,21 +157,21 @@ def test_frames_of_a_video_are_played_without_gaps(
     tmp_path: Path, make_video: Callable[..., Path], packed_xvid: Path
 ) -> None:
     path = make_video(tmp_path / "a.mp4", frames=9, rate=10)
-    played = list(play(path))
+    played = list(iter_frames(path))
     assert [p.start for p in played] == pytest.approx([n / 10 for n in range(9)])
     assert all(a.end == b.start for a, b in itertools.pairwise(played)) and played[-1].end == pytest.approx(
         0.9
     )
     clip = read_clip(path, lambda count: range(count))
-    pictures = [p.picture() for p in play(path)]
+    pictures = [p.picture() for p in iter_frames(path)]
     assert np.array_equal(np.stack(pictures), clip.frames)
-    assert next(play(path, short_side=24)).picture().shape == (24, 32, 3)
-    odd = list(play(packed_xvid))  # whose times go back
+    assert next(iter_frames(path, short_side=24)).picture().shape == (24, 32, 3)
+    odd = list(iter_frames(packed_xvid))  # whose times go back
     assert len(odd) == 39 and all(p.end > p.start for p in odd)
     assert odd[-1].end == pytest.approx(39 / 25, abs=0.1)
     (tmp_path / "text.avi").write_text("no video")
     with pytest.raises(VideoError, match=r"text.avi: not a video"):
-        next(play(tmp_path / "text.avi"))
+        next(iter_frames(tmp_path / "text.avi"))
 
 
 def test_smoothing_is_the_mean_of_the_windows_over_each_cell() -> None:
@@ -288,7 +287,7 @@ def test_what_fails_while_decoding_is_raised_where_it_is_waited_for(tmp_path: Pa
 def test_work_ahead_is_bounded_and_ends_when_nobody_wants_the_rest() -> None:
     made: list[int] = []
     before = threading.active_count()
-    items = ahead((made.append(n) or n for n in range(1000)), depth=2)  # type: ignore[func-returns-value]
+    items = prefetch((made.append(n) or n for n in range(1000)), depth=2)  # type: ignore[func-returns-value]
     assert next(items) == 0
     deadline = time.monotonic() + 20
     while len(made) < 3 and time.monotonic() < deadline:
@@ -297,7 +296,7 @@ def test_work_ahead_is_bounded_and_ends_when_nobody_wants_the_rest() -> None:
     assert 3 <= len(made) <= 4  # one taken, two waiting, one in hand
     items.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
-    assert list(ahead(range(50))) == list(range(50))
+    assert list(prefetch(range(50))) == list(range(50))
 
 
 def test_times_are_read_and_shown_as_people_write_them() -> None:
@@ -392,7 +391,7 @@ def test_windows_stride_and_smoothing_are_as_asked_for(
 
     def windows(**flags: str) -> int:
         own = {"paths": [str(day)], "model": str(folder), "window": "2s", "device": "cpu", **flags}
-        (told,) = tell(load(PredictSettings, flags=own, environ={}).settings, silent)
+        (told,) = predict_timelines(load(PredictSettings, flags=own, environ={}).settings, silent)
         assert told.timeline is not None
         return len(told.timeline.scores)
 

@@ -19,18 +19,16 @@ import test_fits
 import torch
 from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
 
-from tvit_cli import main
+from tvit_cli import cli
 from tvit_cli.data.clips import ClipDataset
-from tvit_cli.engine import checkpoint
-from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
-from tvit_cli.engine.eval import evaluate
-from tvit_cli.engine.events import Event, Note
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.identity import check_identity, refuse_disagreement
-from tvit_cli.engine.optim import learning_rate_at
-from tvit_cli.engine.run import Run as RunFolder
-from tvit_cli.engine.run import held, next_name
-from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.engine.train import TrainResult, checkpoint, train
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.fingerprint import check_fingerprint, check_ranks_agree
+from tvit_cli.engine.train.optim import learning_rate_at
+from tvit_cli.engine.train.run_folder import Run as RunFolder
+from tvit_cli.engine.train.run_folder import next_name, run_lock
 from tvit_cli.errors import (
     CheckpointError,
     DataError,
@@ -41,6 +39,7 @@ from tvit_cli.errors import (
     VideoError,
 )
 from tvit_cli.model.folder import load_model
+from tvit_cli.results import Event, Note
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.train import TrainSettings
@@ -73,7 +72,7 @@ def trained(clips: Path, pretrained: Path, tmp_path: Path) -> Run:
 def typed(*words: str) -> None:
     """Run the program in this process; it ends well."""
     with pytest.raises(SystemExit) as ended:
-        main.run(words)
+        cli.run(words)
     assert not ended.value.code
 
 
@@ -280,7 +279,7 @@ def test_resuming_with_settings_that_change_the_result_is_refused_with_the_diffe
 
 
 def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained: Run) -> None:
-    from tvit_cli.engine import checkpoint
+    from tvit_cli.engine.train import checkpoint
 
     result = trained(epochs=2)
     path = list_checkpoints(result.run / "checkpoints")[0]
@@ -326,7 +325,7 @@ def test_a_checkpoint_under_another_name_is_resumed(trained: Run) -> None:
 
 
 def test_two_trainings_never_share_a_folder(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tvit_cli.engine import run as module
+    from tvit_cli.engine.train import run_folder as module
 
     trained(experiment_name="colours-1")
     monkeypatch.setattr(module, "next_name", lambda root, data: "colours-9")
@@ -452,7 +451,7 @@ def test_a_run_of_several_processes_goes_on_with_as_many(
     last = list_checkpoints(own.run / "checkpoints")[-1]
     started: list[int] = []
     monkeypatch.setattr(
-        "tvit_cli.engine.processes.run_processes", lambda count, *rest, **more: started.append(count) or 0
+        "tvit_cli.engine.launch.run_local_processes", lambda count, *rest, **more: started.append(count) or 0
     )
     typed("train", "--resume-from-checkpoint", str(last))
     typed("train", "--resume-from-checkpoint", str(last), "--num-processes", "3")
@@ -461,11 +460,11 @@ def test_a_run_of_several_processes_goes_on_with_as_many(
     with pytest.raises(
         CheckpointError, match=r"processes: 2 -> 1\n.*\nIt takes 2 processes \(--num-processes"
     ):
-        check_identity({**found, "processes": 2}, found)
+        check_fingerprint({**found, "processes": 2}, found)
     with pytest.raises(
         CheckpointError, match="began with videos goes on with them: move its frame store away"
     ):
-        check_identity(found, {**found, "frames": "store, of 32 frames"})
+        check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
 
 
 def test_settings_of_a_resumed_run_are_shown_as_they_are(
@@ -530,9 +529,9 @@ def test_what_begins_with_a_model_of_another_scheme_and_what_has_no_effect_is_sa
 
 def test_processes_that_see_different_videos_do_not_start() -> None:
     own = {"training videos": "12 (ab)", "frames": "videos"}
-    refuse_disagreement([own, own])
+    check_ranks_agree([own, own])
     with pytest.raises(RunError, match=r"Process 1 has not what process 0 has \(training videos\)"):
-        refuse_disagreement([own, {**own, "training videos": "11 (cd)"}])
+        check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
@@ -574,7 +573,7 @@ def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained: Run) -
         trained(experiment_name="mine", epochs=3)
     with (
         pytest.raises(RunError, match="another training has just taken this name"),
-        held(RunFolder(first.run, first.run / "checkpoints", None)),
+        run_lock(RunFolder(first.run, first.run / "checkpoints", None)),
     ):
         pass
     holder.communicate(b"")
@@ -916,16 +915,16 @@ def test_no_setting_without_an_effect(
 
 
 def test_workers_are_as_many_as_asked_for(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tvit_cli.data import loading
+    from tvit_cli.data import clips
 
     asked: list[int] = []
-    real = loading.DataLoader
+    real = clips.DataLoader
 
     def spy(*arguments: Any, **keywords: Any) -> Any:
         asked.append(keywords["num_workers"])
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(loading, "DataLoader", spy)
+    monkeypatch.setattr(clips, "DataLoader", spy)
     trained(epochs=1, num_workers=2)
     assert asked[0] == 2  # of the training; validation has fewer batches
 
@@ -1036,7 +1035,7 @@ def test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TVIT_EPOCHS", "7")
     words = ["train", "--show-settings", "--preset", "quickstart", "--lora-rank", "3"]
-    main.build_app()(words, standalone_mode=False)
+    cli.build_app()(words, standalone_mode=False)
     shown = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
     assert [word.strip() for word in shown["lora_rank"]] == ["3", "flag"]
     assert [word.strip() for word in shown["epochs"]] == ["7", "environment"]

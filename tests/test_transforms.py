@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvit_cli.data import transforms
+from tvit_cli.data import augment
+from tvit_cli.data.augment import Augmentation, eval_transform, train_transform
 from tvit_cli.data.randaugment import OPERATIONS
-from tvit_cli.data.transforms import Augmentation, eval_transform, train_transform
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
@@ -220,8 +220,8 @@ def only(**how: float) -> Augmentation:
 
 def factors_of(monkeypatch: pytest.MonkeyPatch, **how: float) -> None:
     """Fixes what is drawn: brightness, contrast, saturation, hue."""
-    draw = transforms._draw
-    monkeypatch.setattr(transforms, "_draw", lambda *args: replace(draw(*args), **how))  # type: ignore[arg-type]
+    draw = augment._draw
+    monkeypatch.setattr(augment, "_draw", lambda *args: replace(draw(*args), **how))  # type: ignore[arg-type]
 
 
 def test_jitter_means_what_it_means_in_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_randaugment_comes_before_the_jitter_and_leaves_the_other_draws_as_they_
     off = train(clips, keys)
     assert not torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
     seen: list[Tensor] = []
-    monkeypatch.setattr(transforms, "randaugment", lambda pixels, **how: seen.append(pixels) or pixels)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(augment, "randaugment", lambda pixels, **how: seen.append(pixels) or pixels)  # type: ignore[func-returns-value]
     assert torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
     assert all(pixels.dtype == torch.uint8 and pixels.shape == (4, 3, SIZE, SIZE) for pixels in seen)
 

@@ -15,10 +15,16 @@ import pytest
 from av.stream import Disposition
 
 from tvit_cli.data import video
-from tvit_cli.data.sampling import segment_indices
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, decode_first, probe, read_clip
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video import (
+    VIDEO_SUFFIXES,
+    count_frames,
+    decode_first,
+    probe,
+    read_clip,
+)
+from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import RunError, TvitError, VideoError
+from tvit_cli.portable.reading import segment_indices
 
 Make = Callable[..., Path]
 ReadNumbers = Callable[[np.ndarray], list[int]]
@@ -133,13 +139,13 @@ def test_up_to_three_missing_frames_cost_no_second_pass(
     three_short = make_video(tmp_path / "short.avi", frames=30, codec="mjpeg", pixel_format="yuvj420p")
     write_packets(three_short, lambda number, packet: b"junk" * 8 if number in (5, 6, 20) else bytes(packet))
     opened: list[Path] = []
-    once = video.opened
+    once = video.open_video
 
     def spy(path: Path, **how: Any) -> Any:
         opened.append(path)
         return once(path, **how)
 
-    monkeypatch.setattr(video, "opened", spy)
+    monkeypatch.setattr(video, "open_video", spy)
     for path, count in ((packed_xvid, 39), (three_short, 27)):
         assert read_clip(path, lambda n: segment_indices(n, 8)).frame_count == count
         assert opened.count(path) == 1

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tvit_cli.model.blocks import ACTIVATIONS, DropPath
-from tvit_cli.model.config import ATTENTIONS
-from tvit_cli.model.flops import count_flops
-from tvit_cli.model.schemes import SCHEMES
-from tvit_cli.model.vit import TemporalViT, TokenDrop, ViTConfig, build_model
+from tvit_cli.engine.train.dryrun import count_flops
+from tvit_cli.portable.config import ATTENTIONS
+from tvit_cli.portable.layers import ACTIVATIONS, DropPath
+from tvit_cli.portable.vit import SCHEMES, TemporalViT, TokenDrop, ViTConfig, build_model
 
 SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
 

@@ -14,14 +14,14 @@ import torch
 from tiny import make_clips, run, settings
 from torch import Tensor
 
-from tvit_cli.engine import loop
-from tvit_cli.engine.batches import BatchPlan, MicroBatch
-from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.loopstate import Loop
-from tvit_cli.engine.watch import BadClip, LossWatch, loss_error, not_finite
+from tvit_cli.engine.train import loop
+from tvit_cli.engine.train.batches import BatchPlan, MicroBatch
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.monitor import BadClip, LossWatch, loss_error, non_finite_names
+from tvit_cli.engine.train.state import Loop
 from tvit_cli.errors import RunError
-from tvit_cli.model.vit import TemporalViT
+from tvit_cli.portable.vit import TemporalViT
 
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
 NAN, INF = float("nan"), float("inf")
@@ -89,7 +89,7 @@ def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_pa
 
 def test_tensors_that_are_not_finite_are_found_by_name() -> None:
     tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, INF]), "c": torch.tensor(NAN)}
-    assert not_finite(tensors) == ["b", "c"] and not_finite({}) == []
+    assert non_finite_names(tensors) == ["b", "c"] and non_finite_names({}) == []
 
 
 def spoil_forward(monkeypatch: pytest.MonkeyPatch, *, call: int, row: int) -> None:
@@ -111,10 +111,10 @@ def spoil_forward(monkeypatch: pytest.MonkeyPatch, *, call: int, row: int) -> No
 
 def trained_names(clips: Path) -> list[str]:
     """The training videos of `tiny.settings`, in their order: one group of six held out for val, one for test."""
-    from tvit_cli.engine.source import open_source
+    from tvit_cli.engine.dataset import open_dataset
 
     facts = settings(path_to_data=str(clips))
-    source = open_source(
+    source = open_dataset(
         facts.path_to_data,
         group_pattern=facts.group_pattern,
         val_groups=facts.val_groups,

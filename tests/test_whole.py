@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tvit_cli.data.whole import whole_file
-from tvit_cli.data.writer import video_writer
-from tvit_cli.engine import explain
-from tvit_cli.engine.timeline import write_timeline
+from tvit_cli.data.video_writer import video_writer
+from tvit_cli.engine.predict import explain
+from tvit_cli.engine.predict.timeline import write_timeline
 from tvit_cli.errors import RunError
+from tvit_cli.files import atomic_write
 from tvit_cli.report.segments import Segment, Timeline
 
 
 def test_a_file_is_put_in_its_place_when_all_of_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "out.csv"
     for text in ("old", "new"):
-        with whole_file(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text(text)
             assert beside.suffix == ".csv" and beside.name.startswith(".")
             assert path.exists() == (text == "new")
@@ -34,7 +34,7 @@ def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_beside_it(tmp_pat
     for before in (None, "old"):
         if before is not None:
             path.write_text(before)
-        with pytest.raises(OSError, match="No space left"), whole_file(path) as beside:
+        with pytest.raises(OSError, match="No space left"), atomic_write(path) as beside:
             beside.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
         assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else [before])
@@ -42,7 +42,7 @@ def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_beside_it(tmp_pat
 
 def test_a_folder_that_cannot_be_made_is_the_error_that_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file"), whole_file(tmp_path / "file" / "out.csv"):
+    with pytest.raises(FileExistsError, match="file"), atomic_write(tmp_path / "file" / "out.csv"):
         pass
 
 

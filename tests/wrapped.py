@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tvit_cli.model import lora
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 
 CLASSES = 3
 

@@ -1,6 +1,8 @@
 """`python -m tvit_cli`, which is also what torchrun and accelerate launch start."""
 
-from tvit_cli.main import run
+from __future__ import annotations
+
+from tvit_cli.cli import run
 
 if __name__ == "__main__":
     run()

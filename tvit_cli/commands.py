@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from tvit_cli.errors import DataError, RunError
 
 if TYPE_CHECKING:
-    from tvit_cli.console import Console
-    from tvit_cli.engine.dryrun import DryRun
+    from tvit_cli.console import Console, Verbosity
     from tvit_cli.engine.extract import CheckResult
     from tvit_cli.engine.predict import Prediction
-    from tvit_cli.engine.series import SeriesResult
-    from tvit_cli.options import Verbosity
+    from tvit_cli.engine.train.dryrun import DryRun
+    from tvit_cli.engine.train.sweep import SeriesResult
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
@@ -30,8 +29,8 @@ def download(loaded: Loaded[DownloadSettings], verbosity: Verbosity) -> None:
     """Fetch, verify or repair a data set, or list the known ones."""
     from tvit_cli.console import Console, size
     from tvit_cli.engine import download as engine
-    from tvit_cli.engine.events import Note, Progress
-    from tvit_cli.engine.source import make_demo_data
+    from tvit_cli.engine.dataset import make_demo_data
+    from tvit_cli.results import Note, Progress
 
     settings = loaded.settings
     console = Console(verbosity)
@@ -65,7 +64,7 @@ def extract(loaded: Loaded[ExtractSettings], verbosity: Verbosity) -> None:
     """Make a frame store and say what it holds, or show what `--check` found."""
     from tvit_cli.console import Console
     from tvit_cli.engine import extract as engine
-    from tvit_cli.engine.events import silent
+    from tvit_cli.results import silent
 
     settings = loaded.settings
     with Console(verbosity) as console:
@@ -120,7 +119,7 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     from tvit_cli.console import Console
 
     if loaded.settings.resume_from_checkpoint is not None and len(loaded.series) == 1:
-        from tvit_cli.engine.run import find_run, saved_settings
+        from tvit_cli.engine.train.run_folder import find_run, saved_settings
 
         loaded = loaded.over(saved_settings(find_run(loaded.settings)))
     if loaded.settings.show_settings:
@@ -132,12 +131,12 @@ def train(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
         Console(verbosity).table(["setting", "value", "from"], rows)
         return
     from tvit_cli.engine import train as engine
-    from tvit_cli.engine.dryrun import dry_run
-    from tvit_cli.engine.processes import end_with_launcher
+    from tvit_cli.engine.launch import exit_with_launcher
+    from tvit_cli.engine.train.dryrun import dry_run
 
     if _several_processes(loaded.settings.num_processes, resumes=True):
         return
-    end_with_launcher()
+    exit_with_launcher()
     if len(loaded.series) > 1 and not loaded.settings.dry_run:
         _train_series(loaded, verbosity)
         return
@@ -197,11 +196,11 @@ def _show_plan(console: Console, plan: DryRun) -> None:
 
 def _several_processes(count: int, *, resumes: bool) -> bool:
     """Run this command in that many processes where it is not one of them; whether that was done."""
-    from tvit_cli.engine.processes import are_started, run_processes
+    from tvit_cli.engine.launch import is_launched, run_local_processes
 
-    if count == 1 or are_started():
+    if count == 1 or is_launched():
         return False
-    if code := run_processes(count, sys.argv[1:], resumes=resumes):
+    if code := run_local_processes(count, sys.argv[1:], resumes=resumes):
         sys.exit(code)
     return True
 
@@ -209,7 +208,7 @@ def _several_processes(count: int, *, resumes: bool) -> bool:
 def _train_series(loaded: Loaded[TrainSettings], verbosity: Verbosity) -> None:
     """Train once for each seed and split, and say how far the results lie apart."""
     from tvit_cli.console import Console
-    from tvit_cli.engine.trainseries import train_series
+    from tvit_cli.engine.train.sweep import train_series
 
     with Console(verbosity) as console:
         result = train_series(loaded.series, console.report)
@@ -229,8 +228,8 @@ def _show_series(console: Console, result: SeriesResult, metrics: tuple[str, ...
 def evaluate(loaded: Loaded[EvalSettings], verbosity: Verbosity) -> None:
     """Score a model and show its metrics, overall and per class; or set two side by side."""
     from tvit_cli.console import Console
-    from tvit_cli.engine import eval as engine
-    from tvit_cli.engine.series import evaluate_series, series_models
+    from tvit_cli.engine import evaluate as engine
+    from tvit_cli.engine.train.sweep import evaluate_series, series_models
 
     if _several_processes(loaded.settings.num_processes, resumes=False):
         return
@@ -274,7 +273,7 @@ def _interval(ends: tuple[float, float] | None) -> str:
 def _compare(settings: EvalSettings, verbosity: Verbosity) -> None:
     """Say whether the second of two models is better, and which videos they see differently."""
     from tvit_cli.console import Console
-    from tvit_cli.engine.compare import compare
+    from tvit_cli.engine.evaluate.compare import compare
 
     with Console(verbosity) as console:
         result = compare(settings, console.report)
@@ -333,10 +332,10 @@ def predict(loaded: Loaded[PredictSettings], verbosity: Verbosity) -> None:
 def _timelines(settings: PredictSettings, verbosity: Verbosity) -> None:
     """Show the segments of each video's timeline."""
     from tvit_cli.console import Console
-    from tvit_cli.engine.timelines import tell
+    from tvit_cli.engine.predict import predict_timelines
 
     with Console(verbosity) as console:
-        told = tell(settings, console.report)
+        told = predict_timelines(settings, console.report)
     found = [(t.video, s) for t in told if t.timeline for s in t.timeline.segments]
     columns = ["video", "start", "end", "label", "score"]
     if settings.json_lines:
@@ -416,13 +415,13 @@ def export(loaded: Loaded[ExportSettings], verbosity: Verbosity) -> None:
         console.say(f"Uploaded to {result.url}")
 
 
-def part(*, well: bool) -> None:
+def shut_down(*, graceful: bool) -> None:
     """Leave the processes that this one shared its work with, if there are any: see `engine.parallel.leave`."""
     together = sys.modules.get("torch.distributed")  # whoever shares work has loaded it
     if together is not None and together.is_available() and together.is_initialized():
-        from tvit_cli.engine.parallel import leave
+        from tvit_cli.engine.distributed import shutdown
 
-        leave(well=well)
+        shutdown(graceful=graceful)
 
 
 def _limit(value: float | None) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
@@ -26,9 +27,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from tvit_cli.engine.events import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
 from tvit_cli.errors import RunError
-from tvit_cli.options import Verbosity
+from tvit_cli.results import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
 
 UNWRAPPED = 10_000  # columns
 FRAMES_PER_SECOND = 2  # of a live display; each takes some milliseconds of a core that computes
@@ -232,3 +232,6 @@ class Console:
         text += f"  │ {m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
         text += f", {m['data_wait']:.0%} waiting for data"
         self._say(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))
+
+
+Verbosity = Literal["quiet", "normal", "verbose"]

@@ -58,3 +58,12 @@ class Interrupted(RunError):
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message, by_all=True)
         self.exit_code = exit_code
+
+
+SHOWN = 3  # names in a message; the rest are counted
+
+
+def shorten(names: list[str]) -> str:
+    """The first names, and the number of the others. ["a", "b", "c", "d", "e"] -> "a, b, c and 2 more" """
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -23,17 +23,17 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from tvit_cli.engine.checkpoint import (  # noqa: E402
+from tvit_cli.engine.train.checkpoint import (  # noqa: E402
     State,
     load_checkpoint,
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
 )
-from tvit_cli.engine.optim import adamw, parameter_groups  # noqa: E402
+from tvit_cli.engine.train.optim import adamw, parameter_groups  # noqa: E402
 from tvit_cli.model import lora  # noqa: E402
-from tvit_cli.model.trainable import set_trainable, trainable_tensors  # noqa: E402
-from tvit_cli.model.vit import TemporalViT, ViTConfig  # noqa: E402
+from tvit_cli.model.lora import set_trainable, trainable_tensors  # noqa: E402
+from tvit_cli.portable.vit import TemporalViT, ViTConfig  # noqa: E402
 
 VIT_B = ViTConfig(
     num_classes=101, frame_size=224, patch_size=16, n_frames=8, width=768, depth=12, num_heads=12

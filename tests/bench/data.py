@@ -29,15 +29,14 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
-from tvit_cli.data.clips import ClipDataset
+from tvit_cli.data.augment import Augmentation, train_transform
+from tvit_cli.data.clips import ClipDataset, load_batches
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.loading import load_batches
-from tvit_cli.data.transforms import Augmentation, train_transform
 from tvit_cli.data.video import count_frames
-from tvit_cli.data.writer import write_video
-from tvit_cli.engine.events import silent
+from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.extract import extract
+from tvit_cli.results import silent
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tvit_cli.settings.extract import ExtractSettings
 

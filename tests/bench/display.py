@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 def child(seconds: float, step: float) -> None:
     """Show a training; print the share of the time that its processor was busy."""
     from tvit_cli.console import Console
-    from tvit_cli.engine.clock import Clock
-    from tvit_cli.engine.events import EpochDone, StepDone, TrainingStarts
+    from tvit_cli.engine.train.monitor import Clock
+    from tvit_cli.results import EpochDone, StepDone, TrainingStarts
 
     steps = round(seconds / step)
     console = Console()

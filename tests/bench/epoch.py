@@ -39,12 +39,13 @@ from data import make_clips
 from tvit_cli import __version__
 from tvit_cli.data.clips import ClipBatch
 from tvit_cli.data.layout import Video, read_layout
-from tvit_cli.engine import loop, train
-from tvit_cli.engine.events import EpochDone, Event, silent
+from tvit_cli.engine import train
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.loopstate import Loop
+from tvit_cli.engine.train import loop
+from tvit_cli.engine.train.state import Loop
 from tvit_cli.model.folder import save_model
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.portable.vit import ViTConfig, build_model
+from tvit_cli.results import EpochDone, Event, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.extract import ExtractSettings

@@ -26,11 +26,17 @@ from maps import gradient_weighted, in_groups, masked_gradients, rollout
 from timeline import quickstart
 from torch import Tensor, nn
 
-from tvit_cli.data.sampling import segment_indices
-from tvit_cli.data.transforms import eval_transform
+from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import read_clip
-from tvit_cli.engine.explain import STEPS, blank_clip, by_patch, deletion_test, integrated_gradients
+from tvit_cli.engine.predict.explain import (
+    STEPS,
+    blank_clip,
+    by_patch,
+    deletion_test,
+    integrated_gradients,
+)
 from tvit_cli.engine.trained import Trained, open_trained
+from tvit_cli.portable.reading import segment_indices
 
 BLANKS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean colour": blank_clip,

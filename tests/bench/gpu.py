@@ -40,15 +40,15 @@ from step import TARGETS, count_flops
 from torch.nn import functional as F
 
 from tvit_cli import __version__
-from tvit_cli.data.transforms import Augmentation, train_transform
-from tvit_cli.engine.events import EpochDone, Event, silent
+from tvit_cli.data.augment import Augmentation, train_transform
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.optim import adamw, parameter_groups
 from tvit_cli.engine.train import train
+from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.model import lora
-from tvit_cli.model.blocks import recomputed
-from tvit_cli.model.config import ATTENTIONS
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.config import ATTENTIONS
+from tvit_cli.portable.layers import recompute_block
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.results import EpochDone, Event, silent
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.train import TrainSettings
@@ -64,7 +64,7 @@ def make(options: argparse.Namespace, attention: str, frames: int) -> TemporalVi
     model = build_model(config, seed=0, from_scratch=True)
     lora.attach(model, lora.LoraSpec(8, 8, options.dropout, False, "none", TARGETS, ()), seed=0)
     if options.checkpointing:
-        model.run_block = recomputed
+        model.run_block = recompute_block
     return model.train().to(options.device)
 
 

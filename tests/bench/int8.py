@@ -33,12 +33,12 @@ from torch.nn import functional as F
 
 from tvit_cli import __version__
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine.build import build
-from tvit_cli.engine.events import silent
-from tvit_cli.engine.scoring import score
+from tvit_cli.engine.evaluate.scoring import score
+from tvit_cli.engine.train.build import build
 from tvit_cli.engine.trained import open_trained
-from tvit_cli.model.int8 import to_int8
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.model.linear import to_int8
+from tvit_cli.portable.vit import ViTConfig, build_model
+from tvit_cli.results import silent
 from tvit_cli.settings.train import TrainSettings
 
 SIZES = {"base": (768, 12, 12), "small": (384, 12, 6)}

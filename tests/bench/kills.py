@@ -40,11 +40,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import make_clips, make_pretrained, settings  # noqa: E402
 
-from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
-from tvit_cli.engine.events import silent  # noqa: E402
 from tvit_cli.engine.extract import extract  # noqa: E402
 from tvit_cli.engine.train import train  # noqa: E402
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
 from tvit_cli.model.folder import load_model  # noqa: E402
+from tvit_cli.results import silent  # noqa: E402
 from tvit_cli.settings.extract import ExtractSettings  # noqa: E402
 from tvit_cli.settings.train import TrainSettings  # noqa: E402
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tvit_cli.engine.explain import by_patch
-from tvit_cli.model.attention import SelfAttention
+from tvit_cli.engine.predict.explain import by_patch
+from tvit_cli.portable.layers import SelfAttention
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from torch import nn
 
 from tvit_cli import __version__
 from tvit_cli.model import lora
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.portable.vit import ViTConfig, build_model
 
 WIDTH, HEADS, CLASSES = 768, 12, 101
 PEERS = {  # what tvit's model is like: attention, frames, tubelets, pooling

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from tvit_cli import __version__
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video_writer import write_video
 from tvit_cli.model.folder import save_model
-from tvit_cli.model.int8 import is_fast
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.model.linear import is_fast
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
 
 SIZES = {"base": (768, 12, 12), "small": (384, 12, 6)}

@@ -41,18 +41,17 @@ from torch.nn import functional as F
 
 from tvit_cli import __version__
 from tvit_cli.data.framestore import FrameStore
-from tvit_cli.engine.batches import BatchPlan
-from tvit_cli.engine.identity import identity
+from tvit_cli.engine.distributed import all_reduce_gradients
 from tvit_cli.engine.launch import make_accelerator
-from tvit_cli.engine.optim import adamw, parameter_groups
-from tvit_cli.engine.parallel import sum_gradients
+from tvit_cli.engine.train.batches import BatchPlan
+from tvit_cli.engine.train.dryrun import count_flops
+from tvit_cli.engine.train.fingerprint import fingerprint
+from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.model import lora
-from tvit_cli.model.config import ATTENTIONS
-from tvit_cli.model.flops import count_flops
-from tvit_cli.model.vit import ViTConfig, build_model
+from tvit_cli.portable.config import ATTENTIONS
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.charts import Curve, curves_chart
-from tvit_cli.report.drawing import Drawing, Role
-from tvit_cli.report.png import to_png
+from tvit_cli.report.drawing import Drawing, Role, to_png
 from tvit_cli.settings.train import TrainSettings
 
 FRAMES, BATCHES = (4, 8, 16, 32), (1, 2, 4, 8, 16)
@@ -150,7 +149,7 @@ def share_updates() -> Row:
 
     def update() -> None:
         F.cross_entropy(model(clips), labels).backward()
-        sum_gradients(model.parameters(), accelerator)
+        all_reduce_gradients(model.parameters(), accelerator)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -194,7 +193,7 @@ def use_index(folder: Path) -> Row:
     part("order_of_an_epoch", lambda: next(plan.micro_batches()))
     part(
         "digest_at_a_checkpoint",
-        lambda: identity(
+        lambda: fingerprint(
             TrainSettings(), labels=layout.labels, training=[video.name for video in layout.videos], validation=[],
             base=None, network={}, frames="store", device="cpu", processes=1,
         ),

@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tvit_cli.report.axes import HEIGHT, LABEL_SIZE, LEFT, TOP, WIDTH, Axes, ticks
-from tvit_cli.report.drawing import Dot, Drawing, Line, Point, Shape, Text, text_width
+from tvit_cli.report.drawing import (
+    HEIGHT,
+    LABEL_SIZE,
+    LEFT,
+    TOP,
+    WIDTH,
+    Axes,
+    Dot,
+    Drawing,
+    Line,
+    Point,
+    Shape,
+    Text,
+    text_width,
+    ticks,
+)
 
 RADIUS = 4.0
 LINES_TRIED = 12  # up and down from a dot, for a place where its label covers nothing

@@ -28,7 +28,7 @@ import torch
 from step import count_flops, in_turn, make_model, step_of
 
 from tvit_cli import __version__
-from tvit_cli.model.config import ATTENTIONS
+from tvit_cli.portable.config import ATTENTIONS
 
 BASE = "joint"
 KINDS: dict[str, dict[str, Any]] = {

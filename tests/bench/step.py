@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tvit_cli import __version__
 from tvit_cli.model import lora
-from tvit_cli.model.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 
 TARGETS = ("q", "k", "v", "fc1", "fc2")
 RANK, SCALE = 4, 2.0

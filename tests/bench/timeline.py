@@ -28,7 +28,7 @@ import numpy as np
 import tvit_cli
 from tvit_cli.data.motions import CLASSES, RATE
 from tvit_cli.data.video import Frames, read_clip
-from tvit_cli.data.writer import write_video
+from tvit_cli.data.video_writer import write_video
 
 ROOT = Path(__file__).parents[2]
 CLIPS = (3, 4, 4, 4, 3, 4, 4, 4)  # of each segment

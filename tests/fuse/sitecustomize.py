@@ -233,9 +233,9 @@ if "FUSE" in os.environ:
         _Changes(
             {
                 "tvit_cli.data.clips": functools.partial(_fuse_in_clips, _fuse),
-                "tvit_cli.engine.checkpoint": functools.partial(_fuse_in_checkpoint, _fuse),
-                "tvit_cli.engine.loopstate": functools.partial(_fuse_in_loopstate, _fuse),
-                "tvit_cli.engine.loop": functools.partial(_fuse_in_loop, _fuse),
+                "tvit_cli.engine.train.checkpoint": functools.partial(_fuse_in_checkpoint, _fuse),
+                "tvit_cli.engine.train.state": functools.partial(_fuse_in_loopstate, _fuse),
+                "tvit_cli.engine.train.loop": functools.partial(_fuse_in_loop, _fuse),
                 "tvit_cli.model.folder": functools.partial(_fuse_in_folder, _fuse),
             }
         ),
@@ -244,6 +244,9 @@ if "FLOAT64" in os.environ:
     sys.meta_path.insert(
         0,
         _Changes(
-            {"tvit_cli.engine.inputs": float64_in_inputs, "tvit_cli.engine.scoring": float64_in_scoring}
+            {
+                "tvit_cli.engine.train.batches": float64_in_inputs,
+                "tvit_cli.engine.evaluate.scoring": float64_in_scoring,
+            }
         ),
     )

@@ -1,24 +1,37 @@
-"""A torch Dataset of clips: uint8 frames out of the workers, unreadable videos set aside.
+"""Clip data sets and batches: uint8 frames read ahead by threads or worker processes.
 
 Letters: B clips, T frames, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing.queues
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Dataset
 
-from tvit_cli.data.container import Place
-from tvit_cli.data.draws import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.sampling import Key, clip_places, indices_on_grid, segment_indices
+from tvit_cli.data.randaugment import Kind, draw_generator
 from tvit_cli.data.video import Clip, read_clip
-from tvit_cli.errors import VideoError
+from tvit_cli.errors import RunError, TvitError, VideoError
+from tvit_cli.files import Location
+from tvit_cli.portable.reading import Key, clip_places, indices_on_grid, segment_indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +100,7 @@ class ClipDataset(Dataset[ClipItem]):
     ) -> None:
         assert clips_per_video == 1 or not training
         position = {label: number for number, label in enumerate(labels)}
-        self._paths: list[Place] = [video.url or video.path for video in videos]
+        self._paths: list[Location] = [video.url or video.path for video in videos]
         self.names = [video.name for video in videos]
         self._targets = [position[video.label] for video in videos]
         self._n_frames = n_frames
@@ -161,3 +174,218 @@ def collate(items: Sequence[ClipItem]) -> ClipBatch:
         weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
         errors=[(item.index, item.error) for item in items if item.error],
     )
+
+
+# Note [A frame store is read by threads]
+# A clip of 18 frames of 320x240 is 4 MB. Handed from process to process it costs the kernel a thousand fresh
+# pages of shared memory, which take longer than decoding its JPEGs: 15 ms of processor time a clip with
+# worker processes, 6 ms with threads (docs/negative-results.md). libjpeg-turbo, zlib and the file system let
+# go of Python's lock while they work, so threads do run side by side, and no shared memory can run out.
+# Videos stay with processes: FFmpeg may crash on a damaged file, which must not end a training.
+_AHEAD = 2  # batches per worker that are begun before their turn, as torch's DataLoader has it
+
+# Note [Little shared memory]
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# Docker gives a container 64 MB of /dev/shm, less than two workers read ahead. torch moves tensors there in a
+# thread of the worker's queue, where an error is printed and lost: the main process then waits for ever. So a
+# worker moves its batch itself, where an error is raised, and takes at most half of what is free, which leaves
+# room for semaphores and for the other workers. A batch that does not fit becomes a temporary file. An error in
+# the queue's thread is sent in the batch's place.
+_SHARED_MEMORY = Path("/dev/shm")
+_SECONDS_TO_END = 5  # given to worker processes that are no longer needed, before they are killed
+
+_is_waiting = False
+
+
+def load_batches(
+    dataset: ClipDataset, batches: Iterable[Sequence[Key]], *, workers: int, pin_memory: bool = False
+) -> Generator[ClipBatch, None, None]:
+    """The clips of these keys, batch by batch in their order; with 0 workers read when they are asked for.
+
+    The clips do not depend on the number of workers. See Note [A frame store is read by threads].
+
+    Raises DataError when a frame store cannot be read; see `explains_dead_workers` for processes that die.
+    """
+    made: Generator[ClipBatch, None, None]
+    if workers and dataset.store is None:
+        made = _by_processes(dataset, batches, workers, pin_memory)
+    elif workers:
+        made = _by_threads(dataset, batches, workers, pin_memory)
+    else:
+        made = (_read(dataset, pin_memory, keys) for keys in batches)
+    with closing(made):
+        while (batch := _wait_for_next(made)) is not None:
+            yield batch
+
+
+def is_waiting() -> bool:
+    """Whether this process waits for a batch."""
+    return _is_waiting
+
+
+def _wait_for_next(made: Iterator[ClipBatch]) -> ClipBatch | None:
+    global _is_waiting
+    _is_waiting = True
+    try:
+        return next(made, None)
+    finally:
+        _is_waiting = False
+
+
+@contextmanager
+def explains_dead_workers() -> Iterator[None]:
+    """Within this block, or function, the death or failure of a process that decodes videos is a RunError.
+
+    torch raises a death as soon as the signal arrives, wherever the process is then: in a step as well as in its
+    loader.
+    """
+    try:
+        yield
+    except TvitError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "DataLoader worker" not in text:
+            raise
+        failed = text.startswith("Caught ")  # an exception in a worker, with its traceback
+        reason = text.strip().splitlines()[-1] if failed else text
+        raise RunError(
+            f"A process that decodes videos {'failed' if failed else 'died'}: {reason.rstrip('.')}. "
+            "If memory or shared memory ran out: fewer --num-workers (0 decodes in this process), a frame store "
+            "(tvit extract), or in a container more shared memory (docker run --shm-size 2g). "
+            "A training goes on from its last checkpoint with --resume-from-checkpoint latest."
+        ) from error
+
+
+def _read(dataset: ClipDataset, pin_memory: bool, keys: Sequence[Key]) -> ClipBatch:
+    batch = collate([dataset[key] for key in keys])
+    return batch.pin_memory() if pin_memory else batch
+
+
+def _by_threads(
+    dataset: ClipDataset, batches: Iterable[Sequence[Key]], workers: int, pin_memory: bool
+) -> Generator[ClipBatch, None, None]:
+    # Page-locked memory belongs to a device, and a new thread begins with the first.
+    begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+    pool = ThreadPoolExecutor(workers, "clips", initializer=begin)
+    waiting = iter(batches)
+    begun: deque[Future[ClipBatch]] = deque()
+    try:
+        while True:
+            while len(begun) < _AHEAD * workers and (keys := next(waiting, None)) is not None:
+                begun.append(pool.submit(_read, dataset, pin_memory, keys))
+            if not begun:
+                return
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _by_processes(
+    dataset: ClipDataset, batches: Iterable[Sequence[Key]], workers: int, pin_memory: bool
+) -> Generator[ClipBatch, None, None]:
+    folder = Path(tempfile.mkdtemp(prefix="tvit-"))
+    loader: DataLoader[ClipItem] = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # keys are (epoch, index), not numbers
+        num_workers=workers,
+        collate_fn=partial(_hand_over, folder),
+        worker_init_fn=_begin_worker,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else iterating draws from the global one
+    )
+    loading: Any = None
+    try:
+        loading = iter(loader)
+        for batch in loading:
+            yield batch.load() if isinstance(batch, _Filed) else batch
+    finally:
+        if loading is not None:
+            _end_workers(loading)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Filed:
+    """A batch in a temporary file."""
+
+    path: Path
+
+    def load(self) -> ClipBatch:
+        """The batch; its file is removed."""
+        batch: ClipBatch = torch.load(self.path, weights_only=False)
+        self.path.unlink()
+        return batch
+
+    def pin_memory(self) -> ClipBatch:
+        """The batch in page-locked memory; torch's DataLoader calls this by name."""
+        return self.load().pin_memory()
+
+
+def _hand_over(folder: Path, items: Sequence[ClipItem]) -> ClipBatch | _Filed:
+    """A worker's batch in shared memory, or in a file. See Note [Little shared memory]."""
+    batch = collate(items)
+    tensors = [*batch.clips, batch.labels, batch.epochs, batch.indices, batch.weights]
+    if sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= _free_shared_memory() / 2:
+        try:
+            for tensor in tensors:
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+            return batch
+        except (OSError, RuntimeError):  # another worker was faster
+            if not _SHARED_MEMORY.is_dir():
+                raise
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    with os.fdopen(descriptor, "wb") as file:
+        torch.save(batch, file)
+    return _Filed(Path(name))
+
+
+def _free_shared_memory() -> float:
+    """Bytes that are free in /dev/shm; infinite where a system has no such folder."""
+    try:
+        return float(shutil.disk_usage(_SHARED_MEMORY).free)
+    except OSError:
+        return float("inf")
+
+
+def _begin_worker(worker: int) -> None:
+    """Leaves stopping to the parent, and sends it the errors of the queue's thread.
+
+    A terminal and most queues signal the whole process group, and the parent finishes its step and saves, for
+    which it needs the worker; when it is gone, torch ends the worker.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    def send(queue: Any, error: Exception, entry: tuple[int, object]) -> None:
+        number, data = entry
+        if isinstance(data, ExceptionWrapper):  # not even that can be sent
+            os._exit(1)
+        raised = (type(error), error, error.__traceback__)
+        where = f"in DataLoader worker process {worker}"
+        queue.put((number, ExceptionWrapper(raised, where)))  # type: ignore[no-untyped-call]
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = send  # type: ignore[attr-defined]
+
+
+def _end_workers(loading: Any) -> None:
+    """Ends the processes of a DataLoader's iterator, and kills those that do not end: they ignore SIGTERM."""
+    workers = list(getattr(loading, "_workers", ()))
+    is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None  # else torch raises their end
+
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(_SECONDS_TO_END, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        loading._shutdown_workers()
+    finally:
+        timer.cancel()
+        kill()
+        if is_main:
+            signal.signal(signal.SIGCHLD, before)

@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from tvit_cli.data.layout import Layout, Video
-from tvit_cli.data.pictures import Frames
-from tvit_cli.data.storeformat import (
+from tvit_cli.data.framestore_format import (
     CRC,
     FOLDER,
     FRAME,
@@ -28,6 +26,8 @@ from tvit_cli.data.storeformat import (
     read_header,
     read_table,
 )
+from tvit_cli.data.layout import Layout, Video
+from tvit_cli.data.pictures import Frames
 from tvit_cli.data.video import Clip
 from tvit_cli.errors import DataError, VideoError
 
@@ -205,7 +205,7 @@ def find_store(root: Path) -> Path | None:
     return None
 
 
-def record_problem(shard: Path, row: npt.NDArray[Any]) -> str:
+def check_record(shard: Path, row: npt.NDArray[Any]) -> str:
     """What is wrong with a record, read as a whole; empty where every byte is as it was written."""
     file = _File(shard)
     try:

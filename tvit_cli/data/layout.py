@@ -1,21 +1,145 @@
-"""How videos lie on disk: folders or a manifest become labelled videos in subsets."""
+"""Data set layouts on disk: folders or a manifest become labelled videos in subsets."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tvit_cli.data.holdout import Groups, groups_to_hold_out
-from tvit_cli.data.manifest import read_manifest
-from tvit_cli.data.names import is_hidden, listed, readable, same_class, spelling
-from tvit_cli.data.splits import CLASS_LIST, parse_split_lists
-from tvit_cli.data.storeformat import is_store
+from tvit_cli.data.framestore_format import is_store
+from tvit_cli.data.split_files import CLASS_LIST, parse_split_lists, read_manifest
 from tvit_cli.data.video import VIDEO_SUFFIXES
 from tvit_cli.errors import DataError
 from tvit_cli.settings.base import suggestion
+
+_SHOWN = 12  # how many names a message lists
+
+
+def listed(names: Iterable[str]) -> str:
+    """A few names, and how many more there are."""
+    every = list(names)
+    more = len(every) - _SHOWN
+    return ", ".join(every[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def printable(name: str) -> str:
+    r"""A file's name as text that can be written anywhere: a byte that is not UTF-8 in six letters, `\udcXX`."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def same_class(label: str) -> str:
+    """What the spellings of one class have in common: neither case nor how accents are put together counts.
+
+    macOS writes an accented letter as two characters, other systems as one.
+    """
+    return unicodedata.normalize("NFC", label).casefold()
+
+
+def matching_label(labels: Iterable[str]) -> Callable[[str], str]:
+    """What spells a label as it is spelt in `labels`, where one of them is the same class; itself comes first."""
+    known = list(labels)
+    spelt = {same_class(label): label for label in known} | {label: label for label in known}
+    return lambda label: spelt.get(label, spelt.get(same_class(label), label))
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a path, relative to where it was looked for, is hidden or an archiver's dropping."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+Groups = str | tuple[str, ...]  # as --val-groups is typed, or the names themselves, which may hold commas
+
+AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
+
+
+def groups_to_hold_out(
+    train: Mapping[str, Counter[str]], subset: str, wanted: Groups, *, automatic: bool, notes: list[str]
+) -> tuple[str, ...]:
+    """Sorted names of the groups that `--val-groups` or `--test-groups` moves from train to `subset`.
+
+    `train` maps each group to its number of videos by label. What is `wanted`: `auto`, which holds none out unless
+    `automatic`; `none`; a count; names with commas between; a tuple of names that were held out before, of which
+    some may be gone. What was done is added to the notes.
+
+    Raises DataError for a group that is not in train, and for a count that would take a class its last video.
+    """
+    wanted = wanted.strip() if isinstance(wanted, str) else wanted
+    if wanted in ("none", ()) or (wanted == "auto" and not automatic):
+        return ()
+    groups: Sequence[str]
+    if wanted == "auto":
+        count = min(max(1, round(AUTO_SHARE[subset] * len(train))), len(train) - 1)
+        groups = _spread(train, count)
+        if not groups:
+            notes.append(f"No {subset} subset: no group can be spared from train without emptying a class.")
+            return ()
+    elif isinstance(wanted, str) and _is_count(wanted):
+        groups = _spread(train, int(wanted))
+        if len(groups) < int(wanted):
+            raise DataError(
+                f"--{subset}-groups {wanted}: train has {len(train)} groups, of which {len(groups)} can be "
+                "held out so that each class keeps a video to train on."
+            )
+    else:
+        groups = _typed(wanted, subset) if isinstance(wanted, str) else _left(wanted, subset, train, notes)
+        for group in groups:
+            if group not in train:
+                raise DataError(
+                    f'--{subset}-groups: no group "{group}" in train.{suggestion(group, train, most=3)} '
+                    f"Its groups are {listed(sorted(train))}."
+                )
+    held = set(groups)
+    moved = sum(sum(train[group].values()) for group in held)
+    if moved:
+        notes.append(
+            f"{len(held)} of {len(train)} groups ({moved} videos) are held out of train as {subset}: "
+            f"{listed(sorted(held))}."
+        )
+    return tuple(sorted(held))
+
+
+def _typed(wanted: str, subset: str) -> list[str]:
+    """Names with commas between. Raises DataError where there is none."""
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        raise DataError(f'--{subset}-groups "{wanted}": names no group. To hold none out, say none.')
+    return names
+
+
+def _left(
+    before: tuple[str, ...], subset: str, train: Mapping[str, Counter[str]], notes: list[str]
+) -> list[str]:
+    """Of the groups that were held out before, those that are still there."""
+    gone = [group for group in before if group not in train]
+    if gone:
+        notes.append(
+            f"{len(gone)} of the {len(before)} groups that were held out as {subset} are gone: {listed(gone)}."
+        )
+    return [group for group in before if group in train]
+
+
+def _is_count(text: str) -> bool:
+    """`4` is a count, `04` a name: UCF101's groups are written with two digits."""
+    return text.isdecimal() and text == str(int(text))
+
+
+def _spread(train: Mapping[str, Counter[str]], count: int) -> list[str]:
+    """`count` groups, evenly over the sorted names; fewer where a class would lose its last video."""
+    names = sorted(train)
+    left = sum(train.values(), Counter[str]())
+    chosen: dict[str, None] = {}
+    for turn in range(count):
+        start = (2 * turn + 1) * len(names) // (2 * count)
+        for name in names[start:] + names[:start]:
+            if name not in chosen and all(left[label] > n for label, n in train[name].items()):
+                chosen[name] = None
+                left -= train[name]
+                break
+    return list(chosen)
+
 
 SUBSETS = ("train", "val", "test")
 
@@ -169,7 +293,7 @@ def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list
             )
         ignored += len(others)
         videos += [
-            Video(path, readable(path.relative_to(root).as_posix()), readable(folder.name), subset, None)
+            Video(path, printable(path.relative_to(root).as_posix()), printable(folder.name), subset, None)
             for path in inside
         ]
     if ignored:
@@ -213,9 +337,9 @@ def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
     return [replace(video, label=chosen[same_class(video.label)]) for video in videos]
 
 
-def spelt_as(layout: Layout, labels: Iterable[str]) -> Layout:
+def match_labels(layout: Layout, labels: Iterable[str]) -> Layout:
     """A layout whose classes are spelt as they are in `labels`, where they are the same classes."""
-    spelt = spelling(labels)
+    spelt = matching_label(labels)
     return replace(
         layout,
         labels=tuple(sorted(map(spelt, layout.labels))),
@@ -247,7 +371,7 @@ def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Vi
     videos = [
         video
         if video.group is not None
-        else replace(video, group=_group(readable(video.path.name), expression))
+        else replace(video, group=_group(printable(video.path.name), expression))
         for video in videos
     ]
     alone = [video.name for video in videos if video.group is None]

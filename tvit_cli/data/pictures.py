@@ -16,7 +16,7 @@ import numpy.typing as npt
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from tvit_cli.data.colours import PLANE_SCALING, SCALING, matrix_of
+from tvit_cli.portable.reading import PLANE_SCALING, SCALING, matrix_of
 
 Frames = npt.NDArray[np.uint8]
 

@@ -1,4 +1,4 @@
-"""RandAugment for clips: a few operations of one magnitude, drawn per clip, the same for all of its frames.
+"""Random draws that depend on what they are for alone: on (seed, kind, epoch, index), never on a state.
 
 Source: Cubuk et al., arXiv:1909.13719. The operations and their ranges are AutoAugment's (arXiv:1805.09501,
 table 6) as torchvision scales them, on timm's scale of 0 to 10: 0 changes nothing and 10 most. What depends on
@@ -12,13 +12,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from enum import IntEnum
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tvit_cli.data.draws import Kind, draw_generator
-from tvit_cli.data.pixels import beside
+from tvit_cli.portable.preprocessing import constant_like
+
+
+class Kind(IntEnum):
+    """What is drawn. Each kind has numbers of its own, so that one more or fewer leaves the others as they were."""
+
+    OFFSETS = 0  # which frame of each segment
+    ORDER = 1  # of shuffled frames
+    AUGMENTATION = 2  # crop, flip, colour jitter
+    RANDAUGMENT = 3
+    ERASING = 4
+    MIXING = 5
+
+
+def draw_generator(seed: int, kind: Kind, *key: int) -> np.random.Generator:
+    """Well mixed for neighbouring seeds and keys, unlike `seed + index`."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(kind, *key)))
+
 
 LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # grey of a colour: ITU-R BT.601
 _LARGEST = 10.0  # of the scale of magnitudes
@@ -163,7 +181,7 @@ def _moved(pixels: Tensor, matrix: list[list[float]], fill: Tensor) -> Tensor:
     side = pixels.shape[-1]
     assert pixels.shape[-2] == side, "a matrix in units of half the frame wants square frames"
     outside = fill.to(pixels.device, torch.float32).view(-1, 1, 1)
-    theta = beside(torch.tensor([matrix]), outside)
+    theta = constant_like(torch.tensor([matrix]), outside)
     grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)  # (1, S, S, 2)
     moved = torch.empty_like(pixels)
     # By frame: a CPU then uses one small piece of memory again and again, instead of fetching fresh pages.

@@ -9,20 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from tvit_cli.data.remote import disk, manifest
-from tvit_cli.data.remote.archive import Unpacked
-from tvit_cli.data.remote.catalog import CATALOG, Dataset, Part, find
-from tvit_cli.data.remote.fetch import MirrorsFailed, fetch_files
-from tvit_cli.data.remote.http import Http
-from tvit_cli.data.remote.landing import Landing
-from tvit_cli.data.remote.manifest import Difference, Selection, SourceRecord
-from tvit_cli.data.remote.members import Limits
-from tvit_cli.data.remote.placement import Spelling, class_of, is_within, require_classes
-from tvit_cli.data.remote.supply import Progress, Supply, Tools, Wish, quiet
-from tvit_cli.data.splits import CLASS_LIST, SPLITS, lists_from_groups, parse_split_lists, read_classes
-from tvit_cli.engine.outputs import check_folder
+from tvit_cli import files
+from tvit_cli.data import dataset_folder
+from tvit_cli.data.archive_safety import Limits
+from tvit_cli.data.archives import Unpacked
+from tvit_cli.data.catalog import (
+    CATALOG,
+    Dataset,
+    Part,
+    Spelling,
+    class_of,
+    find,
+    is_selected,
+    require_classes,
+)
+from tvit_cli.data.dataset_folder import Difference, Landing, Selection, SourceRecord
+from tvit_cli.data.http import Http, MirrorsFailed, fetch_files
+from tvit_cli.data.split_files import (
+    CLASS_LIST,
+    SPLITS,
+    lists_from_groups,
+    parse_split_lists,
+    read_classes,
+)
+from tvit_cli.data.transfer import PartRequest, Progress, Transfer, TransferTools, no_progress
 from tvit_cli.errors import DataError, RunError, SettingsError
-from tvit_cli.removal import remove_files
+from tvit_cli.files import check_folder, remove_files
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
 
@@ -55,9 +67,9 @@ def download(
     makers: Mapping[str, Callable[[Path], object]] | None = None,
     http: Http | None = None,
     limits: Limits | None = None,
-    free: disk.FreeBytes = disk.free_bytes,
-    progress: Callable[[Progress], None] = quiet,
-    report: Callable[[str], None] = quiet,
+    free: files.FreeBytes = files.free_bytes,
+    progress: Callable[[Progress], None] = no_progress,
+    report: Callable[[str], None] = no_progress,
 ) -> DownloadResult:
     """Fetch, unpack, verify or repair one data set; what is there already is left alone.
 
@@ -77,11 +89,11 @@ def download(
     if not dataset.videos:
         _check_nothing_is_fetched(settings)
         return _made(dataset, folder, makers or {})
-    tools = Tools(http or Http(), limits or Limits(), free, progress, report)
+    tools = TransferTools(http or Http(), limits or Limits(), free, progress, report)
     try:
-        with disk.held(folder / ".lock", what=f"downloading {dataset.name}"):
+        with files.file_lock(folder / ".lock", what=f"downloading {dataset.name}"):
             landing = Landing(folder, dataset.name)
-            job = _Job(settings, dataset, folder, landing, Supply(dataset, landing, tools))
+            job = _Job(settings, dataset, folder, landing, Transfer(dataset, landing, tools))
             if settings.verify or settings.repair:
                 return job.verify_or_repair()
             return job.complete()
@@ -120,7 +132,7 @@ class _Job:
     dataset: Dataset
     folder: Path
     landing: Landing
-    supply: Supply
+    supply: Transfer
 
     def complete(self) -> DownloadResult:
         """Bring all that is missing: the split lists first, since they say how names are spelt."""
@@ -160,7 +172,7 @@ class _Job:
             is_list = part in self.dataset.splits
             if paths:
                 self.supply.fill(
-                    Wish(part, Selection(), paths),
+                    PartRequest(part, Selection(), paths),
                     self.settings.splits_archive if is_list else self._given(part),
                 )
             if is_list:
@@ -184,10 +196,12 @@ class _Job:
         if selection in done or any(other.is_whole for other in done):
             known = map(PurePosixPath, self.landing.manifest.of_part(part.name))
             paths = frozenset(
-                path for path in known if is_within(path, selection) and not self.landing.is_there(str(path))
+                path
+                for path in known
+                if is_selected(path, selection) and not self.landing.is_there(str(path))
             )
         if paths is None or paths:
-            self.supply.fill(Wish(part, selection, paths), given)
+            self.supply.fill(PartRequest(part, selection, paths), given)
             self.landing.finish(part.name, selection)
 
     def _make_lists(self, part: str, error: MirrorsFailed) -> None:
@@ -247,10 +261,10 @@ class _Job:
     def _compare(self, paths: Sequence[str] | None) -> list[Difference]:
         if not self.landing.manifest.files:
             raise DataError(
-                f"{self.folder}: has no {manifest.FILE_NAME}. Run `tvit download {self.dataset.name}` first."
+                f"{self.folder}: has no {dataset_folder.FILE_NAME}. Run `tvit download {self.dataset.name}` first."
             )
         note = self.supply.tools.stage("check", self.dataset.name)
-        return manifest.compare(self.folder, self.landing.manifest, paths=paths, note=note)
+        return dataset_folder.compare(self.folder, self.landing.manifest, paths=paths, note=note)
 
     def _result(self, differences: Sequence[Difference]) -> DownloadResult:
         files = self.landing.manifest.files

@@ -1,4 +1,4 @@
-"""Videos decoded once into a frame store, or only checked."""
+"""`tvit extract`: videos decoded once into a frame store, or checked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tvit_cli.data.framestore import record_problem
-from tvit_cli.data.layout import Layout, Video, read_layout
-from tvit_cli.data.packing import Packed, is_unchanged, pack_video
-from tvit_cli.data.remote.disk import held
-from tvit_cli.data.scan import Scan, scan_video
-from tvit_cli.data.storeformat import (
+from tvit_cli.data.framestore import check_record
+from tvit_cli.data.framestore_format import (
     FOLDER,
     INDEX,
     LEFTOVER,
@@ -26,20 +22,66 @@ from tvit_cli.data.storeformat import (
     to_key,
     write_header,
 )
-from tvit_cli.data.storewriter import (
+from tvit_cli.data.framestore_writer import (
     Contents,
+    Packed,
     ShardWriter,
+    is_unchanged,
+    pack_video,
     read_contents,
     shard_paths,
     write_index,
 )
-from tvit_cli.engine.events import Note, Progress, Report
-from tvit_cli.engine.outputs import check_folder, may_write
-from tvit_cli.engine.pool import in_order
-from tvit_cli.engine.source import MOTIONS, counted_as_before, default_workers, find_data, make_demo_data
+from tvit_cli.data.layout import Layout, Video, read_layout
+from tvit_cli.data.video import COUNT_SLACK, count_frames, expected_frame_count, probe
+from tvit_cli.engine.dataset import MOTIONS, find_data, make_demo_data
+from tvit_cli.engine.distributed import default_worker_count, map_in_order, preserve_process_count
 from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.files import check_folder, file_lock, is_writable
+from tvit_cli.results import Note, Progress, Report
 from tvit_cli.settings.extract import ExtractSettings
-from tvit_cli.settings.maxbad import most_bad
+from tvit_cli.settings.types import most_bad
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One file: width and height as shown, frames as decoded, and in `problem` what is wrong."""
+
+    path: Path
+    codec: str = ""
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    rate: float | None = None  # frames per second; None: the file names no time
+    rotation: int = 0  # degrees counter-clockwise
+    problem: str = ""
+    is_readable: bool = True
+
+
+def scan_video(path: Path) -> Scan:
+    """Decodes a video to its end and says what it is; one that gives no frame is not readable."""
+    try:
+        info = probe(path)
+        frames = count_frames(path)
+        promised = expected_frame_count(path)
+    except VideoError as error:
+        return Scan(path, problem=str(error).removeprefix(f"{path}: "), is_readable=False)
+    problem = ""
+    if frames < promised - COUNT_SLACK:  # up to that many are missing from sound XviD files too
+        problem = f"truncated or damaged: {frames} frames decode of {promised} that the file promises"
+    return Scan(
+        path=path,
+        codec=info.codec,
+        width=info.width,
+        height=info.height,
+        frames=frames,
+        seconds=info.seconds,
+        rate=info.rate,
+        rotation=info.rotation,
+        problem=problem,
+    )
+
 
 MIB = 1 << 20
 
@@ -99,9 +141,9 @@ def _alone(folder: Path) -> AbstractContextManager[None]:
     Where nothing may be written there, nobody is kept out.
     """
     place = folder.absolute()
-    if not may_write(place.parent):
+    if not is_writable(place.parent):
         return nullcontext()
-    return held(place.with_name(f".{place.name}.lock"), what=f"extracting to {folder}")
+    return file_lock(place.with_name(f".{place.name}.lock"), what=f"extracting to {folder}")
 
 
 def _extract(
@@ -127,9 +169,9 @@ def _extract(
     missing = [video for video in own if not _is_done(contents, video, repair=settings.repair, report=report)]
     unreadable: dict[str, str] = {}
     jobs = [(video.path, parameters) for video in missing]
-    workers = default_workers(spare=0) if settings.num_workers is None else settings.num_workers
+    workers = default_worker_count(spare=0) if settings.num_workers is None else settings.num_workers
     with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib * MIB) as writer:
-        results = in_order(
+        results = map_in_order(
             _pack,
             jobs,
             workers=workers,
@@ -166,7 +208,7 @@ def process_place() -> tuple[int, int, Callable[[], None]]:
         return 0, 1, lambda: None
     from accelerate import PartialState  # only here: it loads torch
 
-    with counted_as_before():
+    with preserve_process_count():
         state = PartialState(cpu=True)
     return state.process_index, state.num_processes, state.wait_for_everyone
 
@@ -175,9 +217,9 @@ def check(settings: ExtractSettings, report: Report) -> CheckResult:
     """Decode every video to its end and tell what it holds and what is wrong; write nothing."""
     layout, _ = _read_data(settings, report)
     paths = [video.path for video in layout.videos]
-    workers = default_workers(spare=0) if settings.num_workers is None else settings.num_workers
+    workers = default_worker_count(spare=0) if settings.num_workers is None else settings.num_workers
     scans: list[Scan] = []
-    for scan in in_order(
+    for scan in map_in_order(
         scan_video,
         paths,
         workers=workers,
@@ -273,7 +315,7 @@ def _is_done(contents: Contents, video: Video, *, repair: bool, report: Report) 
     row = contents.row(video.name)
     if row is None or not is_unchanged(video.path, row):
         return False
-    if repair and (problem := record_problem(contents.shard(video.name), row)):
+    if repair and (problem := check_record(contents.shard(video.name), row)):
         report(Note(f"made anew: {video.name}: {problem}", "warning"))
         return False
     return True

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from tvit_cli.data.names import spelling
-from tvit_cli.engine.precision import Precision, autocast, resolve_precision
-from tvit_cli.errors import ModelError
+from tvit_cli.data.layout import matching_label
+from tvit_cli.engine.launch import Precision, autocast, resolve_precision
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
-from tvit_cli.model.vit import TemporalViT
+from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
-from tvit_cli.settings.fields import MixedPrecision
+from tvit_cli.settings.types import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Trained:
 
     def spelt_as(self, labels: Sequence[str]) -> Trained:
         """The model with its classes spelt as they are in `labels`, where they are the same classes."""
-        own = tuple(map(spelling(labels), self.card.labels))
+        own = tuple(map(matching_label(labels), self.card.labels))
         return replace(self, card=self.card.model_copy(update={"labels": own}))
 
     def named_by(self, labels: Sequence[str]) -> Trained:
@@ -128,25 +127,9 @@ def run_name(model: Path) -> str:
     if folder.name != MODEL_FOLDER:
         return folder.name
     run = folder.parent
-    return f"{run.parent.name}/{run.name}" if is_of_series(run.name) else run.name
+    return f"{run.parent.name}/{run.name}" if is_series_run(run.name) else run.name
 
 
-def is_of_series(name: str) -> bool:
+def is_series_run(name: str) -> bool:
     """Whether a run's folder is called as one of several seeds and splits is."""
     return re.fullmatch(r"seed\d+-split\d+", name) is not None
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a name means; auto is CUDA, then MPS, then CPU.
-
-    Raises ModelError when a device was asked for that this machine does not have.
-    """
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
-        raise ModelError(
-            f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
-            "Take --device cpu, or install a PyTorch build for your GPU."
-        )
-    return torch.device(name)

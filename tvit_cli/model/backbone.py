@@ -1,17 +1,77 @@
-"""A model that tvit trained, as pretrained weights: its backbone, with what it learnt of time."""
+"""Pretrained backbones: their config and load report, and tvit's own model folders as backbones."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.additions import resize_times
+from tvit_cli.model.families import Channels
 from tvit_cli.model.folder import load_card
-from tvit_cli.model.pretrainedconfig import NETWORK, LoadReport, PretrainedConfig
-from tvit_cli.model.vit import TemporalViT, ViTConfig, resize_grid
-from tvit_cli.model.weights import WeightsSource, check_names, checked
+from tvit_cli.model.weights import WeightsSource, check_names, check_tensor
+from tvit_cli.portable.layers import resize_temporal
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid
 from tvit_cli.settings.base import flag
+
+# What the weights decide of a ViTConfig.
+NETWORK = (
+    "width", "depth", "num_heads", "mlp_width", "patch_size", "norm_eps", "activation", "qkv_bias",
+    "extra_tokens", "pre_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """What the files of the weights say about their network and the pictures it expects."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    patch_size: int
+    image_size: int
+    norm_eps: float
+    activation: str
+    qkv_bias: bool
+    extra_tokens: int
+    pre_norm: bool
+    mean: Channels
+    std: Channels
+    notes: tuple[str, ...] = ()
+
+    def vit_config(self, *, frame_size: int | None = None, **shape: Any) -> ViTConfig:
+        """The temporal ViT that takes these weights, at their own frame size when none is given.
+
+        `shape` holds the rest of ViTConfig's fields. Raises ValueError where the numbers do not fit each other.
+        """
+        network = {key: getattr(self, key) for key in NETWORK}
+        return ViTConfig(frame_size=frame_size or self.image_size, **shape, **network)
+
+    def check_network(self, config: ViTConfig) -> None:
+        """Raises ModelError where a model is of another network."""
+        for key in NETWORK:
+            theirs, ours = getattr(self, key), getattr(config, key)
+            if theirs != ours:
+                raise ModelError(
+                    f"{self.name}: {key} is {theirs}, and {ours} in the model. Give both the same."
+                )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors: how many matched, which are new (ours alone) or unused (theirs alone)."""
+
+    matched: int
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
 
 CLASSIFIER = "classifier"
 SCHEME = ("attention", "temporal_depth", "temporal_index")  # what the parts that see time are made for
@@ -67,7 +127,7 @@ def load_backbone(model: TemporalViT, source: WeightsSource) -> LoadReport:
     ]
     notes: dict[str, None] = {}  # a set that keeps its order
     for name, expected in stored.items():
-        tensor = checked(source, name, source.tensors[name])
+        tensor = check_tensor(source, name, source.tensors[name])
         if tensor.shape != expected.shape:
             raise ModelError(
                 f"{source.name}: {name} has the shape {tuple(tensor.shape)}, not {tuple(expected.shape)} as its "
@@ -90,7 +150,7 @@ def load_backbone(model: TemporalViT, source: WeightsSource) -> LoadReport:
     )
 
 
-def on_central_frame(patches: Tensor, tubelet_size: int, notes: dict[str, None]) -> Tensor:
+def inflate_central(patches: Tensor, tubelet_size: int, notes: dict[str, None]) -> Tensor:
     """Patch weights of single frames for tubelets of several, (D, C, p, p) -> (D, t*C, p, p).
 
     ViViT's central-frame initialisation (arXiv:2103.15691): zeros for all frames but one.
@@ -126,7 +186,7 @@ def _fitted(
                 f"{source.name}: its tubelets are of {theirs.tubelet_size} frames, those of the model of "
                 f"{ours.tubelet_size}. Give {flag('tubelet_size')} {theirs.tubelet_size}."
             )
-        return on_central_frame(tensor, ours.tubelet_size, notes)
+        return inflate_central(tensor, ours.tubelet_size, notes)
     if name == SPATIAL and theirs.grid != ours.grid:
         before, after = (f"{config.grid} x {config.grid}" for config in (theirs, ours))
         notes[f"positions interpolated from {before} to {after} patches"] = None
@@ -134,5 +194,5 @@ def _fitted(
     times = ours.n_frames // ours.tubelet_size
     if name in TIMES and tensor.shape[1] != times:
         notes[f"temporal embedding interpolated from {tensor.shape[1]} to {times} times"] = None
-        return resize_times(tensor, times)
+        return resize_temporal(tensor, times)
     return tensor

@@ -1,4 +1,4 @@
-"""What a trained model is on disk: `card.json` beside `model.safetensors`.
+"""Model folders: `card.json` beside `model.safetensors`, written atomically and checked on loading.
 
 The weights are merged and carry the plain names of `TemporalViT`: to load them takes no PEFT.
 """
@@ -21,10 +21,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tvit_cli.errors import ModelError, RunError
-from tvit_cli.model.misfits import misfits
-from tvit_cli.model.vit import TemporalViT, ViTConfig
-from tvit_cli.removal import foreign_files, move_files, remove_own
+from tvit_cli.files import foreign_files, move_files, remove_own
+from tvit_cli.portable.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
+
+_SHOWN = 4  # how many of them a message tells
+
+
+def tensor_mismatches(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What is missing, unexpected or of another shape, the first few of all; empty where all fit."""
+    problems = [f"{name} is missing" for name in own if name not in saved]
+    problems += [f"{name} is unexpected" for name in saved if name not in own]
+    problems += [
+        f"{name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in saved and saved[name].shape != tensor.shape
+    ]
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
 
 MODEL_FOLDER = "model"  # of a run
 SETTINGS_FILE = "settings.json"  # of a run: what it was told
@@ -43,7 +58,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> No
     if folder.exists() and not _may_be_replaced(folder):
         raise ModelError(f"{folder}: exists and is no model folder. Name another one, or move it away.")
     try:
-        with replacing(folder) as new:
+        with replace_folder(folder) as new:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
             save_tensors(weights, new / WEIGHTS_FILE, {"format": "pt"})
             card = card.model_copy(update={"weights_sha256": sha256(new / WEIGHTS_FILE)})
@@ -128,16 +143,16 @@ def load_model(
     card = load_card(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise for_other_programs(str(folder)) if (folder / PARITY_FILE).is_file() else _missing_file(path)
+        raise export_not_loadable(str(folder)) if (folder / PARITY_FILE).is_file() else _missing_file(path)
     try:
         config = ViTConfig.from_dict(card.model)
     except ValueError as error:
         raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
     model = TemporalViT(config, initialise=False)
     state = read_tensors(path)
-    if problems := misfits(state, model.state_dict()):
+    if problems := tensor_mismatches(state, model.state_dict()):
         if (folder / CONFIG_FILE).is_file():
-            raise for_other_programs(str(folder))
+            raise export_not_loadable(str(folder))
         raise ModelError(
             f"{path}: {problems}. The weights do not belong to the {CARD_FILE} beside "
             "them; copy both from one place."
@@ -156,7 +171,7 @@ def load_model(
     return model.to(device).eval(), card
 
 
-def for_other_programs(name: str) -> ModelError:
+def export_not_loadable(name: str) -> ModelError:
     """The error for an export in a format that tvit writes and does not read."""
     return ModelError(
         f"{name}: an export of a tvit model for other programs to load. Name the model folder that it was made "
@@ -203,7 +218,7 @@ def _may_be_replaced(folder: Path) -> bool:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed.
 
     What a process that was killed left of an earlier try is swept first; a model that it had already moved

@@ -1,4 +1,4 @@
-"""LoRA adapters: attached to a model, merged into it, loaded; the only file that names PEFT.
+"""LoRA adapters through PEFT: attach, merge, save, load; and the parameters that a training changes.
 
 PEFT costs seconds to import, so it is imported where it is used. Source of LoRA: arXiv:2106.09685.
 """
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.loralinear import lora_layer
-from tvit_cli.model.vit import TemporalViT
+from tvit_cli.model.folder import save_tensors, tensor_mismatches
+from tvit_cli.model.linear import lora_layer
+from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.train import LORA_TARGETS, LoraInit
 
@@ -281,3 +282,135 @@ def adapter_names(adapted: Mapping[str, nn.Module]) -> set[str]:
         for name in module.state_dict()
         if not name.startswith("base_layer.")
     }
+
+
+def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -> None:
+    """Chooses the parameters that a training changes.
+
+    lora        what `attach` says: adapters, classifier, additions; rank 0 the same without adapters
+    all         every parameter
+    classifier  the classifier, and what feeds it: the attentive pool, the norm of features
+    last-N      the last N blocks, all that comes after them, and the additions, wherever they are
+
+    Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.
+    """
+    if mode == "lora":
+        attach(model, spec, seed=seed)
+        return
+    model.requires_grad_(mode == "all")
+    for part in (model.pool, model.feature_norm, model.classifier):
+        part.requires_grad_(True)
+    if mode.startswith("last-"):
+        count = int(mode.removeprefix("last-"))
+        if count > len(model.blocks):
+            raise ModelError(f"--train {mode}: the model has {len(model.blocks)} blocks. Give fewer, or all.")
+        # The additions, too: beside image weights they start at nothing, and without them there is no time.
+        for part in (*model.blocks[-count:], model.norm, model.summary, *model.additions().values()):
+            part.requires_grad_(True)
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters, under names that are the same in every process and after every restart.
+
+    They share the model's memory.
+    """
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def start_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' first weights where they were taken out of the base weights (PiSSA, OLoRA), else nothing.
+
+    A checkpoint holds them beside the trainable tensors: the base weights that are left depend on them, and
+    another machine's decomposition of the same weights may be another one. They share the model's memory.
+    """
+    return {
+        f"start/{name}.{part}": tensor
+        for name, layer in adapted_layers(model).items()
+        for part, tensor in getattr(layer, "start", {}).items()
+    }
+
+
+def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors, as `trainable_tensors` gives them, into the model.
+
+    With those of `start_tensors` among them, the base weights become what is left without these. Raises
+    ModelError, with the model untouched, when names or shapes differ.
+    """
+    starts = start_tensors(model) if any(name.startswith("start/") for name in tensors) else {}
+    layers = {name: layer for name, layer in adapted_layers(model).items() if starts}
+    before = {name: [layer.start[part].clone() for part in START_PARTS] for name, layer in layers.items()}
+    copy_tensors(tensors, {**trainable_tensors(model), **starts})
+    for name, layer in layers.items():
+        now = [layer.start[part] for part in START_PARTS]
+        if not all(map(torch.equal, before[name], now)):
+            weight, scale = layer.get_base_layer().weight.detach(), layer.scaling[ADAPTER]
+            weight += scale * (before[name][1] @ before[name][0] - now[1] @ now[0]).to(weight.device)
+
+
+@torch.no_grad()
+def copy_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copies saved tensors into those of a run. Raises ModelError, with nothing copied, when they do not fit."""
+    if problems := tensor_mismatches(tensors, own):
+        raise ModelError(
+            f"The saved weights do not fit the model: {problems}. They were saved with other "
+            "settings (--train, --lora-rank, --lora-target-modules); use those of their run."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def trainable_report(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of all parameters, adapters included."""
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return trainable, sum(weight.numel() for weight in model.parameters())
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def bare_state_dict(model: TemporalViT) -> dict[str, Tensor]:
+    """The plain state dict of the model beneath its adapters. It shares the model's memory."""
+    own = adapter_names(adapted_layers(model))
+    state = model.state_dict()
+    return {plain_name(name): tensor for name, tensor in state.items() if name not in own}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without adapters. blocks.0.attention.q.base_layer.bias -> blocks.0.attention.q.bias"""
+    return name.replace(".base_layer.", ".")
+
+
+def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str) -> None:
+    """Writes what training changed in PEFT's format, for a model that holds this one under `prefix`.
+
+    Parts that were trained in full go along under `modules_to_save`. `backbone` is where the bare model is.
+    """
+    records: Any = model.peft_config  # PEFT left it there
+    config = copy.copy(records[ADAPTER])
+    adapters = adapter_names(adapted_layers(model))
+    trained = trainable_tensors(model)
+    whole = _trained_whole(model, adapters)
+    config.target_modules = {prefix + name for name in adapted_layers(model)}
+    config.modules_to_save = [prefix + name for name in whole]
+    config.base_model_name_or_path = backbone
+    config.init_lora_weights = True  # another start than zero would change the backbone when it is loaded
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    tensors = {}
+    for name in [*trained, *(name for name in adapters if name not in trained)]:
+        stored = name.replace(f".{ADAPTER}", "") if name in adapters else name
+        stored = stored.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        tensors[f"base_model.model.{prefix}{stored}"] = model.get_parameter(name).detach().contiguous()
+    save_tensors(tensors, folder / ADAPTER_FILE, {"format": "pt"})
+
+
+def _trained_whole(model: nn.Module, adapters: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are trained, and none of which is an adapter's."""
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
+        is_inside = any(name.startswith(f"{outer}.") for outer in whole)
+        is_trained = all(parameter.requires_grad for parameter in module.parameters())
+        if names and is_trained and not is_inside and not adapters & set(names):
+            whole.append(name)
+    return whole

@@ -1,4 +1,4 @@
-"""Pretrained image weights, read into the temporal ViT under our names."""
+"""Pretrained image weights, loaded into the temporal ViT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.backbone import backbone_config, load_backbone, on_central_frame
+from tvit_cli.model.backbone import (
+    LoadReport,
+    PretrainedConfig,
+    backbone_config,
+    inflate_central,
+    load_backbone,
+)
 from tvit_cli.model.families import (
     EXPORTED,
     FAMILIES,
@@ -21,16 +27,15 @@ from tvit_cli.model.families import (
     Family,
     find_family,
 )
-from tvit_cli.model.folder import CONFIG_FILE, for_other_programs
-from tvit_cli.model.pretrainedconfig import LoadReport, PretrainedConfig
-from tvit_cli.model.vit import TemporalViT, ViTConfig, resize_grid
+from tvit_cli.model.folder import CONFIG_FILE, export_not_loadable
 from tvit_cli.model.weights import (
     PREPROCESSOR_FILE,
     WeightsSource,
     check_names,
-    checked,
+    check_tensor,
     resolve_weights,
 )
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid
 from tvit_cli.settings.card import IMAGENET_MEAN
 
 __all__ = ["LoadReport", "PretrainedConfig", "load_pretrained", "read_config", "resolve_weights"]
@@ -122,7 +127,7 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     later: dict[str, Tensor] = {}
     notes = dict.fromkeys(config.notes)  # a set that keeps its order
     for theirs, name in names.items():
-        tensor = checked(source, theirs, stored[theirs])
+        tensor = check_tensor(source, theirs, stored[theirs])
         if tensor.dtype != model.norm.weight.dtype:
             notes[f"weights converted from {tensor.dtype} to {model.norm.weight.dtype}"] = None
             tensor = tensor.to(model.norm.weight.dtype)
@@ -169,7 +174,7 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
             f"--model {source.name}, or train from an image ViT such as google/vit-base-patch16-224."
         )
     if config.get("model_type") == EXPORTED:
-        raise for_other_programs(source.name)
+        raise export_not_loadable(source.name)
     if family is None:
         known = ", ".join(name for name in FAMILIES if name != TIMM)
         what = (
@@ -251,7 +256,7 @@ def _converted(
 ) -> dict[str, Tensor]:
     """One of their tensors as ours, by our names: tables are parted, patch weights put on one frame."""
     if name == "patch_embed.weight" and config.tubelet_size > 1:
-        return {name: on_central_frame(tensor, config.tubelet_size, notes)}
+        return {name: inflate_central(tensor, config.tubelet_size, notes)}
     if name == POSITIONS:
         return _parted_positions(source, family, tensor, config, notes)
     layer, fused, leaf = name.partition(".qkv.")

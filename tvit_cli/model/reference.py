@@ -1,4 +1,4 @@
-"""Models that the reference implementation trained, with its quirks, as a TemporalViT.
+"""Models trained by the reference implementation, loaded as a TemporalViT.
 
 Its code: https://github.com/detker/Temporal-Vision-Transformer-LoRA. What its network does otherwise:
 
@@ -23,17 +23,58 @@ from torch import Tensor
 import tvit_cli
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED, REFERENCE, Config
-from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, for_other_programs
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, export_not_loadable
 from tvit_cli.model.pretrained import whole_number
-from tvit_cli.model.referencelabels import guessed_labels, named_labels
-from tvit_cli.model.vit import TemporalViT, ViTConfig
-from tvit_cli.model.weights import (
-    MERGED_FILE,
-    WeightsSource,
-    checked,
-    listed,
-)
+from tvit_cli.model.weights import MERGED_FILE, WeightsSource, check_tensor, listed
+from tvit_cli.portable.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import BaseWeights, ModelCard, Preprocessing
+
+# UCF101's class folders, sorted as the reference sorts them: capitals first.
+_UCF101 = """
+ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball
+BasketballDunk BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling
+BoxingPunchingBag BoxingSpeedBag BreastStroke BrushingTeeth CleanAndJerk CliffDiving CricketBowling CricketShot
+CuttingInKitchen Diving Drumming Fencing FieldHockeyPenalty FloorGymnastics FrisbeeCatch FrontCrawl GolfSwing
+Haircut HammerThrow Hammering HandstandPushups HandstandWalking HeadMassage HighJump HorseRace HorseRiding
+HulaHoop IceDancing JavelinThrow JugglingBalls JumpRope JumpingJack Kayaking Knitting LongJump Lunges
+MilitaryParade Mixing MoppingFloor Nunchucks ParallelBars PizzaTossing PlayingCello PlayingDaf PlayingDhol
+PlayingFlute PlayingGuitar PlayingPiano PlayingSitar PlayingTabla PlayingViolin PoleVault PommelHorse PullUps
+Punch PushUps Rafting RockClimbingIndoor RopeClimbing Rowing SalsaSpin ShavingBeard Shotput SkateBoarding
+Skiing Skijet SkyDiving SoccerJuggling SoccerPenalty StillRings SumoWrestling Surfing Swing TableTennisShot
+TaiChi TennisSwing ThrowDiscus TrampolineJumping Typing UnevenBars VolleyballSpiking WalkingWithDog
+WallPushups WritingOnBoard YoYo
+"""
+UCF101 = tuple(_UCF101.split())
+
+
+def named_labels(source: WeightsSource, written: Config, count: int) -> tuple[str, ...] | None:
+    """The classes that the config names; None where it has no names but transformers' own, LABEL_0 …"""
+    named = written.get("id2label")
+    if named is None:
+        return None
+    if isinstance(named, dict) and all(re.fullmatch(r"LABEL_\d+", str(name)) for name in named.values()):
+        return None
+    keys = [str(number) for number in range(count)]
+    if not isinstance(named, dict) or set(named) != set(keys) or len(set(map(str, named.values()))) < count:
+        raise ModelError(
+            f"{source.name}: id2label in {CONFIG_FILE} must have a name of its own for each class, 0 to "
+            f"{count - 1}. Mend it, or remove it."
+        )
+    return tuple(str(named[key]) for key in keys)
+
+
+def guessed_labels(count: int) -> tuple[tuple[str, ...], list[str]]:
+    """Labels for so many classes without names, and a sentence on what was taken."""
+    if count == len(UCF101):
+        return UCF101, [
+            f"The weights do not name their {count} classes: UCF101's are taken, in sorted order."
+        ]
+    note = (
+        f"The weights do not name their {count} classes: they are numbered, in the sorted order of the folders "
+        f'that they were trained on. "id2label" in a {CONFIG_FILE} beside the weights names them.'
+    )
+    return tuple(f"class {n}" for n in range(count)), [note]
+
 
 PREFIX = "model."  # of the published weights; the training script's have none
 UNUSED = "pos_embed"
@@ -106,7 +147,7 @@ def _stored(source: WeightsSource, written: Config) -> dict[str, Tensor]:
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors.items()}
     kind = written.get("model_type", REFERENCE if "patch_embd.conv.weight" in stored else None)
     if kind == EXPORTED:
-        raise for_other_programs(source.name)
+        raise export_not_loadable(source.name)
     if kind != REFERENCE:
         raise ModelError(
             f"{source.name}: its model_type is {kind!r}, and it is no model folder of tvit ({CARD_FILE} beside "
@@ -199,7 +240,7 @@ def _state(
         )
     state = {}
     for theirs, ours in names.items():
-        tensor = checked(source, theirs, stored[theirs])
+        tensor = check_tensor(source, theirs, stored[theirs])
         if tensor.shape != expected[ours].shape:
             raise ModelError(
                 f"{source.name}: {theirs} has the shape {tuple(tensor.shape)}, not {tuple(expected[ours].shape)} "

@@ -22,7 +22,7 @@ from tvit_cli.model.folder import (
     PARITY_FILE,
     SETTINGS_FILE,
     WEIGHTS_FILE,
-    for_other_programs,
+    export_not_loadable,
     is_finite,
     read_tensors,
     sha256,
@@ -195,7 +195,7 @@ def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
     files = _shards(name, folder) if (folder / INDEX_FILE).is_file() else (folder / WEIGHTS_FILE,)
     absent = [path.name for path in files if not path.is_file()]
     if absent and (folder / PARITY_FILE).is_file():
-        raise for_other_programs(name)
+        raise export_not_loadable(name)
     if absent and (folder / INDEX_FILE).is_file():
         raise ModelError(
             f"{name}: {listed(absent)} missing, of the files that {INDEX_FILE} names. Fetch them."
@@ -246,7 +246,7 @@ def check_names(source: WeightsSource, stored: Iterable[str], expected: Iterable
         )
 
 
-def checked(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
+def check_tensor(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
     """The tensor. Raises ModelError where it is quantised or not finite."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ModelError(

@@ -10,21 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tvit_cli.report import page
-from tvit_cli.report.calibration import Bin, confidence_chart, coverage_chart, reliability_chart
-from tvit_cli.report.drawing import Drawing
-from tvit_cli.report.machine import hardware, software
-from tvit_cli.report.matrix import (
+from tvit_cli.report import html
+from tvit_cli.report.charts import (
     MOST_CLASSES,
+    Bin,
     ClassScore,
     Counts,
     class_chart,
+    confidence_chart,
     confusion_chart,
+    coverage_chart,
+    reliability_chart,
     shown_classes,
 )
-from tvit_cli.report.pictures import film_strip
-from tvit_cli.report.words import number, percent, plural
-from tvit_cli.report.writing import write_pages
+from tvit_cli.report.drawing import Drawing
+from tvit_cli.report.film import film_strip
+from tvit_cli.report.html import hardware, number, percent, plural, software, write_pages
 from tvit_cli.settings.card import Preprocessing
 
 MOST_BESIDE = 720  # a wider matrix has the page for itself
@@ -104,13 +105,13 @@ def evaluation_drawings(facts: EvaluationFacts) -> dict[str, Drawing]:
 def evaluation_page(facts: EvaluationFacts, drawings: Mapping[str, Drawing]) -> str:
     """The page of an evaluation, as HTML."""
     size = f"{plural(round(facts.metrics['videos']), 'video')} of {plural(len(facts.per_class), 'class')}"
-    return page.page(
+    return html.page(
         f"{facts.model} · {facts.subset}",
         f"tvit eval · {size} · {time.strftime('%Y-%m-%d %H:%M')}",
         [
-            *(page.notice(warning) for warning in facts.warnings),
-            page.tiles(_headline(facts)),
-            page.paragraph(_in_words(facts)),
+            *(html.notice(warning) for warning in facts.warnings),
+            html.tiles(_headline(facts)),
+            html.paragraph(_in_words(facts)),
             confusion_section(facts.labels, facts.counts, facts.confused, drawings["confusion"]),
             classes_section(facts.per_class),
             _confidence(facts, [drawings[name] for name in CONFIDENCE if name in drawings]),
@@ -126,11 +127,11 @@ def evaluation_page(facts: EvaluationFacts, drawings: Mapping[str, Drawing]) -> 
                 facts.hardest,
                 facts.preprocessing,
             ),
-            page.section("What was measured", page.facts(facts.measured)),
-            page.section("Videos left out", page.left_out(facts.unreadable)),
-            page.section("What to do next", page.commands(facts.commands)),
-            page.section("Software", page.facts(software(Path.cwd()))),
-            page.section("Hardware", page.facts(hardware(facts.device))),
+            html.section("What was measured", html.facts(facts.measured)),
+            html.section("Videos left out", html.left_out(facts.unreadable)),
+            html.section("What to do next", html.commands(facts.commands)),
+            html.section("Software", html.facts(software(Path.cwd()))),
+            html.section("Hardware", html.facts(hardware(facts.device))),
         ],
         footer=f"{facts.folder.absolute()}: metrics.json, scores.csv, confusion.csv, plots/*.png",
     )
@@ -143,7 +144,7 @@ def metric_name(name: str) -> str:
     return words.get(name, plain.replace("_", " "))
 
 
-def _headline(facts: EvaluationFacts) -> list[page.Tile]:
+def _headline(facts: EvaluationFacts) -> list[html.Tile]:
     top_k = [name for name in facts.metrics if name.startswith("video_top")]
     trivial = f"video_top{len(facts.labels)}"
     names = [
@@ -161,11 +162,11 @@ def _headline(facts: EvaluationFacts) -> list[page.Tile]:
         else:
             remark, span = "", None
         title = {"video_top1": "top-1", "calibration_error": "calibration error"}
-        found.append(page.Tile(title.get(name, metric_name(name)), percent(value), remark, span))
+        found.append(html.Tile(title.get(name, metric_name(name)), percent(value), remark, span))
     speed = f"{number(facts.metrics['videos'] / facts.seconds)} per second"
     left = round(facts.metrics["unreadable"])
     remark = f"{speed}; {left} cannot be read" if left else speed
-    found.append(page.Tile("videos", f"{facts.metrics['videos']:,.0f}", remark))
+    found.append(html.Tile("videos", f"{facts.metrics['videos']:,.0f}", remark))
     return found
 
 
@@ -203,7 +204,7 @@ def confusion_section(
     confused: Sequence[tuple[str, str, int]],
     drawing: Drawing,
     remark: str = "",
-) -> page.Html:
+) -> html.Html:
     """The confusion matrix beside the commonest mistakes; `remark`, a sentence, says whose answers these are."""
     shown = len(shown_classes(labels, counts))
     text = (
@@ -213,15 +214,15 @@ def confusion_section(
     if shown < len(labels):
         which = "the most mistakes" if shown == MOST_CLASSES else "a video or an answer"
         text += f" {shown} of {len(labels)} classes are shown, those with {which}."
-    pairs = page.table(("class", "taken for", "videos"), confused)
-    none = page.paragraph("There is no mistake.")
-    few = page.Html(page.paragraph("The commonest mistakes:") + pairs) if pairs else none
-    matrix = page.wide(drawing, min(900, round(0.8 * drawing.width)))
-    side_by_side = [page.columns(matrix, few)] if drawing.width < MOST_BESIDE else [matrix, few]
-    return page.section("What is taken for what", page.paragraph(text), *side_by_side)
+    pairs = html.table(("class", "taken for", "videos"), confused)
+    none = html.paragraph("There is no mistake.")
+    few = html.Html(html.paragraph("The commonest mistakes:") + pairs) if pairs else none
+    matrix = html.wide(drawing, min(900, round(0.8 * drawing.width)))
+    side_by_side = [html.columns(matrix, few)] if drawing.width < MOST_BESIDE else [matrix, few]
+    return html.section("What is taken for what", html.paragraph(text), *side_by_side)
 
 
-def classes_section(per_class: Mapping[str, ClassScore]) -> page.Html:
+def classes_section(per_class: Mapping[str, ClassScore]) -> html.Html:
     """A bar for each class, and a table with precision and F1."""
     ordered = sorted(per_class.items(), key=lambda item: (item[1].right / item[1].videos, item[0]))
     bars = [
@@ -232,18 +233,18 @@ def classes_section(per_class: Mapping[str, ClassScore]) -> page.Html:
         (label, row.videos, f"{row.right / row.videos:.3f}", f"{row.precision:.3f}", f"{row.f1:.3f}")
         for label, row in sorted(per_class.items())
     ]
-    return page.section(
+    return html.section(
         "Classes",
-        page.paragraph("Top-1, the worst class first."),
-        page.bars(bars),
-        page.folded(
+        html.paragraph("Top-1, the worst class first."),
+        html.bars(bars),
+        html.folded(
             f"Precision and F1 of {plural(len(rows), 'class')}",
-            page.table(("class", "videos", "top-1", "precision", "F1"), rows),
+            html.table(("class", "videos", "top-1", "precision", "F1"), rows),
         ),
     )
 
 
-def _confidence(facts: EvaluationFacts, drawings: Sequence[Drawing]) -> page.Html:
+def _confidence(facts: EvaluationFacts, drawings: Sequence[Drawing]) -> html.Html:
     mean = sum(confidence for confidence, _ in facts.answers) / len(facts.answers)
     right = sum(is_right for _, is_right in facts.answers) / len(facts.answers)
     verdict = "surer than it is right" if mean > right else "less sure than it could be"
@@ -252,34 +253,34 @@ def _confidence(facts: EvaluationFacts, drawings: Sequence[Drawing]) -> page.Htm
         f"The calibration error, {percent(facts.metrics['calibration_error'])}, is the mean gap between the two "
         f"over {facts.bins} equal bins of confidence; of few videos it comes out too large."
     )
-    return page.section("Confidence", page.paragraph(text), page.charts(drawings))
+    return html.section("Confidence", html.paragraph(text), html.charts(drawings))
 
 
-def _videos(title: str, text: str, videos: Sequence[ShownVideo], preprocessing: Preprocessing) -> page.Html:
+def _videos(title: str, text: str, videos: Sequence[ShownVideo], preprocessing: Preprocessing) -> html.Html:
     strips = [video_strip(video, preprocessing) for video in videos]
-    return page.section(title, page.paragraph(text) if strips else page.Html(""), page.strips(strips))
+    return html.section(title, html.paragraph(text) if strips else html.Html(""), html.strips(strips))
 
 
-def video_strip(video: ShownVideo, preprocessing: Preprocessing) -> page.Strip:
+def video_strip(video: ShownVideo, preprocessing: Preprocessing) -> html.Strip:
     """The frames of a video as the model saw them, its name, and the scores of a few labels."""
     said = (
         f"is {video.label}"
         if video.predicted == video.label
         else f"is {video.label}, taken for {video.predicted}"
     )
-    return page.Strip(
+    return html.Strip(
         film_strip(video.clip, preprocessing),
         f"Frames of {video.name}, which {said}",
-        page.Html(
-            page.answer(video.label, [video.predicted], video.name)
+        html.Html(
+            html.answer(video.label, [video.predicted], video.name)
             + label_scores(video.scores, video.label, video.predicted)
         ),
     )
 
 
-def label_scores(scores: Sequence[tuple[str, float]], label: str, predicted: str) -> page.Html:
+def label_scores(scores: Sequence[tuple[str, float]], label: str, predicted: str) -> html.Html:
     """Bars of labels: the true one, the one that was said in its place, and others."""
-    return page.scores(
+    return html.scores(
         (name, score, "good" if name == label else "bad" if name == predicted else "dim")
         for name, score in scores
     )

@@ -1,4 +1,4 @@
-"""What windows say of a stretch of time becomes smoothed scores and segments of one label.
+"""Viterbi smoothing of window scores, and segments of one label.
 
 Letters: W windows, J cells of one stride each, K classes.
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from tvit_cli.report import page
+from tvit_cli.report import html
 from tvit_cli.report.charts import Curve, curves_chart
 from tvit_cli.report.drawing import Drawing
-from tvit_cli.report.machine import hardware, software
-from tvit_cli.report.pictures import Samples, film_strip
-from tvit_cli.report.words import count, duration, number, percent
-from tvit_cli.report.writing import write_pages
+from tvit_cli.report.film import Samples, film_strip
+from tvit_cli.report.html import count, duration, hardware, number, percent, software, write_pages
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
@@ -67,21 +65,21 @@ def training_page(facts: TrainingFacts, drawings: Iterable[Drawing | None]) -> s
     """The page of a training, as HTML."""
     done, planned = len(facts.epochs), facts.settings.epochs
     state = f"{done} of {planned} epochs" if done < planned else f"{planned} epochs"
-    return page.page(
+    return html.page(
         facts.folder.name,
         f"tvit train · {state} · {time.strftime('%Y-%m-%d %H:%M')}",
         [
-            page.notice(facts.problem),
-            page.tiles(_headline(facts)),
-            page.section("Curves", page.charts(drawings)),
+            html.notice(facts.problem),
+            html.tiles(_headline(facts)),
+            html.section("Curves", html.charts(drawings)),
             _per_class(facts),
             _samples(facts),
-            page.section("What to do next", page.commands(facts.commands)),
-            page.section("The run", page.facts(facts.plan)),
+            html.section("What to do next", html.commands(facts.commands)),
+            html.section("The run", html.facts(facts.plan)),
             _data(facts),
             _settings(facts.settings),
-            page.section("Software", page.facts(software(Path.cwd()))),
-            page.section("Hardware", page.facts(hardware(facts.device))),
+            html.section("Software", html.facts(software(Path.cwd()))),
+            html.section("Hardware", html.facts(hardware(facts.device))),
         ],
         footer=f"{facts.folder.absolute()}",
     )
@@ -164,7 +162,7 @@ def _means(facts: TrainingFacts, key: str) -> list[tuple[float, float | None]]:
     return [(epoch, statistics.fmean(numbers)) for epoch, numbers in values.items()]
 
 
-def _headline(facts: TrainingFacts) -> list[page.Tile]:
+def _headline(facts: TrainingFacts) -> list[html.Tile]:
     """The test result if there is one, the best epoch's validation, time and size."""
     found = []
     if facts.test:
@@ -172,28 +170,28 @@ def _headline(facts: TrainingFacts) -> list[page.Tile]:
         if facts.test_interval is not None:
             low, high = facts.test_interval
             remark += f"; 95 % within {100 * low:.0f}–{100 * high:.0f} %"
-        found.append(page.Tile("test top-1", percent(facts.test["video_top1"]), remark))
+        found.append(html.Tile("test top-1", percent(facts.test["video_top1"]), remark))
     best = next((r for r in facts.epochs if r["step"] == facts.best_step), None)
     if best is not None:
         epoch = f"best epoch, {best['epoch']} of {len(facts.epochs)}"
         found += [
-            page.Tile(
+            html.Tile(
                 f"val {key.removeprefix('val_video_').replace('top', 'top-')}", percent(best[key]), epoch
             )
             for key in best
             if key.startswith("val_video_top")
         ]
-        found.append(page.Tile("val loss", number(best["val_loss"]), epoch))
+        found.append(html.Tile("val loss", number(best["val_loss"]), epoch))
     last = facts.epochs[-1]
-    found.append(page.Tile("train loss", number(last["train_loss"]), f"last epoch, {last['epoch']}"))
+    found.append(html.Tile("train loss", number(last["train_loss"]), f"last epoch, {last['epoch']}"))
     seconds = sum(r["seconds"] for r in facts.epochs)
-    found.append(page.Tile("training time", duration(seconds), "without validation"))
+    found.append(html.Tile("training time", duration(seconds), "without validation"))
     trained, total = facts.parameters
-    found.append(page.Tile("trained parameters", count(trained), f"of {count(total)}"))
+    found.append(html.Tile("trained parameters", count(trained), f"of {count(total)}"))
     return found
 
 
-def _per_class(facts: TrainingFacts) -> page.Html:
+def _per_class(facts: TrainingFacts) -> html.Html:
     """A bar for each class, the worst first."""
     rows = sorted(facts.per_class.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
     bars = [
@@ -201,32 +199,32 @@ def _per_class(facts: TrainingFacts) -> page.Html:
         for label, (videos, right) in rows
     ]
     text = "Top-1 of the best epoch, the worst class first." if bars else ""
-    return page.section("Validation by class", page.paragraph(text), page.bars(bars))
+    return html.section("Validation by class", html.paragraph(text), html.bars(bars))
 
 
-def _samples(facts: TrainingFacts) -> page.Html:
+def _samples(facts: TrainingFacts) -> html.Html:
     pictures = [
-        page.Strip(film_strip(clip, facts.preprocessing), caption, page.text(caption))
+        html.Strip(film_strip(clip, facts.preprocessing), caption, html.text(caption))
         for clip, caption in facts.samples.clips
     ]
     text = "Training clips after augmentation, in the model's own resolution." if pictures else ""
-    return page.section("What the model saw", page.paragraph(text), page.strips(pictures))
+    return html.section("What the model saw", html.paragraph(text), html.strips(pictures))
 
 
-def _data(facts: TrainingFacts) -> page.Html:
+def _data(facts: TrainingFacts) -> html.Html:
     rows: list[Sequence[object]] = [
         (label, *(counts.get(subset, 0) for subset in SUBSETS)) for label, counts in facts.videos.items()
     ]
     total = ("all", *(sum(counts.get(subset, 0) for counts in facts.videos.values()) for subset in SUBSETS))
-    return page.section(
+    return html.section(
         "Data",
-        page.table(("", *SUBSETS), [total]),
-        page.folded(f"Videos of each of {len(rows)} classes", page.table(("class", *SUBSETS), rows)),
-        page.left_out(facts.unreadable),
+        html.table(("", *SUBSETS), [total]),
+        html.folded(f"Videos of each of {len(rows)} classes", html.table(("class", *SUBSETS), rows)),
+        html.left_out(facts.unreadable),
     )
 
 
-def _settings(settings: TrainSettings) -> page.Html:
+def _settings(settings: TrainSettings) -> html.Html:
     """What was changed, then everything."""
     values = settings.model_dump(mode="json")
     defaults = {
@@ -239,11 +237,11 @@ def _settings(settings: TrainSettings) -> page.Html:
     }
     columns = ("setting", "value", "default")
     marked = [number for number, name in enumerate(rows) if name in changed]
-    return page.section(
+    return html.section(
         "Settings",
-        page.paragraph(f"{len(changed)} of {len(rows)} differ from their defaults."),
-        page.table(columns, [rows[name] for name in changed]),
-        page.folded(f"All {len(rows)} settings", page.table(columns, list(rows.values()), changed=marked)),
+        html.paragraph(f"{len(changed)} of {len(rows)} differ from their defaults."),
+        html.table(columns, [rows[name] for name in changed]),
+        html.folded(f"All {len(rows)} settings", html.table(columns, list(rows.values()), changed=marked)),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from tvit_cli.settings.base import Settings, about
-from tvit_cli.settings.fields import Names
+from tvit_cli.settings.types import Names
 
 WHAT, HOW = "What is fetched", "How"
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tvit_cli.settings.base import Settings, about, flag
-from tvit_cli.settings.fields import PRECISION, Device, MixedPrecision, Pattern
+from tvit_cli.settings.types import PRECISION, Device, MixedPrecision, Pattern
 
 WHAT, HOW = "What is scored", "How"
 

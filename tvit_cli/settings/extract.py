@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from tvit_cli.settings.base import about, flag
-from tvit_cli.settings.data import DATA, DataSettings
+from tvit_cli.settings.types import DATA, DataSettings
 
 FRAMES, HOW = "Frames", "How"
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from tvit_cli.settings.base import Settings, about, flag
-from tvit_cli.settings.fields import PRECISION, Device, MixedPrecision, seconds
+from tvit_cli.settings.types import PRECISION, Device, MixedPrecision, seconds
 
 HOW, SHOWN, LONG, MORE = "How", "What is shown", "Long videos", "What is written"
 

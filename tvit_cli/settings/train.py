@@ -13,10 +13,11 @@ from pydantic import Field, field_validator, model_validator
 
 from tvit_cli.settings.base import about, flag
 from tvit_cli.settings.card import ResizeMode
-from tvit_cli.settings.data import DATA, DataSettings
-from tvit_cli.settings.fields import (
+from tvit_cli.settings.types import (
+    DATA,
     PRECISION,
     CountOrAuto,
+    DataSettings,
     Device,
     MixedPrecision,
     NamesOrNone,
@@ -38,7 +39,7 @@ DEFAULT_MICRO_BATCH = 8
 # inner people, joint answers 86, 84 and 80 (three seeds), single frames 66, 65 and 70. On motions, which only the
 # order of frames tells apart, all but space are right on 0.98 to 1.00 of 256 clips where all patches are shown
 # (with half of them factorized on 0.945, joint and divided as before). joint trains adapters alone, and needs
-# fewer operations than divided (18.3 and 22.1 GFLOP a clip; tests/bench/RESULTS.md). Attention over time with the
+# fewer operations than divided (18.3 and 22.1 GFLOP a clip; docs/benchmarks.md). Attention over time with the
 # weights of space (AIM) and convolutions over time (ST-Adapter) were tried, were no better anywhere, and are gone.
 # Its cost grows with the square of the tokens; for long clips of large frames there are divided, and tubelets,
 # which are faster than anything else and not free: of 2 frames they answer 78 of the 90 right.

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from tvit_cli.engine.build import build
-from tvit_cli.engine.checkpoint import list_checkpoints, load_checkpoint
-from tvit_cli.engine.events import silent
 from tvit_cli.engine.export import huggingface
-from tvit_cli.engine.export.job import Answerer, Format, Job
-from tvit_cli.engine.export.quiet import quiet
+from tvit_cli.engine.export.formats import Answerer, Format, Job, suppress_logs
+from tvit_cli.engine.train.build import build
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.errors import ModelError
-from tvit_cli.model import adapter, lora
+from tvit_cli.model import lora
 from tvit_cli.model.folder import SETTINGS_FILE
-from tvit_cli.model.trainable import load_trainable, trainable_tensors
+from tvit_cli.model.lora import load_trainable, trainable_tensors
+from tvit_cli.results import silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -58,13 +57,11 @@ def write(job: Job, folder: Path) -> None:
     untrained = {name: tensor.clone() for name, tensor in trainable_tensors(built.model).items()}
     load_trainable(built.model, checkpoint.trainable)  # has where the adapters started from, too
     load_trainable(built.model, kept)
-    bare = adapter.bare_state_dict(built.model)
-    bare |= {
-        plain: tensor for name, tensor in untrained.items() if (plain := adapter.plain_name(name)) in bare
-    }
+    bare = lora.bare_state_dict(built.model)
+    bare |= {plain: tensor for name, tensor in untrained.items() if (plain := lora.plain_name(name)) in bare}
     (folder / BACKBONE).mkdir()
     huggingface.write_model(folder / BACKBONE, bare, card)
-    adapter.save_adapter(built.model, folder, prefix=huggingface.PREFIX, backbone=BACKBONE)
+    lora.save_adapter(built.model, folder, prefix=huggingface.PREFIX, backbone=BACKBONE)
     job.write_card(folder)
 
 
@@ -73,7 +70,7 @@ def opened(folder: Path) -> Iterator[Answerer]:
     """The adapter that PEFT puts on the backbone that transformers loads."""
     from transformers import pipeline
 
-    with quiet(), torch.inference_mode():
+    with suppress_logs(), torch.inference_mode():
         classify: Any = pipeline(
             "video-classification", model=str(folder / BACKBONE), trust_remote_code=True, device="cpu"
         )

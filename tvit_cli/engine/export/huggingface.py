@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.job import Answerer, Format, Job
-from tvit_cli.engine.export.quiet import quiet
-from tvit_cli.engine.export.sources import ship
+from tvit_cli.engine.export.formats import Answerer, Format, Job, ship, suppress_logs
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED
 from tvit_cli.model.folder import CONFIG_FILE, WEIGHTS_FILE, save_tensors
@@ -47,7 +45,7 @@ def write_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> N
     save_tensors(weights, folder / WEIGHTS_FILE, {"format": "pt"})
     _write(folder / CONFIG_FILE, _config(card))
     _write(folder / PROCESSOR_FILE, _processor(card))
-    ship(folder, ("modeling_tvit", "processing_tvit"))
+    ship(folder)
 
 
 @contextmanager
@@ -55,7 +53,7 @@ def opened(folder: Path) -> Iterator[Answerer]:
     """The pipeline that transformers makes of the folder."""
     from transformers import pipeline
 
-    with quiet():
+    with suppress_logs():
         classify = pipeline("video-classification", model=str(folder), trust_remote_code=True, device="cpu")
         yield answer_of(classify)
 

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.carried import carried, read_frames
-from tvit_cli.engine.export.graphs import Graph, graphs
-from tvit_cli.engine.export.job import Answerer, Format, Job
-from tvit_cli.engine.export.quiet import quiet
-from tvit_cli.engine.export.sources import ship_package
+from tvit_cli.engine.export.formats import (
+    Answerer,
+    Format,
+    Graph,
+    Job,
+    graphs,
+    import_source,
+    read_frames,
+    ship_package,
+    suppress_logs,
+)
 from tvit_cli.errors import ModelError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -53,7 +59,7 @@ def write(job: Job, folder: Path) -> None:
         onnx.helper.set_model_props(model, _facts(job, graph))
         onnx.save(model, path)
     job.write_card(folder)
-    ship_package(folder, ("reading",))
+    ship_package(folder)
 
 
 @contextmanager
@@ -63,7 +69,7 @@ def opened(folder: Path) -> Iterator[Answerer]:
     facts = json.loads(model.get_modelmeta().custom_metadata_map["preprocessing"])
     outside = folder / "preprocessing.onnx"
     preprocess = _session(outside) if outside.is_file() else None
-    with carried(folder) as module:
+    with import_source(folder) as module:
 
         def answer(videos: Sequence[Path]) -> Tensor:
             rows = []
@@ -80,7 +86,7 @@ def opened(folder: Path) -> Iterator[Answerer]:
 
 def _trace(graph: Graph, path: Path) -> None:
     weights = sum(tensor.nbytes for tensor in graph.module.state_dict().values())
-    with quiet():
+    with suppress_logs():
         program = torch.onnx.export(
             graph.module,
             (graph.example,),
@@ -102,7 +108,7 @@ def _quantise(path: Path) -> None:
 
     model = onnx.load(path)
     del model.graph.value_info[:]  # the shapes in it contradict those of the quantised graph
-    with quiet():
+    with suppress_logs():
         quantize_dynamic(
             model,
             path,

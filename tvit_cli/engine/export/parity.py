@@ -13,14 +13,14 @@ import numpy as np
 from torch import Tensor
 
 from tvit_cli.data.layout import Video, read_layout
-from tvit_cli.data.writer import write_video
-from tvit_cli.engine.events import Note
-from tvit_cli.engine.export.job import Answerer, Job
-from tvit_cli.engine.known import choose_videos
-from tvit_cli.engine.places import find_videos
-from tvit_cli.engine.scoring import score
-from tvit_cli.engine.source import find_data, videos_of
+from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine.dataset import find_data, video_root
+from tvit_cli.engine.evaluate.scoring import score
+from tvit_cli.engine.evaluate.selection import choose_split
+from tvit_cli.engine.export.formats import Answerer, Job
+from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, RunError
+from tvit_cli.results import Note
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 
@@ -100,10 +100,10 @@ def compare(expected: Reference, answer: Answerer, settings: ExportSettings) -> 
 
 def _own_clips(job: Job) -> tuple[str, list[Path]]:
     """Test or val videos of the data that the model was trained on, where they still lie there."""
-    choice = choose_videos(EvalSettings(), job.trained.card)
+    choice = choose_split(EvalSettings(), job.trained.card)
     try:
         root = find_data(job.trained.card.settings.get("path_to_data"))
-        layout = read_layout(videos_of(root) or root, **choice)
+        layout = read_layout(video_root(root) or root, **choice)
     except DataError as error:
         job.report(Note(f"The proof takes made-up clips: {error}", "warning"))
         return "", []

@@ -11,12 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tvit_cli.engine.export.carried import carried, read_frames
-from tvit_cli.engine.export.job import Answerer, Format, Job
-from tvit_cli.engine.export.sources import ship_package
+from tvit_cli.engine.export.formats import Answerer, Format, Job, import_source, read_frames, ship_package
 from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors, sha256
-
-FILES = ("vit", "reading", "pixels")
 
 
 def write(job: Job, folder: Path) -> None:
@@ -24,14 +20,14 @@ def write(job: Job, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in job.trained.model.state_dict().items()}
     save_tensors(state, folder / WEIGHTS_FILE, {"format": "pt"})
     job.write_card(folder, weights_sha256=sha256(folder / WEIGHTS_FILE))
-    ship_package(folder, FILES)
+    ship_package(folder)
 
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Answerer]:
     """The exported model, from its own files alone."""
     card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-    with carried(folder) as module:
+    with import_source(folder) as module:
         config = module("config").ViTConfig.from_dict(card["model"])
         model = module("vit").TemporalViT(config, initialise=False).eval()
         model.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
@@ -42,7 +38,7 @@ def opened(folder: Path) -> Iterator[Answerer]:
             rows = []
             for video in videos:
                 (frames,) = torch.from_numpy(read_frames(module("reading"), video, facts))
-                clip = module("pixels").frames_to_input(
+                clip = module("preprocessing").frames_to_input(
                     frames.permute(0, 3, 1, 2),
                     **{key: facts[key] for key in ("frame_size", "resize", "scale_to", "mean", "std")},
                 )

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from tvit_cli.engine.export.carried import carried, read_frames
-from tvit_cli.engine.export.graphs import graphs
-from tvit_cli.engine.export.job import Answerer, Format, Job
-from tvit_cli.engine.export.sources import ship_package
+from tvit_cli.engine.export.formats import (
+    Answerer,
+    Format,
+    Job,
+    graphs,
+    import_source,
+    read_frames,
+    ship_package,
+)
 from tvit_cli.model.folder import CARD_FILE
 
 MODEL_FILE = "model.pt2"
@@ -28,7 +33,7 @@ def write(job: Job, folder: Path) -> None:
         traced = torch.export.export(graph.module, (graph.example,), dynamic_shapes=(graph.dynamic,))
         save_program(traced, folder / f"{name}.pt2")
     job.write_card(folder)
-    ship_package(folder, ("reading",))
+    ship_package(folder)
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
@@ -45,7 +50,7 @@ def opened(folder: Path) -> Iterator[Answerer]:
     model = torch.export.load(folder / MODEL_FILE).module()
     is_outside = (folder / PREPROCESSING_FILE).is_file()
     preprocess = torch.export.load(folder / PREPROCESSING_FILE).module() if is_outside else None
-    with carried(folder) as module:
+    with import_source(folder) as module:
 
         @torch.inference_mode()
         def answer(videos: Sequence[Path]) -> Tensor:

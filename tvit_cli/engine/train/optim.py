@@ -1,0 +1,145 @@
+"""Loss, optimizer parameter groups, and learning-rate schedule.
+
+What a clip counts may depend on its class. Pure functions of tensors. Letters: B clips, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tvit_cli.portable.vit import TemporalViT
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the clips of one forward pass show, and which of them count.
+
+    Of a mixed clip, `labels` and `others` are both right, for `shares` and 1 - `shares` of it.
+    """
+
+    labels: Tensor  # int64 (B,)
+    weights: Tensor  # float (B,): 1, or 0 for a clip that does not count
+    others: Tensor | None = None  # int64 (B,)
+    shares: Tensor | None = None  # float (B,), 0 to 1
+
+    @property
+    def main(self) -> Tensor:
+        """The label of the larger part of each clip: what a right answer is in the training accuracy."""
+        if self.others is None or self.shares is None:
+            return self.labels
+        return self.labels.where(self.shares >= 0.5, self.others)
+
+
+def clip_losses(logits: Tensor, targets: Targets, *, class_weights: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy in nats of each clip, times the weight of its class: logits (B, K), weights (K,) -> (B,).
+
+    Of a mixed clip, that of both labels by their shares; where classes weigh the same, this is the cross-entropy
+    against the mixed, then smoothed target.
+    """
+
+    def of(labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+        return losses * class_weights[labels]
+
+    losses = of(targets.labels)
+    if targets.others is None or targets.shares is None:
+        return losses
+    others = of(targets.others)
+    return targets.shares * losses + (1 - targets.shares) * others
+
+
+def window_share(losses: Tensor, targets: Targets, *, window_clips: int) -> Tensor:
+    """What one forward pass adds to the mean loss of an update of that many clips, over all its passes."""
+    return (losses * targets.weights).sum() / window_clips
+
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# Learned tokens and positions are offsets, not weights of a map; decay would pull them to nothing (DeiT).
+EMBEDDINGS = frozenset(
+    {"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra", "shift", "scale"}
+)
+MAGNITUDES = "lora_magnitude_vector"  # DoRA's lengths of weights: decay would pull those to nothing
+# Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, and has
+# nothing that a small rate would protect.
+STEM = frozenset({"patch_embed", "positions", "pre_norm"})
+
+
+def parameter_groups(
+    model: TemporalViT,
+    *,
+    weight_decay: float,
+    bias_weight_decay: bool,
+    norm_weight_decay: bool,
+    layer_decay: float = 1.0,
+    temporal_rate: float = 1.0,
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups that share a weight decay and a `rate_scale` (`set_rates` reads it).
+
+    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens,
+    positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
+    that of `layer_scale`; parts that an image ViT lacks get `temporal_rate` where they hold layers, else 1.
+    """
+    new = {f"{path}.": temporal_rate if part.is_map else 1.0 for path, part in model.additions().items()}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for path, module in model.named_modules():
+        scale = next(
+            (scale for prefix, scale in new.items() if f"{path}.".startswith(prefix)),
+            layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay),
+        )
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if isinstance(module, NORMS):
+                decays = norm_weight_decay
+            elif name == "bias":
+                decays = bias_weight_decay
+            else:
+                decays = name not in EMBEDDINGS and MAGNITUDES not in path.split(".")
+            groups.setdefault((decays, scale), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}
+        for (decays, scale), parameters in groups.items()
+    ]
+
+
+def layer_scale(path: str, *, depth: int, layer_decay: float) -> float:
+    """Share of the learning rate that a module of the model gets, with its adapters.
+
+    Block i of L, counted from 1, gets layer_decay^(L - i + 1), what lies before the blocks layer_decay^(L + 1),
+    all else 1. Source: BEiT, arXiv:2106.08254. 2 blocks, decay 0.5 -> patch_embed 0.125 . 0.25 . 0.5 . norm 1
+    """
+    top, *below = path.split(".")
+    if top == "blocks" and below:
+        return layer_decay ** (depth - int(below[0]))
+    return layer_decay ** (depth + 1) if top in STEM else 1.0
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_scale"]
+
+
+def adamw(
+    groups: list[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float], epsilon: float
+) -> torch.optim.AdamW:
+    """AdamW over parameter groups, fused into one kernel (CPU and CUDA have it)."""
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def learning_rate_at(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up, then half a cosine towards zero.
+
+    The rate of update `step`, counted from 0; the first is peak / warmup_steps, not 0, so that no update is
+    spent on nothing. peak 1, warm-up 2 of 4 steps -> 0.5 . 1.0 . 1.0 . 0.5
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,210 @@
+"""Several runs, one per seed and split: trained, scored and summarised in sequence."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from tvit_cli.engine.evaluate import evaluate
+from tvit_cli.engine.evaluate.files import (
+    METRICS_FILE,
+    EvalResult,
+    confusion_counts,
+    output_folder,
+    read_metrics,
+    reproduce_command,
+    write_json,
+    write_page,
+)
+from tvit_cli.engine.evaluate.metrics import class_table, confusion_matrix, most_confused
+from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
+from tvit_cli.engine.train import process_group_of, score_test, train
+from tvit_cli.engine.train.fingerprint import check_finished_settings
+from tvit_cli.engine.train.run_folder import TEST, check_replaceable, experiment_name
+from tvit_cli.engine.trained import is_series_run
+from tvit_cli.errors import Interrupted, SettingsError
+from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, SETTINGS_FILE, load_card
+from tvit_cli.report.comparison import SeriesFacts, write_series_report
+from tvit_cli.results import Note, Report, silent
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.train import TrainSettings
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class SeriesResult:
+    """Metrics of each run of a series (`seed0-split1` …), and mean and standard deviation of each metric.
+
+    The deviation is that of a sample: divided by one less than the number of runs. `report` is the page of
+    an evaluation, where this process wrote one.
+    """
+
+    folder: Path
+    runs: dict[str, dict[str, float]]
+    summary: dict[str, tuple[float, float]]
+    report: Path | None = None
+
+
+def series_models(folder: Path | None) -> dict[str, Path]:
+    """The model folders of a series by the names of its runs; none where `folder` is something else."""
+    if folder is None or (folder / CARD_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
+        return {}
+    cards = sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
+    return {card.parents[1].name: card.parent for card in cards if is_series_run(card.parents[1].name)}
+
+
+def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
+    """Score every model of a series as `evaluate` does, each on the data and split of its own training.
+
+    The summary goes to eval/<subset>/summary.json in the series' folder (eval/<subset>-<data> on other data), or to
+    `--output`, with a page beside it.
+    """
+    assert settings.model is not None
+    place = join_process_group(settings.device)
+    results = {}
+    for name, model in models.items():
+        output = None if settings.output is None else settings.output / name
+        own = settings.model_copy(update={"model": model, "output": output})
+        results[name] = evaluate(own, report if place.is_main else silent, place)
+    runs = {name: result.metrics for name, result in results.items()}
+    folder = settings.output or settings.model / "eval" / next(iter(results.values())).output.name
+    whole = SeriesResult(folder, runs, summarise(list(runs.values())))
+    if place.is_main:
+        write_summary(whole)
+        facts = _facts(whole, results, settings, place)
+        whole = replace(whole, report=write_page(write_series_report, facts, report))
+    return whole
+
+
+def _facts(
+    whole: SeriesResult, results: Mapping[str, EvalResult], settings: EvalSettings, place: ProcessGroup
+) -> SeriesFacts:
+    """What the page of all runs together says."""
+    labels = tuple(sorted({label for result in results.values() for label in result.labels}))
+    answers = [answer for result in results.values() for answer in result.answers]
+    position = {label: number for number, label in enumerate(labels)}
+    read = [answer for answer in answers if answer.predicted]
+    confusion = confusion_matrix(
+        torch.tensor([position[answer.predicted] for answer in read]),
+        torch.tensor([position[answer.video.label] for answer in read]),
+        len(labels),
+    )
+    unread = Counter(answer.video.label for answer in answers if not answer.predicted)
+    table = class_table(confusion, torch.tensor([unread[label] for label in labels]))
+    found = {label: row for label, row in zip(labels, table, strict=True) if row.videos}
+    first = next(iter(results.values()))
+    notes = [note for result in results.values() for note in result.warnings]
+    return SeriesFacts(
+        folder=whole.folder,
+        name=str(settings.model.absolute().name) if settings.model else "",
+        subset=first.subset,
+        labels=labels,
+        runs=whole.runs,
+        intervals={name: result.intervals for name, result in results.items()},
+        summary=whole.summary,
+        counts=confusion_counts(read),
+        confused=[(labels[true], labels[said], count) for true, said, count in most_confused(confusion)],
+        per_class=found,
+        outputs={name: str(result.report or result.output) for name, result in results.items()},
+        warnings=list(dict.fromkeys(notes)),
+        commands=[("The same again", reproduce_command(settings, ["--model", str(settings.model)]))],
+        device=place.device,
+    )
+
+
+def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and sample standard deviation of the metrics that all runs have. 0.8, 0.9 -> (0.85, 0.0707…)"""
+    shared = [name for name in runs[0] if all(name in run for run in runs)]
+    deviation: Callable[[list[float]], float] = statistics.stdev if len(runs) > 1 else lambda values: 0.0
+    columns = {name: [run[name] for run in runs] for name in shared}
+    return {name: (statistics.fmean(values), deviation(values)) for name, values in columns.items()}
+
+
+def write_summary(result: SeriesResult) -> None:
+    """Write summary.json to the series' folder: every run's metrics, their means and deviations.
+
+    Raises RunError where it cannot be written.
+    """
+    content = {
+        "runs": result.runs,
+        "mean": {name: mean for name, (mean, _) in result.summary.items()},
+        "sd": {name: sd for name, (_, sd) in result.summary.items()},
+    }
+    with output_folder(result.folder) as folder:
+        write_json(folder / SUMMARY_FILE, content)
+
+
+def train_series(series: Sequence[TrainSettings], report: Report = silent) -> SeriesResult:
+    """Train one run after the other into <experiment>/seed<s>-split<n>; runs that are finished are kept.
+
+    Raises SettingsError where the experiment's name is taken by something else, or a finished run of it was
+    trained with other settings; otherwise what `train` raises.
+    """
+    first = series[0]
+    if first.resume_from_checkpoint is not None:
+        raise SettingsError(
+            f"--resume-from-checkpoint {first.resume_from_checkpoint}: a series has a checkpoint for each run. "
+            "Leave it out and name the series with --experiment-name: finished runs are kept, and one that was "
+            "stopped goes on."
+        )
+    accelerator = make_accelerator(device=first.device, mixed_precision="no")
+    name: str = broadcast_object_list([experiment_name(first)])[0]
+    folder = first.working_directory / name
+    if (folder / SETTINGS_FILE).exists():
+        raise SettingsError(
+            f"--experiment-name {name}: {folder} is the folder of a single run. Take another."
+        )
+    runs = {
+        f"seed{s.seed}-split{s.split}": s.model_copy(
+            update={"working_directory": folder, "experiment_name": f"seed{s.seed}-split{s.split}"}
+        )
+        for s in series
+    }
+    for run, settings in runs.items():
+        if settings.overwrite:
+            check_replaceable(folder / run, settings)
+    finished = [run for run, s in runs.items() if _is_finished(folder / run) and not s.overwrite]
+    for run in finished:
+        runs[run] = check_finished_settings(folder / run, runs[run], accelerator.num_processes)
+    for number, (run, settings) in enumerate(runs.items()):
+        report(Note(f"Run {number + 1} of {len(runs)}: {folder / run}{' is finished' * (run in finished)}"))
+        try:
+            if run not in finished:
+                train(settings, report)
+            elif settings.test_at_end and not _tested(folder / run):
+                score_test(folder / run / MODEL_FOLDER, settings, report, process_group_of(accelerator))
+        except Interrupted as stop:
+            raise Interrupted(
+                f"{stop}\nOr go on with the whole series: the same command with --experiment-name {name}. "
+                f"{number} of its {len(runs)} runs are finished and will be kept.",
+                exit_code=stop.exit_code,
+            ) from stop
+    accelerator.wait_for_everyone()
+    metrics = {run: _metrics(folder / run) for run in runs}
+    result = SeriesResult(folder, metrics, summarise(list(metrics.values())))
+    if accelerator.is_main_process:
+        write_summary(result)
+    return result
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / MODEL_FOLDER).exists()
+
+
+def _tested(run: Path) -> bool:
+    return (run / TEST / METRICS_FILE).exists()
+
+
+def _metrics(run: Path) -> dict[str, float]:
+    """Validation metrics of the epoch that a finished run kept, and test metrics where they were taken."""
+    metrics = dict(load_card(run / MODEL_FOLDER).metrics)
+    if _tested(run):
+        metrics |= {f"test_{name}": value for name, value in read_metrics(run / TEST).items()}
+    return metrics

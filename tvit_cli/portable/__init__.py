@@ -1,0 +1,1 @@
+"""Model code that an export carries: imports torch, PyAV, transformers and itself only."""

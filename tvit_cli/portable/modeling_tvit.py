@@ -1,0 +1,94 @@
+"""A tvit model as transformers loads it: configuration and model classes around `TemporalViT`.
+
+It stands in a folder with the network's own files (`vit.py` and what that imports).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+
+from .config import ViTConfig
+from .layers import AddedModule
+from .vit import Positions, TemporalViT
+
+
+class TvitConfig(PretrainedConfig):
+    """`network` holds the shape of a TemporalViT, as ViTConfig has it; the classes are those of `id2label`."""
+
+    model_type = "tvit"
+
+    def __init__(self, network: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.network = dict(network or {})
+        super().__init__(**kwargs)
+
+    def vit_config(self) -> ViTConfig:
+        """The network's shape with as many classes as there are labels."""
+        return ViTConfig.from_dict({**self.network, "num_classes": self.num_labels})
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip."""
+        return self.vit_config().n_frames
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a frame, in pixels."""
+        return self.vit_config().frame_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the features."""
+        return self.vit_config().width
+
+
+class TvitPreTrainedModel(PreTrainedModel):
+    """What both models share: the network, its classifier included, and how its weights start."""
+
+    config_class = TvitConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("video",)
+    _supports_sdpa = True
+
+    def __init__(self, config: TvitConfig) -> None:
+        super().__init__(config)
+        self.network = TemporalViT(config.vit_config(), initialise=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws the weights that no file had: all of a new model's, or a classifier's for other labels."""
+        if isinstance(module, AddedModule):
+            module.start(generator=None, from_scratch=True)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Positions):
+            for position in module.parameters(recurse=False):
+                nn.init.trunc_normal_(position, std=0.02)
+
+
+class TvitModel(TvitPreTrainedModel):
+    """The backbone: what is classified, (B, T, C, H, W) -> `pooler_output` (B, D)."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=self.network.features(pixel_values))
+
+
+class TvitForVideoClassification(TvitPreTrainedModel):
+    """The classifier, (B, T, C, H, W) -> `logits` (B, K); with `labels` (B,) also their cross-entropy."""
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        logits = self.network(pixel_values)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)

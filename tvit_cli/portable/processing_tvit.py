@@ -1,0 +1,88 @@
+"""A tvit model's preprocessing as transformers loads it: a video file or its frames -> `pixel_values`.
+
+It needs no torchvision: frames are read with PyAV, chosen and resized by tvit's own files beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import BatchFeature
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from .preprocessing import frames_to_input
+from .reading import choose_frames, read_clip
+
+
+class TvitVideoProcessor(VideoProcessorMixin):
+    """What lies between a video and the model; the values are those that the model was trained with.
+
+    `n_frames` frames, the middle ones of equal shares of the video (with `frame_grid`, of so many evenly
+    spaced ones), are resized to `scale_to` (`resize` crop: short side; squash: whole frame), cut to the
+    `frame_size` pixels of the centre, and normalised by `image_mean` and `image_std`.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers declares it so)
+
+    def __init__(
+        self,
+        n_frames: int = 8,
+        frame_size: int = 224,
+        resize: str = "crop",
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        frame_grid: int | None = None,
+        scale_to: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.n_frames = n_frames
+        self.frame_size = frame_size
+        self.resize = resize
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.frame_grid = frame_grid
+        self.scale_to = frame_size if scale_to is None else scale_to
+
+    def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        """One video or a list of them -> `pixel_values`, float32 (B, T, C, S, S).
+
+        A video is a path, or all its frames: uint8 (frames, H, W, C), or a list of pictures. Options of other
+        processors (`num_frames`, `do_sample_frames`, `return_tensors`) are taken and have no effect.
+        """
+        return BatchFeature({"pixel_values": torch.stack([self._clip(v) for v in _listed(videos)])})
+
+    def _clip(self, video: Any) -> Tensor:
+        if isinstance(video, str | PathLike):
+            frames = read_clip(
+                video, n_frames=self.n_frames, short_side=self.scale_to, frame_grid=self.frame_grid
+            )
+        else:
+            every = np.stack([np.asarray(frame) for frame in video])
+            if every.dtype != np.uint8 or every.ndim != 4 or every.shape[3] != 3:
+                raise ValueError(f"frames must be uint8 (frames, H, W, 3), not {every.dtype} {every.shape}")
+            frames = every[choose_frames(len(every), self.n_frames, self.frame_grid)]
+        return frames_to_input(
+            torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2),
+            frame_size=self.frame_size,
+            resize=self.resize,
+            mean=self.image_mean,
+            std=self.image_std,
+            scale_to=self.scale_to,
+        )
+
+
+def _listed(videos: Any) -> list[Any]:
+    if isinstance(videos, str | PathLike) or getattr(videos, "ndim", 5) == 4:
+        return [videos]
+    videos = list(videos)
+    is_video = not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (
+        2,
+        3,
+    )  # a list of pictures
+    return [videos] if is_video else videos
