@@ -70,9 +70,7 @@ def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("attention", ["joint", "divided", "factorized"])
-def test_a_model_of_the_same_attention_starts_with_the_features_of_the_trained_one(
-    tmp_path: Path, attention: str
-) -> None:
+def test_same_scheme_starts_with_the_features_of_the_trained_model(tmp_path: Path, attention: str) -> None:
     before = trained(tmp_path / "m", attention=attention, pool="attentive")
     model, report = started(tmp_path / "m", attention=attention, pool="attentive")
     assert torch.equal(features(model), features(before))
@@ -80,7 +78,7 @@ def test_a_model_of_the_same_attention_starts_with_the_features_of_the_trained_o
     assert model.classifier.out_features == 3
 
 
-def test_frames_of_another_size_and_clips_of_another_length_are_seen_as_the_trained_model_sees_them(
+def test_other_frame_sizes_and_clip_lengths_keep_the_trained_features(
     tmp_path: Path,
 ) -> None:
     before = trained(tmp_path / "m")
@@ -107,7 +105,7 @@ def test_tubelets_of_another_size_are_refused_with_the_option_to_give(tmp_path: 
         started(tmp_path / "m", tubelet_size=1)
 
 
-def test_another_attention_takes_what_an_image_vit_has_and_starts_the_rest_anew(tmp_path: Path) -> None:
+def test_other_scheme_takes_image_weights_and_starts_the_rest_anew(tmp_path: Path) -> None:
     before = trained(tmp_path / "m", attention="divided")
     model, report = started(tmp_path / "m", attention="joint")
     assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
@@ -125,7 +123,7 @@ def test_a_temporal_embedding_by_token_is_none_by_frame(tmp_path: Path) -> None:
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
 
 
-def test_divided_attention_copies_spatial_attention_where_the_trained_model_had_none_over_time(
+def test_divided_attention_copies_spatial_weights_if_none_were_temporal(
     tmp_path: Path,
 ) -> None:
     before = trained(tmp_path / "m")

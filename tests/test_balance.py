@@ -17,7 +17,7 @@ def order(labels: tuple[int, ...], seed: int = 0) -> list[int]:
     return balanced_order(labels, np.random.default_rng(seed))
 
 
-def test_every_class_weighs_the_same_in_all_and_a_clip_weighs_one_in_the_mean() -> None:
+def test_class_weights_are_equal_in_sum_and_one_on_average() -> None:
     weights = class_weights(LABELS, 3)
     assert [12 * weights[0], 6 * weights[1], 2 * weights[2]] == pytest.approx([20 / 3] * 3)
     assert sum(weights[label] for label in LABELS) / len(LABELS) == pytest.approx(1)
@@ -27,7 +27,7 @@ def test_even_classes_weigh_one() -> None:
     assert class_weights((2, 0, 1, 1, 0, 2), 3) == [1.0, 1.0, 1.0]
 
 
-def test_a_class_without_a_clip_weighs_nothing_and_the_others_as_if_it_were_not_there() -> None:
+def test_class_without_clips_has_no_weight() -> None:
     assert class_weights((0, 0, 0, 3), 5) == [4 / 6, 0.0, 0.0, 4 / 2, 0.0]
 
 
@@ -40,7 +40,7 @@ def test_classes_take_equal_shares_and_the_rest_goes_round() -> None:
     assert set(rest) == {0, 1, 2} and all(20 < count < 60 for count in rest.values())
 
 
-def test_a_large_class_reads_no_clip_twice_and_a_small_one_all_equally_often() -> None:
+def test_balanced_sampling_repeats_only_clips_of_small_classes() -> None:
     times = Counter(order(LABELS))
     assert max(times[index] for index in range(12)) == 1
     assert {times[18], times[19]} <= {3, 4}

@@ -114,7 +114,7 @@ def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: Mo
     assert found([rows[0], before]) == [("joint", 18.0, 0.5), ("joint, base", 18.0, 1.0)]
 
 
-def test_the_picture_has_a_labelled_dot_for_each_method_and_no_labels_on_each_other(
+def test_scatter_plot_labels_each_method_without_overlap(
     learning: ModuleType,
 ) -> None:
     rows = {}

@@ -101,7 +101,7 @@ def test_few_clips_come_from_groups_far_apart() -> None:
     assert len(take_clips([PurePosixPath(f"videos/run/{name}_run.avi") for name in "abcde"], 2)) == 2
 
 
-def test_selection_takes_classes_without_regard_to_case_and_names_unknown_ones() -> None:
+def test_class_selection_ignores_case_and_names_unknown_classes() -> None:
     paths = clips("Archery", 2) + clips("Bowling", 2)
     assert choose(paths, Selection(classes=("archery",))) == set(clips("Archery", 2))
     with pytest.raises(SettingsError, match=r"--classes archry: no such class\. Did you mean Archery"):

@@ -51,7 +51,7 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
 
 
-def test_the_average_is_saved_where_there_is_one_and_costs_nothing_where_there_is_none(
+def test_checkpoint_holds_the_ema_only_where_there_is_one(
     tmp_path: Path,
 ) -> None:
     without, with_it = save(tmp_path, 1), save(tmp_path, 2, ema=TENSORS)
@@ -276,7 +276,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_clips(root / "colours"), make_pretrained(root / "tiny-vit")
 
 
-def test_a_checkpoint_of_another_base_model_classes_or_processes_is_refused_with_the_difference(
+def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(
     colours: tuple[Path, Path], tmp_path: Path
 ) -> None:
     data, base = colours[0], tmp_path / "base"

@@ -72,7 +72,7 @@ def test_a_gpu_that_is_fed_too_slowly_waits_for_the_rest(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_slow_source_shows_as_time_spent_waiting_and_a_hidden_one_does_not(
+def test_clock_counts_waiting_for_slow_data_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """A clip takes 20 ms to read and more, and a step of eight clips is made to take 300 ms and more."""

@@ -62,9 +62,7 @@ def measured(comparison: Comparison) -> str:
     return Page(comparison.report.read_text(encoding="utf-8")).text
 
 
-def test_videos_that_are_of_another_class_for_the_second_model_are_not_compared(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_videos_with_differing_true_classes_are_not_compared(trained: TrainResult, tmp_path: Path) -> None:
     swapped = {"Red": "Blue", "Blue": "Red", "Green": "Green"}  # as many of each class as before
     videos = read_layout(data_of(trained), **SUBSETS).videos
     rows = [f"{video.path},{swapped[video.label]},{video.subset}" for video in videos]

@@ -267,7 +267,7 @@ def test_unknown_class_is_refused_with_near_names_before_the_videos(world: World
     assert {path for path, _ in world.server.requests} == {"/lists.zip"}
 
 
-def test_server_without_range_gives_a_small_archive_whole_and_refuses_a_large_one(
+def test_server_without_range_serves_small_archives_only(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.use(world.source("/flat.zip", world.flat_zip(), ranges=False))

@@ -50,7 +50,7 @@ def test_each_update_moves_it_by_what_the_decay_leaves() -> None:
     assert torch.allclose(ema.tensors["1.bias"].double(), expected, atol=1e-6)
 
 
-def test_the_model_has_the_average_for_a_while_and_its_own_weights_back_after_any_end() -> None:
+def test_ema_weights_are_swapped_in_and_restored_after_any_end() -> None:
     layers = model()
     ema = WeightAverage(layers, 0.9)
     train_a_step(layers)

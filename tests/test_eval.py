@@ -149,7 +149,7 @@ def test_groups_that_came_after_training_do_not_move_the_test_subset(tmp_path: P
     assert load_card(result.model).held_out["test"]
 
 
-def test_videos_with_commas_in_their_names_are_held_out_again_as_in_training(tmp_path: Path) -> None:
+def test_eval_holds_out_the_same_videos_with_commas_in_names(tmp_path: Path) -> None:
     data = make_clips(tmp_path / "colours", groups=4)
     for path in sorted(data.glob("*/*.avi")):
         path.rename(path.with_name(path.name.removeprefix("v_").replace("_g", ", take ").replace("_c01", "")))
@@ -371,9 +371,7 @@ def test_data_that_was_made_for_testing_alone_is_scored(
     assert not result.leaks
 
 
-def test_of_all_videos_of_the_training_s_data_it_is_said_which_were_trained_on(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_eval_of_all_videos_notes_training_videos(trained: TrainResult, tmp_path: Path) -> None:
     result = evaluate(settings(trained, subset="all", output=tmp_path / "out"))
     train = evaluate(settings(trained, subset="train", output=tmp_path / "train")).metrics["videos"]
     whole = result.metrics["videos"]
@@ -389,9 +387,7 @@ def test_groups_beside_all_videos_are_refused() -> None:
         load(EvalSettings, flags={"subset": "all", "val_groups": "1", "test_groups": "1"}, environ={})
 
 
-def test_a_second_model_that_is_not_there_is_missed_before_the_first_is_scored(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_compare_checks_the_second_model_before_scoring(trained: TrainResult, tmp_path: Path) -> None:
     pair = (trained.model, tmp_path / "nowhere")
     with pytest.raises(ModelError, match="nowhere: no such model folder"):
         compare(settings(trained, subset="train", output=tmp_path / "out", model=None, compare=pair))
@@ -424,9 +420,7 @@ def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_pa
     assert end.value.code == 0
 
 
-def test_the_number_format_of_an_evaluation_is_chosen_used_and_written_down(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_eval_precision_is_used_and_recorded(trained: TrainResult, tmp_path: Path) -> None:
     def scored(name: str, **how: Any) -> tuple[dict[str, Any], list[str]]:
         result = evaluate(settings(trained, output=tmp_path / name, **how))
         rows = (result.output / "scores.csv").read_text().splitlines()
@@ -462,7 +456,7 @@ SHOWN = {
     "crops_per_clip": test_more_views_are_averaged_scores_of_clips_at_other_places,
     "flip": test_more_views_are_averaged_scores_of_clips_at_other_places,
     "num_processes": test_two_processes_find_what_one_finds,
-    "mixed_precision": test_the_number_format_of_an_evaluation_is_chosen_used_and_written_down,
+    "mixed_precision": test_eval_precision_is_used_and_recorded,
     "output": test_scoring_twice_gives_the_same_bytes,
 }
 
@@ -502,7 +496,7 @@ def test_classes_that_are_spelt_otherwise_are_the_same(trained: TrainResult, tmp
 
 
 @pytest.mark.parametrize("verb", ["one", "pair"])
-def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_scored(
+def test_eval_checks_the_results_folder_before_scoring(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     (tmp_path / "taken").write_text("a file")

@@ -286,9 +286,7 @@ def test_the_page_says_what_numbers_on_training_videos_are_worth(result: EvalRes
     assert "chose the epoch" not in page_of(result).text
 
 
-def test_of_videos_chosen_otherwise_than_in_training_only_some_were_trained_on_or_chose_the_epoch(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_eval_of_other_subsets_notes_partial_data_leakage(trained: TrainResult, tmp_path: Path) -> None:
     held_out = load_card(trained.model).held_out
     chosen = page_of(evaluate(settings(trained, subset="val", output=tmp_path))).text
     assert "These videos chose the epoch" in chosen and "trained on these" not in chosen
@@ -318,7 +316,7 @@ def test_on_other_data_the_page_claims_nothing_about_the_training(
 
 
 @pytest.mark.parametrize("stand_in", ["store", "name", "link"])
-def test_the_same_videos_are_known_from_a_frame_store_by_their_name_and_through_a_link(
+def test_leakage_is_found_through_frame_stores_and_links(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: str
 ) -> None:
     """Trained on `recorded`, scored on `opened`: the same videos in other subsets."""
@@ -382,7 +380,7 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
     assert "script" not in page.tags and page.text.count(evil) >= 12
 
 
-def test_a_matrix_has_a_cell_for_each_pair_that_occurs_and_no_text_overlaps() -> None:
+def test_confusion_matrix_has_all_cells_and_no_overlapping_text() -> None:
     for labels in (("A", "B"), tuple(f"Class number {n}" for n in range(101))):
         counts = {(label, labels[0]): 1 for label in labels} | {(label, label): 3 for label in labels}
         drawing = confusion_chart(labels, counts)
@@ -486,9 +484,7 @@ def test_a_series_has_a_page_with_its_mean_and_every_run(series: Path) -> None:
     assert trouble_in_chromium(result.report) == []
 
 
-def test_a_comparison_has_a_page_that_says_which_is_better_and_what_flipped(
-    series: Path, tmp_path: Path
-) -> None:
+def test_comparison_page_names_the_better_model_and_flipped_videos(series: Path, tmp_path: Path) -> None:
     models = tuple(series_models(series).values())
     own = EvalSettings(compare=models, subset="train", num_workers=0, device="cpu", output=tmp_path)
     result = compare(own)
@@ -549,7 +545,7 @@ def test_the_verdict_is_what_the_interval_allows(
     assert none == {"changed_classes": None} and "No class changed" in Page(comparison_page(same, none)).text
 
 
-def test_a_page_that_draws_less_takes_its_older_drawings_away_and_no_others(tmp_path: Path) -> None:
+def test_report_removes_only_its_own_outdated_drawings(tmp_path: Path) -> None:
     changed = ComparisonFacts(
         folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
         difference=0.1, interval=None, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,

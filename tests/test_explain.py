@@ -41,7 +41,7 @@ class Spot(nn.Module):
         return torch.stack([torch.zeros_like(seen), seen], 1)
 
 
-def test_relevance_lies_on_what_the_model_reads_and_adds_up_to_the_log_score() -> None:
+def test_relevance_adds_up_to_the_log_score() -> None:
     clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     clip[1:, :, 4:8, 8:12] += 2
     blank = blank_clip(clip)
@@ -66,9 +66,7 @@ def test_relevance_lies_on_what_the_model_reads_and_adds_up_to_the_log_score() -
         ([[-3.0, 0.0], [0.0, -1.0]], [0.0, 0.0]),
     ],
 )
-def test_the_frames_shares_are_together_1_or_all_0_where_nothing_speaks_for_the_label(
-    relevance: list[list[float]], shares: list[float]
-) -> None:
+def test_frame_shares_sum_to_1_or_are_all_0(relevance: list[list[float]], shares: list[float]) -> None:
     by_frame = torch.tensor(relevance)[:, :, None]  # (T, P, 1)
     deletion = Deletion(shares=(), relevant=(), random=(), p_value=1.0)
     explanation = Explanation("a.avi", "A", 0.5, torch.zeros(2, 3, 4, 4), by_frame, deletion)

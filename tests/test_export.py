@@ -210,7 +210,7 @@ def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(
 
 
 @NEEDS_ONNX
-def test_onnx_takes_any_number_of_clips_knows_its_labels_and_has_a_price_in_8_bits(
+def test_onnx_has_dynamic_batch_labels_and_an_int8_cost(
     trained: TrainResult, tmp_path: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnx
@@ -272,7 +272,7 @@ except OSError as error:
 """
 
 
-def test_a_torch_program_that_a_disk_has_no_room_for_is_an_error_and_not_an_abort(tmp_path: Path) -> None:
+def test_torch_export_on_a_full_disk_is_an_error_not_an_abort(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", LIMITED, tmp_path / "model.pt2"],
         capture_output=True,
@@ -331,7 +331,7 @@ def test_an_adapter_goes_onto_the_bare_backbone_beside_it(
         (None, r"settings\.json: missing\. .* Name the run's folder"),
     ],
 )
-def test_an_adapter_that_is_not_there_is_missed_before_anything_is_computed(
+def test_missing_adapter_is_reported_before_computing(
     copied: Path, changes: dict[str, Any] | None, sentence: str
 ) -> None:
     path = copied / "settings.json"
@@ -368,7 +368,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(engine.FORMATS, "safetensors", spoiled)
 
 
-def test_an_export_that_answers_otherwise_is_not_written_and_the_exit_code_is_1(
+def test_export_without_parity_is_not_written(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = export(trained, tmp_path / "plain").output / "parity.json"
@@ -468,9 +468,7 @@ def test_the_command_says_what_the_proof_found_and_where_the_export_is(
     assert (folder / "parity.json").is_file()
 
 
-def test_the_proof_takes_clips_that_are_named_and_noise_where_there_are_none(
-    trained: TrainResult, copied: Path, tmp_path: Path
-) -> None:
+def test_parity_uses_given_clips_or_noise(trained: TrainResult, copied: Path, tmp_path: Path) -> None:
     blue = trained.run.parents[1] / "colours" / "Blue"
     named = export(trained, tmp_path / "named", clips=blue).parity
     assert (named.clips, named.videos) == ("Blue", 6)
@@ -767,7 +765,7 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
     assert not [name for name in sys.modules if name.startswith("_tvit_export_")]
 
 
-def test_the_shipped_reader_takes_a_file_for_a_file_whatever_its_name_and_content(
+def test_shipped_reader_reads_files_of_any_name_and_content(
     tmp_path: Path, make_video: Callable[..., Path]
 ) -> None:
     ship_package(tmp_path)

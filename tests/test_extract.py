@@ -452,7 +452,7 @@ def test_a_file_in_the_place_of_the_store_is_called_one(source: Path, tmp_path: 
     assert (tmp_path / "frames").read_text() == "notes"
 
 
-def test_a_video_that_was_mended_or_removed_after_extracting_is_no_longer_set_aside(data: Path) -> None:
+def test_repaired_or_removed_videos_are_no_longer_listed_as_failed(data: Path) -> None:
     mended, removed = data / "run" / "v_run_g00_c01.avi", data / "run" / "v_run_g01_c01.avi"
     whole = mended.read_bytes()
     for path in (mended, removed):
@@ -475,7 +475,7 @@ def test_a_video_that_was_mended_or_removed_after_extracting_is_no_longer_set_as
     assert store.outdated(found.layout.videos) == ["run/v_run_g00_c01.avi"]
 
 
-def test_a_second_extraction_into_one_store_is_refused_while_the_first_is_busy(data: Path) -> None:
+def test_second_extraction_into_a_busy_store_is_refused(data: Path) -> None:
     refused: list[str] = []
 
     def again(event: Event) -> None:
@@ -527,7 +527,7 @@ def test_options_without_an_effect_are_refused(flags: dict[str, Any], sentence: 
         load(ExtractSettings, flags=flags, environ={})
 
 
-def test_a_store_where_one_stands_or_where_nothing_may_be_written_beside_it(
+def test_existing_store_or_unwritable_folder_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()

@@ -129,7 +129,7 @@ def test_gradient_checkpointing_keeps_a_fraction_of_the_bytes() -> None:
     assert checkpointed < 4 * tokens + 40_000 < plain / 3
 
 
-def test_a_run_with_gradient_checkpointing_ends_with_the_same_bits_and_takes_less_memory(
+def test_gradient_checkpointing_has_the_same_bits_with_less_memory(
     trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -211,7 +211,7 @@ def test_free_memory_ends_where_the_jobs_or_the_containers_does(tmp_path: Path) 
 # The micro-batch
 
 
-def test_the_largest_divisor_that_the_model_allows_and_the_device_takes_is_found() -> None:
+def test_auto_micro_batch_is_the_largest_fitting_divisor() -> None:
     terms = MemoryModel(
         weights=1000, gradients=10, moments=20, average=0, workspace=0, activations_per_clip=100
     )
@@ -379,7 +379,7 @@ def test_a_mistake_is_not_taken_for_too_little_memory() -> None:
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError(CPU_SENTENCE)])
-def test_out_of_memory_halves_the_micro_batch_and_the_updates_are_those_of_the_smaller_one(
+def test_out_of_memory_halves_the_micro_batch(
     trained: Run,
     facts: dict[str, Any],
     tmp_path: Path,
@@ -595,7 +595,7 @@ def test_fp16_is_refused_where_it_would_do_nothing() -> None:
         launch.resolve_precision("fp16", torch.device("cpu"))
 
 
-def test_automatic_precision_is_written_down_as_what_it_means_and_resumed_as_that(trained: Run) -> None:
+def test_auto_precision_is_recorded_and_resumed_as_resolved(trained: Run) -> None:
     first = trained(mixed_precision="auto")
     assert json.loads((first.run / "settings.json").read_text())["mixed_precision"] == "no"
     path = str(first.run / "checkpoints" / "step-000003")
@@ -649,7 +649,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_a_compiled_run_compiles_each_size_of_a_pass_once_and_keeps_its_names(
+def test_compiled_run_compiles_each_size_once_and_keeps_names(
     trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     what = {"per_gpu_batch_size": 5, "lora_dropout": 0.0, "gradient_checkpointing": True}
@@ -755,7 +755,7 @@ def test_a_dry_run_of_the_demo_makes_its_data_elsewhere(
 
 
 @needs_gpu
-def test_on_a_gpu_the_memory_model_foretells_the_peak_and_auto_finds_a_batch_that_trains(
+def test_gpu_memory_model_predicts_the_peak_and_auto_batch_trains(
     trained: Run,
 ) -> None:
     gpu = torch.device("cuda")

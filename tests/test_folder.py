@@ -302,7 +302,7 @@ def test_no_model_to_be_found_says_how_to_get_one(tmp_path: Path) -> None:
         find_newest_model(tmp_path / "nowhere")
 
 
-def test_what_a_killed_process_left_is_swept_and_a_model_it_moved_aside_goes_back(
+def test_leftovers_of_a_kill_are_removed_and_the_old_model_restored(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any, **keywords: Any) -> None:

@@ -292,7 +292,7 @@ def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store: FrameStore, 
     assert items[0].error.startswith(videos[0].name)
 
 
-def test_a_clip_that_the_disk_does_not_give_is_set_aside_by_name_and_the_others_are_read(
+def test_unreadable_stored_clip_is_named_and_the_others_are_read(
     own_store: FrameStore, videos: list[Video], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents, _ = read_contents(own_store.folder)

@@ -57,7 +57,7 @@ def test_without_mixing_each_clip_has_its_label() -> None:
     assert targets.others is None and targets.shares is None
 
 
-def test_mixed_clips_have_the_labels_of_both_and_partners_count_for_nothing_else() -> None:
+def test_mixed_clips_have_both_labels_and_partners_add_no_loss() -> None:
     for changes in ({"mixup": 1.0}, {"cutmix": 1.0}):
         clips, targets = go(**changes)
         assert clips.shape == (2, 2, 3, 16, 16)

@@ -46,7 +46,7 @@ def test_a_row_and_a_token_of_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (2, 5, 64), (1, 1, 64)])
-def test_the_error_is_that_of_rounding_and_does_not_grow_with_one_large_token(shape: tuple[int, ...]) -> None:
+def test_int8_error_is_rounding_despite_one_large_token(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(64, 32)
     x = torch.randn(shape, generator=generator)
@@ -58,7 +58,7 @@ def test_the_error_is_that_of_rounding_and_does_not_grow_with_one_large_token(sh
 
 
 @pytest.mark.parametrize("attention", ["joint", "divided", "factorized", "space"])
-def test_every_linear_layer_of_a_model_but_the_classifier_computes_in_8_bits(attention: str) -> None:
+def test_int8_applies_to_every_linear_layer_but_the_classifier(attention: str) -> None:
     config = ViTConfig(
         num_classes=5, frame_size=32, n_frames=4, width=32, depth=2, num_heads=2, attention=attention
     )

@@ -41,7 +41,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(shared / "kills", may_mount=False, quick=True)
 
 
-def test_the_cells_contain_every_pair_of_values_and_those_of_the_suite_every_way_and_phase() -> None:
+def test_kill_cells_cover_every_pair_of_values() -> None:
     cells = covering()
     every = {
         ((i, a), (j, b))
@@ -155,7 +155,7 @@ def test_a_second_sigint_leaves_at_once(
         (train_module, "save_model", "All steps are done and saved. Go on with:"),
     ],
 )
-def test_a_signal_before_the_first_step_or_after_the_last_has_its_exit_code_too(
+def test_signals_outside_the_steps_keep_their_exit_code(
     command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, bench: Bench, tmp_path: Path,
     module: Any, function: str, advice: str,
 ) -> None:  # fmt: skip
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
     assert written == [2, 4, 6]
 
 
-def test_a_decoding_process_that_dies_in_the_middle_of_a_step_is_no_mistake_of_ours(
+def test_worker_death_within_a_step_is_a_plain_error(
     command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill_a_worker() -> None:

@@ -230,7 +230,7 @@ def test_nothing_is_held_out_where_nothing_can_be_spared(tmp_path: Path) -> None
     assert sum("no group can be spared" in note for note in layout.notes) == 2
 
 
-def test_without_a_matching_pattern_each_video_is_a_group_and_the_leak_is_named(tmp_path: Path) -> None:
+def test_split_without_group_pattern_warns_of_data_leakage(tmp_path: Path) -> None:
     names = [f"{number}.avi" for number in range(10)]
     layout = read(place(tmp_path, {"run": names, "walk": names}), val="auto", test="auto")
     assert layout.counts() == {"train": 14, "val": 2, "test": 4}
@@ -443,9 +443,7 @@ def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path: Path) 
     )
 
 
-def test_without_a_name_the_only_data_set_is_taken_or_ucf101_and_never_one_of_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_data_set_is_the_only_one_or_ucf101(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "data" / "mine", {"run": ["a.avi"]})
     assert find_data(None) == Path("data/mine")

@@ -90,9 +90,7 @@ class Counting(ClipDataset):
         return super().__getitem__(key)
 
 
-def test_threads_read_ahead_no_further_than_they_should_and_end_when_nobody_reads_on(
-    videos: list[Video], store: FrameStore
-) -> None:
+def test_prefetch_threads_respect_their_limit_and_end_unread(videos: list[Video], store: FrameStore) -> None:
     data = Counting(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True, store=store)
     taken: list[int] = []
 

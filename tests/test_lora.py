@@ -188,7 +188,7 @@ def test_rank_0_trains_classifier_and_temporal_embedding_without_adapters() -> N
     assert equal(model.state_dict(), base().state_dict())
 
 
-def test_mode_all_trains_everything_and_mode_classifier_the_classifier_alone() -> None:
+def test_mode_all_trains_everything_and_classifier_only_the_classifier() -> None:
     model = base()
     set_trainable(model, "classifier", spec(), seed=0)
     assert trainable(model) == {"classifier.weight", "classifier.bias"}
@@ -221,7 +221,7 @@ def delta(**changes: Any) -> torch.Tensor:
     return merged_state_dict(model)[layer] - base().state_dict()[layer]
 
 
-def test_alpha_over_rank_scales_an_adapter_and_rslora_divides_by_the_root_of_the_rank() -> None:
+def test_adapter_scale_is_alpha_over_rank_or_its_root_with_rslora() -> None:
     plain = delta()
     torch.testing.assert_close(delta(alpha=16.0), 2 * plain, atol=1e-6, rtol=1e-4)
     root = delta(use_rslora=True)  # 8 / sqrt(4) where plain is 8 / 4
@@ -413,7 +413,7 @@ def test_the_model_computes_and_learns_what_it_does_with_pefts_own_layers(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_learns_the_same_with_our_layers_and_pefts_and_peft_loads_its_adapter(
+def test_lora_equals_peft_in_every_scheme_and_peft_loads_the_adapter(
     scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": scheme})
@@ -506,7 +506,7 @@ def test_merged_and_disabled_adapters_are_pefts_work() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
-def test_an_activation_acts_once_with_and_without_adapters_and_after_merging(activation: str) -> None:
+def test_activation_acts_once_with_adapters_and_merged(activation: str) -> None:
     config = ViTConfig.from_dict({**CONFIG.to_dict(), "activation": activation})
     plain = build_model(config, seed=0, from_scratch=True).eval()
     model = build_model(config, seed=0, from_scratch=True).eval()
@@ -546,7 +546,7 @@ def test_patterns_give_single_layers_their_own_rank_and_alpha() -> None:
     }
 
 
-def test_a_pattern_reaches_one_block_of_many_and_not_those_whose_numbers_begin_alike() -> None:
+def test_target_pattern_reaches_one_block_despite_common_prefixes() -> None:
     model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
     attach(model, spec(rank_pattern={"blocks.1.attention.q": 7}), seed=0)
     ranks = {name: layer.r["default"] for name, layer in lora.adapted_layers(model).items()}
@@ -669,7 +669,7 @@ def test_other_adapters_have_no_start_to_save() -> None:
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, (1,)), (2, (0, 1))])
-def test_last_n_trains_the_last_blocks_the_norm_the_classifier_and_the_time_of_frames(
+def test_last_n_trains_last_blocks_norm_classifier_and_frame_times(
     count: int, blocks: tuple[int, ...]
 ) -> None:
     model = base()

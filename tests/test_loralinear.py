@@ -99,7 +99,7 @@ def test_each_gradient_is_right_when_nothing_else_learns(learning: int) -> None:
         torch.testing.assert_close(own, right, atol=1e-5, rtol=1e-5)
 
 
-def test_frozen_weights_get_no_gradient_and_a_frozen_input_is_not_asked_for_one() -> None:
+def test_frozen_weights_and_frozen_inputs_get_no_gradient() -> None:
     inputs = tensors()
     inputs[0].requires_grad_(False)
     lora_linear(*inputs, scale=1.0, dropout=0.1).sum().backward()
@@ -240,7 +240,7 @@ def test_queries_keys_and_values_keep_one_input_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
-def test_autocast_computes_in_bfloat16_and_gives_gradients_in_the_weights_format(inside: bool) -> None:
+def test_autocast_computes_in_bfloat16_with_gradients_in_weight_dtype(inside: bool) -> None:
     inputs = tensors()
     learnt = [inputs[i] for i in (0, 3, 4)]
     with torch.autocast("cpu", dtype=torch.bfloat16):

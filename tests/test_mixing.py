@@ -58,7 +58,7 @@ def test_shares_are_spread_as_the_beta_distribution(alpha: float) -> None:
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)
 
 
-def test_cutmix_pastes_one_box_through_all_frames_and_says_how_much_is_left() -> None:
+def test_cutmix_pastes_one_box_in_all_frames_and_returns_its_share() -> None:
     count = 200
     mixed, shares = go(pair_of(count), [count] * count, Mixing(cutmix=1.0))
     for clip, share in zip(mixed, shares, strict=True):

@@ -149,7 +149,7 @@ def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
     assert learning_rate_at(0, peak=2.0, warmup_steps=0, total_steps=3) == 2.0
 
 
-def test_layers_over_time_have_a_rate_of_their_own_and_offsets_and_gates_the_whole_one() -> None:
+def test_temporal_layers_have_their_own_learning_rate() -> None:
     for attention, own in (
         ("factorized", {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"}),
         ("divided", set()),

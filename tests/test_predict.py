@@ -112,7 +112,7 @@ def test_json_lines_are_the_same_bytes_from_run_to_run(trained: TrainResult) -> 
     assert right >= 15
 
 
-def test_a_broken_clip_is_reported_the_rest_is_predicted_and_the_exit_code_is_1(
+def test_predict_reports_a_broken_clip_and_predicts_the_rest(
     trained: TrainResult, clip: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.avi").write_text("not a video")
@@ -270,7 +270,7 @@ def test_a_playlist_from_the_network_reads_no_file_of_this_machine(trained: Trai
     assert answer.error
 
 
-def test_json_with_csv_and_options_of_timelines_without_a_window_are_refused() -> None:
+def test_predict_refuses_json_with_csv_and_timeline_options_alone() -> None:
     for flags, said in (
         ({"json_lines": True, "csv": True}, "take one"),
         ({"stride": "1s"}, "say --window"),
@@ -353,7 +353,7 @@ def test_the_readmes_python_runs(trained: TrainResult, clip: Path, monkeypatch: 
     assert names["answer"].label == "Red" and len(names["answers"]) == 7 and names["timeline"].segments
 
 
-def test_embeddings_are_what_the_classifier_reads_and_equal_for_equal_videos(
+def test_embeddings_are_the_classifier_input_and_deterministic(
     trained: TrainResult, clip: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again.avi"

@@ -112,7 +112,7 @@ def test_at_step_0_a_one_frame_clip_gives_the_class_token_of_the_image_vit(
 
 
 @pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "joint"])
-def test_at_step_0_a_frame_wise_scheme_gives_the_mean_of_the_image_vits_class_tokens(
+def test_frame_wise_scheme_at_step_0_averages_the_image_vits_class_tokens(
     image_vit: Any, folder: Path, attention: str
 ) -> None:
     model, _ = loaded(folder, attention=attention)
@@ -123,16 +123,14 @@ def test_at_step_0_a_frame_wise_scheme_gives_the_mean_of_the_image_vits_class_to
     torch.testing.assert_close(features, expected, **CLOSE)
 
 
-def test_frames_of_another_size_than_the_models_give_what_interpolated_positions_give(
-    image_vit: Any, folder: Path
-) -> None:
+def test_other_frame_sizes_use_interpolated_positions(image_vit: Any, folder: Path) -> None:
     model, _ = loaded(folder)
     images = pictures(56)
     expected = class_token(image_vit, images, interpolate_pos_encoding=True)
     torch.testing.assert_close(our_class_token(model, images), expected, **CLOSE)
 
 
-def test_divided_attention_over_time_starts_as_a_copy_of_attention_over_space(folder: Path) -> None:
+def test_divided_temporal_attention_starts_as_copy_of_spatial(folder: Path) -> None:
     model, report = loaded(folder, attention="divided")
     for block in model.blocks:
         assert torch.equal(block.temporal.norm.weight, block.norm1.weight)
@@ -447,7 +445,7 @@ def test_a_weights_file_is_taken_with_the_config_beside_it(folder: Path) -> None
     assert read_config(by_file).width == read_config(by_folder).width == 32
 
 
-def test_a_file_that_is_no_safetensors_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
+def test_pickled_weights_are_refused_with_a_conversion_hint(folder: Path) -> None:
     (folder / "weights.bin").touch()
     with pytest.raises(ModelError, match=r"this is a file, and no \.safetensors.*save_pretrained"):
         resolve_weights(str(folder / "weights.bin"))
@@ -524,7 +522,7 @@ def test_what_the_hub_answers_is_said(
 
 @pytest.mark.real
 @pytest.mark.skipif("TVIT_TEST_DATA" not in os.environ, reason="TVIT_TEST_DATA is not set")
-def test_truly_pretrained_weights_load_whole_and_equal_transformers_at_98_pixels() -> None:
+def test_real_pretrained_weights_equal_transformers_at_98_pixels() -> None:
     folder = Path(os.environ["TVIT_TEST_DATA"]).parent / "weights" / "vit-small-patch14-224"
     model, report = loaded(folder, frame_size=98)
     assert set(report.unused) <= {"pooler.dense.weight", "pooler.dense.bias"}

@@ -97,7 +97,7 @@ def test_processes_part_before_they_end(facts: dict[str, Any], tmp_path: Path, e
     assert output.count("parted") >= 1 and "together" not in output, errors
 
 
-def test_adapters_have_the_gradients_of_one_process_under_torchs_ddp_and_fsdp(tmp_path: Path) -> None:
+def test_adapters_have_one_process_gradients_under_ddp_and_fsdp(tmp_path: Path) -> None:
     """tvit itself adds up gradients once an update; the layers are for others' loops, too."""
     program = str(ROOT / "tests" / "wrapped.py")
     child = start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, str(tmp_path)])
@@ -106,7 +106,7 @@ def test_adapters_have_the_gradients_of_one_process_under_torchs_ddp_and_fsdp(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["DDP 0", "DDP 1", "FSDP 0", "FSDP 1"]
 
 
-def test_in_float64_the_losses_are_those_of_one_process_however_a_batch_is_shared_out(
+def test_losses_in_float64_do_not_depend_on_the_world_size(
     facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int
 ) -> None:
     """Two processes are started by --num-processes, which finds a free port of its own."""
@@ -253,7 +253,7 @@ def test_cores_are_shared_by_the_processes_of_this_machine(
     assert default_worker_count() == min(16, 32 // count - 1)
 
 
-def test_of_processes_that_a_queue_started_each_still_knows_that_it_is_not_alone(tmp_path: Path) -> None:
+def test_processes_started_by_slurm_know_their_world_size(tmp_path: Path) -> None:
     code = (
         "import os\nfrom tvit_cli.engine.launch import make_accelerator\n"
         "from tvit_cli.engine.distributed import local_processes\n"

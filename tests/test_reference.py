@@ -223,7 +223,7 @@ def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: 
     assert f"{everything}, the reference's defaults, are taken" in assumed
 
 
-def test_results_of_merged_weights_are_called_by_the_folders_of_their_experiment(
+def test_results_of_merged_weights_are_named_by_experiment_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for run in ("ucf101", "hmdb51"):
@@ -579,7 +579,7 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch
             opened(Path(path))
 
 
-def test_what_can_only_be_a_local_file_or_a_run_is_missing_and_not_looked_up(
+def test_missing_local_paths_are_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

@@ -261,7 +261,7 @@ def test_values_that_make_no_sense_are_refused(flags: dict[str, Any], words: str
         load(TrainSettings, flags=flags, environ={})
 
 
-def test_patience_without_validation_and_drop_path_in_one_block_are_refused_and_leave_no_run(
+def test_patience_without_validation_and_one_block_drop_path_are_refused(
     trained: Callable[..., TrainResult], tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=r"--patience 3: .* has no validation subset.*--val-groups"):

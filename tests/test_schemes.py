@@ -69,7 +69,7 @@ def spread(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def test_the_setting_the_config_and_the_tables_name_the_same_schemes_pools_and_activations() -> None:
+def test_settings_config_and_tables_name_the_same_choices() -> None:
     fields = TrainSettings.model_fields
     assert tuple(SCHEMES) == ATTENTIONS == typing.get_args(fields["attention"].annotation)
     assert tuple(POOLING) == POOLS == typing.get_args(fields["pool"].annotation)
@@ -106,7 +106,7 @@ def test_at_first_a_frame_wise_scheme_is_the_mean_of_its_frames_alone(attention:
 
 
 @pytest.mark.parametrize("attention", TEMPORAL)
-def test_from_scratch_a_temporal_scheme_sees_the_order_at_once_and_beside_pretrained_weights_once_trained(
+def test_temporal_schemes_depend_on_frame_order_from_scratch_or_trained(
     attention: str,
 ) -> None:
     blind = build(attention, from_scratch=False)
@@ -153,9 +153,7 @@ def test_an_attentive_pool_starts_as_the_mean_and_then_weighs() -> None:
 
 @every_scheme
 @every_pool
-def test_the_mean_pool_leaves_the_class_token_out_and_the_class_pool_the_rest(
-    attention: str, pool: str
-) -> None:
+def test_mean_pool_ignores_the_class_token_and_class_pool_the_rest(attention: str, pool: str) -> None:
     part = build(attention, pool=pool).pool
     tokens = torch.zeros(1, 1, 4, 32)
     tokens[:, :, 0] = 1
@@ -241,7 +239,7 @@ def test_counted_operations_agree_with_torch(attention: str, pool: str, n_frames
     assert count_flops(shape) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_counted_operations_agree_with_torch_for_tubelets_one_block_and_other_lengths() -> None:
+def test_flop_count_agrees_with_torch_for_tubelets_and_lengths() -> None:
     shape = config("factorized", tubelet_size=2, depth=1, temporal_depth=3)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         TemporalViT(shape)(clips(1, 6))

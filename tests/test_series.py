@@ -55,7 +55,7 @@ def test_each_seed_has_a_run_of_its_own_and_the_summary_is_their_mean(
     assert written["mean"]["test_loss"] == statistics.fmean(losses) and written["runs"] == result.runs
 
 
-def test_a_series_that_was_stopped_keeps_what_is_finished_and_does_the_rest(
+def test_stopped_sweep_keeps_finished_runs_and_does_the_rest(
     facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = seeds(facts, tmp_path / "whole", 0, 1, 2)
@@ -77,9 +77,7 @@ def test_a_series_that_was_stopped_keeps_what_is_finished_and_does_the_rest(
     assert again.runs == whole.runs
 
 
-def test_a_run_of_a_series_that_ended_before_its_first_checkpoint_begins_again(
-    facts: dict[str, Any], tmp_path: Path
-) -> None:
+def test_sweep_run_without_a_checkpoint_starts_again(facts: dict[str, Any], tmp_path: Path) -> None:
     before = seeds(facts, tmp_path, 0, 1)
     run = before.folder / "seed1-split1"
     for folder in ("model", "plots"):

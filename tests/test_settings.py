@@ -50,7 +50,7 @@ def test_settings_that_leave_the_references_default_say_why() -> None:
         assert same or facts["why"] or default in ((), None, 0.0, 8.0, 1e-8), name
 
 
-def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
+def test_precedence_is_flag_environment_file_default(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("lora_rank = 1\nepochs = 1\ntop-k = 1\n")
     loaded = read(
@@ -253,7 +253,7 @@ def test_the_ucf101_preset_uses_what_it_says() -> None:
     assert preset.ema_decay == 0.999 and preset.randaugment == 2 and preset.frame_grid == 32
 
 
-def test_layers_over_time_learn_slowly_beside_adapters_on_pretrained_weights_alone() -> None:
+def test_temporal_layers_learn_slowly_only_beside_pretrained_adapters() -> None:
     def share(**flags: Any) -> float:
         return TrainSettings.model_validate({"attention": "factorized", **flags}).temporal_share()
 

@@ -47,7 +47,7 @@ def layout(facts: dict[str, object]) -> tuple[Video, ...]:
     ).videos
 
 
-def test_fitted_features_have_mean_0_and_deviation_1_and_constant_ones_stay_small() -> None:
+def test_fitted_features_have_mean_0_and_deviation_1() -> None:
     norm = FeatureNorm(4)
     norm.start(generator=None, from_scratch=False)
     features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 2, 3, 0]) + 7
@@ -110,7 +110,7 @@ def test_a_process_without_a_batch_takes_part(facts: dict[str, object], tmp_path
     assert torch.equal(merge_scores(parts).logits, parts[0].logits)
 
 
-def test_a_training_starts_with_features_standardised_over_its_training_clips(
+def test_training_standardises_features_over_its_training_clips(
     facts: dict[str, object], tmp_path: Path
 ) -> None:
     result = run(**facts, working_directory=tmp_path)

@@ -309,7 +309,7 @@ def test_times_are_read_and_shown_as_people_write_them() -> None:
     ("stems", "names"),
     [(("a", "a", "a-2"), ["a", "a-2", "a-2-2"]), (("a-2", "a", "a", "a"), ["a-2", "a", "a-3", "a-4"])],
 )
-def test_no_two_timelines_share_a_folder_also_where_a_video_has_a_numbered_name(
+def test_timelines_have_distinct_folders_despite_numbered_names(
     stems: tuple[str, ...], names: list[str]
 ) -> None:
     assert list(folder_names([Path(f"{n}/{stem}.mp4") for n, stem in enumerate(stems)])) == names

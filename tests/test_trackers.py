@@ -107,7 +107,7 @@ def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("nobody_is_logged_in")
-def test_without_a_login_wandb_stays_offline_says_so_and_a_resumed_run_is_the_same_run(
+def test_wandb_without_login_is_offline_and_resumes_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
@@ -152,7 +152,7 @@ def test_a_record_that_cannot_be_written_names_the_file_and_the_way_on(
         Trackers(tmp_path).log({"kind": "step", "step": 1})
 
 
-def test_a_last_line_that_was_cut_off_goes_and_so_do_records_after_the_step(tmp_path: Path) -> None:
+def test_truncated_metrics_line_and_later_records_are_removed(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
     Trackers(tmp_path).cut_after(3)

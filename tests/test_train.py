@@ -268,7 +268,7 @@ def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> N
     assert (first.model / "card.json").is_file()
 
 
-def test_resuming_with_settings_that_change_the_result_is_refused_with_the_difference(trained: Run) -> None:
+def test_resume_refuses_changed_settings_and_shows_the_difference(trained: Run) -> None:
     first = trained()
     path = str(first.run / "checkpoints" / "step-000003")
     before = {name: (first.run / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
@@ -412,9 +412,7 @@ def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -
     assert same(last_weights(anew), last_weights(whole)) and len(records(anew)) == 3
 
 
-def test_what_is_no_training_s_or_has_checkpoints_elsewhere_is_not_begun_anew(
-    trained: Run, tmp_path: Path
-) -> None:
+def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained: Run, tmp_path: Path) -> None:
     first = trained(experiment_name="mine", checkpoint_dir="kept")
     shutil.rmtree(first.model)
     (tmp_path / "photos").mkdir()
@@ -433,7 +431,7 @@ def test_what_is_no_training_s_or_has_checkpoints_elsewhere_is_not_begun_anew(
     assert (other.run / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()
 
 
-def test_a_finished_run_whose_test_was_cut_off_is_scored_by_the_same_command(trained: Run) -> None:
+def test_finished_run_without_test_scores_is_scored_on_resume(trained: Run) -> None:
     facts: dict[str, Any] = {"experiment_name": "mine", "epochs": 2, "test_at_end": True, "test_groups": "03"}
     first = trained(**facts)
     assert first.test is not None
@@ -512,7 +510,7 @@ def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained: Run
     assert all(record["grad_norm"] > 0 for record in steps)
 
 
-def test_what_begins_with_a_model_of_another_scheme_and_what_has_no_effect_is_said(
+def test_other_scheme_at_start_and_ineffective_settings_are_noted(
     trained: Run, clips: Path, tmp_path: Path
 ) -> None:
     before = trained(attention="divided", epochs=1)
@@ -647,7 +645,7 @@ def make_bad(kind: str, clips: Path, root: Path) -> Path:
         ("unreadable class", "cannot be read|class Red"),
     ],
 )
-def test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built(
+def test_unusable_data_is_refused_before_the_model_is_built(
     clips: Path, tmp_path: Path, kind: str, words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -1029,7 +1027,7 @@ def is_rank(process: Path, rank: str, folder: Path) -> bool:
     return f"RANK={rank}".encode() in environ and str(folder) in words and "killed" in words
 
 
-def test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained(
+def test_print_settings_shows_sources_and_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -1046,15 +1044,15 @@ def test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained(
 
 SHOWN_ELSEWHERE = {
     "dry_run": test_fits.test_a_dry_run_says_what_a_training_takes_and_writes_nothing,
-    "gradient_checkpointing": test_fits.test_a_run_with_gradient_checkpointing_ends_with_the_same_bits_and_takes_less_memory,
-    "compile": test_fits.test_a_compiled_run_compiles_each_size_of_a_pass_once_and_keeps_its_names,
-    "show_settings": test_settings_are_shown_with_where_they_come_from_and_nothing_is_trained,
+    "gradient_checkpointing": test_fits.test_gradient_checkpointing_has_the_same_bits_with_less_memory,
+    "compile": test_fits.test_compiled_run_compiles_each_size_once_and_keeps_names,
+    "show_settings": test_print_settings_shows_sources_and_trains_nothing,
     "overwrite": test_an_experiment_is_replaced_only_when_told_to,
     "num_processes": test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits,
     "split": test_the_official_split_decides_what_is_trained_on,
     "strict": test_leaks_are_said_and_strict_refuses_them,
     "max_bad": test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts,
-    "path_to_data": test_data_that_cannot_be_trained_on_is_refused_before_the_model_is_built,
+    "path_to_data": test_unusable_data_is_refused_before_the_model_is_built,
     "resume_from_checkpoint": test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits,
     "device": test_what_cannot_be_used_is_named_and_leaves_no_run,
     "num_workers": test_workers_are_as_many_as_asked_for,

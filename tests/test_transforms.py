@@ -282,7 +282,7 @@ def test_boxes_of_a_frame_of_one_pixel_are_that_pixel() -> None:
     assert math.isclose(float(out[0, 0, 0].std()), 0, abs_tol=1e-6)
 
 
-def test_randaugment_comes_before_the_jitter_and_leaves_the_other_draws_as_they_were(
+def test_randaugment_precedes_jitter_and_keeps_the_other_draws(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clips, keys = [noise(n) for n in range(6)], [(0, index) for index in range(6)]

@@ -111,7 +111,7 @@ def test_chosen_frames_are_exactly_those_of_decoding_all(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_xvid_with_packed_b_frames_is_exact_though_its_packets_promise_more(
+def test_xvid_with_packed_b_frames_has_exact_frames(
     threads: int, packed_xvid: Path, read_numbers: ReadNumbers
 ) -> None:
     frames = probe(packed_xvid).frames

@@ -156,7 +156,7 @@ def test_layers_start_with_xaviers_uniform_weights_and_no_bias() -> None:
     assert torch.equal(model.classifier.bias, torch.zeros(5))
 
 
-def test_truncated_normal_starts_every_layer_within_two_deviations_and_without_bias() -> None:
+def test_truncated_normal_init_is_within_two_deviations_without_bias() -> None:
     model = build_model(small(width=128), seed=0, truncated_normal=True, from_scratch=True)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     assert len(layers) == 2 + 2 * 6
@@ -166,7 +166,7 @@ def test_truncated_normal_starts_every_layer_within_two_deviations_and_without_b
         assert torch.count_nonzero(layer.bias) == 0
 
 
-def test_the_temporal_embedding_starts_at_zero_beside_pretrained_weights_only() -> None:
+def test_temporal_embedding_starts_at_zero_only_if_pretrained() -> None:
     assert torch.count_nonzero(build_model(SMALL, seed=0, from_scratch=False).temporal.embedding) == 0
     drawn = build_model(SMALL, seed=0, from_scratch=True).temporal.embedding
     assert drawn.std().item() == pytest.approx(0.88 * 0.02, rel=0.25)
@@ -226,7 +226,7 @@ def test_every_activation_changes_what_is_computed() -> None:
             assert (first - second).abs().max() > 1e-5
 
 
-def test_a_vit_base_on_one_picture_takes_the_operations_that_its_paper_counts() -> None:
+def test_vit_base_on_one_image_has_the_flops_of_the_paper() -> None:
     flops = count_flops(ViTConfig(num_classes=1000, n_frames=1))
     assert flops == pytest.approx(2 * 17.6e9, rel=0.08)  # DeiT (arXiv:2012.12877): 17.6 G multiply-adds
 
@@ -237,7 +237,7 @@ def test_building_without_initialising_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_dropped_branch_is_left_out_whole_for_its_clip_and_the_others_make_up_for_it() -> None:
+def test_drop_path_drops_whole_clips_and_rescales_the_others() -> None:
     torch.manual_seed(0)
     scaled = DropPath(0.25)(torch.ones(400, 3, 2))
     by_clip = scaled.flatten(1)
@@ -272,9 +272,7 @@ def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it() -> N
     assert torch.equal(features, model.norm(before[0][:, 0, 0]))
 
 
-def test_token_drop_leaves_out_other_patches_of_each_clip_and_the_same_of_its_groups_where_they_meet() -> (
-    None
-):
+def test_token_drop_differs_per_clip_and_agrees_across_joint_groups() -> None:
     torch.manual_seed(0)
     places = torch.arange(1.0, 41).expand(6, 3, 40).unsqueeze(-1)  # (clips, groups, patches, 1)
     times = torch.tensor([100.0, 200, 300]).view(1, 3, 1, 1)
@@ -308,7 +306,7 @@ def test_token_drop_is_of_the_training_alone_and_spares_the_class_token(attentio
     assert torch.equal(seen[0][:, :, :1], first.expand_as(seen[0][:, :, :1]))
 
 
-def test_what_is_dropped_has_gradients_of_zero_so_that_no_process_waits_for_them() -> None:
+def test_dropped_parts_have_zero_gradients() -> None:
     model = build_model(SMALL, seed=3, from_scratch=True, drop_path=1 - 1e-12)
     model(clips_for(SMALL)).sum().backward()
     last = [parameter.grad for parameter in model.blocks[-1].parameters()]
