@@ -283,7 +283,7 @@ except RunError as error:
     sys.exit(str(error))
 """
     ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=False)
-    assert "no room left while unpacking a.zip" in ended.stderr and "200 kB more" in ended.stderr
+    assert "disk full while unpacking a.zip" in ended.stderr and "200 kB more" in ended.stderr
     assert everything(tmp_path) == {"a.zip"}
 
 

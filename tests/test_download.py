@@ -530,14 +530,12 @@ def test_a_file_in_the_place_of_the_data_directory_is_called_one(
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     where = "" if given == taken else f"{taken} "
-    assert said.startswith(
-        f"error: --data-directory {given}: {where}is a file, and a folder is wanted there. Name"
-    )
+    assert said.startswith(f"error: --data-directory {given}: {where}is a file, not a folder. Name")
     assert taken.read_text() == "notes"
 
 
 def test_a_file_system_without_locks_is_downloaded_to(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(descriptor: int) -> None:
+    def none(descriptor: int, inherited: bool) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(files, "_lock", none)

@@ -501,7 +501,7 @@ def test_eval_checks_the_results_folder_before_scoring(
 ) -> None:
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr("tvit_cli.engine.evaluate.score", lambda *a, **k: pytest.fail("was scored"))
-    with pytest.raises(DataError, match=r"--output .*taken.* is a file, and a folder is wanted there"):
+    with pytest.raises(DataError, match=r"--output .*taken.* is a file, not a folder"):
         if verb == "one":
             evaluate(settings(trained, output=tmp_path / "taken"))
         else:

@@ -445,9 +445,7 @@ def test_every_odd_file_is_told_apart(real_data: Path) -> None:
 def test_a_file_in_the_place_of_the_store_is_called_one(source: Path, tmp_path: Path, below: str) -> None:
     (tmp_path / "frames").write_text("notes")
     given = tmp_path / "frames" / below
-    with pytest.raises(
-        DataError, match=f"--output {given}: .*is a file, and a folder is wanted there. Name an"
-    ):
+    with pytest.raises(DataError, match=f"--output {given}: .*is a file, not a folder. Name an"):
         extract(settings(source, output=given), silent)
     assert (tmp_path / "frames").read_text() == "notes"
 
@@ -480,7 +478,7 @@ def test_second_extraction_into_a_busy_store_is_refused(data: Path) -> None:
 
     def again(event: Event) -> None:
         if isinstance(event, Progress) and not refused:
-            with pytest.raises(RunError, match="another process is busy with extracting to") as error:
+            with pytest.raises(RunError, match="another process is extracting to it") as error:
                 run(data)
             refused.append(str(error.value))
 

@@ -420,18 +420,18 @@ def asked(trained: TrainResult, clip: Path, **flags: object) -> PredictSettings:
     [
         ("annotate", "self.mp4", r"--annotate .*self\.mp4: is the video itself\. Name another file"),
         ("annotate", "link.mp4", r"--annotate .*link\.mp4: is the video itself"),
-        ("annotate", "folder.mp4", r"--annotate .*folder\.mp4: is a folder, and a file is wanted there"),
-        ("annotate", "self.mp4/out.mp4", r"self\.mp4 is a file, and a folder is wanted there"),
-        ("embeddings", "self.mp4/new/x.safetensors", r"--embeddings .*self\.mp4 is a file, and a folder is"),
-        ("explain", "self.mp4/why.png", r"--explain .*self\.mp4 is a file, and a folder is wanted there"),
+        ("annotate", "folder.mp4", r"--annotate .*folder\.mp4: is a folder, not a file"),
+        ("annotate", "self.mp4/out.mp4", r"self\.mp4 is a file, not a folder"),
+        ("embeddings", "self.mp4/new/x.safetensors", r"--embeddings .*self\.mp4 is a file, not a folder"),
+        ("explain", "self.mp4/why.png", r"--explain .*self\.mp4 is a file, not a folder"),
         (
             "explain",
             "locked/new/why.png",
-            r"--explain .*: you may not write to .*locked\. Name another place",
+            r"--explain .*: no write permission in .*locked\. Name another folder",
         ),
-        ("output", "self.mp4/times", r"--output .*self\.mp4 is a file, and a folder is wanted there"),
-        ("output", "locked/times", r"--output .*: you may not write to .*locked\. Name another place"),
-        ("output", "taken", r"--output .*taken: .*taken/self is a file, and a folder is wanted there"),
+        ("output", "self.mp4/times", r"--output .*self\.mp4 is a file, not a folder"),
+        ("output", "locked/times", r"--output .*: no write permission in .*locked\. Name another folder"),
+        ("output", "taken", r"--output .*taken: .*taken/self is a file, not a folder"),
     ],
 )
 def test_a_file_that_has_no_place_is_refused_before_a_model_is_opened(

@@ -14,6 +14,8 @@ Messages name the thing, the value, the limit and the next step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TvitError(Exception):
     """An error with a message for the user; `exit_code` is what the process ends with."""
@@ -60,10 +62,8 @@ class Interrupted(RunError):
         self.exit_code = exit_code
 
 
-SHOWN = 3  # names in a message; the rest are counted
-
-
-def shorten(names: list[str]) -> str:
-    """The first names, and the number of the others. ["a", "b", "c", "d", "e"] -> "a, b, c and 2 more" """
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def shorten(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """The first names and the number of the others. ["a", "b", "c", "d", "e"] -> "a, b, c and 2 more" """
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more

@@ -1,9 +1,9 @@
-"""Atomic writes, locks, free space and checks of output paths."""
+"""Atomic writes, locks, hashes, removal of tvit's own files, free space, and checks of output paths."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -16,59 +16,143 @@ from typing import Any, BinaryIO, Final, TypeAlias
 
 from tvit_cli.errors import DataError, RunError, VideoError, shorten
 
+Location: TypeAlias = Path | str  # a file, or the URL of a stream
+FreeBytes = Callable[[Path], int]
+SPARE_BYTES: Final = 64 * 1024**2  # kept free for the rest of the system
+# File systems without locks, or without locks on read-only files (NFS, Lustre, some of FUSE): tvit runs unlocked.
+LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # EFBIG: a limit on file sizes
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """The path to write to instead, with the same suffix; what is there when the block ends becomes the file.
+    """A temporary path with the same suffix, which replaces `path` when the block ends.
 
-    Where the block fails, or the process is killed in it, the file stays as it was, or absent. The folder is made
-    where it is missing. Raises OSError.
+    If the block fails or the process is killed, `path` stays as it was. Missing folders are made. Raises OSError.
     """
-    beside = path.with_name(f".part-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        with suppress(OSError):  # the folder itself may be what failed
-            beside.unlink()
+        with suppress(OSError):  # the folder itself may be unreachable
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
+    """Writes JSON atomically and durably. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        sync(file.fileno())
+    rename(temporary, path)
+
+
+def sync(descriptor: int) -> None:
+    """Waits until a file's bytes are on the disk."""
+    os.fsync(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames over `target`, durably where the system can sync a folder."""
+    source.replace(target)
+    if sys.platform != "win32":
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path, *, progress: Callable[[int, int], None] | None = None) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits; `progress` gets (bytes done, bytes in all). Raises OSError."""
+    with path.open("rb") as file:
+        if progress is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, total = hashlib.sha256(), path.stat().st_size
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+            progress(file.tell(), total)
+        return digest.hexdigest()
+
+
+@contextmanager
+def file_lock(lock: Path, busy: str, *, inherited: bool = True) -> Iterator[bool]:
+    """Holds a lock file until the block or the process ends; yields whether the file system has locks.
+
+    Forked processes hold an `inherited` lock, too; the other kind belongs to this process alone. The empty file
+    stays: removing it would let a third process lock a file that a second one waits for.
+
+    Raises RunError with the text `busy` if another process holds the lock, or if the file cannot be made.
+    """
+    with _open_lock(lock) as file:
+        is_held = True
+        try:
+            _lock(file.fileno(), inherited)
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise RunError(busy) from error
+            is_held = False
+        yield is_held
+
+
+def _open_lock(lock: Path) -> BinaryIO:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("a+b")
+    except OSError as error:
+        if lock.is_file():  # a read-only file can be locked as well
+            return lock.open("rb")
+        raise RunError(
+            f"{lock.parent}: cannot be written ({error.strerror}). Choose another folder."
+        ) from error
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int, inherited: bool) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(descriptor: int, inherited: bool) -> None:
+        (fcntl.flock if inherited else fcntl.lockf)(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def files_below(folder: Path) -> list[str]:
-    """Files below a folder by their relative paths with "/", sorted; a link counts as a file, whatever it leads to.
+    """Sorted relative paths (with "/") of the files below a folder; links count as files and are not followed.
 
-    Empty where the folder is missing or is a link itself.
+    Empty if the folder is missing or a link itself.
     """
     found: list[str] = []
     if not folder.is_symlink():
-        for root, folders, files in os.walk(folder):  # does not follow links
+        for root, folders, files in os.walk(folder):
             links = [name for name in folders if Path(root, name).is_symlink()]
             found += [Path(root, name).relative_to(folder).as_posix() for name in (*files, *links)]
     return sorted(found)
 
 
 def foreign_files(folder: Path, own: re.Pattern[str]) -> list[str]:
-    """Those of `files_below` whose relative path `own` does not match."""
+    """The `files_below` whose relative paths `own` does not match."""
     return [name for name in files_below(folder) if not own.fullmatch(name)]
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Removes files below a folder in the given order, then the folders between that are empty now.
-
-    Raises OSError.
-    """
+    """Removes files below a folder in the given order, then the folders that this empties. Raises OSError."""
     parents: set[Path] = set()
     for name in names:
         path = folder / name
         path.unlink(missing_ok=True)
         parents |= {parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder}
-    for parent in sorted(parents, reverse=True):  # the deepest of each branch first
+    for parent in sorted(parents, reverse=True):  # deepest first
         with suppress(OSError):
             parent.rmdir()
 
 
 def remove_own(folder: Path, own: re.Pattern[str]) -> None:
-    """Removes the files that `own` matches, and the folder where it is empty then. Raises OSError."""
+    """Removes the files that `own` matches, and the folder if that empties it. Raises OSError."""
     remove_files(folder, [name for name in files_below(folder) if own.fullmatch(name)])
     if not folder.is_symlink():
         with suppress(OSError):
@@ -80,121 +164,13 @@ def move_files(source: Path, target: Path, names: list[str]) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).rename(target / name)
-    remove_files(source, names)  # the folders between
-
-
-FreeBytes = Callable[[Path], int]
-SPARE_BYTES: Final = 64 * 1024**2  # left free, so that the system beside us does not stumble
-# No locks on this file system (NFS, Lustre, some of FUSE), or none on a file that may only be read (NFS): better
-# without one than not at all.
-LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
-FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # EFBIG: a limit on file sizes
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written in `folder`, or in its nearest parent that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def require_free(folder: Path, need: int, *, purpose: str, free: FreeBytes = free_bytes) -> None:
-    """Raise RunError where fewer than `need` bytes are free; nothing has been written then."""
-    have = free(folder)
-    if need + SPARE_BYTES > have:
-        raise RunError(
-            f"{folder}: {purpose} needs {size_text(need)}, {size_text(have)} are free "
-            f"({size_text(SPARE_BYTES)} are left alone). Free {size_text(need + SPARE_BYTES - have)}, "
-            "or name a folder on another disk with --data-directory."
-        )
-
-
-@contextlib.contextmanager
-def disk_full_errors(folder: Path, *, purpose: str, need: Callable[[], int]) -> Iterator[None]:
-    """Turn a disk that fills up meanwhile into a RunError; `need` tells how many bytes are still to come."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise RunError(
-            f"{folder}: no room left while {purpose} ({error.strerror}); {size_text(need())} more are "
-            "needed. Free them and run the same command again: it goes on from here."
-        ) from error
-
-
-@contextlib.contextmanager
-def file_lock(lock: Path, *, what: str) -> Iterator[None]:
-    """Hold a lock file for this process; it falls with the process, however that ends.
-
-    Raises RunError at once where another process holds it; where the file system has no locks, nothing is held.
-    The empty file stays: removing it would let a third process lock a file that a second one still waits for.
-    """
-    with _opened(lock) as file:
-        try:
-            _lock(file.fileno())
-        except OSError as error:
-            if error.errno not in LOCKLESS:
-                raise RunError(
-                    f"{lock}: another process is busy with {what}. "
-                    "Wait for it to end, then run this command again."
-                ) from error
-        yield
-
-
-def _opened(lock: Path) -> BinaryIO:
-    """A lock file, made unless it is there; one that may only be read can be locked as well."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        return lock.open("a+b")
-    except OSError as error:
-        if lock.is_file():
-            return lock.open("rb")
-        raise RunError(f"{lock.parent}: cannot be written ({error.strerror}).") from error
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int) -> None:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside `path` and rename it over `path` when it is on the disk."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        sync(file.fileno())
-    rename(beside, path)
-
-
-def sync(descriptor: int) -> None:
-    """Wait until a file's bytes are on the disk."""
-    os.fsync(descriptor)
-
-
-def rename(source: Path, target: Path) -> None:
-    """Rename over `target`, durably where the system lets a folder be synced."""
-    source.replace(target)
-    if sys.platform != "win32":
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    remove_files(source, names)  # leaves the emptied folders to be removed
 
 
 def remove_work(folder: Path, own: re.Pattern[str]) -> None:
-    """Removes a working folder, if it is there, whose files `own` matches by their relative paths.
+    """Removes a working folder if it exists and `own` matches the relative paths of all its files.
 
-    Raises DataError where something else lies in it or in its place; nothing is removed then.
+    Raises DataError for foreign files or anything but a folder in its place; nothing is removed then.
     """
     if not os.path.lexists(folder):
         return
@@ -205,8 +181,38 @@ def remove_work(folder: Path, own: re.Pattern[str]) -> None:
     shutil.rmtree(folder)
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of `folder`, or of its nearest parent that exists."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def require_free(folder: Path, need: int, *, purpose: str, free: FreeBytes = free_bytes) -> None:
+    """Raises RunError if fewer than `need` bytes and a reserve are free."""
+    have = free(folder)
+    if need + SPARE_BYTES > have:
+        raise RunError(
+            f"{folder}: {purpose} needs {size_text(need)}, {size_text(have)} are free "
+            f"({size_text(SPARE_BYTES)} are kept in reserve). Free {size_text(need + SPARE_BYTES - have)}, "
+            "or name a folder on another disk with --data-directory."
+        )
+
+
+@contextmanager
+def disk_full_errors(folder: Path, *, purpose: str, need: Callable[[], int]) -> Iterator[None]:
+    """Turns a full disk into a RunError; `need` returns the bytes that are still to come."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RunError(
+            f"{folder}: disk full while {purpose} ({error.strerror}); {size_text(need())} more are needed. "
+            "Free them and run the same command again: it resumes here."
+        ) from error
+
+
 def size_text(size: float) -> str:
-    """A size for people. 6960400115 -> "6.96 GB"."""
+    """A size with its unit. 6960400115 -> "6.96 GB"."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}"
@@ -214,59 +220,54 @@ def size_text(size: float) -> str:
 
 
 def check_folder(option: str, given: Path, folder: Path | None = None) -> None:
-    """Raises DataError where a file lies in the place of a folder, or of one above it.
+    """Raises DataError if a file lies in the place of `folder` or of a parent.
 
-    It is the one given with the option, or one that lies in that.
+    `given` is the value of `option`; `folder` is the same or lies below it.
     """
-    folder = folder or given
-    with suppress(PermissionError):  # to write there will tell
-        place = _nearest(folder)
-        if not place.is_dir():
-            where = "" if place == given else f"{place} "
+    with suppress(PermissionError):  # writing will report it
+        nearest = _nearest(folder or given)
+        if not nearest.is_dir():
+            where = "" if nearest == given else f"{nearest} "
             raise DataError(
-                f"{option} {given}: {where}is a file, and a folder is wanted there. Name another folder, or move "
-                "the file away."
+                f"{option} {given}: {where}is a file, not a folder. Name another folder, or move the file away."
             )
 
 
 def check_writable(option: str, given: Path, folder: Path) -> None:
-    """`check_folder`, and DataError where nothing may be written to the folder."""
+    """`check_folder`, and DataError without write permission."""
     check_folder(option, given, folder)
     if not is_writable(folder):
         raise DataError(
-            f"{option} {given}: you may not write to {_nearest(folder).absolute()}. Name another place, or ask for "
-            "access."
+            f"{option} {given}: no write permission in {_nearest(folder).absolute()}. Name another folder, or ask "
+            "for access."
         )
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files may be made in a folder, or the folder in what is there."""
+    """Whether files can be made in a folder, or the folder in its nearest parent."""
     return os.access(_nearest(folder), os.W_OK | os.X_OK)
 
 
 def check_file(option: str, path: Path | None, inputs: Sequence[Location]) -> None:
-    """Raises DataError where a file to write is one of the inputs, or has no place that it can be written to."""
+    """Raises DataError if an output file is a folder, one of the inputs, or cannot be written."""
     if path is None:
         return
     check_writable(option, path, path.parent)
     if path.is_dir():
-        raise DataError(f"{option} {path}: is a folder, and a file is wanted there. Name a file in it.")
-    if path.exists() and any(isinstance(place, Path) and path.samefile(place) for place in inputs):
+        raise DataError(f"{option} {path}: is a folder, not a file. Name a file in it.")
+    if path.exists() and any(isinstance(source, Path) and path.samefile(source) for source in inputs):
         raise DataError(f"{option} {path}: is the video itself. Name another file.")
 
 
 @contextmanager
-def collect_errors(unwritten: list[str]) -> Iterator[None]:
-    """Notes down why something could not be written, so that it costs nothing else."""
+def collect_errors(errors: list[str]) -> Iterator[None]:
+    """Collects the text of a RunError or VideoError, so that later work goes on."""
     try:
         yield
     except (RunError, VideoError) as error:
-        unwritten.append(str(error))
+        errors.append(str(error))
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-Location: TypeAlias = Path | str  # a file, or the URL of a stream

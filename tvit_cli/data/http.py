@@ -250,7 +250,10 @@ def fetch(
     disk is too small, fills up, or another process fetches the same file.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with files.file_lock(target.with_name(f".{target.name}.lock"), what=f"fetching {target.name}"):
+    with files.file_lock(
+        target.with_name(f".{target.name}.lock"),
+        f"{target}: another process is fetching it. Wait until it ends, then repeat this command.",
+    ):
         work = _Fetch(target, size, sha256, http or Http(), progress or _quiet, report or _quiet, free)
         return work.already_there() or work.from_any(urls)
 

@@ -91,7 +91,10 @@ def download(
         return _made(dataset, folder, makers or {})
     tools = TransferTools(http or Http(), limits or Limits(), free, progress, report)
     try:
-        with files.file_lock(folder / ".lock", what=f"downloading {dataset.name}"):
+        busy = (
+            f"{folder}: another process is downloading to it. Wait until it ends, then repeat this command."
+        )
+        with files.file_lock(folder / ".lock", busy):
             landing = Landing(folder, dataset.name)
             job = _Job(settings, dataset, folder, landing, Transfer(dataset, landing, tools))
             if settings.verify or settings.repair:

@@ -135,15 +135,18 @@ def extract(
         return _extract(settings, report, folder, layout, data, rank, processes, wait_for_all)
 
 
-def _alone(folder: Path) -> AbstractContextManager[None]:
+def _alone(folder: Path) -> AbstractContextManager[bool]:
     """Keeps other extractions out of a store by a file beside it: inside, it would make a folder of none yet.
 
     Where nothing may be written there, nobody is kept out.
     """
     place = folder.absolute()
     if not is_writable(place.parent):
-        return nullcontext()
-    return file_lock(place.with_name(f".{place.name}.lock"), what=f"extracting to {folder}")
+        return nullcontext(False)
+    return file_lock(
+        place.with_name(f".{place.name}.lock"),
+        f"{folder}: another process is extracting to it. Wait until it ends, then repeat this command.",
+    )
 
 
 def _extract(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from tvit_cli.engine.train.checkpoint import CHECKPOINT_FILES, find_checkpoint, 
 from tvit_cli.engine.train.trackers import METRICS_FILE as RECORDS_FILE
 from tvit_cli.engine.train.trackers import PER_CLASS_FILE, TENSORBOARD_FOLDER
 from tvit_cli.errors import CheckpointError, RunError, SettingsError, shorten
-from tvit_cli.files import LOCKLESS, files_below, foreign_files, remove_files
+from tvit_cli.files import file_lock, files_below, foreign_files, remove_files
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, own_files
 from tvit_cli.settings.train import TrainSettings
 
@@ -205,33 +203,14 @@ def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None
         ) from error
 
 
-@contextmanager
-def run_lock(run: Run) -> Iterator[bool]:
-    """Make the run's folder and keep other trainings out of it; the lock falls with the process.
+def run_lock(run: Run) -> AbstractContextManager[bool]:
+    """Makes the run's folder and locks it; yields whether the file system has locks.
 
-    Whether that could be done: some file systems have no locks, and Windows none of this kind. The lock is one that
-    loader workers do not inherit: they may outlive a process that was killed by seconds.
-    Raises RunError where another process holds it, or where the folder cannot be made.
+    Loader workers do not inherit the lock: they may outlive a killed process by seconds. Raises RunError if another
+    process holds it, or if the folder cannot be made.
     """
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        file = (run.folder / LOCK_FILE).open("a")
-    except OSError as error:
-        raise RunError(
-            f"{run.folder}: cannot be written ({error.strerror}). Choose another --working-directory."
-        ) from error
-    is_alone = sys.platform != "win32"
-    with file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in LOCKLESS:
-                    raise RunError(f"{run.folder}: {_BUSY if run.resume_from else _TAKEN}") from error
-                is_alone = False
-        yield is_alone
+    busy = f"{run.folder}: {_BUSY if run.resume_from else _TAKEN}"
+    return file_lock(run.folder / LOCK_FILE, busy, inherited=False)
 
 
 def _is_new(folder: Path) -> bool:
