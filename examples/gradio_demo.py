@@ -37,7 +37,7 @@ from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.model.folder import find_newest_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, jpeg_uri, timeline_png, to_pixels
-from tvit_cli.report.segments import Timeline
+from tvit_cli.results import Timeline
 
 # Gradio reads these when it is imported.
 TEMPORARY = tempfile.TemporaryDirectory(prefix="tvit-demo-", ignore_cleanup_errors=True)

@@ -14,8 +14,7 @@ from tvit_cli.data.video_writer import video_writer, write_video
 from tvit_cli.engine.predict.timeline import WHOLE, annotate
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.report.film import caption_mask, draw_caption
-from tvit_cli.report.segments import Segment
-from tvit_cli.results import Event, Progress
+from tvit_cli.results import Event, Progress, Segment
 
 
 def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(

@@ -12,10 +12,10 @@ from pages import Page
 from tiny import make_clips, run
 
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine.evaluate.compare import Comparison, compare
-from tvit_cli.engine.train import TrainResult
+from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.results import Comparison, TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 

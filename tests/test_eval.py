@@ -22,11 +22,10 @@ from tvit_cli.data.video import read_clip
 from tvit_cli.engine.dataset import open_dataset
 from tvit_cli.engine.evaluate import evaluate, scoring
 from tvit_cli.engine.evaluate.compare import compare
-from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_card, load_model
 from tvit_cli.portable.reading import segment_indices
-from tvit_cli.results import Event, Note, silent
+from tvit_cli.results import Event, Note, TrainResult, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 

@@ -21,10 +21,8 @@ from tiny import COLOURS, make_clips, run
 from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.evaluate import evaluate, files
 from tvit_cli.engine.evaluate.compare import compare
-from tvit_cli.engine.evaluate.files import MOST_STRIPS, EvalResult
-from tvit_cli.engine.evaluate.metrics import BINS, RESAMPLES
+from tvit_cli.engine.evaluate.files import MOST_STRIPS
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.train import TrainResult
 from tvit_cli.engine.train.sweep import evaluate_series, series_models
 from tvit_cli.engine.trained import run_name
 from tvit_cli.errors import DataError
@@ -33,8 +31,6 @@ from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.report import evaluation, html
 from tvit_cli.report.charts import (
     MOST_CLASSES,
-    Bin,
-    ClassScore,
     class_chart,
     confidence_chart,
     confusion_chart,
@@ -56,7 +52,7 @@ from tvit_cli.report.evaluation import (
     evaluation_page,
     write_evaluation_report,
 )
-from tvit_cli.results import Event, Note, silent
+from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, EvalResult, Event, Note, TrainResult, silent
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
@@ -199,9 +195,9 @@ def test_strips_show_the_frames_that_the_model_was_given(
     ):
         given.clear()
         result = evaluate(settings(trained, output=tmp_path, per_gpu_batch_size=3, **changes))
-        assert result.seen is not None and len(given) == 3 * views
+        assert result.clips is not None and len(given) == 3 * views
         for number, answer in enumerate(result.answers):
-            clip = result.seen.clip(answer.video.name)
+            clip = result.clips.clip(answer.video.name)
             assert clip is not None and torch.equal(clip, given[place * 3 + number]), changes
 
 

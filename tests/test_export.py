@@ -32,11 +32,11 @@ from tvit_cli.engine.export import onnx as onnx_format
 from tvit_cli.engine.export.formats import PORTABLE, PreprocessingGraph, import_source, ship_package
 from tvit_cli.engine.export.parity import CLIPS, Parity
 from tvit_cli.engine.predict import predict
-from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.portable.preprocessing import frames_to_input
 from tvit_cli.portable.reading import indices_on_grid, segment_indices
+from tvit_cli.results import TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.export import ExportFormat, ExportSettings

@@ -22,10 +22,10 @@ from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.dataset import open_dataset
 from tvit_cli.engine.distributed import map_in_order
-from tvit_cli.engine.extract import ExtractResult, check, extract, scan_video
+from tvit_cli.engine.extract import check, extract, scan_video
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.portable.reading import grid_indices
-from tvit_cli.results import Event, Note, Progress, silent
+from tvit_cli.results import Event, ExtractResult, Note, Progress, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.types import most_bad

@@ -23,13 +23,12 @@ from tvit_cli import cli
 from tvit_cli.engine import distributed, launch
 from tvit_cli.engine.distributed import BUCKET_BYTES, _buckets
 from tvit_cli.engine.launch import StopSignals, make_accelerator
-from tvit_cli.engine.train import TrainResult, memory, train
+from tvit_cli.engine.train import memory, train
 from tvit_cli.engine.train.build import Built, compile_model
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.dryrun import dry_run
 from tvit_cli.engine.train.memory import (
     Attempt,
-    MemoryModel,
     Probe,
     free_host_bytes,
     global_batch,
@@ -43,7 +42,7 @@ from tvit_cli.model import lora
 from tvit_cli.model.lora import set_trainable, trainable_report
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
-from tvit_cli.results import Event, Note, TrainingStarts
+from tvit_cli.results import Event, MemoryModel, Note, TrainingStarts, TrainResult
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from tvit_cli.engine.evaluate.metrics import (
     top_k_right,
     video_metrics,
 )
-from tvit_cli.report.charts import ClassScore
+from tvit_cli.results import ClassScore
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
 LABELS = torch.tensor([0, 2, 2, 1])

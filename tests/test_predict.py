@@ -28,11 +28,10 @@ import tvit_cli
 from tvit_cli import cli, commands
 from tvit_cli.engine.predict import predict, predict_timelines, write_embeddings
 from tvit_cli.engine.predict.paths import find_videos
-from tvit_cli.engine.train import TrainResult
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
 from tvit_cli.model import linear
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Event, Note, Progress, silent
+from tvit_cli.results import Event, Note, Progress, TrainResult, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
 

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from tvit_cli.data.augment import Augmentation, train_transform
 from tvit_cli.data.clips import ClipDataset, collate
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine.train import TrainResult, loop, train
+from tvit_cli.engine.train import loop, train
 from tvit_cli.engine.train.batches import class_weights
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.errors import ModelError, SettingsError
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Event, Note, TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 

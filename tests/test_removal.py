@@ -17,7 +17,6 @@ from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.http import fetch, fetch_files
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.export import export
-from tvit_cli.engine.train import TrainResult
 from tvit_cli.engine.train.checkpoint import State, list_checkpoints, prune_checkpoints, save_checkpoint
 from tvit_cli.engine.train.run_folder import why_not_replaced
 from tvit_cli.engine.train.sweep import train_series
@@ -26,6 +25,7 @@ from tvit_cli.files import files_below
 from tvit_cli.model.folder import replace_folder
 from tvit_cli.report.drawing import Drawing, to_png
 from tvit_cli.report.html import write_pages
+from tvit_cli.results import TrainResult
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 

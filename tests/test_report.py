@@ -19,13 +19,13 @@ from PIL import Image
 from tiny import COLOURS, make_clips, run, settings
 
 from tvit_cli.data.augment import eval_transform
-from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.engine.train import train
 from tvit_cli.report import html, training
 from tvit_cli.report.charts import MOST_POINTS, Curve, curves_chart, thinned
 from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Text, text_width, ticks, to_png, to_svg
 from tvit_cli.report.film import Samples, film_strip, spread, to_pixels
 from tvit_cli.report.training import TrainingFacts, curves, training_page
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Event, Note, TrainResult
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
 

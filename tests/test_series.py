@@ -14,10 +14,10 @@ from tiny import make_clips, make_pretrained, settings
 from tvit_cli import cli
 from tvit_cli.engine.train import sweep as engine
 from tvit_cli.engine.train.checkpoint import list_checkpoints
-from tvit_cli.engine.train.sweep import SeriesResult, evaluate_series, series_models, summarise, train_series
+from tvit_cli.engine.train.sweep import evaluate_series, series_models, summarise, train_series
 from tvit_cli.errors import Interrupted, ModelError, SettingsError
 from tvit_cli.model.folder import load_card
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Event, Note, SeriesResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings

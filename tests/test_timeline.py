@@ -24,7 +24,7 @@ from tvit_cli import commands
 from tvit_cli.data.video import TimedFrame, iter_frames, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.predict import Model, folder_names, predict_timelines
-from tvit_cli.engine.predict.timeline import Timeline, frame_positions, prefetch, sliding_windows
+from tvit_cli.engine.predict.timeline import frame_positions, prefetch, sliding_windows
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
@@ -33,7 +33,7 @@ from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
 from tvit_cli.report.segments import best_path, change_prices, find_segments, smooth
-from tvit_cli.results import silent
+from tvit_cli.results import Timeline, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.predict import PredictSettings

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tiny import make_clips, make_pretrained, run, settings
 
-from tvit_cli.engine.train import TrainResult, train
 from tvit_cli.engine.train import trackers as module
+from tvit_cli.engine.train import train
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.trackers import Trackers
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.results import Event, Note, silent
+from tvit_cli.results import Event, Note, TrainResult, silent
 
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
 

@@ -23,7 +23,7 @@ from tvit_cli import cli
 from tvit_cli.data.clips import ClipDataset
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.train import TrainResult, checkpoint, train
+from tvit_cli.engine.train import checkpoint, train
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.fingerprint import check_fingerprint, check_ranks_agree
 from tvit_cli.engine.train.optim import learning_rate_at
@@ -39,7 +39,7 @@ from tvit_cli.errors import (
     VideoError,
 )
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Event, Note, TrainResult
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.train import TrainSettings

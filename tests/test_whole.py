@@ -16,7 +16,7 @@ from tvit_cli.engine.predict import explain
 from tvit_cli.engine.predict.timeline import write_timeline
 from tvit_cli.errors import RunError
 from tvit_cli.files import atomic_write
-from tvit_cli.report.segments import Segment, Timeline
+from tvit_cli.results import Segment, Timeline
 
 
 def test_a_file_is_put_in_its_place_when_all_of_it_is_written(tmp_path: Path) -> None:

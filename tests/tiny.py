@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tvit_cli.data.video_writer import write_video
-from tvit_cli.engine.train import TrainResult, train
+from tvit_cli.engine.train import train
 from tvit_cli.model.folder import save_model
 from tvit_cli.portable.vit import ViTConfig, build_model
+from tvit_cli.results import TrainResult
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
 

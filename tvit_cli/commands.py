@@ -12,10 +12,8 @@ from tvit_cli.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from tvit_cli.console import Console, Verbosity
-    from tvit_cli.engine.extract import CheckResult
     from tvit_cli.engine.predict import Prediction
-    from tvit_cli.engine.train.dryrun import DryRun
-    from tvit_cli.engine.train.sweep import SeriesResult
+    from tvit_cli.results import CheckResult, DryRun, SeriesResult
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings

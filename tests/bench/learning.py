@@ -40,14 +40,14 @@ from scatter import Labelled, scatter_chart
 from sheet import sheet
 
 from tvit_cli import __version__
-from tvit_cli.engine.evaluate import EvalResult, evaluate
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.train import train
 from tvit_cli.engine.train.build import build
 from tvit_cli.engine.train.dryrun import count_flops
 from tvit_cli.errors import Interrupted
 from tvit_cli.model.lora import trainable_report
 from tvit_cli.report.drawing import Drawing, to_png
-from tvit_cli.results import EpochDone, Event, silent
+from tvit_cli.results import EpochDone, EvalResult, Event, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings

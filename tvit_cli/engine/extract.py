@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from tvit_cli.data.framestore import check_record
@@ -38,25 +37,9 @@ from tvit_cli.engine.dataset import MOTIONS, find_data, make_demo_data
 from tvit_cli.engine.distributed import default_worker_count, map_in_order, preserve_process_count
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import check_folder, file_lock, is_writable
-from tvit_cli.results import Note, Progress, Report
+from tvit_cli.results import CheckResult, ExtractResult, Note, Progress, Report, Scan
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.types import most_bad
-
-
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """One file: width and height as shown, frames as decoded, and in `problem` what is wrong."""
-
-    path: Path
-    codec: str = ""
-    width: int = 0
-    height: int = 0
-    frames: int = 0
-    seconds: float = 0.0
-    rate: float | None = None  # frames per second; None: the file names no time
-    rotation: int = 0  # degrees counter-clockwise
-    problem: str = ""
-    is_readable: bool = True
 
 
 def scan_video(path: Path) -> Scan:
@@ -84,30 +67,6 @@ def scan_video(path: Path) -> Scan:
 
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class ExtractResult:
-    """What one process did; `skipped` videos were in the store already, `unreadable` names reasons."""
-
-    folder: Path
-    videos: int
-    skipped: int
-    unreadable: Mapping[str, str]
-    bytes: int  # written
-    seconds: float
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """All files of a data set, in the order of their names."""
-
-    scans: tuple[Scan, ...]
-
-    @property
-    def unreadable(self) -> tuple[Scan, ...]:
-        """Files that give no frame."""
-        return tuple(scan for scan in self.scans if not scan.is_readable)
 
 
 def extract(

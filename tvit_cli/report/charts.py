@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvit_cli.report.drawing import (
@@ -26,6 +26,7 @@ from tvit_cli.report.drawing import (
     ticks,
 )
 from tvit_cli.report.html import percent, plural
+from tvit_cli.results import Bin, Counts
 
 MOST_POINTS = 400  # of a curve; more would not show
 MOST_DOTS = 60  # of a curve; more would run together
@@ -217,17 +218,6 @@ GAP = 0.12  # of a bin's width, left free between two bars
 FIFTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Answers of about the same confidence: how many, how sure on average, and the share that is right."""
-
-    low: float
-    high: float
-    videos: int
-    confidence: float
-    accuracy: float
-
-
 def reliability_chart(bins: Sequence[Bin]) -> Drawing:
     """A bar to the accuracy of each bin, and the gap between it and the mean confidence, either way."""
     axes = Axes((0, 1), (0, 1))
@@ -306,33 +296,6 @@ CELLS = (9.0, 64.0)  # a cell's side, least and most
 LONGEST_NAME = 26  # letters
 LEAST_NUMBERED = 17.0  # a smaller cell has no room for its count
 STRONG = 0.6  # a cell of this opacity or more has light letters
-
-Counts = Mapping[tuple[str, str], int]  # (true label, said label) -> videos
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """How one class fared: its videos, how many were known, and how often its name was said."""
-
-    videos: int
-    right: int
-    said: int
-
-    @property
-    def recall(self) -> float:
-        """The share of the class's videos that were known: its accuracy."""
-        return self.right / self.videos if self.videos else 0.0
-
-    @property
-    def precision(self) -> float:
-        """The share of right answers among those that name the class; 0 where none does."""
-        return self.right / self.said if self.said else 0.0
-
-    @property
-    def f1(self) -> float:
-        """The harmonic mean of precision and recall."""
-        named = self.videos + self.said
-        return 2 * self.right / named if named else 0.0
 
 
 def shown_classes(labels: Sequence[str], counts: Counts) -> list[str]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from tvit_cli.report import html
-from tvit_cli.report.charts import ClassScore, Counts, Row, confusion_chart, rows_chart, shown_classes
+from tvit_cli.report.charts import Row, confusion_chart, rows_chart, shown_classes
 from tvit_cli.report.drawing import Drawing, Role
 from tvit_cli.report.evaluation import classes_section, confusion_section, metric_name
 from tvit_cli.report.film import film_strip
 from tvit_cli.report.html import hardware, number, percent, plural, software, write_pages
+from tvit_cli.results import ClassScore, Counts
 from tvit_cli.settings.card import Preprocessing
 
 COMPARISON_PAGE = "comparison.html"  # the second model’s own report may lie beside it

@@ -13,9 +13,6 @@ from torch import Tensor
 from tvit_cli.report import html
 from tvit_cli.report.charts import (
     MOST_CLASSES,
-    Bin,
-    ClassScore,
-    Counts,
     class_chart,
     confidence_chart,
     confusion_chart,
@@ -26,6 +23,7 @@ from tvit_cli.report.charts import (
 from tvit_cli.report.drawing import Drawing
 from tvit_cli.report.film import film_strip
 from tvit_cli.report.html import hardware, number, percent, plural, software, write_pages
+from tvit_cli.results import Bin, ClassScore, Counts
 from tvit_cli.settings.card import Preprocessing
 
 MOST_BESIDE = 720  # a wider matrix has the page for itself

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvit_cli.report.drawing import Box, Colours, Drawing, Line, Shape, Text, text_width, ticks, to_png
-from tvit_cli.report.segments import Timeline
+from tvit_cli.results import Timeline
 from tvit_cli.settings.card import Preprocessing
 
 SHARE, LEAST = 18, 10  # letters are this part of the picture's height, and at least so many pixels

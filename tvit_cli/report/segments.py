@@ -21,65 +21,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tvit_cli.results import Segment
+
 Scores = NDArray[np.float64]
 
 LEAST_SCORE = 1e-6  # of which a logarithm is taken: no single cell decides alone
 AT_A_CUT = 0.5  # of the price of a change
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a video with one label, in seconds; `score` is the label's mean over it."""
-
-    start: float
-    end: float
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Seconds of a video without a gap between frames, with how many windows (`scores`) and cells lie in them."""
-
-    start: float
-    end: float
-    windows: int
-    cells: int
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """The segments of one video, and the windows they are made from.
-
-    A window begins every `stride` seconds of a stretch; `scores` (W, K) are their classes' scores. `smoothed`
-    (J, K) are those of cells of one stride each. A video is one stretch, or several where its time stamps have
-    gaps; those shorter than a window are left out. `pictures` are frames, uint8 (H, W, 3), with their times.
-    """
-
-    video: str
-    labels: tuple[str, ...]
-    seconds: float
-    window: float
-    stride: float
-    scores: Scores
-    smoothed: Scores
-    segments: tuple[Segment, ...]
-    pictures: tuple[tuple[float, NDArray[np.uint8]], ...]
-    stretches: tuple[Stretch, ...] = ()  # empty: the whole video is one
-
-    def parts(self) -> tuple[Stretch, ...]:
-        """The stretches, one where the video has no gaps."""
-        return self.stretches or (Stretch(0.0, self.seconds, len(self.scores), len(self.smoothed)),)
-
-    def starts(self) -> list[float]:
-        """When each window begins, (W,), in seconds."""
-        return [part.start + n * self.stride for part in self.parts() for n in range(part.windows)]
 
 
 def smooth(scores: Scores, *, window: float, stride: float, cells: int) -> Scores:

@@ -11,7 +11,7 @@ import torch
 from tvit_cli.data.layout import Video, listed, match_labels
 from tvit_cli.engine.dataset import data_name, find_data, open_dataset, video_root
 from tvit_cli.engine.distributed import worker_count
-from tvit_cli.engine.evaluate.files import EvalResult, VideoPrediction, write_report, write_result
+from tvit_cli.engine.evaluate.files import write_report, write_result
 from tvit_cli.engine.evaluate.metrics import (
     Outcomes,
     calibration_bins,
@@ -36,7 +36,7 @@ from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.files import check_writable
-from tvit_cli.results import Note, Progress, Report, silent
+from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction, silent
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 
@@ -129,7 +129,7 @@ def evaluate(
     )
     result = replace(
         _judge(settings, trained, videos, scores, views, seconds),
-        seen=ScoredClips(clips, trained.card.preprocessing, views),
+        clips=ScoredClips(clips, trained.card.preprocessing, views),
         warnings=(*trained.notes, *known, *leaks),
         leaks=leaks,
     )

@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from tvit_cli.engine.evaluate import check_results_folder, evaluate, results_folder
 from tvit_cli.engine.evaluate.files import (
     MOST_STRIPS,
-    EvalResult,
-    VideoPrediction,
     output_folder,
     reproduce_command,
     write_json,
     write_page,
 )
-from tvit_cli.engine.evaluate.metrics import RESAMPLES, Interval, difference_interval, mcnemar
+from tvit_cli.engine.evaluate.metrics import difference_interval, mcnemar
 from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import SettingsError
 from tvit_cli.report.comparison import ComparisonFacts, Flip, write_comparison_report
-from tvit_cli.results import Report, silent
+from tvit_cli.results import RESAMPLES, Comparison, EvalResult, Pair, Report, VideoPrediction, silent
 from tvit_cli.settings.eval import EvalSettings
 
 COMPARISON_FILE = "comparison.json"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The second model against the first, on the videos that count for both.
-
-    With --unreadable wrong, videos that a model could not read are among them, as its wrong answers.
-
-    `gained` are the videos that only the second knows, `lost` those that only the first does: pairs of the
-    first's answer and the second's. `interval` is the 95 % bootstrap interval over groups of the difference of
-    accuracies, None where the videos are one group; `p_value` is McNemar's; `report` is the page, where this
-    process wrote one.
-    """
-
-    first: EvalResult
-    second: EvalResult
-    videos: int
-    difference: float
-    interval: Interval | None
-    p_value: float
-    gained: tuple[tuple[VideoPrediction, VideoPrediction], ...]
-    lost: tuple[tuple[VideoPrediction, VideoPrediction], ...]
-    output: Path
-    report: Path | None = None
 
 
 def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
@@ -82,27 +55,21 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
             check_results_folder(each[-1], trained)
     first, second = (evaluate(own, report, place, trained) for own, trained in zip(each, models, strict=True))
     pairs = _pairs(first, second)
-    right = [(a.is_right, b.is_right) for a, b in pairs]
-    gained = tuple(pair for pair, (a, b) in zip(pairs, right, strict=True) if b and not a)
-    lost = tuple(pair for pair, (a, b) in zip(pairs, right, strict=True) if a and not b)
     comparison = Comparison(
         first=first,
         second=second,
-        videos=len(pairs),
-        difference=(len(gained) - len(lost)) / len(pairs),
+        pairs=pairs,
         interval=difference_interval(
-            [a for a, _ in right],
-            [b for _, b in right],
-            [a.video.unit for a, _ in pairs],
+            [a.is_right for a, _ in pairs], [b.is_right for _, b in pairs], [a.video.unit for a, _ in pairs]
         ),
-        p_value=mcnemar(len(lost), len(gained)),
-        gained=gained,
-        lost=lost,
+        p_value=1.0,
         output=shared or second.output,
     )
+    lost, gained = len(comparison.lost), len(comparison.gained)
+    comparison = replace(comparison, p_value=mcnemar(lost, gained))
     if place.is_main:
         _write(comparison)
-        facts = _facts(comparison, pairs, settings, place)
+        facts = _facts(comparison, settings, place)
         comparison = replace(comparison, report=write_page(write_comparison_report, facts, report))
     return comparison
 
@@ -114,9 +81,9 @@ def _names(first: EvalResult, second: EvalResult) -> tuple[str, str]:
     return str(first.model), str(second.model)
 
 
-def _pairs(first: EvalResult, second: EvalResult) -> list[tuple[VideoPrediction, VideoPrediction]]:
+def _pairs(first: EvalResult, second: EvalResult) -> tuple[Pair, ...]:
     others = {answer.video.path: answer for answer in second.answers}
-    pairs = [(answer, others[answer.video.path]) for answer in first.answers if answer.video.path in others]
+    pairs = tuple((a, others[a.video.path]) for a in first.answers if a.video.path in others)
     models = f"--compare {first.model} {second.model}"
     if not pairs:
         raise SettingsError(
@@ -132,7 +99,7 @@ def _pairs(first: EvalResult, second: EvalResult) -> list[tuple[VideoPrediction,
 
 
 def _write(comparison: Comparison) -> None:
-    def flips(pairs: tuple[tuple[VideoPrediction, VideoPrediction], ...]) -> list[dict[str, str]]:
+    def flips(pairs: tuple[Pair, ...]) -> list[dict[str, str]]:
         return [
             {"video": a.video.name, "label": a.video.label, "first": a.predicted, "second": b.predicted}
             for a, b in pairs
@@ -154,13 +121,12 @@ def _write(comparison: Comparison) -> None:
 
 def _facts(
     comparison: Comparison,
-    pairs: list[tuple[VideoPrediction, VideoPrediction]],
     settings: EvalSettings,
     place: ProcessGroup,
 ) -> ComparisonFacts:
     """What the page of a comparison says."""
-    first, second = comparison.first, comparison.second
-    assert second.seen is not None
+    first, second, pairs = comparison.first, comparison.second, comparison.pairs
+    assert second.clips is not None
     counts: dict[str, list[int]] = {}
     for a, b in pairs:
         own = counts.setdefault(a.video.label, [0, 0, 0])
@@ -186,7 +152,7 @@ def _facts(
         per_class={label: (n, a, b) for label, (n, a, b) in counts.items()},
         gained=_flips(comparison.gained, second),
         lost=_flips(comparison.lost, second),
-        preprocessing=second.seen.preprocessing,
+        preprocessing=second.clips.preprocessing,
         measured={
             "first": str(first.model),
             "second": str(second.model),
@@ -217,7 +183,7 @@ def _warnings(first: EvalResult, second: EvalResult) -> list[str]:
     return both + one
 
 
-def _which(pairs: list[tuple[VideoPrediction, VideoPrediction]]) -> str:
+def _which(pairs: tuple[Pair, ...]) -> str:
     """How many videos are compared, and how many of them count as wrong because they could not be read."""
     unread = sum(bool(a.error or b.error) for a, b in pairs)
     if not unread:
@@ -225,13 +191,13 @@ def _which(pairs: list[tuple[VideoPrediction, VideoPrediction]]) -> str:
     return f"{len(pairs)}, of which {unread} could not be read and count as wrong"
 
 
-def _flips(pairs: tuple[tuple[VideoPrediction, VideoPrediction], ...], second: EvalResult) -> list[Flip]:
+def _flips(pairs: tuple[Pair, ...], second: EvalResult) -> list[Flip]:
     """The flips of which the two models are surest, with what the second saw."""
-    assert second.seen is not None
+    assert second.clips is not None
     surest = sorted(pairs, key=lambda pair: -_score(pair[0]) - _score(pair[1]))[:MOST_STRIPS]
     found = []
     for a, b in surest:
-        clip = second.seen.clip(b.video.name)
+        clip = second.clips.clip(b.video.name)
         if clip is not None:
             said = [(answer.predicted or "unreadable", _score(answer)) for answer in (a, b)]
             found.append(Flip(b.video.name, b.video.label, said[0], said[1], clip))

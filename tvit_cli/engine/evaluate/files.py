@@ -8,73 +8,30 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from tvit_cli.data.layout import Video
-from tvit_cli.engine.evaluate.metrics import BINS, RESAMPLES, Interval
-from tvit_cli.engine.evaluate.scoring import ScoredClips
 from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, RunError
-from tvit_cli.report.charts import Bin, ClassScore
 from tvit_cli.report.evaluation import EvaluationFacts, ShownVideo, write_evaluation_report
 from tvit_cli.report.html import plural
-from tvit_cli.results import Note, Report
+from tvit_cli.results import (
+    BINS,
+    RESAMPLES,
+    ClassScore,
+    EvalResult,
+    Note,
+    Report,
+    VideoPrediction,
+)
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.eval import EvalSettings
 
 METRICS_FILE = "metrics.json"
 SCORES_FILE = "scores.csv"
 CONFUSION_FILE = "confusion.csv"
-
-
-@dataclass(frozen=True)
-class VideoPrediction:
-    """What a model says of one video, or why it could not be read (then `predicted` is empty)."""
-
-    video: Video
-    predicted: str = ""
-    scores: tuple[float, ...] = ()  # in the order of the model's labels
-    error: str = ""
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the best class is the video's."""
-        return self.predicted == self.video.label
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Metrics of a subset, and where they were written.
-
-    `intervals` are 95 % bootstrap intervals over groups; `per_class` and `confused` (true label, said label,
-    videos) tell where the mistakes are; `answers` has every video that counts, in the order of their names, with
-    scores in the order of `labels`. `name` is what the model is called.
-    `calibration` sets confidence against accuracy; `warnings` are sentences on what was assumed and what the
-    numbers do not mean, among them the `leaks`, which make the numbers too good; `seen` reads what the model saw
-    once more; `report` is the page, where this process wrote one.
-    """
-
-    metrics: dict[str, float]
-    intervals: dict[str, Interval]
-    per_class: dict[str, ClassScore]
-    confused: tuple[tuple[str, str, int], ...]
-    answers: tuple[VideoPrediction, ...]
-    labels: tuple[str, ...]
-    unreadable: dict[str, str]
-    seconds: float
-    subset: str
-    model: Path
-    name: str
-    output: Path
-    notes: tuple[str, ...]
-    calibration: tuple[Bin, ...] = ()
-    warnings: tuple[str, ...] = ()
-    leaks: tuple[str, ...] = ()
-    seen: ScoredClips | None = None
-    report: Path | None = None
 
 
 def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
@@ -250,10 +207,10 @@ def write_report(
 
 def shown_videos(result: EvalResult, answers: Sequence[VideoPrediction]) -> list[ShownVideo]:
     """Videos with their frames, those that can still be read."""
-    assert result.seen is not None
+    assert result.clips is not None
     found = []
     for answer in answers:
-        clip = result.seen.clip(answer.video.name)
+        clip = result.clips.clip(answer.video.name)
         if clip is not None:
             own = answer.video.label
             found.append(

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvit_cli.report.charts import Bin, ClassScore
+from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, Interval
 
-RESAMPLES = 2000
 LEVEL = 0.95
 _CHUNK = 100  # resamples drawn at once: bounds the memory
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,6 @@ def _resampled(groups: int, statistics: Callable[[Floats], Floats], seed: int) -
 def _interval(values: Floats) -> Interval:
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low, high
-
-
-BINS = 15  # of confidence, for its calibration
 
 
 @dataclass

@@ -24,8 +24,7 @@ from tvit_cli.errors import RunError, SettingsError, VideoError
 from tvit_cli.files import Location, atomic_write, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
-from tvit_cli.report.segments import Timeline
-from tvit_cli.results import Note, Progress, Report, seconds_done, silent
+from tvit_cli.results import Note, Progress, Report, Timeline, seconds_done, silent
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import ENDINGS, PredictSettings
@@ -33,7 +32,6 @@ from tvit_cli.settings.types import MixedPrecision
 
 if TYPE_CHECKING:
     from tvit_cli.engine.predict.explain import Explanation
-    from tvit_cli.report.segments import Timeline
 
 
 def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model: Path) -> None:
@@ -300,7 +298,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
             report(Note(f"{settings.explain}: {explanation.label}: {verdict(explanation.deletion)}."))
     if settings.annotate is not None and not predictions[0].error:
         from tvit_cli.engine.predict.timeline import WHOLE, annotate
-        from tvit_cli.report.segments import Segment
+        from tvit_cli.results import Segment
 
         label, value = predictions[0].labels[0]
         with collect_errors(unwritten):

@@ -29,8 +29,8 @@ from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import Location, atomic_write
 from tvit_cli.portable.reading import CENTRE, segment_indices
 from tvit_cli.report.film import draw_caption
-from tvit_cli.report.segments import Scores, Segment, Stretch, Timeline, find_segments, smooth
-from tvit_cli.results import Report, seconds_done, silent
+from tvit_cli.report.segments import Scores, find_segments, smooth
+from tvit_cli.results import Report, Segment, Stretch, Timeline, seconds_done, silent
 
 # On held-out demo motions, whose clips all end with a cut, 1 % of the cuts lie below this ratio, and no other step
 # above it (docs/benchmarks.md).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from tvit_cli.data.layout import SUBSETS
 from tvit_cli.engine.dataset import DataSource, open_dataset
 from tvit_cli.engine.distributed import broadcast_weights, worker_count
 from tvit_cli.engine.evaluate import evaluate
-from tvit_cli.engine.evaluate.files import EvalResult, write_page
+from tvit_cli.engine.evaluate.files import write_page
 from tvit_cli.engine.evaluate.selection import find_leaks
 from tvit_cli.engine.launch import ImmediateStop, ProcessGroup, lost_rank_errors, make_accelerator
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
@@ -42,7 +42,7 @@ from tvit_cli.model.folder import save_model
 from tvit_cli.model.lora import load_trainable
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import plural
-from tvit_cli.results import Note, Report, TrainingStarts, silent
+from tvit_cli.results import EvalResult, Note, Report, TrainingStarts, TrainResult, silent
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -273,22 +273,6 @@ def _commands(loop: Loop, *, is_done: bool) -> list[tuple[str, str]]:
         ("Label videos", f"tvit predict VIDEO --model {model}"),
         ("Score the test subset", f"tvit eval --model {model}"),
     ]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a training left its model, and how good it is.
-
-    `best` holds the validation metrics of the epoch that was kept (empty without validation); `test` the
-    test result when it was asked for; `report` is the page, where one could be written.
-    """
-
-    run: Path
-    model: Path
-    best_epoch: int
-    best: dict[str, float]
-    test: EvalResult | None
-    report: Path | None = None
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:

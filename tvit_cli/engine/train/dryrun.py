@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from tvit_cli.engine.launch import ImmediateStop, lost_rank_errors
 from tvit_cli.engine.train import set_up
 from tvit_cli.engine.train.build import clips_to_standardise, compile_errors
 from tvit_cli.engine.train.loop import forward_backward, remaining_passes, update
-from tvit_cli.engine.train.memory import MemoryModel, Probe, free_bytes, out_of_memory_errors
+from tvit_cli.engine.train.memory import Probe, free_bytes, out_of_memory_errors
 from tvit_cli.engine.train.state import Loop, score_videos
 from tvit_cli.model.lora import trainable_report
 from tvit_cli.portable.config import ViTConfig
-from tvit_cli.results import Note, Progress, Report, silent
+from tvit_cli.results import DryRun, Note, Progress, Report, silent
 from tvit_cli.settings.train import TrainSettings
 
 
@@ -67,39 +66,6 @@ def _attention_flops(config: ViTConfig, groups: int, tokens: int, asking: int) -
 STEPS = 5  # measured at most, after one that is not: it starts workers, compiles, and allocates
 SECONDS = 60.0  # after which no further step is begun
 VALIDATION_CLIPS = 32  # scored at most, to tell how long an epoch's validation takes
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """The plan of a training, and what it takes; bytes, operations and seconds are of one process and device.
-
-    Operations are counted as `count_flops` counts them: two per multiply-add, matrix products alone.
-    """
-
-    folder: Path
-    model: str
-    data: str
-    device: str
-    precision: str
-    parameters: int
-    trainable: int
-    forward_flops: int  # of one clip
-    pass_flops: int  # of one clip, forward and backward, as it is trained
-    batch: str
-    clips_per_step: int
-    steps_per_epoch: int
-    epochs: int
-    memory: MemoryModel
-    micro_batch: int
-    available: int  # bytes that all terms of `memory` may take together
-    seconds_per_step: float
-    data_wait: float  # share of a step's time
-    validation_seconds: float
-
-    @property
-    def seconds_per_epoch(self) -> float:
-        """Training and validation."""
-        return self.steps_per_epoch * self.seconds_per_step + self.validation_seconds
 
 
 def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:

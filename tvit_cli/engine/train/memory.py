@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,29 +20,13 @@ from torch.utils._pytree import tree_leaves
 from tvit_cli.engine.distributed import all_reduce_min, local_processes
 from tvit_cli.engine.train.build import Built
 from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.results import MemoryModel
 from tvit_cli.settings.train import DEFAULT_MICRO_BATCH, TrainSettings
 
 MOMENTS = 2  # AdamW keeps the mean of each gradient and of its square (arXiv:1711.05101)
 CPU_SHARE = 0.5  # of the free memory: loader workers and the page cache live in it, too
 CGROUPS = Path("/sys/fs/cgroup")  # version 2: docs.kernel.org/admin-guide/cgroup-v2.html
 OWN_CGROUP = Path("/proc/self/cgroup")
-
-
-@dataclass(frozen=True)
-class MemoryModel:
-    """Bytes that a training step takes, term by term; only `activations_per_clip` grows with the micro-batch."""
-
-    weights: int
-    gradients: int
-    moments: int
-    average: int  # of the trained weights, with --ema-decay
-    workspace: int  # what the passes take besides, whatever the number of clips: weights in another format
-    activations_per_clip: int  # at the peak: kept for the backward pass, or in use just then
-
-    def needed(self, clips: int) -> int:
-        """Bytes at the peak of a step whose passes hold so many clips each."""
-        fixed = self.weights + self.gradients + self.moments + self.average + self.workspace
-        return fixed + clips * self.activations_per_clip
 
 
 def memory_model(model: nn.Module, peak_of: Callable[[int], int], *, averages: bool = False) -> MemoryModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import (
     METRICS_FILE,
-    EvalResult,
     confusion_counts,
     output_folder,
     read_metrics,
@@ -31,25 +30,11 @@ from tvit_cli.engine.trained import is_series_run
 from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, SETTINGS_FILE, load_card
 from tvit_cli.report.comparison import SeriesFacts, write_series_report
-from tvit_cli.results import Note, Report, silent
+from tvit_cli.results import EvalResult, Note, Report, SeriesResult, silent
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
 SUMMARY_FILE = "summary.json"
-
-
-@dataclass(frozen=True)
-class SeriesResult:
-    """Metrics of each run of a series (`seed0-split1` …), and mean and standard deviation of each metric.
-
-    The deviation is that of a sample: divided by one less than the number of runs. `report` is the page of
-    an evaluation, where this process wrote one.
-    """
-
-    folder: Path
-    runs: dict[str, dict[str, float]]
-    summary: dict[str, tuple[float, float]]
-    report: Path | None = None
 
 
 def series_models(folder: Path | None) -> dict[str, Path]:
