@@ -1,4 +1,4 @@
-"""What tests share: numbered frames, folders of classes, real clips where they are at hand, a benchmark to load."""
+"""Shared fixtures: numbered frames, class folders, tiny data and models, real clips, benchmarks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from tvit_cli.data.video_writer import write_video
+
+if TYPE_CHECKING:
+    from tvit_cli.engine.train import TrainResult
 
 # Tests run on every core at once, and so does what they start; torch's threads on top of that only wait for
 # each other. Set before torch is imported anywhere.
@@ -94,6 +97,36 @@ def make_classes(
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of six coloured clips each, in six groups. Not to be changed: shared by all tests."""
+    from tiny import make_clips
+
+    return make_clips(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretrained ViT in Hugging Face's format. Not to be changed: shared by all tests."""
+    from tiny import make_pretrained
+
+    return make_pretrained(tmp_path_factory.mktemp("weights") / "tiny-vit")
+
+
+@pytest.fixture(scope="session")
+def inputs(clips: Path, pretrained: Path) -> dict[str, Any]:
+    """Settings that name the shared clips and pretrained model."""
+    return {"path_to_data": str(clips), "hf_model_name": str(pretrained)}
+
+
+@pytest.fixture
+def trained(inputs: dict[str, Any], tmp_path: Path) -> Callable[..., TrainResult]:
+    """`trained(**changes)` trains on the shared clips, in `tmp_path`."""
+    from tiny import run
+
+    return lambda **changes: run(**{**inputs, "working_directory": tmp_path, **changes})
 
 
 @pytest.fixture(scope="session")

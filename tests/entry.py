@@ -1,10 +1,13 @@
-"""The program `tvit` as pyproject.toml names it, run in this process."""
+"""The program `tvit` as pyproject.toml names it, in this process or in one of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import io
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -38,3 +41,16 @@ def tvit(*words: object) -> Ended:
             code = ended.code or 0
     assert isinstance(code, int), code
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def start(*words: object, **variables: str) -> subprocess.Popen[str]:
+    """Start `python WORDS` in a process group of its own, without TVIT_* variables of the caller."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        env={**environ, "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

@@ -12,21 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from indexes import synthetic_index
+from stores import LABELS, PARAMETERS, make_store, write_synthetic_index
 
 from tvit_cli.data import framestore
 from tvit_cli.data.clips import ClipDataset, load_batches
 from tvit_cli.data.framestore import FrameStore, check_record, find_store, nearest
-from tvit_cli.data.framestore_format import Header, Parameters, write_header
-from tvit_cli.data.framestore_writer import ShardWriter, pack_video, read_contents, shard_paths, write_index
-from tvit_cli.data.layout import Layout, Video, read_layout
+from tvit_cli.data.framestore_format import Header, write_header
+from tvit_cli.data.framestore_writer import ShardWriter, pack_video, read_contents, shard_paths
+from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.data.video import read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.portable.reading import grid_indices, indices_on_grid, segment_indices
 
-PARAMETERS = Parameters(frames_per_video=8, quality=90, short_side=256)
-LABELS = ("run", "walk")
 LENGTHS = {"v_run_g01_c01.avi": 40, "v_run_g02_c01.avi": 5, "v_walk_g01_c01.avi": 23, "v_walk_g02_c01.avi": 8}
 
 
@@ -43,17 +41,6 @@ def textured(count: int, height: int = 120, width: int = 160) -> np.ndarray:
     return np.stack(frames).astype(np.uint8)
 
 
-def build(folder: Path, videos: list[Video], *, shard_bytes: int = 1 << 20, **changes: int) -> FrameStore:
-    """A finished store of the videos."""
-    parameters = Parameters(**{**{k: getattr(PARAMETERS, k) for k in PARAMETERS.__slots__}, **changes})
-    write_header(folder, Header(parameters, str(folder.parent)))
-    with ShardWriter(folder, rank=0, shard_bytes=shard_bytes) as writer:
-        for video in videos:
-            writer.add(video.name, pack_video(video.path, parameters))
-    write_index(folder, Layout(folder.parent, LABELS, tuple(videos), ()), {})
-    return FrameStore(folder)
-
-
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
     root = tmp_path_factory.mktemp("data")
@@ -67,13 +54,13 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
 
 @pytest.fixture(scope="module")
 def store(videos: list[Video], tmp_path_factory: pytest.TempPathFactory) -> FrameStore:
-    return build(tmp_path_factory.mktemp("store") / "frames", videos, shard_bytes=60_000)
+    return make_store(tmp_path_factory.mktemp("store") / "frames", videos, shard_bytes=60_000)
 
 
 @pytest.fixture
 def own_store(videos: list[Video], tmp_path: Path) -> FrameStore:
     """A store that a test may damage; one shard."""
-    return build(tmp_path / "frames", videos)
+    return make_store(tmp_path / "frames", videos)
 
 
 def flip(path: Path, place: int) -> None:
@@ -178,7 +165,7 @@ def test_large_frames_are_stored_smaller_and_small_ones_as_they_are(tmp_path: Pa
     write_video(tmp_path / "small.avi", textured(2, 50, 40))
     names = ("large.avi", "small.avi")
     videos = [Video(tmp_path / name, name, "run", "train", None) for name in names]
-    store = build(tmp_path / "frames", videos, short_side=200)
+    store = make_store(tmp_path / "frames", videos, short_side=200)
     assert store.read("large.avi", lambda n: [0]).frames.shape == (1, 200, 300, 3)
     assert store.read("small.avi", lambda n: [0]).frames.shape == (1, 50, 40, 3)
 
@@ -200,7 +187,7 @@ def test_decoding_scales_down_by_halves_and_never_below_what_is_asked(
 
 def test_odd_sizes_scale_too(tmp_path: Path) -> None:
     write_video(tmp_path / "odd.mkv", textured(2, 121, 163), codec="ffv1", pixel_format="bgr0")
-    store = build(tmp_path / "frames", [Video(tmp_path / "odd.mkv", "odd.mkv", "run", "train", None)])
+    store = make_store(tmp_path / "frames", [Video(tmp_path / "odd.mkv", "odd.mkv", "run", "train", None)])
     for short_side, shape in ((121, (121, 163)), (61, (61, 82)), (31, (31, 41)), (16, (16, 21))):
         assert store.read(0, lambda n: [0], short_side=short_side).frames.shape == (1, *shape, 3)
 
@@ -208,7 +195,7 @@ def test_odd_sizes_scale_too(tmp_path: Path) -> None:
 def test_names_of_every_kind_are_found(tmp_path: Path, videos: list[Video]) -> None:
     names = ["a.avi", "Z/é.avi", "Z/\U0001f600.avi", "b\udcff.avi", "aa.avi", "dir with space/ü.avi"]
     given = [Video(videos[1].path, name, "run", "test", None) for name in names]
-    store = build(tmp_path / "frames", given)
+    store = make_store(tmp_path / "frames", given)
     assert sorted(store.name(i) for i in range(len(names))) == sorted(names)
     for name in names:
         index = store.find(name)
@@ -391,7 +378,7 @@ def test_the_store_beside_the_videos_is_found_and_is_no_class(videos: list[Video
         target.write_bytes(video.path.read_bytes())
     root = tmp_path / "data"
     assert find_store(root) is None
-    build(root / "frames", videos)
+    make_store(root / "frames", videos)
     assert find_store(root) == find_store(root / "frames") == find_store(root / "list.csv") == root / "frames"
     layout = read_layout(root, group_pattern="_g(..)", val_groups="none", test_groups="none")
     assert layout.labels == LABELS
@@ -431,7 +418,7 @@ def peak_kibibytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_an_index_of_100_000_clips_opens_at_once_and_takes_little_memory(tmp_path: Path) -> None:
-    synthetic_index(tmp_path / "frames", 100_000)
+    write_synthetic_index(tmp_path / "frames", 100_000)
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\nfrom test_framestore import measure_index\n"
@@ -453,7 +440,7 @@ def test_errors_of_the_user_are_no_assertions(tmp_path: Path) -> None:
 def test_real_clips_come_back_as_they_were_but_for_jpeg(real_data: Path, tmp_path: Path) -> None:
     paths = sorted((real_data / "weizmann").rglob("*.avi"))[::15]
     videos = [Video(path, path.name, "run", "train", None) for path in paths]
-    store = build(tmp_path / "frames", videos, frames_per_video=32)
+    store = make_store(tmp_path / "frames", videos, frames_per_video=32)
     for video in videos:
         direct = read_clip(video.path, lambda n: grid_indices(n, 32))
         clip = store.read(video.name, lambda n: grid_indices(n, 32))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_framestore import build
+from stores import LABELS, make_store
 from tiny import make_clips, make_pretrained
 
 from tvit_cli import cli
@@ -27,7 +27,6 @@ from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import Video
 from tvit_cli.errors import DataError, RunError
 
-LABELS = ("run", "walk")
 KEYS = [[(epoch, i), (epoch, (i + 1) % 4)] for epoch in range(3) for i in range(4)]
 
 
@@ -42,7 +41,7 @@ def videos(make_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def store(videos: list[Video], tmp_path: Path) -> FrameStore:
-    return build(tmp_path / "frames", videos, shard_bytes=20_000)
+    return make_store(tmp_path / "frames", videos, shard_bytes=20_000)
 
 
 def dataset(videos: list[Video], store: FrameStore | None = None) -> ClipDataset:

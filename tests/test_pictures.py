@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from test_video import solid_colour, turn
+from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data.framestore_format import CRC, FRAME, Parameters
 from tvit_cli.data.framestore_writer import pack_video
@@ -84,7 +84,7 @@ def test_planes_have_the_colours_of_the_source(
     chroma = (blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)
     scale_y, low, scale_c = (255, 0, 255) if full else (219, 16, 224)
     yuv = (round(low + scale_y * luma), round(128 + scale_c * chroma[0]), round(128 + scale_c * chroma[1]))
-    path = solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full, form=form)
+    path = write_solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full, form=form)
     colour = to_rgb(read_planes(path, short_side)[0]).mean(axis=(0, 1))
     assert np.abs(colour - rgb).mean() <= HALF
 
@@ -123,7 +123,7 @@ def test_frames_of_every_size_are_stored_to_their_last_row_and_column(
 def test_a_turned_video_is_stored_upright(degrees: int, short_side: int, tmp_path: Path) -> None:
     path = tmp_path / "video.mp4"
     write_video(path, ramp(48, 64))
-    turn(path, degrees)
+    set_rotation(path, degrees)
     expected = read_clip(path, range, short_side=short_side).frames.astype(int)
     stored = stored_frames(path, short_side)
     assert stored.shape == expected.shape

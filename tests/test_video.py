@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data import video
 from tvit_cli.data.video import (
@@ -61,35 +61,6 @@ def write_packets(path: Path, change: Callable[[int, av.Packet[Any]], bytes]) ->
             copy.stream = stream
             target.mux(copy)
     changed.replace(path)
-
-
-def solid_colour(
-    path: Path, yuv: tuple[int, int, int], *, height: int, space: int, full: bool, form: str = "yuv444p"
-) -> Path:
-    """A lossless file of one colour, given as the numbers that are stored, tagged as said."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, height, form
-        stream.codec_context.colorspace = space
-        stream.codec_context.color_range = 2 if full else 0
-        frame = av.VideoFrame(64, height, form)
-        for plane, value in zip(frame.planes, yuv, strict=True):
-            plane.update(bytes([value]) * plane.buffer_size)
-        frame.colorspace, frame.color_range = space, 2 if full else 0
-        frame.pts, frame.time_base = 0, Fraction(1, 25)
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def turn(path: Path, degrees: int) -> None:
-    """Writes a rotation (clockwise, 90 or 270) into an MP4's track header."""
-    one, matrix = (1 << 16).to_bytes(4, "big"), bytearray(path.read_bytes())
-    start = matrix.index(one + bytes(12) + one, matrix.index(b"tkhd"))
-    minus, zero, w = (-(1 << 16)).to_bytes(4, "big", signed=True), bytes(4), (1 << 30).to_bytes(4, "big")
-    b, c = (one, minus) if degrees == 90 else (minus, one)
-    matrix[start : start + 36] = zero + b + zero + c + zero + zero + zero + zero + w
-    path.write_bytes(matrix)
 
 
 @pytest.mark.parametrize(("suffix", "how"), CODECS)
@@ -216,7 +187,7 @@ def test_a_turned_picture_is_shown_upright(degrees: int, tmp_path: Path) -> None
     frames[:, :16, :16] = 255  # white corner, top left as stored
     path = tmp_path / "video.mp4"
     write_video(path, frames)
-    turn(path, degrees)
+    set_rotation(path, degrees)
     info = probe(path)
     assert (info.width, info.height, info.rotation % 360) == (48, 64, -degrees % 360)
     picture = read_clip(path, lambda n: [n // 2], short_side=24).frames[0].astype(int)
@@ -258,7 +229,7 @@ def test_colours_follow_the_tags_and_players_rule_where_there_are_none(
     chroma = (blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)
     scale_y, low, scale_c = (255, 0, 255) if full else (219, 16, 224)
     yuv = (round(low + scale_y * luma), round(128 + scale_c * chroma[0]), round(128 + scale_c * chroma[1]))
-    path = solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full)
+    path = write_solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full)
     picture = read_clip(path, lambda n: [0]).frames[0]
     assert np.abs(picture.reshape(-1, 3).mean(axis=0) - rgb).max() <= 1.5
 

@@ -1,4 +1,4 @@
-"""The smallest things: coloured clips, a pretrained ViT 16 wide, a model that was never trained."""
+"""Tiny data and models, short training runs, and readers of their results."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from tvit_cli.settings.train import TrainSettings
 
 COLOURS = {"Blue": (40, 60, 200), "Green": (50, 190, 60), "Red": (200, 50, 40)}
 WIDTH = 16
+SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
+# Random draws per clip and mixes of two clips: independent of micro-batches and world size.
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "randaugment": 2, "random_erasing": 0.5, "label_smoothing": 0.1}
 
 
 def make_clips(root: Path, *, groups: int = 6) -> Path:
@@ -123,6 +126,18 @@ def settings(**changes: Any) -> TrainSettings:
 def run(**changes: Any) -> TrainResult:
     """Train with `settings`."""
     return train(settings(**changes))
+
+
+def records(result: TrainResult, kind: str = "epoch") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one kind (`""`: all), without measured times."""
+    clock = ("seconds", "clips_per_second", "data_wait")
+    lines = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines if kind in ("", line["kind"])]
+
+
+def run_in(folder: Path) -> TrainResult:
+    """A run that another process trained, as its result."""
+    return TrainResult(folder, folder / "model", 0, {}, None)
 
 
 def last_weights(result: TrainResult) -> dict[str, torch.Tensor]:

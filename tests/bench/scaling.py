@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from indexes import synthetic_index
 from sheet import sheet
 from step import TARGETS, current_memory, in_turn, peak_memory, step_of, timed
+from stores import write_synthetic_index
 from torch import nn
 from torch.nn import functional as F
 
@@ -163,7 +163,7 @@ def measure_videos() -> dict[int, Row]:
     rows = {}
     for videos in VIDEOS:
         with tempfile.TemporaryDirectory() as name:
-            synthetic_index(Path(name) / "frames", videos)
+            write_synthetic_index(Path(name) / "frames", videos)
             command = [sys.executable, __file__, "--child-index", str(Path(name) / "frames")]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows[videos] = json.loads(done.stdout.splitlines()[-1])
