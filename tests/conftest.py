@@ -18,7 +18,7 @@ import pytest
 from tvit_cli.data.video_writer import write_video
 
 if TYPE_CHECKING:
-    from tvit_cli.engine.train import TrainResult
+    from tvit_cli.results import TrainResult
 
 # Tests run on every core at once, and so does what they start; torch's threads on top of that only wait for
 # each other. Set before torch is imported anywhere.

@@ -14,17 +14,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import entry
 import pytest
 import torch
 from fuse import sitecustomize
 from tiny import make_clips, make_pretrained, run, settings
 
 from tvit_cli.data.layout import read_layout
+from tvit_cli.engine import distributed
 from tvit_cli.engine.dataset import unreadable_videos
-from tvit_cli.engine.distributed import default_worker_count, local_processes
+from tvit_cli.engine.distributed import BUCKET_BYTES, _buckets, default_worker_count, local_processes
 from tvit_cli.engine.evaluate import scoring
+from tvit_cli.engine.launch import StopSignals
 from tvit_cli.engine.train import batches
 from tvit_cli.settings.types import GROUP_PATTERN
 
@@ -51,12 +55,8 @@ def taken_port() -> Iterator[int]:
 
 
 def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
     path = os.pathsep.join([str(ROOT / "tests" / "fuse"), str(ROOT)])
-    return subprocess.Popen(
-        [sys.executable, "-m", *words], env={**environ, "PYTHONPATH": path, **variables},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    return entry.start("-m", *words, **{"PYTHONPATH": path, **variables})
 
 
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,3 +296,29 @@ def test_a_clip_that_another_process_could_not_read_is_named(facts: dict[str, An
     ]  # fmt: skip
     one, two = (sorted(re.findall(r"left out: (\S+):", text)) for text in outputs)
     assert one and one == two, outputs
+
+
+def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NCCL each such number would be fetched from a GPU, when all that was asked of it before is done."""
+    made: list[str] = []
+    used: list[Any] = []
+    backends = iter(("gloo", "nccl", "nccl", "nccl"))
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: next(backends))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda *, backend: made.append(backend) or "new")
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, how, group: used.append(group))
+    distributed._between_processors.cache_clear()
+    two: Any = SimpleNamespace(num_processes=2)
+    signals = StopSignals()
+    signals.received = "SIGTERM"
+    assert distributed.all_reduce_min(3, two) == 3
+    assert distributed.all_reduce_max([1, 4], two) == [1, 4]
+    assert distributed.any_rank(True, two)
+    assert signals.agreed(two, save_is_due=True) == ("SIGTERM", True)
+    assert (used, made) == ([None, "new", "new", "new"], ["gloo"])
+    distributed._between_processors.cache_clear()
+
+
+def test_gradients_are_summed_in_buckets_of_one_type() -> None:
+    sizes = [BUCKET_BYTES // 4, 10, 10, 10]
+    gradients = [torch.zeros(n) for n in sizes] + [torch.zeros(5, dtype=torch.float64)]
+    assert [[g.numel() for g in bucket] for bucket in _buckets(gradients)] == [sizes[:1], sizes[1:], [5]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tvit_cli.results import TrainResult
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
+Run = Callable[..., TrainResult]  # the fixture `trained`
 COLOURS = {"Blue": (40, 60, 200), "Green": (50, 190, 60), "Red": (200, 50, 40)}
 WIDTH = 16
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}

@@ -1,0 +1,373 @@
+"""Memory of training: measured, predicted, exhausted, and saved by gradient checkpointing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from entry import start
+from tiny import Run, last_weights, records, run_in, same, settings
+from torch import nn
+
+from tvit_cli.engine.launch import make_accelerator
+from tvit_cli.engine.train import memory, train
+from tvit_cli.engine.train.build import Built
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.memory import (
+    Attempt,
+    Probe,
+    free_host_bytes,
+    is_out_of_memory,
+    memory_model,
+    peak_bytes,
+)
+from tvit_cli.errors import RunError
+from tvit_cli.model import lora
+from tvit_cli.model.lora import set_trainable, trainable_report
+from tvit_cli.portable.layers import recompute_block
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.results import Event, MemoryModel, Note
+from tvit_cli.settings.card import Preprocessing
+
+CPU = torch.device("cpu")
+
+
+FRAMES = 4
+
+
+SIZE = 32
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def model(
+    *, train: str = "lora", dropout: float = 0.3, checkpointing: bool = False, depth: int = 4
+) -> TemporalViT:
+    config = ViTConfig(
+        num_classes=5, frame_size=SIZE, patch_size=8, n_frames=FRAMES, width=32, depth=depth, num_heads=4
+    )
+    vit = build_model(config, seed=0, from_scratch=True)
+    spec = lora.LoraSpec(4, 4, dropout, False, "none", ("q", "k", "v"), ())
+    set_trainable(vit, train, spec, seed=0)  # type: ignore[arg-type]
+    if checkpointing:
+        vit.run_block = recompute_block
+    return vit.train()
+
+
+def step(vit: nn.Module, clips: int = 2) -> dict[str, torch.Tensor]:
+    """The gradients of a step with seeded dropout."""
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randn(clips, FRAMES, 3, SIZE, SIZE, generator=generator)
+    torch.manual_seed(7)
+    vit.zero_grad()
+    vit(batch).square().sum().backward()
+    return {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
+
+
+def probe(vit: TemporalViT) -> Probe:
+    shape = Preprocessing(n_frames=FRAMES, frame_size=SIZE)
+    return Probe(Built(vit, vit.config, shape, None), vit, Accelerator(cpu=True))
+
+
+def kept_bytes(vit: TemporalViT, clips: int) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in vit.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vit(torch.randn(clips, FRAMES, 3, SIZE, SIZE)).sum()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("train_what", ["lora", "all", "classifier"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradient_checkpointing_changes_no_bit_of_a_gradient(train_what: str, autocast: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = step(model(train=train_what))
+        checkpointed = step(model(train=train_what, checkpointing=True))
+    assert plain and same(plain, checkpointed)
+
+
+def test_gradient_checkpointing_keeps_a_fraction_of_the_bytes() -> None:
+    plain, checkpointed = kept_bytes(model(), 2), kept_bytes(model(checkpointing=True), 2)
+    tokens = 2 * (1 + FRAMES * 16) * 32 * 4  # bytes of (B, N, D), all that is kept of a block
+    assert checkpointed < 4 * tokens + 40_000 < plain / 3
+
+
+def test_gradient_checkpointing_has_the_same_bits_with_less_memory(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        "tvit_cli.portable.layers.checkpoint", lambda *a, **k: (calls.append("block"), real(*a, **k))[1]
+    )
+    plain = trained(lora_dropout=0.3)
+    assert not calls
+    checkpointed = trained(lora_dropout=0.3, gradient_checkpointing=True)
+    assert calls and same(last_weights(plain), last_weights(checkpointed))
+    # It is one of the settings that a run may be gone on with when memory has run out.
+    shutil.rmtree(list_checkpoints(plain.run / "checkpoints")[-1])
+    shutil.rmtree(plain.model)
+    before = str(plain.run / "checkpoints" / "step-000003")
+    again = trained(lora_dropout=0.3, gradient_checkpointing=True, resume_from_checkpoint=before)
+    assert same(last_weights(again), last_weights(checkpointed))
+
+
+@pytest.mark.parametrize("train_what", ["lora", "all"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_model_foretells_the_peak_of_larger_batches(train_what: str, checkpointing: bool) -> None:
+    vit = model(train=train_what, checkpointing=checkpointing)
+    terms = probe(vit).memory_model()
+    trainable, total = trainable_report(vit)
+    assert (terms.weights, terms.gradients, terms.moments) == (4 * total, 4 * trainable, 8 * trainable)
+    probe(vit).run(vit, 1)  # gradients are there
+    measured = peak_bytes(lambda: probe(vit).run(vit, 16), CPU)
+    assert terms.workspace + 16 * terms.activations_per_clip == pytest.approx(measured, rel=0.03)
+    assert measured >= kept_bytes(vit, 16)
+
+
+def test_memory_is_the_sum_of_named_terms() -> None:
+    terms = MemoryModel(
+        weights=1000, gradients=100, moments=200, average=100, workspace=30, activations_per_clip=7
+    )
+    assert terms.needed(10) == 1500
+    tensor = nn.Linear(10, 10, bias=False)
+    measured = memory_model(tensor, lambda clips: 50 + 9 * clips)
+    assert measured == MemoryModel(400, 400, 800, 0, workspace=50, activations_per_clip=9)
+    assert memory_model(tensor, lambda clips: clips, averages=True).average == 400
+
+
+def test_the_peak_counts_tensors_while_they_live() -> None:
+    def work() -> None:
+        a = torch.ones(1000)  # 4,000 bytes
+        b = a.view(10, 100) + 1  # 8,000
+        del a
+        c = b * 2  # 8,000
+        del b, c
+        torch.ones(500)
+
+    assert peak_bytes(work, CPU) == 8000
+
+
+def test_free_memory_ends_where_the_jobs_or_the_containers_does(tmp_path: Path) -> None:
+    own, groups = tmp_path / "cgroup", tmp_path / "fs"
+    job = groups / "slurm" / "job_1"
+    job.mkdir(parents=True)
+    own.write_text("0::/slurm/job_1\n")
+    everything = free_host_bytes(groups, own)
+    assert everything > 10**8
+
+    def limit(folder: Path, most: str, used: int, cache: int) -> None:
+        (folder / "memory.max").write_text(most + "\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+    limit(job, "max", 10, 0)
+    assert free_host_bytes(groups, own) > 10**8
+    limit(job.parent, "5000", 4000, 300)
+    assert free_host_bytes(groups, own) == 1300
+    assert free_host_bytes(groups, tmp_path / "none") > 10**8
+
+
+def test_a_probe_that_finds_no_memory_says_so_and_leaves_no_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vit = model()
+    small_card(monkeypatch, 4)
+    own = probe(vit)
+    assert [own.fits(clips) for clips in (8, 4)] == [False, True]
+    assert all(p.grad is None for p in vit.parameters())
+
+
+def small_card(
+    monkeypatch: pytest.MonkeyPatch, most: int, *, error: Exception | None = None, since: int = 0
+) -> list[int]:
+    """From the `since`-th training pass on, no more than `most` clips find memory; returns the passes' sizes."""
+    real, sizes = TemporalViT.features, []
+
+    def features(self: TemporalViT, clips: torch.Tensor) -> torch.Tensor:
+        features = real(self, clips)
+        if self.training:
+            sizes.append(len(clips))
+            if len(clips) > most and len(sizes) > since:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return features
+
+    monkeypatch.setattr(TemporalViT, "features", features)
+    return sizes
+
+
+CPU_SENTENCE = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError(CPU_SENTENCE), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_that_mean_no_memory_are_told_from_others(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) is is_it
+
+
+def test_what_the_cpus_allocator_says_is_out_of_memory() -> None:
+    attempt = Attempt()
+    assert attempt.run(torch.empty, 2**55) is None
+    assert attempt.failed and attempt.run(torch.ones, 1) is None
+
+
+def test_a_mistake_is_not_taken_for_too_little_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        Attempt().run(torch.ones(2, 3).matmul, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError(CPU_SENTENCE)])
+def test_out_of_memory_halves_the_micro_batch(
+    trained: Run,
+    inputs: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+) -> None:
+    smaller = trained(per_gpu_batch_size=2, gradient_accumulation_steps=2, lora_dropout=0.3)
+    small_card(monkeypatch, 2, error=error)
+    events: list[Event] = []
+    own = settings(
+        **inputs, working_directory=tmp_path, per_gpu_batch_size=4, lora_dropout=0.3, num_workers=1
+    )
+    halved = train(own, events.append)
+    assert same(last_weights(halved), last_weights(smaller))  # dropout included
+    assert records(halved, "") == records(smaller, "")
+    said = [e.text for e in events if isinstance(e, Note) and "out of memory" in e.text]
+    assert said == [
+        "Step 1: out of memory with 4 clips per forward pass. From here on there are 2, and updates are the same: "
+        "global batch 4 = 1 process × 2 clips × 2 accumulation."
+    ]
+
+
+def test_a_resumed_run_takes_the_micro_batch_that_had_been_found_to_fit(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = {"per_gpu_batch_size": 6, "lora_dropout": 0.3, "epochs": 3, "experiment_name": "mine"}
+    with monkeypatch.context() as patched:
+        sizes = small_card(patched, 3, since=3)  # in the second of the second epoch's two steps
+        whole = trained(**{**what, "experiment_name": "whole"})
+    assert sizes == [6, 6, 6, 6, *[3] * 6]
+    with monkeypatch.context() as patched:
+        small_card(patched, 3, since=3)
+        first = trained(**what)
+    shutil.rmtree(first.model)
+    *_, left, last = list_checkpoints(first.run / "checkpoints")
+    shutil.rmtree(last)
+    assert load_checkpoint(left).state.micro_batch == 3
+    sizes = small_card(monkeypatch, 6)
+    again = trained(**what)
+    assert set(sizes) == {3}
+    assert same(last_weights(again), last_weights(whole)) and records(again, "") == records(whole, "")
+
+
+def test_out_of_memory_with_one_clip_ends_with_advice(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_card(monkeypatch, 0)
+    words = "out of memory with a single clip.*--gradient-checkpointing.*--n-frames 4.*--img-size 32"
+    with pytest.raises(RunError, match=words):
+        trained()
+
+
+def test_out_of_memory_elsewhere_ends_with_advice(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+
+    monkeypatch.setattr("tvit_cli.engine.train.state.score", fails)
+    with pytest.raises(
+        RunError, match=r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. What takes less"
+    ):
+        trained(gradient_checkpointing=True, train="all")
+
+
+IN_RANK_1 = """
+import os, sys, torch
+from tvit_cli import cli
+from tvit_cli.portable.vit import TemporalViT
+
+real = TemporalViT.features
+
+def fails(gradient):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+def features(self, clips):
+    features = real(self, clips)
+    if self.training and len(clips) > 2 and os.environ["RANK"] == "1":
+        features.register_hook(fails)  # in the backward pass
+    return features
+
+TemporalViT.features = features
+cli.run(sys.argv[1:])
+"""
+
+
+def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
+    trained: Run, inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    one = trained(per_gpu_batch_size=8, lora_dropout=0.0, epochs=3)
+    own = settings(**inputs, working_directory=tmp_path, lora_dropout=0.0, epochs=3, num_workers=0)
+    (tmp_path / "c.json").write_text(own.model_dump_json())
+    (tmp_path / "script.py").write_text(IN_RANK_1)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "script.py")
+    words = ("--config", tmp_path / "c.json", "--experiment-name", "two", "--gradient-checkpointing")
+    child = start(*launcher, "train", *words)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert errors.count("out of memory with 4 clips per forward pass. From here on there are 2") == 1
+    two = run_in(tmp_path / "two")
+    a, b = last_weights(one), last_weights(two)
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    assert records(one, "")[-1]["train_loss"] == pytest.approx(records(two, "")[-1]["train_loss"], rel=1e-4)
+
+
+@needs_gpu
+def test_gpu_memory_model_predicts_the_peak_and_auto_batch_trains(
+    trained: Run,
+) -> None:
+    gpu = torch.device("cuda")
+    vit = model(train="all").to(gpu)
+    shape = Preprocessing(n_frames=FRAMES, frame_size=SIZE)
+    own = Probe(
+        Built(vit, vit.config, shape, None), vit, make_accelerator(device="cuda", mixed_precision="no")
+    )
+    terms = own.memory_model()
+    own.run(vit, 1)
+    measured = peak_bytes(lambda: own.run(vit, 64), gpu)
+    assert terms.workspace + 64 * terms.activations_per_clip == pytest.approx(measured, rel=0.2)
+    trained(device="cuda", per_gpu_batch_size="auto", global_batch_size=8)
+
+
+@needs_gpu
+def test_on_a_gpu_running_out_of_memory_is_survived(trained: Run) -> None:
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - free + 60e6) / total))
+    try:
+        trained(device="cuda", per_gpu_batch_size=12, img_size=224, mixed_precision="no")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_on_a_cpu_a_process_may_take_its_share_of_half_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 8_000)
+    assert [memory.free_bytes(torch.device("cpu"), count) for count in (1, 2)] == [4_000, 2_000]

@@ -1,0 +1,197 @@
+"""Resuming a training run: the same bits, and refusals of other settings and data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from entry import tvit
+from tiny import MIXED, Run, last_weights, records, same
+
+from tvit_cli.engine.train import checkpoint
+from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.fingerprint import check_fingerprint, check_ranks_agree
+from tvit_cli.errors import (
+    CheckpointError,
+    RunError,
+    SettingsError,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 6),
+        ({**MIXED, "repeats": 2, "save_every_steps": 5}, 10),
+        ({"lora_init": "pissa"}, 6),
+        ({"lora_use_dora": True}, 6),
+        ({"train": "last-1"}, 6),
+    ],
+    ids=["plain", "mixed, within an epoch", "pissa", "dora", "last-1"],
+)
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
+    trained: Run, changes: dict[str, Any], kept: int
+) -> None:
+    facts = {"epochs": 4, "save_checkpoint_interval": 2, **changes}
+    whole = trained(**facts)
+    half = trained(**facts, num_workers=2)
+    checkpoints = half.run / "checkpoints"
+    for path in list_checkpoints(checkpoints):
+        if path.name > f"step-{kept:06d}":
+            shutil.rmtree(path)
+    shutil.rmtree(half.model)
+    again = trained(**facts, resume_from_checkpoint=str(checkpoints / f"step-{kept:06d}"))
+    assert again.run == half.run
+    assert same(last_weights(again), last_weights(whole))
+    assert records(again) == records(whole)
+    assert (again.model / "model.safetensors").read_bytes() == (
+        whole.model / "model.safetensors"
+    ).read_bytes()
+
+
+def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> None:
+    first = trained(epochs=2, experiment_name="mine")
+    shutil.rmtree(first.model)
+    ended = tvit("train", "--resume-from-checkpoint", "latest", "--working-directory", tmp_path)
+    assert ended.code == 0, ended.err
+    assert (first.model / "card.json").is_file()
+
+
+def test_resume_refuses_changed_settings_and_shows_the_difference(trained: Run) -> None:
+    first = trained()
+    path = str(first.run / "checkpoints" / "step-000003")
+    before = {name: (first.run / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
+    with pytest.raises(CheckpointError, match=r"--learning-rate: 0.01 -> 0.02"):
+        trained(resume_from_checkpoint=path, learning_rate=0.02)
+    assert before == {name: (first.run / name).read_bytes() for name in before}
+    trained(resume_from_checkpoint=path, num_workers=1, max_no_of_checkpoints=1)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained: Run) -> None:
+    result = trained(epochs=2)
+    path = list_checkpoints(result.run / "checkpoints")[0]
+    state = json.loads((path / "state.json").read_text())
+    del state["identity"]["label_smoothing"], state["sha256"]["state.json"]
+    state["sha256"]["state.json"] = checkpoint._digest(state)
+    (path / "state.json").write_text(json.dumps(state))
+    assert same(last_weights(trained(epochs=2, resume_from_checkpoint=str(path))), last_weights(result))
+    with pytest.raises(CheckpointError, match=r"--label-smoothing: 0.0 -> 0.1"):
+        trained(epochs=2, label_smoothing=0.1, resume_from_checkpoint=str(path))
+
+
+def test_resuming_with_other_videos_is_refused(trained: Run, clips: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clips, data)
+    first = trained(path_to_data=str(data))
+    old = next(data.glob("Red/*_g01_*"))
+    old.rename(old.with_name("v_Red_g01_c09.avi"))  # as many as before, but not the same
+    with pytest.raises(CheckpointError, match="training videos"):
+        trained(path_to_data=str(data), resume_from_checkpoint=str(first.run / "checkpoints" / "step-000003"))
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_now(trained: Run, tmp_path: Path) -> None:
+    first = trained(epochs=2, checkpoint_dir="saved", experiment_name="mine")
+    moved = tmp_path / "else" / "where"
+    moved.parent.mkdir()
+    shutil.move(first.run, moved)
+    shutil.rmtree(moved / "model")
+    result = trained(epochs=2, resume_from_checkpoint=str(moved / "saved" / "step-000003"))
+    assert result.run == moved and (moved / "model" / "card.json").is_file()
+    assert not first.run.exists()
+    written = json.loads((moved / "settings.json").read_text())
+    assert (written["experiment_name"], written["checkpoint_dir"]) == ("where", "saved")
+
+
+def test_a_checkpoint_under_another_name_is_resumed(trained: Run) -> None:
+    first = trained()
+    good = first.run / "checkpoints" / "step-000003"
+    copy = good.with_name("good")
+    shutil.copytree(good, copy)
+    again = trained(resume_from_checkpoint=str(copy))
+    assert [r["step"] for r in records(again)] == [3, 6]
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(
+    trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = checkpoint._write
+
+    def write(path: Path, data: bytes) -> None:
+        if "step-000006" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    with pytest.raises(RunError, match=r"the disk is full\. step-000003 is still whole"):
+        trained(experiment_name="full")
+    monkeypatch.undo()
+    result = trained(experiment_name="full", resume_from_checkpoint="latest")
+    assert same(last_weights(result), last_weights(trained()))
+
+
+def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -> None:
+    whole = trained(experiment_name="whole", epochs=3)
+    half = trained(experiment_name="half", epochs=3)
+    shutil.rmtree(list_checkpoints(half.run / "checkpoints")[-1])
+    shutil.rmtree(half.model)
+    again = trained(experiment_name="half", epochs=3)
+    assert same(last_weights(again), last_weights(whole)) and again.run == half.run
+    shutil.rmtree(again.model)
+    shutil.rmtree(again.run / "checkpoints")
+    shutil.rmtree(again.run / "plots")
+    (again.run / "report.html").unlink()
+    (again.run / "checkpoints" / ".step-000003.writing").mkdir(parents=True)  # killed in its first checkpoint
+    anew = trained(experiment_name="half", epochs=3)
+    assert same(last_weights(anew), last_weights(whole)) and len(records(anew)) == 3
+
+
+def test_finished_run_without_test_scores_is_scored_on_resume(trained: Run) -> None:
+    facts: dict[str, Any] = {"experiment_name": "mine", "epochs": 2, "test_at_end": True, "test_groups": "03"}
+    first = trained(**facts)
+    assert first.test is not None
+    shutil.rmtree(first.run / "eval")  # killed while it scored
+    again = trained(**facts)
+    assert again.test is not None and again.test.metrics == first.test.metrics and len(records(again)) == 2
+    with pytest.raises(SettingsError, match="is finished"):
+        trained(**facts)
+
+
+def test_a_run_of_several_processes_goes_on_with_as_many(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = trained(experiment_name="mine", num_processes=2)
+    last = list_checkpoints(own.run / "checkpoints")[-1]
+    started: list[int] = []
+    monkeypatch.setattr(
+        "tvit_cli.engine.launch.run_local_processes", lambda count, *rest, **more: started.append(count) or 0
+    )
+    assert tvit("train", "--resume-from-checkpoint", last).code == 0
+    assert tvit("train", "--resume-from-checkpoint", last, "--num-processes", 3).code == 0
+    assert started == [2, 3]
+    found = load_checkpoint(last).state.identity
+    with pytest.raises(
+        CheckpointError, match=r"processes: 2 -> 1\n.*\nIt takes 2 processes \(--num-processes"
+    ):
+        check_fingerprint({**found, "processes": 2}, found)
+    with pytest.raises(
+        CheckpointError, match="began with videos goes on with them: move its frame store away"
+    ):
+        check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
+
+
+def test_settings_of_a_resumed_run_are_shown_as_they_are(trained: Run) -> None:
+    own = trained(experiment_name="mine", lora_rank=3)
+    last = list_checkpoints(own.run / "checkpoints")[-1]
+    out = tvit("train", "--resume-from-checkpoint", last, "--show-settings").out
+    shown = next(line for line in out.splitlines() if line.split()[:1] == ["lora_rank"])
+    assert shown.split()[1] == "3" and "settings.json" in shown
+
+
+def test_processes_that_see_different_videos_do_not_start() -> None:
+    own = {"training videos": "12 (ab)", "frames": "videos"}
+    check_ranks_agree([own, own])
+    with pytest.raises(RunError, match=r"Process 1 has not what process 0 has \(training videos\)"):
+        check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])

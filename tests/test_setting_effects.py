@@ -1,0 +1,208 @@
+"""Every training setting has an effect on a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import last_weights, records, run, same
+
+from tvit_cli.engine.train.checkpoint import list_checkpoints
+from tvit_cli.model.folder import load_model
+from tvit_cli.results import TrainResult
+from tvit_cli.settings.train import TrainSettings
+
+
+def weights_differ(base: TrainResult, changed: TrainResult) -> bool:
+    return not same(last_weights(base), last_weights(changed))
+
+
+def counts_differ(base: TrainResult, changed: TrainResult) -> bool:
+    return records(base, "step")[-1]["step"] != records(changed, "step")[-1]["step"] or weights_differ(
+        base, changed
+    )
+
+
+def formats_differ(base: TrainResult, changed: TrainResult) -> bool:
+    """The training's format, and that of the test at its end."""
+    said = [
+        json.loads((result.run / "eval" / "test" / "metrics.json").read_text())["mixed_precision"]
+        for result in (base, changed)
+    ]
+    return weights_differ(base, changed) and said == ["no", "bf16"]
+
+
+def average_is_kept(base: TrainResult, changed: TrainResult) -> bool:
+    """The raw weights are trained as ever; what is validated and saved is another thing."""
+    a, b = (load_model(result.model)[0].classifier.weight for result in (base, changed))
+    said = "ema_decay" in records(changed)[0] and "ema_decay" not in records(base)[0]
+    return same(last_weights(base), last_weights(changed)) and not torch.equal(a, b) and said
+
+
+NO_BASE = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
+
+
+ALL = {"train": "all"}
+
+
+# Groups of which class Red has others than the two that are held out: 6 of its clips are in train, 4 of the rest.
+UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_groups": "g02"}
+
+
+STANDSTILL = {"epochs": 4, "learning_rate": 1e-30}
+
+
+# setting -> (base settings, value, what has to be true of the base run and the changed one)
+EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult], bool]]] = {
+    "experiment_name": ({}, "mine", lambda a, b: b.run.name == "mine"),
+    "working_directory": ({}, "elsewhere", lambda a, b: b.run.parent.name == "elsewhere"),
+    "seed": ({}, 5, weights_differ),
+    "log_wandb": ({}, True, lambda a, b: (b.run / "wandb").is_dir() and not (a.run / "wandb").exists()),
+    "log_tensorboard": (
+        {},
+        True,
+        lambda a, b: (b.run / "tensorboard").is_dir() and not (a.run / "tensorboard").exists(),
+    ),
+    "test_at_end": ({}, True, lambda a, b: a.test is None and b.test is not None),
+    "top_k": (
+        {},
+        3,
+        lambda a, b: "val_video_top3" in records(b)[0] and "val_video_top3" not in records(a)[0],
+    ),
+    "group_pattern": ({"val_groups": "none"}, r"_g0(?=[1-3])|_g", counts_differ),
+    "val_groups": ({}, "2", counts_differ),
+    "test_groups": ({}, "2", counts_differ),
+    "n_frames": ({}, 2, weights_differ),
+    "img_size": ({}, 48, weights_differ),
+    "frame_grid": ({}, 4, weights_differ),
+    "resize": ({}, "squash", weights_differ),
+    "hf_model_name": ({}, None, weights_differ),
+    "width": (NO_BASE, 32, weights_differ),
+    "depth": (NO_BASE, 2, weights_differ),
+    "num_heads": (NO_BASE, 4, weights_differ),
+    "patch_size": (NO_BASE, 8, weights_differ),
+    "tubelet_size": (ALL, 2, weights_differ),
+    "attention": ({}, "divided", weights_differ),
+    "temporal_depth": ({"attention": "factorized"}, 1, weights_differ),
+    "pool": ({}, "attentive", weights_differ),
+    "temporal_rate": ({"attention": "factorized"}, 1.0, weights_differ),
+    "feature_norm": ({}, True, weights_differ),
+    "custom_weight_init": ({}, True, weights_differ),
+    "train": ({}, "classifier", weights_differ),
+    "lora_rank": ({}, 4, weights_differ),
+    "lora_alpha": ({}, 32, weights_differ),
+    "lora_rank_pattern": ({}, {"q": 2}, weights_differ),
+    "lora_alpha_pattern": ({}, {"q": 32}, weights_differ),
+    "lora_use_rslora": ({}, True, weights_differ),
+    "lora_use_dora": ({}, True, weights_differ),
+    "lora_init": ({}, "gaussian", weights_differ),
+    "lora_dropout": ({}, 0.5, weights_differ),
+    "lora_bias": ({}, "lora_only", weights_differ),
+    "lora_target_modules": ({}, "fc1", weights_differ),
+    "lora_exclude_modules": ({}, "q", weights_differ),
+    "epochs": ({}, 1, counts_differ),
+    "warmup_epochs": ({}, 2, weights_differ),
+    "per_gpu_batch_size": ({}, 5, weights_differ),
+    "gradient_accumulation_steps": ({}, 2, counts_differ),
+    "global_batch_size": ({}, 8, counts_differ),
+    "learning_rate": ({}, 0.02, weights_differ),
+    "weight_decay": ({}, 0.5, weights_differ),
+    "label_smoothing": ({}, 0.2, weights_differ),
+    "bias_weight_decay": ({}, True, weights_differ),
+    "norm_weight_decay": (ALL, True, weights_differ),
+    "max_grad_norm": ({}, 0.01, weights_differ),
+    "adam_beta1": ({}, 0.5, weights_differ),
+    "adam_beta2": ({}, 0.9, weights_differ),
+    "adam_epsilon": ({}, 1e-2, weights_differ),
+    "mixed_precision": ({"test_at_end": True}, "bf16", formats_differ),
+    "crop_scale_min": ({}, 1.0, weights_differ),
+    "horizontal_flip": ({}, 0.0, weights_differ),
+    "brightness": ({}, 0.0, weights_differ),
+    "contrast": ({}, 0.0, weights_differ),
+    "saturation": ({}, 0.0, weights_differ),
+    "hue": ({}, 0.3, weights_differ),
+    "drop_path": ({}, 0.5, weights_differ),
+    "token_drop": ({}, 0.5, weights_differ),
+    "ema_decay": ({}, 0.9, average_is_kept),
+    "layer_decay": ({}, 0.5, weights_differ),
+    "class_weights": (UNEVEN, "balanced", weights_differ),
+    "balanced_sampling": (UNEVEN, True, weights_differ),
+    "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
+    "mixup": ({}, 0.8, weights_differ),
+    "cutmix": ({}, 1.0, weights_differ),
+    "randaugment": ({}, 2, weights_differ),
+    "randaugment_magnitude": ({"randaugment": 2}, 3.0, weights_differ),
+    "random_erasing": ({}, 1.0, weights_differ),
+    "repeats": ({}, 2, lambda a, b: (records(a)[0]["step"], records(b)[0]["step"]) == (3, 6)),
+    "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
+    "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
+    "save_every_steps": (
+        {},
+        2,
+        lambda a, b: (
+            [p.name for p in list_checkpoints(b.run / "checkpoints")]
+            == [f"step-{n:06d}" for n in (2, 3, 4, 6)]
+        ),
+    ),
+    "save_every_minutes": (
+        {},
+        1e-9,
+        lambda a, b: (
+            [p.name for p in list_checkpoints(b.run / "checkpoints")]
+            == [f"step-{n:06d}" for n in range(1, 7)]
+        ),
+    ),
+    "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
+}
+
+
+BASES: dict[str, TrainResult] = {}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_no_setting_without_an_effect(
+    name: str, clips: Path, pretrained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base, value, shows = EFFECTS[name]
+    facts = {
+        "path_to_data": str(clips),
+        "hf_model_name": str(pretrained),
+        "working_directory": tmp_path,
+        **base,
+    }
+    if str(base) not in BASES:
+        BASES[str(base)] = run(**{**facts, "working_directory": tmp_path_factory.mktemp("base")})
+    if name == "working_directory":
+        value = tmp_path / value
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changed = run(**{**facts, name: value})
+    assert shows(BASES[str(base)], changed)
+
+
+# setting -> the test of its effect elsewhere
+TESTED_ELSEWHERE = {
+    "dry_run": "test_a_dry_run_says_what_a_training_takes_and_writes_nothing",
+    "gradient_checkpointing": "test_gradient_checkpointing_has_the_same_bits_with_less_memory",
+    "compile": "test_compiled_run_compiles_each_size_once_and_keeps_names",
+    "show_settings": "test_print_settings_shows_sources_and_trains_nothing",
+    "overwrite": "test_an_experiment_is_replaced_only_when_told_to",
+    "num_processes": "test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits",
+    "split": "test_the_official_split_decides_what_is_trained_on",
+    "strict": "test_leaks_are_said_and_strict_refuses_them",
+    "max_bad": "test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts",
+    "path_to_data": "test_unusable_data_is_refused_before_the_model_is_built",
+    "resume_from_checkpoint": "test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits",
+    "device": "test_what_cannot_be_used_is_named_and_leaves_no_run",
+    "num_workers": "test_workers_are_as_many_as_asked_for",
+}
+
+
+def test_every_setting_has_a_test_of_its_effect() -> None:
+    assert EFFECTS.keys() | TESTED_ELSEWHERE.keys() == set(TrainSettings.model_fields)
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [name for name in TESTED_ELSEWHERE.values() if f"def {name}(" not in tests] == []
