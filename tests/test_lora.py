@@ -696,7 +696,7 @@ def test_last_n_leaves_no_scheme_without_the_order_of_frames() -> None:
         config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
         model = build_model(config, seed=0, from_scratch=False)
         set_trainable(model, "last-1", spec(), seed=0)
-        parts = {name for part in model.additions().values() for name in part.parameters()}
+        parts = {name for part in model.added_modules().values() for name in part.parameters()}
         assert parts and all(parameter.requires_grad for parameter in parts), attention
 
 

@@ -273,7 +273,7 @@ def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch: pytes
     x = torch.ones(64, requires_grad=True)
     drop: Callable[[Tensor], Tensor] = lambda x: F.dropout(x, 0.5) * x  # noqa: E731
     dropped = checkpoint(
-        drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=layers._same_mps_draws
+        drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=layers._mps_rng_contexts
     )
     torch.rand(3)  # moves the generator between the passes
     state = torch.get_rng_state()

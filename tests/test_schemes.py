@@ -182,7 +182,7 @@ def test_gradients_reach_every_trainable_parameter(attention: str, mode: Any) ->
 def test_with_adapters_what_an_image_vit_lacks_is_trained_in_full(attention: str) -> None:
     model = build(attention, from_scratch=False)
     image_vit = set(build("space").state_dict())
-    copies = set(model.copies())
+    copies = set(model.copied_parameters())
     lacked = {name for name in model.state_dict() if name not in image_vit and name not in copies}
     set_trainable(model, "lora", SPEC, seed=0)
     in_full = {name for name in trainable_tensors(model) if "lora_" not in name}

@@ -49,7 +49,7 @@ def layout(facts: dict[str, object]) -> tuple[Video, ...]:
 
 def test_fitted_features_have_mean_0_and_deviation_1() -> None:
     norm = FeatureNorm(4)
-    norm.start(generator=None, from_scratch=False)
+    norm.reset_parameters(generator=None, from_scratch=False)
     features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 2, 3, 0]) + 7
     torch.testing.assert_close(norm(features), features)
     norm.fit(features)
@@ -64,7 +64,7 @@ def test_fitted_features_have_mean_0_and_deviation_1() -> None:
 
 def test_clips_that_do_not_differ_are_shifted_and_keep_their_scale() -> None:
     norm = FeatureNorm(3)
-    norm.start(generator=None, from_scratch=False)
+    norm.reset_parameters(generator=None, from_scratch=False)
     norm.fit(torch.full((4, 3), 5.0))
     assert norm.shift.tolist() == [5, 5, 5] and norm.scale.tolist() == [1, 1, 1]
 
@@ -83,7 +83,7 @@ def test_what_rounding_makes_of_one_clip_many_times_is_not_blown_up() -> None:
     features = torch.cat(rows)
     features[8] *= 1 + 1e-6  # where this machine's batches agree to the last bit
     norm = FeatureNorm(48)
-    norm.start(generator=None, from_scratch=False)
+    norm.reset_parameters(generator=None, from_scratch=False)
     norm.fit(features)
     another = norm(2 * features.float()).detach()
     assert another.isfinite().all() and another.abs().max() < 2 * features.abs().max()

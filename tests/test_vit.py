@@ -44,7 +44,10 @@ def clips_for(
         ({"activation": ["gelu"]}, r"activation is \['gelu'\]; it must be a name"),
         ({"attention": "joined"}, "attention 'joined' is not known; use one of joint, divided"),
         ({"pool": "max"}, "pool 'max' is not known; use one of class, mean, attentive"),
-        ({"attention": "space", "tubelet_size": 2}, "tubelet_size 2 sees the order .* use tubelet_size 1"),
+        (
+            {"attention": "space", "tubelet_size": 2},
+            "tubelet_size 2 depends on the order .* use tubelet_size 1",
+        ),
         ({"attention": "joint", "temporal_depth": 1}, "attention joint has no temporal blocks"),
         ({"attention": "factorized", "temporal_depth": 0}, "temporal_depth is 0; it must be a whole number"),
         ({"widht": 3}, "unknown keys 'widht'; known are num_classes, frame_size"),
@@ -284,7 +287,7 @@ def test_token_drop_differs_per_clip_and_agrees_across_joint_groups() -> None:
     assert TokenDrop(0.9, aligned=True)(places[:, :, :3]).shape[2] == 1  # never none
     apart = (TokenDrop(0.75, aligned=False)(places + times) - times)[..., 0]
     assert all(len({tuple(sorted(group.tolist())) for group in clip}) == 3 for clip in apart)
-    assert {name for name, scheme in SCHEMES.items() if scheme.looks_over_time} == {"divided"}
+    assert {name for name, scheme in SCHEMES.items() if scheme.attends_over_time} == {"divided"}
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -31,7 +31,7 @@ from tvit_cli.data.randaugment import Kind, draw_generator
 from tvit_cli.data.video import Clip, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.files import Location
-from tvit_cli.portable.reading import Key, clip_places, indices_on_grid, segment_indices
+from tvit_cli.portable.reading import Key, clip_offsets, indices_on_grid, segment_indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class ClipDataset(Dataset[ClipItem]):
         if self._training:
             takes = [draw_generator(self._seed, Kind.OFFSETS, epoch, index).random(self._n_frames).tolist()]
         else:
-            takes = [[place] * self._n_frames for place in clip_places(self._clips_per_video)]
+            takes = [[place] * self._n_frames for place in clip_offsets(self._clips_per_video)]
 
         def choose(frame_count: int) -> list[int]:
             clips = [

@@ -112,10 +112,10 @@ def load_backbone(model: TemporalViT, source: WeightsSource) -> LoadReport:
     theirs, ours = _shape(source), model.config
     stored = dict(TemporalViT(theirs, initialise=False).named_parameters())
     check_names(source, source.tensors, stored)
-    parameters, copies = dict(model.named_parameters()), model.copies()
+    parameters, copies = dict(model.named_parameters()), model.copied_parameters()
     own = [CLASSIFIER]
     if any(getattr(theirs, key) != getattr(ours, key) for key in SCHEME):
-        own += model.additions()
+        own += model.added_modules()
     else:
         copies = {}  # temporal attention was trained, too
     filled = [

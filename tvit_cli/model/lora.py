@@ -69,7 +69,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     assert not adapted_layers(model), "adapters are attached once"
     excluded = resolve_layers(model, spec.exclude, option="lora_exclude_modules")
     wanted = resolve_layers(model, spec.targets, option="lora_target_modules")
-    if model.sees_tubelets() and PATCHES not in wanted and spec.init not in LINEAR_ONLY:
+    if model.config.tubelet_size > 1 and PATCHES not in wanted and spec.init not in LINEAR_ONLY:
         wanted.append(PATCHES)
     targets = [name for name in wanted if name not in excluded] if spec.rank else []
     if spec.rank and not targets:
@@ -85,7 +85,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
 
     own = adapter_names(adapted)
     model.requires_grad_(False)
-    for addition in model.additions().values():
+    for addition in model.added_modules().values():
         addition.requires_grad_(True)
     model.classifier.requires_grad_("classifier" not in targets)
     for name in excluded:
@@ -105,7 +105,7 @@ def resolve_layers(model: TemporalViT, names: Iterable[str], *, option: str) -> 
     that an image ViT lacks are not among them: those are trained in full. Raises ModelError, naming the option,
     for a name that is no layer.
     """
-    additions = tuple(f"{name}." for name in model.additions())
+    additions = tuple(f"{name}." for name in model.added_modules())
     layers = [
         name
         for name, module in model.named_modules()
@@ -305,7 +305,7 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
         if count > len(model.blocks):
             raise ModelError(f"--train {mode}: the model has {len(model.blocks)} blocks. Give fewer, or all.")
         # The additions, too: beside image weights they start at nothing, and without them there is no time.
-        for part in (*model.blocks[-count:], model.norm, model.summary, *model.additions().values()):
+        for part in (*model.blocks[-count:], model.norm, model.summary, *model.added_modules().values()):
             part.requires_grad_(True)
 
 

@@ -155,7 +155,7 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
         if name not in filled:
             parameters[name].zero_()
             filled.add(name)
-    copies = model.copies()
+    copies = model.copied_parameters()
     for ours, original in copies.items():
         parameters[ours].copy_(parameters[original])
     if copies:

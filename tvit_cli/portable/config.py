@@ -1,29 +1,33 @@
-"""The shape of a temporal ViT: names and numbers, checked against each other."""
+"""Shape of a temporal ViT: names and numbers, checked against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
-TEMPORAL_INDICES = ("frame", "token")
-MAY_BE_0 = frozenset({"extra_tokens"})
+CHOICES = {
+    "activation": ACTIVATIONS,
+    "attention": ATTENTIONS,
+    "pool": POOLS,
+    "temporal_index": ("frame", "token"),
+}
+DIVISORS = {"frame_size": "patch_size", "n_frames": "tubelet_size", "width": "num_heads"}
 TEMPORAL_DEPTH = 2
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The shape of a temporal ViT. Raises ValueError where the numbers do not fit each other.
+    """Shape of a temporal ViT. Raises ValueError for invalid values and for values that contradict each other.
 
-    `mlp_width` None becomes four times the width. `n_frames` and `frame_size` are what the temporal and the
-    spatial positions are made for; clips of other sizes are taken too. `temporal_depth` None becomes
-    TEMPORAL_DEPTH where the attention is factorized; no other scheme has temporal blocks. `extra_tokens` stand
-    between class token and patches; `pre_norm` is a norm before the first block. `temporal_index` numbers the rows
-    of the temporal embedding: by frame, or by token as the reference implementation does. `feature_norm` shifts and
-    scales what is classified.
+    `mlp_width` None becomes four times the width. `temporal_depth` None becomes TEMPORAL_DEPTH with factorized
+    attention, the only scheme with temporal blocks. `n_frames` and `frame_size` set the sizes of the temporal and
+    spatial embeddings, which are interpolated for other clips. `extra_tokens` follow the class token. `pre_norm`
+    is a LayerNorm before the first block. `temporal_index` numbers the rows of the temporal embedding by frame, or
+    by token as the reference implementation does. `feature_norm` standardises features before the classifier.
     """
 
     num_classes: int
@@ -53,24 +57,24 @@ class ViTConfig:
         if self.temporal_depth is None and self.attention == "factorized":
             object.__setattr__(self, "temporal_depth", TEMPORAL_DEPTH)
         for field in fields(self):
-            _check_value(field.name, getattr(self, field.name), str(field.type))
-        for name, divisor in (
-            ("frame_size", "patch_size"),
-            ("n_frames", "tubelet_size"),
-            ("width", "num_heads"),
-        ):
-            _check_multiple(name, getattr(self, name), divisor, getattr(self, divisor))
-        _check_known("activation", self.activation, ACTIVATIONS)
-        _check_known("attention", self.attention, ATTENTIONS)
-        _check_known("pool", self.pool, POOLS)
-        _check_known("temporal_index", self.temporal_index, TEMPORAL_INDICES)
+            _check_type(field.name, getattr(self, field.name), str(field.type))
+        for name, divisor_name in DIVISORS.items():
+            value, divisor = getattr(self, name), getattr(self, divisor_name)
+            if value % divisor:
+                below = value // divisor * divisor
+                nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
+                raise ValueError(
+                    f"{name} {value} is not a multiple of {divisor_name} {divisor}; use {nearest}"
+                )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(choices)
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {known}")
         if self.temporal_index == "token" and self.attention != "joint":
-            raise ValueError(
-                f"temporal_index token: attention {self.attention} does not know it; use attention joint"
-            )
+            raise ValueError(f"temporal_index token needs attention joint, not {self.attention}")
         if self.attention == "space" and self.tubelet_size > 1:
             raise ValueError(
-                f"tubelet_size {self.tubelet_size} sees the order of frames, and attention space must not; "
+                f"tubelet_size {self.tubelet_size} depends on the order of frames, which attention space ignores; "
                 "use tubelet_size 1, or another attention"
             )
         if self.temporal_depth is not None and self.attention != "factorized":
@@ -91,47 +95,35 @@ class ViTConfig:
 
     @property
     def hidden_width(self) -> int:
-        """Width inside the MLP of a block, `mlp_width` once resolved."""
+        """Width inside the MLP of a block: `mlp_width` with its default resolved."""
         assert self.mlp_width is not None
         return self.mlp_width
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `card.json` holds them."""
+        """Plain values, as `card.json` stores them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
-        """The inverse of `to_dict`. Raises ValueError for unknown or missing keys and for bad values."""
+        """The inverse of `to_dict`. Raises ValueError for unknown or missing keys and for invalid values."""
         known = [field.name for field in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
+        if unknown := [key for key in values if key not in known]:
             raise ValueError(f"unknown keys {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
         if "num_classes" not in values:
             raise ValueError("the key 'num_classes' is missing")
         return cls(**values)
 
 
-def _check_value(name: str, value: object, annotation: str) -> None:
-    if value is None and annotation.endswith("| None"):
+def _check_type(name: str, value: object, annotation: str) -> None:
+    kind = annotation.removesuffix(" | None")
+    if value is None and kind != annotation:
         return
-    least = 0 if name in MAY_BE_0 else 1
-    if annotation.startswith("int") and (type(value) is not int or value < least):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
-    if annotation == "float" and not (isinstance(value, int | float) and value > 0):
-        raise ValueError(f"{name} is {value!r}; it must be a number above 0")
-    if annotation == "bool" and not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be true or false")
-    if annotation == "str" and not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; it must be a name")
-
-
-def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value % divisor:
-        below = value // divisor * divisor
-        nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
-        raise ValueError(f"{name} {value} is not a multiple of {divisor_name} {divisor}; use {nearest}")
-
-
-def _check_known(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+    least = 0 if name == "extra_tokens" else 1
+    is_valid, wanted = {
+        "int": (type(value) is int and value >= least, f"a whole number, {least} or more"),
+        "float": (isinstance(value, int | float) and value > 0, "a number above 0"),
+        "bool": (isinstance(value, bool), "true or false"),
+        "str": (isinstance(value, str), "a name"),
+    }[kind]
+    if not is_valid:
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}")

@@ -1,7 +1,4 @@
-"""A tvit model as transformers loads it: configuration and model classes around `TemporalViT`.
-
-It stands in a folder with the network's own files (`vit.py` and what that imports).
-"""
+"""Configuration and model classes of a tvit model for transformers, around `TemporalViT`."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from .vit import Positions, TemporalViT
 
 
 class TvitConfig(PretrainedConfig):
-    """`network` holds the shape of a TemporalViT, as ViTConfig has it; the classes are those of `id2label`."""
+    """Config with the fields of ViTConfig under `network`; `id2label` names the classes."""
 
     model_type = "tvit"
 
@@ -27,7 +24,7 @@ class TvitConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def vit_config(self) -> ViTConfig:
-        """The network's shape with as many classes as there are labels."""
+        """The network's shape, with one class per label."""
         return ViTConfig.from_dict({**self.network, "num_classes": self.num_labels})
 
     @property
@@ -47,7 +44,7 @@ class TvitConfig(PretrainedConfig):
 
 
 class TvitPreTrainedModel(PreTrainedModel):
-    """What both models share: the network, its classifier included, and how its weights start."""
+    """The network with its classifier, and the first values of weights that no file provides."""
 
     config_class = TvitConfig
     base_model_prefix = ""
@@ -61,9 +58,8 @@ class TvitPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draws the weights that no file had: all of a new model's, or a classifier's for other labels."""
         if isinstance(module, AddedModule):
-            module.start(generator=None, from_scratch=True)
+            module.reset_parameters(generator=None, from_scratch=True)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             if module.bias is not None:
@@ -77,14 +73,14 @@ class TvitPreTrainedModel(PreTrainedModel):
 
 
 class TvitModel(TvitPreTrainedModel):
-    """The backbone: what is classified, (B, T, C, H, W) -> `pooler_output` (B, D)."""
+    """Backbone: features before the classifier, (B, T, C, H, W) -> `pooler_output` (B, D)."""
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=self.network.features(pixel_values))
 
 
 class TvitForVideoClassification(TvitPreTrainedModel):
-    """The classifier, (B, T, C, H, W) -> `logits` (B, K); with `labels` (B,) also their cross-entropy."""
+    """Classifier, (B, T, C, H, W) -> `logits` (B, K); with `labels` (B,) also their cross-entropy."""
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any

@@ -1,8 +1,6 @@
-"""uint8 frames to model input without augmentation: resized, cropped, normalised.
+"""Preprocessing without augmentation: uint8 frames resized, cropped, normalised.
 
-Imports torch and nothing else: an export ships this file.
-
-Letters: T frames, C channels, H W pixels, S the side of the model's frame.
+Letters: T frames, C channels, H W pixels, S side of the model's frame.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ def frames_to_input(
     flip: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One clip as the model takes it, uint8 (T, C, H, W) -> float32 (T, C, S, S), written to `out` if given.
+    """One clip as model input, uint8 (T, C, H, W) -> float32 (T, C, S, S), written to `out` if given.
 
-    `crop` scales the short side to S and takes S pixels of the long one, from `place` on: 0 left or top, 0.5
-    the centre, 1 right or bottom. `squash` scales the whole frame to S x S. With `scale_to`, larger than S, both
-    scale to that instead of S before S x S pixels are taken. `flip` mirrors left and right.
+    `crop` scales the short side to S and cuts S pixels of the long one at `place`: 0 left or top, 0.5 centre,
+    1 right or bottom. `squash` scales the whole frame to S x S. With `scale_to`, larger than S, both scale to that
+    size before S x S pixels are cut. `flip` mirrors left and right.
     """
     side = frame_size if scale_to is None else scale_to
     height, width = clip.shape[2:]
@@ -52,7 +50,7 @@ def frames_to_input(
 
 
 def resize_frames(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bilinear; on a CPU in uint8, channels last, several times as fast as in float."""
+    """Antialiased bilinear, (T, C, H, W) -> (T, C, *size); on a CPU in uint8, channels last, which is faster."""
     if tuple(clip.shape[2:]) == size:
         return clip
     if clip.device.type == "cpu":
@@ -70,10 +68,10 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> No
 
 
 def constant_like(numbers: Tensor, pixels: Tensor) -> Tensor:
-    """A few numbers in the format of other ones, where those are; a GPU's queue is not waited for."""
+    """Numbers in the dtype and on the device of `pixels`, without a synchronisation."""
     return to_device(numbers.to(pixels.dtype), pixels.device)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On the device, whose queue is not waited for; MPS's is, which would read memory that may be gone by then."""
+    """On the device, asynchronously except on MPS, which may read the source after it was freed."""
     return tensor.to(device, non_blocking=torch.device(device).type != "mps")

@@ -1,7 +1,4 @@
-"""A tvit model's preprocessing as transformers loads it: a video file or its frames -> `pixel_values`.
-
-It needs no torchvision: frames are read with PyAV, chosen and resized by tvit's own files beside this one.
-"""
+"""Preprocessing of a tvit model for transformers: a video file or its frames -> `pixel_values`, by PyAV."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ from .reading import choose_frames, read_clip
 
 
 class TvitVideoProcessor(VideoProcessorMixin):
-    """What lies between a video and the model; the values are those that the model was trained with.
+    """Samples, resizes, crops and normalises frames with the values of the model's training.
 
-    `n_frames` frames, the middle ones of equal shares of the video (with `frame_grid`, of so many evenly
-    spaced ones), are resized to `scale_to` (`resize` crop: short side; squash: whole frame), cut to the
-    `frame_size` pixels of the centre, and normalised by `image_mean` and `image_std`.
+    `n_frames` frames, the middle ones of equal segments of the video (with `frame_grid`, of that many evenly spaced
+    frames), are resized to `scale_to` (`resize` crop: short side; squash: whole frame), cropped to `frame_size`
+    pixels at the centre, and normalised by `image_mean` and `image_std`.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers declares it so)
+    model_input_names = ["pixel_values"]  # noqa: RUF012  (as transformers declares it)
 
     def __init__(
         self,
@@ -53,7 +50,8 @@ class TvitVideoProcessor(VideoProcessorMixin):
         """One video or a list of them -> `pixel_values`, float32 (B, T, C, S, S).
 
         A video is a path, or all its frames: uint8 (frames, H, W, C), or a list of pictures. Options of other
-        processors (`num_frames`, `do_sample_frames`, `return_tensors`) are taken and have no effect.
+        processors (`num_frames`, `do_sample_frames`, `return_tensors`) are accepted and ignored. Raises ValueError
+        for frames of another type or shape.
         """
         return BatchFeature({"pixel_values": torch.stack([self._clip(v) for v in _listed(videos)])})
 
@@ -63,10 +61,12 @@ class TvitVideoProcessor(VideoProcessorMixin):
                 video, n_frames=self.n_frames, short_side=self.scale_to, frame_grid=self.frame_grid
             )
         else:
-            every = np.stack([np.asarray(frame) for frame in video])
-            if every.dtype != np.uint8 or every.ndim != 4 or every.shape[3] != 3:
-                raise ValueError(f"frames must be uint8 (frames, H, W, 3), not {every.dtype} {every.shape}")
-            frames = every[choose_frames(len(every), self.n_frames, self.frame_grid)]
+            stacked = np.stack([np.asarray(frame) for frame in video])
+            if stacked.dtype != np.uint8 or stacked.ndim != 4 or stacked.shape[3] != 3:
+                raise ValueError(
+                    f"frames must be uint8 (frames, H, W, 3), not {stacked.dtype} {stacked.shape}"
+                )
+            frames = stacked[choose_frames(len(stacked), self.n_frames, self.frame_grid)]
         return frames_to_input(
             torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2),
             frame_size=self.frame_size,
@@ -81,8 +81,6 @@ def _listed(videos: Any) -> list[Any]:
     if isinstance(videos, str | PathLike) or getattr(videos, "ndim", 5) == 4:
         return [videos]
     videos = list(videos)
-    is_video = not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (
-        2,
-        3,
-    )  # a list of pictures
-    return [videos] if is_video else videos
+    # A list of pictures.
+    is_one_video = not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (2, 3)
+    return [videos] if is_one_video else videos

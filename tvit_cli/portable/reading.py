@@ -18,18 +18,18 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
-# (epoch, index of the video): what a clip's frames and augmentation are drawn from. A clip that is read again in
-# one epoch takes the number of an epoch after the run's last one, so that it is not the same again.
+# (epoch, video index): seeds the sampling and augmentation of a clip. A clip that is read again in one epoch gets
+# the number of an epoch after the last, so that it differs from the first reading.
 Key = tuple[int, int]
 
-CENTRE = 0.5  # of a segment: where evaluation takes its frame
+CENTRE = 0.5  # of a segment: the offset of evaluation
 
 
 def segment_indices(frame_count: int, n_frames: int, offsets: Sequence[float] | None = None) -> list[int]:
-    """Indices of `n_frames` frames in time order, one from each of as many equal segments of the time line.
+    """Indices of `n_frames` frames in time order, one from each of as many equal segments (TSN, Wang et al. 2016).
 
-    `offsets` are places within the segments, each in [0, 1); None means their centres. A video shorter than
-    the clip gives all its frames and repeats its last. TSN's sampling (Wang et al. 2016).
+    `offsets` lie within the segments, each in [0, 1); None means the centres. A video shorter than the clip gives
+    all its frames and repeats its last. Raises ValueError for counts below 1 and for offsets that do not fit.
     8 frames, 4 wanted -> segments 0-1, 2-3, 4-5, 6-7 -> centres [1, 3, 5, 7].
     3 frames, 5 wanted -> [0, 1, 2, 2, 2].
     """
@@ -44,25 +44,25 @@ def segment_indices(frame_count: int, n_frames: int, offsets: Sequence[float] | 
     indices = []
     for segment, offset in enumerate(offsets):
         index = int((segment + offset) * frame_count / n_frames)
-        last = -(-(segment + 1) * frame_count // n_frames) - 1  # of the segment; rounding may reach beyond
+        last = -(-(segment + 1) * frame_count // n_frames) - 1  # of the segment; rounding may exceed it
         indices.append(min(index, last))
     return indices
 
 
-def clip_places(clips: int) -> list[float]:
-    """Where within each segment the clips of one video take their frames. 1 -> [1/2]; 2 -> [1/4, 3/4]"""
+def clip_offsets(clips: int) -> list[float]:
+    """Offset within the segments of each clip of one video. 1 -> [1/2]; 2 -> [1/4, 3/4]"""
     return [(clip + CENTRE) / clips for clip in range(clips)]
 
 
 def grid_indices(frame_count: int, grid: int) -> list[int]:
-    """The frames that a frame store keeps: the centres of `grid` segments, or all where there are fewer."""
+    """Frames in a frame store: the centres of `grid` segments, or all frames of a shorter video."""
     return segment_indices(frame_count, min(grid, frame_count))
 
 
 def indices_on_grid(
     frame_count: int, n_frames: int, offsets: Sequence[float] | None = None, *, grid: int
 ) -> list[int]:
-    """`segment_indices` of a video that had no other frames than those on its grid.
+    """`segment_indices` restricted to the frames of `grid_indices`.
 
     16 frames, grid of 4 -> 2 6 10 14; 2 wanted, their centres -> [6, 14].
     """
@@ -70,19 +70,18 @@ def indices_on_grid(
     return [kept[position] for position in segment_indices(len(kept), n_frames, offsets)]
 
 
-# Without FULL_CHR_H_INT swscale converts to RGB through tables that truncate: white comes out as 253.
+# Without FULL_CHR_H_INT swscale converts to RGB through truncating tables: white becomes 253.
 SCALING = (
     Interpolation.BILINEAR
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.ACCURATE_RND
     | Interpolation.BITEXACT
 )
-# Between YUV and YUV of one matrix there are no such tables, and the rounding costs twice the time for the
-# same numbers.
+# Between YUV formats of one matrix there are no such tables, and exact rounding takes twice the time for the same
+# numbers.
 PLANE_SCALING = Interpolation.BILINEAR | Interpolation.BITEXACT
 
-# AVColorSpace (libavutil/pixfmt.h) -> the matrix that swscale is told to use.
-_MATRICES = {
+_MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> matrix for swscale
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
     5: Colorspace.ITU601,  # BT.470BG
@@ -91,25 +90,24 @@ _MATRICES = {
     9: Colorspace.BT2020,
     10: Colorspace.BT2020,  # constant luminance
 }
-_HD_HEIGHT = 720  # players take BT.709 from this height on where the stream does not say
+_HD_HEIGHT = 720  # from this height on, players take BT.709 for streams without a matrix
+
+# Raised on damaged files by FFmpeg and by PyAV itself: an IndexError for a stream that appears late.
+_DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
 
 
 def matrix_of(frame: VideoFrame) -> Colorspace:
-    """The matrix of a frame: its own, or that of its height."""
+    """The colour matrix that a frame names, else the one for its height."""
     return _MATRICES.get(frame.colorspace, matrix_by_height(frame.height))
 
 
 def matrix_by_height(height: int) -> Colorspace:
-    """The matrix of a picture that does not name its own."""
+    """The colour matrix of a picture that names none."""
     return Colorspace.ITU601 if height < _HD_HEIGHT else Colorspace.ITU709
 
 
-# Raised on damaged files by FFmpeg, and by PyAV itself: an IndexError for a stream that appears late.
-_DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
-
-
 def choose_frames(frame_count: int, n_frames: int, frame_grid: int | None = None) -> list[int]:
-    """The frames a model sees: the middle one of each of `n_frames` equal shares of the video."""
+    """Frames of the centre clip: the middle one of each of `n_frames` equal segments."""
     if frame_grid is None:
         return segment_indices(frame_count, n_frames)
     return indices_on_grid(frame_count, n_frames, grid=frame_grid)
@@ -118,11 +116,11 @@ def choose_frames(frame_count: int, n_frames: int, frame_grid: int | None = None
 def read_clip(
     path: str | PathLike[str], *, n_frames: int, short_side: int, frame_grid: int | None = None
 ) -> np.ndarray[Any, Any]:
-    """A video's clip as RGB, uint8 (T, H, W, 3), turned as the file says.
+    """A video's clip as RGB, uint8 (T, H, W, 3), with the file's rotation applied.
 
-    Frames larger than `short_side` are scaled down to it, the long side in proportion. The video is decoded
-    twice: only its end tells how many frames it has. Raises OSError for what is no video or not there,
-    ValueError where no frame can be decoded.
+    Frames larger than `short_side` are scaled down to it in proportion. The video is decoded twice: the frame count
+    is exact only after a whole pass. Raises OSError for a missing file or one that is no video, ValueError where
+    no frame can be decoded.
     """
     count = sum(1 for _ in decoded(path))
     if not count:
@@ -130,40 +128,34 @@ def read_clip(
     chosen = choose_frames(count, n_frames, frame_grid)
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray[Any, Any]] = {}
-    shape, turns = (0, 0), 0
+    width, height, turns = 0, 0, 0
     for index, frame in enumerate(islice(decoded(path), chosen[-1] + 1)):
         if index == 0:
             short = min(frame.width, frame.height)
             target = min(short, short_side)
-            shape = (round(frame.width * target / short), round(frame.height * target / short))
+            width, height = round(frame.width * target / short), round(frame.height * target / short)
             turns = round(frame.rotation / 90) % 4
         if index in chosen:
             picture = reformatter.reformat(
-                frame,
-                width=shape[0],
-                height=shape[1],
-                format="rgb24",
-                src_colorspace=matrix_of(frame),
-                interpolation=SCALING,
-                threads=1,
+                frame, width, height, "rgb24", matrix_of(frame), interpolation=SCALING, threads=1
             )
             pictures[index] = np.rot90(picture.to_ndarray(), turns)
     return np.stack([pictures[index] for index in chosen])
 
 
 def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
-    """Every frame that decodes, in order; packets that do not are left out."""
-    with _opened(str(path)) as container:
+    """Every frame that decodes, in order; packets that do not decode are skipped."""
+    with _open(str(path)) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             return
-        streams[0].codec_context.thread_count = 1  # with more, what is left of a damaged picture varies
+        streams[0].codec_context.thread_count = 1  # with more, the remains of a damaged picture vary
         packets = container.demux(streams[0])
         while True:
             try:
                 packet = next(packets, None)
             except _DAMAGED:
-                packet = None  # the file breaks off
+                packet = None  # the file is truncated
             frames: list[VideoFrame] = []
             with suppress(*_DAMAGED):
                 frames = streams[0].decode(packet)
@@ -172,8 +164,8 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
                 return
 
 
-def _opened(path: str) -> InputContainer:
-    """A URL as it is; a file, also one named `a:b.avi`, by the file protocol, and so what a playlist names."""
+def _open(path: str) -> InputContainer:
+    """Opens a URL as it is; a file (also `a:b.avi`), and all that a playlist names, by the file protocol alone."""
     try:
         if "://" in path:
             return av.open(path, metadata_errors="ignore")

@@ -1,13 +1,11 @@
 """The temporal Vision Transformer: patches, positions, attention schemes, pooling, classifier.
 
-Letters: B clips, G groups of tokens, N tokens of a group, Q those that the last block gives, D width, A heads.
+A clip is split into tubelets (patches over a few frames), and each tubelet becomes a token. Tokens get temporal and
+spatial embeddings and attend to each other in groups: the whole clip, or each frame. Pooling turns each group into
+one vector, by default its class token; a summary of the groups is classified.
 
-A clip becomes tubelets (patches over a few frames), tubelets become tokens, tokens are told where and when
-they are, blocks let them attend to each other in groups (the whole clip, or each frame), and what each group
-is read as, by default its class token, becomes one vector that is classified.
-
-Letters: B clips, T frames, C channels, H W pixels, t frames per tubelet, T' = T/t, P patches per frame, p
-pixels along a patch, G groups (1 or T'), N tokens of a group, Q tokens that ask, D width, K classes.
+Letters: B clips, T frames, C channels, H W pixels, t frames per tubelet, T' = T/t, p pixels along a patch,
+P patches per frame, G groups (1 or T'), N tokens of a group, Q query tokens, D width, A heads, K classes.
 """
 
 from __future__ import annotations
@@ -31,15 +29,19 @@ from .layers import (
     TemporalEncoder,
     TokenIndexedEmbedding,
     autocast_dtype,
-    called,
+    run_block,
     truncated_normal,
 )
 
+__all__ = ["Positions", "TemporalViT", "ViTConfig", "build_model", "resize_grid"]
+
+CLASSIFIER_SCALE = 0.01  # of Xavier's: the first loss is close to log(K), whatever the features are
+
 
 class ClassToken(nn.Module):
-    """The class token, the first of its group."""
+    """The class token, first of its group."""
 
-    n_queries = 1  # tokens that are read: no others need to ask in the last block
+    n_queries = 1  # in the last block, other tokens need no queries
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class ClassToken(nn.Module):
 
 
 class MeanPatch(nn.Module):
-    """The mean of the patches, without the class token and what stands beside it."""
+    """Mean of the patches, without the class token and extra tokens."""
 
     n_queries = None
 
@@ -64,10 +66,10 @@ class MeanPatch(nn.Module):
 
 
 class AttentivePool(AddedModule):
-    """A weighted mean of all tokens for each head's share of the channels; the weights come from a query.
+    """Attention pooling: for each head's channels, a mean of all tokens weighted by a learned query.
 
-    One learned query needs no keys of its own (they would fold into it), and the classifier stands in for a
-    map of the values. It starts as the plain mean, also from scratch. Compare arXiv:1810.00825, section 3.2.
+    A single learned query needs no key layer (it would fold into the query), and the classifier replaces the value
+    layer. It starts as the plain mean, also from scratch. Compare arXiv:1810.00825, section 3.2.
     """
 
     n_queries = None
@@ -84,16 +86,8 @@ class AttentivePool(AddedModule):
         pooled: Tensor = weights.transpose(2, 3).unsqueeze(3) @ values.transpose(2, 3)  # (B, G, A, 1, D/A)
         return pooled.flatten(2)
 
-    def start(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
         nn.init.zeros_(self.queries)
-
-
-class MeanOverGroups(nn.Module):
-    """The mean over the groups: over frames, or the vector itself where the clip is one group."""
-
-    def forward(self, groups: Tensor) -> Tensor:
-        """(B, G, D) -> (B, D)."""
-        return groups.mean(dim=1)
 
 
 POOLING: dict[str, type[ClassToken] | type[MeanPatch] | type[AttentivePool]] = {  # by ViTConfig.pool
@@ -104,71 +98,116 @@ POOLING: dict[str, type[ClassToken] | type[MeanPatch] | type[AttentivePool]] = {
 
 
 class WholeClip(nn.Module):
-    """One group: every patch of the clip meets every other."""
+    """One group: every patch of the clip attends to every other."""
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T', P, D) -> (B, 1, T'*P, D)."""
         return patches.flatten(1, 2).unsqueeze(1)
 
 
-class FrameByFrame(nn.Module):
-    """A group per time."""
+class MeanOverGroups(nn.Module):
+    """Mean over the groups: over times, or the vector itself where the clip is one group."""
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(B, T', P, D) -> (B, T', P, D)."""
-        return patches
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """(B, G, D) -> (B, D)."""
+        return groups.mean(dim=1)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The modules that a temporal ViT takes from its scheme; with `looks_over_time`, groups meet at each place."""
+    """Modules of an attention scheme; a `grouping` of nn.Identity makes each time a group."""
 
-    grouping: Callable[[], nn.Module]
+    grouping: type[nn.Module]
     block: type[Block]
-    embedding: Callable[[ViTConfig], nn.Module]
+    has_embedding: bool  # a temporal embedding on the patches
     summary: Callable[[ViTConfig], nn.Module]
-    looks_over_time: bool = False
-
-
-def _times_on_patches(config: ViTConfig) -> nn.Module:
-    kind = TokenIndexedEmbedding if config.temporal_index == "token" else TemporalEmbedding
-    return kind(config.n_frames // config.tubelet_size, config.width)
-
-
-def _none(config: ViTConfig) -> nn.Module:
-    return nn.Identity()
-
-
-def _mean(config: ViTConfig) -> nn.Module:
-    return MeanOverGroups()
+    attends_over_time: bool = False
 
 
 SCHEMES: dict[str, Scheme] = {  # by ViTConfig.attention
     # ViViT's model 1, arXiv:2103.15691
-    "joint": Scheme(WholeClip, Block, _times_on_patches, _mean),
-    "divided": Scheme(FrameByFrame, DividedBlock, _times_on_patches, _mean, looks_over_time=True),
-    "factorized": Scheme(FrameByFrame, Block, _none, TemporalEncoder),
-    # The baseline that cannot know the order of frames.
-    "space": Scheme(FrameByFrame, Block, _none, _mean),
+    "joint": Scheme(WholeClip, Block, True, MeanOverGroups),
+    "divided": Scheme(nn.Identity, DividedBlock, True, MeanOverGroups, attends_over_time=True),
+    "factorized": Scheme(nn.Identity, Block, False, TemporalEncoder),
+    # Baseline without access to the order of frames.
+    "space": Scheme(nn.Identity, Block, False, MeanOverGroups),
 }
 
 
-__all__ = ["Positions", "TemporalViT", "ViTConfig", "build_model", "resize_grid"]
+class TokenDrop(nn.Module):
+    """Drops a random share of each group's patches in training mode (PatchDropout, arXiv:2208.07220).
 
-CLASSIFIER_SCALE = 0.01  # of Xavier's: the first loss is close to log(K), whatever the features are
+    `aligned` drops the same patches in all groups of a clip, for blocks that attend over time.
+    """
+
+    def __init__(self, share: float, *, aligned: bool) -> None:
+        super().__init__()
+        self.share, self.aligned = share, aligned
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """(B, G, P, D) -> (B, G, kept patches, D), at least one of each group."""
+        if not self.training:
+            return groups
+        n_clips, n_groups, n_patches, width = groups.shape
+        n_kept = max(1, round((1 - self.share) * n_patches))
+        order = torch.rand(n_clips, 1 if self.aligned else n_groups, n_patches, device=groups.device)
+        kept = order.argsort(dim=2)[:, :, :n_kept].expand(-1, n_groups, -1)  # (B, G, kept patches)
+        return groups.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, width))
+
+
+class Positions(nn.Module):
+    """Adds the spatial embedding, groups the patches, and prepends class token and extra tokens to each group.
+
+    Extra tokens are DINOv2's registers or DeiT's distillation token. The embedding is interpolated for frames of
+    another size.
+    """
+
+    def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: nn.Module) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.class_position = nn.Parameter(torch.empty(1, 1, config.width))
+        extra = nn.Parameter(torch.empty(1, config.extra_tokens, config.width))
+        self.extra = extra if config.extra_tokens else None
+        self.spatial = nn.Parameter(torch.empty(1, config.patches_per_frame, config.width))
+        self.grouping = grouping
+        self.token_drop = token_drop
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, T', P, D) -> (B, G, N, D); `grid` is the number of patches of a frame, down and across."""
+        spatial: Tensor = self.spatial
+        if grid != (self.grid, self.grid):
+            spatial = resize_grid(spatial, grid)  # (1, P, D)
+        groups = self.token_drop(self.grouping(patches + spatial))  # (B, G, patches of a group, D)
+        first = self.class_token + self.class_position  # (1, 1, D)
+        if self.extra is not None:
+            first = torch.cat([first, self.extra], dim=1)  # (1, 1 + extra, D)
+        return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2)
+
+
+def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
+    """Positions of a square grid interpolated bicubically, (1, P, D) -> (1, P of the new grid, D).
+
+    With align_corners False, as in transformers.
+    """
+    side = round(positions.shape[1] ** 0.5)
+    picture = positions.transpose(1, 2).reshape(1, -1, side, side)  # (1, D, side, side)
+    picture = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return picture.flatten(2).transpose(1, 2)
 
 
 class TemporalViT(nn.Module):
     """Classifies clips of normalised frames, (B, T, C, H, W) float -> logits (B, K).
 
-    With pretrained weights, before training, frame-wise schemes give the mean over times of the image ViT's
-    class token; `joint` gives it for one frame. `initialise=False` leaves all parameters unset, for weights
-    that are assigned at once.
+    With pretrained weights, before training, frame-wise schemes give the mean over times of the image ViT's class
+    token; `joint` gives it for one frame. `initialise=False` leaves all parameters uninitialised.
 
-    `drop_path` is that of the last block; it rises in a line from 0 in the first, as in DeiT (arXiv:2012.12877).
-    `token_drop` is the share of the patches that are left out of each pass in training mode, as in PatchDropout
-    (arXiv:2208.07220). `run_block` is how `features` calls a block: `recomputed` in its place is gradient
-    checkpointing. All three are of a training, not of the model: the config does not hold them.
+    Three options belong to a training, not to the config. `drop_path` is the last block's probability; it rises
+    linearly from 0 in the first, as in DeiT (arXiv:2012.12877). `token_drop` is the share of patches dropped in
+    training mode. `run_block` calls a block: set to `recompute_block`, it is gradient checkpointing.
     """
 
     run_block: Callable[..., Tensor]
@@ -178,30 +217,28 @@ class TemporalViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.run_block = run_block
         scheme = SCHEMES[config.attention]
+        width, depth, patch_size = config.width, config.depth, config.patch_size
+        embedding = TokenIndexedEmbedding if config.temporal_index == "token" else TemporalEmbedding
         with _SkipInit():
-            self.patch_embed = nn.Conv2d(
-                config.tubelet_size * config.num_channels,
-                config.width,
-                kernel_size=config.patch_size,
-                stride=config.patch_size,
+            n_channels = config.tubelet_size * config.num_channels
+            self.patch_embed = nn.Conv2d(n_channels, width, kernel_size=patch_size, stride=patch_size)
+            n_times = config.n_frames // config.tubelet_size
+            self.temporal = embedding(n_times, width) if scheme.has_embedding else nn.Identity()
+            dropping = (
+                TokenDrop(token_drop, aligned=scheme.attends_over_time) if token_drop else nn.Identity()
             )
-            self.temporal = scheme.embedding(config)
-            dropping = TokenDrop(token_drop, aligned=scheme.looks_over_time) if token_drop else nn.Identity()
             self.positions = Positions(config, scheme.grouping(), dropping)
-            self.pre_norm = (
-                nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-            )
+            self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(
-                scheme.block(config, drop_path * number / max(1, config.depth - 1))
-                for number in range(config.depth)
+                scheme.block(config, drop_path * number / max(1, depth - 1)) for number in range(depth)
             )
-            self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+            self.norm = nn.LayerNorm(width, eps=config.norm_eps)
             self.pool = POOLING[config.pool](config)
             self.summary = scheme.summary(config)
-            self.feature_norm = FeatureNorm(config.width) if config.feature_norm else nn.Identity()
-            self.classifier = nn.Linear(config.width, config.num_classes)
-        self.run_block = called
+            self.feature_norm = FeatureNorm(width) if config.feature_norm else nn.Identity()
+            self.classifier = nn.Linear(width, config.num_classes)
         if initialise:
             self.reset_parameters()
 
@@ -209,8 +246,32 @@ class TemporalViT(nn.Module):
         """Logits, (B, T, C, H, W) -> (B, K)."""
         return self.classify(self.features(clips))
 
+    def features(self, clips: Tensor) -> Tensor:
+        """Features before the classifier, (B, T, C, H, W) -> (B, D).
+
+        Raises ValueError for a shape that does not fit the config; T may be any multiple of t, H and W any
+        multiples of p.
+        """
+        self._check_shape(clips)
+        n_clips, n_frames, n_channels, height, width = clips.shape
+        tubelet_size, patch_size = self.config.tubelet_size, self.config.patch_size
+        tubelets = clips.reshape(-1, tubelet_size * n_channels, height, width)  # (B*T', t*C, H, W)
+        patches = self.patch_embed(tubelets)  # (B*T', D, H/p, W/p)
+        patches = patches.flatten(2).transpose(1, 2)  # (B*T', P, D)
+        patches = patches.reshape(n_clips, n_frames // tubelet_size, *patches.shape[1:])  # (B, T', P, D)
+        grid = (height // patch_size, width // patch_size)
+        tokens = self.pre_norm(self.positions(self.temporal(patches), grid))  # (B, G, N, D)
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = self.run_block(block, tokens)  # (B, G, N, D)
+        # The last block computes only the tokens that pooling reads.
+        tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D)
+        groups = self.pool(self.norm(tokens))  # (B, G, D)
+        features: Tensor = self.feature_norm(self.summary(groups))  # (B, D)
+        return features
+
     def classify(self, features: Tensor) -> Tensor:
-        """Logits, (B, D) -> (B, K), under autocast in full precision: in bf16 those of likely classes would tie."""
+        """Logits, (B, D) -> (B, K), without autocast: in bf16 the logits of likely classes would tie."""
         logits: Tensor
         if autocast_dtype(features.device) is None:
             logits = self.classifier(features)
@@ -219,42 +280,13 @@ class TemporalViT(nn.Module):
                 logits = self.classifier(features.to(self.norm.weight.dtype))
         return logits
 
-    def features(self, clips: Tensor) -> Tensor:
-        """What is classified, (B, T, C, H, W) -> (B, D).
-
-        Raises ValueError for a shape that does not fit the config; T may be any multiple of t, H and W any
-        multiples of p.
-        """
-        self._check_shape(clips)
-        n_clips, n_frames, n_channels, height, width = clips.shape
-        tubelet_size, patch_size = self.config.tubelet_size, self.config.patch_size
-        n_times = n_frames // tubelet_size
-        tubelets = clips.reshape(-1, tubelet_size * n_channels, height, width)  # (B*T', t*C, H, W)
-        patches = self.patch_embed(tubelets)  # (B*T', D, H/p, W/p)
-        patches = patches.flatten(2).transpose(1, 2)  # (B*T', P, D)
-        patches = patches.reshape(n_clips, n_times, *patches.shape[1:])  # (B, T', P, D)
-        grid = (height // patch_size, width // patch_size)
-        tokens = self.pre_norm(self.positions(self.temporal(patches), grid))  # (B, G, N, D)
-        *blocks, last = self.blocks
-        for block in blocks:
-            tokens = self.run_block(block, tokens)  # (B, G, N, D)
-        # Of the last block some tokens are read, and only they ask.
-        tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D)
-        groups = self.pool(self.norm(tokens))  # (B, G, D)
-        features: Tensor = self.feature_norm(self.summary(groups))  # (B, D)
-        return features
-
-    def additions(self) -> dict[str, AddedModule]:
-        """The outermost parts, by name, that an image ViT lacks."""
+    def added_modules(self) -> dict[str, AddedModule]:
+        """The outermost modules, by name, with no counterpart in an image ViT."""
         found = {name: module for name, module in self.named_modules() if isinstance(module, AddedModule)}
         inner = [name for name in found if any(name.startswith(f"{outer}.") for outer in found)]
         return {name: module for name, module in found.items() if name not in inner}
 
-    def sees_tubelets(self) -> bool:
-        """Whether a patch spans several frames, of which image weights have looked at one."""
-        return self.config.tubelet_size > 1
-
-    def copies(self) -> dict[str, str]:
+    def copied_parameters(self) -> dict[str, str]:
         """Parameters that start as copies of pretrained ones: temporal attention's of spatial attention's."""
         pairs = (("temporal.norm.", "norm1."), ("temporal.attention.", "attention."))
         names = dict(self.named_parameters())
@@ -276,10 +308,10 @@ class TemporalViT(nn.Module):
     ) -> None:
         """Draws all parameters anew.
 
-        Linear and convolution layers take Xavier's uniform weights and zero biases, as ViT's official code
-        does, or with `truncated_normal_weights` a truncated normal of std 0.02. Beside pretrained weights the
-        classifier starts small and what an image ViT lacks at zero; from scratch, a small classifier would
-        only slow what is below it (docs/negative-results.md).
+        Linear and convolution layers get Xavier's uniform weights and zero biases, as in ViT's official code, or
+        with `truncated_normal_weights` a truncated normal of std 0.02. Without `from_scratch` the classifier starts
+        small and added modules start neutral. From scratch, a small classifier would only slow down the layers
+        before it (docs/negative-results.md).
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -298,86 +330,21 @@ class TemporalViT(nn.Module):
             truncated_normal(position, generator)
         for module in self.modules():
             if isinstance(module, AddedModule):
-                module.start(generator=generator, from_scratch=from_scratch)
+                module.reset_parameters(generator=generator, from_scratch=from_scratch)
 
     def _check_shape(self, clips: Tensor) -> None:
-        config = self.config
-        if clips.dim() != 5 or clips.shape[2] != config.num_channels:
+        config, shape = self.config, tuple(clips.shape)
+        if len(shape) != 5 or shape[2] != config.num_channels:
+            raise ValueError(f"clips have the shape {shape}; it must be (B, T, {config.num_channels}, H, W)")
+        n_frames, _, height, width = shape[1:]
+        if not height or not width or height % config.patch_size or width % config.patch_size:
             raise ValueError(
-                f"clips have the shape {tuple(clips.shape)}; it must be (B, T, {config.num_channels}, H, W)"
+                f"frames have {height} x {width} pixels; both must be multiples of patch_size {config.patch_size}"
             )
-        for size in clips.shape[3:]:
-            if size == 0 or size % config.patch_size:
-                raise ValueError(
-                    f"frames have {clips.shape[3]} x {clips.shape[4]} pixels; both must be multiples of "
-                    f"patch_size {config.patch_size}"
-                )
-        if clips.shape[1] == 0 or clips.shape[1] % config.tubelet_size:
+        if not n_frames or n_frames % config.tubelet_size:
             raise ValueError(
-                f"clips have {clips.shape[1]} frames, no multiple of tubelet_size {config.tubelet_size}"
+                f"clips have {n_frames} frames, no multiple of tubelet_size {config.tubelet_size}"
             )
-
-
-class Positions(nn.Module):
-    """Adds to each patch where it is seen, groups the patches, and puts a class token before each group.
-
-    Some pretrained models have `extra` tokens after the class token: DINOv2's registers, DeiT's distillation
-    token. For frames of another size than the model's the positions are interpolated.
-    """
-
-    def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: nn.Module) -> None:
-        super().__init__()
-        self.grid = config.grid
-        self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.class_position = nn.Parameter(torch.empty(1, 1, config.width))
-        extra = nn.Parameter(torch.empty(1, config.extra_tokens, config.width))
-        self.extra = extra if config.extra_tokens else None
-        self.spatial = nn.Parameter(torch.empty(1, config.patches_per_frame, config.width))
-        self.grouping = grouping
-        self.token_drop = token_drop
-
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, T', P, D) -> (B, G, N, D); `grid` counts the patches of a frame, down and across."""
-        spatial: Tensor = self.spatial
-        if grid != (self.grid, self.grid):
-            spatial = resize_grid(spatial, grid)  # (1, P, D)
-        groups = self.token_drop(self.grouping(patches + spatial))  # (B, G, patches of a group, D)
-        first = self.class_token + self.class_position  # (1, 1, D)
-        if self.extra is not None:
-            first = torch.cat([first, self.extra], dim=1)  # (1, 1 + extra, D)
-        return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2)
-
-
-class TokenDrop(nn.Module):
-    """Leaves a share of the patches out in training mode: others of each clip, and of each of its groups.
-
-    `aligned` leaves out the same of all groups of a clip, for blocks that look at one place in all of them.
-    """
-
-    def __init__(self, share: float, *, aligned: bool) -> None:
-        super().__init__()
-        self.share, self.aligned = share, aligned
-
-    def forward(self, groups: Tensor) -> Tensor:
-        """(B, G, P, D) -> (B, G, patches that stay, D), at least one of each group."""
-        if not self.training:
-            return groups
-        n_clips, n_groups, n_patches, width = groups.shape
-        n_kept = max(1, round((1 - self.share) * n_patches))
-        order = torch.rand(n_clips, 1 if self.aligned else n_groups, n_patches, device=groups.device)
-        kept = order.argsort(dim=2)[:, :, :n_kept].expand(-1, n_groups, -1)  # (B, G, patches that stay)
-        return groups.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, width))
-
-
-def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
-    """Positions of a square grid interpolated bicubically, (1, P, D) -> (1, P of the new grid, D).
-
-    With align_corners False, as transformers does it.
-    """
-    side = round(positions.shape[1] ** 0.5)
-    picture = positions.transpose(1, 2).reshape(1, -1, side, side)  # (1, D, side, side)
-    picture = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
-    return picture.flatten(2).transpose(1, 2)
 
 
 def build_model(
@@ -389,7 +356,7 @@ def build_model(
     drop_path: float = 0.0,
     token_drop: float = 0.0,
 ) -> TemporalViT:
-    """A model whose parameters depend on the seed alone; no other random state is read or changed."""
+    """A model whose parameters depend on the seed alone; the global random state is neither used nor changed."""
     model = TemporalViT(config, initialise=False, drop_path=drop_path, token_drop=token_drop)
     model.reset_parameters(
         generator=torch.Generator().manual_seed(seed),
@@ -400,7 +367,7 @@ def build_model(
 
 
 class _SkipInit(TorchFunctionMode):
-    """Inside, `torch.nn.init` draws nothing: a layer's constructor would, only to be overwritten."""
+    """Disables `torch.nn.init` in constructors, whose draws would be overwritten."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -203,7 +203,7 @@ def _warnings(
     """
     if settings.hf_model_name is None and settings.train != "all":
         yield f"--train {settings.train}: what it leaves frozen of a model from scratch stays random."
-    additions = [weight for part in model.additions().values() for weight in part.parameters()]
+    additions = [weight for part in model.added_modules().values() for weight in part.parameters()]
     if is_image_vit and not all(weight.requires_grad for weight in additions):
         yield (
             f"--train {settings.train}: what an image ViT lacks stays as it starts, at nothing, and so the model "
@@ -211,7 +211,7 @@ def _warnings(
         )
     patches = model.patch_embed.named_parameters()
     patches_learn = any(p.requires_grad for name, p in patches if not name.endswith("bias"))
-    if is_image_vit and model.sees_tubelets() and not patches_learn:
+    if is_image_vit and model.config.tubelet_size > 1 and not patches_learn:
         yield (
             f"Of each tubelet of {settings.tubelet_size} frames the model sees one: its weights for the others "
             "stay at nothing. Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."

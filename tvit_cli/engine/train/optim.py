@@ -85,7 +85,10 @@ def parameter_groups(
     positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
     that of `layer_scale`; parts that an image ViT lacks get `temporal_rate` where they hold layers, else 1.
     """
-    new = {f"{path}.": temporal_rate if part.is_map else 1.0 for path, part in model.additions().items()}
+    new = {
+        f"{path}.": temporal_rate if part.has_linear_layers else 1.0
+        for path, part in model.added_modules().items()
+    }
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for path, module in model.named_modules():
         scale = next(
