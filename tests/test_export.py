@@ -27,9 +27,9 @@ from tvit_cli import cli
 from tvit_cli.data.video import read_clip
 from tvit_cli.engine import export as engine
 from tvit_cli.engine.evaluate.files import read_metrics
-from tvit_cli.engine.export import ExportResult, check_login, plain, publish
+from tvit_cli.engine.export import ExportResult, check_login, publish
 from tvit_cli.engine.export import onnx as onnx_format
-from tvit_cli.engine.export.formats import PORTABLE, PreprocessingGraph, import_source, ship_package
+from tvit_cli.engine.export.formats import PORTABLE, PreprocessingGraph, copy_source, import_source
 from tvit_cli.engine.export.parity import CLIPS, Parity
 from tvit_cli.engine.predict import predict
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
@@ -261,7 +261,7 @@ def test_a_torch_program_runs_without_model_code(
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from tvit_cli.engine.export.program import save_program
+from tvit_cli.engine.export.pytorch import save_program
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(2, 64),))
@@ -356,15 +356,15 @@ def test_an_adapter_needs_the_weights_it_was_trained_on(trained: TrainResult, co
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = plain.write
+    form = engine.FORMATS["safetensors"]
 
     def write_other_weights(job: Any, folder: Path) -> None:
-        write(job, folder)
+        form.write(job, folder)
         weights = load_file(folder / "model.safetensors")
         weights["classifier.bias"][0] += 1
         save_file(weights, folder / "model.safetensors")
 
-    spoiled = dataclasses.replace(plain.FORMAT, write=write_other_weights)
+    spoiled = dataclasses.replace(form, write=write_other_weights)
     monkeypatch.setitem(engine.FORMATS, "safetensors", spoiled)
 
 
@@ -396,13 +396,15 @@ def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(
         with pytest.raises(OSError, match=r"disk\.avi"):  # which is one sentence, as it is, on the terminal
             export(trained, output)
     elif where == "the proof":
-        broken = dataclasses.replace(plain.FORMAT, opened=fails)
+        broken = dataclasses.replace(engine.FORMATS["safetensors"], load=fails)
         monkeypatch.setitem(engine.FORMATS, "safetensors", broken)
-        with pytest.raises(RunError, match=r"the proof broke off, .* cannot be read .*disk\.avi") as raised:
+        with pytest.raises(
+            RunError, match=r"the parity check broke off, .* cannot be read .*disk\.avi"
+        ) as raised:
             export(trained, output)
         assert "space" not in str(raised.value)
     else:
-        broken = dataclasses.replace(plain.FORMAT, write=fails)
+        broken = dataclasses.replace(engine.FORMATS["safetensors"], write=fails)
         monkeypatch.setitem(engine.FORMATS, "safetensors", broken)
         with pytest.raises(RunError, match=r"out: the export cannot be written .* Free some space"):
             export(trained, output)
@@ -446,7 +448,7 @@ def test_what_is_there_is_replaced_only_when_told_to(trained: TrainResult, tmp_p
     assert (first.output / "notes.txt").read_text() == "mine" and (first.output / "parity.json").is_file()
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SettingsError, match="the folder that you are in"),
+        pytest.raises(SettingsError, match="is the current directory"),
     ):
         (tmp_path / "here").mkdir()
         patch.chdir(tmp_path / "here")
@@ -479,7 +481,9 @@ def test_parity_uses_given_clips_or_noise(trained: TrainResult, copied: Path, tm
     made_up = engine.export(ExportSettings(model=copied / "model"), notes.append)
     assert (made_up.parity.clips, made_up.parity.videos) == ("seeded noise", 8)
     assert made_up.output == copied / "export" / "safetensors"
-    assert any("The proof takes made-up clips: --path-to-data moved/away" in note.text for note in notes)
+    assert any(
+        "The parity check uses generated clips: --path-to-data moved/away" in note.text for note in notes
+    )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.avi").write_text("not a video")
     with pytest.raises(RunError, match=r"none of the 1 clips can be read\. Name others with --clips"):
@@ -639,7 +643,7 @@ def test_nothing_private_is_uploaded_to_a_repository_that_is_public(
     hub = Hub(private=False)
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     with pytest.raises(
-        RunError, match=r"--private: ada/colours is there and public, so nothing was uploaded"
+        RunError, match=r"--private: ada/colours is a public repository, so nothing was uploaded"
     ):
         publish(tmp_path, "ada/colours", private=True)
     assert [(name, facts["names"]) for name, facts in hub.calls] == [
@@ -661,7 +665,8 @@ def test_who_is_not_logged_in_is_told_how_before_anything_is_written(
     assert not (tmp_path / "plain").exists()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("upload_folder", OSError("cut off")))
     with pytest.raises(
-        RunError, match=r"the upload broke off \(cut off\). The export is whole in .*plain; go on"
+        RunError,
+        match=r"the upload broke off \(cut off\). Continue with: .* The export is complete in .*plain",
     ):
         export(trained, tmp_path / "plain", push_to_hub="ada/colours")
     assert (tmp_path / "plain" / "parity.json").is_file()
@@ -680,17 +685,17 @@ class Answer:
 @pytest.mark.parametrize(
     ("status", "asked", "uploaded"),
     [
-        (401, "does not take this login. Log in with", "may not write there .* hf auth login"),
-        (403, "does not take this login. Log in with", "may not write there .* hf auth login"),
+        (401, "refuses this login. Log in with", "has no write access .* hf auth login"),
+        (403, "refuses this login. Log in with", "has no write access .* hf auth login"),
         (
             429,
             r"answers with an error \(429 of the hub\)\. Try later\.$",
-            "broke off .* go on with: hf upload",
+            "broke off .* Continue with: hf upload",
         ),
         (
             503,
             r"answers with an error \(503 of the hub\)\. Try later\.$",
-            "broke off .* go on with: hf upload",
+            "broke off .* Continue with: hf upload",
         ),
     ],
 )
@@ -744,7 +749,7 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
     def choose(count: int) -> list[int]:
         return segment_indices(count, 4) if grid is None else indices_on_grid(count, 4, grid=grid)
 
-    ship_package(tmp_path)
+    copy_source(tmp_path)
     videos = [packed_xvid, make_video(tmp_path / "a.avi", 11), make_video(tmp_path / "b.mp4", 2)]
     damaged = bytearray(videos[1].read_bytes())
     damaged[len(damaged) // 2 : len(damaged) // 2 + 200] = bytes(200)
@@ -768,7 +773,7 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
 def test_shipped_reader_reads_files_of_any_name_and_content(
     tmp_path: Path, make_video: Callable[..., Path]
 ) -> None:
-    ship_package(tmp_path)
+    copy_source(tmp_path)
     video = make_video(tmp_path / "plain.avi", 5)
     named = shutil.copyfile(video, tmp_path / "x:y.avi")
     facts = {"n_frames": 2, "short_side": 32}

@@ -1,26 +1,32 @@
-"""Scoring of videos: deterministic views in, logits out."""
+"""Scoring of videos: logits of deterministic views.
+
+Letters: V videos, B clips, T frames, C channels, H W pixels, S the side of a frame, K classes, D features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.augment import eval_transform
-from tvit_cli.data.clips import ClipBatch, ClipDataset, explains_dead_workers, load_batches
+from tvit_cli.data.clips import ClipDataset, explains_dead_workers, load_batches
 from tvit_cli.data.framestore import FrameStore
-from tvit_cli.data.layout import Video
+from tvit_cli.data.layout import Video, printable
 from tvit_cli.engine.evaluate.metrics import ranks
+from tvit_cli.engine.trained import Trained
+from tvit_cli.files import Location
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.card import Preprocessing
 
 
 @dataclass(frozen=True)
 class Views:
-    """How often a video is looked at: clips in time, crops along the long side, mirrored as well."""
+    """Views of each video: clips in time, crops along the long side, and mirrored crops."""
 
     clips_per_video: int = 1
     crops_per_clip: int = 1
@@ -28,10 +34,10 @@ class Views:
 
     @property
     def crops(self) -> tuple[tuple[float, bool], ...]:
-        """The views of one clip: (place along the long side, mirrored)."""
+        """Views of one clip: (position along the long side in [0, 1], mirrored)."""
         last = self.crops_per_clip - 1
-        places = [crop / last for crop in range(last + 1)] if last else [0.5]
-        return tuple((place, mirrored) for place in places for mirrored in (False, True)[: 1 + self.flip])
+        positions = [crop / last for crop in range(last + 1)] if last else [0.5]
+        return tuple((at, mirrored) for at in positions for mirrored in (False, True)[: 1 + self.flip])
 
     def __len__(self) -> int:
         return self.clips_per_video * len(self.crops)
@@ -42,11 +48,11 @@ ONE_VIEW = Views()
 
 @dataclass(frozen=True)
 class Scores:
-    """Logits (V, K) float32 and labels (V,) of the videos that could be read, and why the others could not.
+    """Logits (V, K) float32 and labels (V,) of the readable videos, and the errors of the others.
 
-    `indices` (V,) says which of the videos each row belongs to, ascending; `errors` maps the index of an
-    unreadable video to the reason. `view_ranks` (V, views) is the place of the label among the classes in each
-    view. Logits of several views are the logarithm of their mean score.
+    `indices` (V,) are the rows' videos, ascending; `errors` maps the index of an unreadable video to the reason.
+    `view_ranks` (V, views) is the rank of the label in each view. Logits of several views are the logarithm of
+    their mean probabilities.
     """
 
     indices: Tensor
@@ -75,41 +81,61 @@ def score(
     store: FrameStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Score this process's share of the videos: every `processes`-th batch, from `rank` on.
+    """Scores this rank's share of the videos: every `processes`-th batch, from `rank` on.
 
-    The batches are the same for any number of processes, and with them each logit: the last bits of a row depend on
-    how many rows are computed together.
+    The batches, and so the logits, are the same for any number of processes: the last bits of a row depend on
+    the rows computed together with it.
     """
     dataset = clips_to_score(
         videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=store
     )
     keys = [(0, index) for index in range(len(videos))]
     own = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][rank::processes]
-    count = sum(map(len, own))
+    total, done = sum(map(len, own)), 0
     loaded = load_batches(dataset, own, workers=min(workers, len(own)), pin_memory=device.type == "cuda")
     was_training = model.training
     model.eval()
-    rows: list[_Rows] = []
-    errors: dict[int, str] = {}
-    done = 0
+    parts: list[Scores] = []
     with closing(loaded):
         for batch in loaded:
-            logits = torch.stack(
-                [
-                    _logits(model, clips, preprocessing, device, place, flip, autocast)
-                    for clips in _clips(batch, views)
-                    for place, flip in views.crops
-                ]
-            ).cpu()  # (views, B, K)
+            outputs = []
+            for clips in zip(*(clip.chunk(views.clips_per_video) for clip in batch.clips), strict=True):
+                for place, flip in views.crops:
+                    frames = eval_transform(
+                        list(clips), preprocessing=preprocessing, device=device, place=place, flip=flip
+                    )
+                    with autocast():
+                        outputs.append(model(frames))
+            logits = torch.stack([output.float() for output in outputs]).cpu()  # (views, B, K)
+            mean = logits[0] if len(logits) == 1 else logits.double().softmax(2).mean(0).log().float()
+            view_ranks = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
             read = batch.weights > 0
-            errors |= dict(batch.errors)
-            of_views = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
-            rows.append((batch.indices[read], _mean(logits)[read], batch.labels[read], of_views[read]))
+            rows = batch.indices[read], mean[read], batch.labels[read], view_ranks[read]
+            parts.append(Scores(*rows, dict(batch.errors)))
             done += len(batch.labels)
             if progress is not None:
-                progress(done, count)
+                progress(done, total)
     model.train(was_training)
-    return _join(rows, errors, classes=len(labels))
+    if parts:
+        return merge_scores(parts)
+    empty = torch.zeros(0, dtype=torch.long)
+    return Scores(empty, torch.zeros(0, len(labels)), empty, torch.zeros(0), {})
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of several batches or ranks as one, sorted by video."""
+    errors = {index: reason for part in parts for index, reason in part.errors.items()}
+    # Without a batch, a rank does not know the width of the model's output.
+    rows = [part for part in parts if len(part.indices)] or parts[:1]
+    indices = torch.cat([part.indices for part in rows])
+    order = indices.argsort()
+    return Scores(
+        indices[order],
+        torch.cat([part.logits for part in rows])[order],
+        torch.cat([part.labels for part in rows])[order],
+        torch.cat([part.view_ranks for part in rows])[order],
+        errors,
+    )
 
 
 def clips_to_score(
@@ -121,7 +147,7 @@ def clips_to_score(
     shuffle_seed: int | None = None,
     store: FrameStore | None = None,
 ) -> ClipDataset:
-    """The clips that a model is scored on; for several clips of a video, one item with all of them."""
+    """The data set of the clips to score; several clips of a video are one item."""
     return ClipDataset(
         videos,
         labels,
@@ -136,8 +162,38 @@ def clips_to_score(
     )
 
 
+def unlabelled_video(location: Location, trained: Trained) -> Video:
+    """A file or URL as a video to score, with an arbitrary label of the model."""
+    path, url = (Path(location), location) if isinstance(location, str) else (location, "")
+    label = trained.card.labels[0]
+    return Video(path=path, name=printable(str(location)), label=label, subset="test", group=None, url=url)
+
+
+def score_locations(
+    trained: Trained,
+    locations: Sequence[Location],
+    *,
+    features: bool = False,
+    batch_size: int = 1,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Scores files and URLs; with `features`, each row of logits is (K + D,), see `WithFeatures`."""
+    return score(
+        WithFeatures(trained.model) if features else trained.model,
+        [unlabelled_video(location, trained) for location in locations],
+        trained.card.labels,
+        trained.card.preprocessing,
+        device=trained.device,
+        batch_size=batch_size,
+        workers=workers,
+        autocast=trained.autocast,
+        progress=progress,
+    )
+
+
 class WithFeatures(nn.Module):
-    """A model's logits and, behind them, the features that they are read from: (B, T, C, H, W) -> (B, K + D)."""
+    """A model's logits followed by the features before the classifier: (B, T, C, H, W) -> (B, K + D)."""
 
     def __init__(self, model: TemporalViT) -> None:
         super().__init__()
@@ -148,72 +204,25 @@ class WithFeatures(nn.Module):
         return torch.cat([self.model.classify(features), features], dim=1)
 
 
-def merge_scores(parts: Sequence[Scores]) -> Scores:
-    """The scores of all processes as one, in the order of the videos."""
-    errors = {index: reason for part in parts for index, reason in part.errors.items()}
-    # A process that had no batch does not know how wide a model's answers are.
-    rows = [(p.indices, p.logits, p.labels, p.view_ranks) for p in parts if len(p.indices)]
-    return _join(rows, errors, classes=parts[0].logits.shape[1])
-
-
-_Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, logits, labels, ranks in each view
-
-
-def _clips(batch: ClipBatch, views: Views) -> Iterator[list[Tensor]]:
-    """The first clip of each video, then the second of each …"""
-    yield from (
-        list(clips) for clips in zip(*(v.chunk(views.clips_per_video) for v in batch.clips), strict=True)
-    )
-
-
-def _logits(
-    model: nn.Module,
-    clips: list[Tensor],
-    preprocessing: Preprocessing,
-    device: torch.device,
-    place: float,
-    flip: bool,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> Tensor:
-    frames = eval_transform(clips, preprocessing=preprocessing, device=device, place=place, flip=flip)
-    with autocast():
-        logits: Tensor = model(frames)
-    return logits.float()
-
-
-def _mean(logits: Tensor) -> Tensor:
-    """Logits of the mean score, (views, B, K) -> (B, K); of one view, its own."""
-    return logits[0] if len(logits) == 1 else logits.double().softmax(2).mean(0).log().float()
-
-
-def _join(rows: Sequence[_Rows], errors: dict[int, str], *, classes: int) -> Scores:
-    if not rows:
-        empty = torch.zeros(0, dtype=torch.long)
-        return Scores(empty, torch.zeros(0, classes), empty, torch.zeros(0), errors)
-    indices, logits, labels, of_views = (torch.cat(column) for column in zip(*rows, strict=True))
-    order = indices.argsort()
-    return Scores(indices[order], logits[order], labels[order], of_views[order], errors)
-
-
 @dataclass(frozen=True)
 class ScoredClips:
-    """The clips of an evaluation, as the model was given them."""
+    """The clips of an evaluation, as the model received them."""
 
     clips: ClipDataset
     preprocessing: Preprocessing
     views: Views
 
     def clip(self, name: str) -> Tensor | None:
-        """The clip of a video by its name, normalised (T, C, S, S) float32; None where it cannot be read.
-
-        Of several views of a video, the one in the middle.
-        """
+        """The middle view of a video, normalised (T, C, S, S) float32; None where it cannot be read."""
         item = self.clips[(0, self.clips.names.index(name))]
         if item.error:
             return None
         frames = item.frames.chunk(self.views.clips_per_video)[self.views.clips_per_video // 2]
         places = [place for place, mirrored in self.views.crops if not mirrored]
-        place = places[len(places) // 2]
         return eval_transform(
-            [frames], preprocessing=self.preprocessing, device=torch.device("cpu"), place=place, flip=False
+            [frames],
+            preprocessing=self.preprocessing,
+            device=torch.device("cpu"),
+            place=places[len(places) // 2],
+            flip=False,
         )[0]

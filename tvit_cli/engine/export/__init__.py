@@ -1,22 +1,20 @@
-"""`tvit export`: a trained model in another format, proved equal, and its upload to the hub."""
+"""`tvit export`: a trained model in another format, checked for parity, and its upload to the hub."""
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 import tvit_cli
-from tvit_cli.engine.export import adapter, huggingface, onnx, plain, program
-from tvit_cli.engine.export.formats import Format, Job
+from tvit_cli.engine.export import adapter, huggingface, onnx, pytorch
+from tvit_cli.engine.export.formats import Format, Job, write_json
 from tvit_cli.engine.export.model_card import README_FILE, readme
-from tvit_cli.engine.export.parity import Parity, Reference, compare, reference
+from tvit_cli.engine.export.parity import Parity, check_parity, reference
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError, shorten
 from tvit_cli.files import foreign_files
@@ -24,93 +22,21 @@ from tvit_cli.model.folder import PARITY_FILE, own_files, replace_folder, sha256
 from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.export import ExportFormat, ExportSettings
 
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
-
 LOGIN = "Log in with a token that may write (https://huggingface.co/settings/tokens): hf auth login"
-
-
-REFUSED = (401, 403)  # HTTP: who are you; you may not
-
-
-def check_login() -> None:
-    """Raise RunError where nobody is logged in, or the hub does not answer."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        HfApi().whoami()
-    except LocalTokenNotFoundError as error:
-        raise RunError(f"--push-to-hub: not logged in to the Hugging Face hub. {LOGIN}") from error
-    except HfHubHTTPError as error:
-        if _is_refused(error):
-            raise RunError(
-                f"--push-to-hub: the Hugging Face hub does not take this login. {LOGIN}"
-            ) from error
-        raise RunError(
-            f"--push-to-hub: the Hugging Face hub answers with an error ({_said(error)}). Try later."
-        ) from error
-    except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
-        raise RunError(
-            f"--push-to-hub: the Hugging Face hub cannot be reached ({_said(error)}). Try later."
-        ) from error
-
-
-def publish(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload a folder and return the address of its repository, which is made if it is new.
-
-    Raises RunError where the hub refuses or breaks off, and where a private repository is asked for and a public
-    one is there: the hub leaves it public.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi()
-    try:
-        url = api.create_repo(repository, private=private, exist_ok=True)
-        is_open = private and not api.repo_info(repository).private
-        if not is_open:
-            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a tvit export")
-    except Exception as error:  # as above
-        if isinstance(error, HfHubHTTPError) and _is_refused(error):
-            raise RunError(
-                f"--push-to-hub {repository}: this login may not write there ({_said(error)}). The export is whole "
-                f"in {folder}. {LOGIN}"
-            ) from error
-        again = f"hf upload {'--private ' if private else ''}{repository} {folder}"  # it makes the repository, too
-        raise RunError(
-            f"--push-to-hub {repository}: the upload broke off ({_said(error)}). The export is whole in {folder}; "
-            f"go on with: {again}"
-        ) from error
-    if is_open:
-        raise RunError(
-            f"--private: {repository} is there and public, so nothing was uploaded. The export is whole in "
-            f"{folder}. Make the repository private on its page (Settings), name another, or leave out --private."
-        )
-    return str(url)
-
-
-def _is_refused(error: HfHubHTTPError) -> bool:
-    return error.response is not None and error.response.status_code in REFUSED
-
-
-def _said(error: Exception) -> str:
-    """An error's text in one line: the hub's have several."""
-    return " ".join(str(error).split())
-
+REFUSED = (401, 403)  # HTTP: unauthorized, forbidden
 
 FORMATS: dict[ExportFormat, Format] = {
-    "safetensors": plain.FORMAT,
+    "safetensors": pytorch.SAFETENSORS,
     "huggingface": huggingface.FORMAT,
     "onnx": onnx.FORMAT,
-    "torch": program.FORMAT,
+    "torch": pytorch.PROGRAM,
     "adapter": adapter.FORMAT,
 }
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the export is, how large, what the proof found, and where it was uploaded."""
+    """Folder and size of an export, its parity, and the address of its upload."""
 
     output: Path
     bytes: int
@@ -119,10 +45,10 @@ class ExportResult:
 
 
 def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
-    """Write a model folder in another format, whole or not at all, and prove it on clips.
+    """Writes a model folder in another format, whole or not at all, after a parity check on clips.
 
-    Raises ModelError for the model or a package that is missing, SettingsError where something is in the way,
-    RunError when the proof fails (nothing is written then), the disk is full, or the hub refuses.
+    Raises ModelError for the model or a missing package, SettingsError where another file is in the way,
+    RunError when the parity check fails (nothing is written then), the disk is full, or the hub refuses.
     """
     trained = open_trained(
         settings.model, working_directory=settings.working_directory, device=torch.device("cpu"), verify=True
@@ -131,8 +57,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     for note in trained.notes:
         report(Note(note, "warning"))
     job = Job(trained, settings, report)
-    output = settings.output or job.run / "export" / settings.format
-    _check_free(output, settings)
+    output = settings.output or trained.run / "export" / settings.format
+    _check_output(output, settings)
     form = FORMATS[settings.format]
     form.check(job)
     if settings.push_to_hub is not None:
@@ -141,10 +67,22 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         try:
             with replace_folder(output) as folder:
                 form.write(job, folder)
-                parity = _proved(form, folder, expected, settings)
+                parity = check_parity(form, folder, expected, settings)
                 (folder / README_FILE).write_text(readme(job, form, parity), encoding="utf-8")
-                record = _record(job, parity, folder, form.packages)
-                (folder / PARITY_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                files = sorted(path for path in folder.rglob("*") if path.is_file())
+                record = {
+                    "format": settings.format,
+                    "with_preprocessing": settings.with_preprocessing,
+                    "int8": settings.int8,
+                    **parity.to_dict(),
+                    "weights_sha256": trained.card.weights_sha256,
+                    "tvit": tvit_cli.__version__,
+                    "python": platform.python_version(),
+                    "machine": platform.machine(),
+                    "packages": {name: metadata.version(name) for name in form.packages},
+                    "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+                }
+                write_json(folder / PARITY_FILE, record)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"{output}: the export cannot be written ({error}). Free some space, or choose another --output."
@@ -157,17 +95,16 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     return ExportResult(output, size, parity, url)
 
 
-def _check_free(output: Path, settings: ExportSettings) -> None:
+def _check_output(output: Path, settings: ExportSettings) -> None:
+    """Raises SettingsError for a folder that is not free and may not be replaced."""
     if output.resolve() == Path.cwd():
-        raise SettingsError(f"--output {output}: is the folder that you are in. Name one in it.")
+        raise SettingsError(f"--output {output}: is the current directory. Name a folder in it.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / PARITY_FILE).is_file():
         raise SettingsError(f"{output}: exists and is no export. Name another folder with --output.")
     if output.is_symlink():
-        raise SettingsError(
-            f"{output}: is a link. Name the folder that it leads to, or another one, with --output."
-        )
+        raise SettingsError(f"{output}: is a link. Name its target, or another folder, with --output.")
     if foreign := foreign_files(output, own_files(output)):
         raise SettingsError(
             f"{output}: holds files that tvit did not write: {shorten(foreign)}. Move them away, or name another "
@@ -179,46 +116,58 @@ def _check_free(output: Path, settings: ExportSettings) -> None:
         )
 
 
-def _proved(form: Format, folder: Path, expected: Reference, settings: ExportSettings) -> Parity:
-    """How an export answers, read anew.
+def check_login() -> None:
+    """Raises RunError without a valid login, or where the hub cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    Raises RunError where it does not answer as the model does, or it or a clip cannot be read.
-    """
     try:
-        with form.opened(folder) as answer:
-            parity = compare(expected, answer, settings)
-    except (OSError, SafetensorError) as error:
+        HfApi().whoami()
+    except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
+        if isinstance(error, LocalTokenNotFoundError):
+            reason = f"not logged in to the Hugging Face hub. {LOGIN}"
+        elif _is_refused(error):
+            reason = f"the Hugging Face hub refuses this login. {LOGIN}"
+        else:
+            failed = "answers with an error" if isinstance(error, HfHubHTTPError) else "cannot be reached"
+            reason = f"the Hugging Face hub {failed} ({_one_line(error)}). Try later."
+        raise RunError(f"--push-to-hub: {reason}") from error
+
+
+def publish(folder: Path, repository: str, *, private: bool) -> str:
+    """Uploads a folder, creating the repository if needed, and returns the repository's address.
+
+    Raises RunError where the hub refuses or the upload breaks off, and with `private` for an existing public
+    repository, which the hub would leave public.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        is_public = private and not api.repo_info(repository).private
+        if not is_public:
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a tvit export")
+    except Exception as error:  # as above
+        if _is_refused(error):
+            reason = f"this login has no write access ({_one_line(error)}). {LOGIN}"
+        else:
+            command = f"hf upload {'--private ' if private else ''}{repository} {folder}"
+            reason = f"the upload broke off ({_one_line(error)}). Continue with: {command}"
         raise RunError(
-            f"--format {settings.format}: the proof broke off, so nothing was written: a file cannot be read "
-            f"({error})."
+            f"--push-to-hub {repository}: {reason}. The export is complete in {folder}."
         ) from error
-    if parity.passed:
-        return parity
-    limit = "" if parity.logit_limit is None else f" (at most {parity.logit_limit:g})"
-    raise RunError(
-        f"--format {settings.format}: the export does not answer as the model does, so nothing was written. On "
-        f"{parity.videos} clips ({parity.clips}): largest difference of a logit "
-        f"{parity.max_logit_difference:.2g}{limit}, top-1 agreement {parity.top1_agreement:.3f} (at least "
-        f"{parity.agreement_limit:g})." + (" Export without --int8." if settings.int8 else "")
-    )
+    if is_public:
+        raise RunError(
+            f"--private: {repository} is a public repository, so nothing was uploaded. The export is complete in "
+            f"{folder}. Make the repository private (Settings on its page), name another, or leave out --private."
+        )
+    return str(url)
 
 
-def _record(job: Job, parity: Parity, folder: Path, packages: tuple[str, ...]) -> dict[str, object]:
-    """What parity.json holds: the proof, what it was made with, and the hash of every file."""
-    settings = job.settings
-    return {
-        "format": settings.format,
-        "with_preprocessing": settings.with_preprocessing,
-        "int8": settings.int8,
-        **parity.to_dict(),
-        "weights_sha256": job.trained.card.weights_sha256,
-        "tvit": tvit_cli.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "files": {
-            path.relative_to(folder).as_posix(): sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
-    }
+def _is_refused(error: Exception) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) in REFUSED
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

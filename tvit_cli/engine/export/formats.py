@@ -1,4 +1,4 @@
-"""Code shared by the export formats: their interface, traced graphs, and the carried source files.
+"""Shared parts of the export formats: job and format, network source files, traced graphs.
 
 Letters: B clips, T frames, H W pixels, S the side of the model's frame, O outputs along an axis, I inputs.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import logging
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -31,10 +32,75 @@ from tvit_cli.results import Report
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.export import ExportSettings
 
+PORTABLE = Path(tvit_cli.__file__).parent / "portable"
+SOURCE = "source"  # package of the network's source files in an export
+MACHINE_SETTINGS = (
+    "working_directory",
+    "resume_from_checkpoint",
+)  # paths of this machine, left out of the card
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
+
+Predictor = Callable[[Path], Tensor]  # one video -> its logits, or log probabilities, (K,)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trained model, the export settings, and the callback for progress."""
+
+    trained: Trained
+    settings: ExportSettings
+    report: Report
+
+    @property
+    def card(self) -> ModelCard:
+        """The public card: paths of this machine are left out or reduced to their last part."""
+        card = self.trained.card
+        settings = {key: value for key, value in card.settings.items() if key not in MACHINE_SETTINGS}
+        for key, public in (("path_to_data", _last_part), ("hf_model_name", _public_name)):
+            if settings.get(key):
+                settings[key] = public(settings[key])
+        base = card.base and card.base.model_copy(update={"name": _public_name(card.base.name)})
+        return card.model_copy(update={"settings": settings, "base": base})
+
+    def write_card(self, folder: Path, **changes: str) -> None:
+        """Writes card.json into an export, with changed fields."""
+        card = self.card.model_copy(update=changes)
+        (folder / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Format:
+    """Functions that write one format and load an export of it without tvit, and values for its README.
+
+    `check` raises before anything is computed. The rest of the README is `use/<format>.md`.
+    """
+
+    write: Callable[[Job, Path], None]
+    load: Callable[[Path], AbstractContextManager[Predictor]]
+    packages: tuple[str, ...]  # whose versions parity.json records
+    library: str  # the Hugging Face hub's name of the library that loads it
+    check: Callable[[Job], None] = lambda job: None
+    suffix: str = ""  # of graph files, for formats of traced graphs
+    preprocess: str = ""  # Python code in the README that runs the preprocessing graph
+
+
+def _public_name(name: str) -> str:
+    """A hub name unchanged; the last part of a path."""
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else _last_part(name)
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(Path(path).resolve()).name  # splits at either slash
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes indented JSON. Raises OSError."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
 
 @contextmanager
 def suppress_logs() -> Iterator[None]:
-    """Within the block nothing below an error is logged or warned of; transformers, if loaded, shows no bars."""
+    """Suppresses logs below errors, warnings, and progress bars of transformers where it is loaded."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     transformers = sys.modules.get("transformers.utils.logging")
@@ -51,22 +117,13 @@ def suppress_logs() -> Iterator[None]:
             transformers.enable_progress_bar()
 
 
-PORTABLE = Path(tvit_cli.__file__).parent / "portable"
-SOURCE = "source"  # the package that they form in an export
-
-
-def ship(folder: Path) -> None:
-    """Copies the modules of `tvit_cli.portable` into a folder, beside each other."""
-    folder.mkdir(exist_ok=True)
+def copy_source(folder: Path, *, package: bool = True) -> None:
+    """Copies the modules of `tvit_cli.portable` into an export: as the package `source`, or beside its files."""
+    target = folder / SOURCE if package else folder
+    target.mkdir(exist_ok=True)
     for path in PORTABLE.glob("*.py"):
-        if path.name != "__init__.py":
-            shutil.copyfile(path, folder / path.name)
-
-
-def ship_package(folder: Path) -> None:
-    """Copies `tvit_cli.portable` into an export, as the package `source`."""
-    ship(folder / SOURCE)
-    shutil.copyfile(PORTABLE / "__init__.py", folder / SOURCE / "__init__.py")
+        if package or path.name != "__init__.py":
+            shutil.copyfile(path, target / path.name)
 
 
 @contextmanager
@@ -89,92 +146,27 @@ def import_source(folder: Path) -> Iterator[Callable[[str], ModuleType]]:
             del sys.modules[name]
 
 
-def read_frames(reading: ModuleType, video: Path, facts: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """A batch of one clip, uint8 (1, T, H, W, 3), read by the shipped file."""
-    frames: np.ndarray[Any, Any] = reading.read_clip(
+def read_frames(source: Callable[[str], ModuleType], video: Path, facts: dict[str, Any]) -> np.ndarray:
+    """A batch of one clip, uint8 (1, T, H, W, 3), read by the export's own `reading.py`."""
+    frames: np.ndarray = source("reading").read_clip(
         video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
     )
     return frames[None]
 
 
-Answerer = Callable[[Sequence[Path]], Tensor]  # videos -> logits, or the logarithms of scores, (videos, K)
-PRIVATE = ("working_directory", "resume_from_checkpoint")  # settings that say where, not what
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
-
-
-@dataclass(frozen=True)
-class Job:
-    """An opened model, what was asked for, and whom to tell."""
-
-    trained: Trained
-    settings: ExportSettings
-    report: Report
-
-    @property
-    def run(self) -> Path:
-        """The folder that the model folder lies in."""
-        return self.trained.run
-
-    @property
-    def card(self) -> ModelCard:
-        """The model's card for others to read: folders of this machine are left out or reduced to their names."""
-        card = self.trained.card
-        settings = {key: value for key, value in card.settings.items() if key not in PRIVATE}
-        if settings.get("path_to_data"):
-            settings["path_to_data"] = _last(settings["path_to_data"])
-        if settings.get("hf_model_name"):
-            settings["hf_model_name"] = _public(settings["hf_model_name"])
-        base = card.base
-        if base is not None:
-            base = base.model_copy(update={"name": _public(base.name)})
-        return card.model_copy(update={"settings": settings, "base": base})
-
-    def write_card(self, folder: Path, *, weights_sha256: str | None = None) -> None:
-        """Write card.json into an export, with the hash of weights that lie beside it."""
-        card = self.card
-        if weights_sha256 is not None:
-            card = card.model_copy(update={"weights_sha256": weights_sha256})
-        (folder / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one format is written, how an export of it answers on its own, and what its README says of that.
-
-    `check` finds what is missing before anything is computed. The rest of the README is `use/<format>.md`.
-    """
-
-    write: Callable[[Job, Path], None]
-    opened: Callable[[Path], AbstractContextManager[Answerer]]
-    packages: tuple[str, ...]  # whose versions the proof is for
-    library: str  # what opens it, as the Hugging Face hub calls that
-    check: Callable[[Job], None] = lambda job: None
-    suffix: str = ""  # of the files of its graphs, for a format that has graphs
-    preprocess: str = ""  # in Python, what goes before the model where it is not inside
-
-
-def _public(name: str) -> str:
-    """A name on the hub as it is; of a folder or file, here or elsewhere, its own name."""
-    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else _last(name)
-
-
-def _last(path: str) -> str:
-    return PureWindowsPath(Path(path).resolve()).name  # which takes either slash for one
-
-
-# Note [The same bits without a resize operator]
-# On a CPU, torch resizes uint8 with weights rounded to 16 bits and rounds to uint8 after each axis. No operator of
-# ONNX does that, and one level of grey is up to a hundred times what the proof allows a logit. All of it is whole
-# numbers, so a product with the matrix of these weights, in float64, gives the same bits; a test compares them
-# over many sizes. The number of fractional bits depends on the largest weight of all outputs, also of those that
-# the crop leaves out: they are looked at up to an aspect of MAX_ASPECT.
+# Note [Bit-exact preprocessing without a resize operator]
+# On a CPU, torch resizes uint8 with weights rounded to 16 bits and rounds to uint8 after each axis. ONNX has no
+# such operator, and a difference of one grey level changes a logit by up to a hundred times the parity limit. All
+# values are integers, so a product with the matrix of these weights, in float64, gives the same bits; a test
+# compares them over many sizes. The number of fractional bits depends on the largest weight of all outputs,
+# including those outside the crop: they are computed up to an aspect ratio of MAX_ASPECT.
 MAX_ASPECT = 4
 WEIGHT_BITS = 15  # below 2**15: int16
 MAX_PRECISION = 22
 
 
 class PreprocessingGraph(nn.Module):
-    """RGB frames as decoded, uint8 (B, T, H, W, 3) of any size, to what the model sees, (B, T, 3, S, S)."""
+    """Decoded RGB frames, uint8 (B, T, H, W, 3) of any size, to the model's input, float32 (B, T, 3, S, S)."""
 
     powers: Tensor
     shift: Tensor
@@ -205,7 +197,7 @@ class PreprocessingGraph(nn.Module):
         return (pixels.float() - self.shift) * self.scale
 
     def _weights(self, inputs: Tensor, short: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole weights (S, I) of the outputs that the crop keeps, and their power of two."""
+        """Integer weights (S, I) of the outputs inside the crop, and their power of two."""
         count = inputs[-1] + 1
         full = torch.full_like(count, self.scale_to)
         if self.crops:
@@ -224,20 +216,6 @@ class PreprocessingGraph(nn.Module):
         return ((sums + power / 2) / power).floor().clamp(0, 255)
 
 
-class Scoring(nn.Module):
-    """Preprocessing, model and softmax in one: uint8 (B, T, H, W, 3) -> scores (B, K)."""
-
-    def __init__(self, preprocessing: Preprocessing, model: nn.Module) -> None:
-        super().__init__()
-        self.preprocessing = PreprocessingGraph(preprocessing)
-        self.model = model
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """(B, T, H, W, 3) -> (B, K)."""
-        scores: Tensor = self.model(self.preprocessing(frames)).softmax(1)
-        return scores
-
-
 def _triangles(outputs: Tensor, inputs: Tensor, count: Tensor, full: Tensor) -> Tensor:
     """Weights of an antialiased bilinear resize from `count` to `full` pixels, (O,) and (I,) -> (O, I)."""
     scale = count / full
@@ -250,14 +228,28 @@ def _triangles(outputs: Tensor, inputs: Tensor, count: Tensor, full: Tensor) -> 
     return weights / weights.sum(1, keepdim=True)
 
 
+class EndToEndGraph(nn.Module):
+    """Preprocessing, model and softmax: uint8 frames (B, T, H, W, 3) -> probabilities (B, K)."""
+
+    def __init__(self, preprocessing: Preprocessing, model: nn.Module) -> None:
+        super().__init__()
+        self.preprocessing = PreprocessingGraph(preprocessing)
+        self.model = model
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(B, T, H, W, 3) -> (B, K)."""
+        scores: Tensor = self.model(self.preprocessing(frames)).softmax(1)
+        return scores
+
+
 FRAMES, PIXELS, LOGITS, SCORES = "frames", "pixel_values", "logits", "scores"
-EXAMPLE_CLIPS = 2  # a size of 1 is taken for one that never changes
+EXAMPLE_CLIPS = 2  # tracing specialises a size of 1
 EXAMPLE_FRAME = (56, 72)  # height and width
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A module with an example of its input, which of the input's sizes may change, and the tensors' names."""
+    """A module to trace, an example input, its dynamic dimensions, and the names of input and output."""
 
     module: nn.Module
     example: Tensor
@@ -265,32 +257,16 @@ class Graph:
     input_name: str
     output_name: str
 
-    @property
-    def input_kind(self) -> str:
-        """The input in words."""
-        if self.input_name == FRAMES:
-            return "uint8 (B, T, H, W, 3), RGB as decoded"
-        return "float32 (B, T, 3, S, S), resized and normalised"
-
 
 def graphs(job: Job) -> dict[str, Graph]:
-    """What is exported, by file name: the model alone and its preprocessing, or one graph of both."""
-    card, model = job.trained.card, job.trained.model
+    """The graphs to trace by file name: model and preprocessing, or one graph of both."""
+    facts, model = job.trained.card.preprocessing, job.trained.model
+    frames = torch.zeros(EXAMPLE_CLIPS, facts.n_frames, *EXAMPLE_FRAME, 3, dtype=torch.uint8)
+    any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if job.settings.with_preprocessing:
-        both = Scoring(card.preprocessing, model).eval()
-        return {"model": Graph(both, _frames(card), _any_frame(), FRAMES, SCORES)}
-    preprocessing = PreprocessingGraph(card.preprocessing).eval()
-    size = card.preprocessing.frame_size
-    pixels = torch.zeros(EXAMPLE_CLIPS, card.preprocessing.n_frames, 3, size, size)
+        return {"model": Graph(EndToEndGraph(facts, model).eval(), frames, any_size, FRAMES, SCORES)}
+    pixels = torch.zeros(EXAMPLE_CLIPS, facts.n_frames, 3, facts.frame_size, facts.frame_size)
     return {
         "model": Graph(model, pixels, {0: Dim.DYNAMIC}, PIXELS, LOGITS),
-        "preprocessing": Graph(preprocessing, _frames(card), _any_frame(), FRAMES, PIXELS),
+        "preprocessing": Graph(PreprocessingGraph(facts).eval(), frames, any_size, FRAMES, PIXELS),
     }
-
-
-def _frames(card: ModelCard) -> Tensor:
-    return torch.zeros(EXAMPLE_CLIPS, card.preprocessing.n_frames, *EXAMPLE_FRAME, 3, dtype=torch.uint8)
-
-
-def _any_frame() -> dict[int, Any]:
-    return {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}

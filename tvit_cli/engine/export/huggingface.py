@@ -1,9 +1,8 @@
-"""`--format huggingface`: a folder that transformers loads with its Auto classes and its pipeline."""
+"""`--format huggingface`: a folder for the Auto classes and the pipeline of transformers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -12,70 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.formats import Answerer, Format, Job, ship, suppress_logs
+from tvit_cli.engine.export.formats import Format, Job, Predictor, copy_source, suppress_logs, write_json
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED
 from tvit_cli.model.folder import CONFIG_FILE, WEIGHTS_FILE, save_tensors
 from tvit_cli.settings.card import ModelCard
 
 PROCESSOR_FILE = "video_preprocessor_config.json"
-PREFIX = "network."  # where TvitForVideoClassification holds its TemporalViT
-LEAST = 5  # major version of transformers: earlier ones take their own frames in the pipeline
+PREFIX = "network."  # TvitForVideoClassification.network is the TemporalViT
+MIN_TRANSFORMERS = 5  # major version; the pipelines of earlier ones sample frames themselves
 
 
 def check(job: Job) -> None:
-    """Raise ModelError where transformers is too old to prove the export with."""
+    """Raises ModelError where transformers is too old for the parity check."""
     version = metadata.version("transformers")
-    if int(version.split(".")[0]) < LEAST:
+    if int(version.split(".")[0]) < MIN_TRANSFORMERS:
         raise ModelError(
-            f"--format {job.settings.format} needs transformers {LEAST} or newer, and {version} is installed. "
-            "Upgrade it: python -m pip install --upgrade transformers"
+            f"--format {job.settings.format} needs transformers {MIN_TRANSFORMERS} or newer, and {version} is "
+            "installed. Upgrade it: python -m pip install --upgrade transformers"
         )
 
 
 def write(job: Job, folder: Path) -> None:
-    """Write weights, configuration, processor, card.json and the files of the network, all side by side."""
+    """Writes weights, configuration, processor, card.json and the network's source files, side by side."""
     write_model(folder, job.trained.model.state_dict(), job.trained.card)
     job.write_card(folder)
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
-    """What transformers needs to load a network with these weights."""
+    """Writes the files from which transformers loads a network with these weights."""
     weights = {PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()}
     save_tensors(weights, folder / WEIGHTS_FILE, {"format": "pt"})
-    _write(folder / CONFIG_FILE, _config(card))
-    _write(folder / PROCESSOR_FILE, _processor(card))
-    ship(folder)
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[Answerer]:
-    """The pipeline that transformers makes of the folder."""
-    from transformers import pipeline
-
-    with suppress_logs():
-        classify = pipeline("video-classification", model=str(folder), trust_remote_code=True, device="cpu")
-        yield answer_of(classify)
-
-
-def answer_of(classify: Any) -> Answerer:
-    """Logits as a video classification pipeline gives them, in the order of the labels."""
-    labels = classify.model.config.id2label
-
-    def answer(videos: Sequence[Path]) -> Tensor:
-        rows = []
-        for video in videos:
-            found = classify(str(video), top_k=len(labels), function_to_apply="none")
-            by_label = {entry["label"]: entry["score"] for entry in found}
-            rows.append([by_label[labels[index]] for index in range(len(labels))])
-        return torch.tensor(rows)
-
-    return answer
-
-
-def _config(card: ModelCard) -> dict[str, Any]:
-    network = {key: value for key, value in card.model.items() if key != "num_classes"}
-    return {
+    config = {
         "architectures": ["TvitForVideoClassification"],
         "auto_map": {
             "AutoConfig": "modeling_tvit.TvitConfig",
@@ -83,7 +50,7 @@ def _config(card: ModelCard) -> dict[str, Any]:
             "AutoModelForVideoClassification": "modeling_tvit.TvitForVideoClassification",
         },
         "model_type": EXPORTED,
-        "network": network,
+        "network": {key: value for key, value in card.model.items() if key != "num_classes"},
         "id2label": {str(index): label for index, label in enumerate(card.labels)},
         "label2id": {label: index for index, label in enumerate(card.labels)},
         "problem_type": "single_label_classification",
@@ -91,11 +58,8 @@ def _config(card: ModelCard) -> dict[str, Any]:
         "tvit_version": card.tvit_version,
         "weights_sha256": card.weights_sha256,
     }
-
-
-def _processor(card: ModelCard) -> dict[str, Any]:
     facts = card.preprocessing
-    return {
+    processor = {
         "auto_map": {"AutoVideoProcessor": "processing_tvit.TvitVideoProcessor"},
         "video_processor_type": "TvitVideoProcessor",
         "n_frames": facts.n_frames,
@@ -106,10 +70,28 @@ def _processor(card: ModelCard) -> dict[str, Any]:
         "image_mean": facts.mean,
         "image_std": facts.std,
     }
+    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / PROCESSOR_FILE, processor)
+    copy_source(folder, package=False)
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+@contextmanager
+def load(folder: Path, change: Any = None) -> Iterator[Predictor]:
+    """The folder in a pipeline of transformers, whose model `change` may replace."""
+    from transformers import pipeline
+
+    with suppress_logs():
+        classify = pipeline("video-classification", model=str(folder), trust_remote_code=True, device="cpu")
+        if change is not None:
+            classify.model = change(classify.model)
+        labels = classify.model.config.id2label
+
+        def predict(video: Path) -> Tensor:
+            found = classify(str(video), top_k=len(labels), function_to_apply="none")
+            by_label = {entry["label"]: entry["score"] for entry in found}
+            return torch.tensor([by_label[labels[index]] for index in range(len(labels))])
+
+        yield predict
 
 
-FORMAT = Format(write, opened, packages=("torch", "transformers"), library="transformers", check=check)
+FORMAT = Format(write, load, packages=("torch", "transformers"), library="transformers", check=check)

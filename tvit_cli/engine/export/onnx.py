@@ -1,10 +1,10 @@
-"""`--format onnx`: graphs for ONNX Runtime and whatever else reads ONNX."""
+"""`--format onnx`: graphs for ONNX Runtime and other programs that read ONNX."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,24 @@ import torch
 from torch import Tensor
 
 from tvit_cli.engine.export.formats import (
-    Answerer,
+    FRAMES,
     Format,
     Graph,
     Job,
+    Predictor,
+    copy_source,
     graphs,
     import_source,
     read_frames,
-    ship_package,
     suppress_logs,
 )
 from tvit_cli.errors import ModelError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 20
-LARGEST_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB, larger ones go beside it
+LARGEST_FILE = (
+    1_900_000_000  # bytes of weights; protobuf is limited to 2 GiB, larger weights go to a second file
+)
 SAMPLING = (
     "The frame in the middle of each of n_frames equal shares of the video: of N frames, share s gives frame "
     "floor((s + 1/2) N / n_frames). With fewer frames than n_frames: all, then the last again. With frame_grid G: "
@@ -36,7 +39,7 @@ SAMPLING = (
 
 
 def check(job: Job) -> None:
-    """Raise ModelError where a package is missing."""
+    """Raises ModelError where a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
@@ -47,41 +50,53 @@ def check(job: Job) -> None:
 
 
 def write(job: Job, folder: Path) -> None:
-    """Write model.onnx, preprocessing.onnx where that is not inside, card.json and the package `source`."""
+    """Writes model.onnx, preprocessing.onnx unless it is inside the model, card.json and the package `source`."""
     import onnx
 
+    card = job.trained.card
     for name, graph in graphs(job).items():
         path = folder / f"{name}.onnx"
         _trace(graph, path)
         if job.settings.int8 and name == "model":
             _quantise(path)
+        kind = (
+            "uint8 (B, T, H, W, 3), RGB as decoded"
+            if graph.input_name == FRAMES
+            else "float32 (B, T, 3, S, S), resized and normalised"
+        )
+        properties = {
+            "labels": json.dumps(card.labels, ensure_ascii=False),
+            "preprocessing": card.preprocessing.model_dump_json(),
+            "sampling": SAMPLING,
+            "input": f"{graph.input_name}: {kind}",
+            "output": graph.output_name,
+            "tvit_version": card.tvit_version,
+            "weights_sha256": card.weights_sha256,
+        }
         model = onnx.load(path, load_external_data=False)
-        onnx.helper.set_model_props(model, _facts(job, graph))
+        onnx.helper.set_model_props(model, properties)
         onnx.save(model, path)
     job.write_card(folder)
-    ship_package(folder)
+    copy_source(folder)
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Answerer]:
-    """The exported graphs in ONNX Runtime, on the frames that the shipped file reads."""
+def load(folder: Path) -> Iterator[Predictor]:
+    """The exported graphs in ONNX Runtime, on frames read by the export's own `reading.py`."""
     model = _session(folder / "model.onnx")
     facts = json.loads(model.get_modelmeta().custom_metadata_map["preprocessing"])
     outside = folder / "preprocessing.onnx"
     preprocess = _session(outside) if outside.is_file() else None
-    with import_source(folder) as module:
+    with import_source(folder) as source:
 
-        def answer(videos: Sequence[Path]) -> Tensor:
-            rows = []
-            for video in videos:
-                clips = read_frames(module("reading"), video, facts)
-                if preprocess is not None:
-                    (clips,) = preprocess.run(None, {preprocess.get_inputs()[0].name: clips})
-                row = torch.from_numpy(model.run(None, {model.get_inputs()[0].name: clips})[0][0])
-                rows.append(row.log() if preprocess is None else row)
-            return torch.stack(rows)
+        def predict(video: Path) -> Tensor:
+            clips = read_frames(source, video, facts)
+            if preprocess is not None:
+                (clips,) = preprocess.run(None, {preprocess.get_inputs()[0].name: clips})
+            output = torch.from_numpy(model.run(None, {model.get_inputs()[0].name: clips})[0][0])
+            return output.log() if preprocess is None else output
 
-        yield answer
+        yield predict
 
 
 def _trace(graph: Graph, path: Path) -> None:
@@ -102,12 +117,12 @@ def _trace(graph: Graph, path: Path) -> None:
 
 
 def _quantise(path: Path) -> None:
-    """Weights of matrix products to 8 bits, each output channel with a scale of its own, in place."""
+    """Quantises the weights of matrix products to int8, per output channel, in place."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(path)
-    del model.graph.value_info[:]  # the shapes in it contradict those of the quantised graph
+    del model.graph.value_info[:]  # shapes that contradict those of the quantised graph
     with suppress_logs():
         quantize_dynamic(
             model,
@@ -117,20 +132,6 @@ def _quantise(path: Path) -> None:
             weight_type=QuantType.QInt8,
             reduce_range=True,  # 7 bits: sums of 8 overflow on processors without VNNI
         )
-
-
-def _facts(job: Job, graph: Graph) -> dict[str, str]:
-    """The metadata of a graph: all that stands between a video and a label."""
-    card = job.trained.card
-    return {
-        "labels": json.dumps(card.labels, ensure_ascii=False),
-        "preprocessing": card.preprocessing.model_dump_json(),
-        "sampling": SAMPLING,
-        "input": f"{graph.input_name}: {graph.input_kind}",
-        "output": graph.output_name,
-        "tvit_version": card.tvit_version,
-        "weights_sha256": card.weights_sha256,
-    }
 
 
 def _session(path: Path) -> Any:
@@ -143,7 +144,7 @@ def _session(path: Path) -> Any:
 
 FORMAT = Format(
     write,
-    opened,
+    load,
     packages=PACKAGES,
     library="onnx",
     check=check,

@@ -1,4 +1,4 @@
-"""The proof that an export answers what the model answers, from the video file to the logits."""
+"""Parity check of an export: its logits against the trained model's, from the video file on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.data.layout import read_layout
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.dataset import find_data, video_root
-from tvit_cli.engine.evaluate.scoring import score
+from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.evaluate.selection import choose_split
-from tvit_cli.engine.export.formats import Answerer, Job
+from tvit_cli.engine.export.formats import Format, Job
 from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, RunError
 from tvit_cli.results import Note
+from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 
@@ -32,7 +35,7 @@ INT8_AGREEMENT = 0.95
 
 @dataclass(frozen=True)
 class Reference:
-    """Videos, where they come from, and the model's own logits (videos, K)."""
+    """Videos, a description of their source, and the trained model's logits (videos, K)."""
 
     source: str
     videos: tuple[Path, ...]
@@ -41,13 +44,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export's answers lie from the model's, and how far they may."""
+    """Differences between an export's outputs and the model's, and their limits."""
 
     clips: str
     videos: int
     max_logit_difference: float
     top1_agreement: float
-    logit_limit: float | None  # None: not limited, for 8 bits
+    logit_limit: float | None  # None: no limit, for int8
     agreement_limit: float
 
     @property
@@ -57,38 +60,46 @@ class Parity:
         return near and self.top1_agreement >= self.agreement_limit
 
     def to_dict(self) -> dict[str, Any]:
-        """As parity.json holds it."""
+        """The entries of parity.json."""
         return {**asdict(self), "passed": self.passed}
 
 
 @contextmanager
 def reference(job: Job) -> Iterator[Reference]:
-    """The model's logits for real clips: those given, else of its own data; made of noise where there are none.
+    """The model's logits of clips: those of --clips, of its own data, or seeded noise.
 
-    Raises DataError for a folder without videos, RunError when none can be read.
+    Raises DataError for a folder without videos, RunError where no clip can be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        if job.settings.clips is not None:
-            source, paths = (
-                job.settings.clips.resolve().name,
-                [Path(p) for p in find_videos([str(job.settings.clips)])],
-            )
+        if (clips := job.settings.clips) is not None:
+            source, paths = clips.resolve().name, [Path(path) for path in find_videos([str(clips)])]
         else:
-            source, paths = _own_clips(job)
-        if not paths:
-            source, paths = "seeded noise", _noise(Path(scratch), job)
-        yield _answers(job, source, _spread(paths))
+            source, paths = _dataset_clips(job)
+        paths = _spread(paths or _noise_clips(Path(scratch), job.trained.card.preprocessing))
+        scores = score_locations(job.trained, paths)
+        if not len(scores.indices):
+            raise RunError(f"{source}: none of the {len(paths)} clips can be read. Name others with --clips.")
+        yield Reference(source, tuple(paths[i] for i in scores.indices.tolist()), scores.logits)
 
 
-def compare(expected: Reference, answer: Answerer, settings: ExportSettings) -> Parity:
-    """Ask the export about the same videos.
+def check_parity(form: Format, folder: Path, expected: Reference, settings: ExportSettings) -> Parity:
+    """Compares an export, loaded from its folder, with the reference.
 
-    One that gives scores is compared by their logarithms: logits but for a constant.
+    Probabilities are compared by their logarithms. Raises RunError where a limit is exceeded, or where the
+    export or a clip cannot be read.
     """
-    logits, wanted = answer(expected.videos).double(), expected.logits.double()
+    try:
+        with form.load(folder) as predict, torch.inference_mode():
+            logits = torch.stack([predict(video) for video in expected.videos]).double()
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"--format {settings.format}: the parity check broke off, so nothing was written: a file cannot be "
+            f"read ({error}). Check the disk, then export again."
+        ) from error
+    wanted = expected.logits.double()
     if settings.with_preprocessing:
         wanted = wanted.log_softmax(1)
-    return Parity(
+    parity = Parity(
         clips=expected.source,
         videos=len(expected.videos),
         max_logit_difference=(logits - wanted).abs().max().item(),
@@ -96,56 +107,46 @@ def compare(expected: Reference, answer: Answerer, settings: ExportSettings) -> 
         logit_limit=None if settings.int8 else LOGIT_LIMIT,
         agreement_limit=INT8_AGREEMENT if settings.int8 else 1.0,
     )
+    if not parity.passed:
+        limit = "" if parity.logit_limit is None else f" (at most {parity.logit_limit:g})"
+        raise RunError(
+            f"--format {settings.format}: the export's outputs differ from the model's, so nothing was written. "
+            f"On {parity.videos} clips ({parity.clips}): largest difference of a logit "
+            f"{parity.max_logit_difference:.2g}{limit}, top-1 agreement {parity.top1_agreement:.3f} (at least "
+            f"{parity.agreement_limit:g}). Export {'without --int8' if settings.int8 else 'in another --format'}."
+        )
+    return parity
 
 
-def _own_clips(job: Job) -> tuple[str, list[Path]]:
-    """Test or val videos of the data that the model was trained on, where they still lie there."""
-    choice = choose_split(EvalSettings(), job.trained.card)
+def _dataset_clips(job: Job) -> tuple[str, list[Path]]:
+    """Test or val videos of the model's data set; none, with a warning, where they are gone."""
     try:
         root = find_data(job.trained.card.settings.get("path_to_data"))
-        layout = read_layout(video_root(root) or root, **choice)
+        layout = read_layout(video_root(root) or root, **choose_split(EvalSettings(), job.trained.card))
     except DataError as error:
-        job.report(Note(f"The proof takes made-up clips: {error}", "warning"))
-        return "", []
-    for subset in ("test", "val"):
-        if paths := [video.path for video in layout.subset(subset) if video.path.is_file()]:
-            return f"{subset} videos of {root.resolve().name}", paths
-    job.report(Note(f"The proof takes made-up clips: {root} has no test or val videos.", "warning"))
-    return "", []
+        reason = str(error)
+    else:
+        for subset in ("test", "val"):
+            if paths := [video.path for video in layout.subset(subset) if video.path.is_file()]:
+                return f"{subset} videos of {root.resolve().name}", paths
+        reason = f"{root} has no test or val videos."
+    job.report(Note(f"The parity check uses generated clips: {reason}", "warning"))
+    return "seeded noise", []
 
 
-def _noise(folder: Path, job: Job) -> list[Path]:
-    """Clips of coarse noise that drifts, larger than the model's frames."""
-    facts = job.trained.card.preprocessing
+def _noise_clips(folder: Path, facts: Preprocessing) -> list[Path]:
+    """Videos of moving coarse noise, larger than the model's frames."""
     height, width = 2 * (facts.frame_size // 2) + 16, 2 * (facts.frame_size * 5 // 8) + 16
-    paths = []
-    for seed in range(NOISE_CLIPS):
-        generator = np.random.default_rng(seed)
-        coarse = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    paths = [folder / f"noise-{seed}.avi" for seed in range(NOISE_CLIPS)]
+    for seed, path in enumerate(paths):
+        coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         picture = np.kron(coarse, np.ones((-(-height // 8), -(-width // 8), 1), dtype=np.uint8))
         frames = [np.roll(picture, (seed - 3) * t, axis=(t + seed) % 2) for t in range(2 * facts.n_frames)]
-        paths.append(folder / f"noise-{seed}.avi")
-        write_video(paths[-1], np.stack(frames)[:, :height, :width])
+        write_video(path, np.stack(frames)[:, :height, :width])
     return paths
 
 
 def _spread(paths: Sequence[Path]) -> list[Path]:
-    """At most CLIPS of them, evenly over the list, so that all classes have their share."""
+    """At most CLIPS of them, evenly over the list and so over the classes."""
     count = min(CLIPS, len(paths))
     return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
-
-
-def _answers(job: Job, source: str, paths: Sequence[Path]) -> Reference:
-    trained, labels = job.trained, job.trained.card.labels
-    scores = score(
-        trained.model,
-        [Video(path=p, name=str(p), label=labels[0], subset="test", group=None) for p in paths],
-        labels,
-        trained.card.preprocessing,
-        device=trained.device,
-        batch_size=1,
-        workers=0,
-    )
-    if not len(scores.indices):
-        raise RunError(f"{source}: none of the {len(paths)} clips can be read. Name others with --clips.")
-    return Reference(source, tuple(paths[i] for i in scores.indices.tolist()), scores.logits)
