@@ -1,10 +1,6 @@
 """Videos with their labels written into the picture."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +10,13 @@ from tvit_cli.data.video_writer import video_writer, write_video
 from tvit_cli.engine.predict.timeline import WHOLE, annotate
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.report.film import caption_mask, draw_caption
-from tvit_cli.results import Event, Progress, Segment
+from tvit_cli.results import Progress, Segment
 
 
-def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
-    tmp_path: Path, make_video: Callable[..., Path]
-) -> None:
+def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(tmp_path, make_video):
     source = make_video(tmp_path / "a.mp4", frames=20, height=91, width=121, rate=10, pixel_format="yuv420p")
     out = tmp_path / "new" / "out.mp4"
-    told: list[Event] = []
+    told = []
     segments = [Segment(0, 0.7, "A", 0.9), Segment(0.7, 2, "a much longer label", 0.8)]
     annotate(out, source, segments, told.append)
     before, after = list(iter_frames(source)), list(iter_frames(out))
@@ -41,7 +35,7 @@ def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_frames_nearer_than_a_tick_of_the_output_are_all_written(tmp_path: Path, suffix: str) -> None:
+def test_frames_nearer_than_a_tick_of_the_output_are_all_written(tmp_path, suffix):
     ticks = [0, 1, 2, 3, 4, 3600, 3601, 7200, 10800]  # of 1/90,000 s, as MPEG-TS counts
     with video_writer(tmp_path / f"out{suffix}") as writer:
         for number, (start, end) in enumerate(pairwise([*ticks, 14400])):
@@ -54,7 +48,7 @@ def test_frames_nearer_than_a_tick_of_the_output_are_all_written(tmp_path: Path,
 
 
 @pytest.mark.parametrize("height", [240, 720])
-def test_colours_stay_as_they_are(tmp_path: Path, height: int) -> None:
+def test_colours_stay_as_they_are(tmp_path, height):
     colour = np.broadcast_to(np.array([200, 30, 30], np.uint8), (height, height, 3))
     with video_writer(tmp_path / "one.mp4") as writer:
         writer.write(colour, 0.0, 0.1)
@@ -65,7 +59,7 @@ def test_colours_stay_as_they_are(tmp_path: Path, height: int) -> None:
             assert np.abs(frame.picture().astype(int) - colour).max() <= 3, name
 
 
-def test_a_caption_is_light_on_a_darkened_corner_and_fits_the_picture() -> None:
+def test_a_caption_is_light_on_a_darkened_corner_and_fits_the_picture():
     picture = np.full((180, 240, 3), 100, np.uint8)
     out = draw_caption(picture, "Walk  0.93")
     rows, columns = caption_mask("Walk  0.93", 180, 240).shape
@@ -75,9 +69,7 @@ def test_a_caption_is_light_on_a_darkened_corner_and_fits_the_picture() -> None:
     assert caption_mask("a very long label indeed, " * 5, 48, 64).shape[1] <= 64
 
 
-def test_a_video_does_not_replace_itself_and_a_failure_leaves_nothing(
-    tmp_path: Path, make_video: Callable[..., Path]
-) -> None:
+def test_a_video_does_not_replace_itself_and_a_failure_leaves_nothing(tmp_path, make_video):
     source = make_video(tmp_path / "a.mp4", frames=3)
     whole = [Segment(0, WHOLE, "A", 1.0)]
     with pytest.raises(DataError, match="is the video itself"):

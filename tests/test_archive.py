@@ -1,7 +1,5 @@
 """Archives: good ones come out whole, hostile ones write nothing, killed work leaves nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -60,7 +58,7 @@ def everything(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_archive_writes_nothing(form: str, name: str, tmp_path: Path) -> None:
+def test_hostile_archive_writes_nothing(form, name, tmp_path):
     entries, reason = HOSTILE[name]
     if name == "hard link" and form in ("zip", "rar4"):
         pytest.skip("this format has no hard links")
@@ -73,7 +71,7 @@ def test_hostile_archive_writes_nothing(form: str, name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_good_archive_of_every_form_comes_out_whole(form: str, tmp_path: Path) -> None:
+def test_good_archive_of_every_form_comes_out_whole(form, tmp_path):
     entries = [
         Entry("a", b"", FOLDER),
         Entry("a/x.avi", b"one"),
@@ -96,10 +94,10 @@ def test_good_archive_of_every_form_comes_out_whole(form: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_plan_chooses_and_renames(form: str, tmp_path: Path) -> None:
+def test_plan_chooses_and_renames(form, tmp_path):
     WRITERS[form](tmp_path / "archive", [Entry(f"a/{index}.avi", b"%d" % index) for index in range(5)])
 
-    def plan(members: object) -> dict[int, PurePosixPath]:
+    def plan(members):
         return {3: PurePosixPath("new/three"), 1: PurePosixPath("one")}
 
     assert [file.member for file in unpack(tmp_path / "archive", tmp_path / "out", plan=plan)] == [
@@ -110,7 +108,7 @@ def test_plan_chooses_and_renames(form: str, tmp_path: Path) -> None:
     assert everything(tmp_path / "out") == {"new", "new/three", "one"}
 
 
-def test_nul_and_backslash_in_a_name_are_seen(tmp_path: Path) -> None:
+def test_nul_and_backslash_in_a_name_are_seen(tmp_path):
     for name in ("x.avi\0.exe", "a\\..\\x"):
         write_zip(tmp_path / "a.zip", [Entry(name)])
         with pytest.raises(DataError, match="in its name"):
@@ -119,7 +117,7 @@ def test_nul_and_backslash_in_a_name_are_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_RAR, reason="no RAR")
-def test_nul_in_a_rar_name_leads_nowhere(tmp_path: Path) -> None:
+def test_nul_in_a_rar_name_leads_nowhere(tmp_path):
     write_rar4(tmp_path / "a.rar", [Entry("x\0/../../y")])
     try:
         unpack(tmp_path / "a.rar", tmp_path / "out")
@@ -129,20 +127,20 @@ def test_nul_in_a_rar_name_leads_nowhere(tmp_path: Path) -> None:
         assert everything(tmp_path) == {"a.rar", "out", "out/x"}
 
 
-def test_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_name_that_is_no_text_is_refused(tmp_path):
     write_tar(tmp_path / "a.tar", [Entry("x\udce4.avi")])
     with pytest.raises(DataError, match="control character"):
         unpack(tmp_path / "a.tar", tmp_path / "out")
 
 
-def test_devices_and_sparse_files_are_refused(tmp_path: Path) -> None:
+def test_devices_and_sparse_files_are_refused(tmp_path):
     for form in ("zip", "tar"):
         WRITERS[form](tmp_path / "a", [Entry("null", b"", DEVICE)])
         with pytest.raises(DataError, match="neither a file nor a folder"):
             unpack(tmp_path / "a", tmp_path / "out")
 
 
-def test_declared_ten_gigabytes_are_refused_unread(tmp_path: Path) -> None:
+def test_declared_ten_gigabytes_are_refused_unread(tmp_path):
     for form in ("zip", "tar"):
         size = 10 * 2**30 if form == "tar" else 2**32 - 2
         WRITERS[form](tmp_path / "a", [Entry("zeros", b"0", declared=size)])
@@ -153,13 +151,13 @@ def test_declared_ten_gigabytes_are_refused_unread(tmp_path: Path) -> None:
     assert everything(tmp_path) == {"a"}
 
 
-def test_bomb_is_refused_by_its_ratio(tmp_path: Path) -> None:
+def test_bomb_is_refused_by_its_ratio(tmp_path):
     deflated_zeros(tmp_path / "bomb.zip", "zeros", 8 * 2**20)
     with pytest.raises(DataError, match="limit 100 times"):
         unpack(tmp_path / "bomb.zip", tmp_path / "out")
 
 
-def test_million_entries_are_refused_before_they_are_listed(tmp_path: Path) -> None:
+def test_million_entries_are_refused_before_they_are_listed(tmp_path):
     count = 1_000_000
     entry = b"PK\x01\x02" + bytes(42) + b"x"
     end = b"PK\x06\x06" + (44).to_bytes(8, "little") + bytes(12)
@@ -173,7 +171,7 @@ def test_million_entries_are_refused_before_they_are_listed(tmp_path: Path) -> N
     assert time.monotonic() - began < 2
 
 
-def test_members_that_lie_about_their_size_are_caught(tmp_path: Path) -> None:
+def test_members_that_lie_about_their_size_are_caught(tmp_path):
     write_zip(tmp_path / "a.zip", [Entry("a", b"x" * 100, declared=10)])  # its CRC is that of 100 bytes
     with pytest.raises(DataError):
         unpack(tmp_path / "a.zip", tmp_path / "out")
@@ -183,21 +181,21 @@ def test_members_that_lie_about_their_size_are_caught(tmp_path: Path) -> None:
     assert everything(tmp_path) == {"a.zip", "a.tar"}
 
 
-def test_members_that_overlap_are_refused() -> None:
+def test_members_that_overlap_are_refused():
     members = [Member(index, f"m{index}", 900, packed=900) for index in range(10)]
     with pytest.raises(DataError, match="overlap"):
         check_members(members, archive="a", packed_bytes=1000)
 
 
 @pytest.mark.parametrize("form", ["zip", *FORMS[2:3]])
-def test_encrypted_member_is_named(form: str, tmp_path: Path) -> None:
+def test_encrypted_member_is_named(form, tmp_path):
     WRITERS[form](tmp_path / "a", [Entry("secret.avi", bytes(16), encrypted=True)])
     with pytest.raises(DataError, match=r"secret\.avi' is encrypted"):
         unpack(tmp_path / "a", tmp_path / "out")
 
 
 @pytest.mark.skipif(not HAS_RAR, reason="no RAR")
-def test_windows_link_in_a_rar_is_refused(tmp_path: Path) -> None:
+def test_windows_link_in_a_rar_is_refused(tmp_path):
     reparse_point = 0x400
     write_rar4(tmp_path / "a", [Entry("a", mode=reparse_point)], host=2)
     with pytest.raises(DataError, match="is a link"):
@@ -205,21 +203,21 @@ def test_windows_link_in_a_rar_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"x" * 9, b"x" * 11, b"x" * 999])
-def test_stream_of_another_size_than_declared_is_caught(data: bytes, tmp_path: Path) -> None:
+def test_stream_of_another_size_than_declared_is_caught(data, tmp_path):
     with pytest.raises(DataError, match="than the 10 bytes it declares"):
         store(io.BytesIO(data), tmp_path / "a", Member(0, "a", 10), archive="a.zip")
     assert (tmp_path / "a").stat().st_size <= 10
 
 
 @pytest.mark.skipif(not HAS_RAR, reason="no RAR")
-def test_rar_with_encrypted_headers_is_an_error(tmp_path: Path) -> None:
+def test_rar_with_encrypted_headers_is_an_error(tmp_path):
     write_rar4(tmp_path / "a", [Entry("a")], locked=True)
     with pytest.raises(DataError, match="encrypted"):
         unpack(tmp_path / "a", tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_truncated_archive_is_damaged(form: str, tmp_path: Path) -> None:
+def test_truncated_archive_is_damaged(form, tmp_path):
     WRITERS[form](tmp_path / "whole", [Entry(f"{index}", os.urandom(3000)) for index in range(4)])
     whole = (tmp_path / "whole").read_bytes()
     for share in (0.2, 0.4, 0.6):
@@ -229,7 +227,7 @@ def test_truncated_archive_is_damaged(form: str, tmp_path: Path) -> None:
     assert everything(tmp_path) == {"whole", "a"}
 
 
-def test_tar_that_ends_between_two_members_is_damaged(tmp_path: Path) -> None:
+def test_tar_that_ends_between_two_members_is_damaged(tmp_path):
     write_tar(tmp_path / "a", [Entry("x", bytes(512)), Entry("y", bytes(512))])
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:1024])
     with pytest.raises(DataError, match="no end mark"):
@@ -237,7 +235,7 @@ def test_tar_that_ends_between_two_members_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
-def test_compressed_tar_is_known_by_its_bytes(suffix: str, tmp_path: Path) -> None:
+def test_compressed_tar_is_known_by_its_bytes(suffix, tmp_path):
     import bz2
     import gzip
     import lzma
@@ -252,20 +250,20 @@ def test_compressed_tar_is_known_by_its_bytes(suffix: str, tmp_path: Path) -> No
     assert (tmp_path / "out/a/x").read_bytes() == b"one"
 
 
-def test_page_in_place_of_an_archive_is_named(tmp_path: Path) -> None:
+def test_page_in_place_of_an_archive_is_named(tmp_path):
     (tmp_path / "a.zip").write_text("<!DOCTYPE html><title>Sign in</title>" * 20)
     with pytest.raises(DataError, match=r"no ZIP, tar or RAR archive.*sent a page"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
-def test_disk_too_small_is_seen_before_a_byte_is_written(tmp_path: Path) -> None:
+def test_disk_too_small_is_seen_before_a_byte_is_written(tmp_path):
     write_zip(tmp_path / "a.zip", [Entry("a", bytes(5000))])
     with pytest.raises(RunError, match=r"unpacking a.zip needs 5 kB"):
         unpack(tmp_path / "a.zip", tmp_path / "out", free=lambda _: 4999)
     assert everything(tmp_path) == {"a.zip"}
 
 
-def test_disk_that_fills_up_while_unpacking_leaves_nothing(tmp_path: Path) -> None:
+def test_disk_that_fills_up_while_unpacking_leaves_nothing(tmp_path):
     write_zip(
         tmp_path / "a.zip",
         [Entry(f"{index}", bytes(60_000)) for index in range(3)] + [Entry("b", bytes(200_000))],
@@ -288,7 +286,7 @@ except RunError as error:
 
 
 @pytest.mark.parametrize("form", FORMS[:3])
-def test_killed_at_any_moment_it_leaves_nothing_or_all(form: str, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_leaves_nothing_or_all(form, tmp_path):
     entries = [Entry(f"{index:03}", os.urandom(4000)) for index in range(150)]
     WRITERS[form](tmp_path / "a", entries)
     out = tmp_path / "out"
@@ -315,14 +313,14 @@ unpack(Path({str(tmp_path / "a")!r}), Path({str(out)!r}))
     assert not (tmp_path / ".out.unpacking").exists()
 
 
-def test_target_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_target_that_is_there_is_left_alone(tmp_path):
     write_zip(tmp_path / "a.zip", [Entry("a")])
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="already there"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
-def test_without_a_reader_the_error_says_what_to_install(tmp_path: Path) -> None:
+def test_without_a_reader_the_error_says_what_to_install(tmp_path):
     write_rar4(tmp_path / "a.rar", [Entry("a")])
     with (
         pytest.raises(DataError, match=r'python -m pip install "tvit\[rar\]"'),
@@ -331,7 +329,7 @@ def test_without_a_reader_the_error_says_what_to_install(tmp_path: Path) -> None
         pass
 
 
-def test_zip_with_a_wrong_crc_is_damaged(tmp_path: Path) -> None:
+def test_zip_with_a_wrong_crc_is_damaged(tmp_path):
     write_zip(tmp_path / "a.zip", [Entry("a", b"good")])
     (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(b"good", b"evil"))
     with pytest.raises(DataError, match="CRC"):
@@ -349,7 +347,7 @@ def real_archive(name: str) -> Path:
 @pytest.mark.skipif(not HAS_RAR, reason="no RAR")
 @pytest.mark.parametrize("name", ["UCF101-mini.rar", "UCF101-mini-solid.rar"])
 @pytest.mark.parametrize("way", ["pybit7z", "7zz", "bsdtar"])
-def test_rar_gives_the_same_bytes_as_the_zip_by_every_way(name: str, way: str, tmp_path: Path) -> None:
+def test_rar_gives_the_same_bytes_as_the_zip_by_every_way(name, way, tmp_path):
     if way not in rar.ways():
         pytest.skip(f"no {way} here")
     if (way, name) == ("bsdtar", "UCF101-mini-solid.rar"):

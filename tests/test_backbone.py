@@ -1,7 +1,5 @@
 """A model that tvit trained is the start of another training, with what it learnt of time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +68,7 @@ def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("attention", ["joint", "divided", "factorized"])
-def test_same_scheme_starts_with_the_features_of_the_trained_model(tmp_path: Path, attention: str) -> None:
+def test_same_scheme_starts_with_the_features_of_the_trained_model(tmp_path, attention):
     before = trained(tmp_path / "m", attention=attention, pool="attentive")
     model, report = started(tmp_path / "m", attention=attention, pool="attentive")
     assert torch.equal(features(model), features(before))
@@ -78,9 +76,7 @@ def test_same_scheme_starts_with_the_features_of_the_trained_model(tmp_path: Pat
     assert model.classifier.out_features == 3
 
 
-def test_other_frame_sizes_and_clip_lengths_keep_the_trained_features(
-    tmp_path: Path,
-) -> None:
+def test_other_frame_sizes_and_clip_lengths_keep_the_trained_features(tmp_path):
     before = trained(tmp_path / "m")
     model, report = started(tmp_path / "m", frame_size=48, n_frames=8)
     theirs, ours = (features(each, n_frames=8, size=48) for each in (before, model))
@@ -91,7 +87,7 @@ def test_other_frame_sizes_and_clip_lengths_keep_the_trained_features(
     }
 
 
-def test_patches_of_single_frames_start_on_the_central_frame_of_a_tubelet(tmp_path: Path) -> None:
+def test_patches_of_single_frames_start_on_the_central_frame_of_a_tubelet(tmp_path):
     before = trained(tmp_path / "m", tubelet_size=1, n_frames=2)
     model, _ = started(tmp_path / "m")
     clips = torch.randn(2, 4, 3, 32, 32)
@@ -99,13 +95,13 @@ def test_patches_of_single_frames_start_on_the_central_frame_of_a_tubelet(tmp_pa
         torch.testing.assert_close(model.features(clips), before.features(clips[:, 1::2]), **CLOSE)
 
 
-def test_tubelets_of_another_size_are_refused_with_the_option_to_give(tmp_path: Path) -> None:
+def test_tubelets_of_another_size_are_refused_with_the_option_to_give(tmp_path):
     trained(tmp_path / "m")
     with pytest.raises(ModelError, match=r"tubelets are of 2 frames.*Give --tubelet-size 2\."):
         started(tmp_path / "m", tubelet_size=1)
 
 
-def test_other_scheme_takes_image_weights_and_starts_the_rest_anew(tmp_path: Path) -> None:
+def test_other_scheme_takes_image_weights_and_starts_the_rest_anew(tmp_path):
     before = trained(tmp_path / "m", attention="divided")
     model, report = started(tmp_path / "m", attention="joint")
     assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
@@ -116,29 +112,27 @@ def test_other_scheme_takes_image_weights_and_starts_the_rest_anew(tmp_path: Pat
     assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
 
 
-def test_a_temporal_embedding_by_token_is_none_by_frame(tmp_path: Path) -> None:
+def test_a_temporal_embedding_by_token_is_none_by_frame(tmp_path):
     before = trained(tmp_path / "m", temporal_index="token")
     model, report = started(tmp_path / "m")
     assert torch.equal(model.norm.weight, before.norm.weight)
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
 
 
-def test_divided_attention_copies_spatial_weights_if_none_were_temporal(
-    tmp_path: Path,
-) -> None:
+def test_divided_attention_copies_spatial_weights_if_none_were_temporal(tmp_path):
     before = trained(tmp_path / "m")
     model, _ = started(tmp_path / "m", attention="divided")
     assert torch.equal(model.blocks[0].temporal.attention.q.weight, before.blocks[0].attention.q.weight)
 
 
-def test_normalisation_and_hash_come_from_the_card(tmp_path: Path) -> None:
+def test_normalisation_and_hash_come_from_the_card(tmp_path):
     trained(tmp_path / "m")
     config = read_config(resolve_weights(str(tmp_path / "m")))
     assert (config.mean, config.std, config.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 32)
     assert config.sha256 == sha256(tmp_path / "m" / "model.safetensors")
 
 
-def test_weights_in_half_precision_are_read_as_floats(tmp_path: Path) -> None:
+def test_weights_in_half_precision_are_read_as_floats(tmp_path):
     before = trained(tmp_path / "m")
     rewritten(tmp_path / "m", **{name: tensor.half() for name, tensor in before.state_dict().items()})
     model, report = started(tmp_path / "m")
@@ -157,16 +151,14 @@ def test_weights_in_half_precision_are_read_as_floats(tmp_path: Path) -> None:
         ("classifier.bias", torch.zeros(2, dtype=torch.int8), "Quantised weights are not read"),
     ],
 )
-def test_tensors_that_are_not_the_cards_are_refused(
-    tmp_path: Path, name: str, tensor: torch.Tensor | None, sentence: str
-) -> None:
+def test_tensors_that_are_not_the_cards_are_refused(tmp_path, name, tensor, sentence):
     trained(tmp_path / "m")
     rewritten(tmp_path / "m", **{name: tensor})
     with pytest.raises(ModelError, match=sentence):
         started(tmp_path / "m")
 
 
-def test_weights_that_were_changed_since_are_refused(tmp_path: Path) -> None:
+def test_weights_that_were_changed_since_are_refused(tmp_path):
     trained(tmp_path / "m")
     trained(tmp_path / "n", n_frames=8)
     (tmp_path / "n" / "model.safetensors").replace(tmp_path / "m" / "model.safetensors")
@@ -174,7 +166,7 @@ def test_weights_that_were_changed_since_are_refused(tmp_path: Path) -> None:
         started(tmp_path / "m")
 
 
-def test_a_card_with_a_shape_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_card_with_a_shape_that_cannot_be_is_refused(tmp_path):
     trained(tmp_path / "m")
     card = load_card(tmp_path / "m")
     (tmp_path / "m" / "card.json").write_text(
@@ -184,7 +176,7 @@ def test_a_card_with_a_shape_that_cannot_be_is_refused(tmp_path: Path) -> None:
         started(tmp_path / "m")
 
 
-def test_a_training_goes_on_from_the_model_folder_of_another(tmp_path: Path) -> None:
+def test_a_training_goes_on_from_the_model_folder_of_another(tmp_path):
     clips, how = make_clips(tmp_path / "colours", groups=4), {"working_directory": tmp_path, "epochs": 1}
     first = run(
         path_to_data=str(clips), hf_model_name=None, width=16, depth=1, num_heads=2, train="all", **how
@@ -199,12 +191,12 @@ def test_a_training_goes_on_from_the_model_folder_of_another(tmp_path: Path) -> 
     assert changed == ["classifier.bias", "classifier.weight"]
 
 
-def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_path: Path) -> None:
+def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_path):
     weights = make_pretrained(tmp_path / "vit")
     shape = {"width": 16, "depth": 1, "num_heads": 2}
 
-    def warned(**how: Any) -> list[str]:
-        notes: list[Any] = []
+    def warned(**how):
+        notes = []
         build(TrainSettings(img_size=32, **how), num_classes=3, report=notes.append)
         return [note.text for note in notes if note.level == "warning"]
 
@@ -222,9 +214,9 @@ def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_pa
     ]
 
 
-def test_a_run_goes_on_when_its_weights_have_moved_and_not_with_others(tmp_path: Path) -> None:
+def test_a_run_goes_on_when_its_weights_have_moved_and_not_with_others(tmp_path):
     data, weights = make_clips(tmp_path / "colours", groups=4), make_pretrained(tmp_path / "vit")
-    how: dict[str, Any] = {"path_to_data": str(data), "working_directory": tmp_path / "runs", "epochs": 2}
+    how = {"path_to_data": str(data), "working_directory": tmp_path / "runs", "epochs": 2}
     first = run(hf_model_name=str(weights), experiment_name="a", **how)
     moved = weights.rename(tmp_path / "moved")
     checkpoint = sorted((first.run / "checkpoints").glob("step-*"))[0]
@@ -243,8 +235,8 @@ def test_a_run_goes_on_when_its_weights_have_moved_and_not_with_others(tmp_path:
         run(hf_model_name=str(moved), resume_from_checkpoint=str(checkpoint), **how)
 
 
-def test_an_experiment_is_not_overwritten_with_weights_that_lie_in_it(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"path_to_data": str(make_clips(tmp_path / "colours", groups=4))}
+def test_an_experiment_is_not_overwritten_with_weights_that_lie_in_it(tmp_path):
+    how = {"path_to_data": str(make_clips(tmp_path / "colours", groups=4))}
     how |= {"working_directory": tmp_path / "runs", "epochs": 1, "experiment_name": "a"}
     first = run(hf_model_name=None, width=16, depth=1, num_heads=2, **how)
     with pytest.raises(ModelError, match="no name that a hub repository can have"):

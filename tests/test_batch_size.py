@@ -1,30 +1,26 @@
 """Global batch, micro-batch and accumulation."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny import Run, last_weights, same, settings
+from tiny import last_weights, same, settings
 
 from tvit_cli.engine.train import memory, train
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.memory import Probe, global_batch, largest_that_fits
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.results import Event, MemoryModel, TrainingStarts
+from tvit_cli.results import MemoryModel, TrainingStarts
 
 
-def test_auto_micro_batch_is_the_largest_fitting_divisor() -> None:
+def test_auto_micro_batch_is_the_largest_fitting_divisor():
     terms = MemoryModel(
         weights=1000, gradients=10, moments=20, average=0, workspace=0, activations_per_clip=100
     )
-    tried: list[int] = []
+    tried = []
 
-    def fits(clips: int) -> bool:
+    def fits(clips):
         tried.append(clips)
         return clips <= 3
 
@@ -44,9 +40,7 @@ def test_auto_micro_batch_is_the_largest_fitting_divisor() -> None:
         ({"per_gpu_batch_size": "auto", "global_batch_size": 6}, 2, 6),
     ],
 )
-def test_the_global_batch_is_what_was_given_or_what_the_default_comes_to(
-    changes: dict[str, Any], processes: int, expected: int
-) -> None:
+def test_the_global_batch_is_what_was_given_or_what_the_default_comes_to(changes, processes, expected):
     assert global_batch(settings(**changes), processes) == expected
 
 
@@ -54,23 +48,20 @@ def test_the_global_batch_is_what_was_given_or_what_the_default_comes_to(
     ("changes", "words"),
     [
         ({"global_batch_size": 10}, r"--global-batch-size 10: .* 2 × --per-gpu-batch-size 4. Take 8 or 16"),
-        (
-            {"global_batch_size": 1, "per_gpu_batch_size": "auto"},
-            r"no multiple of 2 processes. Take 2",
-        ),
+        ({"global_batch_size": 1, "per_gpu_batch_size": "auto"}, r"no multiple of 2 processes. Take 2"),
     ],
 )
-def test_a_global_batch_that_cannot_be_cut_evenly_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_a_global_batch_that_cannot_be_cut_evenly_is_refused(changes, words):
     with pytest.raises(SettingsError, match=words):
         global_batch(settings(**changes), 2)
 
 
-def test_a_global_batch_says_how_much_is_accumulated() -> None:
+def test_a_global_batch_says_how_much_is_accumulated():
     with pytest.raises(ValueError, match="--gradient-accumulation-steps 2: it follows from"):
         settings(global_batch_size=8, gradient_accumulation_steps=2)
 
 
-def test_a_global_batch_is_accumulated_over_passes(trained: Run) -> None:
+def test_a_global_batch_is_accumulated_over_passes(trained):
     cut = trained(per_gpu_batch_size=4, global_batch_size=8, epochs=1)
     assert same(
         last_weights(cut),
@@ -78,10 +69,8 @@ def test_a_global_batch_is_accumulated_over_passes(trained: Run) -> None:
     )
 
 
-def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(
-    trained: Run, inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[Event] = []
+def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(trained, inputs, tmp_path, monkeypatch):
+    events = []
     own = settings(
         **inputs,
         working_directory=tmp_path,
@@ -92,7 +81,7 @@ def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(
     )
     per_clip = Probe.memory_model
 
-    def as_if(self: Probe) -> MemoryModel:
+    def as_if(self):
         return dataclasses.replace(
             per_clip(self), workspace=0, activations_per_clip=1000, moments=0, gradients=0
         )
@@ -107,7 +96,7 @@ def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(
     written = json.loads((found.run / "settings.json").read_text())
     assert (written["per_gpu_batch_size"], written["global_batch_size"]) == (2, 8)
 
-    def never(self: Probe) -> MemoryModel:
+    def never(self):
         raise AssertionError("it is looked for twice")
 
     monkeypatch.setattr(Probe, "memory_model", never)
@@ -117,9 +106,7 @@ def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(
     assert again.run == found.run and same(last_weights(again), last_weights(typed))
 
 
-def test_without_room_for_one_clip_an_automatic_micro_batch_gives_advice(
-    trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_room_for_one_clip_an_automatic_micro_batch_gives_advice(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "free_bytes", lambda device, processes: 10)
     with pytest.raises(RunError, match=r"not even one clip fits.*--gradient-checkpointing.*--img-size 32"):
         trained(per_gpu_batch_size="auto")

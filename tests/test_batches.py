@@ -1,7 +1,5 @@
 """Which clips are read when: the same updates however the work is cut up."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -26,13 +24,13 @@ def windows(processes: int, **changes: Any) -> dict[int, list[tuple[int, int]]]:
     return {step: sorted(keys) for step, keys in found.items()}
 
 
-def test_every_clip_is_read_once_per_epoch() -> None:
+def test_every_clip_is_read_once_per_epoch():
     for epoch in range(3):
         keys = [k for b in plan().micro_batches() if b.epoch == epoch for k in b.keys[: b.real]]
         assert sorted(keys) == [(epoch, index) for index in range(21)]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_orders_of_their_own():
     orders = [
         tuple(index for b in plan(seed=seed).micro_batches() if b.epoch == epoch for _, index in b.keys)
         for seed in (0, 1)
@@ -50,11 +48,11 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
         {"processes": 2, "batch_size": 3, "global_batch": 8},
     ],
 )
-def test_updates_hold_the_same_clips_however_they_are_cut(cut: dict[str, int]) -> None:
+def test_updates_hold_the_same_clips_however_they_are_cut(cut):
     assert windows(**cut) == windows(processes=1, batch_size=8, accumulation=1)
 
 
-def test_processes_take_equally_many_passes_and_say_what_does_not_count() -> None:
+def test_processes_take_equally_many_passes_and_say_what_does_not_count():
     ranks = [list(plan(processes=4, rank=r, clips=9).micro_batches()) for r in range(4)]
     assert len({len(batches) for batches in ranks}) == 1
     for batches in zip(*ranks, strict=True):
@@ -63,12 +61,12 @@ def test_processes_take_equally_many_passes_and_say_what_does_not_count() -> Non
     assert sum(b.real for batches in ranks for b in batches) == 9 * 3
 
 
-def test_the_last_window_of_an_epoch_knows_how_few_clips_it_has() -> None:
+def test_the_last_window_of_an_epoch_knows_how_few_clips_it_has():
     sizes = {b.step: b.window_clips for b in plan(epochs=1).micro_batches()}
     assert list(sizes.values()) == [4, 4, 4, 4, 4, 1]
 
 
-def test_a_halved_plan_has_the_same_windows_in_more_passes() -> None:
+def test_a_halved_plan_has_the_same_windows_in_more_passes():
     whole = plan(batch_size=5, accumulation=1, epochs=1)
     halved = whole.halved()
     assert (halved.batch_size, halved.accumulation, halved.global_batch) == (2, 3, 5)
@@ -79,7 +77,7 @@ def test_a_halved_plan_has_the_same_windows_in_more_passes() -> None:
         assert keys[0] == keys[1]
 
 
-def test_a_plan_goes_on_from_any_step() -> None:
+def test_a_plan_goes_on_from_any_step():
     whole = list(plan().micro_batches())
     for step in range(plan().total_steps + 1):
         assert list(plan().micro_batches(step)) == [b for b in whole if b.step >= step]
@@ -109,7 +107,7 @@ def partners(processes: int, **changes: int) -> dict[tuple[int, int], tuple[int,
         {"processes": 2, "batch_size": 3, "global_batch": 8},
     ],
 )
-def test_partners_are_the_same_however_an_update_is_cut(cut: dict[str, int]) -> None:
+def test_partners_are_the_same_however_an_update_is_cut(cut):
     whole = partners(processes=1, batch_size=8, accumulation=1)
     assert partners(**cut) == whole
     assert windows(**cut, pairs=1) == windows(processes=1, batch_size=8, accumulation=1)
@@ -118,7 +116,7 @@ def test_partners_are_the_same_however_an_update_is_cut(cut: dict[str, int]) -> 
     assert sum(whole[partner] == key for key, partner in whole.items()) == 60  # 21 is odd: one joins a pair
 
 
-def test_pairs_are_read_by_one_process_and_nothing_is_read_twice() -> None:
+def test_pairs_are_read_by_one_process_and_nothing_is_read_twice():
     facts = {"clips": 64, "batch_size": 4, "accumulation": 2, "processes": 4, "pairs": 1}
     for rank in range(4):
         batches = list(plan(**facts, rank=rank).micro_batches())
@@ -129,19 +127,19 @@ def test_pairs_are_read_by_one_process_and_nothing_is_read_twice() -> None:
     assert any(b.extra for b in odd)
 
 
-def test_a_clip_that_is_alone_in_its_window_is_its_own_partner() -> None:
+def test_a_clip_that_is_alone_in_its_window_is_its_own_partner():
     (batch,) = plan(clips=1, epochs=1, pairs=1).micro_batches()
     assert (batch.keys, batch.extra, batch.partners) == (((0, 0),), (), (0,))
 
 
-def test_pairs_are_drawn_anew_in_every_epoch() -> None:
+def test_pairs_are_drawn_anew_in_every_epoch():
     pairs = partners(processes=1, batch_size=8, accumulation=1)
     by_epoch = [{k[1]: v[1] for k, v in pairs.items() if k[0] == epoch} for epoch in range(3)]
     assert by_epoch[0] != by_epoch[1] != by_epoch[2]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_repeats_of_a_video_are_in_one_window_under_keys_of_their_own(processes: int) -> None:
+def test_repeats_of_a_video_are_in_one_window_under_keys_of_their_own(processes):
     found = windows(processes, batch_size=12 // processes, accumulation=1, repeats=3)
     assert len(found) == plan(batch_size=12, accumulation=1, repeats=3).total_steps == 6 * 3
     for step, keys in found.items():
@@ -153,7 +151,7 @@ def test_repeats_of_a_video_are_in_one_window_under_keys_of_their_own(processes:
     assert partners(processes, batch_size=12 // processes, accumulation=1, repeats=3).keys() == set(every)
 
 
-def test_once_each_is_what_there_was_before_repeats() -> None:
+def test_once_each_is_what_there_was_before_repeats():
     assert list(plan(repeats=1).micro_batches()) == list(plan().micro_batches())
     first = {
         step: [k for k in keys if k[0] < 3] for step, keys in windows(1, batch_size=8, repeats=2).items()
@@ -161,7 +159,7 @@ def test_once_each_is_what_there_was_before_repeats() -> None:
     assert first == windows(1, batch_size=8, accumulation=1)  # half of a window that is twice as large
 
 
-def test_the_loader_is_given_the_keys_of_the_plan() -> None:
+def test_the_loader_is_given_the_keys_of_the_plan():
     assert list(BatchKeys(plan(), 4)) == [list(b.keys) for b in plan().micro_batches(4)]
     paired = plan(batch_size=3, pairs=1)
     read = list(BatchKeys(paired, 4))
@@ -172,7 +170,7 @@ def test_the_loader_is_given_the_keys_of_the_plan() -> None:
 UNEVEN = (0,) * 12 + (1,) * 7 + (2,) * 2  # the classes of 21 clips
 
 
-def test_a_balanced_epoch_is_as_long_and_has_as_many_clips_of_each_class() -> None:
+def test_a_balanced_epoch_is_as_long_and_has_as_many_clips_of_each_class():
     assert plan(balance=UNEVEN).total_steps == plan().total_steps
     for epoch in range(3):
         keys = [k for b in plan(balance=UNEVEN).micro_batches() if b.epoch == epoch for k in b.keys[: b.real]]
@@ -180,7 +178,7 @@ def test_a_balanced_epoch_is_as_long_and_has_as_many_clips_of_each_class() -> No
         assert Counter(UNEVEN[index] for _, index in keys) == {0: 7, 1: 7, 2: 7}
 
 
-def test_a_clip_that_is_read_again_in_an_epoch_is_drawn_anew() -> None:
+def test_a_clip_that_is_read_again_in_an_epoch_is_drawn_anew():
     keys = [k for b in plan(balance=UNEVEN).micro_batches() for k in b.keys[: b.real]]
     assert len(keys) == len(set(keys)) == 3 * 21
     firsts = {(b.epoch, index) for b in plan(balance=UNEVEN).micro_batches() for _, index in b.keys}
@@ -194,18 +192,18 @@ def test_a_clip_that_is_read_again_in_an_epoch_is_drawn_anew() -> None:
         {"processes": 4, "batch_size": 1, "accumulation": 2},
     ],
 )
-def test_balanced_updates_hold_the_same_clips_however_they_are_cut(cut: dict[str, int]) -> None:
+def test_balanced_updates_hold_the_same_clips_however_they_are_cut(cut):
     whole = windows(processes=1, batch_size=8, accumulation=1, balance=UNEVEN)
     assert windows(**cut, balance=UNEVEN) == whole != windows(**cut)
 
 
-def test_a_balanced_plan_goes_on_from_any_step() -> None:
+def test_a_balanced_plan_goes_on_from_any_step():
     whole = list(plan(balance=UNEVEN).micro_batches())
     for step in range(plan().total_steps + 1):
         assert list(plan(balance=UNEVEN).micro_batches(step)) == [b for b in whole if b.step >= step]
 
 
-def test_repeats_of_a_balanced_plan_have_keys_of_their_own() -> None:
+def test_repeats_of_a_balanced_plan_have_keys_of_their_own():
     keys = [k for b in plan(balance=UNEVEN, repeats=2, pairs=1).micro_batches() for k in b.keys[: b.real]]
     assert len(keys) == len(set(keys)) == 3 * 21 * 2
     once = {k for b in plan(balance=UNEVEN).micro_batches() for k in b.keys if k[0] < 3}

@@ -1,7 +1,5 @@
 """The benchmark for accelerators, which nobody has at hand when it breaks: all of it on a CPU, as small as can be."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 BENCH = Path(__file__).parent / "bench"
 
 
-def test_every_part_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_every_part_of_it_runs_on_a_cpu(tmp_path):
     small = "--device cpu --precision no --width 64 --depth 1 --size 32 --schemes joint,space --frames 2 --batch 2"
     command = [
         sys.executable,

@@ -1,10 +1,5 @@
 """The learning benchmark's plan and statistics: nothing is selected on the people it is scored on."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,14 +8,12 @@ from tvit_cli.report.drawing import LABEL_SIZE, text_width
 
 
 @pytest.fixture(scope="module")
-def learning(load_bench: Callable[[str], ModuleType]) -> ModuleType:
+def learning(load_bench):
     return load_bench("learning")
 
 
-def test_steps_are_timed_in_turn_and_the_first_round_warms_up(
-    load_bench: Callable[[str], ModuleType],
-) -> None:
-    ran: list[str] = []
+def test_steps_are_timed_in_turn_and_the_first_round_warms_up(load_bench):
+    ran = []
     times = load_bench("step").in_turn({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 2)
     assert ran == ["a", "b"] * 3 and {key: len(took) for key, took in times.items()} == {"a": 2, "b": 2}
 
@@ -30,7 +23,7 @@ def row(job: Any, top1: float, loss: float = 1.0) -> dict[str, Any]:
     return {**facts, "top1": top1, "loss": loss}
 
 
-def test_every_person_is_left_out_once_and_selection_never_sees_them(learning: ModuleType) -> None:
+def test_every_person_is_left_out_once_and_selection_never_sees_them(learning):
     plan = list(learning.jobs({}))
     assert len({job.key for job in plan}) == len(plan)
     folds = {job.fold: set(job.test_people) for job in plan if job.part == "test"}
@@ -46,8 +39,8 @@ def test_every_person_is_left_out_once_and_selection_never_sees_them(learning: M
             assert len(job.train_people) == 6
 
 
-def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleType) -> None:
-    rows: dict[str, Any] = {}
+def test_the_most_telling_runs_come_first_and_the_finals_last(learning):
+    rows = {}
     assert [job.part for job in learning.jobs(rows)][-1] == "select"
     for job in learning.jobs(rows):
         rows[job.key] = row(job, {"divided": 0.9, "space": 0.8, "joint": 0.7}.get(job.method, 0.1))
@@ -68,7 +61,7 @@ def test_the_most_telling_runs_come_first_and_the_finals_last(learning: ModuleTy
     assert len({job.key for job in plan}) == len(plan)
 
 
-def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning: ModuleType) -> None:
+def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning):
     rows = {j.key: row(j, 0.5) for j in learning.jobs({}) if j.part == "select"}
     more = [j for j in learning.jobs(rows) if j.part == "select" and j.key not in rows]
     first = more[0].method
@@ -79,7 +72,7 @@ def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning: 
     assert learning.selected(rows, range(1, 4))[0][1] == "half"
 
 
-def test_the_interval_is_over_people_and_holds_the_mean(learning: ModuleType) -> None:
+def test_the_interval_is_over_people_and_holds_the_mean(learning):
     people = {name: [1.0] * 9 + [0.0] for name in "abcdefghi"}
     assert learning.interval(people) == (0.9, 0.9)  # all alike: nothing hangs on who is drawn
     people["a"] = [0.0] * 10
@@ -87,14 +80,14 @@ def test_the_interval_is_over_people_and_holds_the_mean(learning: ModuleType) ->
     assert low < 0.8 < high <= 0.9
 
 
-def test_a_line_that_was_cut_is_not_read(learning: ModuleType, tmp_path: Path) -> None:
+def test_a_line_that_was_cut_is_not_read(learning, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b"')
     assert list(learning.read_rows(path)) == ["a"]
 
 
-def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: ModuleType) -> None:
-    def scored(method: str, fold: int, right: list[int], gigaflops: float) -> dict[str, Any]:
+def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning):
+    def scored(method, fold, right, gigaflops):
         facts = {"part": "test", "method": method, "fold": fold, "flops": gigaflops * 1e9, "cpu_minutes": 2.0}
         facts["recipe"] = learning.RECIPE
         return {**facts, "right": {f"p_{n}": answer for n, answer in enumerate(right)}}
@@ -102,7 +95,7 @@ def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: Mo
     rows = [scored("joint", 1, [1, 1, 0, 0], 18), scored("joint", 2, [1, 1, 1, 1], 18)]
     rows.append(scored("space", 1, [1, 0, 0, 0], 15))
 
-    def found(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    def found(rows):
         kept = learning.on_common_folds(rows)
         marks = learning.points(kept, lambda group: learning.mean(group, "flops") / 1e9)
         return [(point.name, point.x, point.y) for point in marks]
@@ -114,9 +107,7 @@ def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning: Mo
     assert found([rows[0], before]) == [("joint", 18.0, 0.5), ("joint, base", 18.0, 1.0)]
 
 
-def test_scatter_plot_labels_each_method_without_overlap(
-    learning: ModuleType,
-) -> None:
+def test_scatter_plot_labels_each_method_without_overlap(learning):
     rows = {}
     for number, method in enumerate(learning.METHODS):  # all as good, and nearly as costly
         facts = {

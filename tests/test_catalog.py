@@ -1,27 +1,20 @@
 """Facts on known data sets, where their members go, and UCF101's split lists."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from tvit_cli.data.archive_safety import Member
-from tvit_cli.data.catalog import CATALOG, Layout, Spelling, choose, find, place, place_all, take_clips
+from tvit_cli.data.catalog import CATALOG, Spelling, choose, find, place, place_all, take_clips
 from tvit_cli.data.dataset_folder import Selection
-from tvit_cli.data.split_files import (
-    group_of,
-    lists_from_groups,
-    parse_split_lists,
-    read_classes,
-)
+from tvit_cli.data.split_files import group_of, lists_from_groups, parse_split_lists, read_classes
 from tvit_cli.errors import DataError, SettingsError
 
 PUSHUPS = "videos/HandStandPushups/v_HandStandPushups_g01_c01.avi"
 
 
-def test_known_sets_are_found_and_unknown_ones_get_near_names() -> None:
+def test_known_sets_are_found_and_unknown_ones_get_near_names():
     assert [dataset.name for dataset in CATALOG] == ["ucf101", "ucf101-subset", "weizmann", "motions"]
     assert find("UCF101").clips == 13_320
     with pytest.raises(SettingsError, match=r"Did you mean ucf101"):
@@ -30,7 +23,7 @@ def test_known_sets_are_found_and_unknown_ones_get_near_names() -> None:
         find("kinetics")
 
 
-def test_catalog_holds_together() -> None:
+def test_catalog_holds_together():
     for dataset in CATALOG:
         for part in dataset.videos + dataset.splits:
             assert part.sources
@@ -60,20 +53,20 @@ def test_catalog_holds_together() -> None:
         ("ucfTrainTestlist/classInd.txt", "lists", "splits/classInd.txt"),
     ],
 )
-def test_member_goes_to_its_class(member: str, layout: Layout, goes: str | None) -> None:
+def test_member_goes_to_its_class(member, layout, goes):
     spelling = Spelling(["HandStandPushups"], ["v_HandStandPushups_g01_c01.avi"])
     placed = place(PurePosixPath(member), layout, part="part", spelling=spelling)
     assert placed == (PurePosixPath(goes) if goes else None)
 
 
-def test_two_spellings_without_lists_make_one_class() -> None:
+def test_two_spellings_without_lists_make_one_class():
     names = ["UCF101/v_HandStandPushups_g01_c01.avi", "UCF101/v_HandstandPushups_g02_c01.avi"]
     members = [Member(index, name, 1) for index, name in enumerate(names)]
     placed = place_all(members, "ucf101", part="p", spelling=Spelling())
     assert {path.parent.name for path in placed.values()} == {"HandStandPushups"}
 
 
-def test_members_that_would_become_one_file_are_refused() -> None:
+def test_members_that_would_become_one_file_are_refused():
     members = [Member(0, "x/A/a.avi", 1), Member(1, "y/A/a.avi", 1)]
     with pytest.raises(DataError, match=r"would both become videos/A/a\.avi"):
         place_all(members, "class folders", part="p", spelling=Spelling())
@@ -89,7 +82,7 @@ def clips(action: str, groups: int = 25, each: int = 3) -> list[PurePosixPath]:
     ]
 
 
-def test_few_clips_come_from_groups_far_apart() -> None:
+def test_few_clips_come_from_groups_far_apart():
     taken = take_clips(clips("A") + clips("B"), 5)
     assert sorted(path.name for path in taken if path.parent.name == "A") == [
         f"v_A_g{group:02}_c01.avi" for group in (1, 6, 11, 16, 21)
@@ -101,7 +94,7 @@ def test_few_clips_come_from_groups_far_apart() -> None:
     assert len(take_clips([PurePosixPath(f"videos/run/{name}_run.avi") for name in "abcde"], 2)) == 2
 
 
-def test_class_selection_ignores_case_and_names_unknown_classes() -> None:
+def test_class_selection_ignores_case_and_names_unknown_classes():
     paths = clips("Archery", 2) + clips("Bowling", 2)
     assert choose(paths, Selection(classes=("archery",))) == set(clips("Archery", 2))
     with pytest.raises(SettingsError, match=r"--classes archry: no such class\. Did you mean Archery"):
@@ -115,7 +108,7 @@ def write_lists(folder: Path, *, train: str, test: str, classes: str = "1 A\r\n2
     return folder
 
 
-def test_lists_are_read_with_any_line_ends_labels_and_case(tmp_path: Path) -> None:
+def test_lists_are_read_with_any_line_ends_labels_and_case(tmp_path):
     folder = write_lists(
         tmp_path,
         train="A/v_A_g08_c01.avi 1\r\nb/v_B_g08_c01.avi 2\n\n",
@@ -135,12 +128,12 @@ def test_lists_are_read_with_any_line_ends_labels_and_case(tmp_path: Path) -> No
         ("A/x.avi 1\n", "A/x.avi\n", r"stands in trainlist01\.txt too"),
     ],
 )
-def test_list_that_contradicts_is_named_by_its_line(tmp_path: Path, train: str, test: str, says: str) -> None:
+def test_list_that_contradicts_is_named_by_its_line(tmp_path, train, test, says):
     with pytest.raises(DataError, match=says):
         parse_split_lists(write_lists(tmp_path, train=train, test=test), 1)
 
 
-def test_missing_list_and_split_are_named(tmp_path: Path) -> None:
+def test_missing_list_and_split_are_named(tmp_path):
     with pytest.raises(DataError, match=r"classInd\.txt: cannot be read"):
         parse_split_lists(tmp_path, 1)
     with pytest.raises(DataError, match="splits 1 to 3"):
@@ -152,9 +145,7 @@ def test_missing_list_and_split_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize(("split", "train", "test"), [(1, 9537, 3783), (2, 9586, 3734), (3, 9624, 3696)])
-def test_official_lists_are_read_and_follow_from_the_groups(
-    split: int, train: int, test: int, tmp_path: Path
-) -> None:
+def test_official_lists_are_read_and_follow_from_the_groups(split, train, test, tmp_path):
     root = os.environ.get("TVIT_TEST_DATA")
     if not root:
         pytest.skip("TVIT_TEST_DATA is not set")

@@ -1,10 +1,8 @@
 """Videos that were tried before are not tried again unless they changed."""
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def videos(make_video: Make, tmp_path: Path) -> list[Video]:
+def videos(make_video, tmp_path):
     for name in ("a", "b", "c"):
         make_video(tmp_path / "run" / f"{name}_g01_.avi", frames=2)
     make_video(tmp_path / "walk" / "d_g01_.avi", frames=2)
@@ -26,9 +24,9 @@ def videos(make_video: Make, tmp_path: Path) -> list[Video]:
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def tried(monkeypatch):
     """Names of the files that were opened since it was last cleared."""
-    names: list[str] = []
+    names = []
     real = dataset.decode_first
     monkeypatch.setattr(dataset, "decode_first", lambda path: names.append(path.name[0]) or real(path))
     yield names
@@ -38,9 +36,7 @@ def check(videos: list[Video], folder: Path) -> dict[str, str]:
     return unreadable_videos(videos, folder, workers=2)
 
 
-def test_only_what_could_not_be_read_is_tried_again(
-    videos: list[Video], tried: list[str], tmp_path: Path
-) -> None:
+def test_only_what_could_not_be_read_is_tried_again(videos, tried, tmp_path):
     first = check(videos, tmp_path)
     assert list(first) == ["run/bad_g01_.avi"]
     assert sorted(tried) == ["a", "b", "b", "c", "d"]
@@ -52,9 +48,7 @@ def test_only_what_could_not_be_read_is_tried_again(
     assert list(again.videos) == videos
 
 
-def test_a_changed_video_is_tried_again(
-    videos: list[Video], tried: list[str], make_video: Make, tmp_path: Path
-) -> None:
+def test_a_changed_video_is_tried_again(videos, tried, make_video, tmp_path):
     check(videos, tmp_path)
     paths = {video.path.name[0]: video.path for video in videos if "bad" not in video.name}
     times = paths["a"].stat()
@@ -74,9 +68,7 @@ def test_a_changed_video_is_tried_again(
     assert sorted(tried) == ["b", "b"]  # what comes back as it was is still known
 
 
-def test_another_decoder_tries_all_again(
-    videos: list[Video], tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_decoder_tries_all_again(videos, tried, tmp_path, monkeypatch):
     check(videos, tmp_path)
     monkeypatch.setattr("av.__version__", "0.0")
     tried.clear()
@@ -85,16 +77,14 @@ def test_another_decoder_tries_all_again(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"decoder": 1}', '{"videos": {}}'])
-def test_spoilt_notes_are_made_anew(text: str, videos: list[Video], tried: list[str], tmp_path: Path) -> None:
+def test_spoilt_notes_are_made_anew(text, videos, tried, tmp_path):
     (tmp_path / CHECKED).write_text(text)
     check(videos, tmp_path)
     assert len(tried) == 5
     assert len(json.loads((tmp_path / CHECKED).read_text())["videos"]) == 4
 
 
-def test_a_folder_that_may_not_be_written_to_is_no_fault_and_left_alone(
-    videos: list[Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_may_not_be_written_to_is_no_fault_and_left_alone(videos, tmp_path, monkeypatch):
     tmp_path.chmod(0o555)
     try:
         assert list(check(videos, tmp_path)) == ["run/bad_g01_.avi"]
@@ -102,7 +92,7 @@ def test_a_folder_that_may_not_be_written_to_is_no_fault_and_left_alone(
         tmp_path.chmod(0o755)
     assert not (tmp_path / CHECKED).exists()
 
-    def full(*arguments: object, **keywords: object) -> None:
+    def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)

@@ -1,7 +1,5 @@
 """A checkpoint is complete or absent, holds no pickle, and says what is wrong with it."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -41,7 +39,7 @@ def save(folder: Path, step: int, **changes: Any) -> Path:
     return save_checkpoint(folder, state=state, **facts)
 
 
-def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
     read = load_checkpoint(save(tmp_path, 7, best=TENSORS))
     assert read.state == State(
         step=7, tally=(0.1, 2.0, 3.0), best={"val_loss": 1 / 3}, best_step=2, identity={"seed": 0}
@@ -51,9 +49,7 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
 
 
-def test_checkpoint_holds_the_ema_only_where_there_is_one(
-    tmp_path: Path,
-) -> None:
+def test_checkpoint_holds_the_ema_only_where_there_is_one(tmp_path):
     without, with_it = save(tmp_path, 1), save(tmp_path, 2, ema=TENSORS)
     assert {p.name for p in with_it.iterdir()} - {p.name for p in without.iterdir()} == {"ema.safetensors"}
     assert load_checkpoint(without).ema is None
@@ -61,14 +57,14 @@ def test_checkpoint_holds_the_ema_only_where_there_is_one(
     assert read is not None and all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
     for file in save(tmp_path, 1).iterdir():
         with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError, IndexError)):
             pickle.loads(file.read_bytes())
 
 
-def test_the_optimizers_state_goes_by_parameter_name(tmp_path: Path) -> None:
-    def trained(steps: int) -> tuple[nn.Module, torch.optim.AdamW]:
+def test_the_optimizers_state_goes_by_parameter_name(tmp_path):
+    def trained(steps):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
         optimizer = torch.optim.AdamW(model.parameters())
@@ -92,7 +88,7 @@ def test_the_optimizers_state_goes_by_parameter_name(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_only_the_latest_are_kept_and_left_overs_are_swept(tmp_path: Path) -> None:
+def test_only_the_latest_are_kept_and_left_overs_are_swept(tmp_path):
     for step in (1, 2, 10, 9):
         save(tmp_path, step)
     (tmp_path / ".step-000011.writing").mkdir()
@@ -102,14 +98,14 @@ def test_only_the_latest_are_kept_and_left_overs_are_swept(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-000009", "step-000010"]
 
 
-def test_checkpoints_of_a_course_that_was_left_go_before_any_other(tmp_path: Path) -> None:
+def test_checkpoints_of_a_course_that_was_left_go_before_any_other(tmp_path):
     for step in (1, 2, 3, 8, 9):
         save(tmp_path, step)
     prune_checkpoints(tmp_path, keep=2, newest=3)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 
 
-def test_latest_is_the_last_step_and_half_written_ones_are_not_seen(tmp_path: Path) -> None:
+def test_latest_is_the_last_step_and_half_written_ones_are_not_seen(tmp_path):
     for step in (2, 10):
         save(tmp_path, step)
     (tmp_path / ".step-000011.writing").mkdir()
@@ -118,7 +114,7 @@ def test_latest_is_the_last_step_and_half_written_ones_are_not_seen(tmp_path: Pa
     assert find_checkpoint(Path("elsewhere"), str(tmp_path / "step-000002")).name == "step-000002"
 
 
-def test_a_name_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
+def test_a_name_that_is_not_there_lists_those_that_are(tmp_path):
     save(tmp_path, 2)
     with pytest.raises(CheckpointError, match="step-000002"):
         find_checkpoint(tmp_path, "step-000003")
@@ -126,11 +122,11 @@ def test_a_name_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "none", "latest")
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     save(tmp_path, 1)
     real_write = module._write
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path, data):
         if path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device")
         real_write(path, data)
@@ -142,7 +138,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch
     assert load_checkpoint(tmp_path / "step-000001").state.step == 1
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 1)
     path = save(tmp_path, 1, trainable={"c": torch.ones(1)})
     prune_checkpoints(tmp_path, keep=3, newest=1)
@@ -161,7 +157,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
         (lambda p: (p / "state.json").unlink(), "no checkpoint"),
     ],
 )
-def test_a_damaged_checkpoint_names_the_file(tmp_path: Path, damage: Any, words: str) -> None:
+def test_a_damaged_checkpoint_names_the_file(tmp_path, damage, words):
     path = save(tmp_path, 1)
     damage(path)
     with pytest.raises(CheckpointError, match=words):
@@ -174,7 +170,7 @@ def flip_a_bit(path: Path, place: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
-def test_any_bit_that_flips_in_any_file_is_found_or_means_nothing(tmp_path: Path) -> None:
+def test_any_bit_that_flips_in_any_file_is_found_or_means_nothing(tmp_path):
     path = save(tmp_path, 1, best=TENSORS)
     whole = load_checkpoint(path)
     for file in sorted(path.iterdir()):
@@ -196,7 +192,7 @@ def test_any_bit_that_flips_in_any_file_is_found_or_means_nothing(tmp_path: Path
     "name", ["state.json", "trainable.safetensors", "optimizer.safetensors", "best.safetensors"]
 )
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_truncated_or_empty_file_is_named(tmp_path: Path, name: str, share: float) -> None:
+def test_a_truncated_or_empty_file_is_named(tmp_path, name, share):
     path = save(tmp_path, 1, best=TENSORS)
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[: int(share * len(content))])
@@ -217,9 +213,7 @@ class Hostile:
 @pytest.mark.parametrize("hash_is_right", [False, True])
 @pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "best.safetensors"])
 @pytest.mark.parametrize("form", ["pickle", "torch"])
-def test_a_malicious_pickle_is_refused_and_never_executed(
-    tmp_path: Path, name: str, form: str, hash_is_right: bool
-) -> None:
+def test_a_malicious_pickle_is_refused_and_never_executed(tmp_path, name, form, hash_is_right):
     path, canary = save(tmp_path, 1, best=TENSORS), tmp_path / "executed"
     hostile = pickle.dumps(Hostile(canary))
     if form == "torch":
@@ -247,7 +241,7 @@ def forge(path: Path, name: str) -> None:
     (path / "state.json").write_text(json.dumps(state))
 
 
-def test_a_forged_list_of_files_reads_no_other_file(tmp_path: Path) -> None:
+def test_a_forged_list_of_files_reads_no_other_file(tmp_path):
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())
     state["sha256"] = {"../../secret": "0" * 64}
@@ -257,7 +251,7 @@ def test_a_forged_list_of_files_reads_no_other_file(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_an_optimizer_state_of_another_shape_is_refused() -> None:
+def test_an_optimizer_state_of_another_shape_is_refused():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     for key, value in (
@@ -270,18 +264,16 @@ def test_an_optimizer_state_of_another_shape_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def colours(tmp_path_factory):
     """A data set of three classes, and a pretrained model."""
     root = tmp_path_factory.mktemp("resume")
     return make_clips(root / "colours"), make_pretrained(root / "tiny-vit")
 
 
-def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(
-    colours: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(colours, tmp_path):
     data, base = colours[0], tmp_path / "base"
     shutil.copytree(colours[1], base)
-    facts: dict[str, Any] = {"path_to_data": str(data), "hf_model_name": str(base), "epochs": 2}
+    facts = {"path_to_data": str(data), "hf_model_name": str(base), "epochs": 2}
     facts["working_directory"] = tmp_path / "runs"
     checkpoint = run(**facts).run / "checkpoints" / "step-000003"
     facts["resume_from_checkpoint"] = str(checkpoint)
@@ -310,11 +302,9 @@ def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(
         run(**facts, learning_rate=0.5)
 
 
-def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(
-    colours: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(colours, tmp_path):
     data, pretrained = colours
-    facts: dict[str, Any] = {"path_to_data": str(data), "hf_model_name": str(pretrained), "epochs": 3}
+    facts = {"path_to_data": str(data), "hf_model_name": str(pretrained), "epochs": 3}
     whole = run(**facts, working_directory=tmp_path / "whole")
     begun = run(**facts, working_directory=tmp_path / "begun")
     moved = tmp_path / "else" / "where" / "mine"
@@ -333,7 +323,7 @@ def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(
     ).read_bytes()
 
 
-def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path: Path) -> None:
+def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path):
     from bench.checkpoint import adapted_vit_b, optimizer_after_a_step
 
     model = adapted_vit_b()
@@ -345,5 +335,5 @@ def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path: Path)
     assert 8e6 < sum(file.stat().st_size for file in path.iterdir()) < 12e6
 
 
-def test_list_of_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_list_of_a_folder_that_is_not_there_is_empty(tmp_path):
     assert list_checkpoints(tmp_path / "nowhere") == []

@@ -1,10 +1,7 @@
 """The Dataset of clips."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tvit_cli.data import clips
-from tvit_cli.data.clips import ClipBatch, ClipDataset, collate
+from tvit_cli.data.clips import ClipDataset, collate
 from tvit_cli.data.layout import Video
 from tvit_cli.portable.reading import segment_indices
 
@@ -22,7 +19,7 @@ FRAMES = 40
 
 
 @pytest.fixture(scope="module")
-def videos(make_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
+def videos(make_video, tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     return [
         Video(make_video(folder / f"{n}.avi", frames=FRAMES), f"{n}.avi", LABELS[n % 2], "train", None)
@@ -37,14 +34,14 @@ def dataset(videos: list[Video], **how: Any) -> ClipDataset:
 
 
 @pytest.fixture(scope="session")
-def numbers(read_numbers: Callable[[np.ndarray], list[int]]) -> Callable[[torch.Tensor], list[int]]:
+def numbers(read_numbers):
     return lambda frames: read_numbers(frames.permute(0, 2, 3, 1).numpy())
 
 
 Numbers = Callable[[torch.Tensor], list[int]]
 
 
-def test_an_item_is_uint8_frames_and_what_belongs_to_them(videos: list[Video]) -> None:
+def test_an_item_is_uint8_frames_and_what_belongs_to_them(videos):
     item = dataset(videos)[(3, 1)]
     assert item.frames.shape == (8, 3, 24, 32)
     assert item.frames.dtype == torch.uint8
@@ -52,21 +49,21 @@ def test_an_item_is_uint8_frames_and_what_belongs_to_them(videos: list[Video]) -
     assert (item.label, item.epoch, item.index, item.weight, item.error) == (1, 3, 1, 1.0, "")
 
 
-def test_evaluation_takes_the_centres_in_every_epoch(videos: list[Video], numbers: Numbers) -> None:
+def test_evaluation_takes_the_centres_in_every_epoch(videos, numbers):
     data = dataset(videos, training=False)
     assert numbers(data[(0, 2)].frames) == segment_indices(FRAMES, 8)
     assert torch.equal(data[(0, 2)].frames, data[(7, 2)].frames)
 
 
-def test_training_draws_within_segments_in_time_order(videos: list[Video], numbers: Numbers) -> None:
+def test_training_draws_within_segments_in_time_order(videos, numbers):
     data = dataset(videos)
     drawn = np.array([numbers(data[(epoch, 0)].frames) for epoch in range(30)])
     assert (drawn // 5 == np.arange(8)).all()
     assert all(len(set(column)) == 5 for column in drawn.T)  # every frame has its turn
 
 
-def test_the_draw_depends_on_seed_epoch_and_index_alone(videos: list[Video], numbers: Numbers) -> None:
-    def draw(seed: int, epoch: int, index: int) -> tuple[int, ...]:
+def test_the_draw_depends_on_seed_epoch_and_index_alone(videos, numbers):
+    def draw(seed, epoch, index):
         return tuple(numbers(dataset(videos, seed=seed)[(epoch, index)].frames))
 
     keys = [(s, e, i) for s in range(2) for e in range(2) for i in range(2)]
@@ -77,9 +74,7 @@ def test_the_draw_depends_on_seed_epoch_and_index_alone(videos: list[Video], num
     assert {key: draw(*key) for key in reversed(keys)} == first
 
 
-def test_shuffled_frames_are_the_same_frames_in_an_order_of_their_own(
-    videos: list[Video], numbers: Numbers
-) -> None:
+def test_shuffled_frames_are_the_same_frames_in_an_order_of_their_own(videos, numbers):
     plain, shuffled = (dataset(videos, training=False, shuffle_frames=on) for on in (False, True))
     orders = [numbers(shuffled[(0, index)].frames) for index in range(4)]
     for index, order in enumerate(orders):
@@ -89,7 +84,7 @@ def test_shuffled_frames_are_the_same_frames_in_an_order_of_their_own(
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_an_unreadable_video_becomes_black_frames_of_no_weight(videos: list[Video], tmp_path: Path) -> None:
+def test_an_unreadable_video_becomes_black_frames_of_no_weight(videos, tmp_path):
     (tmp_path / "text.avi").write_text("text")
     bad = Video(tmp_path / "text.avi", "text.avi", "walk", "train", None)
     item = dataset([videos[0], bad])[(0, 1)]
@@ -102,13 +97,11 @@ def test_an_unreadable_video_becomes_black_frames_of_no_weight(videos: list[Vide
     assert [index for index, _ in batch.errors] == [1]
 
 
-def test_the_exact_count_is_remembered_after_the_first_read(
-    videos: list[Video], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int | None] = []
+def test_the_exact_count_is_remembered_after_the_first_read(videos, monkeypatch):
+    asked = []
     read = clips.read_clip
 
-    def spy(*args: Any, frame_count: int | None, **how: Any) -> Any:
+    def spy(*args, frame_count, **how):
         asked.append(frame_count)
         return read(*args, frame_count=frame_count, **how)
 
@@ -120,7 +113,7 @@ def test_the_exact_count_is_remembered_after_the_first_read(
     assert torch.equal(data[(2, 0)].frames, dataset(videos)[(2, 0)].frames)
 
 
-def test_a_batch_keeps_each_clip_in_its_size(make_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_batch_keeps_each_clip_in_its_size(make_video, tmp_path):
     paths = [make_video(tmp_path / "wide.avi"), make_video(tmp_path / "tall.avi", height=64, width=48)]
     data = dataset([Video(path, path.name, "run", "train", None) for path in paths])
     batch = collate([data[(2, 0)], data[(2, 1)]])
@@ -131,7 +124,7 @@ def test_a_batch_keeps_each_clip_in_its_size(make_video: Callable[..., Path], tm
     assert batch.errors == []
 
 
-def test_pinning_keeps_a_batch_whole(videos: list[Video], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinning_keeps_a_batch_whole(videos, monkeypatch):
     batch = collate([dataset(videos)[(0, index)] for index in range(2)])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 0)
     pinned = batch.pin_memory()
@@ -143,10 +136,10 @@ def test_pinning_keeps_a_batch_whole(videos: list[Video], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_give_the_same_clips_as_none(method: str, videos: list[Video]) -> None:
+def test_worker_processes_give_the_same_clips_as_none(method, videos):
     keys = [[(epoch, index) for index in range(4)] for epoch in range(2)]
 
-    def run(workers: int) -> list[ClipBatch]:
+    def run(workers):
         context = method if workers else None
         loader = DataLoader(
             dataset(videos),
@@ -163,7 +156,7 @@ def test_worker_processes_give_the_same_clips_as_none(method: str, videos: list[
         assert all(clip.is_contiguous(memory_format=torch.channels_last) for clip in there.clips)
 
 
-def test_a_dataset_can_be_pickled(videos: list[Video]) -> None:
+def test_a_dataset_can_be_pickled(videos):
     data = dataset(videos)
     assert torch.equal(pickle.loads(pickle.dumps(data))[(1, 2)].frames, data[(1, 2)].frames)
     assert len(data) == 4

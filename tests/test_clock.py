@@ -1,11 +1,7 @@
 """How long the model waited for data: on a CPU by the loop's clock, on a GPU by the gaps in its queue."""
 
-from __future__ import annotations
-
 import json
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import make_clips, run
@@ -27,7 +23,7 @@ class Gpu:
     def work(self, seconds: float) -> None:
         self.busy_until = max(self.now, self.busy_until) + seconds
 
-    def mark(self) -> GpuMark:
+    def mark(self) -> "GpuMark":
         return GpuMark(self)
 
 
@@ -41,7 +37,7 @@ class GpuMark:
     def query(self) -> bool:
         return self.gpu.now >= self.at
 
-    def elapsed_time(self, other: GpuMark) -> float:
+    def elapsed_time(self, other: "GpuMark") -> float:
         assert self.query() and other.query()
         return 1000 * (other.at - self.at)
 
@@ -61,32 +57,28 @@ def wait_share(gpu: Gpu, *, batch_every: float, step: float) -> float:
     return clock.facts()["data_wait"]
 
 
-def test_a_gpu_that_is_never_idle_waits_for_nothing_though_the_loop_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_that_is_never_idle_waits_for_nothing_though_the_loop_does(monkeypatch):
     assert wait_share(Gpu(monkeypatch), batch_every=0.02, step=0.03) < 0.02
 
 
-def test_a_gpu_that_is_fed_too_slowly_waits_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_fed_too_slowly_waits_for_the_rest(monkeypatch):
     assert wait_share(Gpu(monkeypatch), batch_every=0.05, step=0.03) == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_clock_counts_waiting_for_slow_data_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_clock_counts_waiting_for_slow_data_only(tmp_path, monkeypatch, workers):
     """A clip takes 20 ms to read and more, and a step of eight clips is made to take 300 ms and more."""
     read, update = ClipDataset.__getitem__, loop.update
-    reading: dict[int, float] = {0: 0.0, 1: 0.0}  # epoch -> seconds, as seen from inside
+    reading = {0: 0.0, 1: 0.0}  # epoch -> seconds, as seen from inside
 
-    def slow_read(self: ClipDataset, key: tuple[int, int]) -> Any:
+    def slow_read(self, key):
         began = time.perf_counter()
         time.sleep(0.02)
         item = read(self, key)
         reading[key[0]] += time.perf_counter() - began
         return item
 
-    def slow_update(*arguments: Any) -> Any:
+    def slow_update(*arguments):
         time.sleep(0.3)
         return update(*arguments)
 

@@ -1,7 +1,5 @@
 """`tvit eval --compare`: two models are held against each other only where that means something."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +11,7 @@ from tiny import make_clips, run
 
 from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.evaluate.compare import compare
-from tvit_cli.engine.trained import Trained, open_trained
+from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.results import Comparison, TrainResult
 from tvit_cli.settings.base import load
@@ -24,7 +22,7 @@ NO_GROUPS = {"val_groups": "none", "test_groups": "none"}  # but for what the da
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
     return run(
         path_to_data=str(make_clips(root / "colours", groups=4)),
@@ -62,7 +60,7 @@ def measured(comparison: Comparison) -> str:
     return Page(comparison.report.read_text(encoding="utf-8")).text
 
 
-def test_videos_with_differing_true_classes_are_not_compared(trained: TrainResult, tmp_path: Path) -> None:
+def test_videos_with_differing_true_classes_are_not_compared(trained, tmp_path):
     swapped = {"Red": "Blue", "Blue": "Red", "Green": "Green"}  # as many of each class as before
     videos = read_layout(data_of(trained), **SUBSETS).videos
     rows = [f"{video.path},{swapped[video.label]},{video.subset}" for video in videos]
@@ -75,16 +73,14 @@ def test_videos_with_differing_true_classes_are_not_compared(trained: TrainResul
         compared(trained.model, other, output=tmp_path / "out")
 
 
-def test_models_without_a_video_in_common_are_not_compared(trained: TrainResult, tmp_path: Path) -> None:
+def test_models_without_a_video_in_common_are_not_compared(trained, tmp_path):
     elsewhere = make_clips(tmp_path / "colours", groups=4)
     other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(elsewhere))
     with pytest.raises(SettingsError, match="not scored on the same videos"):
         compared(trained.model, other, output=tmp_path / "out")
 
 
-def test_the_page_says_which_of_the_compared_videos_could_not_be_read(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_the_page_says_which_of_the_compared_videos_could_not_be_read(trained, tmp_path):
     data = shutil.copytree(data_of(trained), tmp_path / "colours")
     (data / "Red" / "v_Red_g01_c02.avi").write_text("not a video")
     facts = {"path_to_data": str(data), "subset": "train", "val_groups": "04,", "test_groups": "03,"}
@@ -95,9 +91,7 @@ def test_the_page_says_which_of_the_compared_videos_could_not_be_read(
     assert "videos7, of which 1 could not be read and count as wrong, of 2 groups" in measured(wrong)
 
 
-def test_two_models_whose_results_would_share_a_folder_each_get_their_own(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_two_models_whose_results_would_share_a_folder_each_get_their_own(trained, tmp_path):
     models = [copy_of(trained, tmp_path / "models" / name) for name in ("before", "after")]
     result = compared(*models)
     shared = tmp_path / "models" / "eval" / "test"
@@ -109,9 +103,7 @@ def test_two_models_whose_results_would_share_a_folder_each_get_their_own(
     assert apart.first.output == shared and apart.output == trained.run / "eval" / "test"
 
 
-def test_two_models_behind_one_folder_by_two_paths_each_get_their_own(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_two_models_behind_one_folder_by_two_paths_each_get_their_own(trained, tmp_path):
     first = copy_of(trained, tmp_path / "models" / "before")
     second = copy_of(trained, tmp_path / "models" / "after")
     (tmp_path / "link").symlink_to(tmp_path / "models")
@@ -121,12 +113,10 @@ def test_two_models_behind_one_folder_by_two_paths_each_get_their_own(
         assert json.loads((result.first.output / "metrics.json").read_text())["model"] == str(first)
 
 
-def test_each_model_is_opened_once(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_model_is_opened_once(trained, tmp_path, monkeypatch):
     opened = []
 
-    def counting(model: Path, **how: Any) -> Trained:
+    def counting(model, **how):
         opened.append(model)
         return open_trained(model, **how)
 
@@ -137,19 +127,19 @@ def test_each_model_is_opened_once(
     assert tuple(opened) == models
 
 
-def test_a_comparison_that_cannot_be_written_says_so(trained: TrainResult, tmp_path: Path) -> None:
+def test_a_comparison_that_cannot_be_written_says_so(trained, tmp_path):
     (tmp_path / "comparison.json").mkdir()
     with pytest.raises(RunError, match=r"cannot be written \(Is a directory\). Make room, or choose another"):
         compared(trained.model, trained.model, output=tmp_path)
 
 
-def test_a_third_model_beside_the_two_that_are_compared_is_refused() -> None:
+def test_a_third_model_beside_the_two_that_are_compared_is_refused():
     flags = {"compare": (Path("a"), Path("b")), "model": Path("c")}
     with pytest.raises(SettingsError, match="--compare names both models: leave out --model"):
         load(EvalSettings, flags=flags, environ={})
 
 
-def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained: TrainResult, tmp_path: Path) -> None:
+def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained, tmp_path):
     twin = copy_of(trained, tmp_path / "twin" / "model")
     other = copy_of(trained, tmp_path / "other" / "model", path_to_data="elsewhere")
     facts = {"subset": "train", "path_to_data": str(data_of(trained)), "output": tmp_path / "out"}
@@ -162,16 +152,14 @@ def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained: TrainResul
     assert "Second: Whether the model knows these videos from its training, on elsewhere, is not" in one
 
 
-def test_two_models_of_one_name_are_told_apart_by_their_paths(trained: TrainResult, tmp_path: Path) -> None:
+def test_two_models_of_one_name_are_told_apart_by_their_paths(trained, tmp_path):
     models = [copy_of(trained, tmp_path / where / "people" / "model") for where in ("here", "there")]
     text = measured(compared(*models))
     assert f"{models[1]} against {models[0]}" in text
     assert f"people against {trained.run.name}" in measured(compared(trained.model, models[0]))
 
 
-def test_both_models_are_scored_in_the_number_format_that_was_asked_for(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_both_models_are_scored_in_the_number_format_that_was_asked_for(trained, tmp_path):
     comparison = compared(
         trained.model, copy_of(trained, tmp_path / "b"), mixed_precision="bf16", output=tmp_path
     )

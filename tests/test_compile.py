@@ -1,14 +1,11 @@
 """Compiled models."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import Run, last_weights
+from tiny import last_weights
 from torch import nn
 
 from tvit_cli.engine.train.build import compile_model
@@ -30,9 +27,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_compiled_run_compiles_each_size_once_and_keeps_names(
-    trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_run_compiles_each_size_once_and_keeps_names(trained, monkeypatch):
     what = {"per_gpu_batch_size": 5, "lora_dropout": 0.0, "gradient_checkpointing": True}
     plain = trained(**what)
     torch.compiler.reset()
@@ -45,7 +40,7 @@ def test_compiled_run_compiles_each_size_once_and_keeps_names(
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, while it loads
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiler_gives_the_numbers_of_the_plain_module() -> None:
+def test_a_compiler_gives_the_numbers_of_the_plain_module():
     torch.compiler.reset()
     plain = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     fast = compile_model(plain, CPU)
@@ -54,9 +49,7 @@ def test_a_compiler_gives_the_numbers_of_the_plain_module() -> None:
     assert type(fast) is not nn.Sequential
 
 
-def test_without_a_compiler_compilation_is_refused_in_a_sentence(
-    trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_compiler_compilation_is_refused_in_a_sentence(trained, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         SettingsError, match=r"--compile: PyTorch wants a C\+\+ compiler, and there is no no-such-compiler"
@@ -65,13 +58,11 @@ def test_without_a_compiler_compilation_is_refused_in_a_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_be_compiled_ends_with_a_sentence(
-    trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_compiled_ends_with_a_sentence(trained, monkeypatch):
     torch.compiler.reset()
     real = torch.compile
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    def backend(graph, inputs):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(torch, "compile", lambda model, **how: real(model, backend=backend, **how))

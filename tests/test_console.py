@@ -1,7 +1,5 @@
 """What people see: tables, sizes, plain lines where there is no terminal."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys
@@ -16,31 +14,31 @@ from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
 LONG = "a/" * 80 + "clip.avi"
 
 
-def test_sizes_read_as_people_write_them() -> None:
+def test_sizes_read_as_people_write_them():
     assert [size(n) for n in (0, 999, 1500, 6_960_400_115, None)] == ["0 B", "999 B", "1.5 kB", "7.0 GB", "?"]
 
 
-def test_without_a_terminal_a_row_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_a_row_is_a_line(capsys):
     Console().table(["video", "score"], [(LONG, "0.5"), ("b", "10")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].startswith(LONG)
 
 
-def test_numbers_are_right_aligned_and_words_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_right_aligned_and_words_are_not(capsys):
     Console().table(["a", "n", "w"], [("x", "1", "yes"), ("y", "100", "no")])
     rows = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert rows[1].index("1") > rows[2].index("1")
     assert rows[1].index("yes") == rows[2].index("no")
 
 
-def test_markup_in_names_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_names_is_shown_as_it_is(capsys):
     Console().table(["video"], [("[red]clip[/red].avi",)])
     Console().warn("[bold]x")
     captured = capsys.readouterr()
     assert "[red]clip[/red].avi" in captured.out and "[bold]x" in captured.err
 
 
-def test_quiet_keeps_warnings_and_results_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_keeps_warnings_and_results_only(capsys):
     with Console("quiet") as console:
         console.report(Note("info"))
         console.report(Progress("work", 1, 2))
@@ -53,20 +51,14 @@ def test_quiet_keeps_warnings_and_results_only(capsys: pytest.CaptureFixture[str
     assert captured.err == "warning: careful\n"
 
 
-def test_details_are_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_details_are_shown_when_asked_for(capsys):
     for verbosity in ("normal", "verbose"):
         Console(verbosity).report(Note("detail", "detail"))  # type: ignore[arg-type]
     assert capsys.readouterr().err == "detail\n"
 
 
 STEP = StepDone(
-    epoch=3,
-    step=120,
-    loss=1.2345,
-    clip_top1=0.5,
-    learning_rate=3e-4,
-    clips_per_second=211.4,
-    data_wait=0.07,
+    epoch=3, step=120, loss=1.2345, clip_top1=0.5, learning_rate=3e-4, clips_per_second=211.4, data_wait=0.07
 )
 FACTS = "epoch 3 · loss 1.234 · top-1 0.500 · rate 3.0e-04 · 211 clips/s · 7% waiting for data"
 
@@ -93,23 +85,19 @@ def displayed(monkeypatch: pytest.MonkeyPatch, *, columns: int, first_step: int 
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown).strip("\n").split("\n")
 
 
-def test_the_live_display_has_a_bar_the_time_left_and_a_line_of_facts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_live_display_has_a_bar_the_time_left_and_a_line_of_facts(monkeypatch):
     bar, facts = displayed(monkeypatch, columns=100)
     assert bar.startswith("training") and "120/1000" in bar and "left" in bar
     assert facts.rstrip() == FACTS
 
 
-def test_a_narrow_terminal_cuts_the_facts_instead_of_breaking_the_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_narrow_terminal_cuts_the_facts_instead_of_breaking_the_line(monkeypatch):
     lines = displayed(monkeypatch, columns=60)
     assert len(lines) == 2 and all(len(line) <= 60 for line in lines)
     assert lines[1].rstrip() == FACTS[:59] + "…"
 
 
-def test_a_resumed_run_does_not_count_earlier_steps_into_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_does_not_count_earlier_steps_into_its_speed(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Console() as console:
         now = [100.0]
@@ -121,9 +109,7 @@ def test_a_resumed_run_does_not_count_earlier_steps_into_its_speed(monkeypatch: 
         assert console._bars.tasks[0].time_remaining == pytest.approx(2 * (1000 - 503), rel=0.1)
 
 
-def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     console = Console()
@@ -138,9 +124,7 @@ def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(
     assert capsys.readouterr().err == "fetching: 5.0 MB of 7.0 GB\n"
 
 
-def test_an_error_that_all_processes_raise_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_that_all_processes_raise_is_said_once(monkeypatch, capsys):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         print_error(RunError("diverged", by_all=True))

@@ -1,7 +1,5 @@
 """Cuts: where the pictures that are taken from a video stop to go on from each other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -43,14 +41,14 @@ def pan(number: int, seed: int = 0, speed: int = 1) -> Picture:
 
 
 @pytest.mark.parametrize("size", [32, 256])
-def test_a_cut_is_found_midway_between_the_pictures_that_differ(size: int) -> None:
+def test_a_cut_is_found_midway_between_the_pictures_that_differ(size):
     first, second = scene(1, size), scene(2, size)
     cuts = cuts_of(lambda n: (first if n < 24 else second)[n % 24 : size + n % 24, :size], 48)
     assert cuts.found() == pytest.approx([24 / RATE])
     assert len(cuts.times) == len(cuts.differences) == 48 // 3 - 1
 
 
-def test_what_moves_flashes_or_stands_still_is_no_cut() -> None:
+def test_what_moves_flashes_or_stands_still_is_no_cut():
     noise = np.random.default_rng(0).integers(-3, 4, (48, 32, 32, 3))
     still = scene(3)[:32, :32].clip(3, 252)
     assert cuts_of(pan, 48).found() == []
@@ -59,7 +57,7 @@ def test_what_moves_flashes_or_stands_still_is_no_cut() -> None:
     assert cuts_of(lambda n: white if 24 <= n < 27 else still, 48).found() == []
 
 
-def test_pictures_that_come_twice_are_no_cuts_and_no_picture_is_nothing() -> None:
+def test_pictures_that_come_twice_are_no_cuts_and_no_picture_is_nothing():
     assert (
         cuts_of(lambda n: pan(n // 6 * 6), 48).found() == []
     )  # every second one that is taken is the last one again

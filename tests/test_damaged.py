@@ -1,14 +1,10 @@
 """Damaged videos: a stream that appears late, errors of the reader itself, gaps in the time stamps."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import importlib.util
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -61,17 +57,17 @@ def late_stream(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     return tiny.make_model(tmp_path_factory.mktemp("model") / "model", tuple(tiny.COLOURS))
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     """Three classes of six sound videos."""
     return tiny.make_clips(tmp_path / "data")
 
 
-def test_a_stream_that_appears_late_costs_no_frame(tmp_path: Path) -> None:
+def test_a_stream_that_appears_late_costs_no_frame(tmp_path):
     path = late_stream(tmp_path / "late.ts")
     with av.open(str(path)) as source:
         assert len(source.streams) == 1  # PyAV raises an IndexError for the other at the end
@@ -81,9 +77,7 @@ def test_a_stream_that_appears_late_costs_no_frame(tmp_path: Path) -> None:
     assert sum(1 for _ in iter_frames(path)) == frames
 
 
-def test_an_exported_reader_reads_a_video_with_a_late_stream(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exported_reader_reads_a_video_with_a_late_stream(tmp_path, monkeypatch):
     package = Path(tvit_cli.__file__).parent
     (tmp_path / "exported").mkdir()
     for name in ("hub/reading.py", "data/colours.py", "data/sampling.py"):
@@ -94,7 +88,7 @@ def test_an_exported_reader_reads_a_video_with_a_late_stream(
     assert sum(1 for _ in reading.decoded(path)) == LATE + 25 + LATE
 
 
-def test_every_command_reads_a_video_with_a_late_stream(data: Path, model: Path, tmp_path: Path) -> None:
+def test_every_command_reads_a_video_with_a_late_stream(data, model, tmp_path):
     late_stream(data / "Red" / "v_Red_g07_c01.ts")
     reads_all(data, model, tmp_path, videos=19)
 
@@ -127,11 +121,11 @@ ERRORS = [
 
 
 @pytest.fixture(params=ERRORS, ids=lambda error: type(error).__name__)
-def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def failing(request, monkeypatch):
     """Opening a file of a name with "bad" in it raises an error that is not FFmpeg's."""
     really = av.open
 
-    def fail(path: str, *given: Any, **named: Any) -> Any:
+    def fail(path, *given, **named):
         if "bad" in path:
             raise request.param
         return really(path, *given, **named)
@@ -140,9 +134,7 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return type(request.param).__name__
 
 
-def test_any_error_of_the_reader_names_one_video(
-    failing: str, data: Path, model: Path, tmp_path: Path
-) -> None:
+def test_any_error_of_the_reader_names_one_video(failing, data, model, tmp_path):
     bad = data / "Red" / "v_bad_g07_c01.avi"
     shutil.copyfile(data / "Red" / "v_Red_g01_c01.avi", bad)
     with pytest.raises(VideoError, match=rf"v_bad_g07_c01\.avi: cannot be read \({failing}: "):
@@ -153,12 +145,12 @@ def test_any_error_of_the_reader_names_one_video(
     assert failing in told.error
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
     assert [scan.path.name for scan in checked.unreadable] == [bad.name]
-    how: dict[str, Any] = {"path_to_data": str(data), "output": tmp_path / "store", "num_workers": 0}
+    how = {"path_to_data": str(data), "output": tmp_path / "store", "num_workers": 0}
     stored = extract(ExtractSettings(**how, max_bad="1"), lambda event: None)
     assert stored.videos == 18 and list(stored.unreadable) == [f"Red/{bad.name}"]
     with pytest.raises(RunError, match="1 of 19 videos cannot be read"):
         extract(ExtractSettings(**how, max_bad="0"), lambda event: None)
-    facts: dict[str, Any] = {
+    facts = {
         "path_to_data": str(data), "working_directory": tmp_path / "runs", "hf_model_name": None,
         "width": 16, "depth": 1, "num_heads": 2, "train": "all", "epochs": 1,
     }  # fmt: skip
@@ -168,14 +160,12 @@ def test_any_error_of_the_reader_names_one_video(
 
 
 @pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
-def test_frames_before_an_error_of_the_demuxer_are_kept(
-    error: Exception, tmp_path: Path, make_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frames_before_an_error_of_the_demuxer_are_kept(error, tmp_path, make_video, monkeypatch):
     class Broken:
-        def __init__(self, source: Any) -> None:
+        def __init__(self, source):
             self.source = source
 
-        def demux(self, stream: Any) -> Any:
+        def demux(self, stream):
             for number, packet in enumerate(self.source.demux(stream)):
                 if number == 7:
                     raise error
@@ -202,9 +192,9 @@ def steady(start: float, seconds: float) -> list[float]:
 
 
 @pytest.mark.parametrize("gap", [20.0, 3600.0, 1e6])
-def test_windows_and_segments_leave_out_a_gap(gap: float, model: Path, tmp_path: Path) -> None:
+def test_windows_and_segments_leave_out_a_gap(gap, model, tmp_path):
     path = film(tmp_path / "gap.mkv", steady(0, 3) + steady(gap, 2))
-    notes: list[Any] = []
+    notes = []
     output = tmp_path / "out"
     (told,) = predict_timelines(
         PredictSettings(paths=(str(path),), model=model, device="cpu", window=1.0, stride=0.5, output=output),
@@ -242,7 +232,7 @@ def forged(path: Path, frames: int, number: int) -> Path:
     return path
 
 
-def test_one_forged_time_stamp_makes_no_gap(model: Path, tmp_path: Path) -> None:
+def test_one_forged_time_stamp_makes_no_gap(model, tmp_path):
     path = forged(tmp_path / "forged.flv", 75, 40)
     played = list(iter_frames(path))
     assert [p.start for p in played] == pytest.approx(steady(0, 3), abs=0.05)
@@ -250,7 +240,7 @@ def test_one_forged_time_stamp_makes_no_gap(model: Path, tmp_path: Path) -> None
     assert len(timeline.scores) == 5 and timeline.seconds == pytest.approx(3, abs=0.05)
 
 
-def test_frames_that_all_lie_apart_are_one_clip_with_true_times(model: Path, tmp_path: Path) -> None:
+def test_frames_that_all_lie_apart_are_one_clip_with_true_times(model, tmp_path):
     path = film(tmp_path / "apart.mkv", [0, 0.04, 1000, 1000.04])
     timeline = load_model(model, device="cpu").timeline(path, window=2.0)
     assert len(timeline.scores) == 1
@@ -258,7 +248,7 @@ def test_frames_that_all_lie_apart_are_one_clip_with_true_times(model: Path, tmp
     assert all(s.end - s.start < 1 for s in timeline.segments)
 
 
-def test_annotated_frames_between_gaps_carry_only_labels_of_their_own(model: Path, tmp_path: Path) -> None:
+def test_annotated_frames_between_gaps_carry_only_labels_of_their_own(model, tmp_path):
     path = film(tmp_path / "gap.mkv", [*steady(0, 2), 50.0, *steady(100, 2)])
     timeline = load_model(model, device="cpu").timeline(path, window=1.0)
     annotate(tmp_path / "out.mkv", path, timeline.segments)
@@ -269,9 +259,7 @@ def test_annotated_frames_between_gaps_carry_only_labels_of_their_own(model: Pat
 
 
 @pytest.mark.real
-def test_every_command_reads_the_fault_files(
-    real_data: Path, data: Path, model: Path, tmp_path: Path
-) -> None:
+def test_every_command_reads_the_fault_files(real_data, data, model, tmp_path):
     for number, name in enumerate(("late_stream.ts", "gap_in_timestamps.flv")):
         place = data / "Red" / f"v_Red_g0{7 + number}_c01{Path(name).suffix}"
         shutil.copyfile(real_data / "faults" / name, place)
@@ -279,13 +267,13 @@ def test_every_command_reads_the_fault_files(
 
 
 @pytest.mark.real
-def test_the_late_stream_of_the_fault_files_costs_no_frame(real_data: Path) -> None:
+def test_the_late_stream_of_the_fault_files_costs_no_frame(real_data):
     path = real_data / "faults" / "late_stream.ts"
     assert count_frames(path) == 400 and not scan_video(path).problem
 
 
 @pytest.mark.real
-def test_the_gap_of_the_fault_files_makes_no_windows(real_data: Path, model: Path) -> None:
+def test_the_gap_of_the_fault_files_makes_no_windows(real_data, model):
     path = real_data / "faults" / "gap_in_timestamps.flv"
     timeline = load_model(model, device="cpu").timeline(path, window=0.2, stride=0.1)
     assert timeline.seconds == pytest.approx(18 / 25, abs=0.01) and len(timeline.scores) == 6

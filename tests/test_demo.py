@@ -1,12 +1,9 @@
 """The demo, clicked through by a real browser: it is a process of its own, and Chromium is the system's."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +63,7 @@ def start(*arguments: str, temporary: Path) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+def demo(tmp_path_factory):
     need("gradio", "playwright")
     need(program=CHROMIUM, name="chromium")
     root = tmp_path_factory.mktemp("demo")
@@ -84,7 +81,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 @pytest.fixture(scope="module")
-def browser(demo: Demo) -> Iterator[Any]:
+def browser(demo):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -94,7 +91,7 @@ def browser(demo: Demo) -> Iterator[Any]:
 
 
 @pytest.fixture
-def watched(demo: Demo, browser: Any) -> Iterator[Watched]:
+def watched(demo, browser):
     """The demo's page, in the dark."""
     page = browser.new_page(color_scheme="dark")
     page.set_default_timeout(PATIENCE)
@@ -111,9 +108,7 @@ def upload(page: Any, path: Path) -> None:
     page.locator("#video input[type=file]").set_input_files(path)
 
 
-def test_a_video_is_uploaded_labelled_explained_and_told_in_time(
-    demo: Demo, watched: Watched, tmp_path: Path
-) -> None:
+def test_a_video_is_uploaded_labelled_explained_and_told_in_time(demo, watched, tmp_path):
     page = watched.page
     path = tmp_path / "two things.avi"
     frames = np.random.default_rng(0).integers(0, 255, (60, 32, 32, 3)).astype(np.uint8)
@@ -154,7 +149,7 @@ def test_a_video_is_uploaded_labelled_explained_and_told_in_time(
     assert watched.hosts <= {demo.url.split("/")[2], ""}
 
 
-def test_an_example_is_labelled_when_it_is_picked(watched: Watched) -> None:
+def test_an_example_is_labelled_when_it_is_picked(watched):
     page = watched.page
     page.get_by_role("button", name="four-in-a-row").click()
     page.get_by_role("tab", name="When").click()
@@ -163,7 +158,7 @@ def test_an_example_is_labelled_when_it_is_picked(watched: Watched) -> None:
     assert watched.problems == []
 
 
-def test_what_is_no_video_is_a_sentence_in_the_page(watched: Watched, tmp_path: Path) -> None:
+def test_what_is_no_video_is_a_sentence_in_the_page(watched, tmp_path):
     page = watched.page
     page.locator("#go").click()
     page.get_by_text("Upload a video first").wait_for()
@@ -176,14 +171,14 @@ def test_what_is_no_video_is_a_sentence_in_the_page(watched: Watched, tmp_path: 
     assert "Traceback" not in page.content() and str(path.parent) not in page.content()
 
 
-def test_a_video_that_is_too_large_is_refused(watched: Watched, tmp_path: Path) -> None:
+def test_a_video_that_is_too_large_is_refused(watched, tmp_path):
     path = tmp_path / "large.mp4"
     path.write_bytes(bytes(2 << 20))
     upload(watched.page, path)
     watched.page.get_by_text("exceed the maximum allowed size").first.wait_for()
 
 
-def test_nothing_is_left_on_the_disk_when_it_ends(demo: Demo) -> None:
+def test_nothing_is_left_on_the_disk_when_it_ends(demo):
     assert any(demo.temporary.iterdir())
     demo.process.terminate()
     said = demo.process.communicate(timeout=60)[0]
@@ -192,7 +187,7 @@ def test_nothing_is_left_on_the_disk_when_it_ends(demo: Demo) -> None:
     assert list(demo.temporary.iterdir()) == []
 
 
-def test_without_a_model_it_says_how_to_get_one(tmp_path: Path) -> None:
+def test_without_a_model_it_says_how_to_get_one(tmp_path):
     need("gradio")
     said = start(temporary=tmp_path / "temporary").communicate(timeout=120)[0]
     assert said.startswith("error: working_directory: no trained model in it.") and "quickstart" in said

@@ -1,13 +1,10 @@
 """Limits of a request to the demo: frames, seconds, and a client that leaves."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +15,12 @@ from tvit_cli.engine.predict import load_model
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     return tiny.make_model(tmp_path_factory.mktemp("model") / "model", tuple(tiny.COLOURS))
 
 
 @pytest.fixture(scope="module")
-def demo() -> ModuleType:
+def demo():
     """The module of examples/gradio_demo.py."""
     need("gradio")
     path = Path(__file__).parents[1] / "examples" / "gradio_demo.py"
@@ -51,9 +48,7 @@ class Endless:
 
 
 @pytest.mark.parametrize("step", ["when", "write"])
-def test_a_timeline_of_the_demo_ends_when_its_client_leaves(
-    step: str, demo: ModuleType, make_video: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_timeline_of_the_demo_ends_when_its_client_leaves(step, demo, make_video, tmp_path):
     model = Endless()
     page = demo.Page(model, tmp_path)
     request = getattr(page, step)(str(make_video(tmp_path / "a.mp4")), 2.0, 0.5)
@@ -64,9 +59,7 @@ def test_a_timeline_of_the_demo_ends_when_its_client_leaves(
 
 
 @pytest.mark.parametrize("step", ["when", "write"])
-def test_a_timeline_of_the_demo_ends_when_its_time_is_up(
-    step: str, demo: ModuleType, make_video: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_timeline_of_the_demo_ends_when_its_time_is_up(step, demo, make_video, tmp_path):
     model = Endless()
     page = demo.Page(model, tmp_path, most_seconds=0.1)
     with pytest.raises(demo.gr.Error, match=r"Stopped after 0\.1 s, the limit of one request"):
@@ -74,9 +67,7 @@ def test_a_timeline_of_the_demo_ends_when_its_time_is_up(
     assert model.ended.is_set()
 
 
-def test_a_video_of_too_many_frames_is_refused_by_each_step_of_the_demo(
-    demo: ModuleType, model: Path, make_video: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_video_of_too_many_frames_is_refused_by_each_step_of_the_demo(demo, model, make_video, tmp_path):
     page = demo.Page(load_model(model, device="cpu"), tmp_path, most_frames=11)
     video = str(make_video(tmp_path / "a.mp4", frames=12))
     for step in (
@@ -91,9 +82,7 @@ def test_a_video_of_too_many_frames_is_refused_by_each_step_of_the_demo(
             step()
 
 
-def test_the_demo_gives_the_timeline_that_the_model_makes(
-    demo: ModuleType, model: Path, make_video: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_demo_gives_the_timeline_that_the_model_makes(demo, model, make_video, tmp_path):
     page = demo.Page(load_model(model, device="cpu"), tmp_path)
     video = make_video(tmp_path / "a.mp4", frames=40, rate=10)
     *_, shown = page.when(str(video), 2.0, 0.5)

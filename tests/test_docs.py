@@ -1,13 +1,11 @@
 """README.md and docs/: links resolve, every command is valid, and the marked ones run on a tiny data set."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,33 +58,33 @@ def validate(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_has_valid_names_and_values(line: str) -> None:
+def test_every_command_has_valid_names_and_values(line):
     validate(line)
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "examples" / "configs").glob("*.toml")), ids=lambda path: path.stem
 )
-def test_every_example_config_is_valid(path: Path) -> None:
+def test_every_example_config_is_valid(path):
     validate(f"tvit train --config {path.relative_to(ROOT)}")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_commands_in_the_comments_of_examples_are_valid(path: Path) -> None:
+def test_commands_in_the_comments_of_examples_are_valid(path):
     for line in re.findall(
         r"(?:^#\s+|`)(tvit [a-z]+ [^`\n]+)", path.read_text(encoding="utf-8"), re.MULTILINE
     ):
         validate(line)
 
 
-def test_a_wrong_option_and_a_wrong_value_are_found() -> None:
+def test_a_wrong_option_and_a_wrong_value_are_found():
     for line in ("tvit train --lora-rnk 8", "tvit train --attention sideways", "tvit eval --top-k 0"):
         with pytest.raises(Exception, match=r"lora-rnk|sideways|top-k"):
             validate(line)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_and_anchors_resolve(page: Path) -> None:
+def test_links_and_anchors_resolve(page):
     for link in links(page):
         if link.startswith(("http://", "https://")):
             continue
@@ -98,11 +96,11 @@ def test_links_and_anchors_resolve(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_named_files_exist(page: Path) -> None:
+def test_named_files_exist(page):
     assert [name for name in named_files(page) if not (ROOT / name).exists()] == []
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme():
     linked = {
         (README.parent / link.partition("#")[0]).resolve() for link in links(README) if "://" not in link
     }
@@ -110,23 +108,23 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_no_page_is_longer_than_250_lines(page: Path) -> None:
+def test_no_page_is_longer_than_250_lines(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= 250
 
 
-def test_pictures_are_few_and_small() -> None:
+def test_pictures_are_few_and_small():
     pictures = sorted((ROOT / "docs" / "images").iterdir())
     assert len(pictures) <= 6
     assert [path.name for path in pictures if path.stat().st_size > 150_000] == []
 
 
-def test_settings_page_is_up_to_date() -> None:
+def test_settings_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == make_page(), (
         "run: python tests/settings_page.py > docs/settings.md"
     )
 
 
-def test_every_verb_has_a_command_in_the_pages() -> None:
+def test_every_verb_has_a_command_in_the_pages():
     assert {line.split()[1] for page in PAGES for line in commands(page)} == set(program().commands)
 
 
@@ -163,10 +161,7 @@ def run_commands(folder: Path, lines: Sequence[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def workspace(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_classes: Callable[[Path, Mapping[str, Sequence[str]]], Path],
-) -> Path:
+def workspace(tmp_path_factory, make_classes):
     """A folder with what the pages name: my_videos, clips/, single clips, the runs motions-1 and mine."""
     folder = tmp_path_factory.mktemp("docs")
     people = ("anna", "ben", "cem", "dora", "eva", "finn")
@@ -186,7 +181,7 @@ RUN = [pytest.param(page, id=page.stem) for page in PAGES if any(block.is_run fo
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_marked_commands_run_in_the_order_of_the_page(page: Path, workspace: Path, tmp_path: Path) -> None:
+def test_marked_commands_run_in_the_order_of_the_page(page, workspace, tmp_path):
     folder = Path(shutil.copytree(workspace, tmp_path / "work"))
     lines = [line for block in blocks(page) if block.is_run for line in block.commands()]
     if any(line.startswith("tvit train") and "--experiment-name mine" in line for line in lines):

@@ -1,7 +1,5 @@
 """`tvit download` against mirrors on the loopback interface: what lands, what is refused, what goes on."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -12,10 +10,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import loopback
 import pytest
@@ -27,7 +23,7 @@ from tvit_cli.data import rar, transfer
 from tvit_cli.data.catalog import Dataset, Layout, Part, Source
 from tvit_cli.data.http import Http, MirrorsFailed, Retry
 from tvit_cli.data.split_files import parse_split_lists
-from tvit_cli.engine.download import DownloadResult, Progress, download
+from tvit_cli.engine.download import DownloadResult, download
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.settings.download import DownloadSettings
 
@@ -108,7 +104,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path):
     with loopback.serving() as server:
         world = World(
             server, tmp_path, Dataset("mini", "mini", 3, len(VIDEOS), "ours", "https://example.org")
@@ -121,8 +117,8 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield world
 
 
-def test_set_lands_in_one_tidy_folder_with_its_manifest(world: World) -> None:
-    seen: list[Progress] = []
+def test_set_lands_in_one_tidy_folder_with_its_manifest(world):
+    seen = []
     result = world.run(progress=seen.append)
     assert world.landed() == VIDEOS  # three classes, although the archive spells one of them in another way
     assert (result.classes, result.videos, result.landed) == (3, len(VIDEOS), len(VIDEOS) + 7)
@@ -139,14 +135,14 @@ def test_set_lands_in_one_tidy_folder_with_its_manifest(world: World) -> None:
     assert {event.stage for event in seen} == {"fetch", "unpack"} and seen[-1].done == seen[-1].total
 
 
-def test_second_run_asks_for_nothing(world: World) -> None:
+def test_second_run_asks_for_nothing(world):
     world.run()
     world.server.forget()
     result = world.run()
     assert world.server.requests == [] and result.landed == 0 and result.videos == len(VIDEOS)
 
 
-def test_second_run_fetches_only_the_file_that_is_missing(world: World) -> None:
+def test_second_run_fetches_only_the_file_that_is_missing(world):
     world.run()
     world.server.forget()
     lost = "Archery/v_Archery_g02_c01.avi"
@@ -157,7 +153,7 @@ def test_second_run_fetches_only_the_file_that_is_missing(world: World) -> None:
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in before.items())
 
 
-def test_verify_names_what_differs_and_repair_mends_it(world: World) -> None:
+def test_verify_names_what_differs_and_repair_mends_it(world):
     world.run()
     world.server.forget()
     gone, short, wrong = sorted(VIDEOS)[:3]
@@ -177,29 +173,29 @@ def test_verify_names_what_differs_and_repair_mends_it(world: World) -> None:
     assert world.landed() == VIDEOS and world.run(verify=True).differences == ()
 
 
-def test_verify_before_a_download_says_so(world: World) -> None:
+def test_verify_before_a_download_says_so(world):
     with pytest.raises(DataError, match=r"has no download\.json. Run `tvit download mini` first"):
         world.run(verify=True)
 
 
 @pytest.mark.parametrize("form", [pytest.param("rar", marks=needs_rar), "tar"])
-def test_archive_with_class_folders_lands_the_same(world: World, form: str) -> None:
+def test_archive_with_class_folders_lands_the_same(world, form):
     world.use(world.source(f"/a.{form}", world.foldered(form)))
     world.run()
     assert world.landed() == VIDEOS
 
 
 @needs_rar
-def test_next_source_of_another_form_is_taken_where_the_first_fails(world: World) -> None:
+def test_next_source_of_another_form_is_taken_where_the_first_fails(world):
     good = world.source("/a.rar", world.foldered("rar"))
     world.use(replace(good, urls=(f"{world.server.base}/gone.zip",), kind="zip"), good)
-    notes: list[str] = []
+    notes = []
     result = world.run(report=notes.append)
     assert world.landed() == VIDEOS and result.sources[-1].url.endswith("/a.rar")
     assert any("gone.zip: HTTP 404" in note for note in notes)
 
 
-def test_all_sources_that_failed_are_listed(world: World) -> None:
+def test_all_sources_that_failed_are_listed(world):
     good = world.source("/flat.zip", world.flat_zip())
     world.use(
         replace(good, urls=(f"{world.server.base}/gone.zip",)),
@@ -220,14 +216,14 @@ def test_all_sources_that_failed_are_listed(world: World) -> None:
     ]
 
 
-def test_split_lists_are_made_where_their_server_is_down(world: World) -> None:
+def test_split_lists_are_made_where_their_server_is_down(world):
     world.run()
     wanted = [parse_split_lists(world.folder / "splits", split) for split in (1, 2, 3)]
     (world.root / "data").rename(world.root / "before")
     del world.server.pages["/lists.zip"]
     world.spelt = "HandStandPushups"
     world.use(world.source("/flat.zip", world.flat_zip()))
-    notes: list[str] = []
+    notes = []
     result = world.run(report=notes.append)
     assert [parse_split_lists(world.folder / "splits", split) for split in (1, 2, 3)] == wanted
     assert result.sources[-1].url == "made from the file names by the rule of the official lists"
@@ -237,9 +233,7 @@ def test_split_lists_are_made_where_their_server_is_down(world: World) -> None:
     assert world.server.requests == []
 
 
-def test_chosen_classes_cost_little_more_than_their_bytes(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chosen_classes_cost_little_more_than_their_bytes(world, monkeypatch):
     big = {f"UCF101/v_{action}_g{group:02}_c01.avi": random.Random(group).randbytes(30_000)
            for action in CLASSES for group in range(1, 26)}  # fmt: skip
     write_zip(world.root / "big.zip", [Entry(name, data) for name, data in big.items()])
@@ -261,15 +255,13 @@ def test_chosen_classes_cost_little_more_than_their_bytes(
     assert world.run().videos == 75
 
 
-def test_unknown_class_is_refused_with_near_names_before_the_videos(world: World) -> None:
+def test_unknown_class_is_refused_with_near_names_before_the_videos(world):
     with pytest.raises(SettingsError, match=r"--classes bowlin: no such class\. Did you mean Bowling"):
         world.run(classes=["Bowlin"])
     assert {path for path, _ in world.server.requests} == {"/lists.zip"}
 
 
-def test_server_without_range_serves_small_archives_only(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_without_range_serves_small_archives_only(world, monkeypatch):
     world.use(world.source("/flat.zip", world.flat_zip(), ranges=False))
     assert world.run(clips_per_class=1).videos == 3
     monkeypatch.setattr(transfer, "WHOLE_BYTES", 1000)
@@ -277,21 +269,21 @@ def test_server_without_range_serves_small_archives_only(
         world.run(clips_per_class=2)
 
 
-def test_given_archive_is_used_without_a_request_for_it(world: World) -> None:
+def test_given_archive_is_used_without_a_request_for_it(world):
     path = world.root / "mine.bin"
     path.write_bytes(world.flat_zip())
     world.run(archive=path, splits_archive=world.root / "lists.zip")
     assert world.landed() == VIDEOS and world.server.requests == [] and path.exists()
 
 
-def test_given_archive_with_another_hash_is_refused_with_both(world: World) -> None:
+def test_given_archive_with_another_hash_is_refused_with_both(world):
     (world.root / "mine.zip").write_bytes(world.flat_zip() + b"x")
     known = world.dataset.videos[0].sources[0].sha256
     with pytest.raises(DataError, match=f"has sha256 [0-9a-f]{{64}}, mini has {known}"):
         world.run(archive=world.root / "mine.zip")
 
 
-def test_set_of_several_archives_lands_class_by_class(world: World) -> None:
+def test_set_of_several_archives_lands_class_by_class(world):
     parts = []
     for action in ("bend", "wave1"):
         write_zip(
@@ -315,7 +307,7 @@ def test_set_of_several_archives_lands_class_by_class(world: World) -> None:
         world.run(archive=world.root / "before")
 
 
-def test_subset_folders_are_kept(world: World) -> None:
+def test_subset_folders_are_kept(world):
     write_tar(
         world.root / "s.tar.gz",
         [Entry(f"S/{side}/Bowling/v_{side}.avi") for side in ("train", "val", "test")],
@@ -325,7 +317,7 @@ def test_subset_folders_are_kept(world: World) -> None:
     assert set(world.landed()) == {f"{side}/Bowling/v_{side}.avi" for side in ("train", "val", "test")}
 
 
-def test_hostile_archive_of_a_mirror_writes_nothing(world: World) -> None:
+def test_hostile_archive_of_a_mirror_writes_nothing(world):
     write_zip(world.root / "bad.zip", [Entry("UCF101/v_Archery_g01_c01.avi"), Entry("../../../x.avi")])
     world.use(world.source("/bad.zip", (world.root / "bad.zip").read_bytes()))
     with pytest.raises(MirrorsFailed, match="leads out of the folder"):
@@ -333,7 +325,7 @@ def test_hostile_archive_of_a_mirror_writes_nothing(world: World) -> None:
     assert not list(world.root.rglob("*.avi"))
 
 
-def test_videos_of_somebody_else_are_not_touched(world: World) -> None:
+def test_videos_of_somebody_else_are_not_touched(world):
     (world.folder / "videos").mkdir(parents=True)
     (world.folder / "videos" / "mine.avi").write_bytes(b"mine")
     with pytest.raises(DataError, match="did not put there"):
@@ -341,7 +333,7 @@ def test_videos_of_somebody_else_are_not_touched(world: World) -> None:
     assert world.landed() == {"mine.avi": b"mine"}
 
 
-def test_archive_is_kept_where_that_is_asked_for(world: World) -> None:
+def test_archive_is_kept_where_that_is_asked_for(world):
     world.run(keep_archive=True)
     kept = world.folder / "archives" / "flat.zip"
     assert kept.read_bytes() == world.server.pages["/flat.zip"].body
@@ -351,7 +343,7 @@ def test_archive_is_kept_where_that_is_asked_for(world: World) -> None:
     assert world.run(repair=True).differences == () and not kept.exists()
 
 
-def test_foreign_files_beside_the_archives_are_kept(world: World) -> None:
+def test_foreign_files_beside_the_archives_are_kept(world):
     archives = world.folder / "archives"
     archives.mkdir(parents=True)
     (archives / "thesis.txt").write_text("mine")
@@ -363,17 +355,17 @@ def test_foreign_files_beside_the_archives_are_kept(world: World) -> None:
     assert sorted(path.name for path in archives.iterdir()) == ["flat.zip", "thesis.txt"]
 
 
-def test_disk_too_small_is_named_before_the_fetch(world: World) -> None:
+def test_disk_too_small_is_named_before_the_fetch(world):
     with pytest.raises(RunError, match=r"needs .* are free"):
         world.run(free=lambda _: 64 * 1024**2 + 20_000)
     assert not [path for path, _ in world.server.requests if "flat" in path]
 
 
-def test_set_that_is_made_is_made(world: World) -> None:
+def test_set_that_is_made_is_made(world):
     world.dataset = replace(world.dataset, videos=(), splits=())
     with pytest.raises(DataError, match="made on this machine"):
         world.run()
-    made: list[Path] = []
+    made = []
     assert world.run(makers={"mini": made.append}).videos == len(VIDEOS) and made == [world.folder]
     for option in ({"classes": ["A"]}, {"clips_per_class": 1}, {"verify": True}, {"keep_archive": True}):
         with pytest.raises(
@@ -383,13 +375,13 @@ def test_set_that_is_made_is_made(world: World) -> None:
     assert made == [world.folder]
 
 
-def test_an_archive_that_is_a_pipe_is_refused_and_not_waited_for(world: World, tmp_path: Path) -> None:
+def test_an_archive_that_is_a_pipe_is_refused_and_not_waited_for(world, tmp_path):
     os.mkfifo(tmp_path / "pipe.zip")
     with pytest.raises(DataError, match=r"--archive .*pipe\.zip: is no file but a pipe or a device"):
         world.run(archive=tmp_path / "pipe.zip")
 
 
-def test_settings_that_contradict_are_refused() -> None:
+def test_settings_that_contradict_are_refused():
     for wrong in (
         {"verify": True, "repair": True},
         {"repair": True, "classes": ["A"]},
@@ -401,7 +393,7 @@ def test_settings_that_contradict_are_refused() -> None:
         DownloadSettings()
 
 
-def test_manifest_that_is_damaged_is_named(world: World) -> None:
+def test_manifest_that_is_damaged_is_named(world):
     world.run()
     (world.folder / "download.json").write_text("{")
     with pytest.raises(DataError, match="no manifest that this tvit can read"):
@@ -427,7 +419,7 @@ download(DownloadSettings(name="mini", data_directory=Path({data!r})), catalog=c
 """
 
 
-def test_killed_before_a_rename_it_goes_on(world: World) -> None:
+def test_killed_before_a_rename_it_goes_on(world):
     """What lasts is made by a rename: the process is killed before the 1st, 3rd, 5th ..."""
     code = CHILD.format(dataset=world.dataset, data=str(world.root / "data"))
     for stop in range(1, 40, 2):
@@ -457,7 +449,7 @@ def test_killed_before_a_rename_it_goes_on(world: World) -> None:
     pytest.fail("the download never came to its end")
 
 
-def test_killed_while_receiving_it_goes_on(world: World) -> None:
+def test_killed_while_receiving_it_goes_on(world):
     page = world.server.pages["/flat.zip"]
     page.chunk, page.seconds_per_chunk = 2000, 0.02
     code = CHILD.format(dataset=world.dataset, data=str(world.root / "data")).replace(
@@ -474,7 +466,7 @@ def test_killed_while_receiving_it_goes_on(world: World) -> None:
 
 
 @pytest.fixture
-def real() -> Path:
+def real():
     folder = os.environ.get("TVIT_TEST_DATA")
     if not folder:
         pytest.skip("TVIT_TEST_DATA is not set")
@@ -483,10 +475,9 @@ def real() -> Path:
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    "name",
-    ["flat.zip", pytest.param(".rar", marks=needs_rar), pytest.param("-solid.rar", marks=needs_rar)],
+    "name", ["flat.zip", pytest.param(".rar", marks=needs_rar), pytest.param("-solid.rar", marks=needs_rar)]
 )
-def test_real_archives_land_with_their_lists(world: World, real: Path, name: str) -> None:
+def test_real_archives_land_with_their_lists(world, real, name):
     path = real / f"UCF101-mini{name if name[0] in '.-' else '-' + name}"
     lists = world.source("/real-lists.zip", (real / "UCF101TrainTestSplits-mini.zip").read_bytes(), "lists")
     world.dataset = replace(world.dataset, splits=(Part("splits", (lists,)),))
@@ -503,9 +494,7 @@ def test_real_archives_land_with_their_lists(world: World, real: Path, name: str
 
 
 @pytest.mark.real
-def test_real_classes_cost_little_more_than_their_bytes(
-    world: World, real: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_classes_cost_little_more_than_their_bytes(world, real, monkeypatch):
     lists = world.source("/real-lists.zip", (real / "UCF101TrainTestSplits-mini.zip").read_bytes(), "lists")
     world.dataset = replace(world.dataset, splits=(Part("splits", (lists,)),))
     world.use(world.source("/a.zip", (real / "UCF101-mini-flat.zip").read_bytes()))
@@ -519,9 +508,7 @@ def test_real_classes_cost_little_more_than_their_bytes(
 
 @pytest.mark.parametrize("name", ["ucf101", "motions"])
 @pytest.mark.parametrize(("folder", "file"), [("data", "data"), ("data/sets", "data"), ("sets", "sets/NAME")])
-def test_a_file_in_the_place_of_the_data_directory_is_called_one(
-    tmp_path: Path, name: str, folder: str, file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_in_the_place_of_the_data_directory_is_called_one(tmp_path, name, folder, file, capsys):
     given, taken = tmp_path / folder, tmp_path / file.replace("NAME", name)
     taken.parent.mkdir(exist_ok=True)
     taken.write_text("notes")
@@ -534,8 +521,8 @@ def test_a_file_in_the_place_of_the_data_directory_is_called_one(
     assert taken.read_text() == "notes"
 
 
-def test_a_file_system_without_locks_is_downloaded_to(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(descriptor: int, inherited: bool) -> None:
+def test_a_file_system_without_locks_is_downloaded_to(world, monkeypatch):
+    def none(descriptor, inherited):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(files, "_lock", none)
@@ -543,11 +530,11 @@ def test_a_file_system_without_locks_is_downloaded_to(world: World, monkeypatch:
     assert world.landed() == VIDEOS
 
 
-def test_data_that_may_only_be_read_is_verified(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_may_only_be_read_is_verified(world, monkeypatch):
     world.run()
     really = Path.open
 
-    def read_only(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+    def read_only(path, mode="r", *rest, **more):
         if set(mode) & set("aw+x"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return really(path, mode, *rest, **more)

@@ -1,27 +1,19 @@
 """Dry runs."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import make_clips, settings
 
 from tvit_cli import cli
 from tvit_cli.engine.train.dryrun import dry_run
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Note
 
 FRAMES = 4
 
 
-def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(
-    inputs: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = settings(**inputs, working_directory=tmp_path)
     words = [f"--{k.replace('_', '-')}={getattr(own, k)}" for k in own.model_fields_set - {"device"}]
@@ -32,8 +24,8 @@ def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_counts_what_frozen_weights_spare(inputs: dict[str, Any], tmp_path: Path) -> None:
-    def plan(**changes: Any) -> Any:
+def test_a_dry_run_counts_what_frozen_weights_spare(inputs, tmp_path):
+    def plan(**changes):
         return dry_run(settings(**inputs, working_directory=tmp_path, **changes))
 
     lora, everything, classifier = plan(lora_rank=1), plan(train="all"), plan(train="classifier")
@@ -50,15 +42,13 @@ def test_a_dry_run_counts_what_frozen_weights_spare(inputs: dict[str, Any], tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_the_demo_makes_its_data_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_of_the_demo_makes_its_data_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clips = make_clips(tmp_path / "clips")
     monkeypatch.setattr(
         "tvit_cli.engine.train.dryrun.make_demo_data", lambda root, report: shutil.copytree(clips, root)
     )
-    notes: list[Event] = []
+    notes = []
     plan = dry_run(
         settings(path_to_data="motions", hf_model_name=None, width=16, depth=1, num_heads=2), notes.append
     )

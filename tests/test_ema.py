@@ -1,7 +1,5 @@
 """The moving average of the trained weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -24,7 +22,7 @@ def train_a_step(layers: nn.Module) -> None:
             parameter.add_(torch.randn(parameter.shape))
 
 
-def test_it_holds_the_trainable_tensors_and_starts_as_they_are() -> None:
+def test_it_holds_the_trainable_tensors_and_starts_as_they_are():
     layers = model()
     ema = WeightAverage(layers, 0.9)
     assert ema.tensors.keys() == {"1.weight", "1.bias"}
@@ -33,12 +31,12 @@ def test_it_holds_the_trainable_tensors_and_starts_as_they_are() -> None:
     assert not torch.equal(ema.tensors["1.weight"], layers[1].weight)
 
 
-def test_the_decay_rises_to_what_was_asked_for() -> None:
+def test_the_decay_rises_to_what_was_asked_for():
     decays = [WeightAverage(model(), 0.9).decay_at(step) for step in (0, 1, 8, 79, 80, 10**6)]
     assert decays == pytest.approx([1 / 10, 2 / 11, 1 / 2, 80 / 89, 0.9, 0.9])
 
 
-def test_each_update_moves_it_by_what_the_decay_leaves() -> None:
+def test_each_update_moves_it_by_what_the_decay_leaves():
     layers = model()
     ema = WeightAverage(layers, 0.15)
     expected = layers[1].bias.detach().double()
@@ -50,7 +48,7 @@ def test_each_update_moves_it_by_what_the_decay_leaves() -> None:
     assert torch.allclose(ema.tensors["1.bias"].double(), expected, atol=1e-6)
 
 
-def test_ema_weights_are_swapped_in_and_restored_after_any_end() -> None:
+def test_ema_weights_are_swapped_in_and_restored_after_any_end():
     layers = model()
     ema = WeightAverage(layers, 0.9)
     train_a_step(layers)
@@ -62,7 +60,7 @@ def test_ema_weights_are_swapped_in_and_restored_after_any_end() -> None:
     assert torch.equal(layers[1].weight, own) and torch.equal(ema.tensors["1.weight"], average)
 
 
-def test_a_saved_average_is_taken_whole_or_not_at_all() -> None:
+def test_a_saved_average_is_taken_whole_or_not_at_all():
     ema, other = WeightAverage(model(), 0.9), model()
     train_a_step(other)
     saved = WeightAverage(other, 0.9).tensors

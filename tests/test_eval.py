@@ -1,7 +1,5 @@
 """`tvit eval`: a model folder scored on a subset."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil
@@ -25,13 +23,13 @@ from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_card, load_model
 from tvit_cli.portable.reading import segment_indices
-from tvit_cli.results import Event, Note, TrainResult, silent
+from tvit_cli.results import Note, TrainResult, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
     return run(
         path_to_data=str(make_clips(root / "colours")),
@@ -49,7 +47,7 @@ def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
     return EvalSettings.model_validate({"model": trained.model, "num_workers": 0, "device": "cpu", **changes})
 
 
-def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained: TrainResult) -> None:
+def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained):
     result = evaluate(settings(trained))
     assert result.metrics["videos"] == 3  # one held-out group of three classes
     assert result.output == trained.run / "eval" / "test"
@@ -73,29 +71,29 @@ def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained:
         assert max(scores, key=lambda label: scores[label]) == row["predicted"]
 
 
-def test_scoring_twice_gives_the_same_bytes(trained: TrainResult, tmp_path: Path) -> None:
+def test_scoring_twice_gives_the_same_bytes(trained, tmp_path):
     for name in ("a", "b"):
         evaluate(settings(trained, output=tmp_path / name, num_workers=2 if name == "b" else 0))
     assert (tmp_path / "a" / "scores.csv").read_bytes() == (tmp_path / "b" / "scores.csv").read_bytes()
 
 
-def test_the_run_folder_stands_for_its_model(trained: TrainResult) -> None:
+def test_the_run_folder_stands_for_its_model(trained):
     assert evaluate(settings(trained, model=trained.run)).model == trained.model
 
 
-def test_without_a_model_the_newest_of_the_working_directory_is_taken(trained: TrainResult) -> None:
+def test_without_a_model_the_newest_of_the_working_directory_is_taken(trained):
     assert (
         evaluate(settings(trained, model=None, working_directory=trained.run.parent)).model == trained.model
     )
 
 
-def test_the_validation_metrics_of_training_are_found_again(trained: TrainResult) -> None:
+def test_the_validation_metrics_of_training_are_found_again(trained):
     result = evaluate(settings(trained, subset="val", top_k=2))
     for name in ("loss", "video_top1", "video_top2"):
         assert result.metrics[name] == pytest.approx(trained.best[f"val_{name}"], abs=1e-6)
 
 
-def test_shuffled_frames_have_results_of_their_own(trained: TrainResult) -> None:
+def test_shuffled_frames_have_results_of_their_own(trained):
     plain, shuffled = evaluate(settings(trained)), evaluate(settings(trained, shuffle_frames=True))
     assert shuffled.output.name == "test-shuffled"
     assert shuffled.metrics["loss"] != plain.metrics["loss"]
@@ -103,19 +101,19 @@ def test_shuffled_frames_have_results_of_their_own(trained: TrainResult) -> None
     assert evaluate(settings(trained, shuffle_frames=True, seed=1)).metrics != shuffled.metrics
 
 
-def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained: TrainResult) -> None:
+def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained):
     result = evaluate(settings(trained, top_k=9))
     assert result.metrics["video_top3"] == 1.0
     assert any("--top-k 9" in note for note in result.notes)
 
 
-def test_an_unreadable_video_is_reported_and_left_out(trained: TrainResult, tmp_path: Path) -> None:
+def test_an_unreadable_video_is_reported_and_left_out(trained, tmp_path):
     data = tmp_path / "colours"
     shutil.copytree(json.loads((trained.run / "settings.json").read_text())["path_to_data"], data)
     whole = evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "a"))
     extra = data / "Red" / "v_Red_g06_c02.avi"
     extra.write_text("not a video")
-    events: list[Event] = []
+    events = []
     facts = settings(trained, path_to_data=str(data), output=tmp_path / "b", test_groups="06")
     result = evaluate(facts, events.append)
     again = evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "c", test_groups="06"))
@@ -135,7 +133,7 @@ def test_an_unreadable_video_is_reported_and_left_out(trained: TrainResult, tmp_
     assert "unreadable" in whole.metrics
 
 
-def test_groups_that_came_after_training_do_not_move_the_test_subset(tmp_path: Path) -> None:
+def test_groups_that_came_after_training_do_not_move_the_test_subset(tmp_path):
     data = make_clips(tmp_path / "colours", groups=6)
     facts = {"path_to_data": str(data), "hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2}
     result = run(
@@ -148,7 +146,7 @@ def test_groups_that_came_after_training_do_not_move_the_test_subset(tmp_path: P
     assert load_card(result.model).held_out["test"]
 
 
-def test_eval_holds_out_the_same_videos_with_commas_in_names(tmp_path: Path) -> None:
+def test_eval_holds_out_the_same_videos_with_commas_in_names(tmp_path):
     data = make_clips(tmp_path / "colours", groups=4)
     for path in sorted(data.glob("*/*.avi")):
         path.rename(path.with_name(path.name.removeprefix("v_").replace("_g", ", take ").replace("_c01", "")))
@@ -162,30 +160,30 @@ def test_eval_holds_out_the_same_videos_with_commas_in_names(tmp_path: Path) -> 
     assert (written["val_groups"], written["test_groups"]) == (list(held_out["val"]), list(held_out["test"]))
 
 
-def test_none_and_bad_patterns_are_taken_as_they_are_typed(trained: TrainResult) -> None:
+def test_none_and_bad_patterns_are_taken_as_they_are_typed(trained):
     assert load(EvalSettings, flags={"val_groups": "none"}, environ={}).settings.val_groups == "none"
     with pytest.raises(SettingsError, match="not a regular expression"):
         load(EvalSettings, flags={"group_pattern": "("}, environ={})
 
 
-def test_the_metrics_file_says_what_was_scored(trained: TrainResult) -> None:
+def test_the_metrics_file_says_what_was_scored(trained):
     written = json.loads((evaluate(settings(trained)).output / "metrics.json").read_text())
     assert written["data"].endswith("colours") and written["frames"] == "videos" and written["split"] == 1
 
 
-def test_a_subset_without_videos_is_refused(trained: TrainResult) -> None:
+def test_a_subset_without_videos_is_refused(trained):
     with pytest.raises(DataError, match="--subset val"):
         evaluate(settings(trained, subset="val", val_groups="none"))
 
 
-def test_classes_that_the_model_does_not_know_are_refused(trained: TrainResult, tmp_path: Path) -> None:
+def test_classes_that_the_model_does_not_know_are_refused(trained, tmp_path):
     data = make_clips(tmp_path / "more", groups=3)
     (data / "Red").rename(data / "Crimson")
     with pytest.raises(DataError, match="Crimson"):
         evaluate(settings(trained, path_to_data=str(data), test_groups="1"))
 
 
-def test_a_model_folder_with_a_missing_file_names_it(trained: TrainResult, tmp_path: Path) -> None:
+def test_a_model_folder_with_a_missing_file_names_it(trained, tmp_path):
     for name in ("card.json", "model.safetensors"):
         folder = tmp_path / name.split(".")[0]
         shutil.copytree(trained.model, folder)
@@ -195,7 +193,7 @@ def test_a_model_folder_with_a_missing_file_names_it(trained: TrainResult, tmp_p
 
 
 @pytest.mark.parametrize("count", [7, 8, 9, 13])
-def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained: TrainResult, count: int) -> None:
+def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained, count):
     from tvit_cli.engine.dataset import open_dataset
     from tvit_cli.engine.trained import open_trained
 
@@ -211,7 +209,7 @@ def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained: Train
     videos = source.layout.videos[:count]
     assert len(videos) == count
 
-    def score(rank: int, processes: int) -> scoring.Scores:
+    def score(rank, processes):
         return scoring.score(
             opened.model,
             videos,
@@ -231,7 +229,7 @@ def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained: Train
         assert torch.equal(merged.labels, one.labels) and torch.equal(merged.logits, one.logits)
 
 
-def test_nothing_readable_is_an_error_and_not_a_number(trained: TrainResult, tmp_path: Path) -> None:
+def test_nothing_readable_is_an_error_and_not_a_number(trained, tmp_path):
     data = make_clips(tmp_path / "colours", groups=3)
     for path in data.glob("*/*_g03_*"):
         path.write_text("text")
@@ -239,15 +237,13 @@ def test_nothing_readable_is_an_error_and_not_a_number(trained: TrainResult, tmp
         evaluate(settings(trained, path_to_data=str(data), test_groups="03", val_groups="none"))
 
 
-def test_settings_given_to_eval_reach_the_layout(
-    trained: TrainResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_given_to_eval_reach_the_layout(trained, monkeypatch):
     from tvit_cli.engine import dataset
 
-    seen: list[dict[str, Any]] = []
+    seen = []
     real = dataset.read_layout
 
-    def spy(root: Path, **choice: Any) -> Any:
+    def spy(root, **choice):
         seen.append(choice)
         return real(root, **choice)
 
@@ -256,11 +252,11 @@ def test_settings_given_to_eval_reach_the_layout(
     assert (seen[0]["split"], seen[0]["test_groups"], seen[0]["group_pattern"]) == (3, "2", r"g(\d\d)")
 
 
-def test_batches_and_workers_are_as_asked_for(trained: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, int]] = []
+def test_batches_and_workers_are_as_asked_for(trained, monkeypatch):
+    seen = []
     real = clips.DataLoader
 
-    def spy(*arguments: Any, **keywords: Any) -> Any:
+    def spy(*arguments, **keywords):
         seen.append((max(map(len, keywords["batch_sampler"])), keywords["num_workers"]))
         return real(*arguments, **keywords)
 
@@ -270,14 +266,12 @@ def test_batches_and_workers_are_as_asked_for(trained: TrainResult, monkeypatch:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there_is_refused(trained: TrainResult) -> None:
+def test_a_device_that_is_not_there_is_refused(trained):
     with pytest.raises(ModelError, match="--device cpu"):
         evaluate(settings(trained, device="cuda"))
 
 
-def test_more_views_are_averaged_scores_of_clips_at_other_places(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_more_views_are_averaged_scores_of_clips_at_other_places(trained, tmp_path):
     one = evaluate(settings(trained, output=tmp_path / "1"))
     model, card = load_model(trained.model)
     source = open_dataset(
@@ -318,7 +312,7 @@ def test_more_views_are_averaged_scores_of_clips_at_other_places(
         assert [a.scores for a in more.answers] != [a.scores for a in one.answers]
 
 
-def test_crops_of_squashed_frames_are_refused(trained: TrainResult, tmp_path: Path) -> None:
+def test_crops_of_squashed_frames_are_refused(trained, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(trained.model, folder)
     card = json.loads((folder / "card.json").read_text())
@@ -328,7 +322,7 @@ def test_crops_of_squashed_frames_are_refused(trained: TrainResult, tmp_path: Pa
         evaluate(settings(trained, model=folder, crops_per_clip=3))
 
 
-def test_two_processes_find_what_one_finds(trained: TrainResult, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(trained, tmp_path):
     one = evaluate(settings(trained, subset="train", output=tmp_path / "one"))
     arguments = [
         "eval",
@@ -351,9 +345,7 @@ def test_two_processes_find_what_one_finds(trained: TrainResult, tmp_path: Path)
 
 
 @pytest.mark.parametrize("form", ["folder", "test rows", "one class"])
-def test_data_that_was_made_for_testing_alone_is_scored(
-    trained: TrainResult, tmp_path: Path, form: str
-) -> None:
+def test_data_that_was_made_for_testing_alone_is_scored(trained, tmp_path, form):
     clips = make_clips(tmp_path / "others", groups=2)
     facts = {"subset": "all", "path_to_data": str(clips)}
     if form == "test rows":
@@ -370,7 +362,7 @@ def test_data_that_was_made_for_testing_alone_is_scored(
     assert not result.leaks
 
 
-def test_eval_of_all_videos_notes_training_videos(trained: TrainResult, tmp_path: Path) -> None:
+def test_eval_of_all_videos_notes_training_videos(trained, tmp_path):
     result = evaluate(settings(trained, subset="all", output=tmp_path / "out"))
     train = evaluate(settings(trained, subset="train", output=tmp_path / "train")).metrics["videos"]
     whole = result.metrics["videos"]
@@ -379,21 +371,21 @@ def test_eval_of_all_videos_notes_training_videos(trained: TrainResult, tmp_path
     assert any(said in warning for warning in result.warnings)
 
 
-def test_groups_beside_all_videos_are_refused() -> None:
+def test_groups_beside_all_videos_are_refused():
     with pytest.raises(
         SettingsError, match="--subset all scores every video: leave out --val-groups and --test"
     ):
         load(EvalSettings, flags={"subset": "all", "val_groups": "1", "test_groups": "1"}, environ={})
 
 
-def test_compare_checks_the_second_model_before_scoring(trained: TrainResult, tmp_path: Path) -> None:
+def test_compare_checks_the_second_model_before_scoring(trained, tmp_path):
     pair = (trained.model, tmp_path / "nowhere")
     with pytest.raises(ModelError, match="nowhere: no such model folder"):
         compare(settings(trained, subset="train", output=tmp_path / "out", model=None, compare=pair))
     assert not (tmp_path / "out").exists()
 
 
-def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_path: Path) -> None:
+def test_two_models_are_compared_on_the_same_videos(trained, tmp_path):
     worse = tmp_path / "worse"
     shutil.copytree(trained.model, worse)
     weights = load_file(worse / "model.safetensors")
@@ -419,8 +411,8 @@ def test_two_models_are_compared_on_the_same_videos(trained: TrainResult, tmp_pa
     assert end.value.code == 0
 
 
-def test_eval_precision_is_used_and_recorded(trained: TrainResult, tmp_path: Path) -> None:
-    def scored(name: str, **how: Any) -> tuple[dict[str, Any], list[str]]:
+def test_eval_precision_is_used_and_recorded(trained, tmp_path):
+    def scored(name, **how):
         result = evaluate(settings(trained, output=tmp_path / name, **how))
         rows = (result.output / "scores.csv").read_text().splitlines()
         return json.loads((result.output / "metrics.json").read_text()), rows
@@ -460,13 +452,11 @@ SHOWN = {
 }
 
 
-def test_every_setting_of_eval_has_a_test_of_its_effect() -> None:
+def test_every_setting_of_eval_has_a_test_of_its_effect():
     assert set(SHOWN) == set(EvalSettings.model_fields)
 
 
-def test_results_on_other_data_leave_those_of_the_own_test_alone(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_results_on_other_data_leave_those_of_the_own_test_alone(trained, tmp_path):
     own = evaluate(settings(trained))
     clips = make_clips(tmp_path / "elsewhere", groups=4)
     shutil.rmtree(clips / "Red")
@@ -477,7 +467,7 @@ def test_results_on_other_data_leave_those_of_the_own_test_alone(
     assert evaluate(settings(trained, path_to_data=str(same))).output == own.output
 
 
-def test_classes_that_are_spelt_otherwise_are_the_same(trained: TrainResult, tmp_path: Path) -> None:
+def test_classes_that_are_spelt_otherwise_are_the_same(trained, tmp_path):
     clips = make_clips(tmp_path / "colours", groups=4)
     before = evaluate(settings(trained, path_to_data=str(clips), output=tmp_path / "a", test_groups="1"))
     (clips / "Red").rename(clips / "red")
@@ -495,9 +485,7 @@ def test_classes_that_are_spelt_otherwise_are_the_same(trained: TrainResult, tmp
 
 
 @pytest.mark.parametrize("verb", ["one", "pair"])
-def test_eval_checks_the_results_folder_before_scoring(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
+def test_eval_checks_the_results_folder_before_scoring(trained, tmp_path, monkeypatch, verb):
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr("tvit_cli.engine.evaluate.score", lambda *a, **k: pytest.fail("was scored"))
     with pytest.raises(DataError, match=r"--output .*taken.* is a file, not a folder"):
@@ -508,7 +496,7 @@ def test_eval_checks_the_results_folder_before_scoring(
             compare(settings(trained, model=None, compare=pair, output=tmp_path / "taken"))
 
 
-def test_a_comparison_on_one_group_has_no_interval(trained: TrainResult, tmp_path: Path) -> None:
+def test_a_comparison_on_one_group_has_no_interval(trained, tmp_path):
     other = shutil.copytree(trained.model, tmp_path / "other")
     pair = (trained.model, other)
     own = settings(trained, model=None, compare=pair, output=tmp_path / "out")

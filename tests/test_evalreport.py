@@ -1,7 +1,5 @@
 """The page of an evaluation: it needs nothing but itself, its figures are those of metrics.json, and it stays small."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil
@@ -52,7 +50,7 @@ from tvit_cli.report.evaluation import (
     evaluation_page,
     write_evaluation_report,
 )
-from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, EvalResult, Event, Note, TrainResult, silent
+from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, EvalResult, Note, TrainResult, silent
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
@@ -61,7 +59,7 @@ SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "trai
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
     return run(
         path_to_data=str(make_clips(root / "colours")),
@@ -77,7 +75,7 @@ def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
 
 
 @pytest.fixture(scope="module")
-def result(trained: TrainResult) -> EvalResult:
+def result(trained):
     return evaluate(settings(trained, subset="train", top_k=2, clips_per_video=3))
 
 
@@ -125,7 +123,7 @@ def written(own: EvaluationFacts) -> Page:
     return Page(evaluation_page(own, evaluation_drawings(own)))
 
 
-def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(result: EvalResult) -> None:
+def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(result):
     assert result.report == result.output / "report.html"
     shown = page_of(result)
     assert shown.references and all(value.startswith("data:") for value in shown.references)
@@ -142,7 +140,7 @@ def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(resul
         assert name in shown.text
 
 
-def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
+def test_its_figures_are_those_of_the_metrics_file(result):
     text = page_of(result).text
     found = json.loads((result.output / "metrics.json").read_text())
     metrics, intervals = found["metrics"], found["intervals"]
@@ -164,25 +162,23 @@ def test_its_figures_are_those_of_the_metrics_file(result: EvalResult) -> None:
         assert f"{html.plural(b['videos'], 'video')}: {html.percent(b['confidence'])} sure" in text
 
 
-def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result: EvalResult) -> None:
+def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result):
     assert result.report is not None
     assert trouble_in_chromium(result.report) == []
 
 
-def test_a_browser_would_tell_of_a_page_that_loads_something(tmp_path: Path) -> None:
+def test_a_browser_would_tell_of_a_page_that_loads_something(tmp_path):
     page = tmp_path / "page.html"
     page.write_text('<main><img src="http://127.0.0.1:9/a.png"><script>console.error("no")</script></main>')
     trouble = trouble_in_chromium(page)
     assert any('"no"' in line for line in trouble)
 
 
-def test_strips_show_the_frames_that_the_model_was_given(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[torch.Tensor] = []
+def test_strips_show_the_frames_that_the_model_was_given(trained, tmp_path, monkeypatch):
+    given = []
     real = TemporalViT.forward
 
-    def forward(self: TemporalViT, clips: torch.Tensor) -> torch.Tensor:
+    def forward(self, clips):
         given.extend(clips.clone())
         return real(self, clips)
 
@@ -201,9 +197,7 @@ def test_strips_show_the_frames_that_the_model_was_given(
             assert clip is not None and torch.equal(clip, given[place * 3 + number]), changes
 
 
-def test_wrong_answers_come_surest_first_and_then_the_hardest_of_the_rest(
-    result: EvalResult, trained: TrainResult
-) -> None:
+def test_wrong_answers_come_surest_first_and_then_the_hardest_of_the_rest(result, trained):
     labels = ("Blue", "Green", "Red")
     wrong = sorted((a for a in result.answers if not a.is_right), key=lambda a: -max(a.scores))
     rest = sorted(
@@ -218,30 +212,28 @@ def test_wrong_answers_come_surest_first_and_then_the_hardest_of_the_rest(
     assert f"{said}{surest.predicted}{html.percent(max(surest.scores))}" in text
 
 
-def test_a_page_of_many_videos_shows_few_of_them(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_of_many_videos_shows_few_of_them(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_STRIPS", 1)
     result = evaluate(settings(trained, subset="train", output=tmp_path))
     assert sum(uri.startswith("data:image/jpeg") for uri in page_of(result).references) <= 2
 
 
-def test_draws_and_bins_are_those_of_the_computation(trained: TrainResult, tmp_path: Path) -> None:
+def test_draws_and_bins_are_those_of_the_computation(trained, tmp_path):
     text = written(facts(tmp_path)).text
     assert "those of 1,234 draws of 2 groups" in text and "over 9 equal bins" in text
     shown = page_of(evaluate(settings(trained, subset="train", output=tmp_path))).text
     assert f"those of {RESAMPLES:,} draws" in shown and f"over {BINS} equal bins" in shown
 
 
-def test_its_drawings_lie_beside_it(result: EvalResult) -> None:
+def test_its_drawings_lie_beside_it(result):
     names = {path.name for path in (result.output / "plots").iterdir()}
     assert names == {f"{n}.png" for n in ("confusion", "per_class", "reliability", "confidence", "coverage")}
     with Image.open(result.output / "plots" / "confusion.png") as picture:
         assert picture.format == "PNG" and picture.size[0] == picture.size[1] > 300
 
 
-def test_videos_that_were_trained_on_are_named_as_a_leak(trained: TrainResult, tmp_path: Path) -> None:
-    events: list[Event] = []
+def test_videos_that_were_trained_on_are_named_as_a_leak(trained, tmp_path):
+    events = []
     held_out = load_card(trained.model).held_out
     own = next(f"{n:02d}" for n in range(1, 7) if f"{n:02d}" not in held_out["val"] + held_out["test"])
     result = evaluate(settings(trained, test_groups=f"{own},", output=tmp_path), events.append)
@@ -253,17 +245,15 @@ def test_videos_that_were_trained_on_are_named_as_a_leak(trained: TrainResult, t
     assert not evaluate(settings(trained, output=tmp_path)).leaks
 
 
-def test_groups_of_the_training_that_are_gone_stop_no_evaluation(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gone(*given: Any, **choice: Any) -> None:
+def test_groups_of_the_training_that_are_gone_stop_no_evaluation(trained, tmp_path, monkeypatch):
+    def gone(*given, **choice):
         raise DataError("--test-groups: no group 04 in train")
 
     monkeypatch.setattr("tvit_cli.engine.evaluate.selection.read_layout", gone)
     assert evaluate(settings(trained, test_groups="2", output=tmp_path)).leaks == ()
 
 
-def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained: TrainResult, tmp_path: Path) -> None:
+def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained, tmp_path):
     data = make_clips(tmp_path / "colours")
     videos = {
         v.subset: v
@@ -277,12 +267,12 @@ def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained: TrainResult, t
     ).leaks
 
 
-def test_the_page_says_what_numbers_on_training_videos_are_worth(result: EvalResult) -> None:
+def test_the_page_says_what_numbers_on_training_videos_are_worth(result):
     assert "The model was trained on these videos" in page_of(result).text
     assert "chose the epoch" not in page_of(result).text
 
 
-def test_eval_of_other_subsets_notes_partial_data_leakage(trained: TrainResult, tmp_path: Path) -> None:
+def test_eval_of_other_subsets_notes_partial_data_leakage(trained, tmp_path):
     held_out = load_card(trained.model).held_out
     chosen = page_of(evaluate(settings(trained, subset="val", output=tmp_path))).text
     assert "These videos chose the epoch" in chosen and "trained on these" not in chosen
@@ -295,9 +285,7 @@ def test_eval_of_other_subsets_notes_partial_data_leakage(trained: TrainResult, 
     assert "chose the epoch" not in text and "were trained on" not in text
 
 
-def test_on_other_data_the_page_claims_nothing_about_the_training(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_on_other_data_the_page_claims_nothing_about_the_training(trained, tmp_path):
     data = make_clips(tmp_path / "others", groups=3)
     for subset in ("train", "val"):
         own = settings(trained, subset=subset, path_to_data=str(data), output=tmp_path / subset)
@@ -312,9 +300,7 @@ def test_on_other_data_the_page_claims_nothing_about_the_training(
 
 
 @pytest.mark.parametrize("stand_in", ["store", "name", "link"])
-def test_leakage_is_found_through_frame_stores_and_links(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: str
-) -> None:
+def test_leakage_is_found_through_frame_stores_and_links(trained, tmp_path, monkeypatch, stand_in):
     """Trained on `recorded`, scored on `opened`: the same videos in other subsets."""
     videos = Path(load_card(trained.model).settings["path_to_data"])
     monkeypatch.chdir(tmp_path)
@@ -346,26 +332,24 @@ def test_leakage_is_found_through_frame_stores_and_links(
         assert again.leaks == result.leaks
 
 
-def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path: Path) -> None:
+def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path):
     bad = {f"clip{n}.avi": "empty" for n in range(60)}
     text = written(facts(tmp_path, unreadable=bad)).text
     assert "60 videos cannot be read" in text and "clip49.aviempty" in text and "clip50.avi" not in text
 
 
-def test_a_report_that_cannot_be_written_costs_no_numbers(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*given: Any) -> Path:
+def test_a_report_that_cannot_be_written_costs_no_numbers(trained, tmp_path, monkeypatch):
+    def full(*given):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluation, "write_pages", full)
-    events: list[Event] = []
+    events = []
     result = evaluate(settings(trained, output=tmp_path), events.append)
     assert result.report is None and (tmp_path / "metrics.json").is_file()
     assert any("report could not be written (No space left" in e.text for e in events if isinstance(e, Note))
 
 
-def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
+def test_names_from_outside_are_text_and_never_markup(tmp_path):
     evil = '<script>alert("1")</script>&'
     shown = ShownVideo(evil, evil, "x", [("x", 0.9), (evil, 0.1)], torch.zeros(3, 3, 16, 16))
     own = facts(
@@ -376,7 +360,7 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
     assert "script" not in page.tags and page.text.count(evil) >= 12
 
 
-def test_confusion_matrix_has_all_cells_and_no_overlapping_text() -> None:
+def test_confusion_matrix_has_all_cells_and_no_overlapping_text():
     for labels in (("A", "B"), tuple(f"Class number {n}" for n in range(101))):
         counts = {(label, labels[0]): 1 for label in labels} | {(label, label): 3 for label in labels}
         drawing = confusion_chart(labels, counts)
@@ -393,7 +377,7 @@ def test_confusion_matrix_has_all_cells_and_no_overlapping_text() -> None:
         assert len(rows) == len(labels) and all(b - a >= size for a, b in pairwise(rows))
 
 
-def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path: Path) -> None:
+def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path):
     labels = tuple(f"c{n:03d}" for n in range(400))
     counts = {(label, label): 5 for label in labels} | {("c390", "c391"): 7}
     shown = shown_classes(labels, counts)
@@ -406,11 +390,11 @@ def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path: P
     assert f"{MOST_CLASSES} of 400 classes are shown" in text
 
 
-def test_classes_that_do_not_occur_have_no_row() -> None:
+def test_classes_that_do_not_occur_have_no_row():
     assert shown_classes(("a", "b", "c"), {("a", "c"): 1}) == ["a", "c"]
 
 
-def test_confidence_is_drawn_against_accuracy() -> None:
+def test_confidence_is_drawn_against_accuracy():
     bins = [Bin(0.2, 0.4, 4, 0.3, 0.5), Bin(0.8, 1.0, 2, 0.9, 0.5)]
     bars = [s for s in reliability_chart(bins).shapes if isinstance(s, Box)]
     assert [bar.role for bar in bars] == ["one", "three", "one", "bad"]
@@ -429,21 +413,21 @@ def test_confidence_is_drawn_against_accuracy() -> None:
     assert any(isinstance(s, Line) and s.role == "one" for s in curve.shapes)
 
 
-def test_a_strip_is_a_row_of_the_models_frames(tmp_path: Path) -> None:
+def test_a_strip_is_a_row_of_the_models_frames(tmp_path):
     own = facts(tmp_path)
     strip = evaluation.video_strip(own.surely_wrong[0], own.preprocessing)
     assert simplejpeg.decode_jpeg(base64.b64decode(strip.uri.split(",")[1])).shape == (16, 3 * 18 - 2, 3)
     assert strip.alt == "Frames of b/2.avi, which is Bowling, taken for Archery"
 
 
-def test_a_model_is_called_by_its_run() -> None:
+def test_a_model_is_called_by_its_run():
     assert run_name(Path("/w/people/model")) == "people"
     assert run_name(Path("/w/people/seed0-split1/model")) == "people/seed0-split1"
     assert run_name(Path("/elsewhere/mine")) == "mine"
 
 
 @pytest.fixture(scope="module")
-def series(trained: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def series(trained, tmp_path_factory):
     """Two runs of one series: the model, and one that answers with the next class."""
     folder = tmp_path_factory.mktemp("series") / "people"
     for seed in (0, 1):
@@ -456,7 +440,7 @@ def series(trained: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_series_has_a_page_with_its_mean_and_every_run(series: Path) -> None:
+def test_a_series_has_a_page_with_its_mean_and_every_run(series):
     own = EvalSettings(model=series, subset="train", num_workers=0, device="cpu", top_k=2)
     result = evaluate_series(own, series_models(series))
     assert result.report == series / "eval" / "train" / "report.html"
@@ -480,7 +464,7 @@ def test_a_series_has_a_page_with_its_mean_and_every_run(series: Path) -> None:
     assert trouble_in_chromium(result.report) == []
 
 
-def test_comparison_page_names_the_better_model_and_flipped_videos(series: Path, tmp_path: Path) -> None:
+def test_comparison_page_names_the_better_model_and_flipped_videos(series, tmp_path):
     models = tuple(series_models(series).values())
     own = EvalSettings(compare=models, subset="train", num_workers=0, device="cpu", output=tmp_path)
     result = compare(own)
@@ -514,9 +498,7 @@ def test_comparison_page_names_the_better_model_and_flipped_videos(series: Path,
         (None, "of one group"),
     ],
 )
-def test_the_verdict_is_what_the_interval_allows(
-    tmp_path: Path, interval: tuple[float, float] | None, sentence: str
-) -> None:
+def test_the_verdict_is_what_the_interval_allows(tmp_path, interval, sentence):
     own = ComparisonFacts(
         folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
         difference=0.1, interval=interval, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
@@ -541,7 +523,7 @@ def test_the_verdict_is_what_the_interval_allows(
     assert none == {"changed_classes": None} and "No class changed" in Page(comparison_page(same, none)).text
 
 
-def test_report_removes_only_its_own_outdated_drawings(tmp_path: Path) -> None:
+def test_report_removes_only_its_own_outdated_drawings(tmp_path):
     changed = ComparisonFacts(
         folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
         difference=0.1, interval=None, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,

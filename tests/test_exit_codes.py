@@ -1,12 +1,9 @@
 """Exit codes and streams: 0 with the answer on stdout; 2 or 1 with an error on stderr that names the thing."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from entry import ROOT, tvit
@@ -71,7 +68,7 @@ BAD = [  # a command, its exit code, and the thing that stderr names
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exits")
     clips = make_clips(folder / "colours", groups=3)
     make_pretrained(folder / "vit")
@@ -85,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _below_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _below_root(root, monkeypatch):
     for name in [name for name in os.environ if name.startswith("TVIT_") and name != "TVIT_TEST_DATA"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
@@ -93,32 +90,32 @@ def _below_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("line", "answer"), OK, ids=[line[:60] for line, _ in OK])
-def test_good_command_exits_0_and_answers_on_stdout(line: str, answer: str) -> None:
+def test_good_command_exits_0_and_answers_on_stdout(line, answer):
     ended = tvit(*line.split())
     assert ended.code == 0, ended.err
     assert answer in ended.out and "error:" not in ended.err
 
 
 @pytest.mark.parametrize(("line", "code", "thing"), BAD, ids=[line[:60] for line, *_ in BAD])
-def test_bad_command_names_the_thing_on_stderr(line: str, code: int, thing: str) -> None:
+def test_bad_command_names_the_thing_on_stderr(line, code, thing):
     ended = tvit(*line.split())
     assert (ended.code, "Traceback" in ended.err) == (code, False), ended.err
     assert thing in ended.err
     assert "error" not in ended.out.lower() and "mistake in tvit itself" not in ended.err
 
 
-def test_no_verb_shows_help_and_exits_2() -> None:
+def test_no_verb_shows_help_and_exits_2():
     ended = tvit()
     assert ended.code == 2 and "extract" in ended.out + ended.err
 
 
-def test_module_in_a_process_of_its_own_exits_as_the_program_does() -> None:
+def test_module_in_a_process_of_its_own_exits_as_the_program_does():
     line = [sys.executable, "-m", "tvit_cli", "predict", "colours/Red", "nothing.avi", "--model", "model"]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2 and not ended.stdout and ended.stderr.startswith("error: ")
 
 
-def test_json_answer_is_all_of_stdout() -> None:
+def test_json_answer_is_all_of_stdout():
     ended = tvit("predict", "colours/Red", "--model", "model", "--json")
     assert [set(json.loads(line)) for line in ended.out.splitlines()] == [{"video", "predictions"}] * 3

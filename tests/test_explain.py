@@ -1,9 +1,6 @@
 """Explanations: integrated gradients where they are known, the deletion test, the film strip."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +38,7 @@ class Spot(nn.Module):
         return torch.stack([torch.zeros_like(seen), seen], 1)
 
 
-def test_relevance_adds_up_to_the_log_score() -> None:
+def test_relevance_adds_up_to_the_log_score():
     clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     clip[1:, :, 4:8, 8:12] += 2
     blank = blank_clip(clip)
@@ -66,7 +63,7 @@ def test_relevance_adds_up_to_the_log_score() -> None:
         ([[-3.0, 0.0], [0.0, -1.0]], [0.0, 0.0]),
     ],
 )
-def test_frame_shares_sum_to_1_or_are_all_0(relevance: list[list[float]], shares: list[float]) -> None:
+def test_frame_shares_sum_to_1_or_are_all_0(relevance, shares):
     by_frame = torch.tensor(relevance)[:, :, None]  # (T, P, 1)
     deletion = Deletion(shares=(), relevant=(), random=(), p_value=1.0)
     explanation = Explanation("a.avi", "A", 0.5, torch.zeros(2, 3, 4, 4), by_frame, deletion)
@@ -75,7 +72,7 @@ def test_frame_shares_sum_to_1_or_are_all_0(relevance: list[list[float]], shares
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("pool", POOLS)
-def test_relevance_adds_up_for_every_scheme_and_pooling(attention: str, pool: str) -> None:
+def test_relevance_adds_up_for_every_scheme_and_pooling(attention, pool):
     config = ViTConfig(
         num_classes=3,
         frame_size=16,
@@ -97,7 +94,7 @@ def test_relevance_adds_up_for_every_scheme_and_pooling(attention: str, pool: st
     assert total == pytest.approx(after - before, abs=0.02 + 0.02 * abs(after - before))
 
 
-def test_a_true_map_beats_every_random_order_and_a_false_one_does_not() -> None:
+def test_a_true_map_beats_every_random_order_and_a_false_one_does_not():
     clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     clip[1:, :, 4:8, 8:12] += 2
     blank = blank_clip(clip)
@@ -110,7 +107,7 @@ def test_a_true_map_beats_every_random_order_and_a_false_one_does_not() -> None:
     assert deletion_test(Spot(), clip, blank, true, 1) == test  # nothing is drawn from outside
 
 
-def test_deleting_replaces_whole_patches_by_the_blank() -> None:
+def test_deleting_replaces_whole_patches_by_the_blank():
     clip = torch.rand(2, 3, 8, 8)
     blank = blank_clip(clip)
     found = blanked(clip, blank, torch.Size((2, 2, 2)), torch.tensor([1, 6]))
@@ -120,7 +117,7 @@ def test_deleting_replaces_whole_patches_by_the_blank() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A model that is not trained, and a video beside it."""
     root = tmp_path_factory.mktemp("explain")
     make_model(root / "model", ("Left", "Right"))
@@ -129,9 +126,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_verb_writes_a_strip_of_one_video(folder: Path, tmp_path: Path) -> None:
+def test_the_verb_writes_a_strip_of_one_video(folder, tmp_path):
     out = tmp_path / "new" / "why.png"
-    notes: list[str] = []
+    notes = []
     settings = PredictSettings(
         paths=(str(folder / "clip.avi"),), model=folder / "model", explain=out, device="cpu"
     )
@@ -142,7 +139,7 @@ def test_the_verb_writes_a_strip_of_one_video(folder: Path, tmp_path: Path) -> N
         predict(settings.model_copy(update={"paths": settings.paths * 2}))
 
 
-def test_a_label_can_be_named_and_is_checked(folder: Path, tmp_path: Path) -> None:
+def test_a_label_can_be_named_and_is_checked(folder, tmp_path):
     model = tvit_cli.load_model(folder / "model", device="cpu")
     both = [model.explain(folder / "clip.avi", label=label) for label in model.labels]
     assert both[0].score + both[1].score == pytest.approx(1) and both[0].relevance.shape == (4, 4, 4)
@@ -158,7 +155,7 @@ def test_a_label_can_be_named_and_is_checked(folder: Path, tmp_path: Path) -> No
         model.explain(tmp_path / "text.avi")
 
 
-def test_the_strip_is_bright_where_the_relevance_is() -> None:
+def test_the_strip_is_bright_where_the_relevance_is():
     relevance = torch.zeros(2, 2, 2)
     relevance[1, 0, 1], relevance[0, 1, 1] = 4.0, -3.0
     assert lights(relevance)[1, 0, 1] == 1 and lights(relevance).sum() == 1

@@ -1,7 +1,5 @@
 """`tvit export`: every format answers as the model does, also where tvit cannot be imported."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import hashlib
@@ -70,7 +68,7 @@ except SystemExit as ended:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(tmp_path_factory):
     """A run with adapters, a bias and a layer trained in full, blocks that see time, tubelets, standardised features."""
     root = tmp_path_factory.mktemp("export")
     return run(
@@ -88,13 +86,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 
 
 @pytest.fixture
-def copied(trained: TrainResult, tmp_path: Path) -> Path:
+def copied(trained, tmp_path):
     """A copy of the run to spoil."""
     return Path(shutil.copytree(trained.run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
 
 
 @pytest.fixture
-def clips(trained: TrainResult) -> list[Path]:
+def clips(trained):
     return sorted(trained.run.parents[1].glob("colours/*/*_g0[12]_*"))
 
 
@@ -151,18 +149,14 @@ def check_folder(result: ExportResult, *files: str) -> dict[str, Any]:
     return record
 
 
-def test_safetensors_with_the_networks_own_files_label_clips(
-    trained: TrainResult, tmp_path: Path, clips: list[Path]
-) -> None:
+def test_safetensors_with_the_networks_own_files_label_clips(trained, tmp_path, clips):
     result = export(trained, tmp_path / "plain")
     check_folder(result, "model.safetensors", "source/vit.py", "source/reading.py")
     assert result.parity.max_logit_difference == 0
     check_example(trained, "use_safetensors.py", result.output, clips)
 
 
-def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(
-    trained: TrainResult, tmp_path: Path, clips: list[Path]
-) -> None:
+def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(trained, tmp_path, clips):
     from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
@@ -174,7 +168,7 @@ def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(
         engine.export(ExportSettings(model=result.output, output=tmp_path / "again"))
 
     model, card = load_model(trained.model)
-    there: dict[str, Any] = {"pretrained_model_name_or_path": str(result.output), "trust_remote_code": True}
+    there = {"pretrained_model_name_or_path": str(result.output), "trust_remote_code": True}
     config = AutoConfig.from_pretrained(**there)
     assert [config.id2label[i] for i in range(3)] == list(card.labels)
     assert (config.num_frames, config.image_size, config.hidden_size) == (4, 32, 16)
@@ -210,9 +204,7 @@ def test_a_hugging_face_folder_loads_with_auto_classes_and_the_pipeline(
 
 
 @NEEDS_ONNX
-def test_onnx_has_dynamic_batch_labels_and_an_int8_cost(
-    trained: TrainResult, tmp_path: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_has_dynamic_batch_labels_and_an_int8_cost(trained, tmp_path, clips, monkeypatch):
     import onnx
     import onnxruntime
 
@@ -229,7 +221,7 @@ def test_onnx_has_dynamic_batch_labels_and_an_int8_cost(
     alone = np.concatenate([session.run(None, {"pixel_values": p[None]})[0] for p in pixels])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
-    def traced_already(graph: Any, path: Path) -> None:  # tracing takes seconds, and gives the same
+    def traced_already(graph, path):  # tracing takes seconds, and gives the same
         shutil.copyfile(result.output / path.name, path)
 
     monkeypatch.setattr(onnx_format, "_trace", traced_already)
@@ -249,9 +241,7 @@ def test_onnx_has_dynamic_batch_labels_and_an_int8_cost(
     assert "model.onnx: its hash is not the one in parity.json" in refused.stderr
 
 
-def test_a_torch_program_runs_without_model_code(
-    trained: TrainResult, tmp_path: Path, clips: list[Path]
-) -> None:
+def test_a_torch_program_runs_without_model_code(trained, tmp_path, clips):
     result = export(trained, tmp_path / "program", format="torch")
     check_folder(result, "model.pt2", "preprocessing.pt2", "source/reading.py")
     assert result.parity.max_logit_difference <= 1e-6
@@ -272,7 +262,7 @@ except OSError as error:
 """
 
 
-def test_torch_export_on_a_full_disk_is_an_error_not_an_abort(tmp_path: Path) -> None:
+def test_torch_export_on_a_full_disk_is_an_error_not_an_abort(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", LIMITED, tmp_path / "model.pt2"],
         capture_output=True,
@@ -283,9 +273,7 @@ def test_torch_export_on_a_full_disk_is_an_error_not_an_abort(tmp_path: Path) ->
     assert (ended.returncode, ended.stdout) == (0, "[Errno 27] File too large\n"), ended.stderr
 
 
-def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(
-    trained: TrainResult, tmp_path: Path
-) -> None:
+def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(trained, tmp_path):
     result = export(trained, tmp_path / "one", format="torch", with_preprocessing=True)
     check_folder(result, "model.pt2", "source/reading.py")
     assert not (result.output / "preprocessing.pt2").exists()
@@ -295,9 +283,7 @@ def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(
         torch.testing.assert_close(model(frames).sum(1), torch.ones(n_clips))
 
 
-def test_an_adapter_goes_onto_the_bare_backbone_beside_it(
-    trained: TrainResult, tmp_path: Path, clips: list[Path]
-) -> None:
+def test_an_adapter_goes_onto_the_bare_backbone_beside_it(trained, tmp_path, clips):
     result = export(trained, tmp_path / "learnt", format="adapter")
     check_folder(result, "adapter_config.json", "adapter_model.safetensors", "backbone/config.json")
     assert result.parity.max_logit_difference <= 1e-5
@@ -307,8 +293,7 @@ def test_an_adapter_goes_onto_the_bare_backbone_beside_it(
     pretrained = load_file(trained.run.parents[1] / "pretrained" / "model.safetensors")
     name = "blocks.1.attention.q"
     assert torch.equal(
-        backbone[f"network.{name}.weight"],
-        pretrained["encoder.layer.1.attention.attention.query.weight"],
+        backbone[f"network.{name}.weight"], pretrained["encoder.layer.1.attention.attention.query.weight"]
     )
     adapter = load_file(result.output / "adapter_model.safetensors")
     assert adapter[f"base_model.model.network.{name}.lora_A.weight"].shape == (2, 16)
@@ -331,9 +316,7 @@ def test_an_adapter_goes_onto_the_bare_backbone_beside_it(
         (None, r"settings\.json: missing\. .* Name the run's folder"),
     ],
 )
-def test_missing_adapter_is_reported_before_computing(
-    copied: Path, changes: dict[str, Any] | None, sentence: str
-) -> None:
+def test_missing_adapter_is_reported_before_computing(copied, changes, sentence):
     path = copied / "settings.json"
     if changes is None:
         path.unlink()
@@ -344,7 +327,7 @@ def test_missing_adapter_is_reported_before_computing(
     assert not (copied / "export").exists()
 
 
-def test_an_adapter_needs_the_weights_it_was_trained_on(trained: TrainResult, copied: Path) -> None:
+def test_an_adapter_needs_the_weights_it_was_trained_on(trained, copied):
     other = copied.parent / "other"
     shutil.copytree(trained.run.parents[1] / "pretrained", other)
     weights = load_file(other / "model.safetensors")
@@ -368,9 +351,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(engine.FORMATS, "safetensors", spoiled)
 
 
-def test_export_without_parity_is_not_written(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_without_parity_is_not_written(trained, tmp_path, monkeypatch, capsys):
     kept = export(trained, tmp_path / "plain").output / "parity.json"
     before = kept.read_bytes()
     spoil(monkeypatch)
@@ -384,10 +365,8 @@ def test_export_without_parity_is_not_written(
 
 
 @pytest.mark.parametrize("where", ["the clips", "the proof", "the writing"])
-def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(
-    where: str, trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*arguments: Any, **keywords: Any) -> None:
+def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(where, trained, tmp_path, monkeypatch):
+    def fails(*arguments, **keywords):
         raise OSError(5, "Input/output error", "disk.avi")
 
     output = tmp_path / "out"
@@ -414,7 +393,7 @@ def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(
 @pytest.mark.parametrize(
     "text", ["", '{"metrics"', "[]", '{"metrics": [0.5]}', '{"metrics": {"videos": "many"}}']
 )
-def test_an_evaluation_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
+def test_an_evaluation_that_cannot_be_read_is_named(text, tmp_path):
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(DataError, match=r"metrics\.json: holds no metrics .* Evaluate again, or remove"):
         read_metrics(tmp_path)
@@ -431,12 +410,12 @@ def test_an_evaluation_that_cannot_be_read_is_named(text: str, tmp_path: Path) -
         (0.0, 0.94, True, False),
     ],
 )
-def test_a_proof_has_limits(difference: float, agreement: float, int8: bool, passed: bool) -> None:
+def test_a_proof_has_limits(difference, agreement, int8, passed):
     parity = Parity("", 20, difference, agreement, None if int8 else 1e-4, 0.95 if int8 else 1.0)
     assert parity.passed == passed
 
 
-def test_what_is_there_is_replaced_only_when_told_to(trained: TrainResult, tmp_path: Path) -> None:
+def test_what_is_there_is_replaced_only_when_told_to(trained, tmp_path):
     first = export(trained, tmp_path / "plain")
     with pytest.raises(SettingsError, match=r"an export is there already\. Replace it with --overwrite"):
         export(trained, tmp_path / "plain")
@@ -459,9 +438,7 @@ def test_what_is_there_is_replaced_only_when_told_to(trained: TrainResult, tmp_p
         export(trained, tmp_path / "thesis", overwrite=True)
 
 
-def test_the_command_says_what_the_proof_found_and_where_the_export_is(
-    trained: TrainResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_what_the_proof_found_and_where_the_export_is(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained.run.parents[1])
     cli.build_app()(["export", "-f", "safetensors"], standalone_mode=False)  # the newest model
     said = capsys.readouterr().out
@@ -470,14 +447,14 @@ def test_the_command_says_what_the_proof_found_and_where_the_export_is(
     assert (folder / "parity.json").is_file()
 
 
-def test_parity_uses_given_clips_or_noise(trained: TrainResult, copied: Path, tmp_path: Path) -> None:
+def test_parity_uses_given_clips_or_noise(trained, copied, tmp_path):
     blue = trained.run.parents[1] / "colours" / "Blue"
     named = export(trained, tmp_path / "named", clips=blue).parity
     assert (named.clips, named.videos) == ("Blue", 6)
     path = copied / "model" / "card.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, "settings": {**card["settings"], "path_to_data": "moved/away"}}))
-    notes: list[Any] = []
+    notes = []
     made_up = engine.export(ExportSettings(model=copied / "model"), notes.append)
     assert (made_up.parity.clips, made_up.parity.videos) == ("seeded noise", 8)
     assert made_up.output == copied / "export" / "safetensors"
@@ -490,7 +467,7 @@ def test_parity_uses_given_clips_or_noise(trained: TrainResult, copied: Path, tm
         export(trained, tmp_path / "unproved", clips=tmp_path / "broken")
 
 
-def test_many_clips_are_taken_evenly() -> None:
+def test_many_clips_are_taken_evenly():
     from tvit_cli.engine.export.parity import _spread
 
     paths = [Path(str(i)) for i in range(100)]
@@ -498,7 +475,7 @@ def test_many_clips_are_taken_evenly() -> None:
     assert _spread(paths[:3]) == paths[:3]
 
 
-def test_weights_that_were_changed_are_not_exported(trained: TrainResult, copied: Path) -> None:
+def test_weights_that_were_changed_are_not_exported(trained, copied):
     path = copied / "model" / "model.safetensors"
     weights = load_file(path)
     save_file({**weights, "classifier.bias": weights["classifier.bias"] + 1}, path)
@@ -516,9 +493,7 @@ def test_weights_that_were_changed_are_not_exported(trained: TrainResult, copied
         ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
     ],
 )
-def test_no_folder_of_this_machine_leaves_with_an_export(
-    trained: TrainResult, copied: Path, tmp_path: Path, name: str, shown: str
-) -> None:
+def test_no_folder_of_this_machine_leaves_with_an_export(trained, copied, tmp_path, name, shown):
     path = copied / "model" / "card.json"
     card = json.loads(path.read_text())
     card["base"]["name"] = name
@@ -541,16 +516,14 @@ def test_no_folder_of_this_machine_leaves_with_an_export(
         assert file.is_dir() or b"secret" not in file.read_bytes(), file
 
 
-def test_labels_that_do_not_fit_the_classifier_are_refused(copied: Path) -> None:
+def test_labels_that_do_not_fit_the_classifier_are_refused(copied):
     path = copied / "model" / "card.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "labels": ["Blue", "Red"]}))
     with pytest.raises(ModelError, match="2 labels for a classifier of 3 classes"):
         engine.export(ExportSettings(model=copied))
 
 
-def test_the_extra_is_named_where_it_is_missing(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_extra_is_named_where_it_is_missing(trained, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find_spec(name, *a)
@@ -560,9 +533,7 @@ def test_the_extra_is_named_where_it_is_missing(
     assert not (tmp_path / "graph").exists()
 
 
-def test_an_older_transformers_is_refused(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_transformers_is_refused(trained, tmp_path, monkeypatch):
     from tvit_cli.engine.export import huggingface
 
     monkeypatch.setattr(huggingface, "metadata", SimpleNamespace(version=lambda name: "4.57.1"))
@@ -570,7 +541,7 @@ def test_an_older_transformers_is_refused(
         export(trained, tmp_path / "hf", format="huggingface")
 
 
-def test_every_format_has_its_facts_its_page_and_its_options() -> None:
+def test_every_format_has_its_facts_its_page_and_its_options():
     assert set(engine.FORMATS) == set(get_args(ExportFormat))
     pages = Path(engine.__file__).parent / "use"
     assert {page.stem for page in pages.iterdir()} == set(engine.FORMATS)
@@ -598,7 +569,7 @@ def test_every_format_has_its_facts_its_page_and_its_options() -> None:
         ({"private": True}, "--private needs --push-to-hub"),
     ],
 )
-def test_options_that_cannot_be_used_are_refused(flags: dict[str, Any], sentence: str) -> None:
+def test_options_that_cannot_be_used_are_refused(flags, sentence):
     with pytest.raises(SettingsError, match=sentence):
         load(ExportSettings, flags=flags, environ={})
 
@@ -624,9 +595,7 @@ class Hub:
         return call
 
 
-def test_an_export_is_uploaded_whole(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_is_uploaded_whole(trained, tmp_path, monkeypatch):
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     result = export(trained, tmp_path / "plain", push_to_hub="ada/colours", private=True)
@@ -637,9 +606,7 @@ def test_an_export_is_uploaded_whole(
     assert (hub.calls[3][1]["folder_path"] / "parity.json").is_file()
 
 
-def test_nothing_private_is_uploaded_to_a_repository_that_is_public(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_private_is_uploaded_to_a_repository_that_is_public(tmp_path, monkeypatch):
     hub = Hub(private=False)
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     with pytest.raises(
@@ -654,9 +621,7 @@ def test_nothing_private_is_uploaded_to_a_repository_that_is_public(
     assert hub.calls[-1][0] == "upload_folder"
 
 
-def test_who_is_not_logged_in_is_told_how_before_anything_is_written(
-    trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_is_not_logged_in_is_told_how_before_anything_is_written(trained, tmp_path, monkeypatch):
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("whoami", LocalTokenNotFoundError("no token")))
@@ -699,12 +664,10 @@ class Answer:
         ),
     ],
 )
-def test_only_who_is_refused_by_the_hub_is_told_to_log_in(
-    status: int, asked: str, uploaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_who_is_refused_by_the_hub_is_told_to_log_in(status, asked, uploaded, tmp_path, monkeypatch):
     from huggingface_hub.errors import HfHubHTTPError
 
-    answer: Any = Answer(status)
+    answer = Answer(status)
     error = HfHubHTTPError(f"{status}\n\nof the hub", response=answer)
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("whoami", error))
     with pytest.raises(RunError, match=asked):
@@ -717,7 +680,7 @@ def test_only_who_is_refused_by_the_hub_is_told_to_log_in(
 
 @pytest.mark.parametrize("extra", [0, 5])
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_the_graph_of_preprocessing_gives_the_same_bits(resize: Any, extra: int) -> None:
+def test_the_graph_of_preprocessing_gives_the_same_bits(resize, extra):
     generator = torch.Generator().manual_seed(3)
     for height, width, size in [
         *((48, 64, 32), (32, 32, 32), (7, 9, 32), (90, 31, 32), (300, 84, 80), (33, 100, 32), (61, 61, 96)),
@@ -743,10 +706,8 @@ def test_the_graph_of_preprocessing_gives_the_same_bits(resize: Any, extra: int)
 
 
 @pytest.mark.parametrize("grid", [None, 5])
-def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
-    tmp_path: Path, make_video: Callable[..., Path], packed_xvid: Path, grid: int | None
-) -> None:
-    def choose(count: int) -> list[int]:
+def test_the_shipped_reader_gives_the_frames_that_tvit_reads(tmp_path, make_video, packed_xvid, grid):
+    def choose(count):
         return segment_indices(count, 4) if grid is None else indices_on_grid(count, 4, grid=grid)
 
     copy_source(tmp_path)
@@ -770,9 +731,7 @@ def test_the_shipped_reader_gives_the_frames_that_tvit_reads(
     assert not [name for name in sys.modules if name.startswith("_tvit_export_")]
 
 
-def test_shipped_reader_reads_files_of_any_name_and_content(
-    tmp_path: Path, make_video: Callable[..., Path]
-) -> None:
+def test_shipped_reader_reads_files_of_any_name_and_content(tmp_path, make_video):
     copy_source(tmp_path)
     video = make_video(tmp_path / "plain.avi", 5)
     named = shutil.copyfile(video, tmp_path / "x:y.avi")
@@ -792,7 +751,7 @@ def test_shipped_reader_reads_files_of_any_name_and_content(
         assert not server.requests
 
 
-def test_portable_imports_itself_and_four_packages() -> None:
+def test_portable_imports_itself_and_four_packages():
     allowed = {"torch", "numpy", "av", "transformers", *sys.stdlib_module_names}
     files = {path.stem: path for path in PORTABLE.glob("*.py")}
     assert {"vit", "layers", "config", "preprocessing", "reading"} <= files.keys()

@@ -1,7 +1,5 @@
 """`tvit extract`: a store made by any number of processes, broken off and gone on with; files checked."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -34,7 +32,7 @@ GROUPS = 4
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     """Two classes of noise clips: three records of 12 frames fill a shard of 1 MiB."""
     root = tmp_path_factory.mktemp("source")
     for number, label in enumerate(("run", "walk")):
@@ -45,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data(source: Path, tmp_path: Path) -> Path:
+def data(source, tmp_path):
     """A copy of the source that a test may spoil, with its times."""
     root = tmp_path / "data"
     for path in sorted(source.rglob("*.avi")):
@@ -74,14 +72,12 @@ def pixels(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(source, tmp_path_factory):
     """What a run that nothing disturbs stores."""
     return pixels(run(source, output=tmp_path_factory.mktemp("whole") / "frames").folder)
 
 
-def test_a_store_lands_beside_the_videos_and_a_second_run_does_nothing(
-    data: Path, expected: dict[str, bytes]
-) -> None:
+def test_a_store_lands_beside_the_videos_and_a_second_run_does_nothing(data, expected):
     first = run(data)
     assert first.folder == data / "frames"
     assert (first.videos, first.skipped, dict(first.unreadable)) == (2 * GROUPS, 0, {})
@@ -95,7 +91,7 @@ def test_a_store_lands_beside_the_videos_and_a_second_run_does_nothing(
     assert not [path.name for path in first.folder.iterdir() if path.name.startswith(".")]
 
 
-def test_worker_processes_write_the_same_bytes_as_one(data: Path, tmp_path: Path) -> None:
+def test_worker_processes_write_the_same_bytes_as_one(data, tmp_path):
     alone, together = run(data, output=tmp_path / "a"), run(data, output=tmp_path / "b", num_workers=2)
     for a, b in zip(shard_paths(alone.folder), shard_paths(together.folder), strict=True):
         assert (a.name, a.read_bytes()) == (b.name, b.read_bytes())
@@ -125,9 +121,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize("shards", [0, 1, 2])
-def test_killed_and_started_again_it_goes_on_with_what_is_missing(
-    data: Path, expected: dict[str, bytes], shards: int
-) -> None:
+def test_killed_and_started_again_it_goes_on_with_what_is_missing(data, expected, shards):
     folder = data / "frames"
     process = start(data)
     wait_until(lambda: list(folder.glob(f"shard-{shards - 1:05d}-*" if shards else ".shard-*.part")))
@@ -143,7 +137,7 @@ def test_killed_and_started_again_it_goes_on_with_what_is_missing(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_workers_end_when_their_parent_is_killed(data: Path, expected: dict[str, bytes]) -> None:
+def test_workers_end_when_their_parent_is_killed(data, expected):
     process = start(data, num_workers=1)
     wait_until(lambda: list((data / "frames").glob(".shard-*.part")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -151,7 +145,7 @@ def test_workers_end_when_their_parent_is_killed(data: Path, expected: dict[str,
     process.kill()
     process.wait()
 
-    def is_gone(pid: str) -> bool:
+    def is_gone(pid):
         try:
             return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
         except OSError:
@@ -162,8 +156,8 @@ def test_workers_end_when_their_parent_is_killed(data: Path, expected: dict[str,
     assert pixels(data / "frames") == expected
 
 
-def test_an_interrupt_keeps_what_was_done(data: Path) -> None:
-    def report(event: Event) -> None:
+def test_an_interrupt_keeps_what_was_done(data):
+    def report(event):
         if getattr(event, "done", 0) == 2:
             raise KeyboardInterrupt
 
@@ -172,26 +166,26 @@ def test_an_interrupt_keeps_what_was_done(data: Path) -> None:
     assert run(data).skipped == 2
 
 
-def test_several_processes_share_the_work_and_one_joins_it(data: Path, expected: dict[str, bytes]) -> None:
-    def both_at(turn: int) -> Callable[[], None]:
+def test_several_processes_share_the_work_and_one_joins_it(data, expected):
+    def both_at(turn):
         """Stands in for a barrier: rank 1 works while rank 0 waits for the second time."""
         waits = []
 
-        def wait() -> None:
+        def wait():
             waits.append(1)
             if len(waits) == turn:
                 results.append(extract(settings(data), silent, rank=1, processes=2))
 
         return wait
 
-    results: list[ExtractResult] = []
+    results = []
     results.append(extract(settings(data), silent, rank=0, processes=2, wait_for_all=both_at(2)))
     assert [result.videos for result in results] == [GROUPS, GROUPS]
     assert {path.name[-9:-7] for path in shard_paths(data / "frames")} == {"00", "01"}
     assert pixels(data / "frames") == expected
 
 
-def test_two_processes_that_torchrun_starts_share_the_work(data: Path, expected: dict[str, bytes]) -> None:
+def test_two_processes_that_torchrun_starts_share_the_work(data, expected):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     verb = ["-m", "tvit_cli", "extract", "--path-to-data", str(data), "--num-workers", "0"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
@@ -208,7 +202,7 @@ def test_two_processes_that_torchrun_starts_share_the_work(data: Path, expected:
     assert pixels(data / "frames") == expected
 
 
-def test_an_unreadable_video_is_recorded_by_name_and_reason(data: Path) -> None:
+def test_an_unreadable_video_is_recorded_by_name_and_reason(data):
     bad = data / "run" / "v_run_g00_c01.avi"
     whole = bad.read_bytes()
     bad.write_text("text")
@@ -221,7 +215,7 @@ def test_an_unreadable_video_is_recorded_by_name_and_reason(data: Path) -> None:
     assert (run(data).videos, FrameStore(result.folder).unreadable) == (1, {})
 
 
-def test_too_many_unreadable_videos_are_an_error_after_the_rest_is_stored(data: Path) -> None:
+def test_too_many_unreadable_videos_are_an_error_after_the_rest_is_stored(data):
     for group in range(2):
         (data / "run" / f"v_run_g{group:02d}_c01.avi").write_bytes(b"")
     with pytest.raises(RunError, match=r"2 of 8 videos cannot be read; --max-bad 1 allows 1"):
@@ -230,7 +224,7 @@ def test_too_many_unreadable_videos_are_an_error_after_the_rest_is_stored(data: 
     assert len(run(data, max_bad="25%").unreadable) == 2
 
 
-def test_a_changed_video_is_packed_anew_and_a_touched_one_is_not(data: Path) -> None:
+def test_a_changed_video_is_packed_anew_and_a_touched_one_is_not(data):
     folder = run(data).folder
     changed, touched = data / "run" / "v_run_g00_c01.avi", data / "run" / "v_run_g01_c01.avi"
     write_video(changed, np.full((5, 150, 192, 3), 77, np.uint8))
@@ -244,7 +238,7 @@ def test_a_changed_video_is_packed_anew_and_a_touched_one_is_not(data: Path) -> 
     assert FrameStore(folder).find("run/v_run_g00_c01.avi") is None  # its old frames are not given instead
 
 
-def test_a_removed_video_leaves_the_index_and_its_empty_shard_the_disk(data: Path) -> None:
+def test_a_removed_video_leaves_the_index_and_its_empty_shard_the_disk(data):
     folder = run(data).folder
     assert FrameStore(folder).find("run/v_run_g00_c01.avi") is not None
     for group in range(3):
@@ -254,18 +248,18 @@ def test_a_removed_video_leaves_the_index_and_its_empty_shard_the_disk(data: Pat
     assert [path.name for path in shard_paths(folder)] == ["shard-00001-00.frames", "shard-00002-00.frames"]
 
 
-def test_a_damaged_shard_is_made_anew(data: Path, expected: dict[str, bytes]) -> None:
+def test_a_damaged_shard_is_made_anew(data, expected):
     folder = run(data).folder
     shard = shard_paths(folder)[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    notes: list[str] = []
+    notes = []
     result = run(data, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     assert result.videos == 3
     assert any(shard.name in note and "damaged" in note for note in notes)
     assert pixels(folder) == expected
 
 
-def test_repair_finds_a_flipped_bit_and_packs_that_clip_anew(data: Path, expected: dict[str, bytes]) -> None:
+def test_repair_finds_a_flipped_bit_and_packs_that_clip_anew(data, expected):
     folder = run(data).folder
     shard = shard_paths(folder)[0]
     damaged = bytearray(shard.read_bytes())
@@ -277,7 +271,7 @@ def test_repair_finds_a_flipped_bit_and_packs_that_clip_anew(data: Path, expecte
     assert pixels(folder) == expected
 
 
-def test_other_parameters_are_refused_unless_told_to_overwrite(data: Path) -> None:
+def test_other_parameters_are_refused_unless_told_to_overwrite(data):
     folder = run(data).folder
     with pytest.raises(DataError, match=r"made with 12 frames per video.*--overwrite, or .*--output"):
         run(data, frames_per_video=4)
@@ -290,12 +284,12 @@ def test_other_parameters_are_refused_unless_told_to_overwrite(data: Path) -> No
     assert (store.parameters.quality, store.parameters.short_side) == (50, 60)
 
 
-def test_quality_decides_the_size(data: Path, tmp_path: Path) -> None:
+def test_quality_decides_the_size(data, tmp_path):
     sizes = [run(data, quality=q, output=tmp_path / str(q)).bytes for q in (50, 90)]
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_a_folder_of_other_files_is_not_written_into(data: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_not_written_into(data, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
     with pytest.raises(DataError, match="holds other files"):
@@ -303,7 +297,7 @@ def test_a_folder_of_other_files_is_not_written_into(data: Path, tmp_path: Path)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_store_is_replaced_without_its_foreign_files(data: Path) -> None:
+def test_a_store_is_replaced_without_its_foreign_files(data):
     folder = run(data).folder
     foreign = {"thesis.txt", "shard-mine.frames", ".shard-mine.part", ".unreadable-mine.json"}
     for name in foreign:
@@ -317,10 +311,10 @@ def test_a_store_is_replaced_without_its_foreign_files(data: Path) -> None:
     assert (folder / "index.frames").is_file()
 
 
-def test_groups_and_subsets_are_noted_down_and_brought_up_to_date(data: Path) -> None:
+def test_groups_and_subsets_are_noted_down_and_brought_up_to_date(data):
     folder = run(data, val_groups="01", test_groups="00,02").folder
 
-    def groups(subset: str) -> set[str | None]:
+    def groups(subset):
         return {video.group for video in FrameStore(folder).layout().subset(subset)}
 
     assert (groups("train"), groups("val"), groups("test")) == ({"03"}, {"01"}, {"00", "02"})
@@ -336,7 +330,7 @@ def explode(number: int) -> int:
     return number * number
 
 
-def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on() -> None:
+def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on():
     results = list(map_in_order(explode, range(6), workers=2, lost=lambda job, too_long: -job))
     assert results == [0, 1, 4, -3, 16, 25]
 
@@ -350,19 +344,17 @@ def hang(seconds: float) -> float:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no alarm clock")
-def test_a_job_that_hangs_is_named_and_the_others_go_on() -> None:
+def test_a_job_that_hangs_is_named_and_the_others_go_on():
     results = map_in_order(
         hang, [0.01, 60, 0.02], workers=1, lost=lambda job, too_long: (job, too_long), seconds=2
     )
     assert list(results) == [0.01, (60, True), 0.02]
 
 
-def test_the_time_limit_is_what_a_lost_video_is_measured_by(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[float] = []
+def test_the_time_limit_is_what_a_lost_video_is_measured_by(data, monkeypatch):
+    asked = []
 
-    def lose_all(work: Any, jobs: Any, *, workers: int, lost: Any, seconds: float) -> list[Any]:
+    def lose_all(work, jobs, *, workers, lost, seconds):
         asked.append(seconds)
         return [lost(job, number == 0) for number, job in enumerate(jobs)]
 
@@ -380,12 +372,12 @@ def fail(number: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_of_ours_in_a_worker_is_not_hidden(workers: int) -> None:
+def test_a_mistake_of_ours_in_a_worker_is_not_hidden(workers):
     with pytest.raises(ZeroDivisionError):
         list(map_in_order(fail, [1], workers=workers, lost=lambda job, too_long: -job))
 
 
-def test_check_tells_what_files_hold_and_writes_nothing(data: Path) -> None:
+def test_check_tells_what_files_hold_and_writes_nothing(data):
     (data / "run" / "v_run_g00_c01.avi").write_bytes(b"")
     cut = data / "walk" / "v_walk_g00_c01.avi"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -404,7 +396,7 @@ def test_check_tells_what_files_hold_and_writes_nothing(data: Path) -> None:
     assert not (data / "frames").exists()
 
 
-def test_a_header_that_counts_two_frames_too_many_is_no_fault(packed_xvid: Path) -> None:
+def test_a_header_that_counts_two_frames_too_many_is_no_fault(packed_xvid):
     scan = scan_video(packed_xvid)
     assert (scan.frames, scan.problem) == (39, "")
 
@@ -420,18 +412,18 @@ def test_a_header_that_counts_two_frames_too_many_is_no_fault(packed_xvid: Path)
         ("10 % or 1", 5, 1),
     ],
 )
-def test_most_bad_is_the_larger_of_what_is_given(value: str, videos: int, most: int) -> None:
+def test_most_bad_is_the_larger_of_what_is_given(value, videos, most):
     assert most_bad(value, videos) == most
 
 
 @pytest.mark.parametrize("value", ["", "-1", "101%", "few", "3 and 1%"])
-def test_other_words_are_refused_as_max_bad(value: str) -> None:
+def test_other_words_are_refused_as_max_bad(value):
     with pytest.raises(ValueError, match="neither a count nor a percentage"):
         ExtractSettings(max_bad=value)
 
 
 @pytest.mark.real
-def test_every_odd_file_is_told_apart(real_data: Path) -> None:
+def test_every_odd_file_is_told_apart(real_data):
     paths = [path for path in sorted((real_data / "odd").iterdir()) if path.suffix in VIDEO_SUFFIXES]
     for path in paths[::4]:
         scan = scan_video(path)
@@ -442,7 +434,7 @@ def test_every_odd_file_is_told_apart(real_data: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "store"])
-def test_a_file_in_the_place_of_the_store_is_called_one(source: Path, tmp_path: Path, below: str) -> None:
+def test_a_file_in_the_place_of_the_store_is_called_one(source, tmp_path, below):
     (tmp_path / "frames").write_text("notes")
     given = tmp_path / "frames" / below
     with pytest.raises(DataError, match=f"--output {given}: .*is a file, not a folder. Name an"):
@@ -450,33 +442,28 @@ def test_a_file_in_the_place_of_the_store_is_called_one(source: Path, tmp_path: 
     assert (tmp_path / "frames").read_text() == "notes"
 
 
-def test_repaired_or_removed_videos_are_no_longer_listed_as_failed(data: Path) -> None:
+def test_repaired_or_removed_videos_are_no_longer_listed_as_failed(data):
     mended, removed = data / "run" / "v_run_g00_c01.avi", data / "run" / "v_run_g01_c01.avi"
     whole = mended.read_bytes()
     for path in (mended, removed):
         path.write_text("text")
     store = FrameStore(run(data).folder)
     removed.unlink()
-    facts: dict[str, Any] = {
-        "group_pattern": "g(..)",
-        "val_groups": "none",
-        "test_groups": "none",
-        "split": 1,
-    }
+    facts = {"group_pattern": "g(..)", "val_groups": "none", "test_groups": "none", "split": 1}
     found = open_dataset(str(data), report=silent, **facts)
     assert found.store is not None and list(found.unreadable) == ["run/v_run_g00_c01.avi"]
     mended.write_bytes(whole)
-    notes: list[Event] = []
+    notes = []
     found = open_dataset(str(data), report=notes.append, **facts)
     assert found.store is None and found.unreadable == {}
     assert any("1 of 7 videos (such as run/v_run_g00_c01.avi) are new or changed" in str(n) for n in notes)
     assert store.outdated(found.layout.videos) == ["run/v_run_g00_c01.avi"]
 
 
-def test_second_extraction_into_a_busy_store_is_refused(data: Path) -> None:
-    refused: list[str] = []
+def test_second_extraction_into_a_busy_store_is_refused(data):
+    refused = []
 
-    def again(event: Event) -> None:
+    def again(event):
         if isinstance(event, Progress) and not refused:
             with pytest.raises(RunError, match="another process is extracting to it") as error:
                 run(data)
@@ -486,7 +473,7 @@ def test_second_extraction_into_a_busy_store_is_refused(data: Path) -> None:
     assert run(data).videos == 0
 
 
-def test_a_store_of_other_data_is_not_emptied_for_these(data: Path, tmp_path: Path) -> None:
+def test_a_store_of_other_data_is_not_emptied_for_these(data, tmp_path):
     rows = [f"{path.relative_to(data)},{path.parent.name}" for path in sorted(data.glob("*/*.avi"))]
     for name, own in (("first", rows[::2]), ("second", rows[1::2])):
         (data / f"{name}.csv").write_text("\n".join(["path,label", *own]) + "\n")
@@ -520,14 +507,12 @@ def test_a_store_of_other_data_is_not_emptied_for_these(data: Path, tmp_path: Pa
         ),
     ],
 )
-def test_options_without_an_effect_are_refused(flags: dict[str, Any], sentence: str) -> None:
+def test_options_without_an_effect_are_refused(flags, sentence):
     with pytest.raises(SettingsError, match=sentence):
         load(ExtractSettings, flags=flags, environ={})
 
 
-def test_existing_store_or_unwritable_folder_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_store_or_unwritable_folder_is_refused(data, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert run(data, output=".").videos == 2 * GROUPS and (tmp_path / ".here.lock").exists()
@@ -537,17 +522,12 @@ def test_existing_store_or_unwritable_folder_is_refused(
     assert run(data, output=".").skipped == 2 * GROUPS and not (tmp_path / ".here.lock").exists()
 
 
-def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data: Path) -> None:
-    facts: dict[str, Any] = {
-        "group_pattern": "g(..)",
-        "val_groups": "none",
-        "test_groups": "none",
-        "split": 1,
-    }
+def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data):
+    facts = {"group_pattern": "g(..)", "val_groups": "none", "test_groups": "none", "split": 1}
     run(data, short_side=100)  # 12 of 14 frames, 100 of 150 pixels
 
-    def opened(**wanted: Any) -> tuple[bool, str]:
-        notes: list[str] = []
+    def opened(**wanted):
+        notes = []
         found = open_dataset(str(data), report=lambda event: notes.append(str(event)), **facts, **wanted)
         return found.store is not None, " ".join(note for note in notes if "warning" in note)
 

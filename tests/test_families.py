@@ -1,7 +1,5 @@
 """Each family of pretrained ViTs gives in tvit what transformers computes from the same random weights."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -108,9 +106,7 @@ def assert_equal_features(model: TemporalViT, image_vit: Any, size: int = 32) ->
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [32, 16, 56])
-def test_at_step_0_a_frame_gives_the_class_token_of_the_familys_own_model(
-    name: str, size: int, tmp_path: Path
-) -> None:
+def test_at_step_0_a_frame_gives_the_class_token_of_the_familys_own_model(name, size, tmp_path):
     image_vit = randomised(MODELS[name]())
     model, report = loaded(saved(image_vit, tmp_path), frame_size=size)
     assert_equal_features(model, image_vit, size)
@@ -118,7 +114,7 @@ def test_at_step_0_a_frame_gives_the_class_token_of_the_familys_own_model(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_scheme_takes_every_family(name: str, tmp_path: Path) -> None:
+def test_every_scheme_takes_every_family(name, tmp_path):
     image_vit = randomised(MODELS[name]())
     model, _ = loaded(saved(image_vit, tmp_path), attention="divided", pool="class")
     frames = torch.stack([pictures(), pictures() + 1], dim=1)
@@ -148,16 +144,14 @@ def test_every_scheme_takes_every_family(name: str, tmp_path: Path) -> None:
     ],
     ids=["deit", "dinov2", "clip"],
 )
-def test_the_weights_of_a_classifier_load_without_its_head(
-    make: Callable[[], Any], family: str, unused: int, tmp_path: Path
-) -> None:
+def test_the_weights_of_a_classifier_load_without_its_head(make, family, unused, tmp_path):
     whole = randomised(make())
     model, report = loaded(saved(whole, tmp_path))
     assert_equal_features(model, getattr(whole, family))
     assert len(report.unused) == unused
 
 
-def test_the_vision_tower_of_a_whole_clip_loads_without_its_text_tower(tmp_path: Path) -> None:
+def test_the_vision_tower_of_a_whole_clip_loads_without_its_text_tower(tmp_path):
     tower = {**SHAPE, "intermediate_size": 48}
     text = {k: v for k, v in tower.items() if k not in ("image_size", "patch_size")}
     config = transformers.CLIPConfig(
@@ -171,7 +165,7 @@ def test_the_vision_tower_of_a_whole_clip_loads_without_its_text_tower(tmp_path:
     )
 
 
-def test_the_vision_tower_of_a_clip_that_classifies_images_loads(tmp_path: Path) -> None:
+def test_the_vision_tower_of_a_clip_that_classifies_images_loads(tmp_path):
     config = transformers.CLIPConfig(vision_config={**SHAPE, "intermediate_size": 48}, num_labels=2)
     whole = randomised(transformers.CLIPForImageClassification(config))
     model, report = loaded(saved(whole, tmp_path))
@@ -179,7 +173,7 @@ def test_the_vision_tower_of_a_clip_that_classifies_images_loads(tmp_path: Path)
     assert {"classifier.weight", "classifier.bias"} <= set(report.unused)
 
 
-def test_clips_normalisation_is_its_own_where_no_file_says_it(tmp_path: Path) -> None:
+def test_clips_normalisation_is_its_own_where_no_file_says_it(tmp_path):
     config = read_config(resolve_weights(str(saved(clip(), tmp_path))))
     assert config.mean == CLIP_MEAN
     assert config.notes == (
@@ -236,7 +230,7 @@ def as_timm(image_vit: Any, folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     "name", ["deit", "dino", "dinov2", "dinov2 with SwiGLU", "dinov2 without biases", "dinov2 with registers"]
 )
-def test_timms_names_give_the_same(name: str, tmp_path: Path) -> None:
+def test_timms_names_give_the_same(name, tmp_path):
     image_vit = MODELS[name]()
     image_vit.config.layer_norm_eps = 1e-6  # timm's
     image_vit = randomised(type(image_vit)(image_vit.config))
@@ -246,7 +240,7 @@ def test_timms_names_give_the_same(name: str, tmp_path: Path) -> None:
     assert model.config.frame_size == 32
 
 
-def test_timms_positions_may_leave_out_the_class_token(tmp_path: Path) -> None:
+def test_timms_positions_may_leave_out_the_class_token(tmp_path):
     image_vit = registers()
     image_vit.embeddings.position_embeddings.data[:, 0] = 0
     folder = as_timm(randomised(image_vit), tmp_path)
@@ -258,14 +252,14 @@ def test_timms_positions_may_leave_out_the_class_token(tmp_path: Path) -> None:
     assert_equal_features(loaded(folder)[0], image_vit)
 
 
-def test_timms_config_says_how_pictures_are_normalised(tmp_path: Path) -> None:
+def test_timms_config_says_how_pictures_are_normalised(tmp_path):
     half = [0.5, 0.5, 0.5]
     folder = as_timm(MODELS["dino"](), tmp_path, pretrained_cfg={"mean": half, "std": half})
     config = read_config(resolve_weights(str(folder)))
     assert (config.mean, config.std, config.notes) == ((0.5,) * 3, (0.5,) * 3, ())
 
 
-def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path: Path) -> None:
+def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path):
     config = transformers.ViTConfig(
         **{**SHAPE, "hidden_size": 192, "num_attention_heads": 3, "layer_norm_eps": 1e-6},
         intermediate_size=48,
@@ -279,13 +273,13 @@ def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path: Path) -> N
     assert_equal_features(model, image_vit)
 
 
-def test_timm_weights_of_an_unknown_width_ask_for_the_number_of_heads(tmp_path: Path) -> None:
+def test_timm_weights_of_an_unknown_width_ask_for_the_number_of_heads(tmp_path):
     folder = as_timm(MODELS["dino"](), tmp_path, model_args={})
     with pytest.raises(ModelError, match=r'share 32 numbers is not known.*"model_args": \{"num_heads": 8\}'):
         loaded(folder)
 
 
-def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path: Path) -> None:
+def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path):
     folder = as_timm(MODELS["dino"](), tmp_path / "timm", model_type="timm")
     assert read_config(resolve_weights(str(folder))).width == 32
     other = saved(MODELS["dino"](), tmp_path / "vit")
@@ -294,7 +288,7 @@ def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path: Path) 
         loaded(other)
 
 
-def test_a_ratio_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_a_ratio_that_is_no_number_is_named(tmp_path):
     folder = saved(MODELS["dinov2"](), tmp_path)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"mlp_ratio": ', '"mlp_ratio": NaN, "was": '))
@@ -302,7 +296,7 @@ def test_a_ratio_that_is_no_number_is_named(tmp_path: Path) -> None:
         loaded(folder)
 
 
-def test_timm_weights_that_normalise_queries_are_refused_by_name(tmp_path: Path) -> None:
+def test_timm_weights_that_normalise_queries_are_refused_by_name(tmp_path):
     folder = as_timm(MODELS["dino"](), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "blocks.0.attn.q_norm.weight": torch.ones(8)}, folder / "model.safetensors")
@@ -323,9 +317,7 @@ def test_timm_weights_that_normalise_queries_are_refused_by_name(tmp_path: Path)
         ("encoder.layer.1.layer_scale2.lambda1", None, "layer_scale2.lambda1 missing"),
     ],
 )
-def test_tensors_of_a_family_that_do_not_fit_are_refused_by_name(
-    name: str, tensor: torch.Tensor | None, sentence: str, tmp_path: Path
-) -> None:
+def test_tensors_of_a_family_that_do_not_fit_are_refused_by_name(name, tensor, sentence, tmp_path):
     folder = saved(registers(), tmp_path)
     tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items() if k != name}
     save_file(tensors if tensor is None else {**tensors, name: tensor}, folder / "model.safetensors")
@@ -334,7 +326,7 @@ def test_tensors_of_a_family_that_do_not_fit_are_refused_by_name(
 
 
 @pytest.mark.parametrize("name", ["dinov2 with SwiGLU", "dinov2 with registers", "clip"])
-def test_adapters_on_a_family_train_and_merge(name: str, tmp_path: Path) -> None:
+def test_adapters_on_a_family_train_and_merge(name, tmp_path):
     model, _ = loaded(saved(randomised(MODELS[name]()), tmp_path))
     names = list(model.state_dict())
     targets = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -349,13 +341,13 @@ def test_adapters_on_a_family_train_and_merge(name: str, tmp_path: Path) -> None
     assert list(model.state_dict()) == names
 
 
-def test_families_are_told_by_the_model_type_that_transformers_writes(tmp_path: Path) -> None:
+def test_families_are_told_by_the_model_type_that_transformers_writes(tmp_path):
     for number, make in enumerate(MODELS.values()):
         folder = saved(make(), tmp_path / str(number))
         assert json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES
 
 
-def test_timms_positions_are_resized_as_timm_does(tmp_path: Path) -> None:
+def test_timms_positions_are_resized_as_timm_does(tmp_path):
     folder = as_timm(randomised(registers()), tmp_path)
     native = loaded(folder)[0].positions.spatial
     smaller = loaded(folder, frame_size=16)[0].positions.spatial

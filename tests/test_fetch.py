@@ -1,7 +1,5 @@
 """Download of one file: resumed, verified, from the next mirror, or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import signal
@@ -10,13 +8,10 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import loopback
 import pytest
-from loopback import Server
 
 from tvit_cli.data.http import Broken, Fetched, Http, MirrorsFailed, Refused, Retry, fetch
 from tvit_cli.data.transfer import RangeFile, RemoteZip
@@ -32,7 +27,7 @@ fetch([{url!r}], Path({target!r}))
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server():
     with loopback.serving() as running:
         yield running
 
@@ -53,8 +48,8 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.endswith((".lock", ".source.json"))}
 
 
-def test_file_comes_whole_with_its_hash(server: Server, tmp_path: Path) -> None:
-    seen: list[tuple[int, int | None]] = []
+def test_file_comes_whole_with_its_hash(server, tmp_path):
+    seen = []
     done = get(
         [server.add("/a", BODY)],
         tmp_path / "a",
@@ -68,12 +63,12 @@ def test_file_comes_whole_with_its_hash(server: Server, tmp_path: Path) -> None:
     assert names(tmp_path) == {"a"}
 
 
-def test_unknown_hash_is_recorded(server: Server, tmp_path: Path) -> None:
+def test_unknown_hash_is_recorded(server, tmp_path):
     done = get([server.add("/a", BODY, no_length=True)], tmp_path / "a")
     assert (done.sha256, done.verified) == (SHA256, False)
 
 
-def test_file_that_is_there_costs_no_request(server: Server, tmp_path: Path) -> None:
+def test_file_that_is_there_costs_no_request(server, tmp_path):
     url = server.add("/a", BODY)
     get([url], tmp_path / "a", sha256=SHA256)
     server.forget()
@@ -81,14 +76,14 @@ def test_file_that_is_there_costs_no_request(server: Server, tmp_path: Path) -> 
     assert server.requests == [] and done.bytes_received == 0 and done.url == url
 
 
-def test_cut_connection_is_resumed_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_cut_connection_is_resumed_where_it_broke(server, tmp_path):
     url = server.add("/a", BODY, cut_after=90_000, cuts=1)
     done = get([url], tmp_path / "a", sha256=SHA256)
     assert server.sent == done.bytes_received == len(BODY)  # not a byte twice
     assert server.requests[1][1]["Range"] == "bytes=90000-" and "If-Range" in server.requests[1][1]
 
 
-def test_part_of_an_earlier_run_is_resumed(server: Server, tmp_path: Path) -> None:
+def test_part_of_an_earlier_run_is_resumed(server, tmp_path):
     url = server.add("/a", BODY, cut_after=90_000, cuts=1)
     with pytest.raises(MirrorsFailed, match="are kept"):
         get([url], tmp_path / "a", http=quick(attempts=1))
@@ -97,12 +92,12 @@ def test_part_of_an_earlier_run_is_resumed(server: Server, tmp_path: Path) -> No
     assert server.sent == len(BODY) - 90_000
 
 
-def test_server_that_always_cuts_still_delivers(server: Server, tmp_path: Path) -> None:
+def test_server_that_always_cuts_still_delivers(server, tmp_path):
     url = server.add("/a", BODY, cut_after=20_000)
     assert get([url], tmp_path / "a", sha256=SHA256, http=quick(attempts=2)).bytes_received == len(BODY)
 
 
-def test_server_without_range_starts_over_and_gives_up_in_the_end(server: Server, tmp_path: Path) -> None:
+def test_server_without_range_starts_over_and_gives_up_in_the_end(server, tmp_path):
     once = server.add("/once", BODY, ranges=False, cut_after=90_000, cuts=1)
     assert get([once], tmp_path / "once").sha256 == SHA256
     assert server.sent == len(BODY) + 90_000
@@ -112,9 +107,7 @@ def test_server_without_range_starts_over_and_gives_up_in_the_end(server: Server
 
 
 @pytest.mark.parametrize("ignore_if_range", [False, True])
-def test_file_that_changed_meanwhile_starts_over(
-    server: Server, tmp_path: Path, ignore_if_range: bool
-) -> None:
+def test_file_that_changed_meanwhile_starts_over(server, tmp_path, ignore_if_range):
     url = server.add("/a", bytes(len(BODY)), cut_after=90_000, cuts=1)
     with pytest.raises(MirrorsFailed):
         get([url], tmp_path / "a", http=quick(attempts=1))
@@ -122,7 +115,7 @@ def test_file_that_changed_meanwhile_starts_over(
     assert get([url], tmp_path / "a").sha256 == SHA256
 
 
-def test_file_that_shrank_meanwhile_starts_over(server: Server, tmp_path: Path) -> None:
+def test_file_that_shrank_meanwhile_starts_over(server, tmp_path):
     url = server.add(
         "/a", BODY, cut_after=90_000, cuts=1, etag=None, last_modified="Mon, 01 Jan 2024 00:00:00 GMT"
     )
@@ -133,11 +126,9 @@ def test_file_that_shrank_meanwhile_starts_over(server: Server, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("after", [(300_000, "Tue, 02 Jan 2024"), (299_000, "Mon, 01 Jan 2024")])
-def test_file_that_changed_behind_a_server_without_conditions_starts_over(
-    server: Server, tmp_path: Path, after: tuple[int, str]
-) -> None:
+def test_file_that_changed_behind_a_server_without_conditions_starts_over(server, tmp_path, after):
     size, day = after
-    facts: dict[str, Any] = {"etag": None, "ignore_if_range": True}
+    facts = {"etag": None, "ignore_if_range": True}
     url = server.add(
         "/a", bytes(300_000), cut_after=90_000, cuts=1, last_modified="Mon, 01 Jan 2024 00:00:00 GMT", **facts
     )
@@ -148,32 +139,32 @@ def test_file_that_changed_behind_a_server_without_conditions_starts_over(
     assert (tmp_path / "a").read_bytes() == BODY[:size]
 
 
-def test_wrong_range_is_not_appended(server: Server, tmp_path: Path) -> None:
+def test_wrong_range_is_not_appended(server, tmp_path):
     url = server.add("/a", BODY, cut_after=90_000, cuts=1, wrong_range=True)
     assert get([url], tmp_path / "a").sha256 == SHA256
 
 
-def test_part_without_validator_or_hash_starts_over(server: Server, tmp_path: Path) -> None:
+def test_part_without_validator_or_hash_starts_over(server, tmp_path):
     url = server.add("/a", BODY, cut_after=90_000, cuts=1, etag=None)
     get([url], tmp_path / "a")
     assert server.sent == len(BODY) + 90_000
 
 
-def test_next_mirror_goes_on_with_the_part_where_the_hash_is_known(server: Server, tmp_path: Path) -> None:
+def test_next_mirror_goes_on_with_the_part_where_the_hash_is_known(server, tmp_path):
     first = server.add("/first", BODY, cut_after=90_000)
     second = server.add("/second", BODY)
     done = get([first, second], tmp_path / "a", sha256=SHA256, http=quick(attempts=1))
     assert done.url == second and server.sent == len(BODY)
 
 
-def test_mixed_part_that_turns_out_wrong_is_fetched_once_more(server: Server, tmp_path: Path) -> None:
+def test_mixed_part_that_turns_out_wrong_is_fetched_once_more(server, tmp_path):
     first = server.add("/first", bytes(len(BODY)), cut_after=90_000, ranges=False)
     second = server.add("/second", BODY)
     done = get([first, second], tmp_path / "a", sha256=SHA256, http=quick(attempts=2))
     assert (tmp_path / "a").read_bytes() == BODY and done.url == second
 
 
-def test_wrong_hash_keeps_nothing_and_goes_to_the_next_mirror(server: Server, tmp_path: Path) -> None:
+def test_wrong_hash_keeps_nothing_and_goes_to_the_next_mirror(server, tmp_path):
     wrong = server.add("/wrong", bytes(len(BODY)))
     with pytest.raises(MirrorsFailed, match=f"{SHA256} is expected"):
         get([wrong], tmp_path / "a", sha256=SHA256)
@@ -181,7 +172,7 @@ def test_wrong_hash_keeps_nothing_and_goes_to_the_next_mirror(server: Server, tm
     assert get([wrong, server.add("/right", BODY)], tmp_path / "a", sha256=SHA256).url.endswith("/right")
 
 
-def test_wrong_size_is_refused_before_a_byte_is_read(server: Server, tmp_path: Path) -> None:
+def test_wrong_size_is_refused_before_a_byte_is_read(server, tmp_path):
     with pytest.raises(MirrorsFailed, match="offers 300000 bytes, 299999 are expected"):
         get([server.add("/a", BODY)], tmp_path / "a", size=len(BODY) - 1)
     endless = server.add("/endless", BODY, no_length=True)
@@ -190,7 +181,7 @@ def test_wrong_size_is_refused_before_a_byte_is_read(server: Server, tmp_path: P
     assert names(tmp_path) == set()
 
 
-def test_every_mirror_that_failed_is_listed_with_its_reason(server: Server, tmp_path: Path) -> None:
+def test_every_mirror_that_failed_is_listed_with_its_reason(server, tmp_path):
     gone = f"{server.base}/gone"
     busy = server.add("/busy", BODY, statuses=[(503, {})] * 9)
     with pytest.raises(MirrorsFailed) as caught:
@@ -201,8 +192,8 @@ def test_every_mirror_that_failed_is_listed_with_its_reason(server: Server, tmp_
     assert caught.value.exit_code == 1
 
 
-def test_retry_after_is_honoured_up_to_a_bound(server: Server, tmp_path: Path) -> None:
-    waits: list[float] = []
+def test_retry_after_is_honoured_up_to_a_bound(server, tmp_path):
+    waits = []
     url = server.add("/a", BODY, statuses=[(503, {"Retry-After": "7"}), (503, {})])
     get([url], tmp_path / "a", http=quick(waits))
     assert waits == [7, 2.0]
@@ -211,15 +202,15 @@ def test_retry_after_is_honoured_up_to_a_bound(server: Server, tmp_path: Path) -
         get([far], tmp_path / "far")
 
 
-def test_back_off_doubles_up_to_its_bound() -> None:
-    waits: list[float] = []
+def test_back_off_doubles_up_to_its_bound():
+    waits = []
     retry = Retry(attempts=9, first_seconds=1, most_seconds=5, sleep=waits.append, jitter=lambda: 0.0)
     for attempt in range(1, 5):
         retry.wait(attempt, Broken("x"))
     assert waits == [0.75, 1.5, 3.0, 3.75]
 
 
-def test_redirect_is_followed_with_its_range(server: Server, tmp_path: Path) -> None:
+def test_redirect_is_followed_with_its_range(server, tmp_path):
     server.add("/real", BODY, cut_after=90_000, cuts=1)
     url = server.add("/a", b"", redirect="/real")
     assert get([url], tmp_path / "a").sha256 == SHA256
@@ -229,7 +220,7 @@ def test_redirect_is_followed_with_its_range(server: Server, tmp_path: Path) -> 
         get([loop], tmp_path / "b")
 
 
-def test_slow_server_is_waited_for_and_a_silent_one_is_not(server: Server, tmp_path: Path) -> None:
+def test_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path):
     slow = server.add("/slow", BODY, seconds_per_chunk=0.05)
     assert get([slow], tmp_path / "slow").sha256 == SHA256
     silent = server.add("/silent", BODY, seconds_per_chunk=0.8, chunk=1000)
@@ -238,12 +229,12 @@ def test_slow_server_is_waited_for_and_a_silent_one_is_not(server: Server, tmp_p
         fetch([silent], tmp_path / "silent", http=http, sha256="0" * 64)
 
 
-def test_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_server_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MirrorsFailed, match=r"no connection .*\(2 attempts\)"):
         get(["http://localhost:9/a"], tmp_path / "a", http=quick(attempts=2))
 
 
-def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path: Path) -> None:
+def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path):
     pair = loopback.self_signed(tmp_path)
     with loopback.serving(certificate=pair) as server:
         url = server.add("/a", BODY)
@@ -257,7 +248,7 @@ def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path: Path) -> 
             fetch([f"{server.base}/down"], tmp_path / "b", http=Http(trust=trust))
 
 
-def test_context_that_does_not_verify_is_never_used() -> None:
+def test_context_that_does_not_verify_is_never_used():
     blind = ssl.create_default_context()
     blind.check_hostname = False
     blind.verify_mode = ssl.CERT_NONE
@@ -265,14 +256,14 @@ def test_context_that_does_not_verify_is_never_used() -> None:
         Http(trust=blind).open("https://localhost/")
 
 
-def test_full_disk_is_seen_before_and_names_what_is_needed(server: Server, tmp_path: Path) -> None:
+def test_full_disk_is_seen_before_and_names_what_is_needed(server, tmp_path):
     url = server.add("/a", BODY)
     with pytest.raises(RunError, match=r"needs 300 kB, 100 bytes are free.*--data-directory"):
         get([url], tmp_path / "a", free=lambda _: 100)
     assert names(tmp_path) == set()
 
 
-def test_disk_that_fills_up_keeps_the_part_for_later(server: Server, tmp_path: Path) -> None:
+def test_disk_that_fills_up_keeps_the_part_for_later(server, tmp_path):
     url = server.add("/a", BODY)
     child = f"""
 import resource, signal, sys
@@ -292,7 +283,7 @@ except RunError as error:
     assert get([url], tmp_path / "a", sha256=SHA256).bytes_received <= 200_000 + 64 * 1024
 
 
-def test_two_fetches_of_one_file_do_not_mix(server: Server, tmp_path: Path) -> None:
+def test_two_fetches_of_one_file_do_not_mix(server, tmp_path):
     url = server.add("/a", BODY, seconds_per_chunk=0.5)
     code = FETCH.format(url=url, target=str(tmp_path / "a"))
     with subprocess.Popen([sys.executable, "-c", code]) as child:
@@ -303,7 +294,7 @@ def test_two_fetches_of_one_file_do_not_mix(server: Server, tmp_path: Path) -> N
         child.kill()
 
 
-def test_killed_at_any_byte_it_goes_on(server: Server, tmp_path: Path) -> None:
+def test_killed_at_any_byte_it_goes_on(server, tmp_path):
     body = random.Random(2).randbytes(2_000_000)
     url = server.add("/a", body, seconds_per_chunk=0.05)
     code = FETCH.format(url=url, target=str(tmp_path / "a"))
@@ -329,7 +320,7 @@ def make_zip(path: Path, count: int = 40, *, size: int = 20_000) -> bytes:
     return path.read_bytes()
 
 
-def test_chosen_members_cost_little_more_than_their_bytes(server: Server, tmp_path: Path) -> None:
+def test_chosen_members_cost_little_more_than_their_bytes(server, tmp_path):
     body = make_zip(tmp_path / "a.zip")
     remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
     chosen = [remote.infos[index] for index in (3, 4, 5, 20, 39)]
@@ -341,7 +332,7 @@ def test_chosen_members_cost_little_more_than_their_bytes(server: Server, tmp_pa
     assert len(server.requests) == 4  # tail; 3 to 5 in one; 20; 39 is apart from the tail that is there
 
 
-def test_members_near_each_other_share_a_request(server: Server, tmp_path: Path) -> None:
+def test_members_near_each_other_share_a_request(server, tmp_path):
     body = make_zip(tmp_path / "a.zip", size=5_000)
     remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
     assert [len(stream.read()) for _, stream in remote.read([remote.infos[3], remote.infos[5]])] == [
@@ -350,7 +341,7 @@ def test_members_near_each_other_share_a_request(server: Server, tmp_path: Path)
     assert len(server.requests) == 2
 
 
-def test_cut_range_goes_on_and_a_changed_archive_is_refused(server: Server, tmp_path: Path) -> None:
+def test_cut_range_goes_on_and_a_changed_archive_is_refused(server, tmp_path):
     body = make_zip(tmp_path / "a.zip")
     url = server.add("/a.zip", body)
     remote = RemoteZip(url, http=quick(), most_directory=10**6)
@@ -361,14 +352,14 @@ def test_cut_range_goes_on_and_a_changed_archive_is_refused(server: Server, tmp_
         next(remote.read(remote.infos[30:31]))[1].read()
 
 
-def test_server_that_ignores_range_is_told_apart_without_reading_it(server: Server, tmp_path: Path) -> None:
+def test_server_that_ignores_range_is_told_apart_without_reading_it(server, tmp_path):
     url = server.add("/a.zip", make_zip(tmp_path / "a.zip", 200), ranges=False, seconds_per_chunk=0.05)
     with pytest.raises(Refused, match="ignores Range"):
         RemoteZip(url, http=quick(), most_directory=10**6)
     assert server.sent < 2_000_000
 
 
-def test_large_directory_and_no_zip_are_refused(server: Server, tmp_path: Path) -> None:
+def test_large_directory_and_no_zip_are_refused(server, tmp_path):
     with pytest.raises(Refused, match="directory cannot be read"):
         RemoteZip(server.add("/page", b"<html>" * 100), http=quick(), most_directory=10**6)
     file = RangeFile(server.add("/b", BODY), quick(), most_read=1000)
@@ -376,7 +367,7 @@ def test_large_directory_and_no_zip_are_refused(server: Server, tmp_path: Path) 
         file.read(2000)
 
 
-def test_zip64_directory_is_read(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip64_directory_is_read(server, tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
     body = make_zip(tmp_path / "a.zip", 5, size=100)
     assert b"PK\x06\x06" in body

@@ -1,7 +1,5 @@
 """The model folder: what is saved comes back bit for bit, whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -37,7 +35,7 @@ def trained(seed: int = 0) -> TemporalViT:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     save_model(tmp_path / "model", trained().state_dict(), CARD)
     return tmp_path / "model"
 
@@ -53,7 +51,7 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
-def test_a_saved_model_comes_back_bit_for_bit(folder: Path) -> None:
+def test_a_saved_model_comes_back_bit_for_bit(folder):
     model, card = load_model(folder)
     expected = trained().state_dict()
     assert list(model.state_dict()) == list(expected)
@@ -64,7 +62,7 @@ def test_a_saved_model_comes_back_bit_for_bit(folder: Path) -> None:
     assert card.metrics["video_top1"] == 0.1 + 0.2
 
 
-def test_a_loaded_model_is_ready_to_predict_and_can_be_trained_on(folder: Path) -> None:
+def test_a_loaded_model_is_ready_to_predict_and_can_be_trained_on(folder):
     model, _ = load_model(folder)
     assert not model.training
     model(torch.zeros(1, 4, 3, 16, 16)).sum().backward()
@@ -73,27 +71,27 @@ def test_a_loaded_model_is_ready_to_predict_and_can_be_trained_on(folder: Path) 
     assert not torch.equal(again.classifier.bias, model.classifier.bias)
 
 
-def test_the_folder_holds_two_files_and_nothing_lies_beside_it(folder: Path) -> None:
+def test_the_folder_holds_two_files_and_nothing_lies_beside_it(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_who_may_read_the_card_may_read_the_weights(folder: Path) -> None:
+def test_who_may_read_the_card_may_read_the_weights(folder):
     assert (folder / "model.safetensors").stat().st_mode == (folder / "card.json").stat().st_mode
 
 
-def test_the_card_carries_the_hash_of_the_weights(folder: Path) -> None:
+def test_the_card_carries_the_hash_of_the_weights(folder):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert load_card(folder).weights_sha256 == digest
 
 
-def test_loading_draws_no_random_number(folder: Path) -> None:
+def test_loading_draws_no_random_number(folder):
     before = torch.get_rng_state()
     load_model(folder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path: Path) -> None:
+def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path):
     weights = dict(trained().named_parameters())
     state = {name: w.t().contiguous().t() if w.dim() == 2 else w for name, w in weights.items()}
     save_model(tmp_path / "model", state, CARD)
@@ -101,7 +99,7 @@ def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path: Path) ->
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder: Path) -> None:
+def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder):
     (folder / "notes").mkdir()
     (folder / "notes" / "thesis.txt").write_text("mine")
     save_model(folder, trained(seed=1).state_dict(), CARD)
@@ -112,7 +110,7 @@ def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder: Path) ->
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_missing_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_missing_parents_are_made_and_an_empty_folder_is_taken(tmp_path):
     save_model(tmp_path / "a" / "b" / "model", trained().state_dict(), CARD)
     load_model(tmp_path / "a" / "b" / "model")
     (tmp_path / "empty").mkdir()
@@ -121,7 +119,7 @@ def test_missing_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_no_model_folder_is_never_replaced(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_model_folder_is_never_replaced(tmp_path, kind):
     path = tmp_path / "thesis"
     if kind == "folder":
         path.mkdir()
@@ -134,21 +132,19 @@ def test_what_is_no_model_folder_is_never_replaced(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize("moment", ["weights", "card", "rename"])
-def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(folder, monkeypatch, moment):
     full = OSError(errno.ENOSPC, "No space left on device")
 
-    def save_half(tensors: Any, path: Path, **options: Any) -> None:
+    def save_half(tensors, path, **options):
         path.write_bytes(b"half")
         raise full
 
-    def fail(self: Path, *arguments: Any, **options: Any) -> None:
+    def fail(self, *arguments, **options):
         raise full
 
     rename = Path.rename
 
-    def rename_all_but_the_new(self: Path, target: Path) -> Path:
+    def rename_all_but_the_new(self, target):
         return fail(self) if self.name == "new" else rename(self, target)  # type: ignore[return-value]
 
     if moment == "weights":
@@ -165,26 +161,26 @@ def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ModelError, match="nowhere: no such model folder"):
         load_model(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["card.json", "model.safetensors"])
-def test_a_missing_file_is_named_with_the_way_to_get_it_back(folder: Path, name: str) -> None:
+def test_a_missing_file_is_named_with_the_way_to_get_it_back(folder, name):
     (folder / name).unlink()
     with pytest.raises(ModelError, match=rf"{name}: this file .* is missing\. Copy .* or train"):
         load_model(folder)
 
 
-def test_a_folder_that_holds_runs_is_told_from_a_model_folder(folder: Path) -> None:
+def test_a_folder_that_holds_runs_is_told_from_a_model_folder(folder):
     with pytest.raises(
         ModelError, match=r"no model folder, nor a run that ended: no card\.json in it\. Name the"
     ):
         load_model(folder.parent)
 
 
-def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder: Path) -> None:
+def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder):
     edit_card(folder, card_version=CARD_VERSION + 1, tvit_version="9.0", new_key=1)
     with pytest.raises(ModelError, match=r"written by tvit 9\.0; this tvit reads up to .* --upgrade tvit"):
         load_model(folder)
@@ -209,14 +205,14 @@ def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder: Path) -> None:
         ({"model": {**CONFIG.to_dict(), "deepth": 2}}, "model: unknown keys 'deepth'"),
     ],
 )
-def test_a_card_that_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_a_card_that_does_not_fit_is_refused(folder, changes, sentence):
     edit_card(folder, **changes)
     with pytest.raises(ModelError, match=f"card.json: .*{sentence}"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[]", b'"card"', b"[" * 20_000])
-def test_a_damaged_card_is_refused(folder: Path, content: bytes) -> None:
+def test_a_damaged_card_is_refused(folder, content):
     (folder / "card.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"card\.json: "):
         load_model(folder)
@@ -231,16 +227,14 @@ def test_a_damaged_card_is_refused(folder: Path, content: bytes) -> None:
         ({f"extra{i}": torch.zeros(1) for i in range(6)}, "; and 2 more. The weights do not belong to"),
     ],
 )
-def test_weights_that_do_not_fit_the_card_are_named(
-    folder: Path, changes: dict[str, torch.Tensor | None], sentence: str
-) -> None:
+def test_weights_that_do_not_fit_the_card_are_named(folder, changes, sentence):
     edit_weights(folder, **changes)
     with pytest.raises(ModelError, match=f"model.safetensors: .*{sentence}"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_with_their_name(folder: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused_with_their_name(folder, value):
     spoilt = torch.ones(16)
     spoilt[3] = value
     edit_weights(folder, **{"norm.weight": spoilt})
@@ -250,7 +244,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_name(folder: Path, v
     load_model(folder)  # finite, though their sum is not
 
 
-def test_an_export_for_other_programs_is_called_what_it_is(folder: Path) -> None:
+def test_an_export_for_other_programs_is_called_what_it_is(folder):
     said = (
         r"model: an export of a tvit model for other programs .*Name the model folder that it was made from"
     )
@@ -268,7 +262,7 @@ def test_an_export_for_other_programs_is_called_what_it_is(folder: Path) -> None
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_truncated_weights_file_is_named(folder: Path, keep: int) -> None:
+def test_a_truncated_weights_file_is_named(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
@@ -277,14 +271,14 @@ def test_a_truncated_weights_file_is_named(folder: Path, keep: int) -> None:
         load_model(folder)
 
 
-def test_changed_weights_are_found_on_request(folder: Path) -> None:
+def test_changed_weights_are_found_on_request(folder):
     edit_weights(folder, **{"norm.bias": torch.ones(16)})
     load_model(folder)
     with pytest.raises(ModelError, match=r"its hash is not the one in card\.json"):
         load_model(folder, verify=True)
 
 
-def test_the_newest_model_is_found_below_a_working_directory(tmp_path: Path) -> None:
+def test_the_newest_model_is_found_below_a_working_directory(tmp_path):
     folders = [tmp_path / name / "model" for name in ("ucf101-1", "ucf101-2", "sweep/ucf101-3")]
     for path in folders:
         save_model(path, trained().state_dict(), CARD)
@@ -294,7 +288,7 @@ def test_the_newest_model_is_found_below_a_working_directory(tmp_path: Path) -> 
         assert find_newest_model(tmp_path) == newest
 
 
-def test_no_model_to_be_found_says_how_to_get_one(tmp_path: Path) -> None:
+def test_no_model_to_be_found_says_how_to_get_one(tmp_path):
     (tmp_path / "ucf101-1" / "model").mkdir(parents=True)  # without a card: no model
     with pytest.raises(ModelError, match=r"no trained model in it\. Train one .* --model"):
         find_newest_model(tmp_path)
@@ -302,10 +296,8 @@ def test_no_model_to_be_found_says_how_to_get_one(tmp_path: Path) -> None:
         find_newest_model(tmp_path / "nowhere")
 
 
-def test_leftovers_of_a_kill_are_removed_and_the_old_model_restored(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: Any, **keywords: Any) -> None:
+def test_leftovers_of_a_kill_are_removed_and_the_old_model_restored(folder, monkeypatch):
+    def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     half = folder.parent / ".model.writing"

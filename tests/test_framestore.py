@@ -1,7 +1,5 @@
 """The frame store: what was written is what is read, nearest frames, damage, scale."""
 
-from __future__ import annotations
-
 import errno
 import pickle
 import subprocess
@@ -42,7 +40,7 @@ def textured(count: int, height: int = 120, width: int = 160) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
+def videos(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     found = []
     for name, frames in LENGTHS.items():
@@ -53,12 +51,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
 
 
 @pytest.fixture(scope="module")
-def store(videos: list[Video], tmp_path_factory: pytest.TempPathFactory) -> FrameStore:
+def store(videos, tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("store") / "frames", videos, shard_bytes=60_000)
 
 
 @pytest.fixture
-def own_store(videos: list[Video], tmp_path: Path) -> FrameStore:
+def own_store(videos, tmp_path):
     """A store that a test may damage; one shard."""
     return make_store(tmp_path / "frames", videos)
 
@@ -69,7 +67,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-def test_the_grid_is_read_back_in_time_order_with_its_times(store: FrameStore, videos: list[Video]) -> None:
+def test_the_grid_is_read_back_in_time_order_with_its_times(store, videos):
     assert len(store) == len(videos)
     assert len(shard_paths(store.folder)) > 1
     for video in videos:
@@ -84,12 +82,12 @@ def test_the_grid_is_read_back_in_time_order_with_its_times(store: FrameStore, v
         assert 0 < error < JPEG_ERROR
 
 
-def test_the_texture_tells_one_frame_from_the_next() -> None:
+def test_the_texture_tells_one_frame_from_the_next():
     frames = textured(20).astype(int)
     assert np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).min() > 1.5 * JPEG_ERROR
 
 
-def test_the_answer_names_the_frames_that_it_gives(store: FrameStore, videos: list[Video]) -> None:
+def test_the_answer_names_the_frames_that_it_gives(store, videos):
     clip = store.read(videos[0].name, lambda count: [0, 7, 7, 20, 39])
     assert grid_indices(40, 8) == [2, 7, 12, 17, 22, 27, 32, 37]
     assert clip.indices == (2, 7, 7, 22, 37)
@@ -98,7 +96,7 @@ def test_the_answer_names_the_frames_that_it_gives(store: FrameStore, videos: li
     assert np.abs(clip.frames.astype(int) - direct.frames).mean() < JPEG_ERROR
 
 
-def test_nearest_takes_the_earlier_of_two_as_near() -> None:
+def test_nearest_takes_the_earlier_of_two_as_near():
     stored = np.array([1, 4, 8, 10], np.uint32)
     wanted = list(range(13))
     expected = [min(range(4), key=lambda k: (abs(int(stored[k]) - w), k)) for w in wanted]
@@ -109,15 +107,11 @@ def test_nearest_takes_the_earlier_of_two_as_near() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("n_frames", [3, 8, 12])
 def test_on_the_same_grid_videos_and_store_choose_the_very_same_frames(
-    store: FrameStore,
-    videos: list[Video],
-    monkeypatch: pytest.MonkeyPatch,
-    training: bool,
-    n_frames: int,
-) -> None:
-    seen: list[tuple[int, ...]] = []
+    store, videos, monkeypatch, training, n_frames
+):
+    seen = []
 
-    def dataset(from_store: FrameStore | None) -> ClipDataset:
+    def dataset(from_store):
         return ClipDataset(
             videos,
             LABELS,
@@ -131,7 +125,7 @@ def test_on_the_same_grid_videos_and_store_choose_the_very_same_frames(
 
     inner_video, inner_store = framestore.Clip, dataset(store)
 
-    def spy(*args: object, **how: object) -> object:
+    def spy(*args, **how):
         clip = inner_video(*args, **how)  # type: ignore[arg-type]
         seen.append(clip.indices)
         return clip
@@ -147,7 +141,7 @@ def test_on_the_same_grid_videos_and_store_choose_the_very_same_frames(
         assert b.frames.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_sampling_on_a_grid_is_sampling_of_its_positions() -> None:
+def test_sampling_on_a_grid_is_sampling_of_its_positions():
     for frames in (1, 3, 8, 9, 100):
         kept = grid_indices(frames, 8)
         assert len(kept) == min(frames, 8)
@@ -160,7 +154,7 @@ def test_sampling_on_a_grid_is_sampling_of_its_positions() -> None:
     assert indices_on_grid(100, 8, grid=8) == grid_indices(100, 8)
 
 
-def test_large_frames_are_stored_smaller_and_small_ones_as_they_are(tmp_path: Path) -> None:
+def test_large_frames_are_stored_smaller_and_small_ones_as_they_are(tmp_path):
     write_video(tmp_path / "large.avi", textured(2, 400, 600))
     write_video(tmp_path / "small.avi", textured(2, 50, 40))
     names = ("large.avi", "small.avi")
@@ -174,9 +168,7 @@ def test_large_frames_are_stored_smaller_and_small_ones_as_they_are(tmp_path: Pa
     ("short_side", "shape"),
     [(None, (120, 160)), (500, (120, 160)), (61, (120, 160)), (60, (60, 80)), (20, (30, 40)), (1, (15, 20))],
 )
-def test_decoding_scales_down_by_halves_and_never_below_what_is_asked(
-    store: FrameStore, videos: list[Video], short_side: int | None, shape: tuple[int, int]
-) -> None:
+def test_decoding_scales_down_by_halves_and_never_below_what_is_asked(store, videos, short_side, shape):
     clip = store.read(videos[0].name, lambda n: [2, 37], short_side=short_side)
     assert clip.frames.shape == (2, *shape, 3)
     whole = store.read(videos[0].name, lambda n: [2, 37]).frames
@@ -185,14 +177,14 @@ def test_decoding_scales_down_by_halves_and_never_below_what_is_asked(
     assert np.abs(means - clip.frames).mean() < 3
 
 
-def test_odd_sizes_scale_too(tmp_path: Path) -> None:
+def test_odd_sizes_scale_too(tmp_path):
     write_video(tmp_path / "odd.mkv", textured(2, 121, 163), codec="ffv1", pixel_format="bgr0")
     store = make_store(tmp_path / "frames", [Video(tmp_path / "odd.mkv", "odd.mkv", "run", "train", None)])
     for short_side, shape in ((121, (121, 163)), (61, (61, 82)), (31, (31, 41)), (16, (16, 21))):
         assert store.read(0, lambda n: [0], short_side=short_side).frames.shape == (1, *shape, 3)
 
 
-def test_names_of_every_kind_are_found(tmp_path: Path, videos: list[Video]) -> None:
+def test_names_of_every_kind_are_found(tmp_path, videos):
     names = ["a.avi", "Z/é.avi", "Z/\U0001f600.avi", "b\udcff.avi", "aa.avi", "dir with space/ü.avi"]
     given = [Video(videos[1].path, name, "run", "test", None) for name in names]
     store = make_store(tmp_path / "frames", given)
@@ -204,21 +196,21 @@ def test_names_of_every_kind_are_found(tmp_path: Path, videos: list[Video]) -> N
     assert store.find("ab.avi") is store.find("") is store.find("zzz") is None
 
 
-def test_the_layout_is_remembered(store: FrameStore, videos: list[Video]) -> None:
+def test_the_layout_is_remembered(store, videos):
     layout = store.layout()
     assert layout.labels == LABELS
     facts = [(v.name, v.label, v.subset, v.group) for v in videos]
     assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == facts
 
 
-def test_a_clip_that_is_not_there_is_a_video_error(store: FrameStore) -> None:
+def test_a_clip_that_is_not_there_is_a_video_error(store):
     with pytest.raises(
         VideoError, match=r"nobody\.avi: not in the frame store .*tvit extract --path-to-data"
     ):
         store.read("nobody.avi", lambda n: [0])
 
 
-def test_a_store_can_be_pickled_and_read_in_another_process(store: FrameStore, videos: list[Video]) -> None:
+def test_a_store_can_be_pickled_and_read_in_another_process(store, videos):
     first = store.read(videos[0].name, lambda n: [0])
     text = pickle.dumps(store)
     assert len(text) < 1_000  # the path, no tables and no open files
@@ -236,9 +228,7 @@ def test_a_store_can_be_pickled_and_read_in_another_process(store: FrameStore, v
             assert torch.equal(items[0].frames, data[(0, index)].frames)
 
 
-def test_few_shards_are_open_at_a_time(
-    store: FrameStore, videos: list[Video], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_shards_are_open_at_a_time(store, videos, monkeypatch):
     monkeypatch.setattr(framestore, "MOST_OPEN_SHARDS", 1)
     fresh = FrameStore(store.folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -248,7 +238,7 @@ def test_few_shards_are_open_at_a_time(
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
 
 
-def test_a_flipped_bit_anywhere_in_a_record_is_noticed(own_store: FrameStore, videos: list[Video]) -> None:
+def test_a_flipped_bit_anywhere_in_a_record_is_noticed(own_store, videos):
     contents, _ = read_contents(own_store.folder)
     name = videos[0].name
     row, shard = contents.row(name), contents.shard(name)
@@ -271,7 +261,7 @@ def test_a_flipped_bit_anywhere_in_a_record_is_noticed(own_store: FrameStore, vi
     assert check_record(shard, row) == ""
 
 
-def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store: FrameStore, videos: list[Video]) -> None:
+def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store, videos):
     flip(shard_paths(own_store.folder)[0], 200)
     data = ClipDataset(videos, LABELS, n_frames=8, short_side=64, seed=0, training=False, store=own_store)
     items = [data[(0, index)] for index in range(4)]
@@ -279,15 +269,13 @@ def test_a_damaged_clip_is_set_aside_by_name_in_training(own_store: FrameStore, 
     assert items[0].error.startswith(videos[0].name)
 
 
-def test_unreadable_stored_clip_is_named_and_the_others_are_read(
-    own_store: FrameStore, videos: list[Video], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_stored_clip_is_named_and_the_others_are_read(own_store, videos, monkeypatch):
     contents, _ = read_contents(own_store.folder)
     row = contents.row(videos[1].name)
     assert row is not None
     bad, read = int(row["offset"]), framestore._File.read
 
-    def failing(file: framestore._File, offset: int, size: int) -> memoryview:
+    def failing(file, offset, size):
         if bad <= offset < bad + int(row["bytes"]):
             raise OSError(errno.EIO, "Input/output error")
         return read(file, offset, size)
@@ -304,7 +292,7 @@ def test_unreadable_stored_clip_is_named_and_the_others_are_read(
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5_000, -1])
-def test_a_truncated_shard_is_named_with_the_command_that_mends_it(own_store: FrameStore, keep: int) -> None:
+def test_a_truncated_shard_is_named_with_the_command_that_mends_it(own_store, keep):
     shard = shard_paths(own_store.folder)[0]
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(DataError, match=rf"{shard.name}: this shard .* has .* bytes, not .*tvit extract"):
@@ -314,7 +302,7 @@ def test_a_truncated_shard_is_named_with_the_command_that_mends_it(own_store: Fr
     assert shard.name in str(damaged[0])
 
 
-def test_a_missing_shard_or_index_or_header_is_a_data_error(own_store: FrameStore) -> None:
+def test_a_missing_shard_or_index_or_header_is_a_data_error(own_store):
     shard, folder = shard_paths(own_store.folder)[0], own_store.folder
     moved = shard.rename(folder / "elsewhere")
     with pytest.raises(DataError, match=r"is missing. Run `tvit extract --path-to-data"):
@@ -328,7 +316,7 @@ def test_a_missing_shard_or_index_or_header_is_a_data_error(own_store: FrameStor
         FrameStore(folder)
 
 
-def test_a_flipped_bit_in_the_index_is_noticed(own_store: FrameStore) -> None:
+def test_a_flipped_bit_in_the_index_is_noticed(own_store):
     index = own_store.folder / "index.frames"
     good = index.read_bytes()
     for place in range(0, len(good), 37):
@@ -342,7 +330,7 @@ def test_a_flipped_bit_in_the_index_is_noticed(own_store: FrameStore) -> None:
             FrameStore(own_store.folder)
 
 
-def test_a_store_of_a_later_version_is_refused(own_store: FrameStore) -> None:
+def test_a_store_of_a_later_version_is_refused(own_store):
     header = own_store.folder / "store.json"
     header.write_text(header.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(DataError, match=r"version 9.*Update tvit"):
@@ -352,15 +340,13 @@ def test_a_store_of_a_later_version_is_refused(own_store: FrameStore) -> None:
         FrameStore(own_store.folder)
 
 
-def test_a_full_disk_keeps_the_shards_that_were_complete(
-    videos: list[Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_shards_that_were_complete(videos, tmp_path, monkeypatch):
     folder = tmp_path / "frames"
     write_header(folder, Header(PARAMETERS, str(tmp_path)))
     packed = pack_video(videos[1].path, PARAMETERS)
     writer = ShardWriter(folder, rank=0, shard_bytes=len(packed.record))
 
-    def full(number: int) -> None:
+    def full(number):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError, match="No space left"), writer:
@@ -371,7 +357,7 @@ def test_a_full_disk_keeps_the_shards_that_were_complete(
     assert sorted(p.name for p in folder.iterdir()) == ["shard-00000-00.frames", "store.json"]
 
 
-def test_the_store_beside_the_videos_is_found_and_is_no_class(videos: list[Video], tmp_path: Path) -> None:
+def test_the_store_beside_the_videos_is_found_and_is_no_class(videos, tmp_path):
     for video in videos:
         target = tmp_path / "data" / video.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -417,7 +403,7 @@ def peak_kibibytes() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_an_index_of_100_000_clips_opens_at_once_and_takes_little_memory(tmp_path: Path) -> None:
+def test_an_index_of_100_000_clips_opens_at_once_and_takes_little_memory(tmp_path):
     write_synthetic_index(tmp_path / "frames", 100_000)
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -431,13 +417,13 @@ def test_an_index_of_100_000_clips_opens_at_once_and_takes_little_memory(tmp_pat
     assert lookups < 2
 
 
-def test_errors_of_the_user_are_no_assertions(tmp_path: Path) -> None:
+def test_errors_of_the_user_are_no_assertions(tmp_path):
     with pytest.raises(DataError, match=r"no frame store .*Make one with `tvit extract`"):
         FrameStore(tmp_path)
 
 
 @pytest.mark.real
-def test_real_clips_come_back_as_they_were_but_for_jpeg(real_data: Path, tmp_path: Path) -> None:
+def test_real_clips_come_back_as_they_were_but_for_jpeg(real_data, tmp_path):
     paths = sorted((real_data / "weizmann").rglob("*.avi"))[::15]
     videos = [Video(path, path.name, "run", "train", None) for path in paths]
     store = make_store(tmp_path / "frames", videos, frames_per_video=32)

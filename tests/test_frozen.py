@@ -6,8 +6,6 @@ compared. After a deliberate change, regenerate the list and commit it with the 
     python tests/test_frozen.py
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import pkgutil
@@ -144,12 +142,12 @@ def frozen() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("part", ["verbs", "public", "presets", "options"])
-def test_command_line_equals_the_frozen_list(part: str) -> None:
+def test_command_line_equals_the_frozen_list(part):
     found = differences(frozen()[part], json.loads(json.dumps(today()))[part])
     assert not found, "\n".join([*found, "If this is meant: python tests/test_frozen.py"])
 
 
-def test_differences_name_removed_added_and_changed() -> None:
+def test_differences_name_removed_added_and_changed():
     before = {"a": {"default": 1}, "b": True, "c": True}
     now = {"a": {"default": 2}, "b": True, "d": True}
     assert differences(before, now) == [
@@ -159,7 +157,7 @@ def test_differences_name_removed_added_and_changed() -> None:
     ]
 
 
-def test_frozen_environment_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_environment_variables_are_known(monkeypatch):
     variables = {row["variable"] for row in frozen()["options"].values() if "variable" in row}
     for variable in variables:
         monkeypatch.setenv(variable, "~")
@@ -170,11 +168,11 @@ def test_frozen_environment_variables_are_known(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["TvitError", "SettingsError", "DataError", "ModelError"])
-def test_error_classes_are_importable(name: str) -> None:
+def test_error_classes_are_importable(name):
     assert issubclass(getattr(importlib.import_module("tvit_cli.errors"), name), Exception)
 
 
-def test_public_names_can_be_had() -> None:
+def test_public_names_can_be_had():
     assert all(hasattr(tvit_cli, name) for name in frozen()["public"])
 
 

@@ -5,8 +5,6 @@ After a deliberate change, regenerate the list and commit it with the change:
     python tests/test_frozen_files.py
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -58,7 +56,7 @@ def export_files(root: Path, name: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
     train_tiny(folder)
     return folder
@@ -75,18 +73,18 @@ def compare(name: str, now: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_export_writes_the_frozen_files(name: str, root: Path) -> None:
+def test_export_writes_the_frozen_files(name, root):
     if name == "onnx" and any(importlib.util.find_spec(package) is None for package in ONNX):
         pytest.skip('needs the extra: pip install "tvit[onnx]"')
     compare(name, export_files(root, name))
 
 
 @pytest.mark.parametrize("name", ["runs/tiny", "store"])
-def test_training_and_extraction_write_the_frozen_files(name: str, root: Path) -> None:
+def test_training_and_extraction_write_the_frozen_files(name, root):
     compare(name, {path: keys for path, keys in files(root / name).items() if path != ".lock"})
 
 
-def test_missing_and_new_files_are_named() -> None:
+def test_missing_and_new_files_are_named():
     before = json.loads(LIST.read_text(encoding="utf-8"))["store"]
     with pytest.raises(AssertionError, match=r"removed: store\.json\s+added: other"):
         compare("store", {k: v for k, v in before.items() if k != "store.json"} | {"other": []})

@@ -1,7 +1,5 @@
 """Losses, metrics and scores of short runs equal the committed ones (tests/golden.py regenerates them)."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -10,9 +8,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    found: dict[str, Any] = golden.measure()["numbers"]
-    return found
+def measured():
+    return golden.measure()["numbers"]
 
 
 def differences(before: Any, now: Any, where: str, tolerance: float) -> list[str]:
@@ -37,13 +34,11 @@ def differences(before: Any, now: Any, where: str, tolerance: float) -> list[str
     ("part", "tolerance"), [("train", 1e-4), ("eval", 1e-3), ("predict", 1e-3), ("timeline", 1e-3)]
 )
 @pytest.mark.parametrize("name", list(golden.RUNS))
-def test_short_run_gives_the_golden_values(
-    name: str, part: str, tolerance: float, measured: dict[str, Any]
-) -> None:
+def test_short_run_gives_the_golden_values(name, part, tolerance, measured):
     committed = json.loads(golden.COMMITTED.read_text(encoding="utf-8"))
     found = differences(committed[name][part], measured[name][part], part, tolerance)
     assert not found, "\n".join(found)
 
 
-def test_golden_difference_is_named() -> None:
+def test_golden_difference_is_named():
     assert differences({"a": [1.0, 2.0]}, {"a": [1.00001, 2.1]}, "train", 1e-4) == ["train a 1: 2.0 -> 2.1"]

@@ -1,7 +1,5 @@
 """What is read becomes what the model is given: clips, their labels, and which of them count."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -49,7 +47,7 @@ def go(*, unreadable: tuple[int, ...] = (), real: int = 2, **changes: Any) -> tu
     )
 
 
-def test_without_mixing_each_clip_has_its_label() -> None:
+def test_without_mixing_each_clip_has_its_label():
     clips, targets = go()
     assert clips.shape == (2, 2, 3, 16, 16)
     assert clips.mean(dim=(1, 2, 3, 4)).tolist() == [1.0, 0.0]
@@ -57,7 +55,7 @@ def test_without_mixing_each_clip_has_its_label() -> None:
     assert targets.others is None and targets.shares is None
 
 
-def test_mixed_clips_have_both_labels_and_partners_add_no_loss() -> None:
+def test_mixed_clips_have_both_labels_and_partners_add_no_loss():
     for changes in ({"mixup": 1.0}, {"cutmix": 1.0}):
         clips, targets = go(**changes)
         assert clips.shape == (2, 2, 3, 16, 16)
@@ -68,7 +66,7 @@ def test_mixed_clips_have_both_labels_and_partners_add_no_loss() -> None:
         assert torch.allclose(clips.mean(dim=(1, 2, 3, 4)), torch.stack([white, grey]), atol=1e-5)
 
 
-def test_a_clip_is_not_mixed_with_one_that_cannot_be_read() -> None:
+def test_a_clip_is_not_mixed_with_one_that_cannot_be_read():
     for changes in ({"mixup": 1.0}, {"cutmix": 1.0}):
         clips, targets = go(**changes, unreadable=(1,))
         assert torch.equal(clips[0], torch.ones_like(clips[0]))
@@ -76,6 +74,6 @@ def test_a_clip_is_not_mixed_with_one_that_cannot_be_read() -> None:
         assert targets.weights.tolist() == [1, 0]
 
 
-def test_clips_beyond_the_real_ones_weigh_nothing() -> None:
+def test_clips_beyond_the_real_ones_weigh_nothing():
     assert go(real=1)[1].weights.tolist() == [1, 0]
     assert go(real=0, mixup=1.0)[1].weights.tolist() == [0, 0]

@@ -1,7 +1,5 @@
 """Linear layers in 8 bits: what they compute, to the step, and which layers they take the place of."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
@@ -13,10 +11,10 @@ from tvit_cli.model.linear import Int8Linear, to_int8
 from tvit_cli.portable.vit import ViTConfig, build_model
 
 
-def test_the_faster_of_bytes_and_floats_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_of_bytes_and_floats_is_found_out(monkeypatch):
     multiply = torch._int_mm
 
-    def slow(*factors: torch.Tensor) -> torch.Tensor:
+    def slow(*factors):
         time.sleep(0.05)
         return multiply(*factors)
 
@@ -26,7 +24,7 @@ def test_the_faster_of_bytes_and_floats_is_found_out(monkeypatch: pytest.MonkeyP
     assert linear.is_fast()
 
 
-def test_whole_numbers_times_scales_are_multiplied_without_any_error() -> None:
+def test_whole_numbers_times_scales_are_multiplied_without_any_error():
     layer = nn.Linear(3, 2)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[127.0, -3, 0], [0.5, 63.5, -1]]))  # scales 1 and 0.5
@@ -35,7 +33,7 @@ def test_whole_numbers_times_scales_are_multiplied_without_any_error() -> None:
     assert torch.equal(Int8Linear(layer)(x), layer(x).detach())
 
 
-def test_a_row_and_a_token_of_zeros_stay_zeros() -> None:
+def test_a_row_and_a_token_of_zeros_stay_zeros():
     layer = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
         layer.weight[1] = 0
@@ -46,7 +44,7 @@ def test_a_row_and_a_token_of_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (2, 5, 64), (1, 1, 64)])
-def test_int8_error_is_rounding_despite_one_large_token(shape: tuple[int, ...]) -> None:
+def test_int8_error_is_rounding_despite_one_large_token(shape):
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(64, 32)
     x = torch.randn(shape, generator=generator)
@@ -58,7 +56,7 @@ def test_int8_error_is_rounding_despite_one_large_token(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("attention", ["joint", "divided", "factorized", "space"])
-def test_int8_applies_to_every_linear_layer_but_the_classifier(attention: str) -> None:
+def test_int8_applies_to_every_linear_layer_but_the_classifier(attention):
     config = ViTConfig(
         num_classes=5, frame_size=32, n_frames=4, width=32, depth=2, num_heads=2, attention=attention
     )

@@ -3,8 +3,6 @@
 Six cells of tests/bench/kills.py run here; all of them, and random kills, when the benchmark is run.
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os
@@ -35,13 +33,13 @@ ONE = Plan("one process", 1, 0, "videos", ())
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
     shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     return Bench(shared / "kills", may_mount=False, quick=True)
 
 
-def test_kill_cells_cover_every_pair_of_values() -> None:
+def test_kill_cells_cover_every_pair_of_values():
     cells = covering()
     every = {
         ((i, a), (j, b))
@@ -57,11 +55,11 @@ def test_kill_cells_cover_every_pair_of_values() -> None:
 
 
 @pytest.mark.parametrize("cell", IN_THE_SUITE, ids=lambda cell: "-".join(map(str, cell)))
-def test_killed_at_a_point_and_resumed_it_ends_with_the_same_bits(bench: Bench, cell: kills.Cell) -> None:
+def test_killed_at_a_point_and_resumed_it_ends_with_the_same_bits(bench, cell):
     kills.run_plan(bench, plan_of(cell))
 
 
-def test_a_bit_that_is_another_is_found(bench: Bench, tmp_path: Path) -> None:
+def test_a_bit_that_is_another_is_found(bench, tmp_path):
     """The benchmark itself would see a difference of one bit in a weight, and of one digit in a metric."""
     whole = bench.undisturbed(ONE)
     for name in ("trainable.safetensors", "state.json"):
@@ -89,12 +87,10 @@ def copied(run: Path, to: Path) -> Path:
 
 
 @pytest.fixture
-def command(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
+def command(bench, tmp_path, capsys):
     """`command(*flags)` runs `tvit train` in this process: its exit code, and what it wrote to stderr."""
 
-    def run(*flags: str) -> tuple[int, str]:
+    def run(*flags):
         (tmp_path / "c.json").write_text(bench.settings(ONE, tmp_path / "runs", "mine").model_dump_json())
         with pytest.raises(SystemExit) as ended:
             cli.run(["train", "--config", str(tmp_path / "c.json"), *flags])
@@ -119,9 +115,8 @@ def at_call(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bench: Bench,
-    name: str, code: int,
-) -> None:  # fmt: skip
+    command, monkeypatch, tmp_path, bench, name, code
+):
     before = signal.getsignal(getattr(signal, name))
     at_call(loop, "update", 3, lambda: signal.raise_signal(getattr(signal, name)), monkeypatch)
     ended, errors = command()
@@ -134,10 +129,8 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
 
 
-def test_a_second_sigint_leaves_at_once(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def twice() -> None:
+def test_a_second_sigint_leaves_at_once(command, monkeypatch, tmp_path):
+    def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the step went on")
@@ -156,9 +149,8 @@ def test_a_second_sigint_leaves_at_once(
     ],
 )
 def test_signals_outside_the_steps_keep_their_exit_code(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, bench: Bench, tmp_path: Path,
-    module: Any, function: str, advice: str,
-) -> None:  # fmt: skip
+    command, monkeypatch, bench, tmp_path, module, function, advice
+):
     at_call(module, function, 1, lambda: signal.raise_signal(signal.SIGUSR1), monkeypatch)
     ended, errors = command()
     assert (
@@ -171,9 +163,8 @@ def test_signals_outside_the_steps_keep_their_exit_code(
 
 @pytest.mark.parametrize(("module", "function"), [(loop, "_validate"), (train_module, "save_model")])
 def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any,
-    function: str,
-) -> None:  # fmt: skip
+    command, monkeypatch, tmp_path, module, function
+):
     standstill = ("--patience", "1", "--learning-rate", "1e-12", "--lora-dropout", "0")
     nth = 2 if function == "_validate" else 1
     at_call(module, function, nth, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
@@ -186,20 +177,18 @@ def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
     assert kills.records(run) == before and (run / "model").exists()
 
 
-def test_a_signal_after_the_last_step_is_not_swallowed() -> None:
+def test_a_signal_after_the_last_step_is_not_swallowed():
     with pytest.raises(Interrupted, match="SIGTERM"), ImmediateStop("All is done."), StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == "SIGTERM"
 
 
-def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(command, monkeypatch, tmp_path):
     """Between its removal and its return nothing would be there, and of one kept checkpoint all would be lost."""
-    written: list[int] = []
+    written = []
     real = loop.save_checkpoint
 
-    def save(*arguments: Any, **keywords: Any) -> Path:
+    def save(*arguments, **keywords):
         written.append(keywords["state"].step)
         return real(*arguments, **keywords)
 
@@ -209,10 +198,8 @@ def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(
     assert written == [2, 4, 6]
 
 
-def test_worker_death_within_a_step_is_a_plain_error(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def kill_a_worker() -> None:
+def test_worker_death_within_a_step_is_a_plain_error(command, monkeypatch):
+    def kill_a_worker():
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         time.sleep(60)  # torch raises as soon as it is told of the death
 
@@ -222,16 +209,14 @@ def test_worker_death_within_a_step_is_a_plain_error(
     assert "mistake in tvit" not in errors
 
 
-def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    decoded: list[Path] = []
+def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(monkeypatch, tmp_path):
+    decoded = []
 
-    def slow(path: Path) -> None:
+    def slow(path):
         decoded.append(path)
         time.sleep(0.01)
 
-    def stop(done: int, total: int) -> None:
+    def stop(done, total):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataset, "decode_first", slow)
@@ -241,9 +226,7 @@ def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(
     assert len(decoded) < 20
 
 
-def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(monkeypatch):
     monkeypatch.setattr("tvit_cli.engine.launch.SECONDS_TO_BE_ENDED", 0)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RunError, match="Another process of this training has ended"), lost_rank_errors():
@@ -253,7 +236,7 @@ def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_process_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
+def test_a_process_whose_launcher_was_killed_ends(tmp_path):
     """Else it trained on, unseen, and kept the run's folder busy."""
     worker = (
         "import time; from tvit_cli.engine.launch import exit_with_launcher;"
@@ -274,9 +257,7 @@ def test_a_process_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
     child.stdout.close()
 
 
-def test_interrupted_processes_are_spoken_for_by_the_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted_processes_are_spoken_for_by_the_first(monkeypatch, capsys):
     for rank, said in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit):

@@ -1,14 +1,9 @@
 """Devices, precision and what Accelerate cannot do."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import Run
 
 from tvit_cli import cli
 from tvit_cli.engine import launch
@@ -28,9 +23,7 @@ from tvit_cli.errors import CheckpointError, ModelError, SettingsError
         ("cpu", 0, {"LOCAL_WORLD_SIZE": "4"}, None),
     ],
 )
-def test_more_processes_than_gpus_are_refused(
-    kind: str, gpus: int, variables: dict[str, str], refused: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_processes_than_gpus_are_refused(kind, gpus, variables, refused, monkeypatch):
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -43,8 +36,8 @@ def test_more_processes_than_gpus_are_refused(
         launch._refuse_shared_gpus(torch.device(kind))
 
 
-def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: Any) -> None:
+def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch):
+    def refuse(**options):
         raise NotImplementedError("Using RTX 4000 series doesn't support faster communication")
 
     monkeypatch.setattr(launch, "Accelerator", refuse)
@@ -52,7 +45,7 @@ def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch: pytes
         make_accelerator(device="cpu", mixed_precision="no")
 
 
-def test_float32_convolutions_are_not_tf32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_convolutions_are_not_tf32_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert launch.resolve_precision("no", torch.device("cuda")) == "no"
     assert not torch.backends.cudnn.allow_tf32
@@ -68,22 +61,20 @@ def test_float32_convolutions_are_not_tf32_on_cuda(monkeypatch: pytest.MonkeyPat
         ("cuda", (9, 0), "bf16"),
     ],
 )
-def test_automatic_precision_is_bf16_where_the_hardware_has_it(
-    monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int] | None, expected: str
-) -> None:
+def test_automatic_precision_is_bf16_where_the_hardware_has_it(monkeypatch, device, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert launch.resolve_precision("auto", torch.device(device)) == expected
     assert launch.resolve_precision("bf16", torch.device(device)) == "bf16"
 
 
-def test_fp16_is_refused_where_it_would_do_nothing() -> None:
+def test_fp16_is_refused_where_it_would_do_nothing():
     assert launch.resolve_precision("fp16", torch.device("cuda")) == "fp16"
     with pytest.raises(SettingsError, match=r"--mixed-precision fp16: nothing is computed in it on a CPU\."):
         launch.resolve_precision("fp16", torch.device("cpu"))
 
 
-def test_auto_precision_is_recorded_and_resumed_as_resolved(trained: Run) -> None:
+def test_auto_precision_is_recorded_and_resumed_as_resolved(trained):
     first = trained(mixed_precision="auto")
     assert json.loads((first.run / "settings.json").read_text())["mixed_precision"] == "no"
     path = str(first.run / "checkpoints" / "step-000003")
@@ -95,9 +86,7 @@ def test_auto_precision_is_recorded_and_resumed_as_resolved(trained: Run) -> Non
 @pytest.mark.parametrize(
     "variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"]
 )
-def test_a_model_split_between_processes_is_refused_with_the_reason(
-    trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
-) -> None:
+def test_a_model_split_between_processes_is_refused_with_the_reason(trained, monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(
         SettingsError,
@@ -110,12 +99,7 @@ def test_a_model_split_between_processes_is_refused_with_the_reason(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_ends_with_exit_code_2(
-    inputs: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_that_is_not_there_ends_with_exit_code_2(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.run(["train", "--device", "cuda", "--path-to-data", inputs["path_to_data"]])

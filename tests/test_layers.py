@@ -1,7 +1,5 @@
 """The arrows of the house: who may import whom, and what is loaded late."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path
@@ -75,7 +73,7 @@ def room(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_arrows_point_one_way(path: Path) -> None:
+def test_arrows_point_one_way(path):
     allowed = ROOMS[room(path)] | {room(path)}
     rooms = {p.stem if p.parent == Path() else p.parts[0] for p in MODULES}
     for name in imports(path):
@@ -86,7 +84,7 @@ def test_arrows_point_one_way(path: Path) -> None:
             assert any(target == a or target.startswith(a + ".") for a in allowed), f"{path} imports {target}"
 
 
-def test_no_import_circles() -> None:
+def test_no_import_circles():
     names = {".".join(("tvit_cli", *p.with_suffix("").parts)).removesuffix(".__init__"): p for p in MODULES}
     arrows = {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
     packages = {name for name, path in names.items() if path.name == "__init__.py"}
@@ -101,7 +99,7 @@ NETWORK = ("vit", "layers", "config")
 
 
 @pytest.mark.parametrize("path", [Path("portable", f"{name}.py") for name in NETWORK], ids=str)
-def test_the_model_itself_imports_torch_and_nothing_else(path: Path) -> None:
+def test_the_model_itself_imports_torch_and_nothing_else(path):
     standard = {"__future__", "math", "collections.abc", "contextlib", "dataclasses", "typing"}
     for name in imports(path):
         top = name.split(".")[0]
@@ -114,31 +112,31 @@ def test_the_model_itself_imports_torch_and_nothing_else(path: Path) -> None:
     [p for p in MODULES if room(p) in ("errors", "files", "results", "settings", "commands", "cli")],
     ids=str,
 )
-def test_what_help_needs_loads_nothing_heavy(path: Path) -> None:
+def test_what_help_needs_loads_nothing_heavy(path):
     tops = {name.split(".")[0] for name in imports(path, top_level=True)}
     assert not tops & HEAVY
 
 
-def test_only_one_file_names_peft() -> None:
+def test_only_one_file_names_peft():
     assert [str(p) for p in MODULES if any(n.split(".")[0] == "peft" for n in imports(p))] == [
         "model/lora.py"
     ]
 
 
-def test_only_the_console_writes_to_the_terminal() -> None:
+def test_only_the_console_writes_to_the_terminal():
     for path in MODULES:
         text = (ROOT / path).read_text(encoding="utf-8")
         writes = re.search(r"^\s*print\(|sys\.std(out|err)\.write|typer\.echo", text, re.MULTILINE)
         assert not writes or path.name in ("console.py", "cli.py"), path
 
 
-def test_every_module_says_in_its_first_line_what_it_owns() -> None:
+def test_every_module_says_in_its_first_line_what_it_owns():
     for path in MODULES:
         doc = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
         assert doc and doc.splitlines()[0].strip(), path
 
 
-def test_every_note_that_is_referred_to_exists() -> None:
+def test_every_note_that_is_referred_to_exists():
     texts = [(ROOT / p).read_text(encoding="utf-8") for p in MODULES]
     titles = {m for t in texts for m in re.findall(r"(?<![Ss]ee )Note \[([^\]]+)\]", t)}
     referred = {m for t in texts for m in re.findall(r"[Ss]ee Note \[([^\]]+)\]", t)}

@@ -1,8 +1,6 @@
 """Folders and manifests become labelled videos in subsets."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -48,7 +46,7 @@ def groups_of(layout: Layout, subset: str) -> list[str]:
 # Folders
 
 
-def test_class_folders_give_labels_names_and_groups(tmp_path: Path) -> None:
+def test_class_folders_give_labels_names_and_groups(tmp_path):
     layout = read(place(tmp_path, {"walk": ["v_g01_c01.avi", "v_g02_c01.MP4"], "run": ["v_g01_c02.avi"]}))
     assert layout.labels == ("run", "walk")
     assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == [
@@ -62,7 +60,7 @@ def test_class_folders_give_labels_names_and_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["videos", "UCF-101"])
-def test_class_folders_are_found_one_folder_down(folder: str, tmp_path: Path) -> None:
+def test_class_folders_are_found_one_folder_down(folder, tmp_path):
     ucf101(tmp_path / folder, groups=3)
     if folder == "videos":  # beside it lie other things
         place(tmp_path, {"ucfTrainTestlist": ["classInd.txt"]})
@@ -75,7 +73,7 @@ def test_class_folders_are_found_one_folder_down(folder: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "names", [("train", "val", "test"), ("training", "validation", "testing"), ("Train", "valid", "Test")]
 )
-def test_subset_folders_are_taken_as_they_are(names: tuple[str, str, str], tmp_path: Path) -> None:
+def test_subset_folders_are_taken_as_they_are(names, tmp_path):
     for group, name in enumerate(names, start=1):
         place(tmp_path / name, {c: [f"v_{c}_g0{group}_c01.avi"] for c in ("run", "walk")})
     layout = read(tmp_path, val="auto", test="auto", need_test=True)
@@ -84,7 +82,7 @@ def test_subset_folders_are_taken_as_they_are(names: tuple[str, str, str], tmp_p
     assert layout.notes == ()
 
 
-def test_without_a_val_folder_groups_of_train_become_val_and_test_stays(tmp_path: Path) -> None:
+def test_without_a_val_folder_groups_of_train_become_val_and_test_stays(tmp_path):
     ucf101(tmp_path / "train", groups=18)
     place(tmp_path / "test", {c: [f"v_{c}_g19_c01.avi"] for c in ("Archery", "Bowling")})
     layout = read(tmp_path, val="auto", test="auto")
@@ -92,18 +90,18 @@ def test_without_a_val_folder_groups_of_train_become_val_and_test_stays(tmp_path
     assert groups_of(layout, "test") == ["19"]
 
 
-def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
+def test_a_class_called_train_is_a_class(tmp_path):
     layout = read(place(tmp_path, {"train": ["a_g01_.avi"], "car": ["b_g01_.avi"], "test": ["c_g01_.avi"]}))
     assert layout.labels == ("car", "test", "train")
 
 
-def test_folders_beside_subset_folders_are_noted(tmp_path: Path) -> None:
+def test_folders_beside_subset_folders_are_noted(tmp_path):
     ucf101(tmp_path / "train", groups=2)
     place(tmp_path, {"annotations": ["a.txt"]})
     assert "not read: annotations" in read(tmp_path).notes[0]
 
 
-def test_hidden_files_are_passed_over_and_odd_ones_counted(tmp_path: Path) -> None:
+def test_hidden_files_are_passed_over_and_odd_ones_counted(tmp_path):
     place(
         tmp_path,
         {"run": ["a_g01_.avi", "._a_g01_.avi", ".DS_Store"], "walk": ["b_g01_.avi", "notes.txt", "b.srt"]},
@@ -114,7 +112,7 @@ def test_hidden_files_are_passed_over_and_odd_ones_counted(tmp_path: Path) -> No
     assert "2 entries are not read" in layout.notes[0]
 
 
-def test_classes_that_differ_in_case_only_are_one(tmp_path: Path) -> None:
+def test_classes_that_differ_in_case_only_are_one(tmp_path):
     place(tmp_path / "train", {"HandStandPushups": ["v_g01_.avi", "v_g02_.avi"], "Archery": ["v_g03_.avi"]})
     place(tmp_path / "test", {"HandstandPushups": ["v_g04_.avi"], "Archery": ["v_g05_.avi"]})
     layout = read(tmp_path)
@@ -136,14 +134,14 @@ def test_classes_that_differ_in_case_only_are_one(tmp_path: Path) -> None:
     ],
     ids=["first group", "person", "named group", "whole match"],
 )
-def test_a_group_is_read_off_the_file_name(pattern: str, file: str, group: str, tmp_path: Path) -> None:
+def test_a_group_is_read_off_the_file_name(pattern, file, group, tmp_path):
     layout = read(place(tmp_path, {"run": [file], "walk": [file]}), pattern=pattern)
     assert {video.group for video in layout.videos} == {group}
 
 
-def test_no_group_is_ever_in_two_subsets(tmp_path: Path) -> None:
+def test_no_group_is_ever_in_two_subsets(tmp_path):
     layout = read(ucf101(tmp_path), val="auto", test="auto")
-    homes: dict[str | None, set[str]] = {}
+    homes = {}
     for video in layout.videos:
         homes.setdefault(video.group, set()).add(video.subset)
     assert len(homes) == 25
@@ -155,14 +153,14 @@ def test_no_group_is_ever_in_two_subsets(tmp_path: Path) -> None:
     ]  # 20 % of 25, 15 % of 20
 
 
-def test_groups_are_spread_evenly_and_the_same_each_time(tmp_path: Path) -> None:
+def test_groups_are_spread_evenly_and_the_same_each_time(tmp_path):
     first = read(ucf101(tmp_path), test="5")
     assert groups_of(first, "test") == ["03", "08", "13", "18", "23"]
     assert read(tmp_path, test="5").videos == first.videos
     assert "5 of 25 groups (20 videos) are held out of train as test: 03, 08, 13, 18, 23" in first.notes[0]
 
 
-def test_groups_are_held_out_by_name(tmp_path: Path) -> None:
+def test_groups_are_held_out_by_name(tmp_path):
     files = [f"{person}_x.avi" for person in ("daria", "denis", "eli", "moshe")]
     root = place(tmp_path, {"run": files, "walk": files})
     layout = read(root, pattern="^([a-z]+)_", test="daria, moshe", val="eli")
@@ -171,12 +169,12 @@ def test_groups_are_held_out_by_name(tmp_path: Path) -> None:
     assert groups_of(layout, "train") == ["denis"]
 
 
-def test_a_number_with_a_leading_zero_is_a_name(tmp_path: Path) -> None:
+def test_a_number_with_a_leading_zero_is_a_name(tmp_path):
     assert groups_of(read(ucf101(tmp_path), test="04"), "test") == ["04"]
     assert len(groups_of(read(tmp_path, test="4"), "test")) == 4
 
 
-def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_path: Path) -> None:
+def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_path):
     files = ["a, b.avi", "none.avi", "3.avi", "d.avi"]  # no pattern matches: each is a group of its own
     root = place(tmp_path, {"run": files, "walk": files})
     first = read_layout(
@@ -194,28 +192,28 @@ def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_pat
 
 
 @pytest.mark.parametrize("typed", [",", " , ", ""])
-def test_a_list_of_groups_that_names_none_is_refused(tmp_path: Path, typed: str) -> None:
+def test_a_list_of_groups_that_names_none_is_refused(tmp_path, typed):
     with pytest.raises(DataError, match=r'--val-groups ".*": names no group\. To hold none out, say none'):
         read(ucf101(tmp_path, groups=3), val=typed)
 
 
-def test_an_unknown_group_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_group_is_refused_with_the_known_ones(tmp_path):
     root = place(tmp_path, {"run": ["daria_x.avi", "eli_x.avi"], "walk": ["daria_y.avi", "eli_y.avi"]})
     with pytest.raises(DataError, match=r'--test-groups: no group "dariya".*mean daria\?.*daria, eli'):
         read(root, pattern="^([a-z]+)_", test="dariya")
 
 
-def test_a_group_cannot_be_held_out_twice(tmp_path: Path) -> None:
+def test_a_group_cannot_be_held_out_twice(tmp_path):
     with pytest.raises(DataError, match='--val-groups: no group "03" in train'):
         read(ucf101(tmp_path), test="03", val="03")
 
 
-def test_more_groups_than_can_be_spared_are_refused(tmp_path: Path) -> None:
+def test_more_groups_than_can_be_spared_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"--test-groups 3: train has 3 groups, of which 2"):
         read(ucf101(tmp_path, groups=3), test="3")
 
 
-def test_holding_out_leaves_each_class_a_video_to_train_on(tmp_path: Path) -> None:
+def test_holding_out_leaves_each_class_a_video_to_train_on(tmp_path):
     # Group 3, the middle one, has all videos of `rare`: an even spread would take it.
     place(
         tmp_path, {"common": [f"v_g{g:02}_.avi" for g in range(1, 6)], "rare": ["w_g03_a.avi", "w_g03_b.avi"]}
@@ -224,13 +222,13 @@ def test_holding_out_leaves_each_class_a_video_to_train_on(tmp_path: Path) -> No
     assert groups_of(layout, "test") == ["04"]
 
 
-def test_nothing_is_held_out_where_nothing_can_be_spared(tmp_path: Path) -> None:
+def test_nothing_is_held_out_where_nothing_can_be_spared(tmp_path):
     layout = read(place(tmp_path, {"run": ["a_g01_.avi"], "walk": ["b_g01_.avi"]}), val="auto", test="auto")
     assert layout.counts() == {"train": 2, "val": 0, "test": 0}
     assert sum("no group can be spared" in note for note in layout.notes) == 2
 
 
-def test_split_without_group_pattern_warns_of_data_leakage(tmp_path: Path) -> None:
+def test_split_without_group_pattern_warns_of_data_leakage(tmp_path):
     names = [f"{number}.avi" for number in range(10)]
     layout = read(place(tmp_path, {"run": names, "walk": names}), val="auto", test="auto")
     assert layout.counts() == {"train": 14, "val": 2, "test": 4}
@@ -241,7 +239,7 @@ def test_split_without_group_pattern_warns_of_data_leakage(tmp_path: Path) -> No
         assert {video.label for video in layout.subset(subset)} == {"run", "walk"}
 
 
-def test_videos_that_do_not_match_are_counted(tmp_path: Path) -> None:
+def test_videos_that_do_not_match_are_counted(tmp_path):
     root = place(tmp_path, {"run": ["v_g01_.avi", "odd.avi"], "walk": ["v_g01_.avi", "v_g02_.avi"]})
     assert "1 of 4 videos do not match the group pattern" in read(root).notes[0]
 
@@ -249,7 +247,7 @@ def test_videos_that_do_not_match_are_counted(tmp_path: Path) -> None:
 # What cannot be used
 
 
-def test_a_missing_folder_is_named_with_its_likeliest_neighbour(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named_with_its_likeliest_neighbour(tmp_path):
     ucf101(tmp_path / "ucf101", groups=1)
     with pytest.raises(DataError, match=r"ucf11: no such folder\. Did you mean ucf101\?"):
         read(tmp_path / "ucf11")
@@ -274,14 +272,14 @@ def test_a_missing_folder_is_named_with_its_likeliest_neighbour(tmp_path: Path) 
         ),
     ],
 )
-def test_what_cannot_be_used_is_named(classes: dict[str, list[str]], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_named(classes, message, tmp_path):
     with pytest.raises(DataError) as caught:
         read(place(tmp_path, classes))
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_needed_test_subset_is_asked_for(tmp_path: Path) -> None:
+def test_a_needed_test_subset_is_asked_for(tmp_path):
     with pytest.raises(DataError, match=r"no test subset\. Add a folder test/.*--test-groups"):
         read(ucf101(tmp_path), need_test=True)
     assert read(tmp_path, test="auto", need_test=True).counts()["test"] > 0
@@ -300,9 +298,7 @@ def manifest(folder: Path, text: str, *, encoding: str = "utf-8") -> Path:
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_manifest_gives_labels_subsets_and_groups(
-    delimiter: str, encoding: str, newline: str, tmp_path: Path
-) -> None:
+def test_a_manifest_gives_labels_subsets_and_groups(delimiter, encoding, newline, tmp_path):
     rows = [
         ["path", "Label", "subset", "group", "remark"],
         ["clips/a_g01_.avi", "run", "training", "", "x"],
@@ -321,7 +317,7 @@ def test_a_manifest_gives_labels_subsets_and_groups(
     assert all(video.path.is_file() for video in layout.videos)
 
 
-def test_a_manifest_without_subsets_is_split_like_folders(tmp_path: Path) -> None:
+def test_a_manifest_without_subsets_is_split_like_folders(tmp_path):
     rows = ['"clips/d, e.avi",run', "clips/a_g01_.avi,run", "clips/b_g02_.avi,walk", "clips/c_g03_.avi,walk"]
     path = manifest(tmp_path, "\n".join(["path,label", *rows]))
     layout = read(path, test="03")
@@ -348,7 +344,7 @@ def test_a_manifest_without_subsets_is_split_like_folders(tmp_path: Path) -> Non
         ('path,label\n"clips/a_g01_.avi,run\n', "no CSV manifest"),
     ],
 )
-def test_a_faulty_manifest_is_refused_by_line(text: str, message: str, tmp_path: Path) -> None:
+def test_a_faulty_manifest_is_refused_by_line(text, message, tmp_path):
     path = manifest(tmp_path, text)
     with pytest.raises(DataError) as caught:
         read(path)
@@ -356,7 +352,7 @@ def test_a_faulty_manifest_is_refused_by_line(text: str, message: str, tmp_path:
     assert str(path) in str(caught.value)
 
 
-def test_a_video_is_no_manifest(tmp_path: Path) -> None:
+def test_a_video_is_no_manifest(tmp_path):
     path = tmp_path / "video.avi"
     path.write_bytes(b"RIFF\xff\xfe\x00\x80")
     with pytest.raises(DataError, match="no CSV manifest"):
@@ -366,13 +362,11 @@ def test_a_video_is_no_manifest(tmp_path: Path) -> None:
 # Readable or not
 
 
-def test_unreadable_videos_are_named_with_their_reasons(
-    tmp_path: Path, make_classes: Callable[[Path, Mapping[str, Sequence[str]]], Path]
-) -> None:
+def test_unreadable_videos_are_named_with_their_reasons(tmp_path, make_classes):
     root = make_classes(tmp_path, {"run": ["a.avi", "b.avi"], "walk": ["c.avi", "d.avi"]})
     (root / "run" / "b.avi").write_bytes(b"")
     (root / "walk" / "d.avi").write_text("text")
-    seen: list[tuple[int, int]] = []
+    seen = []
     reasons = check_videos(
         read(root).videos, workers=2, progress=lambda done, total: seen.append((done, total))
     )
@@ -383,7 +377,7 @@ def test_unreadable_videos_are_named_with_their_reasons(
 
 
 @pytest.mark.real
-def test_weizmann_is_split_by_people(real_data: Path) -> None:
+def test_weizmann_is_split_by_people(real_data):
     layout = read(real_data / "weizmann", pattern="^([a-z]+)_", test="daria,eli,moshe")
     assert layout.counts() == {"train": 60, "val": 0, "test": 30}
     assert len(layout.labels) == 10
@@ -397,7 +391,7 @@ def read_split(root: Path, split: int) -> Layout:
     return read_layout(root, group_pattern=UCF101, val_groups="none", test_groups="auto", split=split)
 
 
-def test_the_official_split_lists_are_followed(tmp_path: Path) -> None:
+def test_the_official_split_lists_are_followed(tmp_path):
     names = [f"v_HandStandPushups_g{g:02d}_c01.avi" for g in (1, 2, 8, 9)]
     place(
         tmp_path / "videos",
@@ -429,7 +423,7 @@ def test_the_official_split_lists_are_followed(tmp_path: Path) -> None:
     assert any("Official split 2" in note for note in two.notes)
 
 
-def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path: Path) -> None:
+def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path):
     composed, apart = "Caf\u00e9", "Cafe\u0301"  # as macOS writes it
     files = ["daria_1.avi", "eli_1.avi"]
     place(tmp_path / "data" / "train", {composed: files, "Run": files})
@@ -443,7 +437,7 @@ def test_one_class_in_two_ways_to_write_its_accent_is_one_class(tmp_path: Path) 
     )
 
 
-def test_default_data_set_is_the_only_one_or_ucf101(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_data_set_is_the_only_one_or_ucf101(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "data" / "mine", {"run": ["a.avi"]})
     assert find_data(None) == Path("data/mine")

@@ -1,7 +1,5 @@
 """Leaks between train, val and test are found and counted."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -18,7 +16,7 @@ def video(folder: Path, name: str, subset: str, group: str | None, data: bytes) 
     return Video(path, name, "run", subset, group)
 
 
-def test_groups_on_both_sides_are_counted(tmp_path: Path) -> None:
+def test_groups_on_both_sides_are_counted(tmp_path):
     videos = [
         video(tmp_path, f"{subset}{group}{i}", subset, group, os.urandom(50))
         for subset, group, i in (("train", "01", 0), ("test", "01", 0), ("test", "01", 1), ("val", "02", 0))
@@ -27,7 +25,7 @@ def test_groups_on_both_sides_are_counted(tmp_path: Path) -> None:
     assert "share 1 groups (01), 2 videos" in leak
 
 
-def test_equal_files_under_two_names_are_found(tmp_path: Path) -> None:
+def test_equal_files_under_two_names_are_found(tmp_path):
     videos = [
         video(tmp_path, "a", "train", None, b"same bytes"),
         video(tmp_path, "b", "test", None, b"same bytes"),
@@ -38,9 +36,7 @@ def test_equal_files_under_two_names_are_found(tmp_path: Path) -> None:
     assert "1 videos stand in two subsets" in leak and "a = b" in leak
 
 
-def test_a_clean_split_says_nothing_and_reads_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clean_split_says_nothing_and_reads_nothing(tmp_path, monkeypatch):
     videos = [
         video(tmp_path, "a", "train", "01", b"1"),
         video(tmp_path, "b", "train", "01", b"1"),
@@ -50,6 +46,6 @@ def test_a_clean_split_says_nothing_and_reads_nothing(
     assert find_leaks(videos) == ()
 
 
-def test_videos_that_are_gone_are_left_out(tmp_path: Path) -> None:
+def test_videos_that_are_gone_are_left_out(tmp_path):
     gone = Video(tmp_path / "gone.avi", "gone.avi", "run", "train", None)
     assert find_leaks([gone, video(tmp_path, "a", "test", None, b"1")]) == ()

@@ -1,7 +1,5 @@
 """Batches that threads and processes read ahead."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
@@ -10,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ KEYS = [[(epoch, i), (epoch, (i + 1) % 4)] for epoch in range(3) for i in range(
 
 
 @pytest.fixture(scope="module")
-def videos(make_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
+def videos(make_video, tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     return [
         Video(make_video(folder / f"{n}.avi", frames=30 + n), f"{n}.avi", LABELS[n % 2], "train", None)
@@ -40,7 +37,7 @@ def videos(make_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def store(videos: list[Video], tmp_path: Path) -> FrameStore:
+def store(videos, tmp_path):
     return make_store(tmp_path / "frames", videos, shard_bytes=20_000)
 
 
@@ -59,9 +56,7 @@ def readers() -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_threads_give_the_batches_of_a_store_in_their_order(
-    workers: int, videos: list[Video], store: FrameStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_give_the_batches_of_a_store_in_their_order(workers, videos, store, monkeypatch):
     monkeypatch.setattr(
         "tvit_cli.data.framestore.MOST_OPEN_SHARDS", 1
     )  # the most they can disturb each other
@@ -73,7 +68,7 @@ def test_threads_give_the_batches_of_a_store_in_their_order(
     assert not readers()
 
 
-def test_processes_give_the_batches_of_videos_in_their_order(videos: list[Video]) -> None:
+def test_processes_give_the_batches_of_videos_in_their_order(videos):
     alone = list(load_batches(dataset(videos), KEYS, workers=0))
     together = list(load_batches(dataset(videos), KEYS, workers=1))
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
@@ -89,11 +84,11 @@ class Counting(ClipDataset):
         return super().__getitem__(key)
 
 
-def test_prefetch_threads_respect_their_limit_and_end_unread(videos: list[Video], store: FrameStore) -> None:
+def test_prefetch_threads_respect_their_limit_and_end_unread(videos, store):
     data = Counting(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True, store=store)
-    taken: list[int] = []
+    taken = []
 
-    def keys() -> Iterator[list[tuple[int, int]]]:
+    def keys():
         for number in range(1_000):
             taken.append(number)
             yield [(number, 0)]
@@ -111,9 +106,7 @@ def test_prefetch_threads_respect_their_limit_and_end_unread(videos: list[Video]
     assert len(taken) == 4
 
 
-def test_what_goes_wrong_in_a_thread_is_said_to_the_one_who_asked(
-    videos: list[Video], store: FrameStore
-) -> None:
+def test_what_goes_wrong_in_a_thread_is_said_to_the_one_who_asked(videos, store):
     for shard in shard_paths(store.folder):
         shard.unlink()
     with pytest.raises(DataError, match="cannot be opened"):
@@ -129,16 +122,14 @@ class Dying(ClipDataset):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos: list[Video]) -> None:
+def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos):
     data = Dying(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
     died = r"process that decodes videos died.*--resume-from-checkpoint latest"
     with pytest.raises(RunError, match=died), explains_dead_workers():
         list(load_batches(data, KEYS, workers=1))
 
 
-def test_batches_become_files_where_shared_memory_is_little(
-    videos: list[Video], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_batches_become_files_where_shared_memory_is_little(videos, monkeypatch, tmp_path):
     monkeypatch.setattr(clips, "_free_shared_memory", lambda: 1000.0)
     monkeypatch.setattr(torch.Tensor, "share_memory_", None)  # not even tried
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -180,9 +171,7 @@ FAILED = (
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("how", ["send", "read"])
-def test_a_worker_that_fails_is_an_error_with_advice(
-    videos: list[Video], monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_a_worker_that_fails_is_an_error_with_advice(videos, monkeypatch, how):
     monkeypatch.setattr(Failing, "how", how)
     data = Failing(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
     with pytest.raises(RunError, match=FAILED), explains_dead_workers():
@@ -199,7 +188,7 @@ class Hanging(ClipDataset):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_workers_that_do_not_end_are_killed(videos: list[Video], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_do_not_end_are_killed(videos, monkeypatch):
     monkeypatch.setattr(clips, "_SECONDS_TO_END", 0.2)
     before = signal.signal(signal.SIGALRM, lambda number, frame: no_space())
     data = Hanging(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
@@ -213,7 +202,7 @@ def test_workers_that_do_not_end_are_killed(videos: list[Video], monkeypatch: py
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def words(tmp_path_factory):
     """The command line of each verb that reads videos with worker processes; the model is trained."""
     root = tmp_path_factory.mktemp("verbs")
     clips = make_clips(root / "clips", groups=12)
@@ -236,12 +225,7 @@ VERBS = pytest.mark.parametrize("verb", ["train", "eval", "predict"])
 
 @VERBS
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_verbs_say_that_a_worker_failed(
-    words: dict[str, list[str]],
-    verb: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
     monkeypatch.setattr(clips, "collate", no_space)
     monkeypatch.setattr("tvit_cli.engine.predict.default_workers", lambda: 2)
     with pytest.raises(SystemExit) as ended:
@@ -268,9 +252,7 @@ main.run(sys.argv[1:])
 
 @VERBS
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_ends_the_wait_for_a_batch(
-    words: dict[str, list[str]], verb: str, name: str, code: int
-) -> None:
+def test_a_signal_ends_the_wait_for_a_batch(words, verb, name, code):
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     child = subprocess.Popen(
         [sys.executable, "-c", HANG, *words[verb]], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -290,7 +272,7 @@ def test_a_signal_ends_the_wait_for_a_batch(
 
 
 @VERBS
-def test_verbs_end_well_with_a_small_shared_memory(words: dict[str, list[str]], verb: str) -> None:
+def test_verbs_end_well_with_a_small_shared_memory(words, verb):
     """In a mount namespace of their own; the queue's thread of a worker failed there, and nobody noticed."""
     small = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:

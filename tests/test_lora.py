@@ -1,7 +1,5 @@
 """Adapters: exact names, what is trained, what is merged, what is saved."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -95,28 +93,28 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_new_adapter_changes_nothing() -> None:
+def test_a_new_adapter_changes_nothing():
     assert torch.equal(adapted(targets=LORA_TARGETS)(clips()), base()(clips()))
 
 
-def test_short_names_reach_the_layers_of_that_name_and_no_others() -> None:
+def test_short_names_reach_the_layers_of_that_name_and_no_others():
     model = adapted(targets=("q", "v"))
     assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q", "attention.v"))
 
 
-def test_a_full_name_reaches_one_layer() -> None:
+def test_a_full_name_reaches_one_layer():
     model = adapted(targets=("blocks.1.attention.k", "fc2"))
     layers = ["blocks.1.attention.k", *in_blocks("mlp.fc2")]
     assert trainable(model) == FULL | adapter_of(*layers)
 
 
-def test_every_legal_name_takes_an_adapter() -> None:
+def test_every_legal_name_takes_an_adapter():
     model = adapted(targets=LORA_TARGETS)
     layers = in_blocks("attention.q", "attention.k", "attention.v", "attention.proj", "mlp.fc1", "mlp.fc2")
     assert trainable(model) == {"temporal.embedding"} | adapter_of("patch_embed", "classifier", *layers)
 
 
-def test_many_full_names_reach_their_own_layers_only() -> None:
+def test_many_full_names_reach_their_own_layers_only():
     """PEFT shortens long lists of names to suffixes; the layers that they reach must stay the same."""
     model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
     names = tuple(f"blocks.{i}.attention.{layer}" for i in range(11) for layer in ("q", "k", "v"))
@@ -138,14 +136,14 @@ def test_many_full_names_reach_their_own_layers_only() -> None:
         ("", "Legal names are"),
     ],
 )
-def test_a_wrong_name_is_refused_with_the_right_ones(option: str, setting: str, name: str, hint: str) -> None:
+def test_a_wrong_name_is_refused_with_the_right_ones(option, setting, name, hint):
     model = base()
     with pytest.raises(ModelError, match=rf"^{setting}: '{name}' is no layer of the model\. {hint}"):
         attach(model, spec(**{option: ("q", name)}), seed=0)
     assert equal(model.state_dict(), base().state_dict())
 
 
-def test_an_excluded_layer_gets_no_adapter_and_learns_in_full() -> None:
+def test_an_excluded_layer_gets_no_adapter_and_learns_in_full():
     model = adapted(targets=("q", "k"), exclude=("blocks.0.attention.q", "fc1"))
     adapters = adapter_of("blocks.1.attention.q", *in_blocks("attention.k"))
     excluded = ["blocks.0.attention.q", *in_blocks("mlp.fc1")]
@@ -153,42 +151,42 @@ def test_an_excluded_layer_gets_no_adapter_and_learns_in_full() -> None:
     assert trainable(model) == FULL | adapters | in_full
 
 
-def test_excluding_every_target_is_refused() -> None:
+def test_excluding_every_target_is_refused():
     with pytest.raises(ModelError, match=r"No layer is left .* lora_target_modules is q, .* is q\."):
         attach(base(), spec(targets=("q",), exclude=("q",)), seed=0)
 
 
-def test_no_target_at_all_is_refused() -> None:
+def test_no_target_at_all_is_refused():
     with pytest.raises(ModelError, match="lora_target_modules is empty"):
         attach(base(), spec(targets=()), seed=0)
 
 
-def test_biases_of_adapted_layers_learn_with_lora_only() -> None:
+def test_biases_of_adapted_layers_learn_with_lora_only():
     model = adapted(targets=("q",), bias="lora_only")
     biases = {f"{layer}.base_layer.bias" for layer in in_blocks("attention.q")}
     assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q")) | biases
 
 
-def test_every_bias_learns_with_all() -> None:
+def test_every_bias_learns_with_all():
     model = adapted(targets=("q",), bias="all")
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     assert len(biases) == 2 + 1 + 2 * 8
     assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q")) | biases
 
 
-def test_an_adapter_on_the_classifier_freezes_what_is_beneath_it() -> None:
+def test_an_adapter_on_the_classifier_freezes_what_is_beneath_it():
     model = adapted(targets=("classifier",))
     assert trainable(model) == {"temporal.embedding"} | adapter_of("classifier")
 
 
-def test_rank_0_trains_classifier_and_temporal_embedding_without_adapters() -> None:
+def test_rank_0_trains_classifier_and_temporal_embedding_without_adapters():
     model = base()
     set_trainable(model, "lora", spec(rank=0), seed=0)
     assert trainable(model) == FULL
     assert equal(model.state_dict(), base().state_dict())
 
 
-def test_mode_all_trains_everything_and_classifier_only_the_classifier() -> None:
+def test_mode_all_trains_everything_and_classifier_only_the_classifier():
     model = base()
     set_trainable(model, "classifier", spec(), seed=0)
     assert trainable(model) == {"classifier.weight", "classifier.bias"}
@@ -196,13 +194,13 @@ def test_mode_all_trains_everything_and_classifier_only_the_classifier() -> None
     assert trainable(model) == set(model.state_dict())
 
 
-def test_mode_lora_attaches() -> None:
+def test_mode_lora_attaches():
     model = base()
     set_trainable(model, "lora", spec(), seed=0)
     assert equal(trainable_tensors(model), trainable_tensors(adapted()))
 
 
-def test_a_step_changes_what_is_trainable_and_nothing_else() -> None:
+def test_a_step_changes_what_is_trainable_and_nothing_else():
     model = adapted(targets=("q", "patch_embed"))
     perturb(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -221,7 +219,7 @@ def delta(**changes: Any) -> torch.Tensor:
     return merged_state_dict(model)[layer] - base().state_dict()[layer]
 
 
-def test_adapter_scale_is_alpha_over_rank_or_its_root_with_rslora() -> None:
+def test_adapter_scale_is_alpha_over_rank_or_its_root_with_rslora():
     plain = delta()
     torch.testing.assert_close(delta(alpha=16.0), 2 * plain, atol=1e-6, rtol=1e-4)
     root = delta(use_rslora=True)  # 8 / sqrt(4) where plain is 8 / 4
@@ -229,11 +227,11 @@ def test_adapter_scale_is_alpha_over_rank_or_its_root_with_rslora() -> None:
     assert plain.abs().max() > 0.01
 
 
-def test_the_rank_is_that_of_the_adapter() -> None:
+def test_the_rank_is_that_of_the_adapter():
     assert torch.linalg.matrix_rank(delta(rank=3), atol=1e-5) == 3
 
 
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_acts_in_training_only():
     model = adapted(dropout=0.5)
     perturb(model)
     assert torch.equal(model(clips()), model(clips()))
@@ -241,7 +239,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model(clips()), model(clips()))
 
 
-def test_adapters_depend_on_their_seed_alone_and_leave_the_global_state() -> None:
+def test_adapters_depend_on_their_seed_alone_and_leave_the_global_state():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = trainable_tensors(adapted(seed=3))
@@ -251,14 +249,14 @@ def test_adapters_depend_on_their_seed_alone_and_leave_the_global_state() -> Non
     assert not equal(first, trainable_tensors(adapted(seed=4)))
 
 
-def test_the_order_of_the_targets_does_not_matter() -> None:
+def test_the_order_of_the_targets_does_not_matter():
     assert equal(
         trainable_tensors(adapted(targets=("v", "q"))), trainable_tensors(adapted(targets=("q", "v", "q")))
     )
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_a_merged_model_is_a_plain_one_that_computes_the_same(bias: str) -> None:
+def test_a_merged_model_is_a_plain_one_that_computes_the_same(bias):
     model = adapted(targets=LORA_TARGETS, bias=bias)
     perturb(model)
     expected = model(clips())
@@ -270,7 +268,7 @@ def test_a_merged_model_is_a_plain_one_that_computes_the_same(bias: str) -> None
     torch.testing.assert_close(model(clips()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_merging_twice_or_without_adapters_changes_nothing() -> None:
+def test_merging_twice_or_without_adapters_changes_nothing():
     model = adapted()
     perturb(model)
     merge(model)
@@ -283,7 +281,7 @@ def test_merging_twice_or_without_adapters_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), LORA_TARGETS])
-def test_the_merged_state_is_what_merge_leaves_and_leaves_the_model(targets: tuple[str, ...]) -> None:
+def test_the_merged_state_is_what_merge_leaves_and_leaves_the_model(targets):
     model = adapted(targets=targets)
     perturb(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -293,11 +291,11 @@ def test_the_merged_state_is_what_merge_leaves_and_leaves_the_model(targets: tup
     assert equal(state, dict(model.state_dict()))
 
 
-def test_the_merged_state_of_a_plain_model_is_its_state() -> None:
+def test_the_merged_state_of_a_plain_model_is_its_state():
     assert equal(merged_state_dict(base()), dict(base().state_dict()))
 
 
-def test_trainable_tensors_survive_the_way_into_another_model_bit_for_bit() -> None:
+def test_trainable_tensors_survive_the_way_into_another_model_bit_for_bit():
     first, second = adapted(seed=1), adapted(seed=2)
     perturb(first)
     saved = {name: tensor.clone() for name, tensor in trainable_tensors(first).items()}
@@ -314,9 +312,7 @@ def test_trainable_tensors_survive_the_way_into_another_model_bit_for_bit() -> N
         (None, ("classifier.bias", torch.zeros(6)), r"classifier.bias has the shape \(6,\), not \(5,\)"),
     ],
 )
-def test_trainable_tensors_of_another_model_are_refused_by_name(
-    remove: str | None, add: tuple[str, torch.Tensor] | None, sentence: str
-) -> None:
+def test_trainable_tensors_of_another_model_are_refused_by_name(remove, add, sentence):
     model = adapted()
     before = {name: tensor.clone() for name, tensor in trainable_tensors(model).items()}
     saved = {name: tensor + 1 for name, tensor in before.items() if name != remove}
@@ -326,14 +322,14 @@ def test_trainable_tensors_of_another_model_are_refused_by_name(
     assert equal(trainable_tensors(model), before)
 
 
-def test_parameters_are_counted() -> None:
+def test_parameters_are_counted():
     model = adapted(targets=("q",))
     own = 2 * 4 * (32 + 32)
     total = sum(weight.numel() for weight in base().parameters())
     assert trainable_report(model) == (own + 5 * 32 + 5 + 4 * 32, total + own)
 
 
-def test_layers_are_listed_in_the_order_of_the_model() -> None:
+def test_layers_are_listed_in_the_order_of_the_model():
     assert resolve_layers(base(), ("v", "q"), option="x") == in_blocks("attention.q", "attention.v")
 
 
@@ -390,10 +386,8 @@ LINEAR_TARGETS = tuple(name for name in LORA_TARGETS if name != "patch_embed")
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_the_model_computes_and_learns_what_it_does_with_pefts_own_layers(
-    dropout: float, bias: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    facts: dict[str, Any] = {"targets": LINEAR_TARGETS, "dropout": dropout, "bias": bias}
+def test_the_model_computes_and_learns_what_it_does_with_pefts_own_layers(dropout, bias, monkeypatch):
+    facts = {"targets": LINEAR_TARGETS, "dropout": dropout, "bias": bias}
     ours, theirs = adapted(**facts), of_peft(monkeypatch, **facts)
     kinds = [{type(layer) for layer in lora.adapted_layers(model).values()} for model in (ours, theirs)]
     assert kinds == [{own_layer()}, {PeftLinear}]
@@ -413,9 +407,7 @@ def test_the_model_computes_and_learns_what_it_does_with_pefts_own_layers(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_lora_equals_peft_in_every_scheme_and_peft_loads_the_adapter(
-    scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_lora_equals_peft_in_every_scheme_and_peft_loads_the_adapter(scheme, monkeypatch, tmp_path):
     config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": scheme})
     gradients = []
     for layer in (own_layer(), None):
@@ -434,16 +426,14 @@ def test_lora_equals_peft_in_every_scheme_and_peft_loads_the_adapter(
         torch.testing.assert_close(loaded(clips()), model(clips()), atol=1e-5, rtol=1e-5)
 
 
-def test_the_names_on_disk_are_those_of_pefts_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_names_on_disk_are_those_of_pefts_own_layers(monkeypatch):
     ours, theirs = adapted(targets=LORA_TARGETS), of_peft(monkeypatch, targets=LORA_TARGETS)
     assert equal(dict(ours.state_dict()), dict(theirs.state_dict()))
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
 
 
 @pytest.mark.parametrize("change", ["gone", "ignores", "other arguments", "another forward"])
-def test_a_peft_without_its_private_hook_computes_with_its_own_layers(
-    change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peft_without_its_private_hook_computes_with_its_own_layers(change, monkeypatch):
     before = own_layer()
     if change == "gone":
         monkeypatch.delattr(LoraConfig, "_register_custom_module")
@@ -466,7 +456,7 @@ def test_a_peft_without_its_private_hook_computes_with_its_own_layers(
     assert before is not None and own_layer() is not None
 
 
-def test_this_peft_takes_our_layers() -> None:
+def test_this_peft_takes_our_layers():
     """Pins the private hook: when this fails, a new PEFT has made training slower, not wrong."""
     assert own_layer() is not None
     assert {type(m).__name__ for m in lora.adapted_layers(adapted(targets=("q", "fc2"))).values()} == {
@@ -474,7 +464,7 @@ def test_this_peft_takes_our_layers() -> None:
     }
 
 
-def test_a_weight_that_learns_beside_its_adapter_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_learns_beside_its_adapter_gets_its_gradient(monkeypatch):
     found = []
     for model in (adapted(dropout=0.0), of_peft(monkeypatch, dropout=0.0)):
         layer = next(iter(lora.adapted_layers(model).values()))
@@ -486,7 +476,7 @@ def test_a_weight_that_learns_beside_its_adapter_gets_its_gradient(monkeypatch: 
     torch.testing.assert_close(*found)
 
 
-def test_merged_and_disabled_adapters_are_pefts_work() -> None:
+def test_merged_and_disabled_adapters_are_pefts_work():
     model = adapted(targets=LINEAR_TARGETS)
     perturb(model)
     expected, layers = model(clips()), lora.adapted_layers(model).values()
@@ -506,7 +496,7 @@ def test_merged_and_disabled_adapters_are_pefts_work() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
-def test_activation_acts_once_with_adapters_and_merged(activation: str) -> None:
+def test_activation_acts_once_with_adapters_and_merged(activation):
     config = ViTConfig.from_dict({**CONFIG.to_dict(), "activation": activation})
     plain = build_model(config, seed=0, from_scratch=True).eval()
     model = build_model(config, seed=0, from_scratch=True).eval()
@@ -519,7 +509,7 @@ def test_activation_acts_once_with_adapters_and_merged(activation: str) -> None:
     torch.testing.assert_close(model(clips()), plain(clips()), atol=1e-6, rtol=1e-6)
 
 
-def test_a_compiled_model_has_no_graph_break_and_gives_the_same_gradients() -> None:
+def test_a_compiled_model_has_no_graph_break_and_gives_the_same_gradients():
     model = adapted(targets=("q", "fc2"))
     perturb(model)
     model(clips()).sum().backward()
@@ -531,7 +521,7 @@ def test_a_compiled_model_has_no_graph_break_and_gives_the_same_gradients() -> N
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_patterns_give_single_layers_their_own_rank_and_alpha() -> None:
+def test_patterns_give_single_layers_their_own_rank_and_alpha():
     ranks = {"q": 2, "blocks.1.attention.q": 6, "blocks.0.attention.v": 3}
     model = adapted(rank_pattern=ranks, alpha_pattern={"k": 20.0})
     layers = lora.adapted_layers(model)
@@ -546,7 +536,7 @@ def test_patterns_give_single_layers_their_own_rank_and_alpha() -> None:
     }
 
 
-def test_target_pattern_reaches_one_block_despite_common_prefixes() -> None:
+def test_target_pattern_reaches_one_block_despite_common_prefixes():
     model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
     attach(model, spec(rank_pattern={"blocks.1.attention.q": 7}), seed=0)
     ranks = {name: layer.r["default"] for name, layer in lora.adapted_layers(model).items()}
@@ -562,12 +552,12 @@ def test_target_pattern_reaches_one_block_despite_common_prefixes() -> None:
         ({"blocks.9.attention.q": 4}, "is no layer of the model"),
     ],
 )
-def test_a_pattern_for_a_layer_without_an_adapter_is_refused(pattern: dict[str, int], sentence: str) -> None:
+def test_a_pattern_for_a_layer_without_an_adapter_is_refused(pattern, sentence):
     with pytest.raises(ModelError, match=sentence):
         attach(base(), spec(rank_pattern=pattern), seed=0)
 
 
-def test_dora_learns_a_magnitude_and_merges_to_what_it_computes() -> None:
+def test_dora_learns_a_magnitude_and_merges_to_what_it_computes():
     model = adapted(targets=LORA_TARGETS, use_dora=True)
     assert torch.allclose(model(clips()), base()(clips()), atol=1e-5)
     assert "blocks.0.attention.q.lora_magnitude_vector.default.weight" in trainable(model)
@@ -589,7 +579,7 @@ def adapted_like(other: TemporalViT, **changes: Any) -> TemporalViT:
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", "orthogonal"])
-def test_an_initialisation_starts_elsewhere_and_at_the_same_function(init: str) -> None:
+def test_an_initialisation_starts_elsewhere_and_at_the_same_function(init):
     model = adapted(init=init, rank_pattern={"v": 2})
     weights = trainable_tensors(model)
     name = "blocks.0.attention.q.lora_A.default.weight"
@@ -601,7 +591,7 @@ def test_an_initialisation_starts_elsewhere_and_at_the_same_function(init: str) 
     assert equal(weights, trainable_tensors(adapted(init=init, rank_pattern={"v": 2})))
 
 
-def test_pissa_starts_at_the_largest_singular_values() -> None:
+def test_pissa_starts_at_the_largest_singular_values():
     model = adapted(targets=("q",), init="pissa")
     weight = base().get_parameter("blocks.0.attention.q.weight").detach()
     left = model.get_parameter("blocks.0.attention.q.base_layer.weight").detach()
@@ -628,15 +618,13 @@ def test_pissa_starts_at_the_largest_singular_values() -> None:
         ),
     ],
 )
-def test_a_layer_that_cannot_start_so_is_named(changes: dict[str, Any], sentence: str) -> None:
+def test_a_layer_that_cannot_start_so_is_named(changes, sentence):
     with pytest.raises(ModelError, match=sentence):
         attach(base(), spec(**changes), seed=0)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_taken_from_the_weights_survives_another_decomposition(
-    init: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_taken_from_the_weights_survives_another_decomposition(init, monkeypatch):
     """Another machine's decomposition may pick other directions; a checkpoint brings back those of its run."""
     model = adapted(init=init)
     saved = {k: v.clone() for k, v in {**trainable_tensors(model), **start_tensors(model)}.items()}
@@ -651,7 +639,7 @@ def test_a_start_taken_from_the_weights_survives_another_decomposition(
     name = "svd" if init == "pissa" else "qr"
     real = getattr(torch.linalg, name)
 
-    def other(weight: torch.Tensor, **facts: Any) -> Any:
+    def other(weight, **facts):
         left, *middle, right = real(weight, **facts)
         return (left.roll(1, dims=1), *(s.roll(1) for s in middle), right.roll(1, dims=0))
 
@@ -664,21 +652,19 @@ def test_a_start_taken_from_the_weights_survives_another_decomposition(
     assert equal(start_tensors(elsewhere), start_tensors(model))
 
 
-def test_other_adapters_have_no_start_to_save() -> None:
+def test_other_adapters_have_no_start_to_save():
     assert start_tensors(adapted()) == start_tensors(base()) == {}
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, (1,)), (2, (0, 1))])
-def test_last_n_trains_last_blocks_norm_classifier_and_frame_times(
-    count: int, blocks: tuple[int, ...]
-) -> None:
+def test_last_n_trains_last_blocks_norm_classifier_and_frame_times(count, blocks):
     model = base()
     set_trainable(model, f"last-{count}", spec(), seed=0)
     above = {n for n in model.state_dict() if n.startswith(tuple(f"blocks.{i}." for i in blocks))}
     assert trainable(model) == above | {"norm.weight", "norm.bias"} | FULL
 
 
-def test_last_n_trains_what_looks_over_time_after_the_blocks() -> None:
+def test_last_n_trains_what_looks_over_time_after_the_blocks():
     config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": "factorized"})
     model = build_model(config, seed=0, from_scratch=True)
     set_trainable(model, "last-1", spec(), seed=0)
@@ -686,12 +672,12 @@ def test_last_n_trains_what_looks_over_time_after_the_blocks() -> None:
     assert tops == {"blocks", "norm", "summary", "classifier"}
 
 
-def test_more_last_blocks_than_there_are_is_refused() -> None:
+def test_more_last_blocks_than_there_are_is_refused():
     with pytest.raises(ModelError, match=r"--train last-3: the model has 2 blocks\. Give fewer, or all\."):
         set_trainable(base(), "last-3", spec(), seed=0)
 
 
-def test_last_n_leaves_no_scheme_without_the_order_of_frames() -> None:
+def test_last_n_leaves_no_scheme_without_the_order_of_frames():
     for attention in ("joint", "divided", "factorized"):
         config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
         model = build_model(config, seed=0, from_scratch=False)
@@ -700,7 +686,7 @@ def test_last_n_leaves_no_scheme_without_the_order_of_frames() -> None:
         assert parts and all(parameter.requires_grad for parameter in parts), attention
 
 
-def test_no_gradient_is_computed_below_what_is_trained() -> None:
+def test_no_gradient_is_computed_below_what_is_trained():
     """The first tensor with a gradient is the input of the first trained block, or the temporal embedding's output."""
     for attention, mode, expected in (
         ("space", "last-1", [False, False, True]),
@@ -710,7 +696,7 @@ def test_no_gradient_is_computed_below_what_is_trained() -> None:
         config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
         model = build_model(config, seed=0, from_scratch=True)
         set_trainable(model, mode, spec(), seed=0)
-        outputs: list[torch.Tensor] = []
+        outputs = []
         for module in (model.patch_embed, model.temporal, model.blocks[1]):
             module.register_forward_hook(lambda _module, _inputs, output, kept=outputs: kept.append(output))
         model(clips())
@@ -729,9 +715,7 @@ def test_no_gradient_is_computed_below_what_is_trained() -> None:
     ],
     ids=lambda changes: ",".join(changes),
 )
-def test_peft_itself_loads_a_saved_adapter_onto_the_bare_model(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_peft_itself_loads_a_saved_adapter_onto_the_bare_model(changes, tmp_path):
     model = adapted(**changes)
     perturb(model)
     loaded = loaded_by_peft(model, tmp_path).eval()
@@ -741,7 +725,7 @@ def test_peft_itself_loads_a_saved_adapter_onto_the_bare_model(
     assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == "backbone"
 
 
-def test_the_module_does_not_load_peft() -> None:
+def test_the_module_does_not_load_peft():
     code = (
         "import sys, torch; import tvit_cli.model.lora, tvit_cli.model.folder;"
         "sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"

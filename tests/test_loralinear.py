@@ -1,7 +1,5 @@
 """The LoRA layer as one operation: the same function and gradients, the right mask, little kept."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +45,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture(params=[2**18, 30], ids=["one chunk", "chunks of two rows"])
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def chunk(request, monkeypatch):
     monkeypatch.setattr(linear, "CHUNK", request.param)
 
 
@@ -55,9 +53,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_outputs_and_gradients_are_those_of_the_plain_formula(
-    dropout: float, gelu: str | None, dtype: torch.dtype
-) -> None:
+def test_outputs_and_gradients_are_those_of_the_plain_formula(dropout, gelu, dtype):
     inputs = tensors(dtype=dtype)
     facts = {"scale": 1.7, "dropout": dropout, "gelu": gelu}
     torch.manual_seed(3)
@@ -66,7 +62,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(
     keep = draw_mask(inputs[0].numel(), dropout, CPU) if dropout else None
     expected = plain(*inputs, keep, **facts)
     learnt = [inputs[i] for i in (0, 3, 4)]
-    close: Callable[..., None] = lambda a, b: torch.testing.assert_close(  # noqa: E731
+    close = lambda a, b: torch.testing.assert_close(  # noqa: E731
         a, b, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=1e-5 if dtype == torch.float32 else 1e-12
     )
     close(output, expected)
@@ -75,13 +71,13 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(
 
 
 @pytest.mark.usefixtures("chunk")
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_are_those_of_finite_differences():
     inputs = tensors((3, 4), outputs=3, rank=2, dtype=torch.float64)
     for learnt in (0, 2, 3, 4):  # all but the weight, which is frozen
         inputs[learnt].requires_grad_()
     for gelu in (None, "none"):
 
-        def layer(*inputs: Tensor, gelu: str | None = gelu) -> Tensor:
+        def layer(*inputs, gelu=gelu):
             torch.manual_seed(0)
             return lora_linear(*inputs, scale=0.5, dropout=0.25, gelu=gelu)
 
@@ -89,7 +85,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("learning", [0, 2, 3, 4])
-def test_each_gradient_is_right_when_nothing_else_learns(learning: int) -> None:
+def test_each_gradient_is_right_when_nothing_else_learns(learning):
     """Input, bias, A and B: what one of them needs is kept though no other asks for it."""
     inputs = [tensor.requires_grad_(i == learning) for i, tensor in enumerate(tensors())]
     for gelu in (None, "none"):
@@ -99,7 +95,7 @@ def test_each_gradient_is_right_when_nothing_else_learns(learning: int) -> None:
         torch.testing.assert_close(own, right, atol=1e-5, rtol=1e-5)
 
 
-def test_frozen_weights_and_frozen_inputs_get_no_gradient() -> None:
+def test_frozen_weights_and_frozen_inputs_get_no_gradient():
     inputs = tensors()
     inputs[0].requires_grad_(False)
     lora_linear(*inputs, scale=1.0, dropout=0.1).sum().backward()
@@ -107,14 +103,14 @@ def test_frozen_weights_and_frozen_inputs_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 4, 12), (0, 12)])
-def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
+def test_any_number_of_leading_dimensions(shape):
     inputs = tensors(shape)
     output = lora_linear(*inputs, scale=1.0)
     torch.testing.assert_close(output, plain(*inputs, None, scale=1.0), atol=1e-5, rtol=1e-5)
     assert gradients(output, inputs[:1])[0].shape == shape
 
 
-def test_inputs_and_gradients_with_gaps_between_rows() -> None:
+def test_inputs_and_gradients_with_gaps_between_rows():
     x, *rest = tensors((4, 6, 24))
     learnt = [x, rest[2], rest[3]]
     rest[0], rest[2] = rest[0][:, ::2], rest[2][:, ::2]
@@ -130,7 +126,7 @@ def test_inputs_and_gradients_with_gaps_between_rows() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.003, 0.25, 0.93])
-def test_numbers_are_dropped_with_the_probability_that_was_asked_for(dropout: float) -> None:
+def test_numbers_are_dropped_with_the_probability_that_was_asked_for(dropout):
     torch.manual_seed(0)
     count = 2**20
     kept = draw_mask(count, dropout, CPU)
@@ -139,7 +135,7 @@ def test_numbers_are_dropped_with_the_probability_that_was_asked_for(dropout: fl
     assert abs(1 - kept.double().mean() - dropout) < 5 * deviation
 
 
-def test_numbers_are_dropped_independently_of_each_other() -> None:
+def test_numbers_are_dropped_independently_of_each_other():
     """The correlation of neighbours, of the bytes of a word, of words and of two draws is chance alone."""
     torch.manual_seed(0)
     dropped = 1 - draw_mask(2**20, 0.1, CPU).double()
@@ -154,7 +150,7 @@ def test_numbers_are_dropped_independently_of_each_other() -> None:
         assert abs(seen - 2**17 * share) < 5 * math.sqrt(2**17 * share) + 1
 
 
-def test_the_mask_is_fixed_by_torchs_seed_and_not_by_the_number_of_threads() -> None:
+def test_the_mask_is_fixed_by_torchs_seed_and_not_by_the_number_of_threads():
     threads = torch.get_num_threads()
     masks = []
     try:
@@ -184,7 +180,7 @@ def saved_bytes(work: Callable[[], Tensor], *, without: list[Tensor]) -> int:
     )
 
 
-def test_the_input_a_byte_mask_and_the_narrow_product_are_all_that_is_kept() -> None:
+def test_the_input_a_byte_mask_and_the_narrow_product_are_all_that_is_kept():
     x, *weights = tensors((64, 256), outputs=128, rank=4)
     kept = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, dropout=0.1), without=weights)
     assert kept == 4 * x.numel() + x.numel() + 4 * 64 * 4
@@ -192,14 +188,14 @@ def test_the_input_a_byte_mask_and_the_narrow_product_are_all_that_is_kept() -> 
     assert without_dropout == 4 * x.numel() + 4 * 64 * 4
 
 
-def test_a_gelu_that_was_taken_over_keeps_nothing_of_its_own() -> None:
+def test_a_gelu_that_was_taken_over_keeps_nothing_of_its_own():
     x, *weights = tensors((64, 256), outputs=128, rank=4)
     apart = saved_bytes(lambda: lora_linear(F.gelu(x), *weights, scale=1.0), without=weights)
     taken = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, gelu="none"), without=weights)
     assert apart - taken == 4 * x.numel()
 
 
-def test_under_autocast_no_copy_of_the_frozen_weight_is_kept() -> None:
+def test_under_autocast_no_copy_of_the_frozen_weight_is_kept():
     x, *weights = tensors((64, 256), outputs=128, rank=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kept = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0), without=weights)
@@ -207,25 +203,25 @@ def test_under_autocast_no_copy_of_the_frozen_weight_is_kept() -> None:
     assert kept == 2 * (x.numel() + product + lora_a + lora_b)
 
 
-def test_nothing_is_kept_where_no_gradient_is_asked_for() -> None:
+def test_nothing_is_kept_where_no_gradient_is_asked_for():
     inputs = tensors()
     with torch.no_grad():
         assert saved_bytes(lambda: lora_linear(*inputs, scale=1.0, dropout=0.1), without=[]) == 0
 
 
-def test_attention_computes_on_a_device_that_autocast_does_not_know() -> None:
+def test_attention_computes_on_a_device_that_autocast_does_not_know():
     config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=32, depth=1, num_heads=2)
     model = build_model(config, seed=0, from_scratch=True).to("meta")
     assert model(torch.empty(1, 2, 3, 16, 16, device="meta")).shape == (1, 2)
 
 
-def test_queries_keys_and_values_keep_one_input_under_autocast() -> None:
+def test_queries_keys_and_values_keep_one_input_under_autocast():
     config = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=32, depth=1, num_heads=2)
     model = build_model(config, seed=0, from_scratch=True).train()
     lora.attach(model, lora.LoraSpec(2, 4, 0.0, False, "none", ("q", "k", "v"), ()), seed=0)
-    kept: dict[int, torch.Tensor] = {}
+    kept = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor):
         if tensor.dtype == torch.bfloat16 and tensor.shape == (1, 1, 9, 32):
             kept[tensor.data_ptr()] = tensor
         return tensor
@@ -240,7 +236,7 @@ def test_queries_keys_and_values_keep_one_input_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
-def test_autocast_computes_in_bfloat16_with_gradients_in_weight_dtype(inside: bool) -> None:
+def test_autocast_computes_in_bfloat16_with_gradients_in_weight_dtype(inside):
     inputs = tensors()
     learnt = [inputs[i] for i in (0, 3, 4)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -254,7 +250,7 @@ def test_autocast_computes_in_bfloat16_with_gradients_in_weight_dtype(inside: bo
         torch.testing.assert_close(a, b, atol=0.2, rtol=0.05)
 
 
-def test_gradient_checkpointing_draws_the_same_mask_again() -> None:
+def test_gradient_checkpointing_draws_the_same_mask_again():
     inputs = tensors()
     results = []
     for again in (False, True):
@@ -266,12 +262,12 @@ def test_gradient_checkpointing_draws_the_same_mask_again() -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch):
     """torch keeps the draws of CPUs and CUDA alone; here it keeps none, and the processor's stand for MPS's."""
     monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
     x = torch.ones(64, requires_grad=True)
-    drop: Callable[[Tensor], Tensor] = lambda x: F.dropout(x, 0.5) * x  # noqa: E731
+    drop = lambda x: F.dropout(x, 0.5) * x  # noqa: E731
     dropped = checkpoint(
         drop, x, use_reentrant=False, preserve_rng_state=False, context_fn=layers._mps_rng_contexts
     )
@@ -282,7 +278,7 @@ def test_on_mps_a_repeated_pass_draws_what_the_first_one_drew(monkeypatch: pytes
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:
+def test_an_input_changed_before_the_backward_pass_is_noticed():
     inputs = tensors()
     x = inputs[0].detach().clone()
     output = lora_linear(x, *inputs[1:], scale=1.0)

@@ -1,16 +1,12 @@
 """Memory of training: measured, predicted, exhausted, and saved by gradient checkpointing."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from entry import start
-from tiny import Run, last_weights, records, run_in, same, settings
+from tiny import last_weights, records, run_in, same, settings
 from torch import nn
 
 from tvit_cli.engine.launch import make_accelerator
@@ -30,7 +26,7 @@ from tvit_cli.model import lora
 from tvit_cli.model.lora import set_trainable, trainable_report
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
-from tvit_cli.results import Event, MemoryModel, Note
+from tvit_cli.results import MemoryModel, Note
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
@@ -91,23 +87,21 @@ def kept_bytes(vit: TemporalViT, clips: int) -> int:
 
 @pytest.mark.parametrize("train_what", ["lora", "all", "classifier"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradient_checkpointing_changes_no_bit_of_a_gradient(train_what: str, autocast: bool) -> None:
+def test_gradient_checkpointing_changes_no_bit_of_a_gradient(train_what, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = step(model(train=train_what))
         checkpointed = step(model(train=train_what, checkpointing=True))
     assert plain and same(plain, checkpointed)
 
 
-def test_gradient_checkpointing_keeps_a_fraction_of_the_bytes() -> None:
+def test_gradient_checkpointing_keeps_a_fraction_of_the_bytes():
     plain, checkpointed = kept_bytes(model(), 2), kept_bytes(model(checkpointing=True), 2)
     tokens = 2 * (1 + FRAMES * 16) * 32 * 4  # bytes of (B, N, D), all that is kept of a block
     assert checkpointed < 4 * tokens + 40_000 < plain / 3
 
 
-def test_gradient_checkpointing_has_the_same_bits_with_less_memory(
-    trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
+def test_gradient_checkpointing_has_the_same_bits_with_less_memory(trained, monkeypatch):
+    calls = []
     real = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
         "tvit_cli.portable.layers.checkpoint", lambda *a, **k: (calls.append("block"), real(*a, **k))[1]
@@ -126,7 +120,7 @@ def test_gradient_checkpointing_has_the_same_bits_with_less_memory(
 
 @pytest.mark.parametrize("train_what", ["lora", "all"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_memory_model_foretells_the_peak_of_larger_batches(train_what: str, checkpointing: bool) -> None:
+def test_the_memory_model_foretells_the_peak_of_larger_batches(train_what, checkpointing):
     vit = model(train=train_what, checkpointing=checkpointing)
     terms = probe(vit).memory_model()
     trainable, total = trainable_report(vit)
@@ -137,7 +131,7 @@ def test_the_memory_model_foretells_the_peak_of_larger_batches(train_what: str, 
     assert measured >= kept_bytes(vit, 16)
 
 
-def test_memory_is_the_sum_of_named_terms() -> None:
+def test_memory_is_the_sum_of_named_terms():
     terms = MemoryModel(
         weights=1000, gradients=100, moments=200, average=100, workspace=30, activations_per_clip=7
     )
@@ -148,8 +142,8 @@ def test_memory_is_the_sum_of_named_terms() -> None:
     assert memory_model(tensor, lambda clips: clips, averages=True).average == 400
 
 
-def test_the_peak_counts_tensors_while_they_live() -> None:
-    def work() -> None:
+def test_the_peak_counts_tensors_while_they_live():
+    def work():
         a = torch.ones(1000)  # 4,000 bytes
         b = a.view(10, 100) + 1  # 8,000
         del a
@@ -160,7 +154,7 @@ def test_the_peak_counts_tensors_while_they_live() -> None:
     assert peak_bytes(work, CPU) == 8000
 
 
-def test_free_memory_ends_where_the_jobs_or_the_containers_does(tmp_path: Path) -> None:
+def test_free_memory_ends_where_the_jobs_or_the_containers_does(tmp_path):
     own, groups = tmp_path / "cgroup", tmp_path / "fs"
     job = groups / "slurm" / "job_1"
     job.mkdir(parents=True)
@@ -168,7 +162,7 @@ def test_free_memory_ends_where_the_jobs_or_the_containers_does(tmp_path: Path) 
     everything = free_host_bytes(groups, own)
     assert everything > 10**8
 
-    def limit(folder: Path, most: str, used: int, cache: int) -> None:
+    def limit(folder, most, used, cache):
         (folder / "memory.max").write_text(most + "\n")
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
@@ -180,9 +174,7 @@ def test_free_memory_ends_where_the_jobs_or_the_containers_does(tmp_path: Path) 
     assert free_host_bytes(groups, tmp_path / "none") > 10**8
 
 
-def test_a_probe_that_finds_no_memory_says_so_and_leaves_no_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_probe_that_finds_no_memory_says_so_and_leaves_no_gradients(monkeypatch):
     vit = model()
     small_card(monkeypatch, 4)
     own = probe(vit)
@@ -221,32 +213,26 @@ CPU_SENTENCE = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocato
         (ValueError("out of memory"), False),
     ],
 )
-def test_errors_that_mean_no_memory_are_told_from_others(error: Exception, is_it: bool) -> None:
+def test_errors_that_mean_no_memory_are_told_from_others(error, is_it):
     assert is_out_of_memory(error) is is_it
 
 
-def test_what_the_cpus_allocator_says_is_out_of_memory() -> None:
+def test_what_the_cpus_allocator_says_is_out_of_memory():
     attempt = Attempt()
     assert attempt.run(torch.empty, 2**55) is None
     assert attempt.failed and attempt.run(torch.ones, 1) is None
 
 
-def test_a_mistake_is_not_taken_for_too_little_memory() -> None:
+def test_a_mistake_is_not_taken_for_too_little_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         Attempt().run(torch.ones(2, 3).matmul, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError(CPU_SENTENCE)])
-def test_out_of_memory_halves_the_micro_batch(
-    trained: Run,
-    inputs: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception | None,
-) -> None:
+def test_out_of_memory_halves_the_micro_batch(trained, inputs, tmp_path, monkeypatch, error):
     smaller = trained(per_gpu_batch_size=2, gradient_accumulation_steps=2, lora_dropout=0.3)
     small_card(monkeypatch, 2, error=error)
-    events: list[Event] = []
+    events = []
     own = settings(
         **inputs, working_directory=tmp_path, per_gpu_batch_size=4, lora_dropout=0.3, num_workers=1
     )
@@ -260,9 +246,7 @@ def test_out_of_memory_halves_the_micro_batch(
     ]
 
 
-def test_a_resumed_run_takes_the_micro_batch_that_had_been_found_to_fit(
-    trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_takes_the_micro_batch_that_had_been_found_to_fit(trained, monkeypatch):
     what = {"per_gpu_batch_size": 6, "lora_dropout": 0.3, "epochs": 3, "experiment_name": "mine"}
     with monkeypatch.context() as patched:
         sizes = small_card(patched, 3, since=3)  # in the second of the second epoch's two steps
@@ -281,15 +265,15 @@ def test_a_resumed_run_takes_the_micro_batch_that_had_been_found_to_fit(
     assert same(last_weights(again), last_weights(whole)) and records(again, "") == records(whole, "")
 
 
-def test_out_of_memory_with_one_clip_ends_with_advice(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_with_one_clip_ends_with_advice(trained, monkeypatch):
     small_card(monkeypatch, 0)
     words = "out of memory with a single clip.*--gradient-checkpointing.*--n-frames 4.*--img-size 32"
     with pytest.raises(RunError, match=words):
         trained()
 
 
-def test_out_of_memory_elsewhere_ends_with_advice(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any, **keywords: Any) -> None:
+def test_out_of_memory_elsewhere_ends_with_advice(trained, monkeypatch):
+    def fails(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
     monkeypatch.setattr("tvit_cli.engine.train.state.score", fails)
@@ -320,9 +304,7 @@ cli.run(sys.argv[1:])
 """
 
 
-def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
-    trained: Run, inputs: dict[str, Any], tmp_path: Path
-) -> None:
+def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(trained, inputs, tmp_path):
     one = trained(per_gpu_batch_size=8, lora_dropout=0.0, epochs=3)
     own = settings(**inputs, working_directory=tmp_path, lora_dropout=0.0, epochs=3, num_workers=0)
     (tmp_path / "c.json").write_text(own.model_dump_json())
@@ -340,9 +322,7 @@ def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
 
 
 @needs_gpu
-def test_gpu_memory_model_predicts_the_peak_and_auto_batch_trains(
-    trained: Run,
-) -> None:
+def test_gpu_memory_model_predicts_the_peak_and_auto_batch_trains(trained):
     gpu = torch.device("cuda")
     vit = model(train="all").to(gpu)
     shape = Preprocessing(n_frames=FRAMES, frame_size=SIZE)
@@ -357,7 +337,7 @@ def test_gpu_memory_model_predicts_the_peak_and_auto_batch_trains(
 
 
 @needs_gpu
-def test_on_a_gpu_running_out_of_memory_is_survived(trained: Run) -> None:
+def test_on_a_gpu_running_out_of_memory_is_survived(trained):
     free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, (total - free + 60e6) / total))
     try:
@@ -366,8 +346,6 @@ def test_on_a_gpu_running_out_of_memory_is_survived(trained: Run) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_on_a_cpu_a_process_may_take_its_share_of_half_of_what_is_free(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_a_cpu_a_process_may_take_its_share_of_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 8_000)
     assert [memory.free_bytes(torch.device("cpu"), count) for count in (1, 2)] == [4_000, 2_000]

@@ -1,7 +1,5 @@
 """Metrics are sums and counts."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -30,18 +28,18 @@ LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 
 LABELS = torch.tensor([0, 2, 2, 1])
 
 
-def test_top_1_and_top_k_count_videos() -> None:
+def test_top_1_and_top_k_count_videos():
     metrics = video_metrics(LOGITS, LABELS, top_k=2)
     assert metrics["video_top1"] == 0.5
     assert metrics["video_top2"] == 0.75
     assert metrics["videos"] == 4
 
 
-def test_top_k_above_the_number_of_classes_is_all_of_them() -> None:
+def test_top_k_above_the_number_of_classes_is_all_of_them():
     assert video_metrics(LOGITS, LABELS, top_k=9)["video_top3"] == 1.0
 
 
-def test_loss_is_the_mean_over_videos_in_nats() -> None:
+def test_loss_is_the_mean_over_videos_in_nats():
     expected = (
         sum(
             math.log(sum(math.exp(x) for x in row)) - row[y]
@@ -52,27 +50,27 @@ def test_loss_is_the_mean_over_videos_in_nats() -> None:
     assert video_metrics(LOGITS, LABELS, top_k=1)["loss"] == pytest.approx(expected)
 
 
-def test_mean_class_accuracy_weighs_classes_equally_and_skips_absent_ones() -> None:
+def test_mean_class_accuracy_weighs_classes_equally_and_skips_absent_ones():
     labels = torch.tensor([0, 0, 0, 1])
     logits = F.one_hot(torch.tensor([0, 0, 0, 2]), 4).float()
     assert video_metrics(logits, labels, top_k=1)["mean_class_accuracy"] == 0.5
 
 
-def test_a_model_that_says_nothing_is_right_about_nothing() -> None:
+def test_a_model_that_says_nothing_is_right_about_nothing():
     assert not top_k_right(torch.zeros(3, 5), torch.tensor([0, 1, 4]), 1).any()
 
 
-def test_scores_that_are_no_numbers_are_wrong() -> None:
+def test_scores_that_are_no_numbers_are_wrong():
     logits = torch.full((2, 3), float("nan"))
     assert not top_k_right(logits, torch.tensor([0, 2]), 1).any()
 
 
-def test_the_confusion_matrix_has_true_classes_in_rows() -> None:
+def test_the_confusion_matrix_has_true_classes_in_rows():
     matrix = confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2)
     assert matrix.tolist() == [[1, 1], [0, 1]]
 
 
-def test_a_tally_counts_only_what_has_weight() -> None:
+def test_a_tally_counts_only_what_has_weight():
     tally = Tally.zeros(torch.device("cpu"))
     weights = torch.tensor([1.0, 1.0, 0.0, 1.0])
     tally.add(LOGITS, torch.tensor([1.0, 2.0, 100.0, 3.0]), LABELS, weights)
@@ -80,7 +78,7 @@ def test_a_tally_counts_only_what_has_weight() -> None:
     assert tally.sums.tolist() == [10.0, 3.0, 4.0]
 
 
-def test_a_class_has_precision_recall_and_f1_from_its_counts() -> None:
+def test_a_class_has_precision_recall_and_f1_from_its_counts():
     confusion = torch.tensor([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
     first, second, absent = class_table(confusion)
     assert (first.recall, first.precision, first.f1) == (3 / 4, 3 / 5, 2 * 3 / 9)
@@ -89,7 +87,7 @@ def test_a_class_has_precision_recall_and_f1_from_its_counts() -> None:
     assert class_table(confusion, torch.tensor([1, 0, 0]))[0] == ClassScore(videos=5, right=3, said=5)
 
 
-def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     confidence, right = torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([True, False, True, True])
     # Bins of 1/15: two answers at 0.9, one of them right; two at 0.6, both right.
     expected = (abs(1 - 1.8) + abs(2 - 1.2)) / 4
@@ -102,12 +100,12 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> N
     assert sum(abs(b.accuracy - b.confidence) * b.videos for b in bins) / 4 == pytest.approx(expected)
 
 
-def test_a_rank_is_the_worst_that_ties_allow() -> None:
+def test_a_rank_is_the_worst_that_ties_allow():
     logits = torch.tensor([[[3.0, 2.0, 1.0]], [[1.0, 2.0, 2.0]], [[0.0, 0.0, 0.0]]])  # (views, B, K)
     assert ranks(logits, torch.tensor([[0], [2], [1]])).tolist() == [[1], [2], [3]]
 
 
-def test_the_most_confused_pairs_come_first_and_right_answers_are_none() -> None:
+def test_the_most_confused_pairs_come_first_and_right_answers_are_none():
     confusion = torch.tensor([[9, 1, 0], [4, 5, 0], [0, 2, 7]])
     assert most_confused(confusion) == [(1, 0, 4), (2, 1, 2), (0, 1, 1)]
     assert most_confused(confusion, most=1) == [(1, 0, 4)]
@@ -120,7 +118,7 @@ def outcomes(right: list[bool], groups: list[str], labels: list[int] | None = No
     return Outcomes(labels, said, right, [0.7] * len(right), groups)
 
 
-def test_intervals_resample_whole_groups() -> None:
+def test_intervals_resample_whole_groups():
     right = [True] * 50 + [False] * 50
     alone = metric_intervals(outcomes(right, [f"{n}" for n in range(100)]), top_k=5)["video_top1"]
     # Ten groups that are right or wrong as a whole are ten trials, not a hundred.
@@ -130,13 +128,13 @@ def test_intervals_resample_whole_groups() -> None:
     assert metric_intervals(outcomes(right, ["one"] * 100), top_k=5) == {}
 
 
-def test_an_interval_of_mean_class_accuracy_weighs_classes_equally() -> None:
+def test_an_interval_of_mean_class_accuracy_weighs_classes_equally():
     right, labels = [True] * 90 + [False] * 10, [0] * 90 + [1] * 10
     found = metric_intervals(outcomes(right, [f"{n}" for n in range(100)], labels), top_k=5)
     assert found["mean_class_accuracy"] == (0.5, 0.5)
 
 
-def test_intervals_of_groups_that_are_all_alike_are_the_metrics_themselves() -> None:
+def test_intervals_of_groups_that_are_all_alike_are_the_metrics_themselves():
     logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
     labels = torch.arange(12).remainder(3).repeat(5)
     metrics = video_metrics(logits, labels, top_k=2)
@@ -162,7 +160,7 @@ def test_intervals_of_groups_that_are_all_alike_are_the_metrics_themselves() -> 
         assert found[name] == (pytest.approx(value), pytest.approx(value)), name
 
 
-def test_a_video_without_an_answer_is_wrong_and_has_no_confidence() -> None:
+def test_a_video_without_an_answer_is_wrong_and_has_no_confidence():
     right = [True] * 40
     own = outcomes(right, [f"{n // 10}" for n in range(40)])
     half = Outcomes(own.labels, [0, None] * 20, [True, False] * 20, [1.0, 0.0] * 20, own.groups)
@@ -171,14 +169,14 @@ def test_a_video_without_an_answer_is_wrong_and_has_no_confidence() -> None:
     assert found["macro_f1"] == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
 
-def test_a_difference_of_models_is_taken_per_video_and_resampled_by_group() -> None:
+def test_a_difference_of_models_is_taken_per_video_and_resampled_by_group():
     first, second = [False] * 30 + [True] * 70, [True] * 100
     low, high = difference_interval(first, second, [f"{n}" for n in range(100)]) or (0, 0)
     assert low == pytest.approx(0.21, abs=0.02) and high == pytest.approx(0.39, abs=0.02)
     assert difference_interval(first, second, ["one"] * 100) is None
 
 
-def test_mcnemar_is_the_exact_binomial_test() -> None:
+def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
     assert mcnemar(1, 8) == mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 512)
     assert mcnemar(0, 2000) == 0.0 or mcnemar(0, 2000) < 1e-300

@@ -1,7 +1,5 @@
 """Mixup and CutMix: what a mixture holds, and that its shares are true."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +38,7 @@ def pair_of(count: int) -> Tensor:
     return torch.cat([torch.ones(count, 2, 3, SIZE, SIZE), torch.zeros(1, 2, 3, SIZE, SIZE)])
 
 
-def test_mixup_blends_every_pixel_by_the_share() -> None:
+def test_mixup_blends_every_pixel_by_the_share():
     pixels = clips(5)
     mixed, shares = go(pixels, [1, 0, 4], Mixing(mixup=0.8))
     assert mixed.shape == (3, 3, 3, SIZE, SIZE) and shares.shape == (3,)
@@ -52,13 +50,13 @@ def test_mixup_blends_every_pixel_by_the_share() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
-def test_shares_are_spread_as_the_beta_distribution(alpha: float) -> None:
+def test_shares_are_spread_as_the_beta_distribution(alpha):
     _, shares = go(pair_of(600), [600] * 600, Mixing(mixup=alpha))
     assert shares.mean() == pytest.approx(0.5, abs=0.06)
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)
 
 
-def test_cutmix_pastes_one_box_in_all_frames_and_returns_its_share() -> None:
+def test_cutmix_pastes_one_box_in_all_frames_and_returns_its_share():
     count = 200
     mixed, shares = go(pair_of(count), [count] * count, Mixing(cutmix=1.0))
     for clip, share in zip(mixed, shares, strict=True):
@@ -73,7 +71,7 @@ def test_cutmix_pastes_one_box_in_all_frames_and_returns_its_share() -> None:
     assert centre.min() > 0.1  # every pixel is pasted over now and then
 
 
-def test_with_both_each_clip_draws_which() -> None:
+def test_with_both_each_clip_draws_which():
     count = 200
     mixed, _ = go(pair_of(count), [count] * count, Mixing(mixup=1.0, cutmix=1.0))
     pasted = sum(set(clip.unique().tolist()) <= {0.0, 1.0} for clip in mixed)
@@ -81,7 +79,7 @@ def test_with_both_each_clip_draws_which() -> None:
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0), Mixing(0.4, 0.4)])
-def test_a_mixture_depends_on_its_key_and_not_on_its_batch(mixing: Mixing) -> None:
+def test_a_mixture_depends_on_its_key_and_not_on_its_batch(mixing):
     pixels = clips(4)
     together, shares = go(pixels, [1, 0, 3, 2], mixing, epochs=[3] * 4, indices=[7, 8, 9, 10])
     for place, partner in enumerate([1, 0, 3, 2]):
@@ -96,13 +94,13 @@ def test_a_mixture_depends_on_its_key_and_not_on_its_batch(mixing: Mixing) -> No
     assert base == go(pixels, [1], one, epochs=[3] * 4)[1]
 
 
-def test_a_clip_that_is_its_own_partner_stays_as_it_is() -> None:
+def test_a_clip_that_is_its_own_partner_stays_as_it_is():
     pixels = clips(1)
     for mixing in (Mixing(mixup=0.8), Mixing(cutmix=1.0)):
         assert torch.equal(go(pixels, [0], mixing)[0], pixels)
 
 
-def test_a_tiny_alpha_leaves_one_clip_or_the_other() -> None:
+def test_a_tiny_alpha_leaves_one_clip_or_the_other():
     mixed, shares = go(pair_of(50), [50] * 50, Mixing(mixup=1e-6))
     assert set(shares.round(decimals=3).tolist()) == {0.0, 1.0}
     assert torch.isfinite(mixed).all()

@@ -1,13 +1,10 @@
 """The demo data set: its classes are told apart by the order of frames, and by nothing else."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -25,7 +22,7 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "motions"
     make_motions(root, clips_per_group=1, frame_size=SIZE, frames=FRAMES)
     return root
@@ -47,18 +44,18 @@ def clips(root: Path) -> Sequence[Path]:
     return sorted(root.glob("*/*/*.avi"))
 
 
-def test_every_clip_played_backwards_is_a_clip_of_the_opposite_class(root: Path) -> None:
+def test_every_clip_played_backwards_is_a_clip_of_the_opposite_class(root):
     for file in clips(root)[::3]:
         assert np.array_equal(decoded(file)[::-1], decoded(twin(file))), file
 
 
-def test_no_clip_is_its_own_mirror_in_time(root: Path) -> None:
+def test_no_clip_is_its_own_mirror_in_time(root):
     for file in clips(root)[::3]:
         frames = decoded(file).astype(int)
         assert np.abs(frames - frames[::-1]).max() > 60, file  # of 255: the object is elsewhere or turned
 
 
-def test_twins_are_of_one_size_on_disk_with_only_key_frames(root: Path) -> None:
+def test_twins_are_of_one_size_on_disk_with_only_key_frames(root):
     for file in clips(root)[::7]:
         assert abs(file.stat().st_size - twin(file).stat().st_size) <= FRAMES, (
             file
@@ -67,12 +64,12 @@ def test_twins_are_of_one_size_on_disk_with_only_key_frames(root: Path) -> None:
             assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size), file
 
 
-def test_evaluation_shows_the_same_pictures_of_a_clip_and_of_its_twin() -> None:
+def test_evaluation_shows_the_same_pictures_of_a_clip_and_of_its_twin():
     chosen = segment_indices(motions.FRAMES, 8)
     assert [motions.FRAMES - 1 - index for index in reversed(chosen)] == chosen
 
 
-def test_names_and_folders_are_those_of_ucf101(root: Path) -> None:
+def test_names_and_folders_are_those_of_ucf101(root):
     assert len(clips(root)) == 25 * len(CLASSES)
     for file in clips(root):
         subset, label = file.parts[-3:-1]
@@ -82,13 +79,13 @@ def test_names_and_folders_are_those_of_ucf101(root: Path) -> None:
         assert int(found[1]) in GROUPS[subset]
 
 
-def test_no_group_is_in_two_subsets() -> None:
+def test_no_group_is_in_two_subsets():
     groups = [group for numbers in GROUPS.values() for group in numbers]
     assert sorted(groups) == list(range(1, 26))
 
 
-def test_a_group_is_one_scene_and_two_groups_are_two(root: Path) -> None:
-    def looks(group: int) -> list[np.ndarray]:
+def test_a_group_is_one_scene_and_two_groups_are_two(root):
+    def looks(group):
         return [
             np.median(decoded(file), axis=(0, 1, 2))
             for file in sorted(root.glob(f"train/*/*_g{group:02d}_*"))
@@ -99,7 +96,7 @@ def test_a_group_is_one_scene_and_two_groups_are_two(root: Path) -> None:
     assert within < between
 
 
-def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(root: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(root, tmp_path):
     again = tmp_path / "again"
     make_motions(again, clips_per_group=1, frame_size=SIZE, frames=FRAMES, workers=1)
     files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
@@ -107,13 +104,13 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(root: Pat
     assert all((root / file).read_bytes() == (again / file).read_bytes() for file in files)
 
 
-def test_another_seed_gives_other_clips(root: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_clips(root, tmp_path):
     other = tmp_path / "other"
     make_motions(other, seed=1, clips_per_group=1, frame_size=SIZE, frames=FRAMES)
     assert all(file.read_bytes() != (other / file.relative_to(root)).read_bytes() for file in clips(root))
 
 
-def test_boxes_hold_the_object(root: Path) -> None:
+def test_boxes_hold_the_object(root):
     boxes = json.loads((root / "boxes.json").read_text(encoding="utf-8"))
     assert sorted(boxes) == [file.relative_to(root).as_posix() for file in clips(root)]
     for name in list(boxes)[::5]:
@@ -131,29 +128,26 @@ def test_boxes_hold_the_object(root: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "change"),
     [
-        (
-            "MoveRight",
-            lambda box: box[-1, 0] - box[0, 0] > 0.2 * SIZE,
-        ),
+        ("MoveRight", lambda box: box[-1, 0] - box[0, 0] > 0.2 * SIZE),
         ("MoveUp", lambda box: box[-1, 3] - box[0, 3] < -0.2 * SIZE),
         ("Grow", lambda box: np.ptp(box[-1, [0, 2]]) > 1.4 * np.ptp(box[0, [0, 2]])),
         ("Shrink", lambda box: np.ptp(box[-1, [0, 2]]) < np.ptp(box[0, [0, 2]]) / 1.4),
     ],
 )
-def test_the_object_does_what_the_class_says(root: Path, label: str, change: Change) -> None:
+def test_the_object_does_what_the_class_says(root, label, change):
     boxes = json.loads((root / "boxes.json").read_text(encoding="utf-8"))
     assert all(change(np.array(box)) for name, box in boxes.items() if f"/{label}/" in name)
 
 
-def test_turn_clockwise_turns_clockwise_as_seen() -> None:
+def test_turn_clockwise_turns_clockwise_as_seen():
     path = motions._path(np.random.default_rng(0), "TurnClockwise", 64, motions.FRAMES)
     # A corner at the object's right must go down (y grows) when it turns clockwise.
     assert math.sin(float(path.angle[1] - path.angle[0])) > 0
     assert np.degrees(np.diff(path.angle)).max() < 40
 
 
-def test_progress_ends_at_the_number_of_clips(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+def test_progress_ends_at_the_number_of_clips(tmp_path):
+    seen = []
     count = make_motions(
         tmp_path / "m", clips_per_group=1, frame_size=SIZE, frames=2, progress=lambda *done: seen.append(done)
     )
@@ -161,7 +155,7 @@ def test_progress_ends_at_the_number_of_clips(tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
-def test_a_whole_data_set_is_known_and_a_part_of_one_is_not(root: Path, tmp_path: Path) -> None:
+def test_a_whole_data_set_is_known_and_a_part_of_one_is_not(root, tmp_path):
     assert is_motions(root)
     assert not is_motions(tmp_path)
     part = tmp_path / "part"
@@ -173,20 +167,20 @@ def test_a_whole_data_set_is_known_and_a_part_of_one_is_not(root: Path, tmp_path
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"version": 0, "clips": {}}', '{"version": 1}', '{"version": 1, "clips": 3}']
 )
-def test_a_foreign_record_is_no_data_set(tmp_path: Path, text: str) -> None:
+def test_a_foreign_record_is_no_data_set(tmp_path, text):
     (tmp_path / "motions.json").write_text(text, encoding="utf-8")
     assert not is_motions(tmp_path)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(DataError, match="Delete it or name another folder"):
         make_motions(tmp_path, clips_per_group=1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
+def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_, **__):
         raise RunError("disk full")
 
     monkeypatch.setattr(motions, "write_video", full)
@@ -195,10 +189,10 @@ def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_processes_that_make_it_the_slower_one_takes_what_is_there(tmp_path: Path) -> None:
-    facts: dict[str, Any] = {"clips_per_group": 1, "frame_size": SIZE, "frames": 2}
+def test_of_two_processes_that_make_it_the_slower_one_takes_what_is_there(tmp_path):
+    facts = {"clips_per_group": 1, "frame_size": SIZE, "frames": 2}
 
-    def another(done: int, total: int) -> None:
+    def another(done, total):
         if done == total:
             make_motions(tmp_path / "m", **facts)
 

@@ -1,13 +1,10 @@
 """The notebook of the examples: it runs, offline, and what is stored in it is clean."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 from needs import need
 from tiny import make_model
 
@@ -34,9 +31,7 @@ def pictures(cell: Any) -> int:
     return sum(any(kind.startswith("image/") for kind in o.get("data", {})) for o in cell["outputs"])
 
 
-def test_the_notebook_runs_from_the_model_to_the_onnx_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_notebook_runs_from_the_model_to_the_onnx_file(tmp_path, monkeypatch):
     need("nbclient", "ipykernel", "onnx", "onnxruntime", "onnxscript")
     import nbformat
     from nbclient import NotebookClient
@@ -63,7 +58,7 @@ def test_the_notebook_runs_from_the_model_to_the_onnx_file(
     assert [path.name for path in tmp_path.iterdir() if path.name != "ipython"] == ["model"]
 
 
-def test_what_the_notebook_shows_was_made_by_it_and_tells_of_no_machine() -> None:
+def test_what_the_notebook_shows_was_made_by_it_and_tells_of_no_machine():
     text = NOTEBOOK.read_text(encoding="utf-8")
     notebook = json.loads(text)
     cells = code_cells(notebook)

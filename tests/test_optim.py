@@ -1,17 +1,9 @@
 """Parameter groups and the learning-rate schedule."""
 
-from __future__ import annotations
-
 import pytest
 from torch import nn
 
-from tvit_cli.engine.train.optim import (
-    adamw,
-    layer_scale,
-    learning_rate_at,
-    parameter_groups,
-    set_rates,
-)
+from tvit_cli.engine.train.optim import adamw, layer_scale, learning_rate_at, parameter_groups, set_rates
 from tvit_cli.model.lora import LoraSpec, attach
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
 
@@ -27,13 +19,13 @@ def decayed(**choices: bool) -> set[str]:
     return {names[p] for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
 
 
-def test_weight_decay_leaves_out_biases_norms_and_learned_positions() -> None:
+def test_weight_decay_leaves_out_biases_norms_and_learned_positions():
     names = decayed()
     assert "blocks.0.attention.q.weight" in names and "patch_embed.weight" in names
     assert not any("norm" in n or n.endswith("bias") or "positions" in n or "temporal" in n for n in names)
 
 
-def test_the_lengths_of_weights_that_dora_learns_are_not_decayed() -> None:
+def test_the_lengths_of_weights_that_dora_learns_are_not_decayed():
     model = TemporalViT(TINY)
     attach(model, LoraSpec(2, 2.0, 0.0, False, "none", ("q", "patch_embed"), (), use_dora=True), seed=0)
     groups = parameter_groups(model, weight_decay=0.3, bias_weight_decay=False, norm_weight_decay=False)
@@ -44,20 +36,20 @@ def test_the_lengths_of_weights_that_dora_learns_are_not_decayed() -> None:
     assert free == lengths | {"classifier.bias", "temporal.embedding"}
 
 
-def test_biases_are_decayed_when_asked_and_norms_are_not() -> None:
+def test_biases_are_decayed_when_asked_and_norms_are_not():
     more = decayed(bias_weight_decay=True) - decayed()
     assert "blocks.0.attention.q.bias" in more and "classifier.bias" in more
     assert not any("norm" in n for n in more)
 
 
-def test_norms_are_decayed_when_asked_with_their_biases() -> None:
+def test_norms_are_decayed_when_asked_with_their_biases():
     more = decayed(norm_weight_decay=True) - decayed()
     assert more == {
         f"{n}.{kind}" for n in ("blocks.0.norm1", "blocks.0.norm2", "norm") for kind in ("weight", "bias")
     }
 
 
-def test_frozen_parameters_are_in_no_group() -> None:
+def test_frozen_parameters_are_in_no_group():
     model = TemporalViT(TINY)
     model.patch_embed.requires_grad_(False)
     groups = parameter_groups(model, weight_decay=0.1, bias_weight_decay=True, norm_weight_decay=True)
@@ -73,7 +65,7 @@ def scales(model: TemporalViT, layer_decay: float) -> dict[str, float]:
     return {names[p]: group["rate_scale"] for group in groups for p in group["params"]}
 
 
-def test_each_block_learns_at_a_share_of_the_rate_of_the_block_after_it() -> None:
+def test_each_block_learns_at_a_share_of_the_rate_of_the_block_after_it():
     model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "depth": 3}))
     found = scales(model, 0.5)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -84,7 +76,7 @@ def test_each_block_learns_at_a_share_of_the_rate_of_the_block_after_it() -> Non
         assert scale == expected, name
 
 
-def test_adapters_learn_at_the_rate_of_the_block_they_sit_in() -> None:
+def test_adapters_learn_at_the_rate_of_the_block_they_sit_in():
     model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "depth": 11}))
     targets = ("q", "fc2", "patch_embed", "classifier")
     spec = LoraSpec(
@@ -105,21 +97,21 @@ def test_adapters_learn_at_the_rate_of_the_block_they_sit_in() -> None:
     assert found["classifier.lora_A.default.weight"] == found["temporal.embedding"] == 1
 
 
-def test_layers_are_told_by_their_whole_names() -> None:
+def test_layers_are_told_by_their_whole_names():
     assert layer_scale("patch_embed_norm", depth=2, layer_decay=0.5) == 1
     assert layer_scale("blocks", depth=2, layer_decay=0.5) == 1
     assert layer_scale("head.blocks.0", depth=2, layer_decay=0.5) == 1
     assert layer_scale("positions", depth=2, layer_decay=0.5) == 0.125
 
 
-def test_without_layer_decay_there_are_two_groups_of_one_rate() -> None:
+def test_without_layer_decay_there_are_two_groups_of_one_rate():
     groups = parameter_groups(
         TemporalViT(TINY), weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False
     )
     assert [group["rate_scale"] for group in groups] == [1.0, 1.0]
 
 
-def test_the_schedule_moves_every_group_by_its_share() -> None:
+def test_the_schedule_moves_every_group_by_its_share():
     groups = parameter_groups(
         TemporalViT(TINY), weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False, layer_decay=0.5
     )
@@ -130,14 +122,14 @@ def test_the_schedule_moves_every_group_by_its_share() -> None:
         assert all(group["lr"] == rate * group["rate_scale"] for group in optimizer.param_groups)
 
 
-def test_adamw_is_fused_and_takes_betas_and_epsilon() -> None:
+def test_adamw_is_fused_and_takes_betas_and_epsilon():
     groups = [{"params": list(nn.Linear(2, 2).parameters()), "weight_decay": 0.0}]
     optimizer = adamw(groups, learning_rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
     assert optimizer.defaults["fused"]
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     rates = [learning_rate_at(s, peak=2.0, warmup_steps=4, total_steps=12) for s in range(12)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[8] == pytest.approx(1.0)  # half way down
@@ -145,11 +137,11 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
     assert 0 < rates[-1] < 0.1
 
 
-def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
+def test_without_warm_up_the_first_step_has_the_peak_rate():
     assert learning_rate_at(0, peak=2.0, warmup_steps=0, total_steps=3) == 2.0
 
 
-def test_temporal_layers_have_their_own_learning_rate() -> None:
+def test_temporal_layers_have_their_own_learning_rate():
     for attention, own in (
         ("factorized", {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"}),
         ("divided", set()),

@@ -1,7 +1,5 @@
 """The command line: one option per field, help, exit codes, what is imported."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -12,8 +10,7 @@ import pytest
 from tiny import make_clips
 
 from tvit_cli import cli
-from tvit_cli.settings.base import Loaded, flag
-from tvit_cli.settings.predict import PredictSettings
+from tvit_cli.settings.base import flag
 from tvit_cli.settings.train import TrainSettings
 
 
@@ -36,7 +33,7 @@ def tvit(*arguments: str, cwd: Path | None = None, **environ: str) -> subprocess
     )
 
 
-def test_help_of_train_shows_every_setting_with_its_default_and_range() -> None:
+def test_help_of_train_shows_every_setting_with_its_default_and_range():
     text = tvit("train", "--help").stdout
     for name, field in TrainSettings.model_fields.items():
         assert flag(name) in text, name
@@ -49,7 +46,7 @@ def test_help_of_train_shows_every_setting_with_its_default_and_range() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["--version"], ["train", "--epcohs", "3"]]
 )
-def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
+def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments):
     code = (
         "import sys\n"
         "from tvit_cli.cli import run\n"
@@ -61,14 +58,14 @@ def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments: list[
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_an_unknown_flag_suggests_the_nearest_and_exits_2() -> None:
+def test_an_unknown_flag_suggests_the_nearest_and_exits_2():
     result = tvit("train", "--lora-rnak", "8")
     assert result.returncode == 2
     assert "--lora-rank" in result.stderr
 
 
-def test_underscores_are_accepted_beside_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Loaded[TrainSettings]] = []
+def test_underscores_are_accepted_beside_hyphens(monkeypatch):
+    seen = []
     from tvit_cli import cli
 
     monkeypatch.setattr(cli.commands, "train", lambda loaded, verbosity: seen.append(loaded))
@@ -78,8 +75,8 @@ def test_underscores_are_accepted_beside_hyphens(monkeypatch: pytest.MonkeyPatch
     assert seen[0].origins["log_wandb"] == "flag"
 
 
-def test_values_keep_their_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Loaded[TrainSettings]] = []
+def test_values_keep_their_underscores(monkeypatch):
+    seen = []
     from tvit_cli import cli
 
     monkeypatch.setattr(cli.commands, "train", lambda loaded, verbosity: seen.append(loaded))
@@ -87,8 +84,8 @@ def test_values_keep_their_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (seen[0].settings.lora_bias, seen[0].settings.experiment_name) == ("lora_only", "a_b")
 
 
-def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Loaded[PredictSettings]] = []
+def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch):
+    seen = []
     from tvit_cli import cli
 
     monkeypatch.setattr(cli.commands, "predict", lambda loaded, verbosity: seen.append(loaded))
@@ -98,7 +95,7 @@ def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch: pyte
     assert (settings.top_k, settings.json_lines) == (3, True)
 
 
-def test_several_bad_flags_are_reported_together_with_exit_code_2() -> None:
+def test_several_bad_flags_are_reported_together_with_exit_code_2():
     result = tvit("train", "--epochs", "none", "--lora-rank", "-1", "--resize", "stretch")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
@@ -106,20 +103,20 @@ def test_several_bad_flags_are_reported_together_with_exit_code_2() -> None:
         assert name in result.stderr
 
 
-def test_a_misspelt_key_in_a_config_file_is_named_with_a_suggestion(tmp_path: Path) -> None:
+def test_a_misspelt_key_in_a_config_file_is_named_with_a_suggestion(tmp_path):
     (tmp_path / "my.toml").write_text("epcohs = 3\n")
     result = tvit("train", "--config", "my.toml", cwd=tmp_path)
     assert result.returncode == 2
     assert "my.toml, epcohs: unknown setting. Did you mean epochs?" in result.stderr
 
 
-def test_version_is_the_packages() -> None:
+def test_version_is_the_packages():
     import tvit_cli
 
     assert tvit("--version").stdout.strip() == f"tvit {tvit_cli.__version__}"
 
 
-def test_without_data_train_says_what_to_do_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_without_data_train_says_what_to_do_and_leaves_nothing_behind(tmp_path):
     result = tvit("train", cwd=tmp_path)
     assert result.returncode == 2
     assert "--path-to-data" in result.stderr
@@ -127,16 +124,16 @@ def test_without_data_train_says_what_to_do_and_leaves_nothing_behind(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_traceback_is_shown_only_in_debug_mode(tmp_path: Path) -> None:
+def test_a_traceback_is_shown_only_in_debug_mode(tmp_path):
     assert "Traceback" in tvit("train", cwd=tmp_path, TVIT_DEBUG="1").stderr
 
 
-def test_json_settings_of_a_run_are_a_config_file(tmp_path: Path) -> None:
+def test_json_settings_of_a_run_are_a_config_file(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"path_to_data": "nowhere"}))
     assert "nowhere" in tvit("train", "--config", "settings.json", cwd=tmp_path).stderr
 
 
-def test_a_download_that_failed_is_no_data_set(tmp_path: Path) -> None:
+def test_a_download_that_failed_is_no_data_set(tmp_path):
     result = tvit("download", "ucf101", "--archive", "nope.zip", cwd=tmp_path)
     assert result.returncode == 2 and "--archive nope.zip: no such file" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +143,7 @@ def test_a_download_that_failed_is_no_data_set(tmp_path: Path) -> None:
     assert result.returncode == 2 and "tvit download ucf101" in result.stderr
 
 
-def test_a_check_ends_with_what_it_found(tmp_path: Path) -> None:
+def test_a_check_ends_with_what_it_found(tmp_path):
     videos = make_clips(tmp_path / "colours")
     count = len(list(videos.rglob("*.avi")))
     whole = tvit("extract", "--check", "--path-to-data", str(videos))
@@ -159,7 +156,7 @@ def test_a_check_ends_with_what_it_found(tmp_path: Path) -> None:
     assert "can be read." not in spoilt.stdout
 
 
-def test_a_screen_without_the_letters_of_a_name_is_shown_others(tmp_path: Path) -> None:
+def test_a_screen_without_the_letters_of_a_name_is_shown_others(tmp_path):
     videos = make_clips(tmp_path / "caf\u00e9")
     shown = tvit("extract", "--check", "--json", "--path-to-data", str(videos), PYTHONIOENCODING="ascii")
     assert shown.returncode == 0 and "caf\\" in shown.stdout, shown.stderr

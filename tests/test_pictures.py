@@ -1,7 +1,5 @@
 """Decoded frames as the planes that a JPEG is made of, beside RGB."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,16 +66,7 @@ def ramp(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("form", ["yuv420p", "yuv444p"])
 @pytest.mark.parametrize("short_side", [None, 24])
 @pytest.mark.parametrize("rgb", [(200, 60, 30), (40, 90, 180), (235, 235, 235), (0, 0, 0), (255, 255, 255)])
-def test_planes_have_the_colours_of_the_source(
-    space: int,
-    full: bool,
-    height: int,
-    matrix: str,
-    form: str,
-    short_side: int | None,
-    rgb: tuple[int, int, int],
-    tmp_path: Path,
-) -> None:
+def test_planes_have_the_colours_of_the_source(space, full, height, matrix, form, short_side, rgb, tmp_path):
     kr, kb = {"601": (0.299, 0.114), "709": (0.2126, 0.0722)}[matrix]
     red, green, blue = np.array(rgb) / 255
     luma = kr * red + (1 - kr - kb) * green + kb * blue
@@ -92,9 +81,7 @@ def test_planes_have_the_colours_of_the_source(
 @pytest.mark.parametrize(
     "pixel_format", ["gray", "gray10le", "yuv420p10le", "yuv444p", "bgra", "yuva420p", "rgb48le", "bgr0"]
 )
-def test_any_pixel_format_becomes_planes(
-    pixel_format: str, tmp_path: Path, make_video: Make, read_numbers: Callable[[np.ndarray], list[int]]
-) -> None:
+def test_any_pixel_format_becomes_planes(pixel_format, tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.mkv", frames=5, codec="ffv1", pixel_format=pixel_format)
     pictures = read_planes(path)
     assert {(p.y.shape, p.u.shape, p.v.shape) for p in pictures} == {((48, 64), (24, 32), (24, 32))}
@@ -104,9 +91,7 @@ def test_any_pixel_format_becomes_planes(
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 64), (48, 63), (47, 63), (16, 17)])
 @pytest.mark.parametrize("short_side", [256, 15])
-def test_frames_of_every_size_are_stored_to_their_last_row_and_column(
-    height: int, width: int, short_side: int, tmp_path: Path
-) -> None:
+def test_frames_of_every_size_are_stored_to_their_last_row_and_column(height, width, short_side, tmp_path):
     path = tmp_path / "video.mkv"
     write_video(path, ramp(height, width), codec="ffv1", pixel_format="yuv444p")
     expected = read_clip(path, range, short_side=short_side).frames.astype(int)
@@ -120,7 +105,7 @@ def test_frames_of_every_size_are_stored_to_their_last_row_and_column(
 
 @pytest.mark.parametrize("degrees", [90, 270])
 @pytest.mark.parametrize("short_side", [256, 31])
-def test_a_turned_video_is_stored_upright(degrees: int, short_side: int, tmp_path: Path) -> None:
+def test_a_turned_video_is_stored_upright(degrees, short_side, tmp_path):
     path = tmp_path / "video.mp4"
     write_video(path, ramp(48, 64))
     set_rotation(path, degrees)
@@ -131,7 +116,7 @@ def test_a_turned_video_is_stored_upright(degrees: int, short_side: int, tmp_pat
     assert np.abs(stored - expected).mean() < 2
 
 
-def test_planes_of_frames_scaled_down_a_lot_are_those_of_the_picture(tmp_path: Path) -> None:
+def test_planes_of_frames_scaled_down_a_lot_are_those_of_the_picture(tmp_path):
     path = tmp_path / "video.mkv"
     write_video(path, ramp(256, 320), codec="ffv1")
     expected = read_clip(path, range, short_side=16).frames

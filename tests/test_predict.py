@@ -1,7 +1,5 @@
 """`tvit predict`: labels for videos, from the command line."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -10,10 +8,8 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -31,13 +27,13 @@ from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
 from tvit_cli.model import linear
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Event, Note, Progress, TrainResult, silent
+from tvit_cli.results import Note, Progress, TrainResult, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("predict")
     return run(
         path_to_data=str(make_clips(root / "colours")),
@@ -52,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 
 
 @pytest.fixture(scope="module")
-def clip(trained: TrainResult) -> Path:
+def clip(trained):
     return next(trained.run.parents[1].glob("colours/Red/*_g06_*"))
 
 
@@ -69,8 +65,8 @@ def tvit(trained: TrainResult, *arguments: str, stdin: str | None = None) -> sub
     )
 
 
-def test_the_number_format_of_a_prediction_can_be_chosen(trained: TrainResult, clip: Path) -> None:
-    def scores(**how: Any) -> list[float]:
+def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):
+    def scores(**how):
         model = tvit_cli.load_model(trained.model, device="cpu", **how)
         labels = [value for _, value in model.predict(clip).labels]
         return [*labels, model.timeline(clip, window=0.1).scores.max(), *model.embed([clip])[0].tolist()]
@@ -80,7 +76,7 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained: TrainResult, c
     assert half == pytest.approx(whole, abs=0.05) and all(
         a != b for a, b in zip(half[:4], whole[:4], strict=True)
     )
-    facts: dict[str, Any] = {"paths": [str(clip)], "model": trained.model, "device": "cpu"}
+    facts = {"paths": [str(clip)], "model": trained.model, "device": "cpu"}
     typed = [
         predict(PredictSettings(**facts, mixed_precision=precision)).predictions[0].labels[0][1]
         for precision in ("no", "bf16")
@@ -92,16 +88,14 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained: TrainResult, c
         load(PredictSettings, flags={"paths": ["a.mp4"], "int8": True, "mixed_precision": "bf16"}, environ={})
 
 
-def test_a_clip_is_labelled_by_the_newest_model_with_nothing_else_said(
-    trained: TrainResult, clip: Path
-) -> None:
+def test_a_clip_is_labelled_by_the_newest_model_with_nothing_else_said(trained, clip):
     result = tvit(trained, str(clip), "--top-k", "2")
     assert result.returncode == 0, result.stderr
     assert "Red" in result.stdout.splitlines()[1]
     assert len(result.stdout.strip().splitlines()) == 3  # a heading and two labels
 
 
-def test_json_lines_are_the_same_bytes_from_run_to_run(trained: TrainResult) -> None:
+def test_json_lines_are_the_same_bytes_from_run_to_run(trained):
     first, second = (tvit(trained, "colours", "--json", "-q") for _ in range(2))
     assert first.stdout == second.stdout and first.returncode == 0
     answers = [json.loads(line) for line in first.stdout.splitlines()]
@@ -111,9 +105,7 @@ def test_json_lines_are_the_same_bytes_from_run_to_run(trained: TrainResult) -> 
     assert right >= 15
 
 
-def test_predict_reports_a_broken_clip_and_predicts_the_rest(
-    trained: TrainResult, clip: Path, tmp_path: Path
-) -> None:
+def test_predict_reports_a_broken_clip_and_predicts_the_rest(trained, clip, tmp_path):
     (tmp_path / "text.avi").write_text("not a video")
     (tmp_path / "empty.mp4").touch()
     result = tvit(trained, str(tmp_path / "text.avi"), str(clip), str(tmp_path / "empty.mp4"), "--json")
@@ -124,7 +116,7 @@ def test_predict_reports_a_broken_clip_and_predicts_the_rest(
     assert "Traceback" not in result.stderr
 
 
-def test_predictions_are_the_evaluations(trained: TrainResult, clip: Path) -> None:
+def test_predictions_are_the_evaluations(trained, clip):
     from tvit_cli.engine.evaluate import evaluate
     from tvit_cli.settings.eval import EvalSettings
 
@@ -138,10 +130,8 @@ def test_predictions_are_the_evaluations(trained: TrainResult, clip: Path) -> No
             assert score == pytest.approx(float(scores[label]), abs=2e-6)
 
 
-def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(
-    trained: TrainResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answers(**chosen: Any) -> list[dict[str, float]]:
+def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(trained, monkeypatch):
+    def answers(**chosen):
         clips = trained.run.parents[1] / "colours"
         settings = PredictSettings(paths=(str(clips),), model=trained.model, top_k=3, device="cpu", **chosen)
         return [dict(prediction.labels) for prediction in predict(settings).predictions]
@@ -154,34 +144,30 @@ def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(
         assert b == pytest.approx(a, abs=0.03)
 
 
-def test_8_bits_are_left_out_with_a_word_where_they_are_slower(
-    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_8_bits_are_left_out_with_a_word_where_they_are_slower(trained, clip, monkeypatch):
     monkeypatch.setattr(linear, "is_fast", lambda: False)
-    said: list[Event] = []
-    facts: dict[str, Any] = {"paths": (str(clip),), "model": trained.model, "device": "cpu"}
+    said = []
+    facts = {"paths": (str(clip),), "model": trained.model, "device": "cpu"}
     whole, asked = (predict(PredictSettings(**facts, int8=chosen), said.append) for chosen in (False, True))
     assert whole.predictions == asked.predictions
     warnings = [event.text for event in said if isinstance(event, Note) and event.level == "warning"]
     assert warnings == ["--int8: this processor multiplies bytes slower than floats, so floats it is."]
 
 
-def test_8_bits_are_refused_where_they_would_run_on_another_device(
-    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_8_bits_are_refused_where_they_would_run_on_another_device(trained, clip, monkeypatch):
     monkeypatch.setattr("tvit_cli.engine.predict.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(SettingsError, match=r"--int8: is for CPUs.*on cuda.*--device cpu"):
         predict(PredictSettings(paths=(str(clip),), model=trained.model, int8=True))
 
 
-def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained: TrainResult, clip: Path) -> None:
+def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained, clip):
     result = tvit(trained, str(clip), "--top-k", "50")
     assert result.returncode == 0
     assert "--top-k 50" in result.stderr
     assert "--top-k" not in tvit(trained, str(clip)).stderr  # nobody asked for more labels than there are
 
 
-def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path: Path) -> None:
+def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path):
     for name in ("a.mp4", "._a.mp4", "__MACOSX/a.mp4", ".b/c.mp4", "d/e.mp4", "d/.f.mp4"):
         (tmp_path / ".hidden" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / ".hidden" / name).touch()
@@ -189,7 +175,7 @@ def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path: Path) -> None:
     assert find_videos([root]) == [root / "a.mp4", root / "d" / "e.mp4"]
 
 
-def test_folders_stand_for_the_videos_below_them(tmp_path: Path, trained: TrainResult) -> None:
+def test_folders_stand_for_the_videos_below_them(tmp_path, trained):
     found = find_videos([trained.run.parents[1] / "colours" / "Red"])
     assert len(found) == 6 and found == sorted(found)
     with pytest.raises(DataError, match="no video in this folder"):
@@ -198,14 +184,12 @@ def test_folders_stand_for_the_videos_below_them(tmp_path: Path, trained: TrainR
         find_videos([tmp_path / "nowhere.avi"])
 
 
-def test_without_any_model_it_says_to_train_first(tmp_path: Path, clip: Path) -> None:
+def test_without_any_model_it_says_to_train_first(tmp_path, clip):
     with pytest.raises(ModelError, match="train"):
         predict(PredictSettings(paths=(clip,), working_directory=tmp_path / "none"))
 
 
-def test_predicting_imports_neither_peft_nor_accelerate_nor_transformers(
-    trained: TrainResult, clip: Path
-) -> None:
+def test_predicting_imports_neither_peft_nor_accelerate_nor_transformers(trained, clip):
     code = (
         "import sys; from pathlib import Path\n"
         "from tvit_cli.engine.predict import predict\n"
@@ -217,7 +201,7 @@ def test_predicting_imports_neither_peft_nor_accelerate_nor_transformers(
     subprocess.run([sys.executable, "-c", code, str(clip), str(trained.model)], check=True)
 
 
-def test_patterns_that_the_shell_left_alone_are_expanded(trained: TrainResult, tmp_path: Path) -> None:
+def test_patterns_that_the_shell_left_alone_are_expanded(trained, tmp_path):
     root = trained.run.parents[1]
     found = find_videos([str(root / "colours" / "R*" / "*_g0[12]_*.avi")])
     assert [path.name for path in found] == ["v_Red_g01_c01.avi", "v_Red_g02_c01.avi"]
@@ -233,9 +217,7 @@ def test_patterns_that_the_shell_left_alone_are_expanded(trained: TrainResult, t
         find_videos(["http://[::1/a.avi"])
 
 
-def test_a_list_on_stdin_is_read_and_csv_has_a_row_per_label(
-    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_list_on_stdin_is_read_and_csv_has_a_row_per_label(trained, clip, monkeypatch, capsys):
     other = clip.parents[1] / "Blue" / "v_Blue_g01_c01.avi"
     flags = {"paths": ["-"], "model": str(trained.model), "csv": True, "top_k": 2}
     loaded = load(PredictSettings, flags=flags, environ={})
@@ -250,7 +232,7 @@ def test_a_list_on_stdin_is_read_and_csv_has_a_row_per_label(
         commands.predict(loaded, "quiet")
 
 
-def test_a_url_gets_the_scores_of_the_file_that_it_serves(trained: TrainResult, clip: Path) -> None:
+def test_a_url_gets_the_scores_of_the_file_that_it_serves(trained, clip):
     model = tvit_cli.load_model(trained.run, device="cpu")
     with serving() as server:
         url = server.add("/videos/clip.avi", clip.read_bytes())
@@ -262,14 +244,14 @@ def test_a_url_gets_the_scores_of_the_file_that_it_serves(trained: TrainResult, 
     assert "refused" in answer.error and answer.label == ""
 
 
-def test_a_playlist_from_the_network_reads_no_file_of_this_machine(trained: TrainResult, clip: Path) -> None:
+def test_a_playlist_from_the_network_reads_no_file_of_this_machine(trained, clip):
     text = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n"
     with serving() as server:
         (answer,) = tvit_cli.load_model(trained.model).predict_many([server.add("/list.m3u8", text.encode())])
     assert answer.error
 
 
-def test_predict_refuses_json_with_csv_and_timeline_options_alone() -> None:
+def test_predict_refuses_json_with_csv_and_timeline_options_alone():
     for flags, said in (
         ({"json_lines": True, "csv": True}, "take one"),
         ({"stride": "1s"}, "say --window"),
@@ -287,14 +269,14 @@ def test_predict_refuses_json_with_csv_and_timeline_options_alone() -> None:
     assert PredictSettings(paths=("a",), window="500ms").window == 0.5  # type: ignore[arg-type]
 
 
-def test_the_api_is_lazy_and_says_what_it_lacks() -> None:
+def test_the_api_is_lazy_and_says_what_it_lacks():
     code = "import sys, tvit_cli; assert not {'torch', 'av', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lead_model'"):
         _ = tvit_cli.lead_model
 
 
-def test_the_api_answers_as_the_verb_does(trained: TrainResult, clip: Path) -> None:
+def test_the_api_answers_as_the_verb_does(trained, clip):
     model = tvit_cli.load_model(str(trained.run))
     assert model.labels == ("Blue", "Green", "Red")
     (answer,) = predict(PredictSettings(paths=(str(clip),), model=trained.model, top_k=2)).predictions
@@ -304,9 +286,7 @@ def test_the_api_answers_as_the_verb_does(trained: TrainResult, clip: Path) -> N
         model.predict(clip.parent)
 
 
-def test_odd_files_are_predicted_or_named(
-    trained: TrainResult, tmp_path: Path, make_video: Callable[..., Path]
-) -> None:
+def test_odd_files_are_predicted_or_named(trained, tmp_path, make_video):
     sound = tmp_path / "sound.wav"
     with av.open(str(sound), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
@@ -322,9 +302,7 @@ def test_odd_files_are_predicted_or_named(
     assert "only audio" in answers[3].error
 
 
-def test_the_example_of_the_api_runs(
-    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_of_the_api_runs(trained, clip, monkeypatch, capsys):
     example = Path(__file__).parents[1] / "examples" / "python_api.py"
     monkeypatch.setattr(sys, "argv", [str(example), str(trained.run), str(clip), str(clip.parent)])
     runpy.run_path(str(example), run_name="__main__")
@@ -333,7 +311,7 @@ def test_the_example_of_the_api_runs(
     assert "Red" in lines[1] and lines[-1].strip().startswith("0.00 s to")
 
 
-def test_the_readmes_python_runs(trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_python_runs(trained, clip, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     with serving() as server:
@@ -347,14 +325,12 @@ def test_the_readmes_python_runs(trained: TrainResult, clip: Path, monkeypatch: 
         ):
             assert f'"{said}"' in code, said
             code = code.replace(f'"{said}"', repr(meant))
-        names: dict[str, Any] = {}
+        names = {}
         exec(code, names)
     assert names["answer"].label == "Red" and len(names["answers"]) == 7 and names["timeline"].segments
 
 
-def test_embeddings_are_the_classifier_input_and_deterministic(
-    trained: TrainResult, clip: Path, tmp_path: Path
-) -> None:
+def test_embeddings_are_the_classifier_input_and_deterministic(trained, clip, tmp_path):
     again = tmp_path / "again.avi"
     again.write_bytes(clip.read_bytes())
     (tmp_path / "text.avi").write_text("no video")
@@ -392,10 +368,8 @@ def test_embeddings_are_the_classifier_input_and_deterministic(
     assert "not a video" in answer.error and not nothing.exists()
 
 
-def test_embeddings_that_cannot_be_written_leave_the_older_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def cut_off(tensors: dict[str, torch.Tensor], path: Path, **how: Any) -> None:
+def test_embeddings_that_cannot_be_written_leave_the_older_ones(tmp_path, monkeypatch):
+    def cut_off(tensors, path, **how):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
@@ -434,8 +408,8 @@ def asked(trained: TrainResult, clip: Path, **flags: object) -> PredictSettings:
     ],
 )
 def test_a_file_that_has_no_place_is_refused_before_a_model_is_opened(
-    option: str, file: str, sentence: str, trained: TrainResult, clip: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+    option, file, sentence, trained, clip, tmp_path, monkeypatch
+):
     (tmp_path / "self.mp4").write_bytes(clip.read_bytes())
     (tmp_path / "link.mp4").symlink_to(tmp_path / "self.mp4")
     for name in ("folder.mp4", "locked", "taken"):
@@ -454,9 +428,9 @@ def test_a_file_that_has_no_place_is_refused_before_a_model_is_opened(
 
 @pytest.mark.parametrize("option", ["embeddings", "explain", "annotate", "output"])
 def test_a_disk_that_fills_meanwhile_does_not_cost_the_labels(
-    option: str, trained: TrainResult, clip: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    def full(*given: object) -> None:
+    option, trained, clip, tmp_path, monkeypatch, capsys
+):
+    def full(*given):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
@@ -480,20 +454,14 @@ def test_a_disk_that_fills_meanwhile_does_not_cost_the_labels(
 
 
 @pytest.mark.parametrize("window", [None, "2s"])
-def test_how_much_of_a_labelled_video_is_written_is_told(
-    trained: TrainResult,
-    tmp_path: Path,
-    make_video: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    window: str | None,
-) -> None:
+def test_how_much_of_a_labelled_video_is_written_is_told(trained, tmp_path, make_video, monkeypatch, window):
     video = make_video(tmp_path / "long.mp4", frames=40, rate=10)
     out = tmp_path / "out.mp4"
     flags = {"paths": [str(video)], "model": str(trained.model), "annotate": str(out)}
     settings = load(
         PredictSettings, flags=flags | ({"window": window} if window else {}), environ={}
     ).settings
-    told: list[Event] = []
+    told = []
     if window:
         predict_timelines(settings, told.append)
     else:
@@ -501,7 +469,7 @@ def test_how_much_of_a_labelled_video_is_written_is_told(
     written = [event for event in told if isinstance(event, Progress) and event.what == "seconds written"]
     assert [(event.done, event.total) for event in written] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(told[-1], Note) and str(out) in told[-1].text
-    drawn: list[Any] = []
+    drawn = []
     monkeypatch.setattr(
         "tvit_cli.engine.predict.timeline.annotate", lambda path, place, segments, *_: drawn.extend(segments)
     )
@@ -513,10 +481,8 @@ def test_how_much_of_a_labelled_video_is_written_is_told(
         assert [(segment.label, segment.score) for segment in drawn] == [said.labels[0]]
 
 
-def test_memory_that_runs_out_is_no_mistake_of_ours(
-    trained: TrainResult, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*arguments: object) -> None:
+def test_memory_that_runs_out_is_no_mistake_of_ours(trained, clip, monkeypatch, capsys):
+    def full(*arguments):
         raise MemoryError
 
     monkeypatch.setattr("tvit_cli.engine.predict.open_model", full)

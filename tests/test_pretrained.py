@@ -1,7 +1,5 @@
 """Pretrained weights: at step 0 the temporal ViT is the image ViT; a bad folder is refused with reasons."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -57,14 +55,14 @@ def random_weights(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def image_vit() -> Any:
+def image_vit():
     model = transformers.ViTModel(hugging_face_config()).eval()
     random_weights(model)
     return model
 
 
 @pytest.fixture
-def folder(image_vit: Any, tmp_path: Path) -> Path:
+def folder(image_vit, tmp_path):
     save_quietly(image_vit, tmp_path / "weights")
     return tmp_path / "weights"
 
@@ -101,9 +99,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_at_step_0_a_one_frame_clip_gives_the_class_token_of_the_image_vit(
-    image_vit: Any, folder: Path
-) -> None:
+def test_at_step_0_a_one_frame_clip_gives_the_class_token_of_the_image_vit(image_vit, folder):
     model, _ = loaded(folder)
     images = pictures(32)
     expected = class_token(image_vit, images)
@@ -112,9 +108,7 @@ def test_at_step_0_a_one_frame_clip_gives_the_class_token_of_the_image_vit(
 
 
 @pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "joint"])
-def test_frame_wise_scheme_at_step_0_averages_the_image_vits_class_tokens(
-    image_vit: Any, folder: Path, attention: str
-) -> None:
+def test_frame_wise_scheme_at_step_0_averages_the_image_vits_class_tokens(image_vit, folder, attention):
     model, _ = loaded(folder, attention=attention)
     frames = [pictures(32) + t for t in range(5)]
     expected = torch.stack([class_token(image_vit, images) for images in frames]).mean(0)
@@ -123,14 +117,14 @@ def test_frame_wise_scheme_at_step_0_averages_the_image_vits_class_tokens(
     torch.testing.assert_close(features, expected, **CLOSE)
 
 
-def test_other_frame_sizes_use_interpolated_positions(image_vit: Any, folder: Path) -> None:
+def test_other_frame_sizes_use_interpolated_positions(image_vit, folder):
     model, _ = loaded(folder)
     images = pictures(56)
     expected = class_token(image_vit, images, interpolate_pos_encoding=True)
     torch.testing.assert_close(our_class_token(model, images), expected, **CLOSE)
 
 
-def test_divided_temporal_attention_starts_as_copy_of_spatial(folder: Path) -> None:
+def test_divided_temporal_attention_starts_as_copy_of_spatial(folder):
     model, report = loaded(folder, attention="divided")
     for block in model.blocks:
         assert torch.equal(block.temporal.norm.weight, block.norm1.weight)
@@ -144,9 +138,7 @@ def test_divided_temporal_attention_starts_as_copy_of_spatial(folder: Path) -> N
 
 
 @pytest.mark.parametrize("size", [16, 40, 56, 96])
-def test_other_frame_sizes_give_what_interpolated_positions_give(
-    image_vit: Any, folder: Path, size: int
-) -> None:
+def test_other_frame_sizes_give_what_interpolated_positions_give(image_vit, folder, size):
     model, report = loaded(folder, frame_size=size)
     images = pictures(size)
     expected = class_token(image_vit, images, interpolate_pos_encoding=True)
@@ -155,9 +147,7 @@ def test_other_frame_sizes_give_what_interpolated_positions_give(
 
 
 @pytest.mark.parametrize(("tubelet_size", "centre"), [(2, 2), (3, 2), (4, 3)])
-def test_a_tubelet_starts_as_the_image_vit_on_its_central_frame(
-    image_vit: Any, folder: Path, tubelet_size: int, centre: int
-) -> None:
+def test_a_tubelet_starts_as_the_image_vit_on_its_central_frame(image_vit, folder, tubelet_size, centre):
     model, report = loaded(folder, tubelet_size=tubelet_size, n_frames=12)
     frames = [pictures(32) + t for t in range(tubelet_size)]
     with torch.no_grad():
@@ -171,7 +161,7 @@ def test_a_tubelet_starts_as_the_image_vit_on_its_central_frame(
     [{"hidden_act": "gelu_new"}, {"hidden_act": "relu"}, {"qkv_bias": False}, {"layer_norm_eps": 0.1}],
     ids=str,
 )
-def test_the_network_is_read_from_the_config(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_network_is_read_from_the_config(tmp_path, changes):
     image_vit = transformers.ViTModel(hugging_face_config(**changes)).eval()
     random_weights(image_vit)
     save_quietly(image_vit, tmp_path)
@@ -180,7 +170,7 @@ def test_the_network_is_read_from_the_config(tmp_path: Path, changes: dict[str, 
     torch.testing.assert_close(our_class_token(model, images), class_token(image_vit, images), **CLOSE)
 
 
-def test_the_weights_of_a_classifier_load_without_its_classifier(tmp_path: Path) -> None:
+def test_the_weights_of_a_classifier_load_without_its_classifier(tmp_path):
     classifier = transformers.ViTForImageClassification(hugging_face_config()).eval()
     random_weights(classifier)
     save_quietly(classifier, tmp_path)
@@ -190,14 +180,14 @@ def test_the_weights_of_a_classifier_load_without_its_classifier(tmp_path: Path)
     assert sorted(report.unused) == ["classifier.bias", "classifier.weight"]
 
 
-def test_the_weights_of_masked_modelling_load_without_its_decoder(tmp_path: Path) -> None:
+def test_the_weights_of_masked_modelling_load_without_its_decoder(tmp_path):
     masked = transformers.ViTForMaskedImageModeling(hugging_face_config(encoder_stride=8)).eval()
     save_quietly(masked, tmp_path)
     _, report = loaded(tmp_path)
     assert sorted(report.unused) == ["decoder.0.bias", "decoder.0.weight", "embeddings.mask_token"]
 
 
-def test_the_report_counts_what_matched_and_names_what_is_new_and_unused(folder: Path) -> None:
+def test_the_report_counts_what_matched_and_names_what_is_new_and_unused(folder):
     _, report = loaded(folder)
     assert report.matched == 4 + 2 * 16 + 2
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
@@ -206,7 +196,7 @@ def test_the_report_counts_what_matched_and_names_what_is_new_and_unused(folder:
     assert report.notes == (note,)
 
 
-def test_sharded_weights_load_like_one_file(image_vit: Any, folder: Path, tmp_path: Path) -> None:
+def test_sharded_weights_load_like_one_file(image_vit, folder, tmp_path):
     save_quietly(image_vit, tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1
     one, _ = loaded(folder)
@@ -215,7 +205,7 @@ def test_sharded_weights_load_like_one_file(image_vit: Any, folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_of_any_float_type_are_converted_to_the_models(folder: Path, dtype: torch.dtype) -> None:
+def test_weights_of_any_float_type_are_converted_to_the_models(folder, dtype):
     original = load_file(folder / "model.safetensors")
     edit_tensors(folder, lambda tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
     model, report = loaded(folder)
@@ -225,12 +215,12 @@ def test_weights_of_any_float_type_are_converted_to_the_models(folder: Path, dty
     assert f"weights converted from {dtype} to torch.float32" in report.notes
 
 
-def test_the_hash_is_that_of_the_weights_file(folder: Path) -> None:
+def test_the_hash_is_that_of_the_weights_file(folder):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert read_config(resolve_weights(str(folder))).sha256 == digest
 
 
-def test_the_hash_of_sharded_weights_depends_on_each_shard(image_vit: Any, tmp_path: Path) -> None:
+def test_the_hash_of_sharded_weights_depends_on_each_shard(image_vit, tmp_path):
     save_quietly(image_vit, tmp_path, max_shard_size="20KB")
     before = resolve_weights(str(tmp_path)).sha256
     last = max(tmp_path.glob("model-*.safetensors"))
@@ -238,7 +228,7 @@ def test_the_hash_of_sharded_weights_depends_on_each_shard(image_vit: Any, tmp_p
     assert resolve_weights(str(tmp_path)).sha256 != before
 
 
-def test_normalisation_comes_from_the_preprocessor_config(folder: Path) -> None:
+def test_normalisation_comes_from_the_preprocessor_config(folder):
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}))
     config = read_config(resolve_weights(str(folder)))
@@ -248,12 +238,12 @@ def test_normalisation_comes_from_the_preprocessor_config(folder: Path) -> None:
     assert (config.mean, config.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def test_without_a_preprocessor_config_normalisation_is_imagenets(folder: Path) -> None:
+def test_without_a_preprocessor_config_normalisation_is_imagenets(folder):
     config = read_config(resolve_weights(str(folder)))
     assert (config.mean, config.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
-def test_values_left_out_of_the_config_are_those_of_hugging_face(folder: Path) -> None:
+def test_values_left_out_of_the_config_are_those_of_hugging_face(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": [384, 384]}))
     config = read_config(resolve_weights(str(folder)))
     default = transformers.ViTConfig()
@@ -276,9 +266,7 @@ def test_values_left_out_of_the_config_are_those_of_hugging_face(folder: Path) -
         ({"hidden_size": "32"}, "hidden_size is '32'"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_refused(
-    folder: Path, changes: dict[str, Any], sentence: str
-) -> None:
+def test_a_config_that_cannot_be_used_is_refused(folder, changes, sentence):
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=sentence):
         read_config(resolve_weights(str(folder)))
@@ -288,38 +276,38 @@ def test_a_config_that_cannot_be_used_is_refused(
     ("text", "sentence"),
     [("{", "cannot be read"), ("[" * 20_000, "cannot be read"), ("[]", "holds no JSON object")],
 )
-def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str, sentence: str) -> None:
+def test_a_config_that_is_no_json_object_is_refused(folder, text, sentence):
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=f"config.json {sentence}"):
         read_config(resolve_weights(str(folder)))
 
 
 @pytest.mark.parametrize("mean", [[0.5, 0.5], "grey", 0.5, ["a", "b", "c"]], ids=str)
-def test_a_normalisation_of_other_than_three_numbers_is_refused(folder: Path, mean: object) -> None:
+def test_a_normalisation_of_other_than_three_numbers_is_refused(folder, mean):
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean}))
     with pytest.raises(ModelError, match="must be three numbers"):
         read_config(resolve_weights(str(folder)))
 
 
 @pytest.mark.parametrize("std", [[0.5, 0, 0.5], [-1, 1, 1], [0.5, float("nan"), 0.5]], ids=str)
-def test_a_normalisation_that_nothing_can_be_divided_by_is_refused(folder: Path, std: list[float]) -> None:
+def test_a_normalisation_that_nothing_can_be_divided_by_is_refused(folder, std):
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": std}))
     with pytest.raises(ModelError, match="must be finite, and the second above 0"):
         read_config(resolve_weights(str(folder)))
 
 
-def test_a_name_that_is_too_long_for_a_file_is_no_name(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_for_a_file_is_no_name(tmp_path):
     with pytest.raises(ModelError, match="no such folder, and no name that a hub repository can have"):
         resolve_weights("x" * 300)
 
 
-def test_a_run_that_has_not_ended_is_no_start_for_another(tmp_path: Path) -> None:
+def test_a_run_that_has_not_ended_is_no_start_for_another(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(ModelError, match="a run without a model"):
         resolve_weights(str(tmp_path))
 
 
-def test_a_folder_of_runs_is_no_start_for_another_but_each_of_them_is(tmp_path: Path) -> None:
+def test_a_folder_of_runs_is_no_start_for_another_but_each_of_them_is(tmp_path):
     for run in ("mine-s1", "mine-s2"):
         (tmp_path / run / "model").mkdir(parents=True)
         (tmp_path / run / "model" / "card.json").write_text("{}")
@@ -327,7 +315,7 @@ def test_a_folder_of_runs_is_no_start_for_another_but_each_of_them_is(tmp_path: 
         resolve_weights(str(tmp_path))
 
 
-def test_a_missing_shard_is_asked_for_and_an_export_named_as_one(folder: Path) -> None:
+def test_a_missing_shard_is_asked_for_and_an_export_named_as_one(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
@@ -369,21 +357,19 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
         (put("embeddings.position_embeddings", torch.zeros(0)), "are no square grid"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(
-    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], sentence: str
-) -> None:
+def test_tensors_that_do_not_fit_are_refused_by_name(folder, change, sentence):
     edit_tensors(folder, change)
     with pytest.raises(ModelError, match=sentence):
         loaded(folder)
 
 
-def test_a_long_list_of_tensors_is_cut(folder: Path) -> None:
+def test_a_long_list_of_tensors_is_cut(folder):
     edit_tensors(folder, lambda tensors: tensors.update({f"extra.{i}": torch.zeros(1) for i in range(9)}))
     with pytest.raises(ModelError, match=r"extra\.0, extra\.1, extra\.2, extra\.3 and 5 more"):
         loaded(folder)
 
 
-def test_a_model_of_another_network_is_refused(folder: Path) -> None:
+def test_a_model_of_another_network_is_refused(folder):
     source = resolve_weights(str(folder))
     config = read_config(source).vit_config(num_classes=3, n_frames=8)
     values = {**config.to_dict(), "num_heads": 8}  # the same shapes, other numbers
@@ -391,32 +377,32 @@ def test_a_model_of_another_network_is_refused(folder: Path) -> None:
         load_pretrained(TemporalViT(type(config).from_dict(values)), source)
 
 
-def test_a_truncated_weights_file_is_named(folder: Path) -> None:
+def test_a_truncated_weights_file_is_named(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read .* may be truncated"):
         loaded(folder)
 
 
-def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
+def test_a_folder_without_a_config_is_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         resolve_weights(str(folder))
 
 
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors missing"):
         resolve_weights(str(folder))
 
 
-def test_a_pickle_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
+def test_a_pickle_is_refused_with_the_way_to_convert_it(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickle .*\.save_pretrained\('weights-safetensors'\)"):
         resolve_weights(str(folder))
 
 
-def test_a_missing_shard_is_named(image_vit: Any, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(image_vit, tmp_path):
     save_quietly(image_vit, tmp_path, max_shard_size="20KB")
     last = max(tmp_path.glob("model-*.safetensors"))
     last.unlink()
@@ -425,7 +411,7 @@ def test_a_missing_shard_is_named(image_vit: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "a\\b.safetensors"])
-def test_an_index_may_not_name_a_file_outside_its_folder(folder: Path, shard: str) -> None:
+def test_an_index_may_not_name_a_file_outside_its_folder(folder, shard):
     index = {"weight_map": {"layernorm.bias": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="is no file of this folder"):
@@ -433,25 +419,25 @@ def test_an_index_may_not_name_a_file_outside_its_folder(folder: Path, shard: st
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}'])
-def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
+def test_a_damaged_index_is_refused(folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is no index"):
         resolve_weights(str(folder))
 
 
-def test_a_weights_file_is_taken_with_the_config_beside_it(folder: Path) -> None:
+def test_a_weights_file_is_taken_with_the_config_beside_it(folder):
     by_file, by_folder = resolve_weights(str(folder / "model.safetensors")), resolve_weights(str(folder))
     assert by_file.sha256 == by_folder.sha256
     assert read_config(by_file).width == read_config(by_folder).width == 32
 
 
-def test_pickled_weights_are_refused_with_a_conversion_hint(folder: Path) -> None:
+def test_pickled_weights_are_refused_with_a_conversion_hint(folder):
     (folder / "weights.bin").touch()
     with pytest.raises(ModelError, match=r"this is a file, and no \.safetensors.*save_pretrained"):
         resolve_weights(str(folder / "weights.bin"))
 
 
-def test_a_lone_file_of_unknown_names_is_refused(folder: Path) -> None:
+def test_a_lone_file_of_unknown_names_is_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(
         ModelError, match=r"no config\.json beside it names a model_type; tvit reads vit, deit, dinov2"
@@ -459,11 +445,11 @@ def test_a_lone_file_of_unknown_names_is_refused(folder: Path) -> None:
         read_config(resolve_weights(str(folder / "model.safetensors")))
 
 
-def test_a_name_from_the_hub_is_found_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_from_the_hub_is_found_in_the_cache(folder, monkeypatch):
     snapshot = folder.rename(folder.parent / "0123abcd")
-    asked: dict[str, Any] = {}
+    asked = {}
 
-    def fetch(name: str, **options: Any) -> str:
+    def fetch(name, **options):
         asked.update(options, name=name)
         return str(snapshot)
 
@@ -475,9 +461,7 @@ def test_a_name_from_the_hub_is_found_in_the_cache(folder: Path, monkeypatch: py
     assert not any(pattern.endswith(".bin") for pattern in asked["allow_patterns"])
 
 
-def test_a_snapshot_in_the_hubs_own_cache_is_read_without_a_network(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_in_the_hubs_own_cache_is_read_without_a_network(folder, tmp_path, monkeypatch):
     repository = tmp_path / "cache" / "models--someone--vit"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abcd")
@@ -488,16 +472,14 @@ def test_a_snapshot_in_the_hubs_own_cache_is_read_without_a_network(
     assert resolve_weights("someone/vit").revision == "0123abcd"
 
 
-def test_without_a_network_and_with_nothing_cached_the_way_out_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_and_with_nothing_cached_the_way_out_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"hub cannot be reached\. Connect once to fetch it, or copy"):
         resolve_weights("someone/vit")
 
 
-def test_a_path_that_is_no_folder_is_not_looked_up_on_the_hub() -> None:
+def test_a_path_that_is_no_folder_is_not_looked_up_on_the_hub():
     with pytest.raises(ModelError, match="no such folder, and no name that a hub repository can have"):
         resolve_weights("./no/such/folder")
 
@@ -509,10 +491,8 @@ def test_a_path_that_is_no_folder_is_not_looked_up_on_the_hub() -> None:
         (ConnectionResetError, "cannot be fetched from the Hugging Face hub"),
     ],
 )
-def test_what_the_hub_answers_is_said(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception], sentence: str
-) -> None:
-    def fetch(name: str, **options: Any) -> str:
+def test_what_the_hub_answers_is_said(monkeypatch, error, sentence):
+    def fetch(name, **options):
         raise error.__new__(error, "refused")
 
     monkeypatch.setattr(weights_module, "snapshot_download", fetch)
@@ -522,7 +502,7 @@ def test_what_the_hub_answers_is_said(
 
 @pytest.mark.real
 @pytest.mark.skipif("TVIT_TEST_DATA" not in os.environ, reason="TVIT_TEST_DATA is not set")
-def test_real_pretrained_weights_equal_transformers_at_98_pixels() -> None:
+def test_real_pretrained_weights_equal_transformers_at_98_pixels():
     folder = Path(os.environ["TVIT_TEST_DATA"]).parent / "weights" / "vit-small-patch14-224"
     model, report = loaded(folder, frame_size=98)
     assert set(report.unused) <= {"pooler.dense.weight", "pooler.dense.bias"}

@@ -1,7 +1,5 @@
 """Several processes: the same losses as one, started in every way that is promised, and clear words when they cannot meet."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -12,10 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import entry
 import pytest
@@ -36,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def facts(tmp_path_factory):
     """24 clips to train on, three steps of 8 in each of four epochs, and no dropout."""
     root = tmp_path_factory.mktemp("processes")
     return {
@@ -49,7 +45,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def taken_port() -> Iterator[int]:
+def taken_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -73,7 +69,7 @@ def losses(runs: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("ending", ["well", "refused"])
-def test_processes_part_before_they_end(facts: dict[str, Any], tmp_path: Path, ending: str) -> None:
+def test_processes_part_before_they_end(facts, tmp_path, ending):
     """gloo's threads, left running, now and then abort a process that has done its work, which then has failed."""
     own = settings(**{**facts, "epochs": 1, "working_directory": tmp_path})
     if ending == "refused":
@@ -86,18 +82,12 @@ def test_processes_part_before_they_end(facts: dict[str, Any], tmp_path: Path, e
         "atexit.register(lambda: print('together' if distributed.is_initialized() else 'parted', flush=True))\n"
         f"run(['train', '--config', {str(tmp_path / 'own.json')!r}, '-q'])\n"
     )
-    words = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(tmp_path / "program.py"),
-    ]
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "program.py")]
     output, errors = start(words).communicate(timeout=120)
     assert output.count("parted") >= 1 and "together" not in output, errors
 
 
-def test_adapters_have_one_process_gradients_under_ddp_and_fsdp(tmp_path: Path) -> None:
+def test_adapters_have_one_process_gradients_under_ddp_and_fsdp(tmp_path):
     """tvit itself adds up gradients once an update; the layers are for others' loops, too."""
     program = str(ROOT / "tests" / "wrapped.py")
     child = start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, str(tmp_path)])
@@ -106,9 +96,7 @@ def test_adapters_have_one_process_gradients_under_ddp_and_fsdp(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["DDP 0", "DDP 1", "FSDP 0", "FSDP 1"]
 
 
-def test_losses_in_float64_do_not_depend_on_the_world_size(
-    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int
-) -> None:
+def test_losses_in_float64_do_not_depend_on_the_world_size(facts, tmp_path, monkeypatch, taken_port):
     """Two processes are started by --num-processes, which finds a free port of its own."""
     own = settings(**facts, working_directory=tmp_path / "two", num_processes=2, per_gpu_batch_size=4)
     (tmp_path / "c.json").write_text(own.model_dump_json())
@@ -133,7 +121,7 @@ def test_losses_in_float64_do_not_depend_on_the_world_size(
     assert max(abs(a - b) for a, b in zip(one, losses(tmp_path / "float32"), strict=True)) > 1e-9
 
 
-def test_accelerate_launch_starts_it_as_it_stands(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_accelerate_launch_starts_it_as_it_stands(facts, tmp_path):
     """`accelerate launch --cpu` starts one process whatever --num_processes says, so --multi_gpu and --device cpu."""
     common = {**facts, "epochs": 2, "per_gpu_batch_size": 4}
     own = settings(**common, working_directory=tmp_path / "two")
@@ -158,7 +146,7 @@ def test_accelerate_launch_starts_it_as_it_stands(facts: dict[str, Any], tmp_pat
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_a_port_that_is_taken_is_named(facts: dict[str, Any], tmp_path: Path, taken_port: int) -> None:
+def test_a_port_that_is_taken_is_named(facts, tmp_path, taken_port):
     own = settings(**facts, working_directory=tmp_path / "runs")
     (tmp_path / "c.json").write_text(own.model_dump_json())
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -179,7 +167,7 @@ FAKES = {
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
+def slurm(tmp_path):
     """Variables of a job, and a PATH on which SLURM's commands are ours: they start one process, and note requeues."""
     for name, text in FAKES.items():
         fake = tmp_path / "bin" / name
@@ -200,9 +188,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(
-    facts: dict[str, Any], tmp_path: Path, slurm: dict[str, str]
-) -> None:
+def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(facts, tmp_path, slurm):
     script = ROOT / "examples" / "slurm.sh"
     own = settings(**{**facts, "experiment_name": None, "epochs": 30})
     (tmp_path / "c.json").write_text(own.model_dump_json(exclude={"working_directory"}))
@@ -227,7 +213,7 @@ def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(
     assert third.stdout.split() == ["7", "train", "--experiment-name", "mine", "--config", words[-1]]
 
 
-def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says() -> None:
+def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says():
     script = ROOT / "examples" / "slurm.sh"
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).stderr == b""
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE))
@@ -241,9 +227,7 @@ def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says() -> None:
     ("variables", "count"),
     [({}, 1), ({"WORLD_SIZE": "8"}, 8), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4)],
 )
-def test_cores_are_shared_by_the_processes_of_this_machine(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], count: int
-) -> None:
+def test_cores_are_shared_by_the_processes_of_this_machine(monkeypatch, variables, count):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -253,7 +237,7 @@ def test_cores_are_shared_by_the_processes_of_this_machine(
     assert default_worker_count() == min(16, 32 // count - 1)
 
 
-def test_processes_started_by_slurm_know_their_world_size(tmp_path: Path) -> None:
+def test_processes_started_by_slurm_know_their_world_size(tmp_path):
     code = (
         "import os\nfrom tvit_cli.engine.launch import make_accelerator\n"
         "from tvit_cli.engine.distributed import local_processes\n"
@@ -278,7 +262,7 @@ def test_processes_started_by_slurm_know_their_world_size(tmp_path: Path) -> Non
         assert process.returncode == 0 and out.split() == ["2"], errors
 
 
-def test_a_clip_that_another_process_could_not_read_is_named(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_a_clip_that_another_process_could_not_read_is_named(facts, tmp_path):
     data = tmp_path / "data" / "colours"
     shutil.copytree(facts["path_to_data"], data)
     layout = read_layout(data, group_pattern=GROUP_PATTERN, val_groups="none", test_groups="none")
@@ -298,16 +282,16 @@ def test_a_clip_that_another_process_could_not_read_is_named(facts: dict[str, An
     assert one and one == two, outputs
 
 
-def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_processors_know_is_shared_between_processors(monkeypatch):
     """Over NCCL each such number would be fetched from a GPU, when all that was asked of it before is done."""
-    made: list[str] = []
-    used: list[Any] = []
+    made = []
+    used = []
     backends = iter(("gloo", "nccl", "nccl", "nccl"))
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: next(backends))
     monkeypatch.setattr(distributed.dist, "new_group", lambda *, backend: made.append(backend) or "new")
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, how, group: used.append(group))
     distributed._between_processors.cache_clear()
-    two: Any = SimpleNamespace(num_processes=2)
+    two = SimpleNamespace(num_processes=2)
     signals = StopSignals()
     signals.received = "SIGTERM"
     assert distributed.all_reduce_min(3, two) == 3
@@ -318,7 +302,7 @@ def test_what_processors_know_is_shared_between_processors(monkeypatch: pytest.M
     distributed._between_processors.cache_clear()
 
 
-def test_gradients_are_summed_in_buckets_of_one_type() -> None:
+def test_gradients_are_summed_in_buckets_of_one_type():
     sizes = [BUCKET_BYTES // 4, 10, 10, 10]
     gradients = [torch.zeros(n) for n in sizes] + [torch.zeros(5, dtype=torch.float64)]
     assert [[g.numel() for g in bucket] for bucket in _buckets(gradients)] == [sizes[:1], sizes[1:], [5]]

@@ -1,7 +1,5 @@
 """RandAugment: each operation against a plain reference, the draws against their key."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -109,7 +107,7 @@ def channels_last(pixels: Tensor) -> Frames:
 
 @pytest.mark.parametrize("level", [-0.9, 0.3, 1.0])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_what_a_plain_reference_computes(name: str, level: float) -> None:
+def test_an_operation_is_what_a_plain_reference_computes(name, level):
     pixels = clip()
     before = pixels.clone()
     out = OPERATIONS[name](pixels, level, FILL)
@@ -122,7 +120,7 @@ def test_an_operation_is_what_a_plain_reference_computes(name: str, level: float
 
 @pytest.mark.parametrize("level", [-0.9, 0.3, 1.0])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_what_pillow_computes(name: str, level: float) -> None:
+def test_an_operation_is_what_pillow_computes(name, level):
     image, enhance, ops = (
         pytest.importorskip(f"PIL.{part}") for part in ("Image", "ImageEnhance", "ImageOps")
     )
@@ -133,7 +131,7 @@ def test_an_operation_is_what_pillow_computes(name: str, level: float) -> None:
     )  # frames below each other: what sees the whole clip
     out = channels_last(OPERATIONS[name](pixels, level, FILL))
     inside = np.ones((SIZE, SIZE), bool)
-    change: dict[str, Callable[[], Any]] = {
+    change = {
         "identity": lambda: picture,
         "posterize": lambda: ops.posterize(picture, 8 - round(4 * abs(level))),
         "solarize": lambda: ops.solarize(picture, 256 - 256 * abs(level)),
@@ -167,7 +165,7 @@ def test_an_operation_is_what_pillow_computes(name: str, level: float) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])
-def test_a_clip_of_one_colour_stays_of_one_colour(value: int) -> None:
+def test_a_clip_of_one_colour_stays_of_one_colour(value):
     pixels = torch.full((2, 3, SIZE, SIZE), value, dtype=torch.uint8)
     for name, operation in OPERATIONS.items():
         out = operation(pixels, 0.9, torch.full((3,), float(value)))
@@ -176,14 +174,14 @@ def test_a_clip_of_one_colour_stays_of_one_colour(value: int) -> None:
             assert torch.equal(out, pixels), name
 
 
-def test_magnitude_0_changes_nothing_but_what_has_no_magnitude() -> None:
+def test_magnitude_0_changes_nothing_but_what_has_no_magnitude():
     pixels = clip()
     for name, operation in OPERATIONS.items():
         if name not in ("autocontrast", "equalize"):
             assert torch.equal(operation(pixels, 0.0, FILL), pixels), name
 
 
-def test_what_moves_a_frame_never_mirrors_it() -> None:
+def test_what_moves_a_frame_never_mirrors_it():
     columns = torch.linspace(60, 200, SIZE).round().to(torch.uint8).expand(1, 3, SIZE, SIZE)
     for name in GEOMETRIC:
         for level in (-1.0, 1.0):
@@ -197,24 +195,22 @@ def go(pixels: Tensor, index: int = 0, **changes: Any) -> Tensor:
     return randaugment(pixels, index=index, **facts)
 
 
-def test_a_still_clip_stays_still() -> None:
+def test_a_still_clip_stays_still():
     still = clip(frames=1).expand(4, -1, -1, -1)
     for index in range(30):
         out = go(still, index)
         assert torch.equal(out, out[:1].expand_as(out))
 
 
-def test_operations_are_drawn_from_seed_epoch_and_index_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    drawn: list[tuple[str, float]] = []
+def test_operations_are_drawn_from_seed_epoch_and_index_and_nothing_else(monkeypatch):
+    drawn = []
 
-    def spy(name: str) -> Callable[[Tensor, float, Tensor], Tensor]:
+    def spy(name):
         return lambda pixels, level, fill: drawn.append((name, level)) or pixels  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(module, "OPERATIONS", {name: spy(name) for name in OPERATIONS})
 
-    def draws(**key: Any) -> list[tuple[str, float]]:
+    def draws(**key):
         drawn.clear()
         go(clip(), **key)
         return list(drawn)
@@ -233,23 +229,21 @@ def test_operations_are_drawn_from_seed_epoch_and_index_and_nothing_else(
     assert {level for _, level in draws(magnitude=3.0, operations=16)} == {-0.3, 0.3}
 
 
-def test_frames_that_are_moved_at_once_are_those_that_are_moved_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_frames_that_are_moved_at_once_are_those_that_are_moved_one_by_one(monkeypatch):
     one_by_one = OPERATIONS["rotate"](clip(), 0.7, FILL)
     monkeypatch.setattr(Tensor, "chunk", lambda pixels, pieces: (pixels,))
     assert torch.equal(OPERATIONS["rotate"](clip(), 0.7, FILL), one_by_one)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_no_operation_asks_the_device_for_a_number(name: str) -> None:
+def test_no_operation_asks_the_device_for_a_number(name):
     """The meta device has no numbers to give."""
     there = OPERATIONS[name](clip().to("meta"), 0.7, FILL)
     assert (there.shape, there.dtype) == (clip().shape, torch.uint8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_what_the_cpu_gives() -> None:
+def test_a_gpu_gives_what_the_cpu_gives():
     for name, operation in OPERATIONS.items():
         for level in (-0.9, 0.4):
             there = operation(clip().cuda(), level, FILL).cpu().int()

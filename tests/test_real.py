@@ -1,7 +1,5 @@
 """The whole road on real clips: Weizmann, with a pretrained ViT beside it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -23,7 +21,7 @@ def weights() -> Path:
     return folder
 
 
-def test_people_who_were_left_out_are_scored_and_predicted(real_data: Path, tmp_path: Path) -> None:
+def test_people_who_were_left_out_are_scored_and_predicted(real_data, tmp_path):
     result = run(
         path_to_data=str(real_data / "weizmann"),
         working_directory=tmp_path,
@@ -57,7 +55,7 @@ def read_names(output: Path) -> list[str]:
     return [line.split(",")[0] for line in (output / "scores.csv").read_text().splitlines()[1:]]
 
 
-def test_odd_files_are_predicted_or_named(real_data: Path, tmp_path: Path) -> None:
+def test_odd_files_are_predicted_or_named(real_data, tmp_path):
     result = run(
         path_to_data=str(real_data / "weizmann"),
         working_directory=tmp_path,

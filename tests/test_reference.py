@@ -1,7 +1,5 @@
 """Models that the reference implementation trained: the same logits, through tvit's own doors."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -31,8 +29,8 @@ from tvit_cli.model.pretrained import read_config
 from tvit_cli.model.reference import UCF101
 from tvit_cli.model.weights import resolve_weights
 from tvit_cli.portable.reading import segment_indices
-from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
-from tvit_cli.results import Event, Note
+from tvit_cli.portable.vit import ViTConfig, build_model
+from tvit_cli.results import Note
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
@@ -140,12 +138,12 @@ def write_merged(path: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return write(tmp_path / "hub" / "temporal-vit", random_tensors())
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def colours(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("reference") / "colours", groups=2)
 
 
@@ -163,7 +161,7 @@ def assert_same_logits(trained: Trained, expected: Tensor, clips: Tensor) -> Non
     assert (expected[0] - expected[1]).abs().max() > 0.01  # they depend on the clip
 
 
-def test_a_published_model_gives_the_logits_of_the_reference(folder: Path) -> None:
+def test_a_published_model_gives_the_logits_of_the_reference(folder):
     clips = some_clips(3)
     expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2)
     trained = opened(folder)
@@ -173,7 +171,7 @@ def test_a_published_model_gives_the_logits_of_the_reference(folder: Path) -> No
     assert (turned - expected).abs().max() > 1e-3  # and on the order of frames
 
 
-def test_each_quirk_counts(folder: Path) -> None:
+def test_each_quirk_counts(folder):
     """Were one of them left out, the logits would not be the same: the comparison can fail."""
     clips = some_clips(3)
     expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2)
@@ -192,7 +190,7 @@ def test_each_quirk_counts(folder: Path) -> None:
         assert (other - expected).abs().max() > 1e-3, changed
 
 
-def test_without_fused_attention_logits_are_scaled_by_the_whole_width(tmp_path: Path) -> None:
+def test_without_fused_attention_logits_are_scaled_by_the_whole_width(tmp_path):
     clips = some_clips(3)
     folder = write(tmp_path / "slow", random_tensors(), {**CONFIG, "use_flash_attention": False})
     expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2, scale=WIDTH**-0.5)
@@ -200,7 +198,7 @@ def test_without_fused_attention_logits_are_scaled_by_the_whole_width(tmp_path: 
     assert (plain_forward(random_tensors(), clips, n_frames=3, heads=2) - expected).abs().max() > 1e-3
 
 
-def test_a_patch_embedding_without_bias_and_half_precision_are_read(tmp_path: Path) -> None:
+def test_a_patch_embedding_without_bias_and_half_precision_are_read(tmp_path):
     tensors = {name: tensor.half() for name, tensor in random_tensors().items()}
     del tensors["patch_embd.conv.bias"]
     folder = write(tmp_path / "half", tensors, {**CONFIG, "patch_embd_bias": False})
@@ -209,7 +207,7 @@ def test_a_patch_embedding_without_bias_and_half_precision_are_read(tmp_path: Pa
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: bool) -> None:
+def test_merged_weights_of_a_training_need_no_config(tmp_path, as_folder):
     path = write_merged(tmp_path / "checkpoints" / "checkpoint_merged.safetensors", random_tensors())
     (path.parent / "checkpoint_0").mkdir()  # what else lies there
     trained = opened(path.parent if as_folder else path)
@@ -223,9 +221,7 @@ def test_merged_weights_of_a_training_need_no_config(tmp_path: Path, as_folder: 
     assert f"{everything}, the reference's defaults, are taken" in assumed
 
 
-def test_results_of_merged_weights_are_named_by_experiment_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_of_merged_weights_are_named_by_experiment_folders(tmp_path, monkeypatch):
     for run in ("ucf101", "hmdb51"):
         path = write_merged(
             tmp_path / run / "checkpoints" / "checkpoint_merged.safetensors", random_tensors()
@@ -240,7 +236,7 @@ def test_results_of_merged_weights_are_named_by_experiment_folders(
     assert opened(other).run == Path("runs/best")
 
 
-def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path: Path) -> None:
+def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path):
     path = write_merged(tmp_path / "checkpoint_merged.safetensors", random_tensors())
     told = {"n_frames": 5, "num_heads": 2, "use_flash_attention": True, "pooling": "cls",
             "id2label": {"0": "bend", "1": "jack", "2": "jump"}}  # fmt: skip
@@ -253,7 +249,7 @@ def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path: Path) ->
         assert trained.notes == ()
 
 
-def test_a_frame_size_that_nothing_tells_is_assumed_and_said(tmp_path: Path) -> None:
+def test_a_frame_size_that_nothing_tells_is_assumed_and_said(tmp_path):
     tensors = random_tensors()
     del tensors["pos_embed"]
     trained = opened(write_merged(tmp_path / "run" / "checkpoint_merged.safetensors", tensors))
@@ -264,7 +260,7 @@ def test_a_frame_size_that_nothing_tells_is_assumed_and_said(tmp_path: Path) -> 
     assert notes[1].startswith('The weights do not tell everything: "use_flash_attention": true, the')
 
 
-def test_101_classes_without_names_are_ucf101s(tmp_path: Path) -> None:
+def test_101_classes_without_names_are_ucf101s(tmp_path):
     folder = write(tmp_path / "ucf", random_tensors(classes=101), {**CONFIG, "num_classes": 101})
     trained = opened(folder)
     assert trained.card.labels == UCF101 == tuple(sorted(UCF101)) and len(set(UCF101)) == 101
@@ -273,7 +269,7 @@ def test_101_classes_without_names_are_ucf101s(tmp_path: Path) -> None:
     assert set(data) <= set(trained.named_by(data).card.labels)
 
 
-def test_frames_are_squashed_to_256_and_their_centre_is_taken(folder: Path, colours: Path) -> None:
+def test_frames_are_squashed_to_256_and_their_centre_is_taken(folder, colours):
     video = next(colours.glob("Red/*"))
     clip = read_clip(video, lambda count: segment_indices(count, 3)).frames
     preprocessing = opened(folder).card.preprocessing
@@ -297,9 +293,9 @@ def logits_of(video: Path, trained: Trained, *, n_frames: int, heads: int) -> Te
     return plain_forward(random_tensors(), clips, n_frames=n_frames, heads=heads)[0]
 
 
-def test_predict_labels_videos_with_it(folder: Path, colours: Path) -> None:
+def test_predict_labels_videos_with_it(folder, colours):
     videos = sorted(colours.glob("*/*_g01_*"))
-    events: list[Event] = []
+    events = []
     settings = PredictSettings(paths=tuple(videos), model=folder, top_k=3, device="cpu")
     result = predict(settings, events.append)
     for video, prediction in zip(videos, result.predictions, strict=True):
@@ -314,11 +310,9 @@ def test_predict_labels_videos_with_it(folder: Path, colours: Path) -> None:
     )
 
 
-def test_eval_scores_it_on_the_classes_of_the_data(
-    folder: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_scores_it_on_the_classes_of_the_data(folder, colours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    events: list[Event] = []
+    events = []
     facts = {"model": folder, "path_to_data": str(colours), "test_groups": "1", "val_groups": "none"}
     result = evaluate(
         EvalSettings.model_validate({**facts, "num_workers": 0, "device": "cpu"}), events.append
@@ -342,7 +336,7 @@ def test_eval_scores_it_on_the_classes_of_the_data(
         assert any(sentence in warning for warning in written) and sentence in page
 
 
-def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path: Path, colours: Path) -> None:
+def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path, colours):
     folder = write(tmp_path / "five", random_tensors(classes=5), {**CONFIG, "num_classes": 5})
     settings = EvalSettings(
         model=folder, path_to_data=str(colours), test_groups="1", val_groups="none", device="cpu"
@@ -351,9 +345,7 @@ def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path: Path, c
         evaluate(settings)
 
 
-def test_it_is_typed_as_any_model(
-    folder: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_typed_as_any_model(folder, colours, capsys, monkeypatch):
     monkeypatch.chdir(folder.parent)
     data = [
         "--path-to-data",
@@ -374,7 +366,7 @@ def test_it_is_typed_as_any_model(
     assert "class " in shown.out and "video_top1" in shown.out.replace(" ", "_")
 
 
-def test_an_export_of_it_is_proved_as_any_other(folder: Path, colours: Path, tmp_path: Path) -> None:
+def test_an_export_of_it_is_proved_as_any_other(folder, colours, tmp_path):
     for form in ("safetensors", "huggingface"):
         facts = {"model": folder, "format": form, "clips": colours, "output": tmp_path / form}
         result = export(ExportSettings.model_validate(facts))
@@ -419,9 +411,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], object]:
         ),
     ],
 )
-def test_bad_weights_are_refused_with_reasons(
-    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], sentence: str
-) -> None:
+def test_bad_weights_are_refused_with_reasons(tmp_path, change, sentence):
     tensors = random_tensors()
     change(tensors)
     with pytest.raises(ModelError, match=sentence):
@@ -448,19 +438,19 @@ def test_bad_weights_are_refused_with_reasons(
         ),
     ],
 )
-def test_a_bad_config_is_refused_with_reasons(tmp_path: Path, config: dict[str, Any], sentence: str) -> None:
+def test_a_bad_config_is_refused_with_reasons(tmp_path, config, sentence):
     with pytest.raises(ModelError, match=sentence):
         opened(write(tmp_path / "bad", random_tensors(), {**CONFIG, **config}))
 
 
-def test_the_labels_that_transformers_makes_up_are_no_names(tmp_path: Path) -> None:
+def test_the_labels_that_transformers_makes_up_are_no_names(tmp_path):
     folder = write(
         tmp_path / "two", random_tensors(), {**CONFIG, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
     )
     assert opened(folder).card.labels == ("class 0", "class 1", "class 2")
 
 
-def test_a_bare_file_of_other_weights_is_no_trained_model(tmp_path: Path) -> None:
+def test_a_bare_file_of_other_weights_is_no_trained_model(tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"its model_type is None.* no trained model of videos"):
         opened(tmp_path / "other.safetensors")
@@ -469,16 +459,14 @@ def test_a_bare_file_of_other_weights_is_no_trained_model(tmp_path: Path) -> Non
         opened(tmp_path / "model.bin")
 
 
-def test_the_same_tensor_under_two_names_is_refused(folder: Path) -> None:
+def test_the_same_tensor_under_two_names_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "norm.bias": tensors["model.norm.bias"].clone()}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="a tensor is stored twice"):
         opened(folder)
 
 
-def test_a_name_on_the_hub_is_read_from_the_cache(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_on_the_hub_is_read_from_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     name = Path("detker/temporal-vit-85M")
@@ -511,7 +499,7 @@ def a_card(config: ViTConfig) -> ModelCard:
 
 
 @pytest.fixture
-def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, TemporalViT]:
+def pushed(tmp_path, monkeypatch):
     """What the hub's cache holds of somebody/jumps, a model folder, and the model in it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -525,9 +513,7 @@ def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Tempo
 
 
 @pytest.mark.parametrize("config", [None, {}, {"library_name": "tvit"}], ids=["no", "empty", "any"])
-def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
-    pushed: tuple[Path, TemporalViT], config: dict[str, str] | None
-) -> None:
+def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(pushed, config):
     """An export with --format safetensors is a model folder, also where it was pushed to."""
     folder, model = pushed
     if config is not None:
@@ -540,9 +526,7 @@ def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(
     assert read_config(resolve_weights("somebody/jumps")).width == 16  # to train from
 
 
-def test_what_a_model_on_the_hub_was_trained_on_is_known(
-    pushed: tuple[Path, TemporalViT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_model_on_the_hub_was_trained_on_is_known(pushed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_clips(Path("data", "mine"))
     for choice, known in (({}, "These videos chose the epoch"), ({"val_groups": "03,"}, "were trained on")):
@@ -551,9 +535,7 @@ def test_what_a_model_on_the_hub_was_trained_on_is_known(
         assert any(known in warning for warning in said) and "not known" not in " ".join(said)
 
 
-def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(
-    pushed: tuple[Path, TemporalViT],
-) -> None:
+def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(pushed):
     folder, model = pushed
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     own = opened(Path("somebody/jumps")).model.state_dict()
@@ -563,7 +545,7 @@ def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(
         opened(Path("somebody/jumps"))
 
 
-def test_a_file_beside_a_model_folders_is_not_taken_for_it(pushed: tuple[Path, TemporalViT]) -> None:
+def test_a_file_beside_a_model_folders_is_not_taken_for_it(pushed):
     folder, _ = pushed
     save_file({"weight": torch.ones(2)}, folder / "other.safetensors")
     assert opened(folder / "model.safetensors").card.labels == ("Blue", "Green", "Red")
@@ -571,7 +553,7 @@ def test_a_file_beside_a_model_folders_is_not_taken_for_it(pushed: tuple[Path, T
         opened(folder / "other.safetensors")
 
 
-def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "working_directory").mkdir()
     for path in ("working_directory/ucf101-9", "nothing", "a/b/c"):
@@ -579,12 +561,10 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch
             opened(Path(path))
 
 
-def test_missing_local_paths_are_not_looked_up_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
+def test_missing_local_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    asked = []
 
-    def unreachable(name: str, **how: Any) -> None:
+    def unreachable(name, **how):
         asked.append(name)
         raise OSError
 
@@ -604,7 +584,7 @@ def test_missing_local_paths_are_not_looked_up_on_the_hub(
     assert asked == ["owner/name"]
 
 
-def test_an_export_of_tvit_on_the_hub_is_called_what_it_is(tmp_path: Path) -> None:
+def test_an_export_of_tvit_on_the_hub_is_called_what_it_is(tmp_path):
     folder = write(tmp_path / "exported", random_tensors(), {"model_type": "tvit"})
     with pytest.raises(ModelError, match=r"exported: an export of a tvit model .* --format safetensors"):
         opened(folder)
@@ -614,15 +594,13 @@ def test_an_export_of_tvit_on_the_hub_is_called_what_it_is(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("shapes", [{}, CONFIG], ids=["merged", "published"])
 @pytest.mark.parametrize("name", ["head.weight", "blocks.0.mlp.linear1.weight"])
-def test_a_tensor_without_dimensions_is_refused_with_its_name(
-    tmp_path: Path, name: str, shapes: dict[str, Any]
-) -> None:
+def test_a_tensor_without_dimensions_is_refused_with_its_name(tmp_path, name, shapes):
     tensors = {**random_tensors(), name: torch.tensor(1.0)}
     written = write(tmp_path / "bad", tensors, shapes) if shapes else None
     with pytest.raises(ModelError, match=rf"{name} has the shape \(\)"):
         opened(written or write_merged(tmp_path / "bad.safetensors", tensors))
 
 
-def test_it_is_no_backbone_to_train_from(folder: Path) -> None:
+def test_it_is_no_backbone_to_train_from(folder):
     with pytest.raises(ModelError, match=r"a trained classifier of clips, no image ViT.* tvit eval --model"):
         read_config(resolve_weights(str(folder)))

@@ -1,13 +1,10 @@
 """What small data needs, in a training: its state survives a stop, processes agree on it, nonsense is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from tvit_cli.engine.train.batches import class_weights
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.errors import ModelError, SettingsError
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Event, Note, TrainResult
+from tvit_cli.results import Note, TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -35,20 +32,20 @@ STANDSTILL = {"learning_rate": 1e-30}  # every epoch is as good as the first
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pretrained(tmp_path_factory):
     return make_pretrained(tmp_path_factory.mktemp("weights") / "tiny-vit")
 
 
 @pytest.fixture
-def trained(clips: Path, pretrained: Path, tmp_path: Path) -> Callable[..., TrainResult]:
+def trained(clips, pretrained, tmp_path):
     """`trained(**changes)` trains on the clips below tmp_path."""
 
-    def go(**changes: Any) -> TrainResult:
+    def go(**changes):
         facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
         return run(**{**facts, **changes})
 
@@ -78,7 +75,7 @@ def classifier_of(result: TrainResult) -> torch.Tensor:
     return load_model(result.model)[0].classifier.weight.detach()
 
 
-def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained: Callable[..., TrainResult]) -> None:
+def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained):
     facts = {**UNEVEN, "epochs": 2, "save_every_steps": 2, "drop_path": 0.4, "token_drop": 0.3}
     facts |= {
         "ema_decay": 0.8,
@@ -98,7 +95,7 @@ def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained: Callab
     assert models[0] == models[1]
 
 
-def test_the_average_is_what_is_validated_and_kept(trained: Callable[..., TrainResult]) -> None:
+def test_the_average_is_what_is_validated_and_kept(trained):
     result = trained(epochs=4, ema_decay=0.9, test_at_end=True)
     best = load_checkpoint(checkpoints(result)[result.best_epoch - 1])
     assert best.ema is not None and best.best is not None and same(best.best, best.ema)
@@ -108,20 +105,18 @@ def test_the_average_is_what_is_validated_and_kept(trained: Callable[..., TrainR
     assert decays == [(1 + n) / (10 + n) for n in (2, 5, 8, 11)]  # 3 steps per epoch
 
 
-def test_without_validation_the_last_average_is_kept(trained: Callable[..., TrainResult]) -> None:
+def test_without_validation_the_last_average_is_kept(trained):
     result = trained(ema_decay=0.9, val_groups="none")
     assert torch.equal(classifier_of(result), last_average(result)["classifier.weight"])
     assert not torch.equal(classifier_of(result), last_weights(result)["classifier.weight"])
 
 
-def test_no_average_is_saved_unless_asked_for(trained: Callable[..., TrainResult]) -> None:
+def test_no_average_is_saved_unless_asked_for(trained):
     assert not (checkpoints(trained(epochs=1))[-1] / "ema.safetensors").exists()
 
 
-def test_training_ends_when_the_patience_does_and_is_finished(
-    clips: Path, pretrained: Path, tmp_path: Path
-) -> None:
-    events: list[Event] = []
+def test_training_ends_when_the_patience_does_and_is_finished(clips, pretrained, tmp_path):
+    events = []
     facts = settings(
         path_to_data=str(clips),
         hf_model_name=str(pretrained),
@@ -135,7 +130,7 @@ def test_training_ends_when_the_patience_does_and_is_finished(
     assert any("Stopped early: epoch 1 is the best" in e.text for e in events if isinstance(e, Note))
 
 
-def test_a_better_epoch_begins_the_patience_anew(trained: Callable[..., TrainResult]) -> None:
+def test_a_better_epoch_begins_the_patience_anew(trained):
     result = trained(epochs=12, warmup_epochs=0, patience=3, learning_rate=0.1)
     ranks = [(record["val_video_top1"], -record["val_loss"]) for record in epochs(result)]
     assert 4 < len(ranks) < 12  # else nothing is shown
@@ -147,9 +142,7 @@ def test_a_better_epoch_begins_the_patience_anew(trained: Callable[..., TrainRes
 
 
 @pytest.mark.parametrize("left", [1, 2])
-def test_a_resumed_run_loses_its_patience_in_the_same_epoch(
-    trained: Callable[..., TrainResult], left: int
-) -> None:
+def test_a_resumed_run_loses_its_patience_in_the_same_epoch(trained, left):
     facts = {**STANDSTILL, "epochs": 9, "patience": 2}
     whole, cut = trained(**facts), trained(**facts)
     for path in (cut.model, *checkpoints(cut)[left:]):
@@ -161,14 +154,12 @@ def test_a_resumed_run_loses_its_patience_in_the_same_epoch(
     assert records(again) == records(whole) and (again.model / "card.json").is_file()
 
 
-def test_class_weights_leave_losses_in_float32(
-    trained: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_class_weights_leave_losses_in_float32(trained, monkeypatch):
     """In float64 they made all losses float64, which MPS does not have."""
     seen = set()
     own = loop.clip_losses
 
-    def watched(*given: Any, **options: Any) -> torch.Tensor:
+    def watched(*given, **options):
         losses = own(*given, **options)
         seen.add((options["class_weights"].dtype, losses.dtype))
         return losses
@@ -178,9 +169,7 @@ def test_class_weights_leave_losses_in_float32(
     assert seen == {(torch.float32, torch.float32)}
 
 
-def test_the_training_loss_counts_each_clip_by_its_weight(
-    trained: Callable[..., TrainResult], clips: Path
-) -> None:
+def test_the_training_loss_counts_each_clip_by_its_weight(trained, clips):
     result = trained(**UNEVEN, **STANDSTILL, epochs=1, class_weights="balanced", lora_dropout=0.0)
     layout = read_layout(
         clips, group_pattern=UNEVEN["group_pattern"], val_groups="g01", test_groups="g02", split=0, need_test=False
@@ -203,9 +192,7 @@ def test_the_training_loss_counts_each_clip_by_its_weight(
     assert epoch["train_loss"] != pytest.approx(losses.mean().item(), rel=1e-4)
 
 
-def test_two_processes_agree_on_all_of_it(
-    trained: Callable[..., TrainResult], tmp_path: Path, clips: Path, pretrained: Path
-) -> None:
+def test_two_processes_agree_on_all_of_it(trained, tmp_path, clips, pretrained):
     facts = {
         **UNEVEN,
         "epochs": 12,
@@ -256,14 +243,12 @@ def test_two_processes_agree_on_all_of_it(
         ({"patience": 0}, "--patience: 0: it should be greater than or equal to 1"),
     ],
 )  # fmt: skip
-def test_values_that_make_no_sense_are_refused(flags: dict[str, Any], words: str) -> None:
+def test_values_that_make_no_sense_are_refused(flags, words):
     with pytest.raises(SettingsError, match=words):
         load(TrainSettings, flags=flags, environ={})
 
 
-def test_patience_without_validation_and_one_block_drop_path_are_refused(
-    trained: Callable[..., TrainResult], tmp_path: Path
-) -> None:
+def test_patience_without_validation_and_one_block_drop_path_are_refused(trained, tmp_path):
     with pytest.raises(SettingsError, match=r"--patience 3: .* has no validation subset.*--val-groups"):
         trained(patience=3, val_groups="none")
     with pytest.raises(ModelError, match=r"--drop-path 0\.1: it rises from 0 in the first block"):
@@ -271,7 +256,7 @@ def test_patience_without_validation_and_one_block_drop_path_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_off_means_off(trained: Callable[..., TrainResult]) -> None:
+def test_off_means_off(trained):
     off = trained(
         drop_path=0.0, token_drop=0.0, ema_decay=None, layer_decay=1.0, class_weights="none", patience=None
     )

@@ -1,7 +1,5 @@
 """Removal: only files that tvit wrote go, foreign ones stay or are refused by name, links are not followed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -25,23 +23,22 @@ from tvit_cli.files import files_below
 from tvit_cli.model.folder import replace_folder
 from tvit_cli.report.drawing import Drawing, to_png
 from tvit_cli.report.html import write_pages
-from tvit_cli.results import TrainResult
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def facts(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     clips, weights = make_clips(root / "colours"), make_pretrained(root / "tiny-vit")
     return {"path_to_data": str(clips), "hf_model_name": str(weights), "epochs": 1}
 
 
 @pytest.fixture(scope="module")
-def whole(facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(facts, tmp_path_factory):
     """A finished run with every kind of file that tvit leaves in one."""
     root = tmp_path_factory.mktemp("whole")
-    result: TrainResult = run(
+    result = run(
         **facts, working_directory=root, experiment_name="mine", checkpoint_dir="kept", test_at_end=True
     )
     evaluate(EvalSettings(model=result.model, subset="val", num_workers=0, device="cpu"))
@@ -60,7 +57,7 @@ def whole(facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def mine(whole: Path, tmp_path: Path) -> Path:
+def mine(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "runs" / "mine", symlinks=True))
 
 
@@ -78,9 +75,7 @@ def train_again(facts: dict[str, Any], folder: Path, how: str, capsys: Any) -> t
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])
-def test_overwrite_replaces_a_run_with_all_that_tvit_left(
-    facts: dict[str, Any], mine: Path, how: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_replaces_a_run_with_all_that_tvit_left(facts, mine, how, capsys):
     assert train_again(facts, mine, "neither", capsys)[1].endswith("or replace it with --overwrite.")
     code, said = train_again(facts, mine, how, capsys)
     assert code == 0, said
@@ -100,9 +95,7 @@ def test_overwrite_replaces_a_run_with_all_that_tvit_left(
         *("wandb/thesis.txt", "tensorboard/thesis.txt"),
     ],
 )
-def test_overwrite_refuses_a_run_with_a_foreign_file_by_name(
-    facts: dict[str, Any], mine: Path, name: str, how: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_refuses_a_run_with_a_foreign_file_by_name(facts, mine, name, how, capsys):
     (mine / name).parent.mkdir(exist_ok=True)
     (mine / name).write_text("years of work")
     before = files_below(mine)
@@ -116,13 +109,7 @@ def test_overwrite_refuses_a_run_with_a_foreign_file_by_name(
 
 @pytest.mark.parametrize("how", ["flag", "config", "neither"])
 @pytest.mark.parametrize("settings_file", [None, '{"fontSize": 12}', "[]", '"text"', "no json"])
-def test_overwrite_refuses_a_folder_that_is_no_run(
-    facts: dict[str, Any],
-    tmp_path: Path,
-    settings_file: str | None,
-    how: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_overwrite_refuses_a_folder_that_is_no_run(facts, tmp_path, settings_file, how, capsys):
     folder = tmp_path / "runs" / "thesis"
     (folder / "model").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "model/card.json", "z.txt"):
@@ -140,9 +127,7 @@ def test_overwrite_refuses_a_folder_that_is_no_run(
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])
-def test_overwrite_follows_no_link(
-    facts: dict[str, Any], mine: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_follows_no_link(facts, mine, tmp_path, how, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     before = files_below(mine)
@@ -154,7 +139,7 @@ def test_overwrite_follows_no_link(
     assert code == 2 and "did not write: photos" in said and (tmp_path / "photos" / "cat.jpg").is_file()
 
 
-def test_a_run_begins_again_only_where_all_in_it_is_its_own(facts: dict[str, Any], mine: Path) -> None:
+def test_a_run_begins_again_only_where_all_in_it_is_its_own(facts, mine):
     for name in ("model", "eval", "export", "plots", "kept"):
         shutil.rmtree(mine / name)
     (mine / "report.html").unlink()
@@ -167,9 +152,7 @@ def test_a_run_begins_again_only_where_all_in_it_is_its_own(facts: dict[str, Any
     assert (mine / "notes" / ".thesis.txt").read_text() == "hidden"
 
 
-def test_a_series_refuses_foreign_files_before_its_first_training(
-    facts: dict[str, Any], mine: Path, tmp_path: Path
-) -> None:
+def test_a_series_refuses_foreign_files_before_its_first_training(facts, mine, tmp_path):
     folder = tmp_path / "people"
     first, second = folder / "seed0-split1", folder / "seed1-split1"
     for target in (first, second):
@@ -191,7 +174,7 @@ def save(folder: Path, step: int) -> Path:
     return save_checkpoint(folder, state=State(step=step), trainable={}, optimizer={}, best=None)
 
 
-def test_checkpoints_that_go_leave_foreign_files_in_place(tmp_path: Path) -> None:
+def test_checkpoints_that_go_leave_foreign_files_in_place(tmp_path):
     kept = [save(tmp_path, step) / "notes" / "thesis.txt" for step in (1, 2, 9)]
     for path in kept:
         path.parent.mkdir()
@@ -208,7 +191,7 @@ def test_checkpoints_that_go_leave_foreign_files_in_place(tmp_path: Path) -> Non
     assert files_below(tmp_path / ".step-mine.writing") == ["state.json", "thesis.txt"]
 
 
-def test_pruning_follows_no_link(tmp_path: Path) -> None:
+def test_pruning_follows_no_link(tmp_path):
     elsewhere = save(tmp_path / "elsewhere", 1)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "step-000001").symlink_to(elsewhere)
@@ -217,7 +200,7 @@ def test_pruning_follows_no_link(tmp_path: Path) -> None:
     assert "state.json" in files_below(elsewhere)
 
 
-def test_a_working_folder_with_a_foreign_file_keeps_it(tmp_path: Path) -> None:
+def test_a_working_folder_with_a_foreign_file_keeps_it(tmp_path):
     work = tmp_path / ".model.writing"
     for name in ("thesis.txt", "old/thesis.txt", "old/card.json", "new/model.safetensors"):
         (work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +212,7 @@ def test_a_working_folder_with_a_foreign_file_keeps_it(tmp_path: Path) -> None:
     assert files_below(tmp_path) == [".model.writing/thesis.txt", "model/card.json", "model/thesis.txt"]
 
 
-def test_a_linked_working_folder_is_not_followed(tmp_path: Path) -> None:
+def test_a_linked_working_folder_is_not_followed(tmp_path):
     (tmp_path / "thesis" / "new").mkdir(parents=True)
     (tmp_path / "thesis" / "new" / "thesis.txt").touch()
     (tmp_path / ".model.writing").symlink_to(tmp_path / "thesis")
@@ -238,7 +221,7 @@ def test_a_linked_working_folder_is_not_followed(tmp_path: Path) -> None:
     assert files_below(tmp_path / "thesis") == ["new/thesis.txt"]
 
 
-def test_an_export_of_somebody_else_is_refused(mine: Path, tmp_path: Path) -> None:
+def test_an_export_of_somebody_else_is_refused(mine, tmp_path):
     output = tmp_path / "other"
     output.mkdir()
     for content in ("[]", "text", json.dumps({"videos": 3})):
@@ -251,7 +234,7 @@ def test_an_export_of_somebody_else_is_refused(mine: Path, tmp_path: Path) -> No
     assert (mine / "export" / "safetensors" / "parity.json").is_file()
 
 
-def test_a_page_removes_only_drawings_of_tvit(tmp_path: Path) -> None:
+def test_a_page_removes_only_drawings_of_tvit(tmp_path):
     plots = tmp_path / "plots"
     plots.mkdir()
     (plots / "mine.png").write_bytes(b"a photo")
@@ -260,14 +243,14 @@ def test_a_page_removes_only_drawings_of_tvit(tmp_path: Path) -> None:
     assert files_below(plots) == ["mine.png"]
 
 
-def test_another_programs_files_are_no_frame_store(tmp_path: Path) -> None:
+def test_another_programs_files_are_no_frame_store(tmp_path):
     (tmp_path / "store.json").write_text('{"books": []}')
     (tmp_path / "shard-of-glass.frames").touch()
     assert not is_store(tmp_path) and shard_paths(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", [".incoming", ".incoming.unpacking"])
-def test_foreign_files_in_a_downloads_working_folder_are_refused(tmp_path: Path, name: str) -> None:
+def test_foreign_files_in_a_downloads_working_folder_are_refused(tmp_path, name):
     (tmp_path / name / "videos").mkdir(parents=True)
     (tmp_path / name / "videos" / "half.avi").touch()
     (tmp_path / name / "thesis.txt").touch()
@@ -277,7 +260,7 @@ def test_foreign_files_in_a_downloads_working_folder_are_refused(tmp_path: Path,
     assert files_below(Landing(tmp_path, "mini").new_incoming()) == []
 
 
-def test_a_linked_working_folder_of_a_download_is_refused(tmp_path: Path) -> None:
+def test_a_linked_working_folder_of_a_download_is_refused(tmp_path):
     (tmp_path / "elsewhere" / "videos").mkdir(parents=True)
     (tmp_path / "elsewhere" / "videos" / "cat.avi").touch()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -286,7 +269,7 @@ def test_a_linked_working_folder_of_a_download_is_refused(tmp_path: Path) -> Non
     assert files_below(tmp_path / "elsewhere") == ["videos/cat.avi"]
 
 
-def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path: Path) -> None:
+def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"mine")
     assert "a.zip" not in fetch_files(tmp_path / "a.zip")
     with pytest.raises(RunError, match=r"a\.zip: .*Move it away"):
@@ -297,5 +280,5 @@ def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path: Path) -> 
     assert (tmp_path / "a.zip").read_bytes() == b"mine"
 
 
-def test_a_message_names_the_first_files_and_counts_the_rest() -> None:
+def test_a_message_names_the_first_files_and_counts_the_rest():
     assert shorten(["a", "b", "c"]) == "a, b, c" and shorten(list("abcdefg")) == "a, b, c and 4 more"

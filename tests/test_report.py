@@ -1,7 +1,5 @@
 """The report of a training: a page that needs nothing but itself, charts that can be read, true numbers."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -25,7 +23,7 @@ from tvit_cli.report.charts import MOST_POINTS, Curve, curves_chart, thinned
 from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Text, text_width, ticks, to_png, to_svg
 from tvit_cli.report.film import Samples, film_strip, spread, to_pixels
 from tvit_cli.report.training import TrainingFacts, curves, training_page
-from tvit_cli.results import Event, Note, TrainResult
+from tvit_cli.results import Note
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
@@ -33,12 +31,12 @@ SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "trai
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
 @pytest.fixture(scope="module")
-def result(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def result(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return run(path_to_data=str(clips), working_directory=folder, epochs=3, test_at_end=True, **SCRATCH)
 
@@ -76,7 +74,7 @@ def facts(folder: Path, **changes: Any) -> TrainingFacts:
     return TrainingFacts(**{**values, **changes})
 
 
-def test_a_training_leaves_a_page_that_refers_to_nothing_outside_itself(result: TrainResult) -> None:
+def test_a_training_leaves_a_page_that_refers_to_nothing_outside_itself(result):
     assert result.report == result.run / "report.html"
     shown = Page(result.report.read_text(encoding="utf-8"))
     assert shown.references and all(value.startswith("data:") for value in shown.references)
@@ -88,12 +86,12 @@ def test_a_training_leaves_a_page_that_refers_to_nothing_outside_itself(result: 
         assert word.lower() in shown.text.lower()
 
 
-def test_a_browser_without_a_network_finds_nothing_wrong_with_the_page(result: TrainResult) -> None:
+def test_a_browser_without_a_network_finds_nothing_wrong_with_the_page(result):
     assert result.report is not None
     assert trouble_in_chromium(result.report) == []
 
 
-def test_the_page_says_what_the_metrics_say(result: TrainResult) -> None:
+def test_the_page_says_what_the_metrics_say(result):
     assert result.report is not None and result.test is not None
     text = Page(result.report.read_text(encoding="utf-8")).text
     lines = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
@@ -112,7 +110,7 @@ def test_the_page_says_what_the_metrics_say(result: TrainResult) -> None:
         assert f"{name}{right} of {videos}" in text
 
 
-def test_the_curves_lie_beside_the_page_as_pictures(result: TrainResult) -> None:
+def test_the_curves_lie_beside_the_page_as_pictures(result):
     names = {path.stem for path in (result.run / "plots").iterdir()}
     assert names == {"loss", "accuracy", "learning_rate", "gradient_norm", "throughput", "data_wait"}
     with Image.open(result.run / "plots" / "loss.png") as picture:
@@ -122,20 +120,18 @@ def test_the_curves_lie_beside_the_page_as_pictures(result: TrainResult) -> None
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixup": 0.8}], ids=["plain", "mixed"])
-def test_the_samples_are_what_the_model_was_given(
-    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
+def test_the_samples_are_what_the_model_was_given(clips, tmp_path, monkeypatch, changes):
     from tvit_cli.portable.vit import TemporalViT
 
-    given: list[torch.Tensor] = []
+    given = []
     real = TemporalViT.forward
 
-    def forward(self: TemporalViT, clips: torch.Tensor) -> torch.Tensor:
+    def forward(self, clips):
         if self.training:
             given.extend(clips.clone())
         return real(self, clips)
 
-    kept: list[Samples] = []
+    kept = []
     monkeypatch.setattr(TemporalViT, "forward", forward)
     monkeypatch.setattr(training, "write_training_report", lambda facts: kept.append(facts.samples))
     run(path_to_data=str(clips), working_directory=tmp_path, epochs=1, **changes, **SCRATCH)
@@ -149,21 +145,19 @@ def test_the_samples_are_what_the_model_was_given(
             assert name.startswith(f"v_{label}_")
 
 
-def test_a_report_that_cannot_be_written_costs_no_training(
-    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(drawing: Drawing) -> bytes:
+def test_a_report_that_cannot_be_written_costs_no_training(clips, tmp_path, monkeypatch):
+    def full(drawing):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(html, "to_png", full)
-    events: list[Event] = []
+    events = []
     facts = settings(path_to_data=str(clips), working_directory=tmp_path, epochs=1, **SCRATCH)
     done = train(facts, events.append)
     assert done.report is None and (done.model / "card.json").is_file()
     assert any("report could not be written (No space left" in e.text for e in events if isinstance(e, Note))
 
 
-def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
+def test_names_from_outside_are_text_and_never_markup(tmp_path):
     evil = '<script>alert("1")</script>&'
     own = facts(
         tmp_path / "run",
@@ -180,14 +174,14 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
     assert shown.text.count(evil) >= 8
 
 
-def test_classes_stand_worst_first_and_settings_that_differ_are_told_apart(tmp_path: Path) -> None:
+def test_classes_stand_worst_first_and_settings_that_differ_are_told_apart(tmp_path):
     text = Page(training_page(facts(tmp_path / "run"), [])).text
     assert text.index("Bowling1 of 4 · 25 %") < text.index("Archery3 of 4 · 75 %")
     assert f"2 of {len(TrainSettings.model_fields)} differ" in text
     assert "--lora-rank38" in text and "--epochs2300" in text
 
 
-def test_a_run_without_validation_shows_what_there_is(tmp_path: Path) -> None:
+def test_a_run_without_validation_shows_what_there_is(tmp_path):
     own = facts(tmp_path / "run", best_step=0, per_class={})
     own = facts(
         tmp_path / "run",
@@ -214,7 +208,7 @@ def boxes(drawing: Drawing) -> list[tuple[float, float, float, float, str]]:
 
 @pytest.mark.parametrize("epochs", [1, 2, 14, 300])
 @pytest.mark.parametrize("peak", [1e-7, 0.8, 1234.0])
-def test_no_text_of_a_chart_overlaps_another_or_leaves_the_sheet(epochs: int, peak: float) -> None:
+def test_no_text_of_a_chart_overlaps_another_or_leaves_the_sheet(epochs, peak):
     points = [(n, peak / n) for n in range(1, epochs + 1)]
     names = ("train clip top-1", "val top-1", "val top-5")
     chart = curves_chart(
@@ -234,8 +228,8 @@ def test_no_text_of_a_chart_overlaps_another_or_leaves_the_sheet(epochs: int, pe
             assert apart, (text, other[4])
 
 
-def test_every_point_of_a_chart_lies_inside_its_axes() -> None:
-    points: list[tuple[float, float | None]] = [(n, math.sin(n) * 3) for n in range(1, 30)]
+def test_every_point_of_a_chart_lies_inside_its_axes():
+    points = [(n, math.sin(n) * 3) for n in range(1, 30)]
     points[7] = (8, None)
     chart = curves_chart("x", [Curve("c", points, "one")], x_name="step", show=str)
     assert chart is not None
@@ -252,11 +246,11 @@ def test_every_point_of_a_chart_lies_inside_its_axes() -> None:
     ("low", "high", "expected"),
     [(0, 0.83, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 14, [0, 5, 10, 15]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 2, [-3, -2, -1, 0, 1, 2])],
 )  # fmt: skip
-def test_ticks_are_round_numbers_around_the_range(low: float, high: float, expected: list[float]) -> None:
+def test_ticks_are_round_numbers_around_the_range(low, high, expected):
     assert ticks(low, high, 5) == expected
 
 
-def test_ticks_of_any_range_cover_it_evenly_with_few() -> None:
+def test_ticks_of_any_range_cover_it_evenly_with_few():
     for power in range(-9, 10):
         for high in (1.0, 1.7, 3.3, 9.9):
             found = ticks(0, high * 10.0**power, 5)
@@ -266,7 +260,7 @@ def test_ticks_of_any_range_cover_it_evenly_with_few() -> None:
     assert ticks(0, 3, 8, whole=True) == [0, 1, 2, 3]
 
 
-def test_a_long_curve_keeps_its_ends_and_extremes() -> None:
+def test_a_long_curve_keeps_its_ends_and_extremes():
     points = [(float(n), math.sin(n / 90)) for n in range(6000)]
     points[2345] = (2345.0, 50.0)
     (run_,) = thinned(points)
@@ -275,7 +269,7 @@ def test_a_long_curve_keeps_its_ends_and_extremes() -> None:
     assert thinned(points[:5]) == [points[:5]]
 
 
-def test_shapes_are_drawn_alike_as_svg_and_as_png() -> None:
+def test_shapes_are_drawn_alike_as_svg_and_as_png():
     shapes = [
         Box((0, 0), 20, 10, "bad", title="a < b"),
         Line([(0, 15), (20, 15)], "good", 3),
@@ -294,7 +288,7 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png() -> None:
     with Image.open(io.BytesIO(to_png(drawing, scale=2))) as picture:
         assert picture.size == (80, 80)
 
-        def colour(x: float, y: float) -> str:
+        def colour(x, y):
             return "#{:02x}{:02x}{:02x}".format(*picture.getpixel((round(2 * x), round(2 * y))))  # type: ignore[misc]
 
         assert colour(10, 5) == PALETTE["bad"][0] and colour(10, 15) == PALETTE["good"][0]
@@ -307,14 +301,14 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png() -> None:
         assert colour(10, 5) == PALETTE["bad"][1] and colour(30, 15) == PALETTE["paper"][1]
 
 
-def test_pixels_come_back_from_what_normalisation_made_of_them() -> None:
+def test_pixels_come_back_from_what_normalisation_made_of_them():
     card = Preprocessing(n_frames=3, frame_size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     clip = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     given = eval_transform([clip], preprocessing=card, device=torch.device("cpu"))[0]
     assert torch.equal(to_pixels(given, card), clip)
 
 
-def test_a_film_strip_shows_the_frames_side_by_side() -> None:
+def test_a_film_strip_shows_the_frames_side_by_side():
     card = Preprocessing(n_frames=3, frame_size=200, mean=(0, 0, 0), std=(1, 1, 1))
     clip = torch.stack([torch.full((3, 200, 200), level) for level in (0.0, 0.5, 1.0)])
     uri = film_strip(clip, card)
@@ -324,15 +318,13 @@ def test_a_film_strip_shows_the_frames_side_by_side() -> None:
     assert spread(torch.arange(33), 5).tolist() == [0, 8, 16, 24, 32]
 
 
-def test_a_table_marks_the_rows_it_is_told_to_and_numbers_stand_right() -> None:
+def test_a_table_marks_the_rows_it_is_told_to_and_numbers_stand_right():
     text = html.table(("a", "b"), [("x", 1), ("y", 2)], changed=[1])
     assert text.count('class="changed"') == 1 and text.count('class="number"') == 2
     assert html.table(("a",), []) == "" and html.section("empty", html.Html("")) == ""
 
 
-def test_the_commit_of_a_working_tree_is_found_and_its_absence_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_of_a_working_tree_is_found_and_its_absence_is_no_error(tmp_path, monkeypatch):
     assert html.git_commit(tmp_path) == ""
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):  # fmt: skip
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)

@@ -1,24 +1,16 @@
 """Resuming a training run: the same bits, and refusals of other settings and data."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 from entry import tvit
-from tiny import MIXED, Run, last_weights, records, same
+from tiny import MIXED, last_weights, records, same
 
 from tvit_cli.engine.train import checkpoint
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.fingerprint import check_fingerprint, check_ranks_agree
-from tvit_cli.errors import (
-    CheckpointError,
-    RunError,
-    SettingsError,
-)
+from tvit_cli.errors import CheckpointError, RunError, SettingsError
 
 
 @pytest.mark.parametrize(
@@ -32,9 +24,7 @@ from tvit_cli.errors import (
     ],
     ids=["plain", "mixed, within an epoch", "pissa", "dora", "last-1"],
 )
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
-    trained: Run, changes: dict[str, Any], kept: int
-) -> None:
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(trained, changes, kept):
     facts = {"epochs": 4, "save_checkpoint_interval": 2, **changes}
     whole = trained(**facts)
     half = trained(**facts, num_workers=2)
@@ -52,7 +42,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     ).read_bytes()
 
 
-def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> None:
+def test_resuming_takes_the_runs_own_settings(trained, tmp_path):
     first = trained(epochs=2, experiment_name="mine")
     shutil.rmtree(first.model)
     ended = tvit("train", "--resume-from-checkpoint", "latest", "--working-directory", tmp_path)
@@ -60,7 +50,7 @@ def test_resuming_takes_the_runs_own_settings(trained: Run, tmp_path: Path) -> N
     assert (first.model / "card.json").is_file()
 
 
-def test_resume_refuses_changed_settings_and_shows_the_difference(trained: Run) -> None:
+def test_resume_refuses_changed_settings_and_shows_the_difference(trained):
     first = trained()
     path = str(first.run / "checkpoints" / "step-000003")
     before = {name: (first.run / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
@@ -70,7 +60,7 @@ def test_resume_refuses_changed_settings_and_shows_the_difference(trained: Run) 
     trained(resume_from_checkpoint=path, num_workers=1, max_no_of_checkpoints=1)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained: Run) -> None:
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained):
     result = trained(epochs=2)
     path = list_checkpoints(result.run / "checkpoints")[0]
     state = json.loads((path / "state.json").read_text())
@@ -82,7 +72,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained: Run) -> 
         trained(epochs=2, label_smoothing=0.1, resume_from_checkpoint=str(path))
 
 
-def test_resuming_with_other_videos_is_refused(trained: Run, clips: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_videos_is_refused(trained, clips, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(clips, data)
     first = trained(path_to_data=str(data))
@@ -92,7 +82,7 @@ def test_resuming_with_other_videos_is_refused(trained: Run, clips: Path, tmp_pa
         trained(path_to_data=str(data), resume_from_checkpoint=str(first.run / "checkpoints" / "step-000003"))
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is_now(trained: Run, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_goes_on_where_it_is_now(trained, tmp_path):
     first = trained(epochs=2, checkpoint_dir="saved", experiment_name="mine")
     moved = tmp_path / "else" / "where"
     moved.parent.mkdir()
@@ -105,7 +95,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is_now(trained: Run, tmp_path: Pa
     assert (written["experiment_name"], written["checkpoint_dir"]) == ("where", "saved")
 
 
-def test_a_checkpoint_under_another_name_is_resumed(trained: Run) -> None:
+def test_a_checkpoint_under_another_name_is_resumed(trained):
     first = trained()
     good = first.run / "checkpoints" / "step-000003"
     copy = good.with_name("good")
@@ -114,12 +104,10 @@ def test_a_checkpoint_under_another_name_is_resumed(trained: Run) -> None:
     assert [r["step"] for r in records(again)] == [3, 6]
 
 
-def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(
-    trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(trained, monkeypatch, tmp_path):
     real = checkpoint._write
 
-    def write(path: Path, data: bytes) -> None:
+    def write(path, data):
         if "step-000006" in str(path):
             raise OSError(28, "No space left on device")
         real(path, data)
@@ -132,7 +120,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(
     assert same(last_weights(result), last_weights(trained()))
 
 
-def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -> None:
+def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained):
     whole = trained(experiment_name="whole", epochs=3)
     half = trained(experiment_name="half", epochs=3)
     shutil.rmtree(list_checkpoints(half.run / "checkpoints")[-1])
@@ -148,8 +136,8 @@ def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained: Run) -
     assert same(last_weights(anew), last_weights(whole)) and len(records(anew)) == 3
 
 
-def test_finished_run_without_test_scores_is_scored_on_resume(trained: Run) -> None:
-    facts: dict[str, Any] = {"experiment_name": "mine", "epochs": 2, "test_at_end": True, "test_groups": "03"}
+def test_finished_run_without_test_scores_is_scored_on_resume(trained):
+    facts = {"experiment_name": "mine", "epochs": 2, "test_at_end": True, "test_groups": "03"}
     first = trained(**facts)
     assert first.test is not None
     shutil.rmtree(first.run / "eval")  # killed while it scored
@@ -159,12 +147,10 @@ def test_finished_run_without_test_scores_is_scored_on_resume(trained: Run) -> N
         trained(**facts)
 
 
-def test_a_run_of_several_processes_goes_on_with_as_many(
-    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monkeypatch):
     own = trained(experiment_name="mine", num_processes=2)
     last = list_checkpoints(own.run / "checkpoints")[-1]
-    started: list[int] = []
+    started = []
     monkeypatch.setattr(
         "tvit_cli.engine.launch.run_local_processes", lambda count, *rest, **more: started.append(count) or 0
     )
@@ -182,7 +168,7 @@ def test_a_run_of_several_processes_goes_on_with_as_many(
         check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
 
 
-def test_settings_of_a_resumed_run_are_shown_as_they_are(trained: Run) -> None:
+def test_settings_of_a_resumed_run_are_shown_as_they_are(trained):
     own = trained(experiment_name="mine", lora_rank=3)
     last = list_checkpoints(own.run / "checkpoints")[-1]
     out = tvit("train", "--resume-from-checkpoint", last, "--show-settings").out
@@ -190,7 +176,7 @@ def test_settings_of_a_resumed_run_are_shown_as_they_are(trained: Run) -> None:
     assert shown.split()[1] == "3" and "settings.json" in shown
 
 
-def test_processes_that_see_different_videos_do_not_start() -> None:
+def test_processes_that_see_different_videos_do_not_start():
     own = {"training videos": "12 (ab)", "frames": "videos"}
     check_ranks_agree([own, own])
     with pytest.raises(RunError, match=r"Process 1 has not what process 0 has \(training videos\)"):

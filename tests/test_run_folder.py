@@ -1,7 +1,5 @@
 """Run folders: names, locks, overwriting and old checkpoints."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import subprocess
@@ -9,18 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import Run, records, settings
+from tiny import records, settings
 
 from tvit_cli.engine.train import run_folder
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.run_folder import next_name, run_lock
-from tvit_cli.errors import (
-    RunError,
-    SettingsError,
-)
+from tvit_cli.errors import RunError, SettingsError
 
 
-def test_two_trainings_never_share_a_folder(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_trainings_never_share_a_folder(trained, monkeypatch):
     trained(experiment_name="colours-1")
     monkeypatch.setattr(run_folder, "next_name", lambda root, data: "colours-9")
     (trained(epochs=1).run / "settings.json").rename(trained(epochs=1, experiment_name="x").run / "kept.json")
@@ -29,12 +24,12 @@ def test_two_trainings_never_share_a_folder(trained: Run, monkeypatch: pytest.Mo
         run_folder.write_settings(folder, settings(), is_alone=True)
 
 
-def test_the_last_epoch_is_always_saved_and_old_checkpoints_go(trained: Run) -> None:
+def test_the_last_epoch_is_always_saved_and_old_checkpoints_go(trained):
     result = trained(epochs=5, save_checkpoint_interval=2, max_no_of_checkpoints=2)
     assert [p.name for p in list_checkpoints(result.run / "checkpoints")] == ["step-000012", "step-000015"]
 
 
-def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained: Run, tmp_path: Path) -> None:
+def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained, tmp_path):
     assert [trained(epochs=1).run.name for _ in range(2)] == ["colours-1", "colours-2"]
     shutil.rmtree(tmp_path / "colours-1")
     assert next_name(tmp_path, "colours") == "colours-3"
@@ -44,7 +39,7 @@ def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained: Ru
         trained(experiment_name="colours-2")
 
 
-def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained: Run, tmp_path: Path) -> None:
+def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, tmp_path):
     first = trained(experiment_name="mine", checkpoint_dir="kept")
     shutil.rmtree(first.model)
     (tmp_path / "photos").mkdir()
@@ -63,7 +58,7 @@ def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained: Run, t
     assert (other.run / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()
 
 
-def test_an_experiment_is_replaced_only_when_told_to(trained: Run) -> None:
+def test_an_experiment_is_replaced_only_when_told_to(trained):
     first = trained(experiment_name="mine", epochs=3)
     second = trained(experiment_name="mine", epochs=1, overwrite=True)
     assert second.run == first.run
@@ -71,7 +66,7 @@ def test_an_experiment_is_replaced_only_when_told_to(trained: Run) -> None:
     assert len(records(second)) == 1
 
 
-def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained: Run) -> None:
+def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained):
     first = trained(experiment_name="mine", epochs=3)
     shutil.rmtree(first.model)
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
@@ -91,12 +86,10 @@ def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained: Run) -
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
-def test_a_file_system_without_locks_is_trained_on(
-    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_file_system_without_locks_is_trained_on(trained, tmp_path, monkeypatch, number):
     fcntl = pytest.importorskip("fcntl")
 
-    def none(*_: object) -> None:
+    def none(*_):
         raise OSError(number, "no locks here")
 
     monkeypatch.setattr(fcntl, "lockf", none)

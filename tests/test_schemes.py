@@ -1,11 +1,8 @@
 """What holds for every attention scheme and every pool: shapes, gradients, order, cost, export, the way to disk."""
 
-from __future__ import annotations
-
 import json
 import typing
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +66,7 @@ def spread(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def test_settings_config_and_tables_name_the_same_choices() -> None:
+def test_settings_config_and_tables_name_the_same_choices():
     fields = TrainSettings.model_fields
     assert tuple(SCHEMES) == ATTENTIONS == typing.get_args(fields["attention"].annotation)
     assert tuple(POOLING) == POOLS == typing.get_args(fields["pool"].annotation)
@@ -78,7 +75,7 @@ def test_settings_config_and_tables_name_the_same_choices() -> None:
 
 @every_scheme
 @every_pool
-def test_clips_become_logits_and_the_state_dict_is_parameters_alone(attention: str, pool: str) -> None:
+def test_clips_become_logits_and_the_state_dict_is_parameters_alone(attention, pool):
     model = build(attention, pool=pool)
     assert model.features(clips(3)).shape == (3, 32)
     assert model(clips(3)).shape == (3, 5)
@@ -87,7 +84,7 @@ def test_clips_become_logits_and_the_state_dict_is_parameters_alone(attention: s
 
 
 @every_scheme
-def test_numbers_keep_their_type(attention: str) -> None:
+def test_numbers_keep_their_type(attention):
     model = build(attention, pool="attentive")
     double = build(attention, pool="attentive").double()(clips().double())
     assert double.dtype == torch.float64
@@ -97,7 +94,7 @@ def test_numbers_keep_their_type(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", FRAME_WISE)
 @every_pool
-def test_at_first_a_frame_wise_scheme_is_the_mean_of_its_frames_alone(attention: str, pool: str) -> None:
+def test_at_first_a_frame_wise_scheme_is_the_mean_of_its_frames_alone(attention, pool):
     """A clip of one frame has no time; `test_pretrained` holds that case against transformers."""
     model = build(attention, from_scratch=False, pool=pool)
     frames = torch.stack([model.features(clips()[:, t : t + 1]) for t in range(4)])
@@ -106,9 +103,7 @@ def test_at_first_a_frame_wise_scheme_is_the_mean_of_its_frames_alone(attention:
 
 
 @pytest.mark.parametrize("attention", TEMPORAL)
-def test_temporal_schemes_depend_on_frame_order_from_scratch_or_trained(
-    attention: str,
-) -> None:
+def test_temporal_schemes_depend_on_frame_order_from_scratch_or_trained(attention):
     blind = build(attention, from_scratch=False)
     torch.testing.assert_close(blind.features(clips().flip(1)), blind.features(clips()), atol=1e-5, rtol=1e-4)
     for model in (build(attention), moved(blind)):
@@ -116,15 +111,15 @@ def test_temporal_schemes_depend_on_frame_order_from_scratch_or_trained(
 
 
 @every_pool
-def test_space_never_sees_the_order(pool: str) -> None:
+def test_space_never_sees_the_order(pool):
     model = moved(build("space", pool=pool))
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(model(clips()[:, order]), model(clips()), atol=1e-6, rtol=1e-5)
 
 
-def test_a_later_frame_reaches_an_earlier_ones_class_token() -> None:
+def test_a_later_frame_reaches_an_earlier_ones_class_token():
     model = moved(build("divided", from_scratch=False))
-    seen: list[torch.Tensor] = []
+    seen = []
     model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     changed = clips()
     changed[:, 1] += 1
@@ -134,14 +129,14 @@ def test_a_later_frame_reaches_an_earlier_ones_class_token() -> None:
     assert spread(seen[0][:, 0], seen[1][:, 0]) > 1e-4
 
 
-def test_attention_over_time_looks_along_one_place() -> None:
+def test_attention_over_time_looks_along_one_place():
     frames = torch.randn(2, 4, 9, 32, generator=torch.Generator().manual_seed(0))
     attention = build("joint").blocks[0].attention
     by_hand = torch.stack([attention(frames[:, None, :, n])[:, 0] for n in range(9)], dim=2)
     torch.testing.assert_close(over_time(attention, frames), by_hand, atol=1e-6, rtol=1e-5)
 
 
-def test_an_attentive_pool_starts_as_the_mean_and_then_weighs() -> None:
+def test_an_attentive_pool_starts_as_the_mean_and_then_weighs():
     pool = build("joint", pool="attentive").pool
     tokens = torch.randn(2, 3, 10, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(pool(tokens), tokens.mean(2))
@@ -153,7 +148,7 @@ def test_an_attentive_pool_starts_as_the_mean_and_then_weighs() -> None:
 
 @every_scheme
 @every_pool
-def test_mean_pool_ignores_the_class_token_and_class_pool_the_rest(attention: str, pool: str) -> None:
+def test_mean_pool_ignores_the_class_token_and_class_pool_the_rest(attention, pool):
     part = build(attention, pool=pool).pool
     tokens = torch.zeros(1, 1, 4, 32)
     tokens[:, :, 0] = 1
@@ -162,7 +157,7 @@ def test_mean_pool_ignores_the_class_token_and_class_pool_the_rest(attention: st
 
 @every_scheme
 @pytest.mark.parametrize("mode", ["lora", "all"])
-def test_gradients_reach_every_trainable_parameter(attention: str, mode: Any) -> None:
+def test_gradients_reach_every_trainable_parameter(attention, mode):
     """After one step: an adapter that starts as nothing hides what is before it from the first gradient."""
     model = build(attention, from_scratch=False, pool="attentive").train()
     set_trainable(model, mode, SPEC, seed=0)
@@ -179,7 +174,7 @@ def test_gradients_reach_every_trainable_parameter(attention: str, mode: Any) ->
 
 
 @every_scheme
-def test_with_adapters_what_an_image_vit_lacks_is_trained_in_full(attention: str) -> None:
+def test_with_adapters_what_an_image_vit_lacks_is_trained_in_full(attention):
     model = build(attention, from_scratch=False)
     image_vit = set(build("space").state_dict())
     copies = set(model.copied_parameters())
@@ -196,14 +191,14 @@ def test_with_adapters_what_an_image_vit_lacks_is_trained_in_full(attention: str
     assert bool(lacked) == (attention != "space")
 
 
-def test_a_linear_probe_trains_the_classifier_and_an_attentive_pool() -> None:
+def test_a_linear_probe_trains_the_classifier_and_an_attentive_pool():
     model = build("divided", pool="attentive")
     set_trainable(model, "classifier", SPEC, seed=0)
     assert set(trainable_tensors(model)) == {"classifier.weight", "classifier.bias", "pool.queries"}
 
 
 @every_scheme
-def test_merged_adapters_compute_the_same(attention: str) -> None:
+def test_merged_adapters_compute_the_same(attention):
     model = build(attention)
     names = list(model.state_dict())
     set_trainable(model, "lora", SPEC, seed=0)
@@ -215,7 +210,7 @@ def test_merged_adapters_compute_the_same(attention: str) -> None:
 
 
 @every_scheme
-def test_first_values_depend_on_the_seed_alone(attention: str) -> None:
+def test_first_values_depend_on_the_seed_alone(attention):
     before = torch.get_rng_state()
     first, again, other = (build(attention, seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -229,7 +224,7 @@ def test_first_values_depend_on_the_seed_alone(attention: str) -> None:
 @every_scheme
 @every_pool
 @pytest.mark.parametrize("n_frames", [4, 8, 16, 32])
-def test_counted_operations_agree_with_torch(attention: str, pool: str, n_frames: int) -> None:
+def test_counted_operations_agree_with_torch(attention, pool, n_frames):
     shape = config(attention, pool=pool, n_frames=n_frames, mlp_width=48)
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -239,7 +234,7 @@ def test_counted_operations_agree_with_torch(attention: str, pool: str, n_frames
     assert count_flops(shape) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_flop_count_agrees_with_torch_for_tubelets_and_lengths() -> None:
+def test_flop_count_agrees_with_torch_for_tubelets_and_lengths():
     shape = config("factorized", tubelet_size=2, depth=1, temporal_depth=3)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         TemporalViT(shape)(clips(1, 6))
@@ -247,7 +242,7 @@ def test_flop_count_agrees_with_torch_for_tubelets_and_lengths() -> None:
 
 
 @pytest.mark.parametrize("attention", FRAME_WISE)
-def test_frame_wise_schemes_cost_what_their_frames_cost_and_joint_more(attention: str) -> None:
+def test_frame_wise_schemes_cost_what_their_frames_cost_and_joint_more(attention):
     growth = {
         name: count_flops(config(name, width=256, frame_size=96, n_frames=32))
         / count_flops(config(name, width=256, frame_size=96))
@@ -259,12 +254,12 @@ def test_frame_wise_schemes_cost_what_their_frames_cost_and_joint_more(attention
 
 @every_scheme
 @pytest.mark.parametrize("n_frames", [1, 3, 9])
-def test_clips_of_other_lengths_are_taken(attention: str, n_frames: int) -> None:
+def test_clips_of_other_lengths_are_taken(attention, n_frames):
     assert build(attention)(clips(2, n_frames)).isfinite().all()
 
 
 @every_scheme
-def test_frames_of_other_sizes_are_taken_and_equal_a_model_made_for_them(attention: str) -> None:
+def test_frames_of_other_sizes_are_taken_and_equal_a_model_made_for_them(attention):
     model, larger = build(attention), build(attention, frame_size=40)
     state = model.state_dict()
     picture = state["positions.spatial"].transpose(1, 2).reshape(1, 32, 3, 3)
@@ -275,7 +270,7 @@ def test_frames_of_other_sizes_are_taken_and_equal_a_model_made_for_them(attenti
 
 
 @pytest.mark.parametrize(("attention", "pool"), list(zip(ATTENTIONS, (*POOLS, POOLS[0]), strict=True)))
-def test_the_model_exports_whole_with_a_free_number_of_clips(attention: str, pool: str) -> None:
+def test_the_model_exports_whole_with_a_free_number_of_clips(attention, pool):
     model = build(attention, pool=pool)
     shapes = {"clips": {0: torch.export.Dim("clips", min=1, max=64)}}
     exported = torch.export.export(model, (clips(2),), dynamic_shapes=shapes, strict=True)
@@ -283,7 +278,7 @@ def test_the_model_exports_whole_with_a_free_number_of_clips(attention: str, poo
 
 
 @every_scheme
-def test_a_model_folder_gives_every_scheme_back_bit_for_bit(attention: str, tmp_path: Path) -> None:
+def test_a_model_folder_gives_every_scheme_back_bit_for_bit(attention, tmp_path):
     model = moved(build(attention, pool="attentive"))
     card = ModelCard(
         tvit_version="0",
@@ -298,7 +293,7 @@ def test_a_model_folder_gives_every_scheme_back_bit_for_bit(attention: str, tmp_
     assert torch.equal(again(clips()), model(clips()))
 
 
-def test_a_model_folder_of_the_first_version_loads(tmp_path: Path) -> None:
+def test_a_model_folder_of_the_first_version_loads(tmp_path):
     model = build("joint")
     old = {k: v for k, v in model.config.to_dict().items() if k not in ("pool", "temporal_depth")}
     card = ModelCard(
@@ -314,7 +309,7 @@ def test_a_model_folder_of_the_first_version_loads(tmp_path: Path) -> None:
 
 
 @every_scheme
-def test_under_autocast_logits_have_the_precision_that_tells_classes_apart(attention: str) -> None:
+def test_under_autocast_logits_have_the_precision_that_tells_classes_apart(attention):
     model = moved(build(attention))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(clips())

@@ -1,7 +1,5 @@
 """Several seeds and splits in sequence: what is left behind, what is kept, what the numbers are."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import statistics
@@ -17,14 +15,14 @@ from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.sweep import evaluate_series, series_models, summarise, train_series
 from tvit_cli.errors import Interrupted, ModelError, SettingsError
 from tvit_cli.model.folder import load_card
-from tvit_cli.results import Event, Note, SeriesResult
+from tvit_cli.results import Note, SeriesResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def facts(tmp_path_factory):
     root = tmp_path_factory.mktemp("series")
     return {
         "path_to_data": str(make_clips(root / "colours")),
@@ -39,9 +37,7 @@ def seeds(facts: dict[str, Any], folder: Path, *numbers: int, **changes: Any) ->
     return train_series([settings(seed=number, **own) for number in numbers])
 
 
-def test_each_seed_has_a_run_of_its_own_and_the_summary_is_their_mean(
-    facts: dict[str, Any], tmp_path: Path
-) -> None:
+def test_each_seed_has_a_run_of_its_own_and_the_summary_is_their_mean(facts, tmp_path):
     result = seeds(facts, tmp_path, 0, 1, test_at_end=True)
     assert result.folder == tmp_path / "people" and list(result.runs) == ["seed0-split1", "seed1-split1"]
     for name, metrics in result.runs.items():
@@ -55,13 +51,11 @@ def test_each_seed_has_a_run_of_its_own_and_the_summary_is_their_mean(
     assert written["mean"]["test_loss"] == statistics.fmean(losses) and written["runs"] == result.runs
 
 
-def test_stopped_sweep_keeps_finished_runs_and_does_the_rest(
-    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_sweep_keeps_finished_runs_and_does_the_rest(facts, tmp_path, monkeypatch):
     whole = seeds(facts, tmp_path / "whole", 0, 1, 2)
     real, trained = engine.train, []
 
-    def stops(own: TrainSettings, report: Any) -> Any:
+    def stops(own, report):
         if own.seed == 1 and not trained.count(1):
             trained.append(1)
             raise Interrupted("Stopped by SIGTERM.", exit_code=143)
@@ -77,7 +71,7 @@ def test_stopped_sweep_keeps_finished_runs_and_does_the_rest(
     assert again.runs == whole.runs
 
 
-def test_sweep_run_without_a_checkpoint_starts_again(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_sweep_run_without_a_checkpoint_starts_again(facts, tmp_path):
     before = seeds(facts, tmp_path, 0, 1)
     run = before.folder / "seed1-split1"
     for folder in ("model", "plots"):
@@ -90,14 +84,12 @@ def test_sweep_run_without_a_checkpoint_starts_again(facts: dict[str, Any], tmp_
     assert seeds(facts, tmp_path, 0, 1).runs == before.runs
 
 
-def test_a_test_score_that_is_missing_is_taken_of_a_finished_run(
-    facts: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_test_score_that_is_missing_is_taken_of_a_finished_run(facts, tmp_path):
     assert "test_loss" not in seeds(facts, tmp_path, 0, 1).summary
     assert "test_loss" in seeds(facts, tmp_path, 0, 1, test_at_end=True).summary
 
 
-def test_finished_runs_of_other_settings_are_not_mixed_in(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_finished_runs_of_other_settings_are_not_mixed_in(facts, tmp_path):
     seeds(facts, tmp_path, 0, 1)
     with pytest.raises(SettingsError, match=r"--lora-rank: 8 -> 4"):
         seeds(facts, tmp_path, 0, 1, lora_rank=4)
@@ -105,9 +97,7 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(facts: dict[str, Any],
     assert json.loads((replaced.folder / "seed0-split1/settings.json").read_text())["lora_rank"] == 4
 
 
-def test_a_series_is_not_overwritten_with_weights_that_lie_in_it(
-    facts: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_series_is_not_overwritten_with_weights_that_lie_in_it(facts, tmp_path):
     """Nothing is trained first: the run that holds them is the last of the series."""
     seeds(facts, tmp_path, 0, 1)
     models = [tmp_path / "people" / f"seed{seed}-split1" / "model" / "card.json" for seed in (0, 1)]
@@ -117,14 +107,14 @@ def test_a_series_is_not_overwritten_with_weights_that_lie_in_it(
     assert [path.read_bytes() for path in models] == before
 
 
-def test_a_series_goes_on_with_the_weights_that_it_began_with(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_a_series_goes_on_with_the_weights_that_it_began_with(facts, tmp_path):
     seeds(facts, tmp_path, 0)
     other = make_pretrained(tmp_path / "other")
     with pytest.raises(SettingsError, match="--hf-model-name: "):
         seeds(facts, tmp_path, 0, 1, hf_model_name=str(other))
 
 
-def test_a_single_runs_folder_is_not_taken_for_a_series(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_a_single_runs_folder_is_not_taken_for_a_series(facts, tmp_path):
     (tmp_path / "people").mkdir()
     (tmp_path / "people" / "settings.json").write_text("{}")
     with pytest.raises(SettingsError, match="the folder of a single run"):
@@ -133,12 +123,12 @@ def test_a_single_runs_folder_is_not_taken_for_a_series(facts: dict[str, Any], t
         seeds({**facts, "experiment_name": "other"}, tmp_path, 0, 1, resume_from_checkpoint="latest")
 
 
-def test_mean_and_deviation_are_those_of_a_sample() -> None:
+def test_mean_and_deviation_are_those_of_a_sample():
     runs = [{"a": 1.0, "b": 5.0}, {"a": 2.0}, {"a": 3.0, "b": 0.0}]
     assert summarise(runs) == {"a": (2.0, 1.0)}
 
 
-def test_several_values_become_several_settings_in_order() -> None:
+def test_several_values_become_several_settings_in_order():
     loaded = load(TrainSettings, flags={"seed": "3, 1", "split": "2,1"}, environ={})
     assert [(s.seed, s.split) for s in loaded.series] == [(3, 2), (3, 1), (1, 2), (1, 1)]
     assert load(TrainSettings, flags={"seed": "3"}, environ={}).series[0].seed == 3
@@ -154,14 +144,12 @@ def test_several_values_become_several_settings_in_order() -> None:
         (EvalSettings, {"seed": "0,1"}, "--seed: 0,1: it should be a valid integer"),
     ],
 )
-def test_a_series_that_makes_no_sense_is_refused(verb: Any, given: dict[str, str], sentence: str) -> None:
+def test_a_series_that_makes_no_sense_is_refused(verb, given, sentence):
     with pytest.raises(SettingsError, match=sentence):
         load(verb, flags=given, environ={})
 
 
-def test_the_command_prints_every_run_and_the_mean(
-    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_every_run_and_the_mean(facts, tmp_path, capsys):
     arguments = ["train", "--seed", "0,1", "--working-directory", str(tmp_path)]
     for key, value in settings(**facts).model_dump(mode="json", exclude_defaults=True).items():
         if key not in ("working_directory", "seed"):
@@ -174,17 +162,15 @@ def test_the_command_prints_every_run_and_the_mean(
     assert len(list_checkpoints(tmp_path / "people" / "seed1-split1" / "checkpoints")) == 1
 
 
-def test_runs_are_counted_while_they_are_trained(facts: dict[str, Any], tmp_path: Path) -> None:
-    said: list[Event] = []
+def test_runs_are_counted_while_they_are_trained(facts, tmp_path):
+    said = []
     own = {**facts, "working_directory": tmp_path}
     train_series([settings(seed=number, **own) for number in (0, 1)], said.append)
     starts = [e.text for e in said if isinstance(e, Note) and e.text.startswith("Run ")]
     assert [text.split(":")[0] for text in starts if " of " in text] == ["Run 1 of 2", "Run 2 of 2"]
 
 
-def test_a_series_is_scored_as_a_whole(
-    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_series_is_scored_as_a_whole(facts, tmp_path, capsys):
     trained = seeds(facts, tmp_path, 0, 1, test_at_end=True)
     models = series_models(trained.folder)
     assert list(models) == ["seed0-split1", "seed1-split1"]
@@ -199,7 +185,7 @@ def test_a_series_is_scored_as_a_whole(
     assert end.value.code == 0 and "mean ± sd" in capsys.readouterr().out
 
 
-def test_a_folder_of_unlike_runs_is_no_series(tmp_path: Path) -> None:
+def test_a_folder_of_unlike_runs_is_no_series(tmp_path):
     for name in ("ucf101-1", "ucf101-2", "seed0-split1"):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "card.json").touch()

@@ -1,7 +1,5 @@
 """Every training setting has an effect on a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -164,10 +162,7 @@ BASES: dict[str, TrainResult] = {}
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_no_setting_without_an_effect(
-    name: str, clips: Path, pretrained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_no_setting_without_an_effect(name, clips, pretrained, tmp_path, tmp_path_factory, monkeypatch):
     base, value, shows = EFFECTS[name]
     facts = {
         "path_to_data": str(clips),
@@ -202,7 +197,7 @@ TESTED_ELSEWHERE = {
 }
 
 
-def test_every_setting_has_a_test_of_its_effect() -> None:
+def test_every_setting_has_a_test_of_its_effect():
     assert EFFECTS.keys() | TESTED_ELSEWHERE.keys() == set(TrainSettings.model_fields)
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert [name for name in TESTED_ELSEWHERE.values() if f"def {name}(" not in tests] == []

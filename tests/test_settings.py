@@ -1,8 +1,5 @@
 """Settings: layers, what is refused, and what an error says."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,12 +33,12 @@ def read(environ: dict[str, str] | None = None, **arguments: Any) -> Loaded[Trai
     return load(TrainSettings, flags=flags, environ=environ or {}, verbs=VERBS, **arguments)
 
 
-def test_every_parameter_of_the_reference_is_a_setting_of_train() -> None:
+def test_every_parameter_of_the_reference_is_a_setting_of_train():
     assert len(REFERENCE) == 34
     assert set(REFERENCE) <= set(TrainSettings.model_fields)
 
 
-def test_settings_that_leave_the_references_default_say_why() -> None:
+def test_settings_that_leave_the_references_default_say_why():
     for name in REFERENCE:
         facts = TrainSettings.model_fields[name].json_schema_extra
         assert isinstance(facts, dict) and facts["reference"], name
@@ -50,7 +47,7 @@ def test_settings_that_leave_the_references_default_say_why() -> None:
         assert same or facts["why"] or default in ((), None, 0.0, 8.0, 1e-8), name
 
 
-def test_precedence_is_flag_environment_file_default(tmp_path: Path) -> None:
+def test_precedence_is_flag_environment_file_default(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text("lora_rank = 1\nepochs = 1\ntop-k = 1\n")
     loaded = read(
@@ -63,7 +60,7 @@ def test_precedence_is_flag_environment_file_default(tmp_path: Path) -> None:
     assert loaded.origins["seed"] == "default"
 
 
-def test_a_config_file_beats_a_preset(tmp_path: Path) -> None:
+def test_a_config_file_beats_a_preset(tmp_path):
     preset = read(preset="quickstart").settings
     assert preset.hf_model_name is None
     config = tmp_path / "c.toml"
@@ -71,14 +68,14 @@ def test_a_config_file_beats_a_preset(tmp_path: Path) -> None:
     assert read(preset="quickstart", config=config).settings.epochs == preset.epochs + 1
 
 
-def test_saved_settings_replace_the_defaults_only(tmp_path: Path) -> None:
+def test_saved_settings_replace_the_defaults_only(tmp_path):
     saved = tmp_path / "settings.json"
     saved.write_text('{"lora_rank": 4, "epochs": 7}')
     loaded = read(flags={"epochs": "9"}).over(saved)
     assert (loaded.settings.lora_rank, loaded.settings.epochs) == (4, 9)
 
 
-def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text("lora_rnak = 3\nweight_decay = -1\n")
     with pytest.raises(SettingsError) as caught:
@@ -94,18 +91,18 @@ def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path: Path) -> 
     assert any(line.startswith(f"{config}, weight_decay: -1: ") for line in lines)
 
 
-def test_none_resets_an_optional_setting_that_a_file_sets(tmp_path: Path) -> None:
+def test_none_resets_an_optional_setting_that_a_file_sets(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text("max_grad_norm = 3.0\n")
     assert read(config=config, flags={"max_grad_norm": "none"}).settings.max_grad_norm is None
     assert read(config=config, flags={"val_groups": "none"}).settings.val_groups == "none"
 
 
-def test_lists_are_comma_separated() -> None:
+def test_lists_are_comma_separated():
     assert read(flags={"lora_target_modules": "q, v,fc1"}).settings.lora_target_modules == ("q", "v", "fc1")
 
 
-def test_pairs_are_given_as_text_or_as_a_table_and_come_back_from_json(tmp_path: Path) -> None:
+def test_pairs_are_given_as_text_or_as_a_table_and_come_back_from_json(tmp_path):
     expected = {"q": 16, "blocks.11.mlp.fc1": 4}
     typed = read(flags={"lora_rank_pattern": "q=16, blocks.11.mlp.fc1=4"}).settings
     config = tmp_path / "c.toml"
@@ -147,27 +144,27 @@ def test_pairs_are_given_as_text_or_as_a_table_and_come_back_from_json(tmp_path:
         ({"num_workers": "-1"}, "--num-workers: -1"),
     ],
 )
-def test_bad_values_name_the_flag_and_the_limit(flags: dict[str, str], words: str) -> None:
+def test_bad_values_name_the_flag_and_the_limit(flags, words):
     with pytest.raises(SettingsError) as caught:
         read(flags=flags)
     assert words in str(caught.value)
 
 
-def test_a_model_from_scratch_is_trained_whole_unless_told_otherwise() -> None:
+def test_a_model_from_scratch_is_trained_whole_unless_told_otherwise():
     assert read().settings.train == "lora"
     assert read(flags={"hf_model_name": "none"}).settings.train == "all"
     assert read(environ={"TVIT_HF_MODEL_NAME": "none"}).settings.train == "all"
     assert read(flags={"hf_model_name": "none", "train": "classifier"}).settings.train == "classifier"
 
 
-def test_none_empties_a_list_and_a_table() -> None:
+def test_none_empties_a_list_and_a_table():
     settings = read(
         preset="reference", flags={"lora_exclude_modules": "none", "lora_rank_pattern": "none"}
     ).settings
     assert (settings.lora_exclude_modules, settings.lora_rank_pattern) == ((), {})
 
 
-def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle() -> None:
+def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle():
     assert read(flags={"lora_bias": "all", "lora_exclude_modules": "q"}).settings.without_effect() == []
     whole = {"train": "all", "lora_rank": "4", "lora_bias": "all", "lora_rank_pattern": "q=3"}
     assert read(flags=whole).settings.without_effect() == ["lora_rank", "lora_rank_pattern", "lora_bias"]
@@ -182,13 +179,13 @@ def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle() -> None:
     ("name", "text", "words"),
     [("c.toml", "epochs = ", "is not TOML"), ("c.json", "{", "is not JSON"), ("c.json", "[1]", "no table")],
 )
-def test_a_config_file_that_is_no_table_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+def test_a_config_file_that_is_no_table_is_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(SettingsError, match=words):
         read(config=tmp_path / name)
 
 
-def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> None:
+def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="no such file"):
         read(config=tmp_path / "c.toml")
     with pytest.raises(SettingsError, match=r"unknown setting\. Did you mean lora_rank\?"):
@@ -198,29 +195,29 @@ def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize("preset", presets())
-def test_every_preset_is_valid(preset: str) -> None:
+def test_every_preset_is_valid(preset):
     read(preset=preset)
 
 
-def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs() -> None:
+def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs():
     assert read(flags={"epochs": "20"}).settings.warmup() == 2
     assert read(flags={"epochs": "1000"}).settings.warmup() == 30
     assert read(flags={"epochs": "20", "warmup_epochs": "5"}).settings.warmup() == 5
 
 
-def test_a_model_is_described_alike_wherever_one_is_named() -> None:
+def test_a_model_is_described_alike_wherever_one_is_named():
     verbs = (EvalSettings, PredictSettings, ExportSettings)
     assert {verb.model_fields["model"].description for verb in verbs} == {
         "Model folder, the folder of its run, a name on the hub, or what the reference trained"
     }
 
 
-def test_predict_without_a_path_says_how_to_call_it() -> None:
+def test_predict_without_a_path_says_how_to_call_it():
     with pytest.raises(SettingsError, match=r"tvit predict clip.avi"):
         load(PredictSettings, flags={}, environ={}, verbs=VERBS)
 
 
-def test_the_reference_preset_has_the_values_of_its_script() -> None:
+def test_the_reference_preset_has_the_values_of_its_script():
     script = {
         "lora_rank": 4, "lora_alpha": 8, "lora_use_rslora": True, "lora_dropout": 0.1, "lora_bias": "lora_only",
         "lora_exclude_modules": ("classifier",), "max_grad_norm": 1.0, "warmup_epochs": 3, "epochs": 150,
@@ -235,7 +232,7 @@ def test_the_reference_preset_has_the_values_of_its_script() -> None:
     assert preset.per_gpu_batch_size * preset.gradient_accumulation_steps == 144
 
 
-def test_the_reference_preset_has_no_regularisation_of_ours() -> None:
+def test_the_reference_preset_has_no_regularisation_of_ours():
     panel = {
         name: field.default
         for name, field in TrainSettings.model_fields.items()
@@ -246,15 +243,15 @@ def test_the_reference_preset_has_no_regularisation_of_ours() -> None:
     assert {name: getattr(preset, name) for name in panel} == panel
 
 
-def test_the_ucf101_preset_uses_what_it_says() -> None:
+def test_the_ucf101_preset_uses_what_it_says():
     preset = read(preset="ucf101").settings
     assert preset.global_batch_size is not None and isinstance(preset.per_gpu_batch_size, int)
     assert preset.global_batch_size % preset.per_gpu_batch_size == 0
     assert preset.ema_decay == 0.999 and preset.randaugment == 2 and preset.frame_grid == 32
 
 
-def test_temporal_layers_learn_slowly_only_beside_pretrained_adapters() -> None:
-    def share(**flags: Any) -> float:
+def test_temporal_layers_learn_slowly_only_beside_pretrained_adapters():
+    def share(**flags):
         return TrainSettings.model_validate({"attention": "factorized", **flags}).temporal_share()
 
     assert share() == 0.1

@@ -1,7 +1,5 @@
 """Training runs ended by signals, and resumed."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -11,19 +9,17 @@ from pathlib import Path
 
 import pytest
 from entry import start
-from tiny import Run, last_weights, records, run_in, same, settings
+from tiny import last_weights, records, run_in, same, settings
 
 from tvit_cli.data.clips import ClipDataset
 from tvit_cli.engine.train.checkpoint import list_checkpoints
-from tvit_cli.errors import (
-    RunError,
-)
+from tvit_cli.errors import RunError
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
-    trained: Run, tmp_path: Path, clips: Path, pretrained: Path, name: str
-) -> None:
+    trained, tmp_path, clips, pretrained, name
+):
     changes = {"epochs": 40, "save_checkpoint_interval": 1, "max_no_of_checkpoints": 2}
     whole = trained(experiment_name="whole", **changes)
     facts = settings(
@@ -56,10 +52,8 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
     assert records(resumed, "step") == records(whole, "step")
 
 
-def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(
-    trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(self: ClipDataset, key: tuple[int, int]) -> None:
+def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(trained, monkeypatch):
+    def dies(self, key):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(ClipDataset, "__getitem__", dies)
@@ -68,9 +62,7 @@ def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits(
-    tmp_path: Path, clips: Path, pretrained: Path, name: str
-) -> None:
+def test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits(tmp_path, clips, pretrained, name):
     changes = {"epochs": 60, "num_processes": 2, "max_no_of_checkpoints": 2, "val_groups": "none"}
     own = settings(
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **changes

@@ -1,11 +1,7 @@
 """The speed tables of README.md and docs/benchmarks.md: made from the newest record of each benchmark."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,7 +25,7 @@ INFER = {"seconds": 3.43, "floor_seconds": 3.04, "ratio": 1.13, "megabytes": 725
 
 
 @pytest.fixture(scope="module")
-def bench(load_bench: Callable[[str], ModuleType]) -> ModuleType:
+def bench(load_bench):
     return load_bench("__main__")
 
 
@@ -39,33 +35,29 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("page", "make"), [(README, readme_table), (BENCHMARKS, benchmark_tables)])
-def test_pages_have_the_tables_of_the_stored_results(page: Path, make: Callable[[Any], str]) -> None:
+def test_pages_have_the_tables_of_the_stored_results(page, make):
     text = page.read_text(encoding="utf-8")
     assert BLOCK.search(text)
     assert updated(text, make(read_records())) == text, "run: python tests/speed_table.py"
 
 
-def test_without_results_there_is_no_table(tmp_path: Path) -> None:
+def test_without_results_there_is_no_table(tmp_path):
     assert read_records(tmp_path / "none.jsonl") == {}
     text = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
     assert updated(text, readme_table({})) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
     assert updated(text, benchmark_tables({})) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
 
 
-def test_a_second_update_changes_nothing(tmp_path: Path) -> None:
+def test_a_second_update_changes_nothing(tmp_path):
     records = read_records(write(tmp_path / "r.jsonl", {"group": "startup", "results": STARTUP}))
     once = updated("<!-- speed -->\nold\n<!-- /speed -->\n", benchmark_tables(records))
     assert "| `tvit --help` | 0.20 |" in once
     assert updated(once, benchmark_tables(records)) == once
 
 
-def test_tables_show_the_newest_record_and_its_source(tmp_path: Path) -> None:
+def test_tables_show_the_newest_record_and_its_source(tmp_path):
     old = {"group": "step", "results": {"vitb2_t8, dropout 0.1": {**STEP, "naive": 9.0}}}
-    new = {
-        "group": "step",
-        "torch": "2.13",
-        "results": {"vitb2_t8, dropout 0.1": STEP},
-    }
+    new = {"group": "step", "torch": "2.13", "results": {"vitb2_t8, dropout 0.1": STEP}}
     made = benchmark_tables(read_records(write(tmp_path / "r.jsonl", old, new)))
     assert "| ViT-B, 2 layers | 8 | 0.1 | 1.51 (1.55) | 1.08 (1.11) |  |  | 0.77 |" in made
     assert "9.00" not in made
@@ -73,13 +65,13 @@ def test_tables_show_the_newest_record_and_its_source(tmp_path: Path) -> None:
     assert f"{source}, other processes used up to 0.1 cores." in made
 
 
-def test_whole_models_take_the_place_of_slices(tmp_path: Path) -> None:
+def test_whole_models_take_the_place_of_slices(tmp_path):
     rows = {"vitb2_t8, dropout 0.1": STEP, "vits12_t18, dropout 0": STEP}
     made = benchmark_tables(read_records(write(tmp_path / "r.jsonl", {"group": "step", "results": rows})))
     assert "| ViT-S, 12 layers | 18 | 0 |" in made and "2 layers" not in made.replace("12 layers", "")
 
 
-def test_readme_has_five_figures_of_one_model_and_setting(tmp_path: Path) -> None:
+def test_readme_has_five_figures_of_one_model_and_setting(tmp_path):
     step, memory = {"group": "step", "results": {CASE: STEP}}, {"group": "memory", "results": {CASE: MEMORY}}
     made = readme_table(read_records(write(tmp_path / "r.jsonl", step, memory, {"group": "infer", **INFER})))
     figures = [line.split(" | ")[-1].rstrip(" |") for line in made.splitlines()[2:]]
@@ -87,15 +79,13 @@ def test_readme_has_five_figures_of_one_model_and_setting(tmp_path: Path) -> Non
     assert readme_table(read_records(write(tmp_path / "s.jsonl", step, memory))) == ""
 
 
-def test_every_group_of_the_tables_is_a_benchmark(bench: ModuleType) -> None:
+def test_every_group_of_the_tables_is_a_benchmark(bench):
     assert set(GROUPS) <= set(bench.GROUPS)
     for _, (program, *_) in bench.GROUPS.values():
         assert (Path(__file__).parent / "bench" / program).is_file()
 
 
-def test_results_are_appended_with_commit_date_and_machine(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_results_are_appended_with_commit_date_and_machine(bench, tmp_path, monkeypatch, capfd):
     program = tmp_path / "tiny.py"
     program.write_text(
         "import sys\nprint('x 2.0')\nprint('{\"benchmark\": \"tiny\", \"rounds\": ' + sys.argv[2] + '}')"

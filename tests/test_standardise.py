@@ -1,7 +1,5 @@
 """--feature-norm: what is classified starts standardised over training clips, in any number of processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -20,13 +18,13 @@ from tvit_cli.engine.train.dryrun import dry_run
 from tvit_cli.errors import SettingsError
 from tvit_cli.portable.layers import FeatureNorm
 from tvit_cli.portable.vit import ViTConfig, build_model
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def facts(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     return {
         "path_to_data": str(make_clips(root / "colours")),
@@ -47,7 +45,7 @@ def layout(facts: dict[str, object]) -> tuple[Video, ...]:
     ).videos
 
 
-def test_fitted_features_have_mean_0_and_deviation_1() -> None:
+def test_fitted_features_have_mean_0_and_deviation_1():
     norm = FeatureNorm(4)
     norm.reset_parameters(generator=None, from_scratch=False)
     features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 2, 3, 0]) + 7
@@ -62,14 +60,14 @@ def test_fitted_features_have_mean_0_and_deviation_1() -> None:
     assert fitted[:, 3].abs().max() < 1e-4
 
 
-def test_clips_that_do_not_differ_are_shifted_and_keep_their_scale() -> None:
+def test_clips_that_do_not_differ_are_shifted_and_keep_their_scale():
     norm = FeatureNorm(3)
     norm.reset_parameters(generator=None, from_scratch=False)
     norm.fit(torch.full((4, 3), 5.0))
     assert norm.shift.tolist() == [5, 5, 5] and norm.scale.tolist() == [1, 1, 1]
 
 
-def test_what_rounding_makes_of_one_clip_many_times_is_not_blown_up() -> None:
+def test_what_rounding_makes_of_one_clip_many_times_is_not_blown_up():
     """Nine equal clips are a batch of 8 and one of 1, whose features may differ in their last bits."""
     model = build_model(
         ViTConfig(num_classes=3, frame_size=32, n_frames=4, width=48, depth=2, num_heads=3),
@@ -89,7 +87,7 @@ def test_what_rounding_makes_of_one_clip_many_times_is_not_blown_up() -> None:
     assert another.isfinite().all() and another.abs().max() < 2 * features.abs().max()
 
 
-def test_a_process_without_a_batch_takes_part(facts: dict[str, object], tmp_path: Path) -> None:
+def test_a_process_without_a_batch_takes_part(facts, tmp_path):
     model = load_model(run(**facts, working_directory=tmp_path).model)
     videos = [video for video in layout(facts) if video.subset == "train"][:3]
     parts = [
@@ -110,9 +108,7 @@ def test_a_process_without_a_batch_takes_part(facts: dict[str, object], tmp_path
     assert torch.equal(merge_scores(parts).logits, parts[0].logits)
 
 
-def test_training_standardises_features_over_its_training_clips(
-    facts: dict[str, object], tmp_path: Path
-) -> None:
+def test_training_standardises_features_over_its_training_clips(facts, tmp_path):
     result = run(**facts, working_directory=tmp_path)
     videos = [video.path for video in layout(facts) if video.subset == "train"]
     features = load_model(result.model).embed(videos)
@@ -121,7 +117,7 @@ def test_training_standardises_features_over_its_training_clips(
     assert deviation.max() == pytest.approx(1, abs=1e-3) and deviation.median() == pytest.approx(1, abs=1e-3)
 
 
-def test_two_processes_start_with_the_numbers_of_one(facts: dict[str, object], tmp_path: Path) -> None:
+def test_two_processes_start_with_the_numbers_of_one(facts, tmp_path):
     one = run(**facts, working_directory=tmp_path)
     own = settings(**facts, working_directory=tmp_path, num_processes=2, experiment_name="two")
     (tmp_path / "two.json").write_text(own.model_dump_json())
@@ -138,23 +134,19 @@ def test_two_processes_start_with_the_numbers_of_one(facts: dict[str, object], t
         assert torch.equal(first, second)
 
 
-def test_a_dry_run_says_that_clips_would_be_read_and_reads_none_of_them(
-    facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_says_that_clips_would_be_read_and_reads_none_of_them(facts, tmp_path, monkeypatch):
     monkeypatch.setattr("tvit_cli.engine.train.standardise_features", None)  # to call it is an error
-    said: list[Event] = []
+    said = []
     dry_run(settings(**facts, working_directory=tmp_path), said.append)
     videos = [video for video in layout(facts) if video.subset == "train"]
     sentence = f"A training reads {len(videos)} of its clips first, to standardise features."
     assert [e.text for e in said if isinstance(e, Note) and "standardise" in e.text] == [sentence]
-    plain: list[Event] = []
+    plain = []
     dry_run(settings(**{**facts, "feature_norm": False}, working_directory=tmp_path), plain.append)
     assert not any("standardise" in e.text for e in plain if isinstance(e, Note))
 
 
-def test_of_many_clips_some_from_all_places_are_taken(
-    facts: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_clips_some_from_all_places_are_taken(facts, tmp_path, monkeypatch):
     whole = run(**facts, working_directory=tmp_path)
     monkeypatch.setattr(build, "MOST_CLIPS", 3)
     few = run(**facts, working_directory=tmp_path)
@@ -166,12 +158,12 @@ def test_of_many_clips_some_from_all_places_are_taken(
     assert places == [(2 * i + 1) * len(videos) // 6 for i in range(3)]
 
 
-def test_a_linear_probe_keeps_them(facts: dict[str, object], tmp_path: Path) -> None:
+def test_a_linear_probe_keeps_them(facts, tmp_path):
     result = run(**{**facts, "train": "classifier"}, working_directory=tmp_path)
     assert {"feature_norm.shift", "feature_norm.scale"} < set(last_weights(result))
 
 
-def test_features_of_a_model_from_scratch_are_not_standardised() -> None:
+def test_features_of_a_model_from_scratch_are_not_standardised():
     flags = {"feature_norm": True, "hf_model_name": "none"}
     with pytest.raises(SettingsError, match="--feature-norm: features of a model from scratch"):
         load(TrainSettings, flags=flags, environ={})

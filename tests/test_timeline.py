@@ -1,7 +1,5 @@
 """Timelines: windows over a video, smoothing, segments, and what is written of them."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -12,7 +10,6 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +30,7 @@ from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
 from tvit_cli.report.segments import best_path, change_prices, find_segments, smooth
-from tvit_cli.results import Timeline, silent
+from tvit_cli.results import silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.predict import PredictSettings
@@ -85,7 +82,7 @@ def model_of(network: nn.Module, n_frames: int = 4) -> Model:
 
 
 @pytest.fixture(scope="module")
-def day(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def day(tmp_path_factory):
     """3 s dark, 4 s light, 3 s grey."""
     levels = np.repeat([60, 200, 130], [3 * RATE, 4 * RATE, 3 * RATE]).astype(np.uint8)
     path = tmp_path_factory.mktemp("day") / "day.mp4"
@@ -98,9 +95,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("frames", "n_frames", "grid"), [(24, 8, None), (30, 4, None), (17, 5, None), (32, 4, 8)]
 )
-def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(
-    frames: int, n_frames: int, grid: int | None
-) -> None:
+def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(frames, n_frames, grid):
     (window,) = sliding_windows(
         film(frames / 12, 12), length=frames / 12, stride=1e3, places=frame_positions(n_frames, grid)
     )
@@ -109,7 +104,7 @@ def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(
     assert window.frames().shape == (n_frames, 1, 1, 3)
 
 
-def test_windows_begin_every_stride_and_end_within_the_video() -> None:
+def test_windows_begin_every_stride_and_end_within_the_video():
     windows = list(sliding_windows(film(5), length=2, stride=0.5, places=frame_positions(4, None)))
     assert [w.start for w in windows] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     for w in windows:
@@ -117,12 +112,12 @@ def test_windows_begin_every_stride_and_end_within_the_video() -> None:
     assert not list(sliding_windows(film(5), length=5.01, stride=1, places=[0.5]))
 
 
-def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
-    numbers: list[int] = []
-    alive: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+def test_an_hour_is_converted_once_and_held_for_a_window_only():
+    numbers = []
+    alive = weakref.WeakValueDictionary()
     most = count = 0
 
-    def converted(number: int, frame: np.ndarray) -> None:
+    def converted(number, frame):
         nonlocal most
         numbers.append(number)
         alive[number] = frame
@@ -139,7 +134,7 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only() -> None:
     assert most <= 2 * RATE // 5 + 1
 
 
-def test_a_frame_that_is_shown_for_years_fills_no_memory() -> None:
+def test_a_frame_that_is_shown_for_years_fills_no_memory():
     grey = np.full((1, 1, 3), 7, np.uint8)
     played = [TimedFrame(0, 3e8, 3e8, lambda: grey)]
     windows = sliding_windows(played, length=2, stride=0.5, places=frame_positions(4, None))
@@ -153,9 +148,7 @@ def test_a_frame_that_is_shown_for_years_fills_no_memory() -> None:
     assert all((w.frames() == 7).all() for w in found)
 
 
-def test_frames_of_a_video_are_played_without_gaps(
-    tmp_path: Path, make_video: Callable[..., Path], packed_xvid: Path
-) -> None:
+def test_frames_of_a_video_are_played_without_gaps(tmp_path, make_video, packed_xvid):
     path = make_video(tmp_path / "a.mp4", frames=9, rate=10)
     played = list(iter_frames(path))
     assert [p.start for p in played] == pytest.approx([n / 10 for n in range(9)])
@@ -174,7 +167,7 @@ def test_frames_of_a_video_are_played_without_gaps(
         next(iter_frames(tmp_path / "text.avi"))
 
 
-def test_smoothing_is_the_mean_of_the_windows_over_each_cell() -> None:
+def test_smoothing_is_the_mean_of_the_windows_over_each_cell():
     scores = np.eye(5)  # five windows, each of a class of its own
     found = smooth(scores, window=2, stride=1, cells=7)
     assert found[0].tolist() == [1, 0, 0, 0, 0]
@@ -184,12 +177,12 @@ def test_smoothing_is_the_mean_of_the_windows_over_each_cell() -> None:
     assert smooth(scores, window=0.5, stride=1, cells=5).tolist() == scores.tolist()
 
 
-def test_the_best_path_is_the_best_of_all_paths() -> None:
+def test_the_best_path_is_the_best_of_all_paths():
     generator = np.random.default_rng(3)
     for prices in (np.zeros(6), np.full(6, 0.7), generator.uniform(0, 2, 6), np.full(6, 2.0)):
         scores = generator.dirichlet([1, 1, 1], 6)
 
-        def gain(path: tuple[int, ...], scores: np.ndarray = scores, prices: np.ndarray = prices) -> float:
+        def gain(path, scores=scores, prices=prices):
             changes = sum(prices[n] for n in range(1, 6) if path[n] != path[n - 1])
             return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - changes
 
@@ -197,7 +190,7 @@ def test_the_best_path_is_the_best_of_all_paths() -> None:
         assert tuple(best_path(scores, prices=prices)) == best
 
 
-def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut() -> None:
+def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut():
     found = change_prices(3.0, cells=6, stride=0.5, cuts=[0.9, 1.1, 2.3, 3.1])
     assert found.tolist() == [
         3,
@@ -209,14 +202,14 @@ def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut() -> None:
     ]  # the last cut lies nearer to the end than to a cell's start
 
 
-def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it() -> None:
+def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it():
     starts = (
         np.arange(21) * 0.5
     )  # windows of 2 s over 12 s; what begins before 6 s is seen as the first label alone
     scores = np.where((starts < 6)[:, None], [0.99, 0.01, 0], [0.01, 0.99, 0])
     smoothed = smooth(scores, window=2, stride=0.5, cells=24)
 
-    def boundaries(cuts: list[float]) -> list[float]:
+    def boundaries(cuts):
         found = find_segments(smoothed, LABELS, stride=0.5, seconds=12, price=8, cuts=cuts)
         assert [segment.label for segment in found] == ["dark", "grey"]
         return [segment.start for segment in found[1:]]
@@ -227,7 +220,7 @@ def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it() -> None:
     assert boundaries([3.0]) == boundaries([10.0]) == boundaries([])  # the scores speak against these
 
 
-def test_a_moment_of_a_third_label_goes_to_its_neighbours() -> None:
+def test_a_moment_of_a_third_label_goes_to_its_neighbours():
     a, b, c = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.15, 0.25, 0.6]
     scores = np.array([a, a, a, c, b, b, b])
     kept = find_segments(scores, LABELS, stride=0.5, seconds=3.4, price=0)
@@ -238,8 +231,8 @@ def test_a_moment_of_a_third_label_goes_to_its_neighbours() -> None:
     assert second.score == pytest.approx((0.25 + 3 * 0.8) / 4)
 
 
-def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day: Path) -> None:
-    seen: list[tuple[float, float | None]] = []
+def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day):
+    seen = []
     timeline = model_of(Brightness()).timeline(
         day, window=1.0, stride=0.25, batch_size=3, progress=lambda *p: seen.append(p)
     )
@@ -253,14 +246,14 @@ def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day: P
     assert seen[-1] == (pytest.approx(10), pytest.approx(10, abs=0.2)) and len(seen) == 13
 
 
-def test_boundaries_lie_at_the_cuts_of_the_video(day: Path) -> None:
+def test_boundaries_lie_at_the_cuts_of_the_video(day):
     timeline = model_of(FirstFrame()).timeline(day, window=2.0, stride=0.5)
     assert [(s.label, s.start) for s in timeline.segments] == [("dark", 0), ("light", 3), ("grey", 7)]
     blind = find_segments(timeline.smoothed, LABELS, stride=0.5, seconds=10, price=8)
     assert all(s.start >= at + 0.5 for s, at in zip(blind[1:], (3, 7), strict=True))  # without them
 
 
-def test_batches_change_nothing_and_smoothing_does(day: Path) -> None:
+def test_batches_change_nothing_and_smoothing_does(day):
     model = model_of(Brightness())
     one, many = (model.timeline(day, window=1.0, stride=0.2, batch_size=n) for n in (1, 16))
     assert one.segments == many.segments and np.array_equal(one.scores, many.scores)
@@ -268,7 +261,7 @@ def test_batches_change_nothing_and_smoothing_does(day: Path) -> None:
     assert len(raw.segments) > len(one.segments)  # between dark and light lies a moment of grey
 
 
-def test_a_video_shorter_than_the_window_is_the_clip_that_predict_sees(day: Path) -> None:
+def test_a_video_shorter_than_the_window_is_the_clip_that_predict_sees(day):
     model = model_of(Brightness(), n_frames=8)
     timeline = model.timeline(day, window=60.0)
     (segment,) = timeline.segments
@@ -278,14 +271,14 @@ def test_a_video_shorter_than_the_window_is_the_clip_that_predict_sees(day: Path
     assert timeline.window == timeline.stride == timeline.seconds
 
 
-def test_what_fails_while_decoding_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+def test_what_fails_while_decoding_is_raised_where_it_is_waited_for(tmp_path):
     (tmp_path / "none.mp4").write_text("nothing")
     with pytest.raises(VideoError, match=r"none.mp4"):
         model_of(Brightness()).timeline(tmp_path / "none.mp4")
 
 
-def test_work_ahead_is_bounded_and_ends_when_nobody_wants_the_rest() -> None:
-    made: list[int] = []
+def test_work_ahead_is_bounded_and_ends_when_nobody_wants_the_rest():
+    made = []
     before = threading.active_count()
     items = prefetch((made.append(n) or n for n in range(1000)), depth=2)  # type: ignore[func-returns-value]
     assert next(items) == 0
@@ -299,7 +292,7 @@ def test_work_ahead_is_bounded_and_ends_when_nobody_wants_the_rest() -> None:
     assert list(prefetch(range(50))) == list(range(50))
 
 
-def test_times_are_read_and_shown_as_people_write_them() -> None:
+def test_times_are_read_and_shown_as_people_write_them():
     assert [clock(s) for s in (0, 7.5, 59.96, 3671)] == ["0:00", "0:07.5", "1:00", "1:01:11"]
     places = [Path("a/x.mp4"), Path("b/x.avi"), "http://host/..", "http://host/y.mp4?z=1"]
     assert list(folder_names(places)) == ["x", "x-2", "video", "y"]
@@ -309,13 +302,11 @@ def test_times_are_read_and_shown_as_people_write_them() -> None:
     ("stems", "names"),
     [(("a", "a", "a-2"), ["a", "a-2", "a-2-2"]), (("a-2", "a", "a", "a"), ["a-2", "a", "a-3", "a-4"])],
 )
-def test_timelines_have_distinct_folders_despite_numbered_names(
-    stems: tuple[str, ...], names: list[str]
-) -> None:
+def test_timelines_have_distinct_folders_despite_numbered_names(stems, names):
     assert list(folder_names([Path(f"{n}/{stem}.mp4") for n, stem in enumerate(stems)])) == names
 
 
-def test_the_picture_has_frames_and_a_lane_of_each_label(day: Path) -> None:
+def test_the_picture_has_frames_and_a_lane_of_each_label(day):
     timeline = model_of(Brightness()).timeline(day, window=1.0, stride=0.25)
     image = Image.open(io.BytesIO(timeline_png(timeline)))
     assert image.size == (2000, 2 * (72 + 12 + 3 * 22 + 26))
@@ -327,7 +318,7 @@ def test_the_picture_has_frames_and_a_lane_of_each_label(day: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("folder") / "model"
     config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=8, depth=1, num_heads=1)
     model = build_model(config, seed=0, from_scratch=True)
@@ -342,9 +333,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_verb_prints_segments_and_writes_windows_and_picture(
-    folder: Path, day: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tmp_path, capsys):
     (tmp_path / "bad.mp4").write_text("no video")
     output = tmp_path / "out"
     flags = {
@@ -377,19 +366,17 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(
     assert table[-1]["error"]
 
 
-def test_windows_stride_and_smoothing_are_as_asked_for(
-    folder: Path, day: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[dict[str, Any]] = []
+def test_windows_stride_and_smoothing_are_as_asked_for(folder, day, monkeypatch):
+    given = []
     really = Model.timeline
 
-    def spy(model: Model, video: Any, **options: Any) -> Timeline:
+    def spy(model, video, **options):
         given.append(options)
         return really(model, video, **options)
 
     monkeypatch.setattr(Model, "timeline", spy)
 
-    def windows(**flags: str) -> int:
+    def windows(**flags):
         own = {"paths": [str(day)], "model": str(folder), "window": "2s", "device": "cpu", **flags}
         (told,) = predict_timelines(load(PredictSettings, flags=own, environ={}).settings, silent)
         assert told.timeline is not None

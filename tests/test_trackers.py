@@ -1,13 +1,9 @@
 """Where metrics go: files that a resumed run cuts and goes on with, one W&B run, one log of TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from tiny import make_clips, make_pretrained, run, settings
@@ -17,13 +13,13 @@ from tvit_cli.engine.train import train
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.trackers import Trackers
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.results import Event, Note, TrainResult, silent
+from tvit_cli.results import Note, TrainResult, silent
 
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
@@ -36,7 +32,7 @@ def scalars(result: TrainResult) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
-def test_tensorboard_goes_on_in_the_same_log_without_a_step_twice(clips: Path, tmp_path: Path) -> None:
+def test_tensorboard_goes_on_in_the_same_log_without_a_step_twice(clips, tmp_path):
     facts = {
         "path_to_data": str(clips),
         "working_directory": tmp_path,
@@ -61,16 +57,14 @@ def test_tensorboard_goes_on_in_the_same_log_without_a_step_twice(clips: Path, t
     assert all(again[tag] == whole[tag] for tag in whole if tag not in clocks)
 
 
-def test_without_tensorboard_the_extra_is_named_before_anything_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_tensorboard_the_extra_is_named_before_anything_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'tvit\[tensorboard\]'"):
         run(path_to_data="nowhere", working_directory=tmp_path, log_tensorboard=True)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_resumed_run_counts_its_classes_as_an_undisturbed_one(clips: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_counts_its_classes_as_an_undisturbed_one(clips, tmp_path):
     facts = {"path_to_data": str(clips), "working_directory": tmp_path, "epochs": 3, **SCRATCH}
     first = run(**facts, experiment_name="mine")
     file = first.run / "val_per_class.jsonl"
@@ -88,7 +82,7 @@ def test_a_resumed_run_counts_its_classes_as_an_undisturbed_one(clips: Path, tmp
     assert all(f"epoch {n}: val " in page for n in (1, 2, 3))
 
 
-def test_counts_come_back_as_they_were_noted(tmp_path: Path) -> None:
+def test_counts_come_back_as_they_were_noted(tmp_path):
     trackers = Trackers(tmp_path)
     trackers.log_per_class(3, {"a": (4, 1)})
     trackers.log_per_class(6, {"a": (4, 2), "b": (1, 0)})
@@ -99,7 +93,7 @@ def test_counts_come_back_as_they_were_noted(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_is_logged_in(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -107,20 +101,18 @@ def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("nobody_is_logged_in")
-def test_wandb_without_login_is_offline_and_resumes_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
+def test_wandb_without_login_is_offline_and_resumes_the_same_run(tmp_path, monkeypatch):
+    asked = []
     real = socket.getaddrinfo
 
-    def spy(host: Any, *arguments: Any, **keywords: Any) -> Any:
+    def spy(host, *arguments, **keywords):
         asked.append(host)
         return real(host, *arguments, **keywords)
 
     monkeypatch.setattr(socket, "getaddrinfo", spy)
-    events: list[Event] = []
+    events = []
 
-    def go(**changes: Any) -> TrainResult:
+    def go(**changes):
         facts = settings(
             path_to_data=str(tmp_path / "colours"),
             hf_model_name=str(tmp_path / "tiny-vit"),
@@ -144,15 +136,13 @@ def test_wandb_without_login_is_offline_and_resumes_the_same_run(
     assert not [host for host in asked if host not in ("localhost", "127.0.0.1")]
 
 
-def test_a_record_that_cannot_be_written_names_the_file_and_the_way_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_cannot_be_written_names_the_file_and_the_way_on(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written.*--resume-from-checkpoint latest"):
         Trackers(tmp_path).log({"kind": "step", "step": 1})
 
 
-def test_truncated_metrics_line_and_later_records_are_removed(tmp_path: Path) -> None:
+def test_truncated_metrics_line_and_later_records_are_removed(tmp_path):
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
     Trackers(tmp_path).cut_after(3)
@@ -162,7 +152,7 @@ def test_truncated_metrics_line_and_later_records_are_removed(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_record_that_a_full_disk_cut_off_is_no_record(tmp_path: Path) -> None:
+def test_a_record_that_a_full_disk_cut_off_is_no_record(tmp_path):
     """The report of a run that ends so must not hide why it ended."""
     trackers = Trackers(tmp_path)
     trackers.log({"kind": "epoch", "step": 2, "val_loss": 0.5})
@@ -172,12 +162,10 @@ def test_a_record_that_a_full_disk_cut_off_is_no_record(tmp_path: Path) -> None:
     assert trackers.records("step") == []
 
 
-def test_wandb_that_cannot_be_reached_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
     import wandb
 
-    def unreachable(**_: Any) -> None:
+    def unreachable(**_):
         raise wandb.errors.CommError("Run initialization has timed out")
 
     monkeypatch.setattr(wandb, "init", unreachable)
@@ -188,8 +176,8 @@ def test_wandb_that_cannot_be_reached_says_what_to_do(
         Trackers(tmp_path).open_wandb(name="mine", config={}, report=silent)
 
 
-def test_steps_and_epochs_have_curves_of_their_own_in_wandb(tmp_path: Path) -> None:
-    logged: list[dict[str, float]] = []
+def test_steps_and_epochs_have_curves_of_their_own_in_wandb(tmp_path):
+    logged = []
     trackers = Trackers(tmp_path)
     trackers._wandb = SimpleNamespace(log=lambda values, step: logged.append({**values, "at": step}))
     for kind, loss in (("step", 1.0), ("epoch", 2.0)):

@@ -1,28 +1,20 @@
 """`tvit train` from videos to a model folder: its output, its notes, its refusals."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import COLOURS, Run, records, settings
+from tiny import COLOURS, records, settings
 
 from tvit_cli import cli
 from tvit_cli.engine.train import train
 from tvit_cli.engine.train.checkpoint import list_checkpoints
-from tvit_cli.errors import (
-    DataError,
-    ModelError,
-    TvitError,
-)
+from tvit_cli.errors import DataError, ModelError, TvitError
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Event, Note
+from tvit_cli.results import Note
 
 
-def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained: Run, clips: Path) -> None:
+def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained, clips):
     result = trained()
     model, card = load_model(result.model)
     assert card.labels == tuple(COLOURS)
@@ -49,20 +41,16 @@ def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained: Run, clips
     ],
     ids=str,
 )
-def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(
-    clips: Path, pretrained: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    events: list[Event] = []
+def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(clips, pretrained, tmp_path, changes):
+    events = []
     facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
     train(settings(**facts, **changes, tubelet_size=2, epochs=1), events.append)
     assert any("Of each tubelet of 2 frames the model sees one" in str(event) for event in events)
 
 
-def test_other_scheme_at_start_and_ineffective_settings_are_noted(
-    trained: Run, clips: Path, tmp_path: Path
-) -> None:
+def test_other_scheme_at_start_and_ineffective_settings_are_noted(trained, clips, tmp_path):
     before = trained(attention="divided", epochs=1)
-    events: list[Event] = []
+    events = []
     facts = {"path_to_data": str(clips), "hf_model_name": str(before.model), "working_directory": tmp_path}
     train(settings(**facts, epochs=1, randaugment_magnitude=5), events.append)
     said = " ".join(map(str, events))
@@ -90,18 +78,14 @@ def test_other_scheme_at_start_and_ineffective_settings_are_noted(
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_named_and_leaves_no_run(
-    trained: Run, changes: dict[str, str], error: type, words: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_used_is_named_and_leaves_no_run(trained, changes, error, words, tmp_path):
     with pytest.raises(error, match=words):
         trained(**changes)
     assert not list(tmp_path.iterdir())
 
 
-def test_top_k_above_the_number_of_classes_is_clamped_and_said(
-    clips: Path, pretrained: Path, tmp_path: Path
-) -> None:
-    events: list[Event] = []
+def test_top_k_above_the_number_of_classes_is_clamped_and_said(clips, pretrained, tmp_path):
+    events = []
     facts = settings(
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, top_k=50
     )
@@ -110,9 +94,7 @@ def test_top_k_above_the_number_of_classes_is_clamped_and_said(
     assert "val_video_top3" in records(result)[0]
 
 
-def test_print_settings_shows_sources_and_trains_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_settings_shows_sources_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TVIT_EPOCHS", "7")
     words = ["train", "--show-settings", "--preset", "quickstart", "--lora-rank", "3"]

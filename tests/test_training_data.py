@@ -1,33 +1,25 @@
 """Data sets as training reads them: layouts, unreadable videos, data leakage, frame stores."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from entry import tvit
-from tiny import COLOURS, Run, last_weights, records, run, same, settings
+from tiny import COLOURS, last_weights, records, run, same, settings
 
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.extract import extract
 from tvit_cli.engine.train import train
-from tvit_cli.errors import (
-    CheckpointError,
-    DataError,
-    RunError,
-    VideoError,
-)
-from tvit_cli.results import Event, Note
+from tvit_cli.errors import CheckpointError, DataError, RunError, VideoError
+from tvit_cli.results import Note
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 
 
-def test_a_manifest_is_trained_on_and_scored_at_the_end(trained: Run, clips: Path, tmp_path: Path) -> None:
+def test_a_manifest_is_trained_on_and_scored_at_the_end(trained, clips, tmp_path):
     manifest = tmp_path / "list.csv"
     rows = [f"{path},{path.parent.name}" for path in sorted(clips.glob("*/*.avi"))]
     manifest.write_text("\n".join(["path,label", *rows]) + "\n")
@@ -36,8 +28,8 @@ def test_a_manifest_is_trained_on_and_scored_at_the_end(trained: Run, clips: Pat
     assert result.test is not None and result.test.metrics["videos"] == 3
 
 
-def test_data_that_vanishes_in_mid_run_ends_it(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*arguments: Any, **keywords: Any) -> None:
+def test_data_that_vanishes_in_mid_run_ends_it(trained, monkeypatch):
+    def gone(*arguments, **keywords):
         raise VideoError("gone")
 
     monkeypatch.setattr("tvit_cli.data.clips.read_clip", gone)
@@ -46,9 +38,7 @@ def test_data_that_vanishes_in_mid_run_ends_it(trained: Run, monkeypatch: pytest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
-def test_a_name_that_is_not_utf_8_is_trained_on_scored_and_predicted(
-    clips: Path, pretrained: Path, tmp_path: Path
-) -> None:
+def test_a_name_that_is_not_utf_8_is_trained_on_scored_and_predicted(clips, pretrained, tmp_path):
     data = tmp_path / "data" / "colours"
     shutil.copytree(clips, data)
     for path in (*data.glob("Red/*"), *data.glob("Blue/*")):
@@ -64,15 +54,13 @@ def test_a_name_that_is_not_utf_8_is_trained_on_scored_and_predicted(
     assert predicted.code == 0 and predicted.out.count("udce9_c01") == 2 * len(list(data.glob("Blue/*")))
 
 
-def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(
-    clips: Path, pretrained: Path, tmp_path: Path
-) -> None:
+def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(clips, pretrained, tmp_path):
     data = tmp_path / "data" / "colours"
     shutil.copytree(clips, data)
     text, empty = data / "Red" / "v_Red_g02_c09.avi", data / "Blue" / "v_Blue_g01_c09.avi"
     text.write_text("not a video\n" * 50)
     empty.touch()
-    events: list[Event] = []
+    events = []
     facts = settings(
         path_to_data=str(data),
         hf_model_name=str(pretrained),
@@ -114,9 +102,7 @@ def make_bad(kind: str, clips: Path, root: Path) -> Path:
         ("unreadable class", "cannot be read|class Red"),
     ],
 )
-def test_unusable_data_is_refused_before_the_model_is_built(
-    clips: Path, tmp_path: Path, kind: str, words: str
-) -> None:
+def test_unusable_data_is_refused_before_the_model_is_built(clips, tmp_path, kind, words):
     with pytest.raises(DataError, match=words):
         run(
             path_to_data=str(make_bad(kind, clips, tmp_path)),
@@ -126,7 +112,7 @@ def test_unusable_data_is_refused_before_the_model_is_built(
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
 
 
-def test_leaks_are_said_and_strict_refuses_them(clips: Path, tmp_path: Path) -> None:
+def test_leaks_are_said_and_strict_refuses_them(clips, tmp_path):
     data = tmp_path / "data"
     for subset in ("train", "test"):
         for label in COLOURS:
@@ -145,7 +131,7 @@ def test_leaks_are_said_and_strict_refuses_them(clips: Path, tmp_path: Path) -> 
         "test_groups": "none",
         "train": "all",
     }
-    events: list[Event] = []
+    events = []
     train(settings(**facts), events.append)
     warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
     assert any("share 6 groups" in w for w in warnings) and any(
@@ -155,9 +141,7 @@ def test_leaks_are_said_and_strict_refuses_them(clips: Path, tmp_path: Path) -> 
         train(settings(**facts, strict=True))
 
 
-def test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts(
-    clips: Path, pretrained: Path, tmp_path: Path
-) -> None:
+def test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts(clips, pretrained, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(clips, data)
     for group in (2, 3, 4, 5):
@@ -173,7 +157,7 @@ def test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts(
     run(**facts, max_bad="25%", epochs=1)
 
 
-def test_the_official_split_decides_what_is_trained_on(trained: Run, clips: Path, tmp_path: Path) -> None:
+def test_the_official_split_decides_what_is_trained_on(trained, clips, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(clips, data / "videos")
     lists = data / "splits"
@@ -201,9 +185,7 @@ def test_the_official_split_decides_what_is_trained_on(trained: Run, clips: Path
         assert sum(r["kind"] == "step" for r in records(result, "step")) == -(-(18 - tested) // 4)
 
 
-def test_a_frame_store_beside_the_videos_is_found_used_and_scored(
-    clips: Path, pretrained: Path, tmp_path: Path
-) -> None:
+def test_a_frame_store_beside_the_videos_is_found_used_and_scored(clips, pretrained, tmp_path):
     data = tmp_path / "colours"
     shutil.copytree(clips, data)
     facts = {
@@ -214,7 +196,7 @@ def test_a_frame_store_beside_the_videos_is_found_used_and_scored(
     facts |= {"epochs": 6, "test_at_end": True, "frame_grid": 6}
     from_videos = run(**facts)
     extract(ExtractSettings(path_to_data=str(data), num_workers=0, frames_per_video=6), lambda event: None)
-    events: list[Event] = []
+    events = []
     from_store = train(settings(**facts), events.append)
     assert any("Frames are read from" in e.text for e in events if isinstance(e, Note))
     losses = [[r["train_loss"] for r in records(result)] for result in (from_videos, from_store)]

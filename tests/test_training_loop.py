@@ -1,33 +1,28 @@
 """The training loop: reproducible, independent of micro-batches and world size."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from entry import start
-from tiny import MIXED, Run, last_weights, records, run_in, same, settings
+from tiny import MIXED, last_weights, records, run_in, same, settings
 
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.optim import learning_rate_at
 from tvit_cli.model.folder import load_model
 
 
-def test_it_learns_what_colour_tells(trained: Run) -> None:
+def test_it_learns_what_colour_tells(trained):
     result = trained(epochs=12, hue=0.0, test_at_end=True)
     assert records(result)[-1]["train_clip_top1"] > 0.9
     assert result.test is not None and result.test.metrics["video_top1"] == 1.0
 
 
-def test_two_runs_of_one_seed_are_equal_bit_for_bit(trained: Run) -> None:
+def test_two_runs_of_one_seed_are_equal_bit_for_bit(trained):
     a, b = trained(), trained(num_workers=2)
     assert same(last_weights(a), last_weights(b))
     assert records(a) == records(b)
 
 
-def test_the_model_folder_holds_the_best_epoch_not_the_last(trained: Run) -> None:
+def test_the_model_folder_holds_the_best_epoch_not_the_last(trained):
     result = trained(epochs=6)
     epochs = records(result)
     best = max(epochs, key=lambda r: (r["val_video_top1"], -r["val_loss"]))
@@ -37,7 +32,7 @@ def test_the_model_folder_holds_the_best_epoch_not_the_last(trained: Run) -> Non
     assert torch.equal(model.classifier.weight, kept.trainable["classifier.weight"])
 
 
-def test_without_validation_the_last_epoch_is_kept(trained: Run) -> None:
+def test_without_validation_the_last_epoch_is_kept(trained):
     result = trained(val_groups="none")
     model, card = load_model(result.model)
     assert result.best == {} and result.best_epoch == 2 and card.metrics == {}
@@ -46,9 +41,7 @@ def test_without_validation_the_last_epoch_is_kept(trained: Run) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, MIXED, {**MIXED, "repeats": 3}], ids=["plain", "mixed", "repeated"])
-def test_accumulated_micro_batches_give_the_update_of_one_batch(
-    trained: Run, changes: dict[str, Any]
-) -> None:
+def test_accumulated_micro_batches_give_the_update_of_one_batch(trained, changes):
     facts = {"lora_dropout": 0.0, **changes}
     one = last_weights(trained(per_gpu_batch_size=6, **facts))
     cut = last_weights(trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, **facts))
@@ -59,9 +52,7 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(
     assert not all(torch.allclose(one[k], whole[k], atol=2e-4) for k in whole)
 
 
-def test_two_processes_take_the_steps_of_one_and_one_of_them_speaks(
-    trained: Run, tmp_path: Path, clips: Path, pretrained: Path
-) -> None:
+def test_two_processes_take_the_steps_of_one_and_one_of_them_speaks(trained, tmp_path, clips, pretrained):
     # 5 clips each of 10: partners lie in the other process, too.
     facts = {"epochs": 3, "lora_dropout": 0.0, "per_gpu_batch_size": 5, "experiment_name": "one", **MIXED}
     one = trained(**facts, gradient_accumulation_steps=2)
@@ -82,7 +73,7 @@ def test_two_processes_take_the_steps_of_one_and_one_of_them_speaks(
         assert x["val_video_top1"] == y["val_video_top1"]
 
 
-def test_logged_losses_do_not_depend_on_how_a_batch_is_cut(trained: Run) -> None:
+def test_logged_losses_do_not_depend_on_how_a_batch_is_cut(trained):
     facts = {"lora_dropout": 0.0, "epochs": 1}
     whole = trained(per_gpu_batch_size=9, **facts)
     cut = trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, **facts)
@@ -90,13 +81,13 @@ def test_logged_losses_do_not_depend_on_how_a_batch_is_cut(trained: Run) -> None
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
-def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(trained: Run) -> None:
+def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(trained):
     model, _ = load_model(trained(tubelet_size=2, epochs=1).model)
     first, central = model.patch_embed.weight.detach().chunk(2, dim=1)
     assert 0 < first.abs().mean() < 0.2 * central.abs().mean()  # they started at nothing
 
 
-def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained: Run) -> None:
+def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained):
     result = trained(warmup_epochs=1, epochs=3, learning_rate=0.01)
     steps = records(result, "step")
     assert [record["step"] for record in steps] == list(range(1, 10))  # three of an epoch
@@ -105,13 +96,13 @@ def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained: Run
     assert all(record["grad_norm"] > 0 for record in steps)
 
 
-def test_workers_are_as_many_as_asked_for(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_as_many_as_asked_for(trained, monkeypatch):
     from tvit_cli.data import clips
 
-    asked: list[int] = []
+    asked = []
     real = clips.DataLoader
 
-    def spy(*arguments: Any, **keywords: Any) -> Any:
+    def spy(*arguments, **keywords):
         asked.append(keywords["num_workers"])
         return real(*arguments, **keywords)
 

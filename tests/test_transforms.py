@@ -1,7 +1,5 @@
 """uint8 clips become one augmented, normalised batch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any, Literal
@@ -80,7 +78,7 @@ def train(
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_a_clip_is_the_same_in_any_batch(resize: Literal["crop", "squash"]) -> None:
+def test_a_clip_is_the_same_in_any_batch(resize):
     clips = [noise(0), noise(1, 40, 100), noise(2, 90, 30), noise(3, 32, 32)]
     keys = [(0, 5), (0, 6), (1, 5), (2, 9)]
     together = train(clips, keys, preprocessing=card(resize))
@@ -98,14 +96,14 @@ def test_a_clip_is_the_same_in_any_batch(resize: Literal["crop", "squash"]) -> N
         assert torch.equal(alone[0], shown[number])
 
 
-def test_all_frames_of_a_clip_are_changed_alike() -> None:
+def test_all_frames_of_a_clip_are_changed_alike():
     still = noise(0, frames=1).expand(6, -1, -1, -1)
     for index in range(8):
         out = train([still], [(0, index)], replace(Augmentation(), hue=0.1))[0]
         assert torch.equal(out, out[:1].expand_as(out))
 
 
-def test_seed_epoch_and_index_each_change_what_is_drawn() -> None:
+def test_seed_epoch_and_index_each_change_what_is_drawn():
     base = train([noise(0)], [(0, 0)])
     others = [train([noise(0)], [(1, 0)]), train([noise(0)], [(0, 1)]), train([noise(0)], [(0, 0)], seed=1)]
     assert all(not torch.equal(base, other) for other in others)
@@ -113,7 +111,7 @@ def test_seed_epoch_and_index_each_change_what_is_drawn() -> None:
     assert torch.equal(base, train([noise(0)], [(0, 0)]))
 
 
-def test_no_augmentation_is_the_evaluation_view() -> None:
+def test_no_augmentation_is_the_evaluation_view():
     clips, keys = [noise(0), noise(1, 70, 40)], [(0, 0), (0, 1)]
     shown = eval_transform(clips, preprocessing=card("squash"), device=CPU)
     assert torch.equal(train(clips, keys, STILL, card("squash")), shown)
@@ -124,7 +122,7 @@ def test_no_augmentation_is_the_evaluation_view() -> None:
     )
 
 
-def test_flips_happen_as_often_as_asked() -> None:
+def test_flips_happen_as_often_as_asked():
     clip, keys = noise(0), [(0, index) for index in range(200)]
     shown = eval_transform([clip], preprocessing=card("squash"), device=CPU)[0]
     for probability, low, high in ((0.0, 0, 0), (1.0, 200, 200), (0.5, 75, 125)):
@@ -134,7 +132,7 @@ def test_flips_happen_as_often_as_asked() -> None:
         assert low <= sum(flipped) <= high
 
 
-def test_switching_the_flip_off_leaves_the_other_draws_as_they_were() -> None:
+def test_switching_the_flip_off_leaves_the_other_draws_as_they_were():
     clip, keys = noise(0), [(0, index) for index in range(20)]
     off = train([clip] * 20, keys, replace(Augmentation(), horizontal_flip=0.0))
     on = train([clip] * 20, keys, replace(Augmentation(), horizontal_flip=1.0))
@@ -150,7 +148,7 @@ def ramp(height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_crops_keep_to_their_scale_and_ratio_and_reach_all_places(resize: Literal["crop", "squash"]) -> None:
+def test_crops_keep_to_their_scale_and_ratio_and_reach_all_places(resize):
     height, width, scale, ratio = 90, 160, (0.3, 0.8), (0.75, 4 / 3)
     augmentation = replace(STILL, crop_scale=scale, crop_ratio=ratio)
     own = width / height if resize == "squash" else 1
@@ -168,14 +166,14 @@ def test_crops_keep_to_their_scale_and_ratio_and_reach_all_places(resize: Litera
     assert centres.max(dim=0).values.min() > 0.58
 
 
-def test_where_no_box_fits_the_largest_in_the_middle_is_taken() -> None:
+def test_where_no_box_fits_the_largest_in_the_middle_is_taken():
     # Under `crop`, a square as large as this wide frame does not fit into it.
     out = train([ramp(40, 160)], [(0, 0)], replace(STILL, crop_scale=(1.0, 1.0)), plain_card("crop"))
     assert out[0, 0, 0, 0, 0] == pytest.approx(60 / 160, abs=0.02)
     assert out[0, 0, 0, 0, -1] == pytest.approx(100 / 160, abs=0.02)
 
 
-def test_evaluation_scales_the_short_side_and_takes_the_centre() -> None:
+def test_evaluation_scales_the_short_side_and_takes_the_centre():
     for clip in (noise(0, 50, 90), noise(1, 90, 50), noise(2, 20, 30)):
         height, width = clip.shape[2:]
         scaled = (round(height * SIZE / min(height, width)), round(width * SIZE / min(height, width)))
@@ -190,9 +188,7 @@ def test_evaluation_scales_the_short_side_and_takes_the_centre() -> None:
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_frames_can_be_scaled_to_more_than_is_cut_from_their_centre(
-    resize: Literal["crop", "squash"],
-) -> None:
+def test_frames_can_be_scaled_to_more_than_is_cut_from_their_centre(resize):
     clip, larger = noise(0, 50, 90), SIZE + 8
     size = (larger, larger if resize == "squash" else round(90 * larger / 50))
     whole = F.interpolate(clip.float(), size=size, mode="bilinear", antialias=True)
@@ -202,13 +198,13 @@ def test_frames_can_be_scaled_to_more_than_is_cut_from_their_centre(
     assert (out - whole[:, :, top : top + SIZE, left : left + SIZE]).abs().max() <= 1.01
 
 
-def test_frames_are_never_scaled_to_less_than_is_cut() -> None:
+def test_frames_are_never_scaled_to_less_than_is_cut():
     assert card().scale_to == SIZE
     with pytest.raises(ValidationError, match=f"scale_to 1 is less than frame_size {SIZE}"):
         card(scale_to=1)
 
 
-def test_normalisation_is_by_channel() -> None:
+def test_normalisation_is_by_channel():
     preprocessing = card(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
     out = eval_transform([colour(255, 51, 0)], preprocessing=preprocessing, device=CPU)[0, 0, :, 0, 0]
     assert out.tolist() == pytest.approx([(1 - 0.1) / 0.5, 0.0, -0.3 / 0.125], abs=1e-6)
@@ -224,7 +220,7 @@ def factors_of(monkeypatch: pytest.MonkeyPatch, **how: float) -> None:
     monkeypatch.setattr(augment, "_draw", lambda *args: replace(draw(*args), **how))  # type: ignore[arg-type]
 
 
-def test_jitter_means_what_it_means_in_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jitter_means_what_it_means_in_torchvision(monkeypatch):
     clip = (noise(0).float() * 0.4 + 70).to(torch.uint8)  # away from black and white: nothing is clamped
     x = eval_transform([clip], preprocessing=plain_card(), device=CPU)[0]
     grey = torch.einsum("c,tchw->thw", GREY, x)[:, None]
@@ -243,7 +239,7 @@ def test_jitter_means_what_it_means_in_torchvision(monkeypatch: pytest.MonkeyPat
     assert torch.allclose(train([clip], [(0, 0)], STILL, plain_card())[0], wanted, atol=1e-5)
 
 
-def test_hue_turns_colours_and_leaves_grey(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hue_turns_colours_and_leaves_grey(monkeypatch):
     red, grey = colour(150, 90, 90), colour(120, 120, 120)
     for turn, strongest in ((0.0, 0), (1 / 3, 1), (2 / 3, 2), (1.0, 0)):
         with monkeypatch.context() as patched:
@@ -258,7 +254,7 @@ def test_hue_turns_colours_and_leaves_grey(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_each_jitter_draws_on_both_sides_and_can_be_off(name: str) -> None:
+def test_each_jitter_draws_on_both_sides_and_can_be_off(name):
     clip = colour(140, 100, 90)
     clip[:, :, : SIZE // 2] = 60
     keys = [(0, index) for index in range(60)]
@@ -270,31 +266,29 @@ def test_each_jitter_draws_on_both_sides_and_can_be_off(name: str) -> None:
     assert len(set(change.tolist())) == 60
 
 
-def test_pixels_stay_between_black_and_white() -> None:
+def test_pixels_stay_between_black_and_white():
     wild = only(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
     out = train([noise(0)] * 20, [(0, index) for index in range(20)], wild, plain_card())
     assert (out.min(), out.max()) == (0, 1)
 
 
-def test_boxes_of_a_frame_of_one_pixel_are_that_pixel() -> None:
+def test_boxes_of_a_frame_of_one_pixel_are_that_pixel():
     out = train([noise(0, 1, 1)], [(0, 0)])
     assert torch.isfinite(out).all()
     assert math.isclose(float(out[0, 0, 0].std()), 0, abs_tol=1e-6)
 
 
-def test_randaugment_precedes_jitter_and_keeps_the_other_draws(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_randaugment_precedes_jitter_and_keeps_the_other_draws(monkeypatch):
     clips, keys = [noise(n) for n in range(6)], [(0, index) for index in range(6)]
     off = train(clips, keys)
     assert not torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
-    seen: list[Tensor] = []
+    seen = []
     monkeypatch.setattr(augment, "randaugment", lambda pixels, **how: seen.append(pixels) or pixels)  # type: ignore[func-returns-value]
     assert torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
     assert all(pixels.dtype == torch.uint8 and pixels.shape == (4, 3, SIZE, SIZE) for pixels in seen)
 
 
-def test_what_comes_in_from_outside_the_frame_is_the_mean_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_in_from_outside_the_frame_is_the_mean_colour(monkeypatch):
     move = {"translate_x": OPERATIONS["translate_x"]}
     monkeypatch.setattr("tvit_cli.data.randaugment.OPERATIONS", move)
     one = replace(STILL, randaugment=1, randaugment_magnitude=10.0)
@@ -304,7 +298,7 @@ def test_what_comes_in_from_outside_the_frame_is_the_mean_colour(monkeypatch: py
     assert {int(side) for side in sides.abs().amin(dim=1).argmin(dim=1)} == {0, 1}
 
 
-def test_erasing_leaves_one_box_of_the_mean_colour_through_all_frames() -> None:
+def test_erasing_leaves_one_box_of_the_mean_colour_through_all_frames():
     clips, keys = [noise(n) for n in range(120)], [(0, index) for index in range(120)]
     untouched = train(clips, keys)
     assert torch.equal(train(clips, keys, replace(Augmentation(), random_erasing=0.0)), untouched)
@@ -323,7 +317,7 @@ def test_erasing_leaves_one_box_of_the_mean_colour_through_all_frames() -> None:
     assert where.sum(0).min() > 0 and where.sum(1).min() > 0
 
 
-def test_clips_are_erased_as_often_as_asked_and_the_same_ones_in_any_batch() -> None:
+def test_clips_are_erased_as_often_as_asked_and_the_same_ones_in_any_batch():
     clips, keys = [noise(n) for n in range(100)], [(2, index) for index in range(100)]
     some = replace(Augmentation(), random_erasing=0.3)
     out = train(clips, keys, some)
@@ -334,7 +328,7 @@ def test_clips_are_erased_as_often_as_asked_and_the_same_ones_in_any_batch() -> 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_what_the_cpu_gives_but_for_rounding() -> None:
+def test_a_gpu_gives_what_the_cpu_gives_but_for_rounding():
     clips = [noise(0, 48, 64).repeat_interleave(4, 2).repeat_interleave(4, 3), noise(1, 100, 60)]
     keys = [(0, 0), (3, 1)]
     gpu = torch.device("cuda")
@@ -352,7 +346,7 @@ def test_a_gpu_gives_what_the_cpu_gives_but_for_rounding() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_same_clip_in_any_batch() -> None:
+def test_a_gpu_gives_the_same_clip_in_any_batch():
     clips, keys, gpu = [noise(0), noise(1, 40, 100)], [(0, 5), (0, 6)], torch.device("cuda")
     together = train(clips, keys, device=gpu)
     for number in range(2):
@@ -360,7 +354,7 @@ def test_a_gpu_gives_the_same_clip_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
-def test_whole_clips_move_to_the_device_and_nothing_waits_for_it(kind: str) -> None:
+def test_whole_clips_move_to_the_device_and_nothing_waits_for_it(kind):
     """A box of a clip in pinned memory would be copied out of it first; a blocking copy would empty a GPU's queue."""
     clips = [noise(0), noise(1)]
     there = torch.device("meta")

@@ -1,12 +1,9 @@
 """Probing, decoding and writing video files."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -15,13 +12,7 @@ from av.stream import Disposition
 from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data import video
-from tvit_cli.data.video import (
-    VIDEO_SUFFIXES,
-    count_frames,
-    decode_first,
-    probe,
-    read_clip,
-)
+from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, decode_first, probe, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.portable.reading import segment_indices
@@ -49,7 +40,7 @@ def decode_all(path: Path) -> np.ndarray:
     return read_clip(path, lambda n: range(n), frame_count=None).frames
 
 
-def write_packets(path: Path, change: Callable[[int, av.Packet[Any]], bytes]) -> None:
+def write_packets(path: Path, change: Callable[[int, av.Packet], bytes]) -> None:
     """Rewrites an MJPEG file with other packet contents."""
     changed = path.with_suffix(".changed.avi")
     with av.open(str(path)) as source, av.open(str(changed), "w") as target:
@@ -64,9 +55,7 @@ def write_packets(path: Path, change: Callable[[int, av.Packet[Any]], bytes]) ->
 
 
 @pytest.mark.parametrize(("suffix", "how"), CODECS)
-def test_chosen_frames_are_exactly_those_of_decoding_all(
-    suffix: str, how: dict[str, Any], tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
-) -> None:
+def test_chosen_frames_are_exactly_those_of_decoding_all(suffix, how, tmp_path, make_video, read_numbers):
     if how["codec"] not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {how['codec']}")
     path = make_video(tmp_path / f"video{suffix}", frames=30, **how)
@@ -82,9 +71,7 @@ def test_chosen_frames_are_exactly_those_of_decoding_all(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_xvid_with_packed_b_frames_has_exact_frames(
-    threads: int, packed_xvid: Path, read_numbers: ReadNumbers
-) -> None:
+def test_xvid_with_packed_b_frames_has_exact_frames(threads, packed_xvid, read_numbers):
     frames = probe(packed_xvid).frames
     count = count_frames(packed_xvid)
     with av.open(str(packed_xvid)) as container:
@@ -98,21 +85,19 @@ def test_xvid_with_packed_b_frames_has_exact_frames(
         assert read_numbers(clip.frames[:, 40:]) == list(clip.indices)
 
 
-def test_packed_b_frames_get_times_in_order(packed_xvid: Path) -> None:
+def test_packed_b_frames_get_times_in_order(packed_xvid):
     clip = read_clip(packed_xvid, lambda n: range(n))
     assert all(a < b for a, b in zip(clip.pts_seconds, clip.pts_seconds[1:], strict=False))
     assert clip.pts_seconds[-1] == pytest.approx(38 / 25, abs=0.05)
 
 
-def test_up_to_three_missing_frames_cost_no_second_pass(
-    packed_xvid: Path, tmp_path: Path, make_video: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_up_to_three_missing_frames_cost_no_second_pass(packed_xvid, tmp_path, make_video, monkeypatch):
     three_short = make_video(tmp_path / "short.avi", frames=30, codec="mjpeg", pixel_format="yuvj420p")
     write_packets(three_short, lambda number, packet: b"junk" * 8 if number in (5, 6, 20) else bytes(packet))
-    opened: list[Path] = []
+    opened = []
     once = video.open_video
 
-    def spy(path: Path, **how: Any) -> Any:
+    def spy(path, **how):
         opened.append(path)
         return once(path, **how)
 
@@ -124,8 +109,8 @@ def test_up_to_three_missing_frames_cost_no_second_pass(
 
 @pytest.mark.parametrize("broken", [{4}, {0}, {11}, {2, 3, 5, 7, 8, 10}])
 def test_frames_that_do_not_decode_are_left_out_and_the_count_is_exact(
-    broken: set[int], tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
-) -> None:
+    broken, tmp_path, make_video, read_numbers
+):
     path = make_video(tmp_path / "video.avi", frames=12, codec="mjpeg", pixel_format="yuvj420p")
     write_packets(path, lambda number, packet: b"junk" * 8 if number in broken else bytes(packet))
     assert probe(path).frames == 12
@@ -135,7 +120,7 @@ def test_frames_that_do_not_decode_are_left_out_and_the_count_is_exact(
     assert read_numbers(clip.frames) == [left[index] for index in segment_indices(len(left), 4)]
 
 
-def test_a_known_count_stops_decoding_and_gives_the_same_clip(tmp_path: Path, make_video: Make) -> None:
+def test_a_known_count_stops_decoding_and_gives_the_same_clip(tmp_path, make_video):
     path = make_video(tmp_path / "video.avi", frames=20, codec="mjpeg", pixel_format="yuvj420p")
     first = read_clip(path, lambda n: [0, n // 4])
     write_packets(path, lambda number, packet: b"junk" * 8 if number > 10 else bytes(packet))
@@ -144,18 +129,14 @@ def test_a_known_count_stops_decoding_and_gives_the_same_clip(tmp_path: Path, ma
     assert np.array_equal(first.frames, again.frames)
 
 
-def test_a_count_that_is_no_longer_true_is_found_out(
-    tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
-) -> None:
+def test_a_count_that_is_no_longer_true_is_found_out(tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.avi", frames=10)
     clip = read_clip(path, lambda n: [0, n - 1], frame_count=30)
     assert clip.frame_count == 10
     assert read_numbers(clip.frames) == [0, 9]
 
 
-def test_repeated_indices_repeat_the_frame(
-    tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
-) -> None:
+def test_repeated_indices_repeat_the_frame(tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.avi", frames=3)
     clip = read_clip(path, lambda n: segment_indices(n, 6))
     assert read_numbers(clip.frames) == [0, 1, 2, 2, 2, 2]
@@ -166,14 +147,12 @@ def test_repeated_indices_repeat_the_frame(
     ("height", "width", "short_side", "shape"),
     [(48, 64, 24, (24, 32)), (64, 48, 24, (32, 24)), (48, 64, 48, (48, 64)), (48, 64, 96, (48, 64))],
 )
-def test_the_short_side_is_scaled_down_and_never_up(
-    height: int, width: int, short_side: int, shape: tuple[int, int], tmp_path: Path, make_video: Make
-) -> None:
+def test_the_short_side_is_scaled_down_and_never_up(height, width, short_side, shape, tmp_path, make_video):
     path = make_video(tmp_path / "video.avi", frames=3, height=height, width=width)
     assert read_clip(path, lambda n: [0], short_side=short_side).frames.shape[1:3] == shape
 
 
-def test_frames_scaled_down_a_lot_are_the_same_as_those_kept_raw(tmp_path: Path, make_video: Make) -> None:
+def test_frames_scaled_down_a_lot_are_the_same_as_those_kept_raw(tmp_path, make_video):
     path = make_video(tmp_path / "video.avi", frames=6, height=256, width=320)
     clip = read_clip(path, lambda n: [1, 4], short_side=16)
     single = read_clip(path, lambda n: [4], short_side=16, frame_count=6)
@@ -182,7 +161,7 @@ def test_frames_scaled_down_a_lot_are_the_same_as_those_kept_raw(tmp_path: Path,
 
 
 @pytest.mark.parametrize("degrees", [90, 270])
-def test_a_turned_picture_is_shown_upright(degrees: int, tmp_path: Path) -> None:
+def test_a_turned_picture_is_shown_upright(degrees, tmp_path):
     frames = np.zeros((4, 48, 64, 3), np.uint8)
     frames[:, :16, :16] = 255  # white corner, top left as stored
     path = tmp_path / "video.mp4"
@@ -199,9 +178,7 @@ def test_a_turned_picture_is_shown_upright(degrees: int, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "pixel_format", ["gray", "gray10le", "yuv420p10le", "yuv444p", "bgra", "yuva420p", "rgb48le", "bgr0"]
 )
-def test_any_pixel_format_becomes_rgb8(
-    pixel_format: str, tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
-) -> None:
+def test_any_pixel_format_becomes_rgb8(pixel_format, tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.mkv", frames=5, codec="ffv1", pixel_format=pixel_format)
     clip = read_clip(path, lambda n: range(n))
     assert clip.frames.shape == (5, 48, 64, 3)
@@ -219,9 +196,7 @@ def test_any_pixel_format_becomes_rgb8(
     ],
     ids=["unsaid and small", "unsaid and large", "tagged 709", "tagged 601", "full range"],
 )
-def test_colours_follow_the_tags_and_players_rule_where_there_are_none(
-    space: int, full: bool, height: int, matrix: str, tmp_path: Path
-) -> None:
+def test_colours_follow_the_tags_and_players_rule_where_there_are_none(space, full, height, matrix, tmp_path):
     rgb = np.array([200, 60, 30])
     kr, kb = {"601": (0.299, 0.114), "709": (0.2126, 0.0722)}[matrix]
     red, green, blue = rgb / 255
@@ -234,7 +209,7 @@ def test_colours_follow_the_tags_and_players_rule_where_there_are_none(
     assert np.abs(picture.reshape(-1, 3).mean(axis=0) - rgb).max() <= 1.5
 
 
-def test_black_and_white_stay_black_and_white(tmp_path: Path) -> None:
+def test_black_and_white_stay_black_and_white(tmp_path):
     frames = np.stack([np.full((48, 64, 3), level, np.uint8) for level in (0, 255)])
     write_video(tmp_path / "video.mkv", frames, codec="ffv1")
     assert read_clip(tmp_path / "video.mkv", lambda n: range(n)).frames.mean(axis=(1, 2, 3)).tolist() == [
@@ -243,10 +218,8 @@ def test_black_and_white_stay_black_and_white(tmp_path: Path) -> None:
     ]
 
 
-def test_frames_that_change_size_take_that_of_the_first(
-    tmp_path: Path, make_video: Make, read_numbers: ReadNumbers
-) -> None:
-    how: dict[str, Any] = {"codec": "mpeg2video", "options": {"qmin": "2", "qmax": "2"}}
+def test_frames_that_change_size_take_that_of_the_first(tmp_path, make_video, read_numbers):
+    how = {"codec": "mpeg2video", "options": {"qmin": "2", "qmax": "2"}}
     small = make_video(tmp_path / "small.ts", frames=6, **how)
     large = make_video(tmp_path / "large.ts", frames=6, height=96, width=96, **how)
     path = tmp_path / "both.ts"
@@ -258,7 +231,7 @@ def test_frames_that_change_size_take_that_of_the_first(
     assert numbers[:5] + numbers[-6:] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
 
 
-def test_probe_tells_what_a_file_holds(tmp_path: Path, make_video: Make) -> None:
+def test_probe_tells_what_a_file_holds(tmp_path, make_video):
     path = make_video(tmp_path / "video.mkv", frames=30, rate=15, codec="libx264")
     info = probe(path)
     assert (info.codec, info.width, info.height, info.frames, info.rotation) == ("h264", 64, 48, 30, 0)
@@ -266,9 +239,7 @@ def test_probe_tells_what_a_file_holds(tmp_path: Path, make_video: Make) -> None
     assert info.seconds == pytest.approx(2, rel=0.01)
 
 
-def test_a_name_with_a_colon_or_a_percent_sign_is_a_file_name(
-    tmp_path: Path, make_video: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_with_a_colon_or_a_percent_sign_is_a_file_name(tmp_path, make_video, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("take:1.avi", "50%03d.avi", "süß walk.avi", "-y.avi"):
         path = make_video(Path(name), frames=2)
@@ -276,11 +247,11 @@ def test_a_name_with_a_colon_or_a_percent_sign_is_a_file_name(
         assert read_clip(path, lambda n: [n - 1]).frame_count == 2
 
 
-def test_same_frames_give_the_same_bytes(tmp_path: Path, make_video: Make) -> None:
+def test_same_frames_give_the_same_bytes(tmp_path, make_video):
     assert make_video(tmp_path / "a.avi").read_bytes() == make_video(tmp_path / "b.avi").read_bytes()
 
 
-def test_a_lower_quantiser_is_closer_to_the_source(tmp_path: Path) -> None:
+def test_a_lower_quantiser_is_closer_to_the_source(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     far = []
     for quantiser in (2, 20):
@@ -290,7 +261,7 @@ def test_a_lower_quantiser_is_closer_to_the_source(tmp_path: Path) -> None:
     assert far[0] < far[1]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, make_video: Make) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, make_video):
     path = make_video(tmp_path / "video.mp4", frames=3)
     before = path.read_bytes()
     with pytest.raises(RunError, match=r"video\.mp4: the video could not be written"):
@@ -299,7 +270,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_frames_of_another_kind_are_refused(tmp_path):
     for frames in (
         np.zeros((2, 8, 8, 3), np.float32),
         np.zeros((8, 8, 3), np.uint8),
@@ -404,13 +375,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize(("make", "reason"), UNREADABLE, ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.parametrize("read", [probe, count_frames, lambda path: read_clip(path, lambda n: [0])])
-def test_what_cannot_be_read_is_named_with_the_reason(
-    make: Callable[[Path, Make], Path],
-    reason: str,
-    read: Callable[[Path], object],
-    tmp_path: Path,
-    make_video: Make,
-) -> None:
+def test_what_cannot_be_read_is_named_with_the_reason(make, reason, read, tmp_path, make_video):
     path = make(tmp_path, make_video)
     with pytest.raises(VideoError) as caught:
         read(path)
@@ -419,9 +384,9 @@ def test_what_cannot_be_read_is_named_with_the_reason(
 
 
 @pytest.mark.real
-def test_every_odd_file_ends_as_frames_or_as_a_named_error(real_data: Path) -> None:
+def test_every_odd_file_ends_as_frames_or_as_a_named_error(real_data):
     files = sorted(path for path in (real_data / "odd").rglob("*") if path.is_file())
-    read: dict[str, int] = {}
+    read = {}
     for path in files:
         try:
             clip = read_clip(path, lambda n: segment_indices(n, 8), short_side=64)
@@ -442,7 +407,7 @@ def test_every_odd_file_ends_as_frames_or_as_a_named_error(real_data: Path) -> N
 
 
 @pytest.mark.real
-def test_every_weizmann_clip_is_read(real_data: Path) -> None:
+def test_every_weizmann_clip_is_read(real_data):
     files = sorted(path for path in (real_data / "weizmann").rglob("*") if path.suffix in VIDEO_SUFFIXES)
     assert len(files) == 90
     for path in files:
@@ -452,9 +417,7 @@ def test_every_weizmann_clip_is_read(real_data: Path) -> None:
         assert clip.frames.std() > 10
 
 
-def test_the_first_frame_tells_a_video_from_what_is_none(
-    make_video: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_first_frame_tells_a_video_from_what_is_none(make_video, tmp_path):
     decode_first(make_video(tmp_path / "a.avi"))
     (tmp_path / "text.avi").write_text("not a video")
     with pytest.raises(VideoError, match="not a video"):
@@ -462,14 +425,12 @@ def test_the_first_frame_tells_a_video_from_what_is_none(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_a_thousand_reads_leave_no_file_open_and_no_memory_behind(
-    make_video: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_thousand_reads_leave_no_file_open_and_no_memory_behind(make_video, tmp_path):
     good = make_video(tmp_path / "good.avi")
     bad = tmp_path / "bad.avi"
     bad.write_bytes(good.read_bytes()[:600])
 
-    def read(times: int) -> tuple[int, int]:
+    def read(times):
         for _ in range(times):
             read_clip(good, lambda n: [0, n - 1])
             with contextlib.suppress(VideoError):
@@ -483,11 +444,9 @@ def test_a_thousand_reads_leave_no_file_open_and_no_memory_behind(
     assert later_memory - memory < 4_000_000
 
 
-def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clip(
-    packed_xvid: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clip(packed_xvid, monkeypatch):
     held = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
-    counted: list[Path] = []
+    counted = []
     once = video.count_packets
     monkeypatch.setattr(video, "_HELD_BYTES", packed_xvid.stat().st_size - 1)
     monkeypatch.setattr(video, "count_packets", lambda path: counted.append(path) or once(path))

@@ -1,7 +1,5 @@
 """The temporal ViT's shapes, its start, and what it computes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -53,24 +51,22 @@ def clips_for(
         ({"widht": 3}, "unknown keys 'widht'; known are num_classes, frame_size"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused_with_the_nearest_that_do(
-    changes: dict[str, object], sentence: str
-) -> None:
+def test_numbers_that_do_not_fit_are_refused_with_the_nearest_that_do(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         small(**changes)
 
 
-def test_a_config_without_a_class_count_is_refused() -> None:
+def test_a_config_without_a_class_count_is_refused():
     with pytest.raises(ValueError, match="'num_classes' is missing"):
         ViTConfig.from_dict({"width": 32})
 
 
-def test_a_config_survives_the_way_through_plain_values() -> None:
+def test_a_config_survives_the_way_through_plain_values():
     assert ViTConfig.from_dict(SMALL.to_dict()) == SMALL
     assert SMALL.mlp_width == 4 * SMALL.width
 
 
-def test_parameters_carry_the_documented_names_and_shapes() -> None:
+def test_parameters_carry_the_documented_names_and_shapes():
     shapes = {
         name: tuple(weight.shape) for name, weight in TemporalViT(small(tubelet_size=2)).named_parameters()
     }
@@ -97,18 +93,18 @@ def test_parameters_carry_the_documented_names_and_shapes() -> None:
     assert shapes == expected
 
 
-def test_the_state_dict_holds_parameters_and_nothing_else() -> None:
+def test_the_state_dict_holds_parameters_and_nothing_else():
     model = TemporalViT(SMALL)
     assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
     assert list(model.buffers()) == []
 
 
-def test_shape_comments_are_true() -> None:
+def test_shape_comments_are_true():
     config = small(tubelet_size=2)
     model = build_model(config, seed=0, from_scratch=True)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {}
 
-    def record(name: str) -> object:
+    def record(name):
         return lambda module, inputs, output: shapes.__setitem__(name, tuple(output.shape))
 
     for name, module in model.named_modules():
@@ -127,14 +123,14 @@ def test_shape_comments_are_true() -> None:
     assert shapes["summary"] == (3, 32)
 
 
-def test_asking_for_the_class_token_alone_changes_nothing_about_it() -> None:
+def test_asking_for_the_class_token_alone_changes_nothing_about_it():
     model = build_model(SMALL, seed=0, from_scratch=True)
     tokens = torch.randn(2, 1, 37, 32, generator=torch.Generator().manual_seed(0))
     block = model.blocks[1]
     torch.testing.assert_close(block(tokens, n_queries=1), block(tokens)[:, :, :1], atol=1e-6, rtol=1e-5)
 
 
-def test_a_model_depends_on_its_seed_alone_and_leaves_the_global_state() -> None:
+def test_a_model_depends_on_its_seed_alone_and_leaves_the_global_state():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = build_model(SMALL, seed=7, from_scratch=True).state_dict()
@@ -146,7 +142,7 @@ def test_a_model_depends_on_its_seed_alone_and_leaves_the_global_state() -> None
     assert not torch.equal(first["blocks.0.attention.q.weight"], other["blocks.0.attention.q.weight"])
 
 
-def test_layers_start_with_xaviers_uniform_weights_and_no_bias() -> None:
+def test_layers_start_with_xaviers_uniform_weights_and_no_bias():
     model = build_model(SMALL, seed=0, from_scratch=True)
     for layer in (model.blocks[0].mlp.fc1, model.patch_embed):
         rows, columns = layer.weight.flatten(1).shape
@@ -159,7 +155,7 @@ def test_layers_start_with_xaviers_uniform_weights_and_no_bias() -> None:
     assert torch.equal(model.classifier.bias, torch.zeros(5))
 
 
-def test_truncated_normal_init_is_within_two_deviations_without_bias() -> None:
+def test_truncated_normal_init_is_within_two_deviations_without_bias():
     model = build_model(small(width=128), seed=0, truncated_normal=True, from_scratch=True)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     assert len(layers) == 2 + 2 * 6
@@ -169,18 +165,18 @@ def test_truncated_normal_init_is_within_two_deviations_without_bias() -> None:
         assert torch.count_nonzero(layer.bias) == 0
 
 
-def test_temporal_embedding_starts_at_zero_only_if_pretrained() -> None:
+def test_temporal_embedding_starts_at_zero_only_if_pretrained():
     assert torch.count_nonzero(build_model(SMALL, seed=0, from_scratch=False).temporal.embedding) == 0
     drawn = build_model(SMALL, seed=0, from_scratch=True).temporal.embedding
     assert drawn.std().item() == pytest.approx(0.88 * 0.02, rel=0.25)
 
 
-def test_first_logits_favour_no_class() -> None:
+def test_first_logits_favour_no_class():
     logits = build_model(small(width=128), seed=0, from_scratch=False)(clips_for(SMALL))
     assert logits.softmax(-1).sub(1 / 5).abs().max() < 0.01
 
 
-def test_a_tubelet_sees_the_order_of_its_own_frames() -> None:
+def test_a_tubelet_sees_the_order_of_its_own_frames():
     model = build_model(small(tubelet_size=2), seed=0, from_scratch=False)
     clips = clips_for(SMALL)
     swapped = clips[:, [1, 0, 3, 2]]
@@ -188,12 +184,12 @@ def test_a_tubelet_sees_the_order_of_its_own_frames() -> None:
 
 
 @pytest.mark.parametrize("n_frames", [1, 3, 4, 9])
-def test_clips_of_other_lengths_are_taken(n_frames: int) -> None:
+def test_clips_of_other_lengths_are_taken(n_frames):
     model = build_model(SMALL, seed=0, from_scratch=True)
     assert model(clips_for(SMALL, n_frames=n_frames)).shape == (2, 5)
 
 
-def test_the_temporal_embedding_is_interpolated_linearly_between_times() -> None:
+def test_the_temporal_embedding_is_interpolated_linearly_between_times():
     temporal = TemporalViT(SMALL).temporal
     with torch.no_grad():
         temporal.embedding.copy_(torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 1, 32))
@@ -213,13 +209,13 @@ def test_the_temporal_embedding_is_interpolated_linearly_between_times() -> None
         ((2, 0, 3, 24, 24), "0 frames"),
     ],
 )
-def test_clips_of_the_wrong_shape_are_refused(shape: tuple[int, ...], sentence: str) -> None:
+def test_clips_of_the_wrong_shape_are_refused(shape, sentence):
     model = TemporalViT(small(tubelet_size=2))
     with pytest.raises(ValueError, match=sentence):
         model(torch.zeros(shape))
 
 
-def test_every_activation_changes_what_is_computed() -> None:
+def test_every_activation_changes_what_is_computed():
     clips = clips_for(SMALL)
     features = [
         build_model(small(activation=name), seed=0, from_scratch=True).features(clips) for name in ACTIVATIONS
@@ -229,18 +225,18 @@ def test_every_activation_changes_what_is_computed() -> None:
             assert (first - second).abs().max() > 1e-5
 
 
-def test_vit_base_on_one_image_has_the_flops_of_the_paper() -> None:
+def test_vit_base_on_one_image_has_the_flops_of_the_paper():
     flops = count_flops(ViTConfig(num_classes=1000, n_frames=1))
     assert flops == pytest.approx(2 * 17.6e9, rel=0.08)  # DeiT (arXiv:2012.12877): 17.6 G multiply-adds
 
 
-def test_building_without_initialising_draws_nothing() -> None:
+def test_building_without_initialising_draws_nothing():
     before = torch.get_rng_state()
     TemporalViT(SMALL, initialise=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_drop_path_drops_whole_clips_and_rescales_the_others() -> None:
+def test_drop_path_drops_whole_clips_and_rescales_the_others():
     torch.manual_seed(0)
     scaled = DropPath(0.25)(torch.ones(400, 3, 2))
     by_clip = scaled.flatten(1)
@@ -249,7 +245,7 @@ def test_drop_path_drops_whole_clips_and_rescales_the_others() -> None:
     assert scaled.mean().item() == pytest.approx(1, abs=0.07)
 
 
-def test_drop_path_rises_in_a_line_and_leaves_the_first_block_alone() -> None:
+def test_drop_path_rises_in_a_line_and_leaves_the_first_block_alone():
     blocks = TemporalViT(small(depth=5), drop_path=0.4).blocks
     assert [getattr(block.drop_path, "keep", 1.0) for block in blocks] == pytest.approx(
         [1, 0.9, 0.8, 0.7, 0.6]
@@ -257,7 +253,7 @@ def test_drop_path_rises_in_a_line_and_leaves_the_first_block_alone() -> None:
     assert not any(isinstance(module, DropPath) for module in TemporalViT(small(depth=5)).modules())
 
 
-def test_drop_path_is_of_the_training_alone() -> None:
+def test_drop_path_is_of_the_training_alone():
     plain = build_model(SMALL, seed=3, from_scratch=True)
     dropping = build_model(SMALL, seed=3, from_scratch=True, drop_path=0.5)
     assert dropping.config == plain.config and dropping.state_dict().keys() == plain.state_dict().keys()
@@ -267,7 +263,7 @@ def test_drop_path_is_of_the_training_alone() -> None:
     assert not torch.equal(dropping.train()(clips), plain(clips))
 
 
-def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it() -> None:
+def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it():
     model = build_model(SMALL, seed=3, from_scratch=True, drop_path=1 - 1e-12)
     before = []
     model.blocks[0].register_forward_hook(lambda block, given, tokens: before.append(tokens))
@@ -275,7 +271,7 @@ def test_a_clip_that_drops_the_last_block_shows_the_class_token_before_it() -> N
     assert torch.equal(features, model.norm(before[0][:, 0, 0]))
 
 
-def test_token_drop_differs_per_clip_and_agrees_across_joint_groups() -> None:
+def test_token_drop_differs_per_clip_and_agrees_across_joint_groups():
     torch.manual_seed(0)
     places = torch.arange(1.0, 41).expand(6, 3, 40).unsqueeze(-1)  # (clips, groups, patches, 1)
     times = torch.tensor([100.0, 200, 300]).view(1, 3, 1, 1)
@@ -291,14 +287,14 @@ def test_token_drop_differs_per_clip_and_agrees_across_joint_groups() -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_token_drop_is_of_the_training_alone_and_spares_the_class_token(attention: str) -> None:
+def test_token_drop_is_of_the_training_alone_and_spares_the_class_token(attention):
     config = small(attention=attention, tubelet_size=1 if attention == "space" else 2)
     plain = build_model(config, seed=3, from_scratch=True)
     dropping = build_model(config, seed=3, from_scratch=True, token_drop=0.5)
     assert dropping.config == plain.config and dropping.state_dict().keys() == plain.state_dict().keys()
     clips = clips_for(config, n_clips=4)
     assert torch.equal(dropping.eval()(clips), plain(clips))
-    seen: list[torch.Tensor] = []
+    seen = []
     dropping.blocks[0].register_forward_pre_hook(lambda block, given: seen.append(given[0]))
     assert not torch.equal(dropping.train()(clips), plain(clips))
     first = plain.positions.class_token + plain.positions.class_position
@@ -309,7 +305,7 @@ def test_token_drop_is_of_the_training_alone_and_spares_the_class_token(attentio
     assert torch.equal(seen[0][:, :, :1], first.expand_as(seen[0][:, :, :1]))
 
 
-def test_dropped_parts_have_zero_gradients() -> None:
+def test_dropped_parts_have_zero_gradients():
     model = build_model(SMALL, seed=3, from_scratch=True, drop_path=1 - 1e-12)
     model(clips_for(SMALL)).sum().backward()
     last = [parameter.grad for parameter in model.blocks[-1].parameters()]

@@ -1,13 +1,10 @@
 """A loss that is not finite: the clips are named, nothing good is overwritten, the run ends with advice."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,6 @@ from tvit_cli.engine.train import loop
 from tvit_cli.engine.train.batches import BatchPlan, MicroBatch
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.monitor import BadClip, LossWatch, loss_error, non_finite_names
-from tvit_cli.engine.train.state import Loop
 from tvit_cli.errors import RunError
 from tvit_cli.portable.vit import TemporalViT
 
@@ -28,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
@@ -47,7 +43,7 @@ def micro_batch(step: int, indices: tuple[int, ...], *, real: int | None = None)
     )
 
 
-def test_only_the_first_update_with_a_bad_loss_is_told_of() -> None:
+def test_only_the_first_update_with_a_bad_loss_is_told_of():
     watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
     assert watch.look(accelerator) == []
     watch.saw(micro_batch(3, (5, 6)), torch.tensor([1.0, 2.0]))
@@ -60,7 +56,7 @@ def test_only_the_first_update_with_a_bad_loss_is_told_of() -> None:
     assert found[0].loss == INF and watch.look(accelerator) == []
 
 
-def test_an_update_that_is_begun_anew_is_counted_once() -> None:
+def test_an_update_that_is_begun_anew_is_counted_once():
     watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
     watch.saw(micro_batch(3, (1, 2)), torch.tensor([1.0, 2.0]))
     watch.saw(micro_batch(4, (5, 6)), torch.tensor([NAN, 2.0]))
@@ -69,7 +65,7 @@ def test_an_update_that_is_begun_anew_is_counted_once() -> None:
     assert [(clip.step, clip.index) for clip in watch.look(accelerator)] == [(4, 5)]
 
 
-def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_path: Path) -> None:
+def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_path):
     names = [f"clip{n}.avi" for n in range(20)]
     own = settings(max_grad_norm=None, learning_rate=0.25)
     few = str(loss_error([BadClip(4, 2, NAN, 8), BadClip(4, 3, INF, 8, 5)], names, own, "bf16", tmp_path))
@@ -87,7 +83,7 @@ def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_pa
     assert "--max-grad-norm" not in every and "--mixed-precision" not in every
 
 
-def test_tensors_that_are_not_finite_are_found_by_name() -> None:
+def test_tensors_that_are_not_finite_are_found_by_name():
     tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, INF]), "c": torch.tensor(NAN)}
     assert non_finite_names(tensors) == ["b", "c"] and non_finite_names({}) == []
 
@@ -125,9 +121,7 @@ def trained_names(clips: Path) -> list[str]:
     return [video.name for video in source.readable("train")]
 
 
-def test_a_nan_ends_the_run_names_the_clip_and_leaves_the_last_good_state(
-    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nan_ends_the_run_names_the_clip_and_leaves_the_last_good_state(clips, tmp_path, monkeypatch):
     facts = {"path_to_data": str(clips), "working_directory": tmp_path, "save_every_steps": 1, **SCRATCH}
     whole = run(**facts, experiment_name="whole")
     spoil_forward(monkeypatch, call=5, row=2)
@@ -148,9 +142,7 @@ def test_a_nan_ends_the_run_names_the_clip_and_leaves_the_last_good_state(
     assert f"{name}: nan" in page and f"tvit train --resume-from-checkpoint {kept[-1]}" in page
 
 
-def test_a_nan_at_the_first_step_leaves_no_checkpoint_and_says_so(
-    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nan_at_the_first_step_leaves_no_checkpoint_and_says_so(clips, tmp_path, monkeypatch):
     spoil_forward(monkeypatch, call=1, row=0)
     with pytest.raises(RunError, match="No checkpoint had been written yet"):
         run(path_to_data=str(clips), working_directory=tmp_path, experiment_name="bad", **SCRATCH)
@@ -158,12 +150,10 @@ def test_a_nan_at_the_first_step_leaves_no_checkpoint_and_says_so(
     assert not (tmp_path / "bad" / "report.html").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(
-    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_not_finite_are_never_saved(clips, tmp_path, monkeypatch):
     real = loop.update
 
-    def update(own: Loop) -> Tensor:
+    def update(own):
         norm = real(own)
         if own.step == 3:  # the fourth update: its loss was good, what it made of the weights is not
             with torch.no_grad():
@@ -182,8 +172,8 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert list_checkpoints(tmp_path / "bad" / "checkpoints")[-1].name == "step-000003"
 
 
-def test_two_processes_stop_together_with_one_message(clips: Path, tmp_path: Path) -> None:
-    facts: dict[str, Any] = {"path_to_data": str(clips), "working_directory": tmp_path, **SCRATCH}
+def test_two_processes_stop_together_with_one_message(clips, tmp_path):
+    facts = {"path_to_data": str(clips), "working_directory": tmp_path, **SCRATCH}
     own = settings(**facts, num_processes=2, learning_rate=1e30, warmup_epochs=0, experiment_name="bad")
     (tmp_path / "c.json").write_text(json.dumps(own.model_dump(mode="json")))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}

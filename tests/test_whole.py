@@ -1,12 +1,7 @@
 """Files that are whole, or as they were before."""
 
-from __future__ import annotations
-
 import errno
 import resource
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +14,7 @@ from tvit_cli.files import atomic_write
 from tvit_cli.results import Segment, Timeline
 
 
-def test_a_file_is_put_in_its_place_when_all_of_it_is_written(tmp_path: Path) -> None:
+def test_a_file_is_put_in_its_place_when_all_of_it_is_written(tmp_path):
     path = tmp_path / "new" / "out.csv"
     for text in ("old", "new"):
         with atomic_write(path) as beside:
@@ -29,7 +24,7 @@ def test_a_file_is_put_in_its_place_when_all_of_it_is_written(tmp_path: Path) ->
         assert path.read_text() == text and [*path.parent.iterdir()] == [path]
 
 
-def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "out.csv"
     for before in (None, "old"):
         if before is not None:
@@ -40,14 +35,14 @@ def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_beside_it(tmp_pat
         assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else [before])
 
 
-def test_a_folder_that_cannot_be_made_is_the_error_that_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_the_error_that_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file"), atomic_write(tmp_path / "file" / "out.csv"):
         pass
 
 
 @pytest.fixture
-def little_room() -> Iterator[None]:
+def little_room():
     """No file may grow beyond 4 KiB, as on a disk that is nearly full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -56,7 +51,7 @@ def little_room() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("little_room")
-def test_a_timeline_that_a_disk_has_no_room_for_leaves_the_older_one(tmp_path: Path) -> None:
+def test_a_timeline_that_a_disk_has_no_room_for_leaves_the_older_one(tmp_path):
     scores = np.full((1000, 2), 0.5)
     timeline = Timeline(
         video="long.mp4", labels=("a", "b"), seconds=100.0, window=1.0, stride=0.1, scores=scores,
@@ -71,11 +66,9 @@ def test_a_timeline_that_a_disk_has_no_room_for_leaves_the_older_one(tmp_path: P
 
 
 @pytest.mark.usefixtures("little_room")
-def test_a_film_strip_that_a_disk_has_no_room_for_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_film_strip_that_a_disk_has_no_room_for_leaves_the_older_one(tmp_path, monkeypatch):
     monkeypatch.setattr(explain, "explanation_png", lambda *given: bytes(10_000))
-    nothing: Any = None
+    nothing = None
     path = tmp_path / "why.png"
     path.write_text("old")
     with pytest.raises(RunError, match=r"--explain .*why\.png: cannot be written \(File too large\)"):
@@ -84,7 +77,7 @@ def test_a_film_strip_that_a_disk_has_no_room_for_leaves_the_older_one(
 
 
 @pytest.mark.usefixtures("little_room")
-def test_a_video_that_a_disk_has_no_room_for_leaves_nothing(tmp_path: Path) -> None:
+def test_a_video_that_a_disk_has_no_room_for_leaves_nothing(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     with pytest.raises(RunError, match="could not be written"), video_writer(tmp_path / "out.mp4") as writer:
         for number, picture in enumerate(pictures):

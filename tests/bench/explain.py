@@ -28,13 +28,7 @@ from torch import Tensor, nn
 
 from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import read_clip
-from tvit_cli.engine.predict.explain import (
-    STEPS,
-    blank_clip,
-    by_patch,
-    deletion_test,
-    integrated_gradients,
-)
+from tvit_cli.engine.predict.explain import STEPS, blank_clip, by_patch, deletion_test, integrated_gradients
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.portable.reading import segment_indices
 
