@@ -4,8 +4,8 @@ Each prints medians and ratios of what it runs in turn, then a line of JSON with
 `--json FILE` appends that line to a file, with the group, the commit, the date, the processor, and how many cores
 others kept busy meanwhile; `tests/speed_table.py` makes the speed tables of README.md and docs/benchmarks.md from results.jsonl.
 Options after `--` go to the programs: `python tests/bench step -- --rounds 5`. What needs data, weights or a trained
-model of its own (learning, kills, exports, timeline, explain, maps, int8) says so when it is asked:
-`python tests/bench/NAME.py --help`. Figures that were kept are in docs/benchmarks.md.
+model of its own is a program by itself: `python tests/bench/NAME.py --help` (learning, kills, exports, timeline,
+explain). Figures are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ GROUPS = {
     "infer": ("tvit predict on one clip, whole process", ["predict.py"]),
     "startup": ("help and mistakes, whole process", ["startup.py"]),
     "scaling": ("how cost grows with frames, clips, classes, processes and videos", ["scaling.py"]),
-    "checkpoint": ("size and time of a checkpoint of ViT-B", ["checkpoint.py"]),
-    "display": ("what the live display costs", ["display.py"]),
     "gpu": ("on an accelerator: steps per scheme and frame count, training from a frame store", ["gpu.py"]),
 }
 
