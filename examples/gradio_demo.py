@@ -28,8 +28,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 import tvit_cli
+from tvit_cli.data.layout import VIDEO_SUFFIXES
 from tvit_cli.data.motions import CLASSES, RATE, make_motions
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_packets, read_clip
+from tvit_cli.data.video import count_packets, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.predict.explain import Explanation, verdict
 from tvit_cli.engine.predict.timeline import annotate

@@ -174,7 +174,7 @@ def test_frames_before_an_error_of_the_demuxer_are_kept(error, tmp_path, make_vi
     path = make_video(tmp_path / "a.avi", codec="mjpeg", pixel_format="yuvj420p")
     really = video.demux
     broken = lambda place, source, stream: really(place, Broken(source), stream)  # noqa: E731
-    monkeypatch.setattr("tvit_cli.data.video.packets_of", broken)
+    monkeypatch.setattr("tvit_cli.data.video.demux", broken)
     assert count_frames(path) == 7
 
 

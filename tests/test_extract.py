@@ -16,7 +16,8 @@ import pytest
 
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.framestore_writer import shard_paths
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames
+from tvit_cli.data.layout import VIDEO_SUFFIXES
+from tvit_cli.data.video import count_frames
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.dataset import open_dataset
 from tvit_cli.engine.distributed import map_in_order

@@ -298,7 +298,7 @@ def test_a_truncated_shard_is_named_with_the_command_that_mends_it(own_store, ke
     with pytest.raises(DataError, match=rf"{shard.name}: this shard .* has .* bytes, not .*tvit extract"):
         FrameStore(own_store.folder)
     contents, damaged = read_contents(own_store.folder)
-    assert not contents.places
+    assert not contents.rows
     assert shard.name in str(damaged[0])
 
 
@@ -352,7 +352,7 @@ def test_a_full_disk_keeps_the_shards_that_were_complete(videos, tmp_path, monke
     with pytest.raises(RunError, match="No space left"), writer:
         writer.add("a", packed)
         writer.add("b", packed)  # completes the first
-        monkeypatch.setattr("tvit_cli.data.framestore_writer.os.fsync", full)
+        monkeypatch.setattr("tvit_cli.files.os.fsync", full)
         writer.add("c", packed)
     assert sorted(p.name for p in folder.iterdir()) == ["shard-00000-00.frames", "store.json"]
 

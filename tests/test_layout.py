@@ -262,8 +262,11 @@ def test_a_missing_folder_is_named_with_its_likeliest_neighbour(tmp_path):
         ({"a/b/c": ["x.avi"]}, "no videos found"),
         ({".": ["x.avi", "y.avi"]}, "videos, but no class folders"),
         ({"train": ["x.avi"], "test": ["y.avi"]}, "videos, but no class folders"),
-        ({"run": ["x.avi"], "walk": []}, "walk: a class folder without videos; it holds nothing"),
-        ({"run": ["x.avi"], "walk": ["y.txt"]}, "walk: a class folder without videos; it holds only y.txt"),
+        ({"run": ["x.avi"], "walk": []}, "walk: a class folder without videos; it contains nothing"),
+        (
+            {"run": ["x.avi"], "walk": ["y.txt"]},
+            "walk: a class folder without videos; it contains only y.txt",
+        ),
         ({"train/run": ["x.avi"], "train/walk": []}, "walk: a class folder without videos"),
         ({"run": ["x.avi", "y.avi"]}, 'one class only ("run")'),
         (

@@ -10,8 +10,7 @@ from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data.framestore_format import CRC, FRAME, Parameters
 from tvit_cli.data.framestore_writer import pack_video
-from tvit_cli.data.pictures import Planes
-from tvit_cli.data.video import read_clip, read_pictures
+from tvit_cli.data.video import Planes, read_clip, read_frames
 from tvit_cli.data.video_writer import write_video
 
 Make = Callable[..., Path]
@@ -20,9 +19,9 @@ HALF = 1.5  # levels of 255: what rounding to whole numbers in three places may 
 
 
 def read_planes(path: Path, short_side: int | None = None) -> list[Planes]:
-    return read_pictures(
+    return read_frames(
         path, range, lambda kept, chosen: list(kept.planes(chosen)), short_side=short_side
-    ).pictures
+    ).frames
 
 
 def to_rgb(planes: Planes) -> np.ndarray:

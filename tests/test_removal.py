@@ -10,9 +10,9 @@ from tiny import make_clips, make_pretrained, run, settings
 
 from tvit_cli import cli, files
 from tvit_cli.data.dataset_folder import Landing
-from tvit_cli.data.framestore_format import is_store
 from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.http import fetch, fetch_files
+from tvit_cli.data.layout import is_store
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.export import export
 from tvit_cli.engine.train.checkpoint import State, list_checkpoints, prune_checkpoints, save_checkpoint

@@ -12,7 +12,8 @@ from av.stream import Disposition
 from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data import video
-from tvit_cli.data.video import VIDEO_SUFFIXES, count_frames, decode_first, probe, read_clip
+from tvit_cli.data.layout import VIDEO_SUFFIXES
+from tvit_cli.data.video import count_frames, decode_first, probe, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.portable.reading import segment_indices
@@ -448,7 +449,7 @@ def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clip(packed_x
     held = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
     counted = []
     once = video.count_packets
-    monkeypatch.setattr(video, "_HELD_BYTES", packed_xvid.stat().st_size - 1)
+    monkeypatch.setattr(video, "_PACKET_BYTES", packed_xvid.stat().st_size - 1)
     monkeypatch.setattr(video, "count_packets", lambda path: counted.append(path) or once(path))
     clip = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
     assert counted == [packed_xvid]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
 from tvit_cli.data.randaugment import Kind, draw_generator
-from tvit_cli.data.video import Clip, read_clip
+from tvit_cli.data.video import Clip, Frames, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.files import Location
 from tvit_cli.portable.reading import Key, clip_offsets, indices_on_grid, segment_indices
@@ -138,7 +138,7 @@ class ClipDataset(Dataset[ClipItem]):
         frames = frames.permute(0, 3, 1, 2)  # (clips * T, C, H, W)
         return ClipItem(frames, self._targets[index], epoch, index, 1.0, "")
 
-    def _read(self, epoch: int, index: int) -> Clip:
+    def _read(self, epoch: int, index: int) -> Clip[Frames]:
         if self._training:
             takes = [draw_generator(self._seed, Kind.OFFSETS, epoch, index).random(self._n_frames).tolist()]
         else:

@@ -1,4 +1,4 @@
-"""Reading a frame store: chosen frames of any clip, as `video.read_clip` gives them."""
+"""Frame store reader: random access to the stored frames of any clip."""
 
 from __future__ import annotations
 
@@ -20,50 +20,53 @@ from tvit_cli.data.framestore_format import (
     FRAME,
     INDEX,
     NO_GROUP,
-    SUBSETS,
     Parameters,
-    is_store,
     read_header,
     read_table,
 )
-from tvit_cli.data.layout import Layout, Video
-from tvit_cli.data.pictures import Frames
-from tvit_cli.data.video import Clip
+from tvit_cli.data.layout import SUBSETS, Layout, Video, is_store
+from tvit_cli.data.video import Clip, Frames
 from tvit_cli.errors import DataError, VideoError
 
-MOST_OPEN_SHARDS = 128  # of 1,024 files that a process may usually hold open
+MOST_OPEN_SHARDS = 128  # of 1,024 files that a process may usually open
 
 
 class FrameStore:
-    """Clips decoded once and read many times; the same in every thread and process that it is handed to.
+    """A finished frame store; threads may share it, and pickling copies its path only.
 
-    Raises DataError where the store is unfinished, a shard is missing, or the index is damaged.
+    Raises DataError if the store is unfinished, a shard is missing, or the index is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.header = read_header(folder)
+        command = self.header.command(folder)
         try:
             self._index = read_table(folder / INDEX)
         except FileNotFoundError as error:
             raise DataError(
-                f"{folder}: the frame store is not finished (no {INDEX}). Go on with `{self._again()}`."
+                f"{folder}: the frame store is not finished (no {INDEX}). Go on with `{command}`."
             ) from error
         except OSError as error:
             raise DataError(f"{folder / INDEX}: cannot be read ({error.strerror}).") from error
-        self._check_shards()
-        self._open: OrderedDict[int, _File] = OrderedDict()
-        self._opening = threading.Lock()
+        for name, expected in self._index.facts["shards"]:
+            path = folder / name
+            size = path.stat().st_size if path.exists() else None
+            if size != expected:
+                fault = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
+                raise DataError(f"{path}: this shard of the frame store {fault}. Run `{command}`.")
+        self._open: OrderedDict[int, _File] = OrderedDict()  # the most recently used last
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
-        return FrameStore, (self.folder,)  # each process maps the files for itself
+        return FrameStore, (self.folder,)
 
     def __len__(self) -> int:
         return len(self._index)
 
     @property
     def parameters(self) -> Parameters:
-        """What the stored frames depend on, beside their sources."""
+        """Parameters of the stored frames."""
         return self.header.parameters
 
     @property
@@ -76,80 +79,63 @@ class FrameStore:
         return self._index.name(index)
 
     def find(self, name: str) -> int | None:
-        """The index of a clip, None where the store does not hold it."""
+        """The index of a clip, None if the store does not have it."""
         return self._index.find(name)
 
     def layout(self) -> Layout:
-        """Labels, subsets and groups as they were when the store was made, for data whose videos are gone."""
-        facts, labels = self._index.facts, tuple(self._index.facts["labels"])
+        """Labels, subsets and groups at the time of extraction, for data whose videos are gone."""
+        groups, labels = self._index.facts["groups"], tuple(self._index.facts["labels"])
         root = self.folder.parent
         videos = []
         for index, clip in enumerate(self._index.clips):
-            name, group = self.name(index), int(clip["group"])
-            videos.append(
-                Video(
-                    root / name,
-                    name,
-                    labels[clip["label"]],
-                    SUBSETS[clip["subset"]],
-                    None if group == NO_GROUP else facts["groups"][group],
-                )
-            )
+            name, number = self.name(index), int(clip["group"])
+            group = None if number == NO_GROUP else groups[number]
+            videos.append(Video(root / name, name, labels[clip["label"]], SUBSETS[clip["subset"]], group))
         return Layout(root, labels, tuple(videos), (f"Read from the frame store {self.folder}.",))
 
     def outdated(self, videos: Sequence[Video]) -> list[str]:
-        """Names of videos that the store neither holds nor calls unreadable, or whose size is another now.
-
-        Videos that are no longer on disk are none of these.
-        """
+        """Names of videos that are new or whose size has changed; deleted videos are not among them."""
         unreadable = self._index.facts["unreadable"]
-        sizes = self._index.facts.get("unreadable_bytes", {})  # stores made before it was noted have none
+        sizes = self._index.facts.get("unreadable_bytes", {})  # absent from older stores
         names = []
         for video in videos:
             index = self.find(video.name)
-            if index is None and video.name not in unreadable:
-                names.append(video.name)
-                continue
             size = sizes.get(video.name) if index is None else self._index.clips[index]["source_bytes"]
-            if size is not None and video.path.exists() and video.path.stat().st_size != size:
+            is_new = index is None and video.name not in unreadable
+            if is_new or (size is not None and video.path.exists() and video.path.stat().st_size != size):
                 names.append(video.name)
         return names
 
     def short_of(self, n_frames: int) -> int:
-        """Of how many clips the store has fewer than `n_frames` frames, though their videos have more."""
+        """Number of clips stored with fewer than `n_frames` frames although their videos have more."""
         clips = self._index.clips
         return int((clips["stored"] < np.minimum(clips["frame_count"], n_frames)).sum())
 
     def smaller_than(self, frame_size: int) -> int:
-        """How many clips were scaled down to a short side below `frame_size` pixels, or may have been."""
+        """Number of clips possibly scaled down to a short side below `frame_size` pixels."""
         limit, clips = self.parameters.short_side, self._index.clips
         shortest = np.minimum(clips["height"], clips["width"])
         return int((shortest == limit).sum()) if limit < frame_size else 0
 
     def read(
-        self,
-        clip: int | str,
-        choose: Callable[[int], Sequence[int]],
-        *,
-        short_side: int | None = None,
-    ) -> Clip:
-        """The stored frames nearest to those that `choose(frame_count)` names, of two as near the earlier.
+        self, clip: int | str, choose: Callable[[int], Sequence[int]], *, short_side: int | None = None
+    ) -> Clip[Frames]:
+        """The stored frames nearest to the source frames `choose(frame_count)`; of two as near, the earlier.
 
-        `choose` speaks of the source's frames, as in `video.read_clip`; the indices of the answer are those
-        of the frames given. Frames come as they are stored, or scaled down to a half, quarter or eighth where
-        their short side stays at least `short_side`: what is left to scale is the model's device's work.
+        The result has the indices of the frames it contains. Frames have their stored size, or a half, quarter
+        or eighth of it with a short side of at least `short_side`.
 
-        Raises VideoError, `<name>: <reason>`, where the clip is not there or its record cannot be read.
+        Raises VideoError, `<name>: <reason>`, if the clip is absent or its record cannot be read.
         """
-        name = clip if isinstance(clip, str) else self.name(clip)
         index = self.find(clip) if isinstance(clip, str) else clip
+        name = clip if isinstance(clip, str) else self.name(clip)
         if index is None:
-            reason = self._index.facts["unreadable"].get(name)
-            raise VideoError(
-                reason or f"{name}: not in the frame store {self.folder}. Add it with `{self._again()}`."
-            )
+            command = self.header.command(self.folder)
+            reason = f"{name}: not in the frame store {self.folder}. Add it with `{command}`."
+            raise VideoError(self._index.facts["unreadable"].get(name) or reason)
         row = self._index.clips[index]
         file = self._shard(int(row["shard"]))
+        again = f"make the record again with `{self.header.command(self.folder, '--repair')}`."
         try:
             frames = _read_frame_rows(file, row)
             chosen = nearest(frames["index"], choose(int(row["frame_count"])))
@@ -157,33 +143,17 @@ class FrameStore:
             pixels = _decode(jpegs, chosen, int(row["height"]), int(row["width"]), short_side)
         except ValueError as error:
             raise VideoError(
-                f"{name}: its record in {file.path} is damaged ({error}). Make it anew with "
-                f"`{self._again('--repair')}`."
+                f"{name}: its record in {file.path} is damaged ({error}). To repair it, {again}"
             ) from error
         except OSError as error:
             raise VideoError(
-                f"{name}: {file.path} cannot be read there ({error.strerror}). Look at the disk; if it is sound, "
-                f"make the record anew with `{self._again('--repair')}`."
+                f"{name}: {file.path} cannot be read there ({error.strerror}). Check the disk, then {again}"
             ) from error
-        given = frames[chosen]
-        return Clip(
-            pixels,
-            tuple(given["index"].tolist()),
-            tuple(given["pts_seconds"].tolist()),
-            int(row["frame_count"]),
-        )
-
-    def _check_shards(self) -> None:
-        for name, expected in self._index.facts["shards"]:
-            path = self.folder / name
-            size = path.stat().st_size if path.exists() else None
-            if size != expected:
-                what = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
-                raise DataError(f"{path}: this shard of the frame store {what}. Run `{self._again()}`.")
+        indices, seconds = frames["index"][chosen].tolist(), frames["pts_seconds"][chosen].tolist()
+        return Clip(pixels, tuple(indices), tuple(seconds), int(row["frame_count"]))
 
     def _shard(self, number: int) -> _File:
-        """A shard's file, kept open; the one that was not used for longest is let go."""
-        with self._opening:
+        with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
             else:
@@ -191,9 +161,6 @@ class FrameStore:
                 if len(self._open) > MOST_OPEN_SHARDS:
                     self._open.popitem(last=False)
             return self._open[number]
-
-    def _again(self, *more: str) -> str:
-        return self.header.command(self.folder, *more)
 
 
 def find_store(root: Path) -> Path | None:
@@ -206,7 +173,7 @@ def find_store(root: Path) -> Path | None:
 
 
 def check_record(shard: Path, row: npt.NDArray[Any]) -> str:
-    """What is wrong with a record, read as a whole; empty where every byte is as it was written."""
+    """The fault of a record, after reading all of it; empty if every checksum matches."""
     file = _File(shard)
     try:
         frames = _read_frame_rows(file, row)
@@ -217,31 +184,31 @@ def check_record(shard: Path, row: npt.NDArray[Any]) -> str:
 
 
 def nearest(stored: npt.NDArray[Any], wanted: Sequence[int]) -> list[int]:
-    """Positions in `stored`, ascending frame indices, of what lies nearest to each wanted index.
+    """Positions in `stored`, ascending frame indices, of the nearest to each wanted index.
 
     stored 1 4 8, wanted 0 2 6 7 -> positions 0 0 1 2.
     """
     after = np.searchsorted(stored, wanted).clip(max=len(stored) - 1)
     before = (after - 1).clip(min=0)
-    places, asked = stored.astype(np.int64), np.asarray(wanted)
-    closer = np.abs(places[after] - asked) < np.abs(asked - places[before])
+    indices, targets = stored.astype(np.int64), np.asarray(wanted)
+    closer = np.abs(indices[after] - targets) < np.abs(targets - indices[before])
     positions: list[int] = np.where(closer, after, before).tolist()
     return positions
 
 
 class _File:
-    """One open shard, read at given places, so that threads and heirs of it do not disturb each other."""
+    """One open shard with positional reads, so that threads and forked processes may share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seeking = threading.Lock()
+        self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            self._descriptor = -1
             raise DataError(
-                f"{path}: this shard of the frame store cannot be opened ({error.strerror}). Run "
-                "`tvit extract` again; it makes anew what is missing."
+                f"{path}: this shard of the frame store cannot be opened ({error.strerror}). "
+                "Run `tvit extract` again to repair it."
             ) from error
 
     def __del__(self) -> None:
@@ -249,7 +216,7 @@ class _File:
             os.close(self._descriptor)
 
     def read(self, offset: int, size: int) -> memoryview:
-        """That many bytes. Raises ValueError where the file ends before."""
+        """`size` bytes from `offset`. Raises ValueError if the file ends before, OSError."""
         if hasattr(os, "pread"):
             data = os.pread(self._descriptor, size, offset)
         else:  # Windows, where no process inherits the descriptor
@@ -262,7 +229,7 @@ class _File:
 
 
 def _read_frame_rows(file: _File, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The rows of FRAME at a record's beginning. Raises ValueError where they are damaged."""
+    """The rows of FRAME at the start of a record. Raises ValueError if they are damaged."""
     size = int(row["stored"]) * FRAME.itemsize
     head = file.read(int(row["offset"]), size + CRC.size)
     if CRC.unpack(head[size:])[0] != zlib.crc32(head[:size]):
@@ -289,22 +256,17 @@ def _read_jpegs(
 def _decode(
     jpegs: dict[int, memoryview], chosen: Sequence[int], height: int, width: int, short_side: int | None
 ) -> Frames:
-    """Pictures, uint8 (T, H, W, 3), one for each chosen position; one chosen twice is decoded once."""
+    """RGB, uint8 (T, H, W, 3), of each chosen position; repeats are decoded once."""
     divisor = 1  # libjpeg-turbo decodes at any n/8 of the size, but fast only at 1/2, 1/4 and 1/8
     if short_side is not None:
         while divisor < 8 and -(-min(height, width) // (2 * divisor)) >= short_side:
             divisor *= 2
     height, width = -(-height // divisor), -(-width // divisor)
+    smallest = {"min_height": height, "min_width": width} if divisor > 1 else {}
     pictures = np.empty((len(chosen), height, width, 3), np.uint8)
-    for place, position in enumerate(chosen):
-        if place and position == chosen[place - 1]:
-            pictures[place] = pictures[place - 1]
-            continue
-        simplejpeg.decode_jpeg(
-            jpegs[position],
-            colorspace="RGB",
-            min_height=height if divisor > 1 else 0,
-            min_width=width if divisor > 1 else 0,
-            buffer=pictures[place],
-        )
+    for out, position in enumerate(chosen):
+        if out and position == chosen[out - 1]:
+            pictures[out] = pictures[out - 1]
+        else:
+            simplejpeg.decode_jpeg(jpegs[position], colorspace="RGB", buffer=pictures[out], **smallest)
     return pictures

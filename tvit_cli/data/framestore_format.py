@@ -1,13 +1,13 @@
-"""File format of a frame store, byte by byte.
+"""File format of a frame store.
 
     frames/
-      store.json                header: version, parameters, the data they were made from
-      shard-00000-00.frames     records, then a table of them; number and rank of the process that wrote it
-      index.frames              one table of all clips in the order of their names; what a reader opens
+      store.json                header: version, parameters, source data
+      shard-00000-00.frames     records, then a table of them; numbered by shard and by the writer's rank
+      index.frames              one table of all clips in the order of their names; readers open it
 
-A record is a row of FRAME for each stored frame, the crc32 of these rows, then the frames as JPEG. Numbers
-are little-endian. A shard's last TRAILER.size bytes say where its table begins, so that a complete shard
-needs no other file to be understood.
+A record is a row of FRAME for each stored frame, the CRC-32 of these rows, then the frames as JPEG. Numbers
+are little-endian. A shard's last TRAILER.size bytes are the offset of its table: a complete shard can be read
+without any other file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import re
 import struct
 import zlib
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,16 +26,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from tvit_cli.data.layout import STORE_FORMAT, STORE_HEADER
 from tvit_cli.errors import DataError
 
 VERSION = 1
-FORMAT = "tvit frame store"
-HEADER, INDEX = "store.json", "index.frames"
+INDEX = "index.frames"
 SHARD = re.compile(r"shard-\d{5,}-\d{2,}\.frames")
-LEFTOVER = re.compile(r"\.shard-\d{5,}-\d{2,}\.part|\.unreadable-\d{2,}\.json")  # of a killed process
-FOLDER = "frames"  # beside the videos that a store was made from
-
-SUBSETS = ("train", "val", "test")
+TEMPORARY = re.compile(r"\.shard-\d{5,}-\d{2,}\.part|\.unreadable-\d{2,}\.json")  # of a killed process
+FOLDER = "frames"  # beside the videos of the store
 NO_GROUP = -1
 
 FRAME = np.dtype([("crc32", "<u4"), ("bytes", "<u4"), ("index", "<u4"), ("pts_seconds", "<f8")])
@@ -49,7 +48,7 @@ CLIP = np.dtype(
         ("stored", "<u4"),
         ("height", "<u2"),
         ("width", "<u2"),
-        ("shard", "<u4"),  # this column and those below count in the index only
+        ("shard", "<u4"),  # from here on in the index only
         ("label", "<u4"),
         ("group", "<i4"),
         ("subset", "u1"),
@@ -57,18 +56,20 @@ CLIP = np.dtype(
 )
 CRC = struct.Struct("<I")
 TRAILER = struct.Struct("<Q8s")
-_TABLE = struct.Struct("<8sIIQQQ")  # magic, version, crc32 of the rest, bytes of facts, clips, bytes of names
+_TABLE = struct.Struct(
+    "<8sIIQQQ"
+)  # magic, version, CRC-32 of the rest, bytes of facts, clips, bytes of names
 _TABLE_MAGIC, _SHARD_MAGIC = b"tvit tbl", b"tvit end"
-_BLOCK = 1 << 20  # bytes read at once to check a table: it is never in memory as a whole
+_BLOCK = 1 << 20  # bytes per read in the checksum test: tables may be larger than memory
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What the stored frames depend on, beside their source."""
+    """Parameters of the stored frames."""
 
     frames_per_video: int
     quality: int  # of JPEG, 1 to 100
-    short_side: int  # in pixels; larger frames are scaled down to it, smaller ones kept
+    short_side: int  # pixels; larger frames are scaled down to it
 
     def __str__(self) -> str:
         return (
@@ -79,67 +80,57 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """`store.json`; `data` is the folder or manifest the store was made from."""
+    """Contents of `store.json`; `data` is the source folder or manifest."""
 
     parameters: Parameters
     data: str
 
     def command(self, folder: Path, *more: str) -> str:
         """The command line that makes this store."""
-        words = ["tvit extract --path-to-data", self.data]
-        if folder != Path(self.data) / FOLDER:
-            words += ["--output", str(folder)]
-        return " ".join([*words, *more])
-
-
-def is_store(folder: Path) -> bool:
-    """Whether a folder is a frame store, finished or not; another program's store.json makes none."""
-    try:
-        facts = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return (folder / HEADER).is_file()  # damaged, which its reader says
-    return isinstance(facts, dict) and facts.get("format") == FORMAT
+        output = [] if folder == Path(self.data) / FOLDER else ["--output", str(folder)]
+        return " ".join(["tvit extract --path-to-data", self.data, *output, *more])
 
 
 def write_header(folder: Path, header: Header) -> None:
-    """Makes the folder of a store, complete with its header or not at all."""
-    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}, indent=2)
-    target = folder / HEADER
-    if not folder.is_dir():  # half made, it would be a class without videos to who reads the data
-        target = folder.with_name(f".{folder.name}.{os.getpid()}.part") / HEADER
+    """Writes `store.json` atomically; a new folder appears together with it. Raises OSError."""
+    text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **asdict(header)}, indent=2)
+    target = folder / STORE_HEADER
+    if not folder.is_dir():  # a folder without its header would be read as a class without videos
+        target = folder.with_name(f".{folder.name}.{os.getpid()}.part") / STORE_HEADER
         target.parent.mkdir(parents=True)
-    unfinished = target.with_suffix(".part")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(target)
+    temporary = target.with_suffix(".part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(target)
     if target.parent != folder:
         target.parent.rename(folder)
 
 
 def read_header(folder: Path) -> Header:
-    """Reads `store.json`. Raises DataError where it is missing, damaged, or of a later version."""
-    path = folder / HEADER
+    """Reads `store.json`. Raises DataError if it is missing, damaged, or of a later version."""
+    path = folder / STORE_HEADER
+    again = "make the store again with `tvit extract --overwrite`."
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["version"] > VERSION:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["version"] > VERSION:
             raise DataError(
-                f"{path}: the frame store has version {facts['version']}, this tvit reads up to {VERSION}. "
-                "Update tvit, or make the store again with `tvit extract --overwrite`."
+                f"{path}: the frame store has version {fields['version']}, this tvit reads up to {VERSION}. "
+                f"Update tvit, or {again}"
             )
-        return Header(Parameters(**facts["parameters"]), facts["data"])
+        return Header(Parameters(**fields["parameters"]), fields["data"])
     except FileNotFoundError as error:
         raise DataError(
-            f"{folder}: no frame store (no {HEADER} in it). Make one with `tvit extract`."
+            f"{folder}: no frame store (no {STORE_HEADER} in it). Make one with `tvit extract`."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: cannot be read as a frame store's header ({type(error).__name__}: {error}). Make the "
-            "store again with `tvit extract --overwrite`."
+            f"{path}: cannot be read as a frame store's header ({type(error).__name__}: {error}). "
+            f"{again.capitalize()}"
         ) from error
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of CLIP with a name for each: name i is `names[ends[i - 1]:ends[i]]`, UTF-8."""
+    """Rows of CLIP and their names; name i is `names[ends[i - 1]:ends[i]]`, UTF-8."""
 
     facts: Mapping[str, Any]
     clips: npt.NDArray[Any]  # (clips,) of CLIP
@@ -150,25 +141,19 @@ class Table:
         return len(self.clips)
 
     def key(self, row: int) -> bytes:
-        """A row's name as it is stored."""
+        """A row's name as stored."""
         start = int(self.ends[row - 1]) if row else 0
         return self.names[start : int(self.ends[row])].tobytes()
 
     def name(self, row: int) -> str:
         """A row's name."""
-        return from_key(self.key(row))
+        return self.key(row).decode("utf-8", "surrogateescape")
 
     def find(self, name: str) -> int | None:
-        """The row of a name, by bisection; the table must be sorted by its keys, as an index is."""
+        """The row of a name; the table must be sorted by its keys, as an index is."""
         key = to_key(name)
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self.key(middle) < key:
-                low = middle + 1
-            else:
-                high = middle
-        return low if low < len(self) and self.key(low) == key else None
+        row = bisect_left(range(len(self)), key, key=self.key)
+        return row if row < len(self) and self.key(row) == key else None
 
 
 def make_table(facts: Mapping[str, Any], clips: npt.NDArray[Any], keys: list[bytes]) -> Table:
@@ -180,19 +165,18 @@ def make_table(facts: Mapping[str, Any], clips: npt.NDArray[Any], keys: list[byt
 def write_table(file: BinaryIO, table: Table) -> None:
     """Appends a table to a file."""
     facts = json.dumps(table.facts).encode("ascii")
-    parts = (facts, table.clips.tobytes(), table.ends.astype("<u8").tobytes(), table.names.tobytes())
+    body = (facts, table.clips.tobytes(), table.ends.astype("<u8").tobytes(), table.names.tobytes())
     crc = 0
-    for part in parts:
+    for part in body:
         crc = zlib.crc32(part, crc)
     file.write(_TABLE.pack(_TABLE_MAGIC, VERSION, crc, len(facts), len(table), table.names.size))
-    for part in parts:
-        file.write(part)
+    file.writelines(body)
 
 
 def read_table(path: Path, *, start: int = 0, end: int | None = None) -> Table:
-    """Maps the table between two places of a file into memory, after its checksum was compared.
+    """Maps the table at bytes `start` to `end` of a file into memory, after checking its CRC-32.
 
-    Raises DataError where it is damaged; OSError where the file cannot be read.
+    Raises DataError if it is damaged, OSError if the file cannot be read.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END) if end is None else end
@@ -204,27 +188,27 @@ def read_table(path: Path, *, start: int = 0, end: int | None = None) -> Table:
         if magic != _TABLE_MAGIC or version > VERSION:
             raise _damaged(path, "it does not begin as a table of this version")
         body = start + _TABLE.size
-        places = np.cumsum([body, facts_bytes, count * CLIP.itemsize, count * 8, names_bytes]).tolist()
-        if places[-1] != size:
-            raise _damaged(path, f"{size - start} bytes where its head promises {places[-1] - start}")
+        offsets = np.cumsum([body, facts_bytes, count * CLIP.itemsize, count * 8, names_bytes]).tolist()
+        if offsets[-1] != size:
+            raise _damaged(path, f"{size - start} bytes instead of {offsets[-1] - start}")
         facts = file.read(facts_bytes)
         crc = zlib.crc32(facts)
-        while block := file.read(min(_BLOCK, places[-1] - file.tell())):
+        while block := file.read(min(_BLOCK, offsets[-1] - file.tell())):
             crc = zlib.crc32(block, crc)
         if crc != expected:
             raise _damaged(path, "its checksum differs")
-    if count == 0:  # nothing can be mapped
+    if count == 0:  # an empty file part cannot be mapped
         return make_table(json.loads(facts), np.zeros(0, CLIP), [])
     return Table(
         json.loads(facts),
-        np.memmap(path, CLIP, "r", places[1], (count,)),
-        np.memmap(path, np.dtype("<u8"), "r", places[2], (count,)),
-        np.memmap(path, np.uint8, "r", places[3], (names_bytes,)),
+        np.memmap(path, CLIP, "r", offsets[1], (count,)),
+        np.memmap(path, np.dtype("<u8"), "r", offsets[2], (count,)),
+        np.memmap(path, np.uint8, "r", offsets[3], (names_bytes,)),
     )
 
 
 def read_shard_table(path: Path) -> Table:
-    """The table at a shard's end. Raises DataError where the shard is damaged."""
+    """The table at a shard's end. Raises DataError if the shard is damaged."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -246,17 +230,11 @@ def write_shard_end(file: BinaryIO, table: Table) -> None:
 
 
 def to_key(name: str) -> bytes:
-    """A name as bytes; file names that are no UTF-8 survive the way there and back."""
+    """A name as bytes; `Table.name` is the inverse, also for file names that are not UTF-8."""
     return name.encode("utf-8", "surrogateescape")
 
 
-def from_key(key: bytes) -> str:
-    """The inverse of `to_key`."""
-    return key.decode("utf-8", "surrogateescape")
-
-
-def _damaged(path: Path, why: str) -> DataError:
+def _damaged(path: Path, reason: str) -> DataError:
     return DataError(
-        f"{path}: this file of the frame store is damaged: {why}. Run `tvit extract` again; it makes anew "
-        "what is missing."
+        f"{path}: this file of the frame store is damaged: {reason}. Run `tvit extract` again to repair it."
     )

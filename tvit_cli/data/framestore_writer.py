@@ -1,9 +1,7 @@
-"""Frame stores written: videos packed into shards, complete or not at all, and their index."""
+"""Frame store writer: videos packed into shards, each complete or absent, and the index of all shards."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +21,6 @@ from tvit_cli.data.framestore_format import (
     INDEX,
     NO_GROUP,
     SHARD,
-    SUBSETS,
     Parameters,
     Table,
     make_table,
@@ -32,22 +29,21 @@ from tvit_cli.data.framestore_format import (
     write_shard_end,
     write_table,
 )
-from tvit_cli.data.layout import Layout
-from tvit_cli.data.pictures import Planes
-from tvit_cli.data.video import read_pictures
+from tvit_cli.data.layout import SUBSETS, Layout
+from tvit_cli.data.video import Planes, read_frames
 from tvit_cli.errors import DataError, RunError, VideoError
+from tvit_cli.files import rename, sha256, sync
 from tvit_cli.portable.reading import grid_indices
 
 # Note [Frames are stored as YUV 4:2:0]
-# Most videos are 4:2:0 themselves, and so is what JPEG holds: where their planes go into it as they are, but
-# for range and size, a frame costs half of what it does by way of RGB, and is nearer to its source. On
-# Weizmann at q 90, 4:4:4 by way of RGB took a tenth more bytes for a mean error of 1.57 instead of 1.65
-# (of 255), and 1.45 of either was brightness.
+# Most videos are 4:2:0, as JPEG is. Planes copied to JPEG, apart from range and size, cost half as much time as
+# frames converted to RGB and back, and are nearer to the source. On Weizmann at quality 90, 4:4:4 through RGB
+# took a tenth more bytes for a mean error of 1.57 instead of 1.65 (of 255); 1.45 of either was brightness.
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One video as a record, and its row of a shard's table (offset not yet known)."""
+    """One video as a record, and its row of a shard's table without the offset."""
 
     record: bytes
     row: npt.NDArray[Any]  # () of CLIP
@@ -55,84 +51,59 @@ class Packed:
 
 def pack_video(path: Path, parameters: Parameters) -> Packed:
     """Decodes a video once and packs the frames of its grid. Raises VideoError."""
-    source = _Source.of(path)
-    clip = read_pictures(
-        path,
-        lambda count: grid_indices(count, parameters.frames_per_video),
-        lambda kept, indices: [_jpeg(planes, parameters.quality) for planes in kept.planes(indices)],
-        short_side=parameters.short_side,
-    )
-    pictures = clip.pictures
-    frames = np.zeros(len(pictures), FRAME)
-    frames["crc32"] = [zlib.crc32(picture) for picture in pictures]
-    frames["bytes"] = [len(picture) for picture in pictures]
-    frames["index"] = clip.indices
-    frames["pts_seconds"] = clip.pts_seconds
+    try:
+        source = path.stat()
+        clip = read_frames(
+            path,
+            lambda count: grid_indices(count, parameters.frames_per_video),
+            lambda kept, indices: [_jpeg(planes, parameters.quality) for planes in kept.planes(indices)],
+            short_side=parameters.short_side,
+        )
+        digest = bytes.fromhex(sha256(path))
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror}).") from error
+    jpegs = clip.frames
+    frames = np.zeros(len(jpegs), FRAME)
+    frames["crc32"] = [zlib.crc32(jpeg) for jpeg in jpegs]
+    frames["bytes"] = [len(jpeg) for jpeg in jpegs]
+    frames["index"], frames["pts_seconds"] = clip.indices, clip.pts_seconds
     head = frames.tobytes()
-    record = b"".join([head, CRC.pack(zlib.crc32(head)), *pictures])
+    record = b"".join([head, CRC.pack(zlib.crc32(head)), *jpegs])
     row = np.zeros((), CLIP)
-    row["bytes"], row["stored"], row["frame_count"] = len(record), len(pictures), clip.frame_count
-    row["height"], row["width"] = simplejpeg.decode_jpeg_header(pictures[0])[:2]
-    row["source_bytes"], row["source_mtime_ns"] = source.bytes, source.mtime_ns
-    row["source_sha256"] = np.frombuffer(_sha256(path), np.uint8)
+    row["bytes"], row["stored"], row["frame_count"] = len(record), len(jpegs), clip.frame_count
+    row["height"], row["width"] = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
+    row["source_bytes"], row["source_mtime_ns"] = source.st_size, source.st_mtime_ns
+    row["source_sha256"] = np.frombuffer(digest, np.uint8)
     return Packed(record, row)
 
 
 def is_unchanged(path: Path, row: npt.NDArray[Any]) -> bool:
-    """Whether a video is the file that a row was made from; hashed only if it was touched since."""
+    """Whether a video still has the bytes that were packed; compares hashes only after a change of mtime."""
     try:
-        source = _Source.of(path)
-        if source.bytes != int(row["source_bytes"]):
-            return False
-        return (
-            source.mtime_ns == int(row["source_mtime_ns"]) or _sha256(path) == row["source_sha256"].tobytes()
+        source = path.stat()
+        return source.st_size == int(row["source_bytes"]) and (
+            source.st_mtime_ns == int(row["source_mtime_ns"])
+            or sha256(path) == row["source_sha256"].tobytes().hex()
         )
-    except VideoError:
+    except OSError:
         return False
 
 
 def _jpeg(planes: Planes, quality: int) -> bytes:
-    """A picture as JPEG. See Note [Frames are stored as YUV 4:2:0]."""
+    """See Note [Frames are stored as YUV 4:2:0]."""
     y = planes.y
     height, width = y.shape
-    if height % 2 or width % 2:
-        # libjpeg-turbo reads on to the next even row and column, into whatever lies there.
+    if height % 2 or width % 2:  # libjpeg-turbo reads memory up to the next even row and column
         y = np.pad(y, ((0, height % 2), (0, width % 2)), mode="edge")[:height, :width]
     jpeg: bytes = simplejpeg.encode_jpeg_yuv_planes(y, planes.u, planes.v, quality=quality)
     return jpeg
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """The file a clip was made from, as the file system knows it."""
-
-    bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> _Source:
-        """Asks the file system. Raises VideoError."""
-        try:
-            facts = path.stat()
-        except OSError as error:
-            raise VideoError(f"{path}: cannot be read ({error.strerror}).") from error
-        return cls(facts.st_size, facts.st_mtime_ns)
-
-
-def _sha256(path: Path) -> bytes:
-    """The hash of a file. It costs a hundredth of decoding it."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
 class ShardWriter:
     """Appends records to shards of a bounded size, each of which is complete or absent.
 
-    Leaving the context completes the last shard, after an error too, unless writing itself failed. Raises
-    RunError where the disk does not take the bytes.
+    Leaving the context completes the last shard, also after an error unless writing itself failed. Raises
+    RunError if the disk is full or fails.
     """
 
     def __init__(self, folder: Path, *, rank: int, shard_bytes: int) -> None:
@@ -155,9 +126,9 @@ class ShardWriter:
         if not self._failed:
             self._complete()
         if self._file is not None:
-            with suppress(OSError):  # a full disk, of which the failure before has told
+            with suppress(OSError):  # the first failure was raised already
                 self._file.close()
-            self._unfinished.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
 
     def add(self, name: str, packed: Packed) -> None:
         """Appends one video."""
@@ -165,7 +136,7 @@ class ShardWriter:
             self._complete()
         try:
             if self._file is None:
-                self._file = self._unfinished.open("wb")
+                self._file = self._temporary.open("wb")
             row = packed.row.copy()
             row["offset"] = self._file.tell()
             self._file.write(packed.record)
@@ -176,7 +147,7 @@ class ShardWriter:
         self.bytes += len(packed.record)
 
     @property
-    def _unfinished(self) -> Path:
+    def _temporary(self) -> Path:
         return self._folder / f".shard-{self._number:05d}-{self._rank:02d}.part"
 
     def _complete(self) -> None:
@@ -184,7 +155,7 @@ class ShardWriter:
             return
         try:
             write_shard_end(self._file, make_table({}, np.array(self._rows, CLIP), self._keys))
-            _put(self._file, self._folder / f"shard-{self._number:05d}-{self._rank:02d}.frames")
+            _publish(self._file, self._folder / f"shard-{self._number:05d}-{self._rank:02d}.frames")
         except OSError as error:
             raise self._failure(error) from error
         self._file, self._rows, self._keys = None, [], []
@@ -193,77 +164,71 @@ class ShardWriter:
     def _failure(self, error: OSError) -> RunError:
         self._failed = True
         return RunError(
-            f"{self._folder}: the frame store could not be written ({error.strerror}). What was completed is "
-            "kept; make room and run the same command again."
+            f"{self._folder}: the frame store could not be written ({error.strerror}). Complete shards are "
+            "kept. Free space and repeat this command."
         )
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The complete shards, oldest first: a later record of a clip takes the place of an earlier one."""
+    """The complete shards, oldest first: a later record of a clip replaces an earlier one."""
     shards = (path for path in folder.iterdir() if SHARD.fullmatch(path.name)) if folder.is_dir() else ()
     return sorted(shards, key=lambda path: (_number(path), path.name))
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the complete shards of a store hold, whether or not an index lists it."""
+    """All complete shards of a store, whether or not the index lists them."""
 
     shards: tuple[Path, ...]
     tables: tuple[Table, ...]
-    places: Mapping[bytes, tuple[int, int]]  # a name's key -> shard and row of its latest record
+    rows: Mapping[bytes, tuple[int, int]]  # a name's key -> shard and row of its latest record
 
     def row(self, name: str) -> npt.NDArray[Any] | None:
         """The latest row of a video."""
-        place = self.places.get(to_key(name))
-        return None if place is None else self.tables[place[0]].clips[place[1]]
+        found = self.rows.get(to_key(name))
+        return None if found is None else self.tables[found[0]].clips[found[1]]
 
     def shard(self, name: str) -> Path:
         """The shard of that row."""
-        return self.shards[self.places[to_key(name)][0]]
+        return self.shards[self.rows[to_key(name)][0]]
 
 
 def read_contents(folder: Path) -> tuple[Contents, list[DataError]]:
-    """Reads the tables of all shards; those that are damaged are left out and told why."""
-    shards: list[Path] = []
-    tables: list[Table] = []
+    """Reads the tables of all shards; the errors are those of damaged shards, which are left out."""
+    found: list[tuple[Path, Table]] = []
     damaged: list[DataError] = []
     for path in shard_paths(folder):
         try:
-            tables.append(read_shard_table(path))
-            shards.append(path)
+            found.append((path, read_shard_table(path)))
         except DataError as error:
             damaged.append(error)
-    places = {
-        table.key(row): (number, row) for number, table in enumerate(tables) for row in range(len(table))
-    }
-    return Contents(tuple(shards), tuple(tables), places), damaged
+    rows = {table.key(row): (n, row) for n, (_, table) in enumerate(found) for row in range(len(table))}
+    return Contents(tuple(path for path, _ in found), tuple(table for _, table in found), rows), damaged
 
 
 def write_index(folder: Path, layout: Layout, unreadable: Mapping[str, str]) -> int:
-    """Joins all shards' tables to the index that readers open; returns how many clips it lists.
+    """Writes the index of all shards' clips with the layout's labels, groups and subsets; returns their number.
 
-    Labels, groups and subsets are the layout's; clips that it does not know and those that are `unreadable`
-    now are left out, and shards that hold nothing else are removed. Raises RunError where the disk is full.
+    Clips that are `unreadable` or absent from the layout are left out; shards without any other clip are removed.
+    Raises RunError if the index cannot be written.
     """
     contents, _ = read_contents(folder)
     videos = sorted(
         (to_key(video.name), video)
         for video in layout.videos
-        if to_key(video.name) in contents.places and video.name not in unreadable
+        if to_key(video.name) in contents.rows and video.name not in unreadable
     )
     groups = sorted({video.group for _, video in videos if video.group is not None})
-    number_of = {
-        "label": {label: number for number, label in enumerate(layout.labels)},
-        "group": {group: number for number, group in enumerate(groups)},
-    }
-    places = [contents.places[key] for key, _ in videos]
-    live = sorted({shard for shard, _ in places})
+    label_numbers = {label: number for number, label in enumerate(layout.labels)}
+    group_numbers = {group: number for number, group in enumerate(groups)}
+    live = sorted({contents.rows[key][0] for key, _ in videos})
     clips = np.zeros(len(videos), CLIP)
-    for i, ((_, video), (shard, row)) in enumerate(zip(videos, places, strict=True)):
+    for i, (key, video) in enumerate(videos):
+        shard, row = contents.rows[key]
         clips[i] = contents.tables[shard].clips[row]
         clips[i]["shard"] = live.index(shard)
-        clips[i]["label"] = number_of["label"][video.label]
-        clips[i]["group"] = NO_GROUP if video.group is None else number_of["group"][video.group]
+        clips[i]["label"] = label_numbers[video.label]
+        clips[i]["group"] = NO_GROUP if video.group is None else group_numbers[video.group]
         clips[i]["subset"] = SUBSETS.index(video.subset)
     facts = {
         "labels": list(layout.labels),
@@ -276,34 +241,27 @@ def write_index(folder: Path, layout: Layout, unreadable: Mapping[str, str]) -> 
             if video.name in unreadable and video.path.exists()
         },
     }
-    unfinished = folder / f".{INDEX}.part"
+    temporary = folder / f".{INDEX}.part"
     try:
-        with unfinished.open("wb") as file:
+        with temporary.open("wb") as file:
             write_table(file, make_table(facts, clips, [key for key, _ in videos]))
-            _put(file, folder / INDEX)
+            _publish(file, folder / INDEX)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise RunError(
-            f"{folder / INDEX}: could not be written ({error.strerror}). Make room and run "
-            "the same command again."
+            f"{folder / INDEX}: could not be written ({error.strerror}). Free space and repeat this command."
         ) from error
     for n in set(range(len(contents.shards))) - set(live):
         contents.shards[n].unlink()
     return len(videos)
 
 
-def _put(file: BinaryIO, target: Path) -> None:
-    """Closes a file written beside its target and names it so: a crash leaves all of it or nothing."""
+def _publish(file: BinaryIO, target: Path) -> None:
+    """Closes a temporary file and renames it, durably."""
     file.flush()
-    os.fsync(file.fileno())
+    sync(file.fileno())
     file.close()
-    Path(file.name).replace(target)
-    if hasattr(os, "O_DIRECTORY"):  # a folder can be synced
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    rename(Path(file.name), target)
 
 
 def _number(path: Path) -> int:

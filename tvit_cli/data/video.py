@@ -1,8 +1,6 @@
-"""Video files: opening, probing, decoding, and chosen frames as RGB.
+"""Video decoding: probing, selected frames of a clip, and streaming of all frames.
 
-Whatever FFmpeg raises while a file is open becomes a VideoError that names the file.
-
-Letters: T frames, H W pixels.
+Every error of FFmpeg and PyAV becomes a VideoError that names the file. Letters: T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -11,46 +9,200 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import av
+import numpy as np
+import numpy.typing as npt
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.plane import VideoPlane
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
-from tvit_cli.data.pictures import ASSUMED_RATE, Frames, KeptFrames, quarter_turns
 from tvit_cli.errors import TvitError, VideoError
 from tvit_cli.files import Location
+from tvit_cli.portable.reading import PLANE_SCALING, SCALING, matrix_of
 
+Frames = npt.NDArray[np.uint8]
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
+F = TypeVar("F")
+T = TypeVar("T")
 
-# What a URL may lead to: the network, never this machine's files.
+# Protocols that a URL may lead to, such as by a playlist: the network, never local files.
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
-SECONDS_FOR_AN_ANSWER = 30.0
+URL_TIMEOUT = 30.0  # seconds
+ASSUMED_RATE = 25.0  # frames per second, of files without any usable time
+MOST_SHOWN = (
+    10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold has it
+)
 
-# Raised on damaged files by FFmpeg, and by PyAV itself: an IndexError for a stream that appears after the header
-# was read, a UnicodeDecodeError for names, an OverflowError for numbers.
+# Raised on damaged files by FFmpeg, and by PyAV itself: IndexError for a stream that appears after the header,
+# UnicodeDecodeError for names, OverflowError for numbers.
 DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
+
+# Note [Frame count]
+# A header's frame count, the number of packets and the number of frames that decode are three numbers.
+# UCF101's XviD files pack B-frames and promise up to two frames more than come out; a broken packet costs
+# one as well. `choose` needs the true count, which only decoding to the end gives. So one pass keeps the frames
+# that `choose` selects for the packet count and for up to COUNT_SLACK fewer, and the true count picks among them;
+# if it is further off, a second pass is made. The packets are counted before the first is decoded, and kept in
+# memory meanwhile; those of a larger file are read twice. Seeking was rejected: AVI's index is unreliable for
+# frames, and with a key frame every 300 it decodes as much. With a known count, decoding stops after the last
+# chosen frame.
+COUNT_SLACK = 3
+_PACKET_BYTES = 64 << 20  # size of the largest file whose packets are kept
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """Properties of a video; width and height as shown (pixels taken as square), frames as packets."""
+
+    path: Path
+    codec: str
+    width: int
+    height: int
+    frames: int
+    seconds: float
+    rate: float | None  # frames per second by the packets' times; None: the file has no times
+    rotation: int  # degrees counter-clockwise from the stored to the shown frame
+
+
+@dataclass(frozen=True, slots=True)
+class Clip(Generic[F]):
+    """Selected frames of one video, by default RGB as uint8 (T, H, W, 3)."""
+
+    frames: F
+    indices: tuple[int, ...]
+    pts_seconds: tuple[float, ...]
+    frame_count: int  # of the whole video
+
+
+@dataclass(frozen=True, slots=True)
+class TimedFrame:
+    """A frame shown from `start` until `end`, in seconds since the video began; `length` is the header's."""
+
+    start: float
+    end: float
+    length: float | None
+    picture: Callable[[], Frames]  # converts to uint8 (H, W, 3)
+
+
+class Planes(NamedTuple):
+    """A frame in JPEG's format: full-range BT.601 at 4:2:0, the sides of U and V half of Y's, rounded up."""
+
+    y: Frames  # (H, W)
+    u: Frames
+    v: Frames
+
+
+class KeptFrames:
+    """Selected decoded frames of one video, converted on demand.
+
+    `first` determines the size of all, since a stream may change its size. Frames wider and higher than
+    `short_side` are scaled down to it, the long side in proportion.
+    """
+
+    def __init__(self, first: av.VideoFrame, short_side: int | None) -> None:
+        short = min(first.width, first.height)
+        target = short if short_side is None else min(short, short_side)
+        self._width, self._height = round(first.width * target / short), round(first.height * target / short)
+        self._turns = _quarter_turns(first)
+        self._reformatter = VideoReformatter()
+        self._frames: dict[int, av.VideoFrame] = {}
+
+    def keep(self, index: int, frame: av.VideoFrame) -> None:
+        """Keeps the frame of that index."""
+        # Frames that are scaled down a lot are kept scaled: decoded 4K frames would fill the memory.
+        if 8 * self._width * self._height < frame.width * frame.height:
+            frame = self._to_rgb(frame)
+        self._frames[index] = frame
+
+    def has(self, indices: Sequence[int]) -> bool:
+        """Whether all of these were kept."""
+        return self._frames.keys() >= set(indices)
+
+    def rgb(self, indices: Sequence[int]) -> Frames:
+        """RGB, uint8 (T, H, W, 3), rotated as the file states."""
+        pictures = {index: self.upright(self._frames[index]) for index in dict.fromkeys(indices)}
+        return np.stack([pictures[index] for index in indices])
+
+    def planes(self, indices: Sequence[int]) -> Iterator[Planes]:
+        """Planes rotated as the file states; converted through RGB only if rotated."""
+        for index in indices:
+            frame, width, height = self._frames[index], self._width, self._height
+            if self._turns:  # at odd sizes, the smaller U and V cannot be rotated by themselves
+                upright = np.ascontiguousarray(self.upright(frame))
+                frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
+                height, width = upright.shape[:2]
+            matrix = matrix_of(frame)
+            converted = self._reformatter.reformat(
+                frame,
+                width=width,
+                height=height,
+                format="yuv420p",
+                src_colorspace=matrix,
+                dst_colorspace=Colorspace.ITU601,
+                dst_color_range=ColorRange.JPEG,
+                interpolation=PLANE_SCALING if matrix == Colorspace.ITU601 else SCALING,
+                threads=1,
+            )
+            yield Planes(*map(_plane_pixels, converted.planes))
+
+    def seconds(self, indices: Sequence[int], rate: Fraction | None) -> tuple[float, ...]:
+        """Presentation times; from the rate if they are missing or, with packed B-frames, out of order."""
+        distinct = list(dict.fromkeys(indices))
+        times = [self._frames[index].time for index in distinct]
+        if None in times or any(earlier >= later for earlier, later in pairwise(times)):
+            times = [index / float(rate or ASSUMED_RATE) for index in distinct]
+        at = dict(zip(distinct, times, strict=True))
+        return tuple(at[index] for index in indices)
+
+    def upright(self, frame: av.VideoFrame) -> Frames:
+        """RGB of one frame, uint8 (H, W, 3), rotated as the file states."""
+        return np.rot90(self._to_rgb(frame).to_ndarray().astype(np.uint8, copy=False), self._turns)
+
+    def _to_rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
+        return self._reformatter.reformat(
+            frame,
+            width=self._width,
+            height=self._height,
+            format="rgb24",
+            src_colorspace=matrix_of(frame),
+            interpolation=SCALING,
+            threads=1,
+        )
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counter-clockwise quarter turns, 0 to 3, from the stored frame to the shown one."""
+    return round(frame.rotation / 90) % 4
+
+
+def _plane_pixels(plane: VideoPlane) -> Frames:
+    """A view of a plane without the padding of its rows."""
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+    return rows[: plane.height, : plane.width]
 
 
 @contextmanager
 def open_video(path: Location, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """One container, one video stream; whatever is raised inside becomes a VideoError.
+    """Opens a container and its first video stream; errors in the block become VideoErrors.
 
-    TvitErrors and AssertionErrors pass as they are.
+    TvitErrors and AssertionErrors pass unchanged.
     """
     if isinstance(path, str):
-        url, protocols, seconds = path, _NETWORK, SECONDS_FOR_AN_ANSWER
-    else:
-        # A playlist under a video's name must not make FFmpeg open the network.
-        url, protocols, seconds = _checked(path), "file", None
+        url, protocols, timeout = path, _NETWORK, URL_TIMEOUT
+    else:  # a playlist with a video's suffix must not make FFmpeg open the network
+        _check_file(path)
+        url, protocols, timeout = file_url(path), "file", None
+    options: dict[str, Any] = {"metadata_errors": "ignore", "options": {"protocol_whitelist": protocols}}
     try:
-        with av.open(
-            url, metadata_errors="ignore", options={"protocol_whitelist": protocols}, timeout=seconds
-        ) as container:
+        with av.open(url, timeout=timeout, **options) as container:
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = threads
             if threads > 1:
@@ -59,65 +211,59 @@ def open_video(path: Location, *, threads: int) -> Iterator[tuple[InputContainer
     except (TvitError, AssertionError):
         raise
     except av.ExitError as error:
-        raise VideoError(f"{path}: no answer within {SECONDS_FOR_AN_ANSWER:.0f} s.") from error
+        raise VideoError(f"{path}: no answer within {URL_TIMEOUT:.0f} s.") from error
     except PermissionError as error:
-        raise VideoError(f"{path}: may not be read (permission denied).") from error
+        raise VideoError(f"{path}: cannot be read (permission denied).") from error
     except av.FFmpegError as error:
-        what = "not a video that FFmpeg can read" if isinstance(path, Path) else "cannot be fetched and read"
-        raise VideoError(f"{path}: {what} ({error.strerror}).") from error
+        fault = "not a video that FFmpeg can read" if isinstance(path, Path) else "cannot be fetched and read"
+        raise VideoError(f"{path}: {fault} ({error.strerror}).") from error
     except Exception as error:
         raise VideoError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def _checked(path: Path) -> str:
-    """The URL of a file that can be opened and holds something."""
+def _check_file(path: Path) -> None:
     try:
-        facts = path.stat()
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise VideoError(f"{path}: no such file.") from error
     except OSError as error:
-        reason = (
-            "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        )
-        raise VideoError(f"{path}: {reason}.") from error
-    if stat.S_ISDIR(facts.st_mode):
+        raise VideoError(f"{path}: cannot be read ({error.strerror}).") from error
+    if stat.S_ISDIR(status.st_mode):
         raise VideoError(f"{path}: is a folder, not a video.")
-    if not stat.S_ISREG(facts.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise VideoError(f"{path}: is no file but a pipe or a device. Save the video to a file first.")
-    if facts.st_size == 0:
-        raise VideoError(f"{path}: the file is empty (0 bytes). Was a copy or download broken off?")
-    return file_url(path)
+    if status.st_size == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes). Copy or download it again.")
 
 
 def file_url(path: Path) -> str:
-    """The path as FFmpeg's file protocol; without it `a:b.avi` would be read as protocol `a`."""
+    """The path as FFmpeg's file protocol; otherwise `a:b.avi` would be read as protocol `a`."""
     return f"file:{path}"
 
 
 def _video_stream(path: Location, container: InputContainer) -> VideoStream:
-    if container.format.name == "tty":  # FFmpeg draws any .txt as terminal art
+    if container.format.name == "tty":  # FFmpeg renders any .txt as terminal art
         raise VideoError(f"{path}: not a video but a text file.")
-    # A song's cover is a video stream of one picture to FFmpeg.
+    # FFmpeg reads a song's cover as a video stream of one picture.
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        kinds = sorted(
-            {"a picture" if stream.type == "video" else stream.type for stream in container.streams}
-        )
+        kinds = sorted({"a picture" if s.type == "video" else s.type for s in container.streams})
         raise VideoError(
             f"{path}: no video in this file, only {' and '.join(kinds) or 'an empty container'}."
         )
-    stream = streams[0]
-    if stream.codec_context is None:
+    if streams[0].codec_context is None:
         raise VideoError(f"{path}: this build of FFmpeg has no decoder for its video stream.")
-    return stream
+    return streams[0]
 
 
 def demux(path: Location, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Packets of the stream, then None or an empty one to flush the decoder, even if the file breaks off.
+    """Packets of the stream, then None or an empty one to flush the decoder, also if the file is truncated.
 
-    Those of a stream that appears late are skipped; PyAV raises an IndexError for it at the end of the file.
+    Packets of a stream that appears late are skipped; PyAV raises an IndexError for it at the end of the file.
     """
     try:
         for packet in container.demux(stream):
-            # Decoded as it is, an encrypted picture may come out as noise and no error.
+            # An encrypted frame may decode as noise without an error.
             if packet.has_sidedata("encryption_info"):
                 raise VideoError(f"{path}: the video is encrypted (Common Encryption) and cannot be decoded.")
             yield packet
@@ -125,139 +271,83 @@ def demux(path: Location, container: InputContainer, stream: VideoStream) -> Ite
         yield None
 
 
-def decode_packet(stream: VideoStream, packet: Packet) -> list[av.VideoFrame]:
-    """Frames that this packet completes; none where it does not decode."""
-    with suppress(*DAMAGED):
-        return stream.decode(packet)
-    return []
-
-
-def decode_frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
-    """Every frame that decodes, in the order of presentation, which is the decoder's order of output."""
+def _decode(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
+    """All frames that decode, in the decoder's order, which is that of presentation."""
     for packet in packets:
-        yield from decode_packet(stream, packet)
+        frames: list[av.VideoFrame] = []
+        with suppress(*DAMAGED):
+            frames = stream.decode(packet)
+        yield from frames
 
 
-def count_packets(path: Location) -> int:
-    with open_video(path, threads=1) as (container, stream):
-        return count_shown_frames(demux(path, container, stream))
-
-
-def count_shown_frames(packets: Iterable[Packet]) -> int:
-    return sum(map(is_shown_packet, packets))
-
-
-def is_shown_packet(packet: Packet) -> bool:
-    """Whether a packet promises a frame: not the flush at the end, nor what an edit list cuts away."""
+def _is_shown(packet: Packet) -> bool:
+    """Whether a packet promises a frame: neither a flush nor cut away by an edit list."""
     return packet is not None and packet.size > 0 and not packet.is_discard
 
 
-def no_frame_error(path: Location) -> VideoError:
-    packets = count_packets(path)
+def count_packets(path: Location) -> int:
+    """Number of packets that promise a frame, without decoding. Raises VideoError."""
+    with open_video(path, threads=1) as (container, stream):
+        return sum(map(_is_shown, demux(path, container, stream)))
+
+
+def count_frames(path: Path) -> int:
+    """Number of frames that decode. Raises VideoError."""
+    with open_video(path, threads=1) as (container, stream):
+        count = sum(1 for _ in _decode(stream, demux(path, container, stream)))
+    if count == 0:
+        raise _no_frame_error(path)
+    return count
+
+
+def expected_frame_count(path: Path) -> int:
+    """Number of frames promised by the packets, or by the header if that is more; none that an edit list hides.
+
+    Raises VideoError.
+    """
+    with open_video(path, threads=1) as (container, stream):
+        packets = [p for p in demux(path, container, stream) if p is not None and p.size > 0]
+        return max(stream.frames, len(packets)) - sum(packet.is_discard for packet in packets)
+
+
+def _no_frame_error(path: Location) -> VideoError:
     return VideoError(
-        f"{path}: 0 frames decoded out of {packets} packets. The file may be truncated, damaged or encrypted."
+        f"{path}: 0 frames decoded out of {count_packets(path)} packets. The file may be truncated, damaged or "
+        "encrypted."
     )
 
 
-# fmt: off
-VIDEO_SUFFIXES = frozenset({
-    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
-    ".mpeg", ".mpg", ".mts", ".mxf", ".ogg", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m",
-})
-# fmt: on
-
-# Note [The number of frames is known at the end]
-# A header's frame count, the number of packets and the number of frames that decode are three numbers.
-# UCF101's XviD files pack B-frames and promise up to two frames more than come out; a broken packet costs
-# one as well. `choose` needs the true count, which only decoding to the end gives. So one pass keeps what
-# `choose` names for the packet count and for up to COUNT_SLACK fewer, and the true count picks among them;
-# if it lies further off, a second pass is made. The packets are counted before the first is decoded, and held
-# meanwhile; those of a file too large for that are read twice. Seeking was refused: AVI's index is no guide
-# to frames, and with a key frame every 300 it decodes as much. A caller who knows the count passes it, and
-# decoding stops after the last chosen frame.
-COUNT_SLACK = 3
-MOST_SHOWN = (
-    10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold has it
-)
-
-P = TypeVar("P")
-T = TypeVar("T")
-
-_HELD_BYTES = 64 << 20  # packets of a file up to this size stay in memory between counting and decoding
-
-
-@dataclass(frozen=True, slots=True)
-class VideoInfo:
-    """What a video file holds; width and height as shown (pixels taken as square), frames as packets."""
-
-    path: Path
-    codec: str
-    width: int
-    height: int
-    frames: int
-    seconds: float
-    rate: float | None  # frames per second as the packets' times give it; None: the file names no time
-    rotation: int  # degrees that the stored picture is turned counter-clockwise to be shown
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """Chosen frames of one video: uint8 (T, H, W, 3), which they are, and how many the video has."""
-
-    frames: Frames
-    indices: tuple[int, ...]
-    pts_seconds: tuple[float, ...]
-    frame_count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pictures(Generic[P]):
-    """A clip whose frames are what was made of them."""
-
-    pictures: P
-    indices: tuple[int, ...]
-    pts_seconds: tuple[float, ...]
-    frame_count: int
-
-
 def probe(path: Path) -> VideoInfo:
-    """Tells what a file holds from its packets and its first frame.
+    """Properties of a file, from its packets and its first frame.
 
-    Raises VideoError, `<path>: <reason>`, where no frame can be read.
+    Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
     first: av.VideoFrame | None = None
     times: list[int] = []
     packets = 0
     with open_video(path, threads=1) as (container, stream):
         for packet in demux(path, container, stream):
-            if packet is not None and is_shown_packet(packet):
+            if packet is not None and _is_shown(packet):
                 packets += 1
                 if (time := packet.pts if packet.pts is not None else packet.dts) is not None:
                     times.append(time)
             if first is None:
-                first = next(iter(decode_packet(stream, packet)), None)
+                first = next(_decode(stream, [packet]), None)
         if first is None:
-            raise no_frame_error(path)
+            raise _no_frame_error(path)
         rate = float(stream.average_rate) if stream.average_rate else None
         if len(times) > 1 and stream.time_base is not None and (span := max(times) - min(times)) > 0:
             rate = (len(times) - 1) / float(span * stream.time_base)
-        rotation = quarter_turns(first) * 90
-        width, height = first.width, first.height
-        codec = stream.codec_context.codec.canonical_name
-    if rotation % 180:
-        width, height = height, width
-    seconds = packets / (rate or ASSUMED_RATE)
-    return VideoInfo(path, codec, width, height, packets, seconds, rate, rotation)
+        turns, codec = _quarter_turns(first), stream.codec_context.codec.canonical_name
+        width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
+    return VideoInfo(path, codec, width, height, packets, packets / (rate or ASSUMED_RATE), rate, 90 * turns)
 
 
 def decode_first(path: Path) -> None:
-    """Decodes the first frame and reads no further, which tells a video from what is none.
-
-    Raises VideoError, `<path>: <reason>`, where no frame can be read.
-    """
+    """Decodes the first frame and reads no further. Raises VideoError, `<path>: <reason>`, if there is none."""
     with open_video(path, threads=1) as (container, stream):
-        if next(iter(decode_frames(stream, demux(path, container, stream))), None) is None:
-            raise no_frame_error(path)
+        if next(_decode(stream, demux(path, container, stream)), None) is None:
+            raise _no_frame_error(path)
 
 
 def read_clip(
@@ -267,113 +357,97 @@ def read_clip(
     short_side: int | None = None,
     frame_count: int | None = None,
     threads: int = 1,
-) -> Clip:
-    """Decodes a video in order and converts to RGB only the frames that `choose(frame_count)` names.
+) -> Clip[Frames]:
+    """Decodes a video in order and converts the frames `choose(frame_count)` to RGB.
 
     `choose` is a pure function from the number of frames to indices in ascending order (repeats allowed).
-    Frames wider and higher than `short_side` are scaled down to it, the long side in proportion. A packet
-    that does not decode is left out. `frame_count`, where it is known from an earlier read, saves the rest
-    of the file. See Note [The number of frames is known at the end].
+    Frames wider and higher than `short_side` are scaled down to it, the long side in proportion. Packets that
+    do not decode are skipped. A known `frame_count` saves decoding of the rest. See Note [Frame count].
 
-    Raises VideoError, `<path>: <reason>`, where no frame can be read.
+    Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
-    read = read_pictures(
+    return read_frames(
         path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count, threads=threads
     )
-    return Clip(read.pictures, read.indices, read.pts_seconds, read.frame_count)
 
 
-def read_pictures(
+def read_frames(
     path: Location,
     choose: Callable[[int], Sequence[int]],
-    make: Callable[[KeptFrames, Sequence[int]], P],
+    convert: Callable[[KeptFrames, Sequence[int]], F],
     *,
     short_side: int | None = None,
     frame_count: int | None = None,
     threads: int = 1,
-) -> Pictures[P]:
-    """`read_clip`, but what is made of the frames that were kept is for `make(kept, indices)` to say."""
+) -> Clip[F]:
+    """`read_clip` with another conversion, `convert(kept, indices)`."""
     for _ in range(2):
         with open_video(path, threads=threads) as (container, stream):
             packets: Iterable[Packet] = demux(path, container, stream)
             if frame_count is not None:
                 counts = [frame_count]
-            elif container.size <= _HELD_BYTES:  # negative where a server does not say
-                packets = list(packets)
-                counts = _likely_counts(count_shown_frames(packets))
             else:
-                counts = _likely_counts(count_packets(path))
+                if container.size <= _PACKET_BYTES:  # negative if a server does not state it
+                    packets = list(packets)
+                    count = sum(map(_is_shown, packets))
+                else:
+                    count = count_packets(path)
+                counts = list(range(count, max(count - COUNT_SLACK - 1, 0), -1))
             wanted = {index for count in counts for index in choose(count)}
             stop = max(wanted) + 1 if frame_count is not None else None
-            kept, seen = None, 0
-            for frame in islice(decode_frames(stream, packets), stop):
-                if kept is None:
-                    kept = KeptFrames(frame, short_side)
-                if seen in wanted:
-                    kept.keep(seen, frame)
-                seen += 1
+            kept, decoded = None, 0
+            for frame in islice(_decode(stream, packets), stop):
+                kept = kept or KeptFrames(frame, short_side)
+                if decoded in wanted:
+                    kept.keep(decoded, frame)
+                decoded += 1
             if kept is None:
-                raise no_frame_error(path)
-            whole = counts[0] if seen == stop else seen
-            indices = tuple(choose(whole))
+                raise _no_frame_error(path)
+            frame_count = counts[0] if decoded == stop else decoded
+            indices = tuple(choose(frame_count))
             if kept.has(indices):
                 seconds = kept.seconds(indices, stream.average_rate)
-                return Pictures(make(kept, indices), indices, seconds, whole)
-        frame_count = whole
+                return Clip(convert(kept, indices), indices, seconds, frame_count)
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
 
 
-@dataclass(frozen=True, slots=True)
-class TimedFrame:
-    """A frame that is shown from `start` until `end`, in seconds since the video began.
-
-    `length` is how long the whole video is, where its header tells.
-    """
-
-    start: float
-    end: float
-    length: float | None
-    picture: Callable[[], Frames]  # uint8 (H, W, 3); converted when it is called
-
-
 def iter_frames(path: Location, *, short_side: int | None = None, threads: int = 1) -> Iterator[TimedFrame]:
-    """Decodes a video once, in order, and hands over every frame with the time that it is shown.
+    """Decodes a video once, in order, and yields every frame with its time.
 
-    A frame is shown until the next one, unless that takes more than MOST_SHOWN: then there is a gap, before which
-    it lasts as long as the frame before it. Where times are missing or go back, as with packed B-frames, a frame
-    lasts as long as the rate says; where one jumps ahead and the next comes back, as long as the frame before it.
-    Two frames are held, so that memory does not grow with the video.
+    A frame is shown until the next one. A step of more than MOST_SHOWN is a gap: the frame before it lasts as long
+    as its predecessor. Where times are missing or decrease, as with packed B-frames, the rate gives the duration;
+    where one jumps ahead and the next comes back, the frame before it does. Memory does not grow with the video.
 
-    Raises VideoError, `<path>: <reason>`, where no frame can be read.
+    Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
     with open_video(path, threads=threads) as (container, stream):
-        lasts = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
+        default = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
         length = None if container.duration is None else container.duration / av.time_base
-        step = lasts
+        step = default
         kept: KeptFrames | None = None
-        frames = _with_starts(decode_frames(stream, demux(path, container, stream)), lasts)
+        frames = _with_starts(_decode(stream, demux(path, container, stream)), default)
         for (frame, start), following in _with_next(frames):
             kept = kept or KeptFrames(frame, short_side)
-            end = start + lasts if following is None else following[1]
+            end = start + default if following is None else following[1]
             if end - start > MOST_SHOWN:
-                lasts = step  # the average rate counts the gap
-                end = start + lasts
+                default = step  # the average rate counts the gap
+                end = start + default
             step = end - start
             yield TimedFrame(start, end, length, partial(kept.upright, frame))
         if kept is None:
-            raise no_frame_error(path)
+            raise _no_frame_error(path)
 
 
-def _with_starts(frames: Iterable[av.VideoFrame], lasts: float) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Frames with the seconds at which they are first shown, which always increase. See `play`."""
+def _with_starts(frames: Iterable[av.VideoFrame], default: float) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Frames with their strictly increasing start times in seconds. See `iter_frames`."""
     first: float | None = None
-    start, step = -lasts, lasts
+    start, step = -default, default
     for frame, following in _with_next(frames):
         first = frame.time if first is None else first
         at = start if frame.time is None or first is None else frame.time - first
         after = None if following is None else following.time
         if at <= start:
-            at = start + lasts
+            at = start + default
         elif at - start > MOST_SHOWN:
             if after is not None and after < frame.time:
                 at = start + step
@@ -384,36 +458,5 @@ def _with_starts(frames: Iterable[av.VideoFrame], lasts: float) -> Iterator[tupl
 
 
 def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
-    """Each item with the one after it, None after the last."""
-    held: list[T] = []
-    for item in items:
-        if held:
-            yield held.pop(), item
-        held.append(item)
-    for item in held:
-        yield item, None
-
-
-def count_frames(path: Path) -> int:
-    """Counts the frames that decode, by decoding them all."""
-    with open_video(path, threads=1) as (container, stream):
-        count = sum(1 for _ in decode_frames(stream, demux(path, container, stream)))
-    if count == 0:
-        raise no_frame_error(path)
-    return count
-
-
-def expected_frame_count(path: Path) -> int:
-    """Counts the frames that a file should give: packets, or what its header says if that is more.
-
-    Frames that an edit list hides are not among them. Raises VideoError.
-    """
-    with open_video(path, threads=1) as (container, stream):
-        packets = [p for p in demux(path, container, stream) if p is not None and p.size > 0]
-        hidden = sum(packet.is_discard for packet in packets)
-        return max(stream.frames, len(packets)) - hidden
-
-
-def _likely_counts(packets: int) -> list[int]:
-    """The number of packets and a few fewer. See Note [The number of frames is known at the end]."""
-    return list(range(packets, max(packets - COUNT_SLACK - 1, 0), -1))
+    """Each item with its successor, None after the last."""
+    return pairwise(chain(items, (None,)))  # type: ignore[arg-type]  # no pair begins with None

@@ -15,8 +15,8 @@ import av
 
 from tvit_cli.data.catalog import CATALOG
 from tvit_cli.data.framestore import FrameStore, find_store
-from tvit_cli.data.framestore_format import is_store, read_header
-from tvit_cli.data.layout import Groups, Layout, Video, read_layout
+from tvit_cli.data.framestore_format import read_header
+from tvit_cli.data.layout import Groups, Layout, Video, is_store, read_layout
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.video import decode_first
 from tvit_cli.errors import DataError, VideoError

@@ -13,10 +13,9 @@ from tvit_cli.data.framestore import check_record
 from tvit_cli.data.framestore_format import (
     FOLDER,
     INDEX,
-    LEFTOVER,
+    TEMPORARY,
     Header,
     Parameters,
-    is_store,
     read_header,
     to_key,
     write_header,
@@ -31,7 +30,7 @@ from tvit_cli.data.framestore_writer import (
     shard_paths,
     write_index,
 )
-from tvit_cli.data.layout import Layout, Video, read_layout
+from tvit_cli.data.layout import Layout, Video, is_store, read_layout
 from tvit_cli.data.video import COUNT_SLACK, count_frames, expected_frame_count, probe
 from tvit_cli.engine.dataset import MOTIONS, find_data, make_demo_data
 from tvit_cli.engine.distributed import default_worker_count, map_in_order, preserve_process_count
@@ -239,7 +238,7 @@ def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, ov
     contents, damaged = read_contents(folder)
     for error in damaged:
         report(Note(str(error), "warning"))
-    leftovers = {path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name)}
+    leftovers = {path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)}
     for path in leftovers | (set(shard_paths(folder)) - set(contents.shards)):
         path.unlink()
 
@@ -258,7 +257,7 @@ def _is_of_other_data(found: Header, header: Header, layout: Layout, folder: Pat
     if not is_other or is_copy:
         return False
     wanted = {to_key(video.name) for video in layout.videos}
-    holds_them_all = wanted.issuperset(read_contents(folder)[0].places)
+    holds_them_all = wanted.issuperset(read_contents(folder)[0].rows)
     return not (holds_them_all and _root(before) == _root(now))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tvit_cli.data.layout import SUBSETS
 from tvit_cli.report import html
 from tvit_cli.report.charts import Curve, curves_chart
 from tvit_cli.report.drawing import Drawing
@@ -20,8 +21,6 @@ from tvit_cli.report.html import count, duration, hardware, number, percent, sof
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
-
-SUBSETS = ("train", "val", "test")
 
 Record = Mapping[str, Any]
 

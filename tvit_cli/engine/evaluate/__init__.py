@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tvit_cli.data.layout import Video, listed, match_labels
+from tvit_cli.data.layout import Video, match_labels
 from tvit_cli.engine.dataset import data_name, find_data, open_dataset, video_root
 from tvit_cli.engine.distributed import worker_count
 from tvit_cli.engine.evaluate.files import write_report, write_result
@@ -34,7 +34,7 @@ from tvit_cli.engine.evaluate.selection import (
 )
 from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import DataError, RunError, SettingsError
+from tvit_cli.errors import DataError, RunError, SettingsError, shorten
 from tvit_cli.files import check_writable
 from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction, silent
 from tvit_cli.settings.card import ModelCard
@@ -187,8 +187,8 @@ def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSet
     unknown = sorted({video.label for video in videos} - set(trained.card.labels))
     if unknown:
         raise DataError(
-            f"{len(unknown)} classes of the data are unknown to the model ({listed(unknown)}). "
-            f"It knows {len(trained.card.labels)}: {listed(trained.card.labels)}."
+            f"{len(unknown)} classes of the data are unknown to the model ({shorten(unknown, most=12)}). "
+            f"It knows {len(trained.card.labels)}: {shorten(trained.card.labels, most=12)}."
             + (" Give data with all of its classes, or name them." if trained.labels_are_guessed else "")
         )
 

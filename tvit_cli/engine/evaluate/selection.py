@@ -6,12 +6,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from tvit_cli.data.layout import Groups, Video, listed, read_layout
+from tvit_cli.data.layout import SplitChoice, Video, read_layout
 from tvit_cli.engine.dataset import DataSource, find_data, video_root
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import DataError
+from tvit_cli.errors import DataError, shorten
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -34,11 +34,11 @@ def find_leaks(videos: Sequence[Video]) -> tuple[str, ...]:
     if shared:
         clips = sum(video.group in shared and video.subset != "train" for video in videos)
         leaks.append(
-            f"The subsets share {len(shared)} groups ({listed(shared)}), {clips} videos of val and test: "
+            f"The subsets share {len(shared)} groups ({shorten(shared, most=12)}), {clips} videos of val and test: "
             f"clips cut from one recording. {_WHAT_IT_DOES}"
         )
     if twins := _twins(videos):
-        names = listed(f"{a.name} = {b.name}" for a, b in twins)
+        names = shorten((f"{a.name} = {b.name}" for a, b in twins), most=12)
         leaks.append(f"{len(twins)} videos stand in two subsets, byte for byte ({names}). {_WHAT_IT_DOES}")
     return tuple(leaks)
 
@@ -64,15 +64,6 @@ def _twins(videos: Sequence[Video]) -> list[tuple[Video, Video]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class SplitChoice(TypedDict):
-    """How the subsets of a data set are made, as `read_layout` takes it."""
-
-    group_pattern: str
-    val_groups: Groups
-    test_groups: Groups
-    split: int
 
 
 def choose_split(settings: EvalSettings, card: ModelCard) -> SplitChoice:

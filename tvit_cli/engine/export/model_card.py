@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from tvit_cli.data.layout import listed
 from tvit_cli.engine.evaluate.files import METRICS_FILE, read_metrics
 from tvit_cli.engine.export.formats import FRAMES, PIXELS, Format, Job
 from tvit_cli.engine.export.parity import Parity
+from tvit_cli.errors import shorten
 from tvit_cli.model.folder import PARITY_FILE
 from tvit_cli.settings.card import ModelCard, Preprocessing
 
@@ -46,7 +46,7 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
     parts = [
         "\n".join(["---", *header, "---", ""]),
         f"# {job.trained.run.resolve().name} ({settings.format})\n\nA temporal Vision Transformer that classifies "
-        f"videos into {len(card.labels)} classes: {listed(card.labels)}. Trained with tvit {card.tvit_version}.\n",
+        f"videos into {len(card.labels)} classes: {shorten(card.labels, most=12)}. Trained with tvit {card.tvit_version}.\n",
         f"## Usage\n\n{usage}",
         f"## Input\n\n{_input(card.preprocessing)}",
         f"## Metrics\n\n{_table(('subset', 'metric', 'value'), metrics) if metrics else NO_METRICS}",

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tvit_cli.data.layout import Video, is_hidden, printable
-from tvit_cli.data.video import VIDEO_SUFFIXES
+from tvit_cli.data.layout import VIDEO_SUFFIXES, Video, is_hidden, printable
 from tvit_cli.errors import DataError
 from tvit_cli.files import Location
 

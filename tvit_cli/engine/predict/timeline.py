@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data.augment import eval_transform
-from tvit_cli.data.pictures import Frames
-from tvit_cli.data.video import TimedFrame, iter_frames
+from tvit_cli.data.video import Frames, TimedFrame, iter_frames
 from tvit_cli.data.video_writer import video_writer
 from tvit_cli.engine.evaluate.scoring import score
 from tvit_cli.engine.predict.paths import as_video
