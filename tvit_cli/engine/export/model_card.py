@@ -46,7 +46,8 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
     parts = [
         "\n".join(["---", *header, "---", ""]),
         f"# {job.trained.run.resolve().name} ({settings.format})\n\nA temporal Vision Transformer that classifies "
-        f"videos into {len(card.labels)} classes: {shorten(card.labels, most=12)}. Trained with tvit {card.tvit_version}.\n",
+        f"videos into {len(card.labels)} classes: {shorten(card.labels, most=12)}. "
+        f"Trained with tvit {card.tvit_version}.\n",
         f"## Usage\n\n{usage}",
         f"## Input\n\n{_input(card.preprocessing)}",
         f"## Metrics\n\n{_table(('subset', 'metric', 'value'), metrics) if metrics else NO_METRICS}",
