@@ -51,7 +51,7 @@ def _row(option: Any, extra: dict[str, object]) -> str:
     text = found["text"] if found else help_text.rstrip(".")
     limits = found["limits"] if found else None
     default = found["default"] if found else ""
-    if limits and not limits.startswith("one of"):
+    if limits:
         text += f" ({limits})"
     reference = str(extra.get("reference") or "")
     if reference and _plain(reference) != _plain(default) and not reference.startswith("required"):

@@ -22,8 +22,10 @@ from documents import (
     program,
     settings_of,
 )
+from entry import tvit
 from settings_page import PAGE, make_page
 
+from tvit_cli.cli import VERBS
 from tvit_cli.settings.base import load
 
 COMMANDS = [pytest.param(line, id=f"{page.stem}: {line}") for page in PAGES for line in commands(page)]
@@ -81,6 +83,17 @@ def test_a_wrong_option_and_a_wrong_value_are_found():
     for line in ("tvit train --lora-rnk 8", "tvit train --attention sideways", "tvit eval --top-k 0"):
         with pytest.raises(Exception, match=r"lora-rnk|sideways|top-k"):
             validate(line)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_valid_examples(verb: str) -> None:
+    lines = VERBS[verb].examples.splitlines()
+    assert 2 <= len(lines) <= 4
+    for line in lines:
+        assert line.startswith(f"tvit {verb}")
+        validate(line)
+    help_text = tvit(verb, "--help").out
+    assert [line.strip() for line in help_text.partition("EXAMPLES")[2].splitlines() if line.strip()] == lines
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -187,3 +200,11 @@ def test_marked_commands_run_in_the_order_of_the_page(page, workspace, tmp_path)
     if any(line.startswith("tvit train") and "--experiment-name mine" in line for line in lines):
         shutil.rmtree(folder / "working_directory" / "mine")
     run_commands(folder, lines)
+
+
+def test_examples_of_help_run(workspace: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(workspace, tmp_path / "work"))
+    shutil.rmtree(folder / "working_directory" / "mine")
+    lines = [line for verb in VERBS.values() for line in verb.examples.splitlines()]
+    made = ("tvit download motions", "tvit train --preset quickstart", "tvit extract --path-to-data motions")
+    run_commands(folder, [line for line in lines if "ucf101" not in line and not line.startswith(made)])

@@ -373,7 +373,7 @@ def test_eval_of_all_videos_notes_training_videos(trained, tmp_path):
 
 def test_groups_beside_all_videos_are_refused():
     with pytest.raises(
-        SettingsError, match="--subset all scores every video: leave out --val-groups and --test"
+        SettingsError, match=r"--subset all scores every video\. Leave out --val-groups and --test"
     ):
         load(EvalSettings, flags={"subset": "all", "val_groups": "1", "test_groups": "1"}, environ={})
 

@@ -101,7 +101,7 @@ def test_bad_command_names_the_thing_on_stderr(line, code, thing):
     ended = tvit(*line.split())
     assert (ended.code, "Traceback" in ended.err) == (code, False), ended.err
     assert thing in ended.err
-    assert "error" not in ended.out.lower() and "mistake in tvit itself" not in ended.err
+    assert "error" not in ended.out.lower() and "bug in tvit" not in ended.err
 
 
 def test_no_verb_shows_help_and_exits_2():

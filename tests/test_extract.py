@@ -501,10 +501,10 @@ def test_a_store_of_other_data_is_not_emptied_for_these(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"json_lines": True}, "--json: prints what --check finds"),
+        ({"json_lines": True}, "--json: prints the results of --check"),
         (
             {"check": True, "repair": True, "overwrite": True},
-            "--check writes nothing: leave out --overwrite and --re",
+            "--check writes nothing. Leave out --overwrite and --re",
         ),
     ],
 )

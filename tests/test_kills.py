@@ -206,7 +206,7 @@ def test_worker_death_within_a_step_is_a_plain_error(command, monkeypatch):
     at_call(loop, "update", 3, kill_a_worker, monkeypatch)
     ended, errors = command("--num-workers", "2")
     assert ended == 1 and "A process that decodes videos died" in errors
-    assert "mistake in tvit" not in errors
+    assert "bug in tvit" not in errors
 
 
 def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(monkeypatch, tmp_path):

@@ -253,16 +253,16 @@ def test_a_playlist_from_the_network_reads_no_file_of_this_machine(trained, clip
 
 def test_predict_refuses_json_with_csv_and_timeline_options_alone():
     for flags, said in (
-        ({"json_lines": True, "csv": True}, "take one"),
-        ({"stride": "1s"}, "say --window"),
-        ({"window": "1s", "embeddings": "a.safetensors"}, "leave out --window"),
-        ({"explain": "a.png", "int8": True}, "leave out --int8"),
+        ({"json_lines": True, "csv": True}, "Take one"),
+        ({"stride": "1s"}, "Add --window"),
+        ({"window": "1s", "embeddings": "a.safetensors"}, "Leave out --window"),
+        ({"explain": "a.png", "int8": True}, "Leave out --int8"),
         ({"annotate": "a.txt"}, "should end in .mp4 or .mov or .mkv"),
         ({"explain": "b.avi"}, "--explain b.avi: its name should end in .png"),
         ({"embeddings": "b.avi"}, "--embeddings b.avi: its name should end in .safetensors"),
         ({"window": "0.9ms"}, "--window: 0.9ms: it should be greater than or equal to 0.001"),
         ({"window": "2s", "stride": "0"}, "--stride: 0: it should be greater than or equal to 0.001"),
-        ({"window": "two"}, "length of time"),
+        ({"window": "two"}, "it should be a duration"),
     ):
         with pytest.raises(SettingsError, match=said):
             load(PredictSettings, flags={"paths": ["a.avi"], **flags}, environ={})
@@ -489,4 +489,4 @@ def test_memory_that_runs_out_is_no_mistake_of_ours(trained, clip, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         cli.run(["predict", str(clip), "--model", str(trained.model)])
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.strip() == "error: Memory ran out."
+    assert capsys.readouterr().err.strip() == "error: Out of memory."

@@ -129,11 +129,11 @@ def test_pairs_are_given_as_text_or_as_a_table_and_come_back_from_json(tmp_path)
         ({"mixup": "-0.1"}, "--mixup: -0.1"),
         ({"random_erasing": "1.5"}, "--random-erasing: 1.5"),
         ({"randaugment_magnitude": "11"}, "--randaugment-magnitude: 11"),
-        ({"repeats": "3"}, "--repeats 3: it should divide the 8 clips of an update per GPU"),
+        ({"repeats": "3"}, "--repeats 3: it should divide the 8 clips per GPU"),
         ({"lora_dropout": "1"}, "--lora-dropout: 1"),
         ({"lora_bias": "some"}, "'none', 'lora_only' or 'all'"),
-        ({"width": "64"}, "has a shape of its own"),
-        ({"epochs": "3", "warmup_epochs": "4"}, "the run has only 3 epochs"),
+        ({"width": "64"}, "--width: fixed by the pretrained model"),
+        ({"epochs": "3", "warmup_epochs": "4"}, "--warmup-epochs 4: it should be at most --epochs 3"),
         ({"tubelet_size": "2", "n_frames": "7"}, "it should be a multiple of --tubelet-size 2"),
         ({"attention": "space", "tubelet_size": "2"}, "Take --tubelet-size 1"),
         ({"attention": "joint", "temporal_depth": "1"}, "or take --attention factorized"),
@@ -208,7 +208,7 @@ def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs():
 def test_a_model_is_described_alike_wherever_one_is_named():
     verbs = (EvalSettings, PredictSettings, ExportSettings)
     assert {verb.model_fields["model"].description for verb in verbs} == {
-        "Model folder, the folder of its run, a name on the hub, or what the reference trained"
+        "Model folder, run folder, name on the Hugging Face hub, or checkpoint of the reference"
     }
 
 

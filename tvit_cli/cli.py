@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import os
@@ -12,93 +13,74 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import annotated_types
 import typer
-from pydantic.fields import FieldInfo
 
 import tvit_cli
 from tvit_cli import commands
-from tvit_cli.console import Verbosity
 from tvit_cli.errors import Interrupted, TvitError
-from tvit_cli.settings.base import (
-    Loaded,
-    Settings,
-    base_type,
-    extra,
-    flag,
-    is_optional,
-    load,
-    presets,
-)
 
 if TYPE_CHECKING:
-    from tvit_cli.console import Verbosity
-    from tvit_cli.settings.base import Loaded, Settings
+    from pydantic.fields import FieldInfo
 
-S = TypeVar("S", bound="Settings")
-Command = Callable[..., None]
+    from tvit_cli.settings.base import Settings
 
 
-def _download() -> Command:
-    """Bring a known data set into a tidy folder; run again, it does what is missing and nothing else."""
-    from tvit_cli.settings.download import DownloadSettings
+class Verb(NamedTuple):
+    """One line of help, the name of the function in `commands`, and examples, one per line."""
 
-    return _command(DownloadSettings, commands.download)
-
-
-def _train() -> Command:
-    """Train a temporal Vision Transformer on a folder of videos."""
-    from tvit_cli.settings.train import TrainSettings
-
-    return _command(TrainSettings, commands.train, preset=True)
+    help: str
+    run: str
+    examples: str
 
 
-def _eval() -> Command:
-    """Score a trained model on a subset, from one deterministic view of each video."""
-    from tvit_cli.settings.eval import EvalSettings
-
-    return _command(EvalSettings, commands.evaluate)
-
-
-def _predict() -> Command:
-    """Label videos with a trained model."""
-    from tvit_cli.settings.predict import PredictSettings
-
-    return _command(PredictSettings, commands.predict)
-
-
-def _extract() -> Command:
-    """Decode videos once into a frame store that is read many times, or check them."""
-    from tvit_cli.settings.extract import ExtractSettings
-
-    return _command(ExtractSettings, commands.extract)
-
-
-def _export() -> Command:
-    """Bring a trained model elsewhere (Hugging Face, ONNX, torch.export, PEFT) and prove it the same."""
-    from tvit_cli.settings.export import ExportSettings
-
-    return _command(ExportSettings, commands.export)
-
-
-VERBS: dict[str, Callable[[], Command]] = {
-    "download": _download,
-    "extract": _extract,
-    "train": _train,
-    "eval": _eval,
-    "predict": _predict,
-    "export": _export,
+# fmt: off
+VERBS = {
+    "download": Verb("Fetches a known data set; a repeated call fetches missing files only.", "download", """\
+tvit download --list
+tvit download motions
+tvit download ucf101 --classes Archery,Bowling --clips-per-class 20
+tvit download motions --verify"""),
+    "extract": Verb("Decodes videos once into a frame store for repeated reads, or checks them.", "extract", """\
+tvit extract --path-to-data my_videos
+tvit extract --path-to-data my_videos --check
+tvit extract --path-to-data motions --frames-per-video 16"""),
+    "train": Verb("Trains a temporal Vision Transformer on a folder of videos.", "train", """\
+tvit train --preset quickstart
+tvit train --path-to-data my_videos --experiment-name mine
+tvit train --experiment-name mine --resume-from-checkpoint latest
+tvit train --preset quickstart --seed 0,1,2"""),
+    "eval": Verb("Evaluates a trained model on a subset.", "evaluate", """\
+tvit eval
+tvit eval --model working_directory/mine --subset val
+tvit eval --clips-per-video 4 --crops-per-clip 3
+tvit eval --compare working_directory/motions-1 working_directory/mine"""),
+    "predict": Verb("Labels videos with a trained model.", "predict", """\
+tvit predict clip.avi
+tvit predict clips --model working_directory/mine --json
+tvit predict match.mp4 --window 2s --output timelines
+tvit predict clip.avi --explain explanation.png"""),
+    "export": Verb("Exports a trained model (Hugging Face, ONNX, PEFT, …) and checks its parity.", "export", """\
+tvit export
+tvit export working_directory/mine --format huggingface
+tvit export --format onnx --with-preprocessing"""),
 }
+# fmt: on
+
+
+def settings_model(verb: str) -> type[Settings]:
+    """Settings model of a verb, imported late. train -> TrainSettings"""
+    module = importlib.import_module(f"tvit_cli.settings.{verb}")
+    model: type[Settings] = getattr(module, f"{verb.title()}Settings")
+    return model
 
 
 def build_app(arguments: Sequence[str] | None = None) -> typer.Typer:
-    """The Typer app for a command line.
+    """The Typer app for a command line; without arguments, all verbs have their options.
 
-    See Note [Only the verb that is typed]. Without arguments, all verbs get their options.
+    See Note [Options of the typed verb only].
     """
-    typed = None if arguments is None else {word for word in arguments if word in VERBS}
     app = typer.Typer(
         name="tvit",
         help="From a folder of videos to a trained, measured action classifier.",
@@ -112,68 +94,49 @@ def build_app(arguments: Sequence[str] | None = None) -> typer.Typer:
     )
     app.callback()(_program)
     for name, verb in VERBS.items():
-        has_options = typed is None or name in typed
-        app.command(name, help=verb.__doc__)(verb() if has_options else lambda: None)
+        function = _command(name) if arguments is None or name in arguments else lambda: None
+        # Blank lines, because Typer joins lines that no blank line separates.
+        epilog = "\n\n".join(["[bold]EXAMPLES[/]", *verb.examples.splitlines()])
+        app.command(name, help=verb.help, epilog=epilog)(function)
     return app
 
 
-# Note [Only the verb that is typed]
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# A verb's options are made from its pydantic model, and importing pydantic takes longer than all the rest of
-# `tvit --help`. So a verb gets its options only when its name is among the words typed; the others are listed
-# with their sentence, which is all that --help shows of them. Shell completion builds every verb.
+# Note [Options of the typed verb only]
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# A verb's options are made from its pydantic model, and importing pydantic takes longer than the rest of
+# `tvit --help`. A verb therefore has options only if its name is among the typed words; the others are listed with
+# their one line of help. Shell completion builds every verb.
 
 
-def _command(
-    settings: type[S], run: Callable[[Loaded[S], Verbosity], None], *, preset: bool = False
-) -> Command:
-
-    return command(settings, run, verbs=_all_settings, preset=preset)
-
-
-def _all_settings() -> tuple[type[Settings], ...]:
-    from tvit_cli.settings.download import DownloadSettings
-    from tvit_cli.settings.eval import EvalSettings
-    from tvit_cli.settings.export import ExportSettings
-    from tvit_cli.settings.extract import ExtractSettings
-    from tvit_cli.settings.predict import PredictSettings
-    from tvit_cli.settings.train import TrainSettings
-
-    return DownloadSettings, ExtractSettings, TrainSettings, EvalSettings, PredictSettings, ExportSettings
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"tvit {tvit_cli.__version__}")
         raise typer.Exit
 
 
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Prints the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0, the exit code of a TvitError, 130 or 143 after a signal, 1 for our own mistakes.
+    """Runs the program and exits: 0, a TvitError's exit code, 130 or 143 after a signal, 1 for internal errors.
 
     TVIT_DEBUG=1 shows tracebacks.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # See Note [Threads that wait must sleep]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # See Note [Waiting threads sleep]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name that a screen has no letters for ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters outside the terminal's encoding
     words = sys.argv[1:] if arguments is None else arguments
     app = build_app(None if "_TVIT_COMPLETE" in os.environ else words)
     if os.environ.get("TVIT_DEBUG") == "1":
         app(arguments, prog_name="tvit")
     is_main = threading.current_thread() is threading.main_thread()
-    before = (
-        signal.signal(signal.SIGTERM, _stop) if is_main else None
-    )  # the first process of a container ignores it
+    # PID 1 of a container ignores SIGTERM by default.
+    before = signal.signal(signal.SIGTERM, _stop) if is_main else None
     try:
         app(arguments, prog_name="tvit")
     except SystemExit:
@@ -184,9 +147,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(TvitError(f"{error.filename or 'a file'}: {error.strerror or error}."), 1)
     except MemoryError as error:
-        _fail(TvitError(f"Memory ran out{f' ({error})' if str(error) else ''}."), 1)
+        _fail(TvitError(f"Out of memory{f' ({error})' if str(error) else ''}."), 1)
     except Exception as error:  # noqa: BLE001  # the last resort: one sentence instead of a traceback
-        text = f"{type(error).__name__}: {error}\nThis is a mistake in tvit itself; TVIT_DEBUG=1 shows where."
+        text = f"{type(error).__name__}: {error}\nThis is a bug in tvit; TVIT_DEBUG=1 shows the traceback."
         _fail(TvitError(text), 1)
     finally:
         if is_main:
@@ -197,11 +160,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted("Stopped by SIGTERM. Start again with the same command.", exit_code=143)
 
 
-# Note [Threads that wait must sleep]
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# Between two operations, OpenMP's threads spin on their cores by default. Beside a process that decodes
-# videos they then take the very core that the thread they wait for needs: on 2 busy cores, an epoch of the
-# quickstart took 87 s spinning and 12 s sleeping (docs/negative-results.md). Torch reads this on import.
+# Note [Waiting threads sleep]
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# By default, OpenMP threads spin on their cores between two operations. They then block the decoding processes
+# that the model waits for: on 2 busy cores, an epoch of the quickstart took 87 s spinning and 12 s sleeping
+# (docs/negative-results.md). Torch reads the variable on import.
 
 
 def _fail(error: TvitError, code: int) -> None:
@@ -212,25 +175,20 @@ def _fail(error: TvitError, code: int) -> None:
     sys.exit(code)
 
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
-
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 # Note [Options are text]
 # ~~~~~~~~~~~~~~~~~~~~~~~
-# Every option but a switch is declared to Typer as text, and pydantic alone converts and checks it. Typed
-# options would make Typer stop at the first bad value, in words of its own, and would check bounds that the
-# environment and config files then escape. As text, one validation sees all layers and reports all errors.
+# Typer receives every option but a switch as text; pydantic alone converts and checks it. Typer would stop at
+# the first bad value and would not check the environment and config files. One validation sees all layers and
+# reports all errors.
 
 
-def command(
-    cls: type[SettingsT],
-    run: Callable[[Loaded[SettingsT], Verbosity], None],
-    *,
-    verbs: Callable[[], Iterable[type[Settings]]],
-    preset: bool,
-) -> Callable[..., None]:
-    """A function with one parameter per field of `cls`, as Typer wants it; it calls `run` with the result."""
+def _command(name: str) -> Callable[..., None]:
+    """A function with one parameter per setting of a verb, in the form that Typer reads."""
+    from tvit_cli.settings.base import load
+
+    model = settings_model(name)
 
     def body(
         config: str | None = None,
@@ -240,144 +198,119 @@ def command(
         **given: Any,
     ) -> None:
         flags = {key: value for key, value in given.items() if value is not None and value != []}
-        loaded = load(cls, flags=flags, config=Path(config) if config else None, preset=preset, verbs=verbs())
+        loaded = load(
+            model,
+            flags=flags,
+            config=Path(config) if config else None,
+            preset=preset,
+            verbs=map(settings_model, VERBS),
+        )
+        run = getattr(commands, VERBS[name].run)
         run(loaded, "verbose" if verbose else "quiet" if quiet else "normal")
 
-    annotations = {
-        key: _annotation(key, field, is_series=key in cls.SERIES) for key, field in cls.model_fields.items()
-    }
-    annotations |= _common(preset)
+    annotations = {k: _annotation(k, f, is_series=k in model.SERIES) for k, f in model.model_fields.items()}
+    annotations |= _common(with_preset=name == "train")
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    defaults = dict.fromkeys(annotations) | {"verbose": False, "quiet": False}
     parameters = [
-        inspect.Parameter(
-            key, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(key), annotation=annotation
-        )
-        for key, annotation in annotations.items()
+        inspect.Parameter(k, keyword, default=defaults[k], annotation=annotations[k]) for k in annotations
     ]
     body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     body.__annotations__ = dict(annotations)
     return body
 
 
-_DEFAULTS: dict[str, Any] = {"verbose": False, "quiet": False}
-
-
 def describe(field: FieldInfo, *, is_series: bool = False) -> str:
-    """A field's help: its description, its range or choices, its default."""
-    limits = bounds(field)
-    return f"{what(field, is_series=is_series)} ({limits + '; ' if limits else ''}default {default(field)})"
-
-
-def what(field: FieldInfo, *, is_series: bool) -> str:
-    """A field's description, with what a series of values does."""
-    text = (field.description or "").rstrip(".")
-    return f"{text}; several, as in 1,2,3, run one after the other" if is_series else text
-
-
-def bounds(field: FieldInfo) -> str:
-    """A field's legal values in words, or nothing."""
-    kind = base_type(field)
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
-    parts = []
-    for limit in field.metadata:
-        match limit:
-            case annotated_types.Ge():
-                parts.append(f"at least {limit.ge}")
-            case annotated_types.Gt():
-                parts.append(f"above {limit.gt}")
-            case annotated_types.Le():
-                parts.append(f"at most {limit.le}")
-            case annotated_types.Lt():
-                parts.append(f"below {limit.lt}")
-    return ", ".join(parts)
+    """Help of an option: description, range and default. Choices are in the metavar."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [f"{words[w]} {getattr(m, w)}" for m in field.metadata for w in words if hasattr(m, w)]
+    series = "; several, as in 1,2,3, run one after the other" if is_series else ""
+    facts = "; ".join([*([", ".join(limits)] if limits else []), f"default {default(field)}"])
+    return f"{field.description}{series} ({facts})"
 
 
 def default(field: FieldInfo) -> str:
-    """A field's default in words."""
-    words = extra(field).get("default")
-    if words:
+    """Default of a field in words."""
+    from tvit_cli.settings.base import extra
+
+    if words := extra(field).get("default_text"):
         return str(words)
     value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
+    from tvit_cli.settings.base import base_type, extra, flag, is_optional
+
     facts = extra(field)
-    if facts.get("positional"):
-        argument = typer.Argument(help=field.description, metavar=facts["metavar"], show_default=False)
-        is_one = base_type(field) in (str, Path)
-        return Annotated[str | None, argument] if is_one else Annotated[list[str] | None, argument]
     kind = base_type(field)
-    if typing.get_origin(kind) is tuple and Ellipsis not in typing.get_args(kind):  # so many values, no more
-        words = (str,) * len(typing.get_args(kind))
-        option = typer.Option(
-            flag(key),
-            help=describe(field),
-            metavar=facts["metavar"],
-            rich_help_panel=facts["panel"],
-            show_default=False,
-        )
-        return Annotated[tuple[words] | None, option]  # type: ignore[valid-type]
-    if kind is bool:
-        name = facts.get("flag") or f"{flag(key)}/--no-{flag(key)[2:]}"
-        return Annotated[
-            bool | None,
-            typer.Option(name, help=describe(field), rich_help_panel=facts["panel"], show_default=False),
-        ]
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    metavar = facts.get("metavar") or ("|".join(choices) if choices else _METAVARS.get(kind, "LIST"))
-    metavar += ",…" if is_series else ""
+    metavar: str | None = facts.get("metavar")
+    if facts.get("positional"):
+        argument = typer.Argument(help=field.description, metavar=metavar, show_default=False)
+        is_one = kind in (str, Path)
+        return Annotated[str | None, argument] if is_one else Annotated[list[str] | None, argument]
+    names = [facts.get("flag") or flag(key), *([facts["short"]] if "short" in facts else [])]
+    text: Any = str
+    choices: tuple[str, ...] = ()
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and Ellipsis not in arguments:
+        text = tuple[(str,) * len(arguments)]  # type: ignore[misc]
+    elif kind is bool:
+        text = bool
+        if "flag" not in facts:
+            names = [f"{flag(key)}/--no-{flag(key)[2:]}"]
+    else:
+        choices = arguments if origin is Literal else ()
+        metavar = metavar or "|".join(choices) or _METAVARS.get(kind, "LIST")
+        metavar += ",…" if is_series else ""
+        metavar += "|none" if is_optional(field) and facts.get("resettable") else ""
     return Annotated[
-        str | None,
-        typer.Option(
-            flag(key),
-            *facts.get("short", ()),
+        text | None,
+        _option(
+            *names,
             help=describe(field, is_series=is_series),
-            metavar=f"{metavar}|none" if is_optional(field) and facts.get("resettable") else metavar,
-            rich_help_panel=facts["panel"],
-            show_default=False,
-            autocompletion=_completer(choices) if choices else None,
+            metavar=metavar,
+            panel=facts["panel"],
+            choices=choices,
         ),
     ]
 
 
-def _common(preset: bool) -> dict[str, Any]:
-    def option(
-        *names: str, help: str, metavar: str | None = None, complete: Iterable[str] | None = None
-    ) -> Any:
-        return typer.Option(
-            *names,
-            help=help,
-            metavar=metavar,
-            rich_help_panel="Everywhere",
-            show_default=False,
-            autocompletion=_completer(complete) if complete is not None else None,
-        )
+def _common(*, with_preset: bool) -> dict[str, Any]:
+    from tvit_cli.settings.base import presets
 
-    names = {
+    def common(*names: str, **options: Any) -> Any:
+        return _option(*names, panel="Everywhere", **options)
+
+    options = {
         "config": Annotated[
             str | None,
-            option("--config", help="Settings from a TOML file or a run's settings.json.", metavar="FILE"),
+            common("--config", help="Settings from a TOML file or a run's settings.json.", metavar="FILE"),
         ],
-        "verbose": Annotated[bool, option("--verbose", "-v", help="Say more.")],
-        "quiet": Annotated[bool, option("--quiet", "-q", help="Say only results and errors.")],
+        "verbose": Annotated[bool, common("--verbose", "-v", help="Prints details.")],
+        "quiet": Annotated[bool, common("--quiet", "-q", help="Prints results, warnings and errors only.")],
     }
-    if preset:
-        text = f"A named set of settings that ships with tvit: {', '.join(presets())}."
-        names["preset"] = Annotated[
-            str | None, option("--preset", help=text, metavar="NAME", complete=presets())
+    if with_preset:
+        text = f"Named set of settings: {', '.join(presets())}."
+        options["preset"] = Annotated[
+            str | None, common("--preset", help=text, metavar="NAME", choices=presets())
         ]
-    return names
+    return options
 
 
-def _completer(words: Iterable[str]) -> Callable[[str], list[str]]:
-    known = list(words)
-
+def _option(
+    *names: str, help: str, panel: str, metavar: str | None = None, choices: Iterable[str] = ()
+) -> Any:
     def complete(incomplete: str) -> list[str]:
-        return [word for word in known if word.startswith(incomplete)]
+        return [choice for choice in choices if choice.startswith(incomplete)]
 
-    return complete
+    return typer.Option(
+        *names,
+        help=help,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=False,
+        autocompletion=complete if choices else None,
+    )

@@ -309,7 +309,7 @@ def strike(
     if was_hit:
         codes = expected_codes(plan, kill, is_done=(run / "model").exists())
         _must(child.returncode in codes, f"exit code {child.returncode}, not {codes}:\n{errors}")
-        _must("Traceback" not in errors and "mistake in tvit" not in errors, f"no clear message:\n{errors}")
+        _must("Traceback" not in errors and "bug in tvit" not in errors, f"no clear message:\n{errors}")
         if kill.how == FULL:
             _must(
                 "disk is full" in errors or "No space left" in errors,

@@ -246,7 +246,7 @@ def _settings(settings: TrainSettings) -> html.Html:
 
 def _default(name: str, value: object) -> object:
     """A default in words, where the default is found out at run time."""
-    return extra(TrainSettings.model_fields[name]).get("default") or value
+    return extra(TrainSettings.model_fields[name]).get("default_text") or value
 
 
 def _shown(value: object) -> str:

@@ -1,1 +1,1 @@
-"""What a user can set: pydantic models, one per verb, and the layers that they are read from."""
+"""Settings of each verb as pydantic models, with the layers that they are read from."""

@@ -13,24 +13,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from tvit_cli.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "TVIT_"
-# Variables with the prefix that are no settings: the traceback switch, and what the test suite reads.
+# Variables with the prefix that are not settings: the traceback switch, and the test suite's data folder.
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
 
 S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """A verb's settings: frozen, closed, read by `load`.
+    """Base of a verb's settings: frozen, closed, read by `load`.
 
-    A setting named in `SERIES` may be given several values, separated by commas: the verb runs once for each.
+    A setting in `SERIES` accepts several comma-separated values; the verb runs once per combination.
     """
 
     SERIES: ClassVar[tuple[str, ...]] = ()
@@ -38,40 +38,64 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
 
 
-def about(
-    panel: str, *, reference: str | None = None, why: str | None = None, **extra: Any
-) -> dict[str, Any]:
-    """What a Field says beside pydantic's own facts.
+class Facts(TypedDict, total=False):
+    """Properties of a setting beyond its type, default and limits."""
 
-    `panel` is the heading it stands under in `--help`; `reference` the default of the system that tvit
-    re-implements and `why` the reason where tvit's differs; `positional=True` makes it an argument,
-    `metavar` names its value in `--help`.
+    reference: str  # default of the system that tvit re-implements
+    why: str  # reason for another default than the reference's
+    resume_safe: bool  # may differ between a checkpoint and the resumed run: the result has the same bits
+    default_text: str  # default in words, where it is computed at run time
+    metavar: str  # name of the value in --help
+    flag: str  # option name that differs from the setting's
+    short: str  # one-letter option
+    positional: bool  # an argument instead of an option
+    example: str  # command shown when a positional setting is missing
+    resettable: bool  # True: `none` is in the metavar; False: `none` is a value of its own
+
+
+def setting(
+    default: Any,
+    description: str,
+    panel: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    **facts: Unpack[Facts],
+) -> Any:
+    """A field of a settings model; `panel` is its heading in `--help` and the docs.
+
+    Flag, environment variable, TOML key, help and docs are derived from it.
     """
-    return {"panel": panel, "reference": reference, "why": why, **extra}
+    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+    extra: dict[str, Any] = {"panel": panel, "reference": None, "why": None, **facts}
+    return Field(default, description=description, json_schema_extra=extra, **given)
 
 
 def extra(field: FieldInfo) -> dict[str, Any]:
-    """What `about` stored on a field."""
+    """Panel and `Facts` of a field."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Values of one source; `where(key)` names the place of one of them in an error."""
+    """Values of one source; `template` spells a key of it in an error."""
 
     name: str
     values: Mapping[str, Any]
-    form: str = "{key}"
+    template: str = "{key}"
 
-    def where(self, key: str) -> str:
-        return self.form.format(key=key, flag=flag(key), variable=variable(key))
+    def spell(self, key: str) -> str:
+        return self.template.format(key=key, flag=flag(key), variable=variable(key))
 
 
 @dataclass(frozen=True)
 class Loaded(Generic[S]):
-    """Settings, and where each value came from ("default", "preset quickstart", "flag" …).
+    """Validated settings with the origin of each value ("default", "preset quickstart", "flag", …).
 
-    `series` holds the settings of every run that was asked for, in order; the first of them is `settings`.
+    `series` holds the settings of every requested run in order; `settings` is the first of them.
     """
 
     series: tuple[S, ...]
@@ -80,11 +104,11 @@ class Loaded(Generic[S]):
 
     @property
     def settings(self) -> S:
-        """The settings of the only run, or of the first."""
+        """Settings of the only or the first run."""
         return self.series[0]
 
     def over(self, saved: Path) -> Loaded[S]:
-        """The same layers over the settings of a run that is resumed, which replace the defaults."""
+        """Returns the same layers on top of a resumed run's settings, which replace the defaults."""
         return _merge(type(self.settings), (_config_layer(saved), *self.layers), [])
 
 
@@ -97,34 +121,41 @@ def load(
     environ: Mapping[str, str] | None = None,
     verbs: Iterable[type[Settings]] = (),
 ) -> Loaded[S]:
-    """Read a verb's settings from all layers and validate them once.
+    """Reads a verb's settings from all layers and validates them once.
 
-    `flags` holds what was typed (absent = not typed). `verbs` are all settings models of the program: an
-    environment variable that belongs to none of them is an error. Raises SettingsError that lists every
-    unknown key and every bad value of every layer at once.
+    `flags` holds the typed options only. `verbs` are the other settings models of the program: an environment
+    variable of none of them is an error. Raises SettingsError that lists all unknown keys and bad values.
     """
     environ = os.environ if environ is None else environ
+    typed = {key: environ[variable(key)] for key in cls.model_fields if variable(key) in environ}
     layers = (
         _preset_layer(preset),
         _config_layer(config),
-        _environment_layer(cls, environ),
+        _Layer("environment", typed, "{variable}"),
         _Layer("flag", dict(flags), "{flag}"),
     )
-    return _merge(cls, layers, _unknown_variables([cls, *verbs], environ))
+    models: list[type[Settings]] = [cls, *verbs]
+    variables = {variable(key) for model in models for key in model.model_fields} | RESERVED_VARIABLES
+    unknown = [
+        f"{name}: unknown environment variable.{suggestion(name, variables)}"
+        for name in sorted(environ)
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in variables
+    ]
+    return _merge(cls, layers, unknown)
 
 
 def flag(key: str) -> str:
-    """The option of a setting. lora_rank -> --lora-rank"""
+    """Option name of a setting. lora_rank -> --lora-rank"""
     return "--" + key.replace("_", "-")
 
 
 def variable(key: str) -> str:
-    """The environment variable of a setting. lora_rank -> TVIT_LORA_RANK"""
+    """Environment variable of a setting. lora_rank -> TVIT_LORA_RANK"""
     return ENVIRONMENT_PREFIX + key.upper()
 
 
 def suggestion(word: str, known: Iterable[str], *, most: int = 1) -> str:
-    """A question that names the nearest known words, case set aside, after a space; "" where none is near."""
+    """A question with the most similar known words, ignoring case, after a space; "" without a similar one."""
     spelt = {name.casefold(): name for name in known}
     near = difflib.get_close_matches(word.casefold(), spelt, n=most)
     return f" Did you mean {' or '.join(spelt[name] for name in near)}?" if near else ""
@@ -136,14 +167,14 @@ def is_optional(field: FieldInfo) -> bool:
 
 
 def base_type(field: FieldInfo) -> Any:
-    """A field's type without `| None`."""
+    """Type of a field without `| None`."""
     arguments = [a for a in typing.get_args(field.annotation) if a is not type(None)]
     union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
     return arguments[0] if union and len(arguments) == 1 else field.annotation
 
 
 def presets() -> tuple[str, ...]:
-    """The names of the presets that are shipped."""
+    """Names of the shipped presets."""
     folder = resources.files("tvit_cli.settings") / "presets"
     return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")))
 
@@ -151,21 +182,22 @@ def presets() -> tuple[str, ...]:
 def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loaded[S]:
     values: dict[str, Any] = {}
     origins = dict.fromkeys(cls.model_fields, "default")
-    places: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for layer in layers:
         for key, value in layer.values.items():
             if key not in cls.model_fields:
-                problems.append(f"{layer.where(key)}: unknown setting.{suggestion(key, cls.model_fields)}")
+                problems.append(f"{layer.spell(key)}: unknown setting.{suggestion(key, cls.model_fields)}")
                 continue
             values[key] = None if _resets(value, cls.model_fields[key]) else value
             origins[key] = layer.name
-            places[key] = layer.where(key)
+            spellings[key] = layer.spell(key)
     series: list[S] = []
-    for chosen in _combinations(cls, values, places, problems):
+    for chosen in _combinations(cls, values, spellings, problems):
+        own = {**values, **chosen}
         try:
-            series.append(cls.model_validate({**values, **chosen}))
+            series.append(cls.model_validate(own))
         except ValidationError as error:
-            found = [_describe(e, places, {**values, **chosen}, cls.model_fields) for e in error.errors()]
+            found = [_describe(e, spellings, own, cls.model_fields) for e in error.errors()]
             problems += [problem for problem in found if problem not in problems]
     if problems:
         raise SettingsError("\n".join(problems))
@@ -173,9 +205,9 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
 
 
 def _combinations(
-    cls: type[Settings], values: Mapping[str, Any], places: Mapping[str, str], problems: list[str]
+    cls: type[Settings], values: Mapping[str, Any], spellings: Mapping[str, str], problems: list[str]
 ) -> list[dict[str, Any]]:
-    """Every choice of one value for each setting of a series. seed 0,1 split 1 -> [{seed: 0, split: 1}, …]"""
+    """All combinations of the values of a series. seed 0,1 split 1 -> [{seed: 0, split: 1}, …]"""
     lists = {}
     for key in cls.SERIES:
         value = values.get(key)
@@ -183,7 +215,7 @@ def _combinations(
         if isinstance(several, list) and len(several) > 1:
             lists[key] = [part.strip() if isinstance(part, str) else part for part in several]
             if twice := {str(part) for part in lists[key] if lists[key].count(part) > 1}:
-                problems.append(f"{places[key]}: {', '.join(sorted(twice))} is given twice.")
+                problems.append(f"{spellings[key]}: {', '.join(sorted(twice))} is given twice.")
     return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
 
 
@@ -192,7 +224,7 @@ def _preset_layer(name: str | None) -> _Layer:
         return _Layer("preset", {})
     if name not in presets():
         raise SettingsError(
-            f"--preset {name}: no such preset.{suggestion(name, presets())} Shipped: {', '.join(presets())}."
+            f"--preset {name}: no such preset.{suggestion(name, presets())} Available: {', '.join(presets())}."
         )
     text = (resources.files("tvit_cli.settings") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
     return _Layer(f"preset {name}", _keys(tomllib.loads(text)), f"preset {name}, {{key}}")
@@ -213,22 +245,8 @@ def _config_layer(path: Path | None) -> _Layer:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SettingsError(f"--config {path}: is not {kind}: {error}.") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"--config {path}: holds no table of settings.")
+        raise SettingsError(f"--config {path}: no table of settings.")
     return _Layer(f"config {path}", _keys(values), f"{path}, {{key}}")
-
-
-def _environment_layer(cls: type[Settings], environ: Mapping[str, str]) -> _Layer:
-    values = {key: environ[variable(key)] for key in cls.model_fields if variable(key) in environ}
-    return _Layer("environment", values, "{variable}")
-
-
-def _unknown_variables(models: Iterable[type[Settings]], environ: Mapping[str, str]) -> list[str]:
-    known = {variable(key) for model in models for key in model.model_fields} | RESERVED_VARIABLES
-    return [
-        f"{name}: unknown environment variable.{suggestion(name, known)}"
-        for name in sorted(environ)
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in known
-    ]
 
 
 def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,16 +254,15 @@ def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resets(value: Any, field: FieldInfo) -> bool:
-    says_none = isinstance(value, str) and value.strip().lower() == "none"
-    return says_none and is_optional(field) and extra(field).get("resettable") is not False
+    is_none = isinstance(value, str) and value.strip().lower() == "none"
+    return is_none and is_optional(field) and extra(field).get("resettable") is not False
 
 
 def _describe(
-    error: Any, places: Mapping[str, str], values: Mapping[str, Any], fields: Mapping[str, FieldInfo]
+    error: Any, spellings: Mapping[str, str], values: Mapping[str, Any], fields: Mapping[str, FieldInfo]
 ) -> str:
-    """One line for one of pydantic's errors: the place, the value, the limit."""
+    """One line for one of pydantic's errors: setting, value, limit."""
     message = str(error["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
     if not error["loc"]:
         return message[:1].upper() + message[1:]
     key = str(error["loc"][0])
@@ -257,4 +274,5 @@ def _describe(
     hint = ""
     if error["type"] == "literal_error":
         hint = suggestion(str(value), map(str, typing.get_args(base_type(fields[key]))))
-    return f"{places.get(key, flag(key))}: {shown}: {message.replace('input should', 'it should')}.{hint}"
+    message = (message[:1].lower() + message[1:]).replace("input should", "it should")
+    return f"{spellings.get(key, flag(key))}: {shown}: {message}.{hint}"

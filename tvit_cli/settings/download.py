@@ -1,77 +1,46 @@
-"""What `tvit download` can be told."""
+"""Settings of `tvit download`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.base import Settings, setting
 from tvit_cli.settings.types import Names
 
-WHAT, HOW = "What is fetched", "How"
+SELECTION, FILES = "Selection", "Files"
 
 
 class DownloadSettings(Settings):
-    """Bring a known data set into a tidy folder; run again, it does what is missing and nothing else."""
+    """Settings of `tvit download`."""
 
-    name: str | None = Field(
-        None,
-        description="Data set: ucf101, ucf101-subset, weizmann, motions",
-        json_schema_extra=about(WHAT, positional=True, metavar="NAME", example="tvit download ucf101"),
-    )
-    list_sets: bool = Field(
-        False, description="Show the known data sets", json_schema_extra=about(WHAT, flag="--list")
-    )
-    classes: Names = Field(
-        (),
-        description="Fetch these classes only, comma-separated",
-        json_schema_extra=about(WHAT, default="all", metavar="NAMES"),
-    )
-    clips_per_class: int | None = Field(
-        None,
-        ge=1,
-        description="Fetch so many clips of each class, spread over its groups",
-        json_schema_extra=about(WHAT, default="all"),
-    )
-    data_directory: Path = Field(
-        Path("data"), description="Folder that holds all data sets", json_schema_extra=about(HOW)
-    )
-    archive: Path | None = Field(
-        None,
-        description="Archive of the videos that is here already (a folder of them where the set has several)",
-        json_schema_extra=about(HOW),
-    )
-    splits_archive: Path | None = Field(
-        None,
-        description="Archive of the split lists that is here already",
-        json_schema_extra=about(HOW),
-    )
-    verify: bool = Field(
-        False,
-        description="Read every file and compare it with the manifest; fetch nothing",
-        json_schema_extra=about(HOW),
-    )
-    repair: bool = Field(
-        False,
-        description="Verify, then fetch anew what is missing or damaged",
-        json_schema_extra=about(HOW),
-    )
-    keep_archive: bool = Field(
-        False,
-        description="Keep the archives beside the videos; those that tvit did not fetch are always kept",
-        json_schema_extra=about(HOW),
-    )
+    # fmt: off
+    name: str | None = setting(None, "Data set: ucf101, ucf101-subset, weizmann or motions", SELECTION,
+        positional=True, metavar="NAME", example="tvit download ucf101")
+    list_sets: bool = setting(False, "Lists the known data sets", SELECTION, flag="--list")
+    classes: Names = setting((), "Classes to fetch, comma-separated", SELECTION, default_text="all",
+        metavar="NAMES")
+    clips_per_class: int | None = setting(None, "Clips to fetch per class, spread over its groups", SELECTION,
+        ge=1, default_text="all")
+    data_directory: Path = setting(Path("data"), "Folder of all data sets", FILES)
+    archive: Path | None = setting(None, "Local archive of the videos, or a folder of archives", FILES)
+    splits_archive: Path | None = setting(None, "Local archive of the split lists", FILES)
+    verify: bool = setting(False, "Compares all files with the manifest; fetches nothing", FILES)
+    repair: bool = setting(False, "Verifies, then fetches missing and damaged files", FILES)
+    keep_archive: bool = setting(False,
+        "Keeps fetched archives beside the videos; local archives are always kept", FILES)
+    # fmt: on
 
     @model_validator(mode="after")
-    def _one_errand(self) -> DownloadSettings:
+    def _settings_agree(self) -> DownloadSettings:
         if self.name is None and not self.list_sets:
             raise ValueError("NAME: nothing given. `tvit download --list` shows the known data sets")
         if self.verify and self.repair:
-            raise ValueError("--verify and --repair: repair verifies first, so give one of them")
+            raise ValueError("--verify and --repair: --repair verifies first. Give one of them")
         if (self.verify or self.repair) and (self.classes or self.clips_per_class):
             raise ValueError(
-                "--classes and --clips-per-class choose what to fetch; "
-                "--verify and --repair take what was fetched. Leave one of the two out"
+                "--classes and --clips-per-class select downloads; --verify and --repair check all fetched files. "
+                "Leave one of the two out"
             )
         return self

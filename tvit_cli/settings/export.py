@@ -1,4 +1,4 @@
-"""What `tvit export` can be told."""
+"""Settings of `tvit export`."""
 
 from __future__ import annotations
 
@@ -6,67 +6,42 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.base import Settings, setting
+from tvit_cli.settings.types import MODEL_TEXT, RUNS
 
-WHAT, HOW = "What is exported", "How"
+MODEL, EXPORT = "Model and format", "Export"
 
 ExportFormat = Literal["safetensors", "huggingface", "onnx", "torch", "adapter"]
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # the hub's own check comes later, and says more
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a first check of the form; the hub checks the name
 
 
 class ExportSettings(Settings):
-    """Bring a trained model elsewhere, and prove that it answers the same there."""
+    """Settings of `tvit export`."""
 
-    model: Path | None = Field(
-        None,
-        description="Model folder, the folder of its run, a name on the hub, or what the reference trained",
-        json_schema_extra=about(WHAT, positional=True, metavar="[MODEL]"),
-    )
-    working_directory: Path = Field(
-        Path("working_directory"),
-        description="Folder that holds all runs; without MODEL, its newest model is exported",
-        json_schema_extra=about(WHAT),
-    )
-    format: ExportFormat = Field(
-        "safetensors",
-        description="Weights with the network's files, a Hugging Face folder, ONNX, a .pt2 program, or the adapter",
-        json_schema_extra=about(WHAT, short=("-f",)),
-    )
-    with_preprocessing: bool = Field(
-        False,
-        description="onnx, torch: resizing and normalisation inside; uint8 frames in, probabilities out",
-        json_schema_extra=about(HOW),
-    )
-    int8: bool = Field(
-        False,
-        description="onnx: weights in 8 bits, a quarter to a third of the size; what it costs is measured",
-        json_schema_extra=about(HOW, flag="--int8"),
-    )
-    clips: Path | None = Field(
-        None,
-        description="Folder of videos, or one video, for the proof that both answer the same",
-        json_schema_extra=about(HOW, default="test or val videos of the model's data"),
-    )
-    output: Path | None = Field(
-        None,
-        description="Folder for the export",
-        json_schema_extra=about(HOW, default="export/<format> in the run's folder"),
-    )
-    overwrite: bool = Field(
-        False,
-        description="Replace an older export; refused where it holds files that tvit did not write",
-        json_schema_extra=about(HOW),
-    )
-    push_to_hub: str | None = Field(
-        None,
-        description="Upload the export to this repository of the Hugging Face hub",
-        json_schema_extra=about(HOW, metavar="USER/NAME", default="none"),
-    )
-    private: bool = Field(
-        False, description="--push-to-hub makes a private repository", json_schema_extra=about(HOW)
-    )
+    # fmt: off
+    model: Path | None = setting(None, MODEL_TEXT, MODEL, positional=True, metavar="[MODEL]")
+    working_directory: Path = setting(RUNS, "Folder of all runs; without MODEL, its newest model is exported",
+        MODEL)
+    format: ExportFormat = setting("safetensors",
+        "Weights with network code (safetensors), Hugging Face folder, ONNX, torch.export program "
+        "(.pt2), or LoRA adapter", MODEL, short="-f")
+    with_preprocessing: bool = setting(False,
+        "Includes resizing and normalisation (onnx, torch): uint8 frames in, probabilities out", EXPORT)
+    int8: bool = setting(False,
+        "8-bit weights (onnx), a quarter to a third of the size; the accuracy loss is measured", EXPORT,
+        flag="--int8")
+    clips: Path | None = setting(None, "Video or folder of videos for the parity check", EXPORT,
+        default_text="test or val videos of the model's data")
+    output: Path | None = setting(None, "Folder of the export", EXPORT,
+        default_text="export/<format> in the run folder")
+    overwrite: bool = setting(False,
+        "Replaces an older export; refused where it holds files that tvit did not write", EXPORT)
+    push_to_hub: str | None = setting(None, "Uploads the export to this repository of the Hugging Face hub",
+        EXPORT, metavar="USER/NAME", default_text="none")
+    private: bool = setting(False, "Makes the repository of --push-to-hub private", EXPORT)
+    # fmt: on
 
     @field_validator("push_to_hub")
     @classmethod
@@ -76,7 +51,7 @@ class ExportSettings(Settings):
         return name
 
     @model_validator(mode="after")
-    def _options_fit_the_format(self) -> ExportSettings:
+    def _settings_agree(self) -> ExportSettings:
         if self.int8 and self.format != "onnx":
             raise ValueError(f"--int8 needs --format onnx, not {self.format}. Leave it out.")
         if self.with_preprocessing and self.format not in ("onnx", "torch"):

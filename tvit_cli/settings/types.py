@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, PlainValidator
 
-from tvit_cli.settings.base import Settings, about
+from tvit_cli.settings.base import Settings, setting
 
 
 def _split(value: Any) -> Any:
@@ -16,7 +17,7 @@ def _split(value: Any) -> Any:
 
 
 def _none(value: Any) -> Any:
-    """The word for an empty list or table. "none" -> "" """
+    """An empty list or table, spelt as a word. "none" -> "" """
     return "" if isinstance(value, str) and value.strip() == "none" else value
 
 
@@ -73,7 +74,16 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
-PRECISION = "Number format of the forward pass; auto is bf16 where the GPU is fast at it, else no"
+
+# Descriptions of settings that several verbs have.
+MODEL_TEXT = "Model folder, run folder, name on the Hugging Face hub, or checkpoint of the reference"
+DATA_TEXT = "Folder of videos, CSV manifest, or name of a known data set"
+SPLIT_TEXT = "Official split, for data with the three split lists of UCF101"
+RUNS_TEXT = "Folder of all runs"
+DEVICE_TEXT = "Device of the model"
+PRECISION_TEXT = "Mixed precision of the forward pass; auto is bf16 on GPUs where it is fast, else no"
+PROCESSES_TEXT = "Processes on this machine, one per GPU"
+RUNS = Path("working_directory")
 
 GROUP_PATTERN = r"_g(\d+)_"  # UCF101: v_Archery_g01_c02.avi, clips of one group are cut from one recording
 
@@ -81,12 +91,12 @@ _UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def seconds(value: Any) -> Any:
-    """A length of time with its unit becomes seconds, the unit of a bare number. "500ms" -> 0.5, "2s" -> 2.0"""
+    """Converts a duration to seconds; seconds is the default unit. "500ms" -> 0.5, "2s" -> 2.0"""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", value.strip())
     if match is None or match[2] not in _UNITS:
-        raise ValueError("it should be a length of time, such as 2s, 500ms or 1min")
+        raise ValueError("it should be a duration, such as 2s, 500ms or 1min")
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -95,7 +105,7 @@ _PART = re.compile(r"(\d+)|(\d+(?:\.\d+)?)\s*%")
 
 
 def most_bad(value: str, videos: int) -> int:
-    """The most unreadable videos that `value` allows among so many; `3 or 1%` of 1,000 is 10."""
+    """Unreadable videos that `value` allows of `videos`; `3 or 1%` of 1,000 is 10."""
     most = 0
     for part in value.split(" or "):
         match = _PART.fullmatch(part.strip())
@@ -112,49 +122,24 @@ def _is_max_bad(value: str) -> str:
 
 MaxBad = Annotated[str, AfterValidator(_is_max_bad)]
 
-
 DATA = "Data"
 
 
 class DataSettings(Settings):
-    """A data set and its subsets."""
+    """Settings of a data set and its subsets."""
 
-    path_to_data: str | None = Field(
-        None,
-        description="Folder of videos, CSV manifest, or a known data set's name",
-        json_schema_extra=about(
-            DATA,
-            harmless=True,
-            reference="required",
-            why="`tvit download` puts it there",
-            default="ucf101, else the only data set under data/",
-            metavar="PATH",
-        ),
-    )
-    group_pattern: Pattern = Field(
-        GROUP_PATTERN,
-        description="Regular expression on file names: clips of one recording share what it matches",
-        json_schema_extra=about(DATA, metavar="REGEX"),
-    )
-    split: int = Field(
-        1,
-        ge=1,
-        le=3,
-        description="Official split, where the data has the lists of UCF101's three",
-        json_schema_extra=about(DATA),
-    )
-    val_groups: str = Field(
-        "auto",
-        description="Groups held out of train for validation: names, a count, none, or auto (15 % of them)",
-        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
-    )
-    test_groups: str = Field(
-        "auto",
-        description="Groups held out for the final test where the data has no test subset of its own",
-        json_schema_extra=about(DATA, metavar="NAMES|COUNT|none|auto"),
-    )
-    max_bad: MaxBad = Field(
-        MAX_BAD,
-        description="Most videos that may be unreadable: a count, a percentage, or the larger of two",
-        json_schema_extra=about(DATA, metavar="COUNT|PERCENT%", harmless=True),
-    )
+    # fmt: off
+    path_to_data: str | None = setting(None, DATA_TEXT, DATA, resume_safe=True, reference="required",
+        why="`tvit download` puts it there", default_text="ucf101, else the only data set under data/",
+        metavar="PATH")
+    group_pattern: Pattern = setting(GROUP_PATTERN,
+        "Regular expression on file names; its match is the group (one recording)", DATA, metavar="REGEX")
+    split: int = setting(1, SPLIT_TEXT, DATA, ge=1, le=3)
+    val_groups: str = setting("auto",
+        "Validation groups, taken from train: names, a count, none, or auto (15 %)", DATA,
+        metavar="NAMES|COUNT|none|auto")
+    test_groups: str = setting("auto", "Test groups, for data without a test subset", DATA,
+        metavar="NAMES|COUNT|none|auto")
+    max_bad: MaxBad = setting(MAX_BAD, "Most unreadable videos: a count, a percentage, or the larger of two",
+        DATA, metavar="COUNT|PERCENT%", resume_safe=True)
+    # fmt: on

@@ -93,7 +93,7 @@ def check_finished_settings(folder: Path, settings: TrainSettings, processes: in
 def result_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that change a result, as JSON has them."""
     values = settings.model_dump(mode="json")
-    return {k: v for k, v in values.items() if not extra(TrainSettings.model_fields[k]).get("harmless")}
+    return {k: v for k, v in values.items() if not extra(TrainSettings.model_fields[k]).get("resume_safe")}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
