@@ -151,12 +151,12 @@ def test_8_bits_are_left_out_with_a_word_where_they_are_slower(trained, clip, mo
     whole, asked = (predict(PredictSettings(**facts, int8=chosen), said.append) for chosen in (False, True))
     assert whole.predictions == asked.predictions
     warnings = [event.text for event in said if isinstance(event, Note) and event.level == "warning"]
-    assert warnings == ["--int8: this processor multiplies bytes slower than floats, so floats it is."]
+    assert warnings == ["--int8: int8 matmul is slower than float32 on this CPU; using float32."]
 
 
 def test_8_bits_are_refused_where_they_would_run_on_another_device(trained, clip, monkeypatch):
     monkeypatch.setattr("tvit_cli.engine.predict.pick_device", lambda name: torch.device("cuda"))
-    with pytest.raises(SettingsError, match=r"--int8: is for CPUs.*on cuda.*--device cpu"):
+    with pytest.raises(SettingsError, match=r"--int8: runs on CPUs only.*is cuda.*--device cpu"):
         predict(PredictSettings(paths=(str(clip),), model=trained.model, int8=True))
 
 

@@ -21,7 +21,15 @@ from tvit_cli import commands
 from tvit_cli.data.video import TimedFrame, iter_frames, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.predict import Model, folder_names, predict_timelines
-from tvit_cli.engine.predict.timeline import frame_positions, prefetch, sliding_windows
+from tvit_cli.engine.predict.timeline import (
+    find_segments,
+    frame_positions,
+    prefetch,
+    sliding_windows,
+    smooth,
+    transition_penalties,
+    viterbi_path,
+)
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
@@ -29,7 +37,6 @@ from tvit_cli.portable.reading import indices_on_grid, segment_indices
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
-from tvit_cli.report.segments import best_path, change_prices, find_segments, smooth
 from tvit_cli.results import silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
@@ -97,7 +104,7 @@ def day(tmp_path_factory):
 )
 def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(frames, n_frames, grid):
     (window,) = sliding_windows(
-        film(frames / 12, 12), length=frames / 12, stride=1e3, places=frame_positions(n_frames, grid)
+        film(frames / 12, 12), length=frames / 12, stride=1e3, positions=frame_positions(n_frames, grid)
     )
     expected = indices_on_grid(frames, n_frames, grid=grid) if grid else segment_indices(frames, n_frames)
     assert window.frames()[:, 0, 0, 0].tolist() == expected
@@ -105,11 +112,11 @@ def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(frames, 
 
 
 def test_windows_begin_every_stride_and_end_within_the_video():
-    windows = list(sliding_windows(film(5), length=2, stride=0.5, places=frame_positions(4, None)))
+    windows = list(sliding_windows(film(5), length=2, stride=0.5, positions=frame_positions(4, None)))
     assert [w.start for w in windows] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     for w in windows:
         assert w.frames()[:, 0, 0, 0].tolist() == [round(RATE * w.start) + n for n in (2, 7, 12, 17)]
-    assert not list(sliding_windows(film(5), length=5.01, stride=1, places=[0.5]))
+    assert not list(sliding_windows(film(5), length=5.01, stride=1, positions=[0.5]))
 
 
 def test_an_hour_is_converted_once_and_held_for_a_window_only():
@@ -124,7 +131,7 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only():
         most = max(most, len(alive))
 
     for window in sliding_windows(
-        film(3600, converted=converted), length=2, stride=0.5, places=frame_positions(4, None)
+        film(3600, converted=converted), length=2, stride=0.5, positions=frame_positions(4, None)
     ):
         count += 1
         assert len(window.pictures) == 4
@@ -137,7 +144,7 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only():
 def test_a_frame_that_is_shown_for_years_fills_no_memory():
     grey = np.full((1, 1, 3), 7, np.uint8)
     played = [TimedFrame(0, 3e8, 3e8, lambda: grey)]
-    windows = sliding_windows(played, length=2, stride=0.5, places=frame_positions(4, None))
+    windows = sliding_windows(played, length=2, stride=0.5, positions=frame_positions(4, None))
     tracemalloc.start()
     try:
         found = list(itertools.islice(windows, 1000))
@@ -179,19 +186,19 @@ def test_smoothing_is_the_mean_of_the_windows_over_each_cell():
 
 def test_the_best_path_is_the_best_of_all_paths():
     generator = np.random.default_rng(3)
-    for prices in (np.zeros(6), np.full(6, 0.7), generator.uniform(0, 2, 6), np.full(6, 2.0)):
+    for penalties in (np.zeros(6), np.full(6, 0.7), generator.uniform(0, 2, 6), np.full(6, 2.0)):
         scores = generator.dirichlet([1, 1, 1], 6)
 
-        def gain(path, scores=scores, prices=prices):
-            changes = sum(prices[n] for n in range(1, 6) if path[n] != path[n - 1])
+        def gain(path, scores=scores, penalties=penalties):
+            changes = sum(penalties[n] for n in range(1, 6) if path[n] != path[n - 1])
             return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - changes
 
         best = max(itertools.product(range(3), repeat=6), key=gain)
-        assert tuple(best_path(scores, prices=prices)) == best
+        assert tuple(viterbi_path(scores, penalties=penalties)) == best
 
 
 def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut():
-    found = change_prices(3.0, cells=6, stride=0.5, cuts=[0.9, 1.1, 2.3, 3.1])
+    found = transition_penalties(3.0, cells=6, stride=0.5, cuts=[0.9, 1.1, 2.3, 3.1])
     assert found.tolist() == [
         3,
         3,
@@ -210,7 +217,7 @@ def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it():
     smoothed = smooth(scores, window=2, stride=0.5, cells=24)
 
     def boundaries(cuts):
-        found = find_segments(smoothed, LABELS, stride=0.5, seconds=12, price=8, cuts=cuts)
+        found = find_segments(smoothed, LABELS, stride=0.5, end=12, penalty=8, cuts=cuts)
         assert [segment.label for segment in found] == ["dark", "grey"]
         return [segment.start for segment in found[1:]]
 
@@ -223,9 +230,9 @@ def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it():
 def test_a_moment_of_a_third_label_goes_to_its_neighbours():
     a, b, c = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.15, 0.25, 0.6]
     scores = np.array([a, a, a, c, b, b, b])
-    kept = find_segments(scores, LABELS, stride=0.5, seconds=3.4, price=0)
+    kept = find_segments(scores, LABELS, stride=0.5, end=3.4, penalty=0)
     assert [s.label for s in kept] == ["dark", "light", "grey"]
-    first, second = find_segments(scores, LABELS, stride=0.5, seconds=3.4, price=2)
+    first, second = find_segments(scores, LABELS, stride=0.5, end=3.4, penalty=2)
     assert (first.label, first.start, first.end) == ("dark", 0, 1.5)
     assert (second.label, second.start, second.end) == ("grey", 1.5, 3.4)
     assert second.score == pytest.approx((0.25 + 3 * 0.8) / 4)
@@ -249,7 +256,7 @@ def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day):
 def test_boundaries_lie_at_the_cuts_of_the_video(day):
     timeline = model_of(FirstFrame()).timeline(day, window=2.0, stride=0.5)
     assert [(s.label, s.start) for s in timeline.segments] == [("dark", 0), ("light", 3), ("grey", 7)]
-    blind = find_segments(timeline.smoothed, LABELS, stride=0.5, seconds=10, price=8)
+    blind = find_segments(timeline.smoothed, LABELS, stride=0.5, end=10, penalty=8)
     assert all(s.start >= at + 0.5 for s, at in zip(blind[1:], (3, 7), strict=True))  # without them
 
 

@@ -2,15 +2,15 @@
 
 Letters: T frames, C channels, S the side of a frame, p pixels along a patch, P patches along a frame.
 
-Note [One relevance for every scheme]
-Attention rollout (arXiv:2005.00928) and gradient-weighted attention (arXiv:2103.15679) multiply attention
-matrices from block to block. They say nothing of what does not pass through a softmax (an MLP, a gate), and every
-scheme needs a rule of its own for how frames meet. Integrated gradients (arXiv:1703.01365) ask the model as a
-whole: the gradient of the label's log score is averaged on the straight way from a blank clip to this one and
-multiplied by what changes on it. It holds for any scheme and pooling by construction, and it adds up: the
-relevance of all patches is log score(clip) - log score(blank). The blank is the clip's own mean colour. On the
-demo motions the strongest patch then lay on the moving object more often than with four other blanks, and
-deleting what attention's maps point at did less harm than deleting random patches (docs/negative-results.md).
+Note [Integrated gradients]
+Attention rollout (arXiv:2005.00928) and gradient-weighted attention (arXiv:2103.15679) multiply attention matrices
+from block to block. They ignore paths without a softmax (MLPs, gates), and need own rules for each scheme of
+temporal attention. Integrated gradients (arXiv:1703.01365) treat the model as a whole: the gradient of the label's
+log probability is averaged on the straight path from a blank clip to the clip, and multiplied by their difference.
+By construction this works for any scheme and pooling, and it is complete: the relevance of all patches sums to
+log p(clip) - log p(blank). The blank is the clip's own mean colour. On the demo motions its strongest patch lay on
+the moving object more often than with four other blanks, and deleting the patches of attention maps lowered the
+score less than deleting random patches (docs/negative-results.md).
 """
 
 from __future__ import annotations
@@ -22,40 +22,39 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.augment import eval_transform
-from tvit_cli.data.clips import ClipDataset
-from tvit_cli.engine.predict.paths import as_video
+from tvit_cli.engine.evaluate.scoring import clips_to_score, unlabelled_video
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import ModelError, RunError, VideoError
 from tvit_cli.files import Location, atomic_write
 
-STEPS = 16  # on the way from blank to clip
-AT_ONCE = 4  # of them in one pass
+STEPS = 16  # on the path from blank to clip
+AT_ONCE = 4  # steps in one pass
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of all patches, deleted together
-RANDOM_ORDERS = 19  # so that being better than all of them has p = 1 / 20
-SEED = 0  # of the random orders: the same clip has the same answer
+RANDOM_ORDERS = 19  # the smallest p-value is 1 / 20
+SEED = 0  # of the random orders: the result depends on the clip alone
 
 
 @dataclass(frozen=True)
 class Deletion:
-    """The label's score with shares of the patches blanked: the most relevant first, and in random orders."""
+    """Scores of the label after deleting shares of the patches: most relevant first, and in random order."""
 
     shares: tuple[float, ...]
     relevant: tuple[float, ...]
     random: tuple[float, ...]  # mean over the orders
-    p_value: float  # share of orders, this one among them, that make the score fall as far
+    p_value: float  # share of the orders, with that of the relevance, that lower the score as much
 
     @property
     def holds(self) -> bool:
-        """Whether the map finds what matters better than every random order does."""
+        """Whether the order of relevance lowers the score more than every random order."""
         return self.p_value <= 1 / (1 + RANDOM_ORDERS)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What speaks for a label (positive) and against it, by patch, on the CPU; and whether that can be believed.
+    """Relevance of each patch for (positive) and against a label, on the CPU, and its deletion test.
 
-    The sum of `relevance` (T, P, P) is the log score of the clip less that of a blank one, up to the error of the
-    integral. `clip` (T, C, S, S) is what the model was given.
+    `relevance` (T, P, P) sums to log p(clip) - log p(blank), up to the error of the integral. `clip` (T, C, S, S)
+    is the model's input.
     """
 
     video: str
@@ -67,44 +66,33 @@ class Explanation:
 
     @property
     def frames(self) -> Tensor:
-        """Each frame's share of what speaks for the label, (T,): together 1, or all 0 where nothing does."""
+        """Share of each frame in the positive relevance, (T,): sums to 1, or all 0 without any."""
         positive = self.relevance.clamp(min=0).sum((1, 2))
         total = positive.sum()
         return positive / total if total > 0 else positive
 
 
-def explain(trained: Trained, place: Location, label: str | None = None) -> Explanation:
-    """Explain one label of a video, the best unless named. Raises VideoError, ModelError for an unknown label."""
-    card = trained.card
+def explain(trained: Trained, location: Location, label: str | None = None) -> Explanation:
+    """Explains a label (default: the best) of a video. Raises VideoError, ModelError for an unknown label."""
+    card, model = trained.card, trained.model
     if label is not None and label not in card.labels:
         raise ModelError(f"{label}: is no label of {trained.folder}. It has {', '.join(card.labels)}.")
-    dataset = ClipDataset(
-        [as_video(place, card.labels[0])],
-        card.labels,
-        n_frames=card.preprocessing.n_frames,
-        short_side=card.preprocessing.scale_to,
-        seed=0,
-        training=False,
-        grid=card.preprocessing.frame_grid,
-    )
-    item = dataset[0, 0]
+    item = clips_to_score([unlabelled_video(location, trained)], card.labels, card.preprocessing)[0, 0]
     if item.error:
-        raise VideoError(f"{place}: {item.error}")
+        raise VideoError(f"{location}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
-    with torch.no_grad(), trained.autocast():  # as predicted; the explanation is in full precision
-        scores = trained.model(clip[None]).cpu().double().softmax(1)[0]  # MPS has no float64
+    with torch.no_grad(), trained.autocast():  # as in prediction; the explanation is in float32
+        scores = model(clip[None]).cpu().double().softmax(1)[0]  # MPS has no float64
     index = int(scores.argmax()) if label is None else card.labels.index(label)
     blank = blank_clip(clip)
-    relevance = by_patch(
-        integrated_gradients(trained.model, clip, blank, index), trained.model.config.patch_size
-    )
+    relevance = by_patch(integrated_gradients(model, clip, blank, index), model.config.patch_size)
     return Explanation(
-        video=str(place),
+        video=str(location),
         label=card.labels[index],
         score=float(scores[index]),
         clip=clip.cpu(),
         relevance=relevance.cpu(),
-        deletion=deletion_test(trained.model, clip, blank, relevance, index),
+        deletion=deletion_test(model, clip, blank, relevance, index),
     )
 
 
@@ -116,19 +104,19 @@ def blank_clip(clip: Tensor) -> Tensor:
 def integrated_gradients(
     model: nn.Module, clip: Tensor, blank: Tensor, label: int, *, steps: int = STEPS
 ) -> Tensor:
-    """What each value of a clip adds to the label's log score, (T, C, S, S).
+    """Relevance of each value of a clip for the label's log probability, (T, C, S, S).
 
-    The steps lie closer near the blank, at cubes of even places: norms make the model change fastest there. See
-    Note [One relevance for every scheme].
+    See Note [Integrated gradients]. Steps are denser near the blank, at cubes of even positions, where
+    norms make the model change fastest.
     """
     total = torch.zeros_like(clip)
     even = (torch.arange(steps, device=clip.device) + 0.5) / steps  # the midpoint rule
-    places, weights = even**3, 3 * even**2 / steps
+    positions, weights = even**3, 3 * even**2 / steps
     for first in range(0, steps, AT_ONCE):
         some = slice(first, first + AT_ONCE)
-        on_the_way = torch.lerp(blank, clip, places[some].view(-1, 1, 1, 1, 1)).requires_grad_(True)
-        log_scores = model(on_the_way).float().log_softmax(1)[:, label]
-        (gradient,) = torch.autograd.grad(log_scores.sum(), on_the_way)
+        on_path = torch.lerp(blank, clip, positions[some].view(-1, 1, 1, 1, 1)).requires_grad_(True)
+        log_scores = model(on_path).float().log_softmax(1)[:, label]
+        (gradient,) = torch.autograd.grad(log_scores.sum(), on_path)
         total += (gradient * weights[some].view(-1, 1, 1, 1, 1)).sum(0)
     return total * (clip - blank)
 
@@ -141,7 +129,7 @@ def by_patch(values: Tensor, patch_size: int) -> Tensor:
 
 @torch.no_grad()
 def deletion_test(model: nn.Module, clip: Tensor, blank: Tensor, relevance: Tensor, label: int) -> Deletion:
-    """Blank the most relevant patches, then as many random ones: how far does the label's score fall?"""
+    """Deletes the most relevant patches, and as many random ones, and compares the label's scores."""
     generator = torch.Generator().manual_seed(SEED)
     count = relevance.numel()
     orders = [relevance.flatten().argsort(descending=True, stable=True).cpu()]
@@ -152,17 +140,16 @@ def deletion_test(model: nn.Module, clip: Tensor, blank: Tensor, relevance: Tens
         rows.append(model(torch.stack(clips)).cpu().double().softmax(1)[:, label])
     scores = torch.stack(rows)  # (orders, shares)
     means = scores.mean(1)
-    as_far = int((means[1:] <= means[0]).sum())
     return Deletion(
         shares=SHARES,
         relevant=tuple(scores[0].tolist()),
         random=tuple(scores[1:].mean(0).tolist()),
-        p_value=(1 + as_far) / len(orders),
+        p_value=(1 + int((means[1:] <= means[0]).sum())) / len(orders),
     )
 
 
 def blanked(clip: Tensor, blank: Tensor, shape: torch.Size, patches: Tensor) -> Tensor:
-    """A clip with some patches, numbered through all frames, replaced by the blank's."""
+    """A clip with some patches, numbered across frames, replaced by the blank's."""
     chosen = torch.zeros(shape.numel(), dtype=torch.bool)
     chosen[patches] = True
     size = clip.shape[-1] // shape[-1]
@@ -171,34 +158,35 @@ def blanked(clip: Tensor, blank: Tensor, shape: torch.Size, patches: Tensor) -> 
 
 
 def write_explanation(path: Path, explanation: Explanation, trained: Trained) -> None:
-    """Write the film strip as a PNG. Raises RunError where it cannot be written; then an older one stays."""
+    """Writes the film strip as a PNG. Raises RunError where it cannot be written; an older file then stays."""
     data = explanation_png(explanation, trained)
     try:
-        with atomic_write(path) as beside:
-            beside.write_bytes(data)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        raise RunError(f"--explain {path}: cannot be written ({error.strerror}).") from error
+        raise RunError(
+            f"--explain {path}: cannot be written ({error.strerror}). Free some space, or name another file."
+        ) from error
 
 
 def explanation_png(explanation: Explanation, trained: Trained, *, dark: bool = False) -> bytes:
-    """The film strip as a PNG, on light paper or on dark."""
-    from tvit_cli.report.film import ExplanationStrip, relevance_png
+    """The film strip as a PNG, in light or dark colours."""
+    from tvit_cli.report.film import ExplanationStrip, relevance_png  # imports PIL
 
-    deletion = explanation.deletion
-    reading = ExplanationStrip(
+    strip = ExplanationStrip(
         title=f"{explanation.label} {explanation.score:.3f}",
-        verdict=verdict(deletion),
+        verdict=verdict(explanation.deletion),
         relevance=explanation.relevance,
         frames=explanation.frames.tolist(),
     )
-    return relevance_png(explanation.clip, trained.card.preprocessing, reading, dark=dark)
+    return relevance_png(explanation.clip, trained.card.preprocessing, strip, dark=dark)
 
 
 def verdict(deletion: Deletion) -> str:
-    """What the deletion test says, in a sentence."""
-    share, ours, theirs = (values[-1] for values in (deletion.shares, deletion.relevant, deletion.random))
-    says = "the map holds" if deletion.holds else "the map says no more than chance"
+    """Result of the deletion test in a sentence."""
+    share, relevant, random = (values[-1] for values in (deletion.shares, deletion.relevant, deletion.random))
+    result = "the map is better than chance" if deletion.holds else "the map is no better than chance"
     return (
-        f"without the {share:.0%} most relevant patches the score is {ours:.3f}, without random ones {theirs:.3f} "
-        f"(p = {deletion.p_value:.2f}): {says}"
+        f"without the {share:.0%} most relevant patches the score is {relevant:.3f}, without random ones "
+        f"{random:.3f} (p = {deletion.p_value:.2f}): {result}"
     )

@@ -1,90 +1,105 @@
-"""Timelines of long videos: sliding windows, smoothed scores, segments, annotated copies."""
+"""Timelines of long videos: sliding windows, Viterbi smoothing, segments, annotated copies.
+
+Letters: W windows, J cells of one stride each, T frames, H W pixels, K classes.
+
+Note [Viterbi smoothing of timelines]
+A timeline is divided into cells as long as the stride. The score of a cell is the mean over the windows that
+overlap it, weighted by the overlap: windows lie symmetrically around a cell, so a boundary is not biased to either
+side. The labels of all cells are the path with the largest sum of log scores minus a penalty for each change of
+label (Viterbi's algorithm). A short run of a third label, such as a window across a boundary that resembles another
+class, costs two changes instead of one. So its cells go to the neighbouring labels, each to the one with the higher
+score. A minimum length of segments would shift such a boundary by half the length of the run. The penalty is
+`smoothing` nats times the windows per cell, because the evidence of one window counts in that many cells.
+
+Confident models leave a boundary uncertain by up to half a window: each window across it shows one side only. A
+change of label is more likely at a shot boundary, so it costs half the penalty there. A shot boundary against the
+scores has no effect, and a video without any is smoothed with the full penalty.
+"""
 
 from __future__ import annotations
 
 import csv
 import math
-import queue
-import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import Frames, TimedFrame, iter_frames
 from tvit_cli.data.video_writer import video_writer
-from tvit_cli.engine.evaluate.scoring import score
-from tvit_cli.engine.predict.paths import as_video
+from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import Location, atomic_write
 from tvit_cli.portable.reading import CENTRE, segment_indices
-from tvit_cli.report.film import draw_caption
-from tvit_cli.report.segments import Scores, find_segments, smooth
 from tvit_cli.results import Report, Segment, Stretch, Timeline, seconds_done, silent
+
+Scores = NDArray[np.float64]
+T = TypeVar("T")
+
+TIMELINE_FILE, PICTURE_FILE = "timeline.csv", "timeline.png"
+TOLERANCE = 1e-6  # seconds; times are sums of fractions
+WHOLE = float("inf")  # end of a segment of the whole video
+MAX_PICTURES = 48  # of a timeline; beyond, every second one is dropped
+MIN_SCORE = 1e-6  # before the logarithm: no single cell outweighs all others
+BOUNDARY_PENALTY = 0.5  # of the full penalty, at shot boundaries
 
 # On held-out demo motions, whose clips all end with a cut, 1 % of the cuts lie below this ratio, and no other step
 # above it (docs/benchmarks.md).
-RATIO = 1.5  # of a cut's difference to the largest of its neighbours'
-LEAST = 4.0  # of 255: below it are a still picture and its noise
-NEIGHBOURS = 2  # on either side; a flash, or every second frame repeated, is no cut
-SIDE = 64  # pixels that are compared along a picture's short side
+MIN_RATIO = 1.5  # of the difference at a cut to the largest of its neighbours
+MIN_DIFFERENCE = 4.0  # of 255; below it are still pictures with noise
+NEIGHBOURS = 2  # on either side; flashes and repeated frames are no cuts
+COMPARED_SIDE = 64  # pixels compared along the short side
 
 
 @dataclass
 class ShotBoundaries:
-    """Compares the pictures that are taken from a video, each with the last: two numbers of each are kept."""
+    """Shot boundaries from differences of successive pictures; two numbers are kept of each."""
 
     times: list[float] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
     _last: Frames | None = None
-    _ended: float = 0.0
+    _last_end: float = 0.0
 
-    def watch(self, played: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
-        """The same frames; those whose picture is asked for, once and in order, are compared."""
-        for frame in played:
+    def watch(self, frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
+        """The same frames; their pictures are compared as they are converted, once and in order."""
+        for frame in frames:
 
             def picture(frame: TimedFrame = frame) -> Frames:
                 shown = frame.picture()
-                self._compare(shown, frame.start, frame.end)
+                step = max(1, min(shown.shape[:2]) // COMPARED_SIDE)
+                small = shown[::step, ::step].copy()
+                if self._last is not None:
+                    self.times.append((self._last_end + frame.start) / 2)
+                    self.differences.append(float(np.abs(small.astype(np.int16) - self._last).mean()))
+                self._last, self._last_end = small, frame.end
                 return shown
 
             yield replace(frame, picture=picture)
 
-    def _compare(self, shown: Frames, start: float, end: float) -> None:
-        step = max(1, min(shown.shape[:2]) // SIDE)
-        small = shown[::step, ::step].copy()
-        if self._last is not None:
-            self.times.append((self._ended + start) / 2)
-            self.differences.append(float(np.abs(small.astype(np.int16) - self._last).mean()))
-        self._last, self._ended = small, end
-
     def found(self) -> list[float]:
-        """The times of the cuts in seconds, midway between the pictures that differ."""
+        """Times of the shot boundaries in seconds, midway between the pictures that differ."""
+        if not self.differences:
+            return []
         values = np.array(self.differences)
-        padded = np.pad(values, NEIGHBOURS)
-        around = np.zeros_like(values)
-        for place in range(2 * NEIGHBOURS + 1):
-            if place != NEIGHBOURS:
-                around = np.maximum(around, padded[place : place + len(values)])
-        cut = (values >= LEAST) & (values >= RATIO * around)
-        return [time for time, is_cut in zip(self.times, cut, strict=True) if is_cut]
-
-
-TOLERANCE = 1e-6  # seconds; times are sums of fractions
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, NEIGHBOURS), 2 * NEIGHBOURS + 1)
+        around = np.delete(windows, NEIGHBOURS, axis=1).max(1)
+        is_cut = (values >= MIN_DIFFERENCE) & (values >= MIN_RATIO * around)
+        return [self.times[index] for index in np.flatnonzero(is_cut)]
 
 
 @dataclass(slots=True)
 class Window:
-    """A clip, uint8 (H, W, 3) by frame, of a stretch of a video that begins at `start` seconds."""
+    """Frames, uint8 (H, W, 3) each, of a window that begins at `start` seconds."""
 
     start: float
     pictures: list[Frames] = field(default_factory=list)
@@ -95,43 +110,42 @@ class Window:
 
 
 def frame_positions(n_frames: int, grid: int | None) -> list[float]:
-    """Where in a window its frames lie, as shares of it: centres of equal segments, as evaluation takes them.
+    """Positions of the frames in a window, as shares of its length: centres of equal segments, as in evaluation.
 
-    With a grid, places on the grid are chosen, as `indices_on_grid` does it. 4 frames -> 1/8, 3/8, 5/8, 7/8.
+    With a grid, positions on the grid, as in `indices_on_grid`. 4 frames -> 1/8, 3/8, 5/8, 7/8.
     """
     if grid is None:
         return [(segment + CENTRE) / n_frames for segment in range(n_frames)]
-    return [(place + CENTRE) / grid for place in segment_indices(grid, n_frames)]
+    return [(position + CENTRE) / grid for position in segment_indices(grid, n_frames)]
 
 
 def sliding_windows(
-    played: Iterable[TimedFrame], *, length: float, stride: float, places: Sequence[float]
+    frames: Iterable[TimedFrame], *, length: float, stride: float, positions: Sequence[float]
 ) -> Iterator[Window]:
-    """The windows of `length` seconds that begin every `stride` seconds and end within the video.
+    """Windows of `length` seconds that begin every `stride` seconds and end within the video.
 
-    After a gap in which no frame is shown, they begin anew with the next frame: none lies across a gap or in it.
-    A window's frames are those shown at `places`, shares of its length: for a window as long as the video, at
-    a constant rate, those of `segment_indices`. A frame is converted once, however many windows share it.
+    After a gap without a frame, they start again at the next frame; none overlaps a gap. The frames of a window are
+    those shown at `positions`, shares of its length: for a window as long as a video of constant rate, those of
+    `segment_indices`. A frame is converted once for all windows.
     """
     opened: deque[Window] = deque()
-    number, begin, ended = 0, 0.0, 0.0
-    for frame in played:
-        if frame.start > ended + TOLERANCE:
+    number, origin, last_end = 0, 0.0, 0.0
+    for frame in frames:
+        if frame.start > last_end + TOLERANCE:
             opened.clear()
-            number, begin = 0, frame.start
-        ended = frame.end
+            number, origin = 0, frame.start
+        last_end = frame.end
         shown: Frames | None = None
         before = len(opened)
-        while before or begin + number * stride < frame.end - TOLERANCE:
-            # In the order of their starts, and so of their ends: a frame may be shown for more windows than fit
-            # into memory.
+        while before or origin + number * stride < frame.end - TOLERANCE:
+            # In the order of their starts and ends: a frame may last for more windows than fit into memory.
             if before:
                 window, before = opened.popleft(), before - 1
             else:
-                window, number = Window(begin + number * stride), number + 1
+                window, number = Window(origin + number * stride), number + 1
             while (
-                len(window.pictures) < len(places)
-                and window.start + places[len(window.pictures)] * length < frame.end - TOLERANCE
+                len(window.pictures) < len(positions)
+                and window.start + positions[len(window.pictures)] * length < frame.end - TOLERANCE
             ):
                 shown = frame.picture() if shown is None else shown
                 window.pictures.append(shown)
@@ -141,86 +155,100 @@ def sliding_windows(
                 opened.append(window)
 
 
-T = TypeVar("T")
-_SECONDS = 0.1  # between two looks at whether anybody still wants the rest
-
-
 def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
-    """The same items, made by a thread that is at most `depth` of them ahead.
+    """The same items, made by a thread at most `depth` of them ahead, and its exceptions.
 
-    Whatever making them raises, is raised here. The thread ends with the last item, or when the caller stops.
+    The thread ends with the last item, or when the generator is closed.
     """
-    made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(entry: tuple[T | None, BaseException | None, bool]) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put(entry, timeout=_SECONDS)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def make() -> None:
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(depth))
         try:
-            for item in items:
-                if not put((item, None, False)):
-                    return
-        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
-            put((None, error, True))
-        else:
-            put((None, None, True))
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error, is_last = made.get()
-            if error is not None:
-                raise error
-            if is_last:
-                return
-            yield item  # type: ignore[misc]  # T itself may be an optional type
-    finally:
-        stopped.set()
-        thread.join()
+            while (item := pending.popleft().result()) is not end:
+                pending.append(pool.submit(next, iterator, end))
+                yield item
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-WHOLE = float("inf")  # the end of a segment that is the whole video
+def smooth(scores: Scores, *, window: float, stride: float, cells: int) -> Scores:
+    """Mean scores of the windows over each cell, (W, K) -> (J, K). See Note [Viterbi smoothing of timelines].
 
-
-def annotate(path: Path, place: Location, segments: Sequence[Segment], report: Report = silent) -> None:
-    """Write the video, without its sound, each frame captioned with the segment that it lies in.
-
-    Frames keep their times and size (an odd last row or column is left out), turned as they are shown; one is in
-    memory at a time. Raises VideoError, DataError where the video would replace itself, RunError where it cannot
-    be written.
+    Window w covers [w * stride, w * stride + window). Cells after the last window take its scores.
     """
-    if isinstance(place, Path) and path.exists() and path.samefile(place):
-        raise DataError(f"--annotate {path}: is the video itself. Name another file.")
-    with video_writer(path) as writer:
-        number = 0
-        for frame in iter_frames(place):
-            while number < len(segments) - 1 and frame.start >= segments[number].end - 1e-6:
-                number += 1
-            segment = segments[number]
-            picture = frame.picture()
-            if segment.start - 1e-6 <= frame.start < segment.end:  # else it lies by itself between two gaps
-                picture = draw_caption(picture, f"{segment.label}  {segment.score:.2f}")
-            writer.write(picture, frame.start, frame.end)
-            if round(frame.end) > round(frame.start):
-                report(seconds_done("seconds written", frame.end, frame.length))
+    total = np.zeros((cells, scores.shape[1]))
+    weight = np.zeros((cells, 1))
+    for offset in range(min(cells, math.ceil(window / stride - 1e-9))):
+        overlap = min(stride, window - offset * stride)
+        count = min(len(scores), cells - offset)
+        total[offset : offset + count] += overlap * scores[:count]
+        weight[offset : offset + count] += overlap
+    covered = int((weight > 0).sum())
+    total[:covered] /= weight[:covered]
+    total[covered:] = scores[-1]
+    return total
 
 
-TIMELINE_FILE, PICTURE_FILE = "timeline.csv", "timeline.png"
-MOST_PICTURES = 48  # of one timeline; when there are more, every second is dropped
+def transition_penalties(penalty: float, *, cells: int, stride: float, cuts: Sequence[float]) -> Scores:
+    """Penalty (J,) of a change of label at the start of each cell, lower at the nearest to each shot boundary."""
+    penalties = np.full(cells, penalty)
+    for time in cuts:
+        nearest = math.floor(time / stride + 0.5)
+        if nearest < cells:
+            penalties[nearest] = BOUNDARY_PENALTY * penalty
+    return penalties
+
+
+def viterbi_path(scores: Scores, *, penalties: Scores) -> list[int]:
+    """Labels (J,) with the largest sum of log scores (J, K) minus the penalties (J,) of label changes."""
+    gains = np.log(np.maximum(scores, MIN_SCORE))
+    best = gains[0]
+    came_from = np.empty(scores.shape, np.int64)
+    stays = np.arange(scores.shape[1])
+    for cell in range(1, len(gains)):
+        other = int(best.argmax())
+        changed = best[other] - penalties[cell]
+        changes = changed > best
+        came_from[cell] = np.where(changes, other, stays)
+        best = np.where(changes, changed, best) + gains[cell]
+    path = [int(best.argmax())]
+    for cell in range(len(gains) - 1, 0, -1):
+        path.append(int(came_from[cell, path[-1]]))
+    return path[::-1]
+
+
+def find_segments(
+    smoothed: Scores,
+    labels: Sequence[str],
+    *,
+    stride: float,
+    penalty: float,
+    end: float,
+    start: float = 0.0,
+    cuts: Sequence[float] = (),
+) -> tuple[Segment, ...]:
+    """Segments of one label each from the smoothed scores (J, K) of a stretch from `start` to `end` seconds.
+
+    `penalty` is that of a change of label, `cuts` are times in seconds. See Note [Viterbi smoothing of timelines].
+    """
+    inside = [cut - start for cut in cuts if start <= cut < end]
+    penalties = transition_penalties(penalty, cells=len(smoothed), stride=stride, cuts=inside)
+    segments = []
+    first = 0
+    for label, run in groupby(viterbi_path(smoothed, penalties=penalties)):
+        last = first + len(list(run))
+        until = end if last == len(smoothed) else start + last * stride
+        score = float(smoothed[first:last, label].mean())
+        segments.append(Segment(start + first * stride, until, labels[label], score))
+        first = last
+    return tuple(segments)
 
 
 @torch.inference_mode()
 def make_timeline(
     trained: Trained,
-    place: Location,
+    location: Location,
     *,
     window: float,
     stride: float,
@@ -228,173 +256,85 @@ def make_timeline(
     batch_size: int,
     progress: Callable[[float, float | None], None] | None = None,
 ) -> Timeline:
-    """Score a window every `stride` seconds while the video is decoded, once, ahead of the model.
+    """Scores a window every `stride` seconds while the video is decoded, once, ahead of the model.
 
-    A video shorter than one window is one clip, as `predict` scores it. Windows and segments leave out gaps in
-    which no frame is shown (see `play`), and stretches between gaps that are shorter than a window.
-
-    Raises VideoError.
+    A video shorter than one window is one clip, as in `predict`. Windows and segments leave out gaps without a
+    frame (see `iter_frames`), and stretches between gaps that are shorter than a window. Raises VideoError.
     """
-    preprocessing = trained.card.preprocessing
-    clock, cuts, album = _Clock(), ShotBoundaries(), _Album()
+    preprocessing, labels = trained.card.preprocessing, trained.card.labels
+    clock, cuts, thumbnails = _Clock(), ShotBoundaries(), _Thumbnails()
     windows = sliding_windows(
-        cuts.watch(clock.watch(iter_frames(place, short_side=preprocessing.scale_to))),
+        cuts.watch(clock.watch(iter_frames(location, short_side=preprocessing.scale_to))),
         length=window,
         stride=stride,
-        places=frame_positions(preprocessing.n_frames, preprocessing.frame_grid),
+        positions=frame_positions(preprocessing.n_frames, preprocessing.frame_grid),
     )
-    rows: list[Tensor] = []
+    rows: list[Scores] = []
     starts: list[float] = []
-    for batch in prefetch(_batches(windows, batch_size)):
+    for batch in prefetch(iter(lambda: list(islice(windows, batch_size)), [])):
         clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
         frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
         with trained.autocast():
             logits = trained.model(frames)
-        rows.append(logits.cpu().double().softmax(1))
+        rows.append(logits.cpu().double().softmax(1).numpy())
         for w in batch:
             starts.append(w.start)
-            album.offer(w, window)
+            thumbnails.offer(w, window)
         if progress is not None:
             progress(batch[-1].start + window, clock.length)
-    seconds = clock.now
+    stretches: list[Stretch] = []
+    segments: list[Segment] = []
     if rows:
-        scores = torch.cat(rows).numpy()
-        parts = _parts(clock.stretches, starts, stride)
-        smoothed, segments = _segments(
-            scores,
-            parts,
-            trained.card.labels,
-            window=window,
-            stride=stride,
-            smoothing=smoothing,
-            cuts=cuts.found(),
-        )
+        scores = np.concatenate(rows)
+        cells: list[Scores] = []
+        first = 0
+        for start, end in clock.stretches:
+            count = bisect_left(starts, end) - bisect_left(starts, start - TOLERANCE)
+            if not count:
+                continue
+            stretches.append(
+                Stretch(start, end, count, max(1, math.ceil((end - start - TOLERANCE) / stride)))
+            )
+            own = scores[first : first + count]
+            first += count
+            cells.append(smooth(own, window=window, stride=stride, cells=stretches[-1].cells))
+            penalty = smoothing * max(1.0, window / stride)
+            segments += find_segments(
+                cells[-1], labels, stride=stride, penalty=penalty, end=end, start=start, cuts=cuts.found()
+            )
+        smoothed = np.concatenate(cells)
     else:
-        window = stride = seconds
-        scores = smoothed = _whole(trained, place)
-        parts = ()
+        window = stride = clock.now
+        found = score_locations(trained, [location])
+        if found.errors:
+            raise VideoError(f"{location}: {found.errors[0]}")
+        scores = smoothed = np.asarray(found.logits.double().softmax(1).numpy())
         best = int(scores[0].argmax())
-        label, value = trained.card.labels[best], float(scores[0, best])
-        segments = tuple(Segment(start, end, label, value) for start, end in clock.stretches)
+        segments = [Segment(*ends, labels[best], float(scores[0, best])) for ends in clock.stretches]
     return Timeline(
-        video=str(place),
-        labels=trained.card.labels,
-        seconds=seconds,
+        video=str(location),
+        labels=labels,
+        seconds=clock.now,
         window=window,
         stride=stride,
         scores=scores,
         smoothed=smoothed,
-        segments=segments,
-        pictures=tuple(album.pictures),
-        stretches=parts,
+        segments=tuple(segments),
+        pictures=tuple(thumbnails.pictures),
+        stretches=tuple(stretches),
     )
-
-
-def _parts(
-    stretches: Sequence[tuple[float, float]], starts: Sequence[float], stride: float
-) -> tuple[Stretch, ...]:
-    """The stretches in which windows begin, at `starts` in ascending order."""
-    parts = []
-    for start, end in stretches:
-        windows = bisect_left(starts, end) - bisect_left(starts, start - TOLERANCE)
-        if windows:
-            cells = max(1, math.ceil((end - start - TOLERANCE) / stride))
-            parts.append(Stretch(start, end, windows, cells))
-    return tuple(parts)
-
-
-def _segments(
-    scores: Scores,
-    parts: Sequence[Stretch],
-    labels: Sequence[str],
-    *,
-    window: float,
-    stride: float,
-    smoothing: float,
-    cuts: Sequence[float],
-) -> tuple[Scores, tuple[Segment, ...]]:
-    """Smoothed scores (J, K) and segments, of each stretch by itself."""
-    smoothed: list[Scores] = []
-    segments: list[Segment] = []
-    first = 0
-    for part in parts:
-        own = scores[first : first + part.windows]
-        first += part.windows
-        smoothed.append(smooth(own, window=window, stride=stride, cells=part.cells))
-        segments += find_segments(
-            smoothed[-1],
-            labels,
-            stride=stride,
-            seconds=part.end,
-            price=smoothing * max(1.0, window / stride),
-            cuts=cuts,
-            begin=part.start,
-        )
-    return np.concatenate(smoothed), tuple(segments)
-
-
-def write_timeline(folder: Path, timeline: Timeline) -> None:
-    """Write timeline.csv, a row per window with the scores of all classes, and timeline.png.
-
-    Raises RunError where they cannot be written; then the folder's older ones stay.
-    """
-    from tvit_cli.report.film import timeline_png
-
-    picture = timeline_png(timeline)
-    try:
-        with (
-            atomic_write(folder / PICTURE_FILE) as drawn,
-            atomic_write(folder / TIMELINE_FILE) as table,
-        ):
-            drawn.write_bytes(picture)
-            _write_table(table, timeline)
-    except OSError as error:
-        raise RunError(f"--output {folder}: cannot be written ({error.strerror}).") from error
-
-
-def _write_table(path: Path, timeline: Timeline) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["start", "end", "label", *timeline.labels])
-        for start, row in zip(timeline.starts(), timeline.scores, strict=True):
-            best = timeline.labels[int(row.argmax())]
-            times = (f"{t:.3f}" for t in (start, start + timeline.window))
-            writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
-
-
-def _whole(trained: Trained, place: Location) -> Scores:
-    """The scores of a video as one clip, (1, K)."""
-    labels = trained.card.labels
-    found = score(
-        trained.model,
-        [as_video(place, labels[0])],
-        labels,
-        trained.card.preprocessing,
-        device=trained.device,
-        batch_size=1,
-        workers=0,
-        autocast=trained.autocast,
-    )
-    if found.errors:
-        raise VideoError(f"{place}: {found.errors[0]}")
-    return np.asarray(found.logits.double().softmax(1).numpy())
-
-
-def _batches(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
-    while batch := list(islice(windows, size)):
-        yield batch
 
 
 @dataclass
 class _Clock:
-    """How far a video has been played, and its stretches without gaps between frames."""
+    """Seconds decoded so far, the video's length, and its stretches without gaps between frames."""
 
     now: float = 0.0
     length: float | None = None
     stretches: list[tuple[float, float]] = field(default_factory=list)
 
-    def watch(self, played: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
-        for frame in played:
+    def watch(self, frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
+        for frame in frames:
             start = frame.start
             if self.stretches and start <= self.now + TOLERANCE:
                 start, _ = self.stretches.pop()
@@ -404,8 +344,8 @@ class _Clock:
 
 
 @dataclass
-class _Album:
-    """Evenly spaced pictures of a video whose length is not known before its end."""
+class _Thumbnails:
+    """Evenly spaced pictures of a video of unknown length."""
 
     pictures: list[tuple[float, Frames]] = field(default_factory=list)
     every: int = 1
@@ -415,7 +355,55 @@ class _Album:
         if self.offered % self.every == 0:
             middle = window.pictures[len(window.pictures) // 2]
             self.pictures.append((window.start + length / 2, middle))
-            if len(self.pictures) > MOST_PICTURES:
+            if len(self.pictures) > MAX_PICTURES:
                 self.pictures = self.pictures[::2]
                 self.every *= 2
         self.offered += 1
+
+
+def write_timeline(folder: Path, timeline: Timeline) -> None:
+    """Writes timeline.csv, a row per window with the scores of all classes, and timeline.png.
+
+    Raises RunError where they cannot be written; older files then stay.
+    """
+    from tvit_cli.report.film import timeline_png  # imports PIL
+
+    picture = timeline_png(timeline)
+    try:
+        with atomic_write(folder / PICTURE_FILE) as drawn, atomic_write(folder / TIMELINE_FILE) as table:
+            drawn.write_bytes(picture)
+            with table.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["start", "end", "label", *timeline.labels])
+                for start, row in zip(timeline.starts(), timeline.scores, strict=True):
+                    times = (f"{time:.3f}" for time in (start, start + timeline.window))
+                    best = timeline.labels[int(row.argmax())]
+                    writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
+    except OSError as error:
+        raise RunError(
+            f"--output {folder}: cannot be written ({error.strerror}). Free some space, or name another folder."
+        ) from error
+
+
+def annotate(path: Path, location: Location, segments: Sequence[Segment], report: Report = silent) -> None:
+    """Writes a copy of the video, without sound, with the segment's label as a caption in each frame.
+
+    Frames keep their times and size (without an odd last row or column), in display rotation; one is in memory at
+    a time. Raises VideoError, DataError where the output is the video itself, RunError where it cannot be written.
+    """
+    from tvit_cli.report.film import draw_caption  # imports PIL
+
+    if isinstance(location, Path) and path.exists() and path.samefile(location):
+        raise DataError(f"--annotate {path}: is the video itself. Name another file.")
+    with video_writer(path) as writer:
+        number = 0
+        for frame in iter_frames(location):
+            while number < len(segments) - 1 and frame.start >= segments[number].end - TOLERANCE:
+                number += 1
+            segment = segments[number]
+            picture = frame.picture()
+            if segment.start - TOLERANCE <= frame.start < segment.end:  # else it lies between two gaps
+                picture = draw_caption(picture, f"{segment.label}  {segment.score:.2f}")
+            writer.write(picture, frame.start, frame.end)
+            if round(frame.end) > round(frame.start):
+                report(seconds_done("seconds written", frame.end, frame.length))
