@@ -80,8 +80,7 @@ def test_a_stream_that_appears_late_costs_no_frame(tmp_path):
 def test_an_exported_reader_reads_a_video_with_a_late_stream(tmp_path, monkeypatch):
     package = Path(tvit_cli.__file__).parent
     (tmp_path / "exported").mkdir()
-    for name in ("hub/reading.py", "data/colours.py", "data/sampling.py"):
-        shutil.copy(package / name, tmp_path / "exported")
+    shutil.copy(package / "portable" / "reading.py", tmp_path / "exported")
     monkeypatch.syspath_prepend(tmp_path)
     reading = importlib.import_module("exported.reading")
     path = late_stream(tmp_path / "late.ts")
