@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from entry import start
 from stores import LABELS, make_store
 from tiny import make_clips, make_pretrained
 
@@ -227,7 +228,7 @@ VERBS = pytest.mark.parametrize("verb", ["train", "eval", "predict"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
     monkeypatch.setattr(clips, "collate", no_space)
-    monkeypatch.setattr("tvit_cli.engine.predict.default_workers", lambda: 2)
+    monkeypatch.setattr("tvit_cli.engine.predict.default_worker_count", lambda: 2)
     with pytest.raises(SystemExit) as ended:
         cli.run(words[verb])
     errors = " ".join(capsys.readouterr().err.split())
@@ -235,29 +236,25 @@ def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
 
 
 HANG = """
-import os, sys, time
-from tvit_cli import main
+import sys, time
+from tvit_cli import cli
 from tvit_cli.data import clips
 from tvit_cli.engine import launch, predict
-launch.SECONDS_TO_GET_BATCH = loading._SECONDS_TO_END = 0.2
-predict.default_workers = lambda: 2
+launch.SECONDS_TO_GET_BATCH = clips._SECONDS_TO_END = 0.2
+predict.default_worker_count = lambda: 2
 def hang(items):
     print("hangs", flush=True)
     while True:
         time.sleep(60)
-loading.collate = hang
-main.run(sys.argv[1:])
+clips.collate = hang
+cli.run(sys.argv[1:])
 """
 
 
 @VERBS
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_the_wait_for_a_batch(words, verb, name, code):
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", HANG, *words[verb]], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    child = start("-c", HANG, *words[verb])
     try:
         assert child.stdout is not None
         while (line := child.stdout.readline()) and "hangs" not in line:

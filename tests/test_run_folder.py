@@ -95,6 +95,6 @@ def test_a_file_system_without_locks_is_trained_on(trained, tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "lockf", none)
     assert trained(epochs=1).model.is_dir()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "settings.json").write_text("{}")  # who knows whether one is busy in it
+    (tmp_path / "mine" / "settings.json").write_text(settings().model_dump_json())  # begun, or still busy
     with pytest.raises(SettingsError, match=r"there are no locks here .* Take another --experiment-name"):
         trained(experiment_name="mine", epochs=1)

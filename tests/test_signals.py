@@ -1,110 +1,272 @@
-"""Training runs ended by signals, and resumed."""
+"""Killed anywhere, resumed, finished: the same bits as a run that was left alone.
 
-import json
+Six cells of tests/bench/kills.py run here; all of them, and random kills, when the benchmark is run.
+"""
+
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from entry import start
-from tiny import last_weights, records, run_in, same, settings
+from bench import kills
+from bench.kills import FACTORS, IN_THE_SUITE, Bench, Plan, Wrong, compare, covering, plan_of
 
-from tvit_cli.data.clips import ClipDataset
+from tvit_cli import cli
+from tvit_cli.data.layout import Video
+from tvit_cli.engine import dataset, launch, train
+from tvit_cli.engine import train as train_module
+from tvit_cli.engine.dataset import check_videos
+from tvit_cli.engine.launch import ImmediateStop, StopSignals, lost_rank_errors
+from tvit_cli.engine.train import loop
 from tvit_cli.engine.train.checkpoint import list_checkpoints
-from tvit_cli.errors import RunError
+from tvit_cli.errors import Interrupted, RunError
+
+ONE = Plan("one process", 1, 0, "videos", ())
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_killed_in_mid_epoch_and_resumed_it_ends_with_the_same_bits(
-    trained, tmp_path, clips, pretrained, name
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return Bench(shared / "kills", may_mount=False, quick=True)
+
+
+def test_kill_cells_cover_every_pair_of_values():
+    cells = covering()
+    every = {
+        ((i, a), (j, b))
+        for (i, one), (j, other) in itertools.combinations(enumerate(FACTORS.values()), 2)
+        for a in one
+        for b in other
+    }
+    assert set().union(*map(kills.pairs, cells)) == every
+    assert len(cells) == len(set(cells)) >= 24
+    assert set(IN_THE_SUITE) <= set(cells) and len(IN_THE_SUITE) == 6
+    for place, values in enumerate(FACTORS.values()):
+        assert {cell[place] for cell in IN_THE_SUITE} == set(values)
+
+
+TWO_RANKS = ("SIGTERM", "step", 2, 0, "videos")
+
+
+@pytest.mark.parametrize("cell", (*IN_THE_SUITE, TWO_RANKS), ids=lambda cell: "-".join(map(str, cell)))
+def test_killed_at_a_point_and_resumed_it_ends_with_the_same_bits(bench, cell):
+    kills.run_plan(bench, plan_of(cell))
+
+
+def test_a_bit_that_is_another_is_found(bench, tmp_path):
+    """The benchmark itself would see a difference of one bit in a weight, and of one digit in a metric."""
+    whole = bench.undisturbed(ONE)
+    for name in ("trainable.safetensors", "state.json"):
+        copy = copied(whole, tmp_path / name)
+        file = list_checkpoints(copy / "checkpoints")[-1] / name
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(Wrong, match=f"{name} differs"):
+            compare(copy, whole)
+    copy = copied(whole, tmp_path / "metrics")
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text.replace('"train_loss": 1', '"train_loss": 2', 1))
+    with pytest.raises(Wrong, match="metrics"):
+        compare(copy, whole)
+    (copied(whole, tmp_path / "left") / ".model.writing").mkdir()
+    with pytest.raises(Wrong, match="left behind"):
+        compare(tmp_path / "left", whole)
+    compare(copied(whole, tmp_path / "same"), whole)
+
+
+def copied(run: Path, to: Path) -> Path:
+    subprocess.run(["cp", "-r", str(run), str(to)], check=True)
+    return to
+
+
+@pytest.fixture
+def command(bench, tmp_path, capsys):
+    """`command(*flags)` runs `tvit train` in this process: its exit code, and what it wrote to stderr."""
+
+    def run(*flags):
+        (tmp_path / "c.json").write_text(bench.settings(ONE, tmp_path / "runs", "mine").model_dump_json())
+        with pytest.raises(SystemExit) as ended:
+            cli.run(["train", "--config", str(tmp_path / "c.json"), *flags])
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def at_call(
+    module: Any, name: str, nth: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the nth call of a module's function begin with an act of ours."""
+    real, calls = getattr(module, name), itertools.count(1)
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == nth:
+            act()
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
+    command, monkeypatch, tmp_path, bench, name, code
 ):
-    changes = {"epochs": 40, "save_checkpoint_interval": 1, "max_no_of_checkpoints": 2}
-    whole = trained(experiment_name="whole", **changes)
-    facts = settings(
-        path_to_data=str(clips),
-        hf_model_name=str(pretrained),
-        working_directory=tmp_path,
-        **{**changes, "num_workers": 1},
-    ).model_dump(mode="json")
-    (tmp_path / "c.json").write_text(json.dumps(facts))
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    child = start_config(tmp_path, "killed")
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.15)
-    os.killpg(child.pid, getattr(signal, name))  # as a terminal or a queue does: the loader's worker, too
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name], errors
-    assert not (tmp_path / "killed" / "model").exists()
-    assert (tmp_path / "killed" / "report.html").exists() == (name != "SIGKILL")
-    if name != "SIGKILL":
-        line = next(x for x in errors.splitlines() if "--resume-from-checkpoint" in x)
-        assert Path(line.split()[-1]).parent == checkpoints
-    again = start_config(tmp_path, "killed", "--resume-from-checkpoint", "latest")
-    _, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
-    resumed = run_in(tmp_path / "killed")
-    assert same(last_weights(resumed), last_weights(whole))
-    assert records(resumed) == records(whole)
-    assert records(resumed, "step") == records(whole, "step")
+    before = signal.getsignal(getattr(signal, name))
+    at_call(loop, "update", 3, lambda: signal.raise_signal(getattr(signal, name)), monkeypatch)
+    ended, errors = command()
+    assert (ended, signal.getsignal(getattr(signal, name))) == (code, before)
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000003"
+    assert f"Stopped by {name} after step 3 of 24; all is saved. Go on with:" in errors
+    assert errors.rstrip().endswith(f"tvit train --resume-from-checkpoint {checkpoint}")
+    monkeypatch.undo()
+    assert command("--resume-from-checkpoint", str(checkpoint))[0] == 0
+    compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
 
 
-def test_a_decoding_process_that_dies_ends_the_run_with_one_sentence(trained, monkeypatch):
-    def dies(self, key):
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_a_second_sigint_leaves_at_once(command, monkeypatch, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the step went on")
 
-    monkeypatch.setattr(ClipDataset, "__getitem__", dies)
-    with pytest.raises(RunError, match="A process that decodes videos died"):
-        trained(num_workers=1)
+    at_call(loop, "update", 3, twice, monkeypatch)
+    ended, errors = command()
+    assert ended == 130 and "all is saved" not in errors
+    assert [p.name for p in list_checkpoints(tmp_path / "runs" / "mine" / "checkpoints")] == ["step-000002"]
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_two_processes_that_are_killed_and_resumed_end_with_the_same_bits(tmp_path, clips, pretrained, name):
-    changes = {"epochs": 60, "num_processes": 2, "max_no_of_checkpoints": 2, "val_groups": "none"}
-    own = settings(
-        path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **changes
+@pytest.mark.parametrize(
+    ("module", "function", "advice"),
+    [
+        (train, "open_dataset", "start again with the same command"),
+        (train_module, "save_model", "All steps are done and saved. Go on with:"),
+    ],
+)
+def test_signals_outside_the_steps_keep_their_exit_code(
+    command, monkeypatch, bench, tmp_path, module, function, advice
+):
+    at_call(module, function, 1, lambda: signal.raise_signal(signal.SIGUSR1), monkeypatch)
+    ended, errors = command()
+    assert (
+        ended == 75 and f"Stopped by SIGUSR1. {'Nothing is lost; ' * ('again' in advice)}{advice}" in errors
     )
-    (tmp_path / "c.json").write_text(own.model_dump_json())
-    whole = start_config(tmp_path, "whole")
-    out, errors = whole.communicate(timeout=120)
-    assert whole.returncode == 0 and out.count("The model is in") == 1, errors
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    child = start_config(tmp_path, "killed")
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(checkpoints) and child.poll() is None and time.monotonic() < deadline:
+    monkeypatch.undo()
+    assert command()[0] == 0  # a named experiment is gone on with
+    compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
+
+
+@pytest.mark.parametrize(("module", "function"), [(loop, "_validate"), (train_module, "save_model")])
+def test_a_run_that_stopped_early_and_was_killed_takes_no_further_step(
+    command, monkeypatch, tmp_path, module, function
+):
+    standstill = ("--patience", "1", "--learning-rate", "1e-12", "--lora-dropout", "0")
+    nth = 2 if function == "_validate" else 1
+    at_call(module, function, nth, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    ended, _ = command(*standstill)
+    run = tmp_path / "runs" / "mine"
+    before = kills.records(run)
+    assert ended == 143 and before[-1]["step"] == 12 and not (run / "model").exists()
+    assert (run / "report.html").exists()
+    monkeypatch.undo()
+    assert command(*standstill)[0] == 0
+    assert kills.records(run) == before and (run / "model").exists()
+
+
+def test_a_signal_after_the_last_step_is_not_swallowed():
+    with pytest.raises(Interrupted, match="SIGTERM"), ImmediateStop("All is done."), StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+
+
+def test_a_checkpoint_that_a_stop_finds_written_is_not_written_again(command, monkeypatch, tmp_path):
+    """Between its removal and its return nothing would be there, and of one kept checkpoint all would be lost."""
+    written = []
+    real = loop.save_checkpoint
+
+    def save(*arguments, **keywords):
+        written.append(keywords["state"].step)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    at_call(loop, "_validate", 1, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert command()[0] == 143
+    assert written == [2, 4, 6]
+
+
+def test_worker_death_within_a_step_is_a_plain_error(command, monkeypatch):
+    def kill_a_worker():
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        time.sleep(60)  # torch raises as soon as it is told of the death
+
+    at_call(loop, "update", 3, kill_a_worker, monkeypatch)
+    ended, errors = command("--num-workers", "2")
+    assert ended == 1 and "A process that decodes videos died" in errors
+    assert "bug in tvit" not in errors
+
+
+def test_ctrl_c_while_videos_are_checked_does_not_wait_for_the_rest(monkeypatch, tmp_path):
+    decoded = []
+
+    def slow(path):
+        decoded.append(path)
         time.sleep(0.01)
-    if name == "SIGKILL":  # one rank dies: the launcher ends the other, and says so
-        ranks = [p for p in Path("/proc").iterdir() if p.name.isdigit() and is_rank(p, "1", tmp_path)]
-        os.kill(int(ranks[0].name), signal.SIGKILL)
-    else:
-        child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=90)
-    assert child.returncode == (1 if name == "SIGKILL" else 143), errors
-    assert ("was killed (SIGKILL)" if name == "SIGKILL" else "all is saved") in errors
-    assert "Traceback" not in errors
-    again = start_config(tmp_path, "killed", "--resume-from-checkpoint", "latest")
-    _, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
-    runs = [run_in(tmp_path / n) for n in ("whole", "killed")]
-    assert same(*map(last_weights, runs))
-    one, two = (records(run, "step") for run in runs)
-    assert one == two
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "decode_first", slow)
+    videos = [Video(tmp_path / str(i), str(i), "a", "train", None) for i in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        check_videos(videos, workers=2, progress=stop)
+    assert len(decoded) < 20
 
 
-def start_config(folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
-    """Start `tvit train` with the settings in `c.json` of a folder."""
-    words = ("train", "--config", folder / "c.json", "--experiment-name", name)
-    return start("-m", "tvit_cli", *words, *flags)
+def test_a_process_that_lost_the_others_says_so_and_calls_it_no_mistake(monkeypatch):
+    monkeypatch.setattr("tvit_cli.engine.launch.SECONDS_TO_BE_ENDED", 0)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunError, match="Another process of this training has ended"), lost_rank_errors():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="ours"), lost_rank_errors():
+        raise RuntimeError("a mistake of ours")
+    signal.signal(signal.SIGTERM, before)
 
 
-def is_rank(process: Path, rank: str, folder: Path) -> bool:
-    """Whether a process is that rank of a training whose configuration lies in a folder."""
-    try:
-        environ = (process / "environ").read_bytes().split(b"\0")
-        words = (process / "cmdline").read_text()
-    except OSError:
-        return False
-    return f"RANK={rank}".encode() in environ and str(folder) in words and "killed" in words
+def test_a_process_whose_launcher_was_killed_ends(tmp_path):
+    """Else it trained on, unseen, and kept the run's folder busy."""
+    worker = (
+        "import time; from tvit_cli.engine.launch import exit_with_launcher;"
+        "exit_with_launcher(); print('here', flush=True); time.sleep(60)"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    environ = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", launcher], env=environ, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"here\n"
+    child.kill()
+    ended = threading.Thread(target=child.stdout.read)  # the worker holds the other end
+    ended.start()
+    ended.join(20 * launch.SECONDS_BETWEEN_LOOKS)
+    assert not ended.is_alive()
+    child.wait()
+    child.stdout.close()
+
+
+def test_interrupted_processes_are_spoken_for_by_the_first(monkeypatch, capsys):
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            cli._fail(Interrupted("Stopped by SIGTERM.", exit_code=143), 143)
+        assert capsys.readouterr().err.count("Stopped by SIGTERM") == said
+        with pytest.raises(SystemExit):
+            cli._fail(RunError("memory ran out"), 1)
+        assert capsys.readouterr().err.count("memory ran out") == 1

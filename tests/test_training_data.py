@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from entry import tvit
+from entry import start
 from tiny import COLOURS, last_weights, records, run, same, settings
 
 from tvit_cli.engine.evaluate import evaluate
@@ -50,8 +50,9 @@ def test_a_name_that_is_not_utf_8_is_trained_on_scored_and_predicted(clips, pret
     found = evaluate(EvalSettings(model=result.model, num_workers=0, device="cpu"))
     assert "R\\udce9d" in found.labels and found.report is not None
     assert r"caf\udce9" in (found.output / "scores.csv").read_text(encoding="utf-8")
-    predicted = tvit("predict", data, "--model", result.model, "--json", "--device", "cpu")
-    assert predicted.code == 0 and predicted.out.count("udce9_c01") == 2 * len(list(data.glob("Blue/*")))
+    predicted = start("-m", "tvit_cli", "predict", data, "--model", result.model, "--json", "--device", "cpu")
+    out, errors = predicted.communicate(timeout=100)
+    assert predicted.returncode == 0 and out.count("udce9_c01") == 2 * len(list(data.glob("Blue/*")))
 
 
 def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(clips, pretrained, tmp_path):

@@ -310,6 +310,8 @@ def strike(
         codes = expected_codes(plan, kill, is_done=(run / "model").exists())
         _must(child.returncode in codes, f"exit code {child.returncode}, not {codes}:\n{errors}")
         _must("Traceback" not in errors and "bug in tvit" not in errors, f"no clear message:\n{errors}")
+        if kill.how == "SIGKILL" and kill.phase == "step" and plan.processes > 1:
+            _must("was killed (SIGKILL)" in errors, f"the killed rank is not named:\n{errors}")
         if kill.how == FULL:
             _must(
                 "disk is full" in errors or "No space left" in errors,
