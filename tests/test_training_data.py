@@ -51,7 +51,7 @@ def test_a_name_that_is_not_utf_8_is_trained_on_scored_and_predicted(clips, pret
     assert "R\\udce9d" in found.labels and found.report is not None
     assert r"caf\udce9" in (found.output / "scores.csv").read_text(encoding="utf-8")
     predicted = start("-m", "tvit_cli", "predict", data, "--model", result.model, "--json", "--device", "cpu")
-    out, errors = predicted.communicate(timeout=100)
+    out, _ = predicted.communicate(timeout=100)
     assert predicted.returncode == 0 and out.count("udce9_c01") == 2 * len(list(data.glob("Blue/*")))
 
 
