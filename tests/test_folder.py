@@ -175,7 +175,7 @@ def test_a_missing_file_is_named_with_the_way_to_get_it_back(folder, name):
 
 def test_a_folder_that_holds_runs_is_told_from_a_model_folder(folder):
     with pytest.raises(
-        ModelError, match=r"no model folder, nor a run that ended: no card\.json in it\. Name the"
+        ModelError, match=r"no model folder, nor a finished run: card\.json is missing\. Name a run"
     ):
         load_model(folder.parent)
 
@@ -224,7 +224,7 @@ def test_a_damaged_card_is_refused(folder, content):
         ({"norm.weight": None}, "norm.weight is missing"),
         ({"extra": torch.zeros(1)}, "extra is unexpected"),
         ({"norm.weight": torch.zeros(15)}, r"norm.weight has the shape \(15,\), not \(16,\)"),
-        ({f"extra{i}": torch.zeros(1) for i in range(6)}, "; and 2 more. The weights do not belong to"),
+        ({f"extra{i}": torch.zeros(1) for i in range(6)}, " and 2 more. The weights do not belong to"),
     ],
 )
 def test_weights_that_do_not_fit_the_card_are_named(folder, changes, sentence):
@@ -245,9 +245,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_name(folder, value):
 
 
 def test_an_export_for_other_programs_is_called_what_it_is(folder):
-    said = (
-        r"model: an export of a tvit model for other programs .*Name the model folder that it was made from"
-    )
+    said = r"model: an export of a tvit model for other programs.*Name its model folder"
     (folder / "config.json").write_text("{}")
     load_model(folder, verify=True)  # what else lies there does not make it one
     weights = load_file(folder / "model.safetensors")

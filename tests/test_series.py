@@ -190,5 +190,5 @@ def test_a_folder_of_unlike_runs_is_no_series(tmp_path):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "card.json").touch()
     assert list(series_models(tmp_path)) == ["seed0-split1"]
-    with pytest.raises(ModelError, match=r"holds 3 runs and is none itself. Name one, such as .*ucf101-2"):
+    with pytest.raises(ModelError, match=r"a folder of runs \(.*\)\. Name one, such as .*ucf101-2"):
         load_card(tmp_path)

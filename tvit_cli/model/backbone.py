@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,62 +11,49 @@ from torch import Tensor
 
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import Channels
-from tvit_cli.model.folder import load_card
-from tvit_cli.model.weights import WeightsSource, check_names, check_tensor
+from tvit_cli.model.folder import load_config
+from tvit_cli.model.weights import WeightsSource, check_match, check_tensor
 from tvit_cli.portable.layers import resize_temporal
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid
 from tvit_cli.settings.base import flag
 
-# What the weights decide of a ViTConfig.
-NETWORK = (
+NETWORK = (  # fields of ViTConfig that the weights fix
     "width", "depth", "num_heads", "mlp_width", "patch_size", "norm_eps", "activation", "qkv_bias",
     "extra_tokens", "pre_norm",
 )  # fmt: skip
+SCHEME = ("attention", "temporal_depth", "temporal_index")  # fields that fix the temporal modules
 
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """What the files of the weights say about their network and the pictures it expects."""
+    """Network of pretrained weights, and the size and normalisation of its input."""
 
     name: str
     revision: str | None
     sha256: str
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int
-    patch_size: int
     image_size: int
-    norm_eps: float
-    activation: str
-    qkv_bias: bool
-    extra_tokens: int
-    pre_norm: bool
+    network: dict[str, Any]  # the fields of NETWORK
     mean: Channels
     std: Channels
     notes: tuple[str, ...] = ()
 
     def vit_config(self, *, frame_size: int | None = None, **shape: Any) -> ViTConfig:
-        """The temporal ViT that takes these weights, at their own frame size when none is given.
+        """Config of a temporal ViT for these weights, by default at their own frame size.
 
-        `shape` holds the rest of ViTConfig's fields. Raises ValueError where the numbers do not fit each other.
+        `shape` holds the other fields of ViTConfig. Raises ValueError for values that contradict each other.
         """
-        network = {key: getattr(self, key) for key in NETWORK}
-        return ViTConfig(frame_size=frame_size or self.image_size, **shape, **network)
+        return ViTConfig(frame_size=frame_size or self.image_size, **shape, **self.network)
 
     def check_network(self, config: ViTConfig) -> None:
-        """Raises ModelError where a model is of another network."""
-        for key in NETWORK:
-            theirs, ours = getattr(self, key), getattr(config, key)
-            if theirs != ours:
-                raise ModelError(
-                    f"{self.name}: {key} is {theirs}, and {ours} in the model. Give both the same."
-                )
+        """Raises ModelError if a model has another network."""
+        for key, theirs in self.network.items():
+            if (ours := getattr(config, key)) != theirs:
+                raise ModelError(f"{self.name}: {key} is {theirs}, and {ours} in the model. Make them equal.")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors: how many matched, which are new (ours alone) or unused (theirs alone)."""
+    """Number of matched tensors, names of new (ours alone) and unused (theirs alone) ones, notes for the user."""
 
     matched: int
     new: tuple[str, ...]
@@ -73,81 +61,64 @@ class LoadReport:
     notes: tuple[str, ...]
 
 
-CLASSIFIER = "classifier"
-SCHEME = ("attention", "temporal_depth", "temporal_index")  # what the parts that see time are made for
-SPATIAL, PATCHES = "positions.spatial", "patch_embed.weight"
-TIMES = ("temporal.embedding", "summary.times.embedding")
-
-
 def backbone_config(source: WeightsSource) -> PretrainedConfig:
-    """The network and the normalisation on the card of a model folder.
+    """Network and normalisation of a model folder, from its card.
 
-    Raises ModelError for a card that cannot be read, and for weights that are not the card's.
+    Raises ModelError for an unreadable card, and for weights with another hash than the card's.
     """
-    card = load_card(source.folder)
-    config = _shape(source)
+    card, config = load_config(source.folder)
     if source.sha256 != card.weights_sha256:
         raise ModelError(
             f"{source.name}: the weights are not those of the card beside them. Copy both again."
         )
+    network = {key: getattr(config, key) for key in NETWORK}
+    mean, std = card.preprocessing.mean, card.preprocessing.std
     return PretrainedConfig(
-        name=source.name,
-        revision=source.revision,
-        sha256=source.sha256,
-        image_size=config.frame_size,
-        mean=card.preprocessing.mean,
-        std=card.preprocessing.std,
-        **{key: getattr(config, key) for key in NETWORK},
+        source.name, source.revision, source.sha256, config.frame_size, network, mean, std
     )
 
 
 @torch.no_grad()
 def load_backbone(model: TemporalViT, source: WeightsSource) -> LoadReport:
-    """Copies all but the classifier into a model of the same attention; into another, what an image ViT has.
+    """Copies all but the classifier; between different attention schemes, only the counterparts of an image ViT.
 
     Positions are interpolated to another frame size, a temporal embedding to another number of times. Raises
     ModelError for tubelets of another size, unless those of the weights are single frames, and for tensors that
-    are missing, left over, of the wrong shape or not finite.
+    are missing, unexpected, of the wrong shape or not finite.
     """
-    theirs, ours = _shape(source), model.config
+    (_, theirs), ours = load_config(source.folder), model.config
     stored = dict(TemporalViT(theirs, initialise=False).named_parameters())
-    check_names(source, source.tensors, stored)
+    check_match(source, source.tensors, stored)
     parameters, copies = dict(model.named_parameters()), model.copied_parameters()
-    own = [CLASSIFIER]
+    excluded = ["classifier"]
     if any(getattr(theirs, key) != getattr(ours, key) for key in SCHEME):
-        own += model.added_modules()
+        excluded += model.added_modules()
     else:
         copies = {}  # temporal attention was trained, too
-    filled = [
-        name
-        for name in stored
-        if name in parameters
-        and name not in copies
-        and not name.startswith(tuple(f"{part}." for part in own))
-    ]
-    notes: dict[str, None] = {}  # a set that keeps its order
-    for name, expected in stored.items():
+    prefixes = tuple(f"{module}." for module in excluded)
+    filled = [n for n in stored if n in parameters and n not in copies and not n.startswith(prefixes)]
+    notes: dict[str, None] = {}  # an ordered set
+    for name in stored:
         tensor = check_tensor(source, name, source.tensors[name])
-        if tensor.shape != expected.shape:
-            raise ModelError(
-                f"{source.name}: {name} has the shape {tuple(tensor.shape)}, not {tuple(expected.shape)} as its "
-                f"{source.config_file} says. Copy both again."
-            )
         if name in filled:
-            place = parameters[name]
-            if tensor.dtype != place.dtype:
-                notes[f"weights converted from {tensor.dtype} to {place.dtype}"] = None
-            place.copy_(_fitted(source, name, tensor.to(place.dtype), theirs, ours, notes))
+            parameter = parameters[name]
+            if tensor.dtype != parameter.dtype:
+                notes[f"weights converted from {tensor.dtype} to {parameter.dtype}"] = None
+            parameter.copy_(_resize(source, name, tensor.to(parameter.dtype), theirs, ours, notes))
+    new = copy_parameters(parameters, copies, set(filled), notes)
+    unused = tuple(name for name in stored if name not in filled)
+    return LoadReport(len(filled), new, unused, tuple(notes))
+
+
+def copy_parameters(
+    parameters: Mapping[str, Tensor], copies: Mapping[str, str], filled: Set[str], notes: dict[str, None]
+) -> tuple[str, ...]:
+    """Copies parameters within a model (copy -> original); returns names of those neither filled nor copies."""
     for copy, original in copies.items():
         parameters[copy].copy_(parameters[original])
     if copies:
         notes["temporal attention starts as a copy of spatial attention"] = None
-    return LoadReport(
-        matched=len(filled),
-        new=tuple(name for name in parameters if name not in filled and name not in copies),
-        unused=tuple(name for name in stored if name not in filled),
-        notes=tuple(notes),
-    )
+    return tuple(name for name in parameters if name not in filled and name not in copies)
 
 
 def inflate_central(patches: Tensor, tubelet_size: int, notes: dict[str, None]) -> Tensor:
@@ -162,16 +133,7 @@ def inflate_central(patches: Tensor, tubelet_size: int, notes: dict[str, None]) 
     return torch.cat(frames, dim=1)
 
 
-def _shape(source: WeightsSource) -> ViTConfig:
-    try:
-        return ViTConfig.from_dict(load_card(source.folder).model)
-    except ValueError as error:
-        raise ModelError(
-            f"{source.name}: {source.config_file}: model: {error}. Copy the folder again."
-        ) from error
-
-
-def _fitted(
+def _resize(
     source: WeightsSource,
     name: str,
     tensor: Tensor,
@@ -179,20 +141,20 @@ def _fitted(
     ours: ViTConfig,
     notes: dict[str, None],
 ) -> Tensor:
-    """A tensor for a model of another frame size, number of times, or tubelet."""
-    if name == PATCHES and theirs.tubelet_size != ours.tubelet_size:
+    """A tensor for a model of another frame size, number of times, or tubelet size."""
+    if name == "patch_embed.weight" and theirs.tubelet_size != ours.tubelet_size:
         if theirs.tubelet_size > 1:
             raise ModelError(
                 f"{source.name}: its tubelets are of {theirs.tubelet_size} frames, those of the model of "
                 f"{ours.tubelet_size}. Give {flag('tubelet_size')} {theirs.tubelet_size}."
             )
         return inflate_central(tensor, ours.tubelet_size, notes)
-    if name == SPATIAL and theirs.grid != ours.grid:
+    if name == "positions.spatial" and theirs.grid != ours.grid:
         before, after = (f"{config.grid} x {config.grid}" for config in (theirs, ours))
         notes[f"positions interpolated from {before} to {after} patches"] = None
         return resize_grid(tensor, (ours.grid, ours.grid))  # (1, P, D)
     times = ours.n_frames // ours.tubelet_size
-    if name in TIMES and tensor.shape[1] != times:
+    if name in ("temporal.embedding", "summary.times.embedding") and tensor.shape[1] != times:
         notes[f"temporal embedding interpolated from {tensor.shape[1]} to {times} times"] = None
         return resize_temporal(tensor, times)
     return tensor

@@ -1,11 +1,10 @@
 """Model folders: `card.json` beside `model.safetensors`, written atomically and checked on loading.
 
-The weights are merged and carry the plain names of `TemporalViT`: to load them takes no PEFT.
+The weights are merged and have the plain names of `TemporalViT`: loading them needs no PEFT.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,42 +19,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvit_cli.errors import ModelError, RunError
-from tvit_cli.files import foreign_files, move_files, remove_own
+from tvit_cli.errors import ModelError, RunError, shorten
+from tvit_cli.files import foreign_files, move_files, remove_own, sha256
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
-_SHOWN = 4  # how many of them a message tells
-
-
-def tensor_mismatches(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What is missing, unexpected or of another shape, the first few of all; empty where all fit."""
-    problems = [f"{name} is missing" for name in own if name not in saved]
-    problems += [f"{name} is unexpected" for name in saved if name not in own]
-    problems += [
-        f"{name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in saved and saved[name].shape != tensor.shape
-    ]
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return "; ".join(problems[:_SHOWN]) + more
-
-
 MODEL_FOLDER = "model"  # of a run
-SETTINGS_FILE = "settings.json"  # of a run: what it was told
+SETTINGS_FILE = "settings.json"  # of a run
 CARD_FILE = "card.json"
-CONFIG_FILE = "config.json"  # beside weights in transformers' form, exports of tvit among them
+CONFIG_FILE = "config.json"  # beside weights in transformers' format, tvit's exports among them
 WEIGHTS_FILE = "model.safetensors"
-PARITY_FILE = "parity.json"  # the proof that an export answers as the model does
+PARITY_FILE = "parity.json"  # the comparison of an export with its model
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
-    """Writes a model folder, whole or not at all; an older one is replaced only by a whole new one.
+    """Writes a model folder, complete or not at all; an older one is replaced only by a complete new one.
 
-    The card's `weights_sha256` is filled in. Raises ModelError when something that is no model folder is in
-    the way, RunError when the disk is full or cannot be written.
+    Sets the card's `weights_sha256`. Raises ModelError if the folder exists and is no model folder, RunError if the
+    disk is full or cannot be written.
     """
-    if folder.exists() and not _may_be_replaced(folder):
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not (folder / CARD_FILE).is_file():
         raise ModelError(f"{folder}: exists and is no model folder. Name another one, or move it away.")
     try:
         with replace_folder(folder) as new:
@@ -70,9 +54,9 @@ def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> No
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file that whoever may read this user's files may read.
+    """Writes a safetensors file with the user's default permissions; safetensors itself writes private files.
 
-    safetensors itself leaves a private one, as its temporary files are. Raises OSError or SafetensorError.
+    Raises OSError or SafetensorError.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -81,7 +65,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file by name; they are mapped from it, not read. Raises ModelError."""
+    """All tensors of a safetensors file by name, memory-mapped. Raises ModelError."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
@@ -91,28 +75,39 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def tensor_mismatches(saved: Mapping[str, Tensor], own: Mapping[str, Tensor | None]) -> str:
+    """Missing and unexpected names and other shapes (None in `own`: any shape), the first four; empty if none."""
+    problems = [f"{name} is missing" for name in own if name not in saved]
+    problems += [f"{name} is unexpected" for name in saved if name not in own]
+    problems += [
+        f"{name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in saved and tensor is not None and saved[name].shape != tensor.shape
+    ]
+    return shorten(problems, 4, "; ")
+
+
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; a sum tells that in a tenth of the time, unless it overflows."""
+    """Whether no number is NaN or infinite; a finite sum proves it ten times as fast."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def load_card(folder: Path) -> ModelCard:
-    """The card of a model folder. Raises ModelError when it is missing, damaged, or newer than this tvit."""
+    """The card of a model folder. Raises ModelError if it is missing, damaged, or newer than this tvit."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder. Name the folder that holds {CARD_FILE}.")
     path = folder / CARD_FILE
     if not path.is_file():
-        if not (folder / WEIGHTS_FILE).is_file():
-            if runs := sorted(card.parents[1] for card in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
-                raise ModelError(
-                    f"{folder}: holds {len(runs)} run{'s' * (len(runs) > 1)} and is none itself. Name one, such as "
-                    f"{runs[-1]}."
-                )
+        if (folder / WEIGHTS_FILE).is_file():
+            raise _missing_file(path)
+        if runs := sorted(card.parents[1] for card in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
             raise ModelError(
-                f"{folder}: no model folder, nor a run that ended: no {CARD_FILE} in it. Name the folder of a "
-                f"run, or the folder {MODEL_FOLDER} in it."
+                f"{folder}: a folder of runs ({shorten([run.name for run in runs])}). Name one, such as {runs[-1]}."
             )
-        raise _missing_file(path)
+        raise ModelError(
+            f"{folder}: no model folder, nor a finished run: {CARD_FILE} is missing. Name a run, or the folder "
+            f"{MODEL_FOLDER} in it."
+        )
     try:
         text = path.read_text(encoding="utf-8")
         raw = json.loads(text)
@@ -131,58 +126,56 @@ def load_card(folder: Path) -> ModelCard:
         raise ModelError(f"{path}: {'; '.join(faults)}. Copy the folder again.") from error
 
 
+def load_config(folder: Path) -> tuple[ModelCard, ViTConfig]:
+    """The card of a model folder and its network. Raises ModelError as `load_card`, and for an invalid network."""
+    card = load_card(folder)
+    try:
+        return card, ViTConfig.from_dict(card.model)
+    except ValueError as error:
+        raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
+
+
 def load_model(
     folder: Path, *, device: torch.device | str = "cpu", verify: bool = False
 ) -> tuple[TemporalViT, ModelCard]:
     """The model, ready to predict (`eval()`), with its card.
 
-    On the CPU the weights are mapped from the file, not copied. `verify` compares their hash with the
-    card's. Raises ModelError for a folder that is incomplete or damaged, or whose parts do not belong
-    together, and for weights that are not finite.
+    On the CPU the weights are memory-mapped. `verify` compares their hash with the card's. Raises ModelError for a
+    folder that is incomplete, damaged or inconsistent, and for weights that are not finite.
     """
-    card = load_card(folder)
+    card, config = load_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise export_not_loadable(str(folder)) if (folder / PARITY_FILE).is_file() else _missing_file(path)
-    try:
-        config = ViTConfig.from_dict(card.model)
-    except ValueError as error:
-        raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
     model = TemporalViT(config, initialise=False)
     state = read_tensors(path)
     if problems := tensor_mismatches(state, model.state_dict()):
         if (folder / CONFIG_FILE).is_file():
             raise export_not_loadable(str(folder))
         raise ModelError(
-            f"{path}: {problems}. The weights do not belong to the {CARD_FILE} beside "
-            "them; copy both from one place."
+            f"{path}: {problems}. The weights do not belong to their {CARD_FILE}; copy both again."
         )
     if verify and sha256(path) != card.weights_sha256:
-        raise ModelError(
-            f"{path}: its hash is not the one in {CARD_FILE}. The file was changed; copy it again."
-        )
+        raise ModelError(f"{path}: its hash is not the one in {CARD_FILE}. Copy the file again.")
     for name, tensor in state.items():
         if not is_finite(tensor):
-            raise ModelError(
-                f"{path}: {name} holds NaN or infinite numbers, so no score would mean anything. Copy the file "
-                "again, or train again."
-            )
+            raise ModelError(f"{path}: {name} holds NaN or infinite numbers. Copy the file or train again.")
     model.load_state_dict(state, assign=True)
     return model.to(device).eval(), card
 
 
 def export_not_loadable(name: str) -> ModelError:
-    """The error for an export in a format that tvit writes and does not read."""
+    """The error for an export in a format that tvit does not read."""
     return ModelError(
-        f"{name}: an export of a tvit model for other programs to load. Name the model folder that it was made "
-        "from, or an export of that with --format safetensors."
+        f"{name}: an export of a tvit model for other programs. Name its model folder, or export that with "
+        "--format safetensors."
     )
 
 
 def find_newest_model(working_directory: Path) -> Path:
-    """The model folder below `working_directory` whose card was written last.
+    """The newest of the model folders `<experiment>/model` and `<experiment>/<any>/model`.
 
-    Looks for `<experiment>/model` and `<experiment>/<any>/model`. Raises ModelError when there is none.
+    Raises ModelError if there is none.
     """
     written = []
     for pattern in (f"*/{MODEL_FOLDER}/{CARD_FILE}", f"*/*/{MODEL_FOLDER}/{CARD_FILE}"):
@@ -190,7 +183,7 @@ def find_newest_model(working_directory: Path) -> Path:
             try:
                 written.append((card.stat().st_mtime_ns, card.parent))
             except FileNotFoundError:
-                continue  # replaced since it was listed
+                continue  # replaced after it was listed
     if not written:
         raise ModelError(
             f"{working_directory}: no trained model in it. Train one (tvit train --preset quickstart), or "
@@ -200,35 +193,28 @@ def find_newest_model(working_directory: Path) -> Path:
 
 
 def own_files(folder: Path) -> re.Pattern[str]:
-    """A pattern of the files that tvit wrote into a model folder or an export, by their relative paths.
-
-    An export lists its files; Python may have left compiled modules beside them.
-    """
+    """Pattern of the relative paths that tvit wrote into a model folder or export, and of compiled modules."""
     names = {CARD_FILE, WEIGHTS_FILE}
     if (folder / PARITY_FILE).is_file():
         try:
             names = {PARITY_FILE, *json.loads((folder / PARITY_FILE).read_text(encoding="utf-8"))["files"]}
         except (OSError, ValueError, KeyError, TypeError):
-            names = set()  # somebody else's
+            names = set()  # not tvit's
     return re.compile("|".join([r"(.+/)?__pycache__/[^/]+\.pyc", *map(re.escape, sorted(names))]))
-
-
-def _may_be_replaced(folder: Path) -> bool:
-    return (folder / CARD_FILE).is_file() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that, synced, takes the place of `folder` when the block ends well, else is removed.
+    """An empty folder that, once synced, replaces `folder` if the block succeeds, and else is removed.
 
-    What a process that was killed left of an earlier try is swept first; a model that it had already moved
-    aside goes back to its place. Files of the old folder that tvit did not write are kept, in the new one.
+    Files of the old folder that tvit did not write are moved to the new one. Remains of a killed process are first
+    removed; an old folder that it had moved aside is restored.
     """
     work = folder.parent / f".{folder.name}.writing"
     new, old = work / "new", work / "old"
     if old.exists() and not folder.exists():
         old.rename(folder)
-    _sweep(work, folder)
+    _clean_up(work, folder)
     try:
         new.mkdir(parents=True)
         yield new
@@ -244,11 +230,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             raise
         _sync(folder.parent)
     finally:
-        _sweep(work, folder)
+        _clean_up(work, folder)
 
 
-def _sweep(work: Path, folder: Path) -> None:
-    """Removes the working folder of `replacing`; files in it that tvit did not write go to `folder` or stay."""
+def _clean_up(work: Path, folder: Path) -> None:
+    """Removes the working folder of `replace_folder`; files that tvit did not write move to `folder` or stay."""
     if work.is_symlink():
         return
     new, old = work / "new", work / "old"
@@ -266,7 +252,7 @@ def _sweep(work: Path, folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -274,14 +260,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _missing_file(path: Path) -> ModelError:
     return ModelError(
-        f"{path}: this file of the model folder is missing. Copy the whole folder again, or train again: a "
-        "run writes it at its end."
+        f"{path}: this file of the model folder is missing. Copy the folder again, or train again."
     )

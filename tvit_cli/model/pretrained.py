@@ -13,6 +13,7 @@ from tvit_cli.model.backbone import (
     LoadReport,
     PretrainedConfig,
     backbone_config,
+    copy_parameters,
     inflate_central,
     load_backbone,
 )
@@ -25,13 +26,14 @@ from tvit_cli.model.families import (
     Channels,
     Config,
     Family,
+    expand_names,
     find_family,
 )
 from tvit_cli.model.folder import CONFIG_FILE, export_not_loadable
 from tvit_cli.model.weights import (
     PREPROCESSOR_FILE,
     WeightsSource,
-    check_names,
+    check_match,
     check_tensor,
     resolve_weights,
 )
@@ -49,24 +51,29 @@ ACTIVATIONS = {  # Hugging Face's name -> ours
     "silu": "silu",
     "swiglu": "swiglu",
 }
+SIZES = {  # field of ViTConfig -> key of Hugging Face's config
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "patch_size": "patch_size",
+    "extra_tokens": "extra_tokens",
+}
+EXTRA_POSITIONS = "positions.extra_positions"  # added to positions.extra
 
 
 def read_config(source: WeightsSource) -> PretrainedConfig:
-    """The network and the normalisation that the weights were trained with.
+    """Network and normalisation that the weights were trained with.
 
-    Raises ModelError for a family that tvit does not read and for a value that it cannot use.
+    Raises ModelError for an unsupported family and for invalid values.
     """
     if source.is_ours:
         return backbone_config(source)
     family, stored = _family(source)
-    written = source.read_json(CONFIG_FILE)
-    if family.section is not None:
-        section = written.get(family.section)
-        written = section if isinstance(section, dict) else {}
-    raw = family.network({**family.defaults, **written}, stored)
+    raw = family.config(source.read_json(CONFIG_FILE), stored)
     if family is FAMILIES[TIMM] and raw["num_attention_heads"] is None:
         raise ModelError(
-            f"{source.name}: how many attention heads share {raw['hidden_size']} numbers is not known. Say so in "
+            f"{source.name}: the number of attention heads is not known for width {raw['hidden_size']}. Give it in "
             f'{CONFIG_FILE} beside the weights, as in "model_args": {{"num_heads": 8}}.'
         )
     if raw["num_channels"] != 3:
@@ -74,40 +81,31 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
     activation = ACTIVATIONS.get(str(raw["hidden_act"]))
     if activation is None:
         known = ", ".join(ACTIVATIONS)
-        raise ModelError(f"{source.name}: hidden_act is {raw['hidden_act']!r}; tvit knows {known}.")
+        raise ModelError(f"{source.name}: hidden_act is {raw['hidden_act']!r}; tvit supports {known}.")
     norm_eps = raw["layer_norm_eps"]
     if not isinstance(norm_eps, float | int) or norm_eps <= 0:
         raise ModelError(f"{source.name}: layer_norm_eps is {norm_eps!r}; it must be a number above 0.")
     mean, std, notes = _normalisation(source, family)
+    network = {
+        **{k: whole_number(source, raw, key, least=int(k != "extra_tokens")) for k, key in SIZES.items()},
+        "norm_eps": float(norm_eps),
+        "activation": activation,
+        **{key: bool(raw[key]) for key in ("qkv_bias", "pre_norm")},
+    }
+    image_size = whole_number(source, raw, "image_size")
     return PretrainedConfig(
-        name=source.name,
-        revision=source.revision,
-        sha256=source.sha256,
-        width=whole_number(source, raw, "hidden_size"),
-        depth=whole_number(source, raw, "num_hidden_layers"),
-        num_heads=whole_number(source, raw, "num_attention_heads"),
-        mlp_width=whole_number(source, raw, "intermediate_size"),
-        patch_size=whole_number(source, raw, "patch_size"),
-        image_size=whole_number(source, raw, "image_size"),
-        norm_eps=float(norm_eps),
-        activation=activation,
-        qkv_bias=bool(raw["qkv_bias"]),
-        extra_tokens=whole_number(source, raw, "extra_tokens", least=0),
-        pre_norm=bool(raw["pre_norm"]),
-        mean=mean,
-        std=std,
-        notes=notes,
+        source.name, source.revision, source.sha256, image_size, network, mean, std, notes
     )
 
 
 @torch.no_grad()
 def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
-    """Copies the weights into the model, which at step 0 is then the image ViT, or the model that tvit trained.
+    """Copies weights into the model, which at step 0 then equals the image ViT, or the model that tvit trained.
 
-    Positions are interpolated bicubically to the model's grid (align_corners False, as transformers does). A
-    LayerScale is folded into the layer before it. A tubelet of several frames starts with the weights on its
-    central frame and zeros on the others (ViViT's central-frame initialisation, arXiv:2103.15691). Raises
-    ModelError for tensors that are missing, left over, stored twice, of the wrong shape or not finite.
+    Positions are interpolated bicubically to the model's grid (align_corners False, as in transformers). A
+    LayerScale is folded into the layer before it. Tubelets start by ViViT's central-frame initialisation
+    (arXiv:2103.15691). Raises ModelError for tensors that are missing, unexpected, stored twice, of the wrong shape
+    or not finite.
     """
     config = read_config(source)
     config.check_network(model.config)
@@ -115,74 +113,65 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
         return load_backbone(model, source)
     parameters = dict(model.named_parameters())
     family, stored = _family(source)
-    names = {
-        theirs: ours
-        for theirs, ours in family.names(config.depth, stored).items()
-        if _has_place(ours, parameters)
-    }
-    unused = tuple(name for name in stored if family.is_unused(name))
-    check_names(source, set(stored) - set(unused), names)
+    names = expand_names(family.tensors, family.modules, config.network["depth"], stored)
+    names = {theirs: ours for theirs, ours in names.items() if _has_parameter(ours, parameters)}
+    unused = tuple(name for name in stored if name.startswith(family.unused))
+    check_match(source, {n: stored[n] for n in stored if n not in unused}, dict.fromkeys(names))
 
     filled: set[str] = set()
     later: dict[str, Tensor] = {}
-    notes = dict.fromkeys(config.notes)  # a set that keeps its order
+    notes = dict.fromkeys(config.notes)  # an ordered set
     for theirs, name in names.items():
         tensor = check_tensor(source, theirs, stored[theirs])
         if tensor.dtype != model.norm.weight.dtype:
             notes[f"weights converted from {tensor.dtype} to {model.norm.weight.dtype}"] = None
             tensor = tensor.to(model.norm.weight.dtype)
-        for ours, value in _converted(source, family, name, tensor, model.config, notes).items():
-            place = parameters.get(ours)
-            shape: tuple[int, ...] = (config.width,) if place is None else tuple(place.shape)
-            if ours == "positions.extra_positions":
-                shape = (1, config.extra_tokens, config.width)
+        for ours, value in _convert(source, family, name, tensor, model.config, notes).items():
+            parameter = parameters.get(ours)
+            shape: tuple[int, ...] = (model.config.width,) if parameter is None else tuple(parameter.shape)
+            if ours == EXTRA_POSITIONS:
+                shape = (1, model.config.extra_tokens, model.config.width)
             if value.shape != shape:
                 raise ModelError(
                     f"{source.name}: {theirs} has the shape {tuple(tensor.shape)}, not {shape} as its "
-                    f"{CONFIG_FILE} says. Fetch both files again."
+                    f"{CONFIG_FILE} implies. Fetch both files again."
                 )
-            if place is None:
+            if parameter is None:
                 later[ours] = value
             else:
-                place.copy_(value)
+                parameter.copy_(value)
                 filled.add(ours)
     for name, value in later.items():
-        if name == "positions.extra_positions":
+        if name == EXTRA_POSITIONS:
             parameters["positions.extra"].add_(value)
         else:
-            _fold_scale(parameters, name.removesuffix(".scale"), value)
-    for name in family.zeros:
-        if name not in filled:
-            parameters[name].zero_()
-            filled.add(name)
-    copies = model.copied_parameters()
-    for ours, original in copies.items():
-        parameters[ours].copy_(parameters[original])
-    if copies:
-        notes["temporal attention starts as a copy of spatial attention"] = None
-    new = tuple(name for name in parameters if name not in filled and name not in copies)
+            layer = name.removesuffix(".scale")
+            parameters[f"{layer}.weight"].mul_(value.unsqueeze(1))
+            parameters[f"{layer}.bias"].mul_(value)
+    for name in set(family.zeros) - filled:
+        parameters[name].zero_()
+        filled.add(name)
+    new = copy_parameters(parameters, model.copied_parameters(), filled, notes)
     return LoadReport(len(names), new, unused, tuple(notes))
 
 
 def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
-    """The family that the weights belong to, and its tensors less the family's prefix."""
+    """The family of the weights, and its tensors less the family's prefix."""
     config = source.read_json(CONFIG_FILE)
     family = find_family(config, source.tensors)
     if config.get("model_type") == REFERENCE:
         raise ModelError(
-            f"{source.name}: a trained classifier of clips, no image ViT to train from. Score it with tvit eval "
-            f"--model {source.name}, or train from an image ViT such as google/vit-base-patch16-224."
+            f"{source.name}: a trained video classifier, not an image ViT. Evaluate it with tvit eval --model "
+            f"{source.name}, or train from an image ViT such as google/vit-base-patch16-224."
         )
     if config.get("model_type") == EXPORTED:
         raise export_not_loadable(source.name)
     if family is None:
         known = ", ".join(name for name in FAMILIES if name != TIMM)
-        what = (
-            f"its model_type is {config['model_type']!r}"
-            if "model_type" in config
-            else f"no {CONFIG_FILE} beside it names a model_type"
-        )
-        raise ModelError(f"{source.name}: {what}; tvit reads {known}, and weights with timm's names.")
+        problem = f"no {CONFIG_FILE} beside it names a model_type"
+        if "model_type" in config:
+            problem = f"its model_type is {config['model_type']!r}"
+        raise ModelError(f"{source.name}: {problem}; tvit reads {known}, and weights with timm's names.")
     stored: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         short = name.removeprefix(family.prefix)
@@ -192,21 +181,16 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
     return family, stored
 
 
-def _has_place(name: str, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the model has what a tensor is for; without qkv_bias, q, k and v have weights alone."""
+def _has_parameter(name: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the model has the parameters of a name; without qkv_bias, q, k and v have weights alone."""
     layer, _, leaf = name.rpartition(".")
     if leaf == "scale":
         return f"{layer}.weight" in parameters
     return name == POSITIONS or name in parameters or name.replace(".qkv.", ".q.") in parameters
 
 
-def _fold_scale(parameters: Mapping[str, Tensor], layer: str, scale: Tensor) -> None:
-    parameters[f"{layer}.weight"].mul_(scale.unsqueeze(1))
-    parameters[f"{layer}.bias"].mul_(scale)
-
-
 def whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1) -> int:
-    """A value of the config; of a list of equal ones, the first. Raises ModelError."""
+    """A value of the config; of a list of equal values, the first. Raises ModelError."""
     value = raw[key]
     if isinstance(value, list) and value and value.count(value[0]) == len(value):  # [224, 224]
         value = value[0]
@@ -216,7 +200,7 @@ def whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1
 
 
 def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Channels, tuple[str, ...]]:
-    """Mean and std of the channels, in [0, 1], and what there is to say about them."""
+    """Mean and std of the channels, in [0, 1], and notes for the user."""
     written, file_name = source.read_json(PREPROCESSOR_FILE), PREPROCESSOR_FILE
     mean, std = written.get("image_mean", family.mean), written.get("image_std", family.std)
     if not written and isinstance(timm := source.read_json(CONFIG_FILE).get("pretrained_cfg"), dict):
@@ -232,21 +216,19 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), ()
     try:
         (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
-        levels, spreads = (red, green, blue), (red_std, green_std, blue_std)
-    except (TypeError, ValueError) as error:
+        levels, deviations = (red, green, blue), (red_std, green_std, blue_std)
+        is_valid = all(map(math.isfinite, (*levels, *deviations))) and min(deviations) > 0
+    except (TypeError, ValueError, OverflowError):
+        is_valid = False
+    if not is_valid:
         raise ModelError(
-            f"{source.name}: image_mean {mean} and image_std {std} in {file_name} must be three "
-            "numbers each. Fetch the file again."
-        ) from error
-    if not all(map(math.isfinite, (*levels, *spreads))) or min(spreads) <= 0:
-        raise ModelError(
-            f"{source.name}: image_mean {mean} and image_std {std} in {file_name} must be finite, and the second "
-            "above 0. Fetch the file again."
+            f"{source.name}: image_mean {mean} and image_std {std} in {file_name} must be three finite numbers "
+            "each, the second above 0. Fetch the file again."
         )
-    return levels, spreads, ()
+    return levels, deviations, ()
 
 
-def _converted(
+def _convert(
     source: WeightsSource,
     family: Family,
     name: str,
@@ -254,11 +236,11 @@ def _converted(
     config: ViTConfig,
     notes: dict[str, None],
 ) -> dict[str, Tensor]:
-    """One of their tensors as ours, by our names: tables are parted, patch weights put on one frame."""
+    """Our parameters from one stored tensor: positions and fused layers are split, patch weights inflated."""
     if name == "patch_embed.weight" and config.tubelet_size > 1:
         return {name: inflate_central(tensor, config.tubelet_size, notes)}
     if name == POSITIONS:
-        return _parted_positions(source, family, tensor, config, notes)
+        return _split_positions(source, family, tensor, config, notes)
     layer, fused, leaf = name.partition(".qkv.")
     if fused and tensor.shape[0] % 3 == 0:
         return {f"{layer}.{n}.{leaf}": part for n, part in zip("qkv", tensor.chunk(3), strict=True)}
@@ -267,10 +249,10 @@ def _converted(
     return {name: tensor}
 
 
-def _parted_positions(
+def _split_positions(
     source: WeightsSource, family: Family, table: Tensor, config: ViTConfig, notes: dict[str, None]
 ) -> dict[str, Tensor]:
-    """Positions of the class token, of the tokens beside it, and of the patches, on the model's grid."""
+    """Positions of the class token, of the extra tokens, and of the patches, on the model's grid."""
     rows = table.shape[-2] if table.dim() > 1 and table.shape[-1] == config.width else 0
     for leading in family.leading:
         grid = math.isqrt(max(rows - leading, 0))
@@ -287,5 +269,5 @@ def _parted_positions(
         notes[f"positions interpolated from {grid} x {grid} to {config.grid} x {config.grid} patches"] = None
         spatial = resize_grid(spatial, (config.grid, config.grid), antialias=family.antialias)  # (1, P, D)
     class_position = own[:, :1] if leading else torch.zeros_like(table[:, :1])
-    parted = {"positions.class_position": class_position, "positions.spatial": spatial}
-    return parted | ({"positions.extra_positions": own[:, 1:]} if leading > 1 else {})
+    split = {"positions.class_position": class_position, "positions.spatial": spatial}
+    return split | ({EXTRA_POSITIONS: own[:, 1:]} if leading > 1 else {})

@@ -1,10 +1,10 @@
-"""Where pretrained weights lie: a file, a local folder, or a repository on the Hugging Face hub."""
+"""Sources of pretrained weights: a file, a local folder, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -14,7 +14,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
-from tvit_cli.errors import ModelError
+from tvit_cli.errors import ModelError, shorten
+from tvit_cli.files import sha256
 from tvit_cli.model.folder import (
     CARD_FILE,
     CONFIG_FILE,
@@ -25,19 +26,19 @@ from tvit_cli.model.folder import (
     export_not_loadable,
     is_finite,
     read_tensors,
-    sha256,
+    tensor_mismatches,
 )
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-MERGED_FILE = "checkpoint_merged.safetensors"  # what the reference implementation's training script leaves
+MERGED_FILE = "checkpoint_merged.safetensors"  # written by the reference implementation's training script
 HUB_FILES = (CARD_FILE, CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Safetensors, the folder that they and perhaps their `config.json` lie in, and where they came from."""
+    """Safetensors files, their folder (perhaps with a `config.json`), and the name that the user gave."""
 
     name: str
     folder: Path
@@ -46,27 +47,27 @@ class WeightsSource:
 
     @property
     def is_model_folder(self) -> bool:
-        """Whether they are those that a card of tvit lies beside."""
+        """Whether a card of tvit describes them."""
         return (self.folder / CARD_FILE).is_file() and self.files == (self.folder / WEIGHTS_FILE,)
 
     @property
     def is_ours(self) -> bool:
-        """Whether tvit reads them by their card: no config beside it says that they are another library's."""
+        """Whether tvit reads them by their card: no config beside it describes them for another library."""
         return self.is_model_folder and "model_type" not in self.read_json(CONFIG_FILE)
 
     @property
     def config_file(self) -> str:
-        """The file that says what the network is."""
+        """The file that describes the network."""
         return CARD_FILE if self.is_ours else CONFIG_FILE
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights file; of several, that of their hashes, one a line, in the order of names."""
+        """SHA-256 of the weights file; of several, that of their hashes, one a line, in the order of names."""
         digests = [sha256(path) for path in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def read_json(self, file_name: str) -> dict[str, Any]:
-        """The JSON object in a file of the folder, empty where there is no file. Raises ModelError."""
+        """The JSON object in a file of the folder, empty if the file does not exist. Raises ModelError."""
         if not (self.folder / file_name).is_file():
             return {}
         try:
@@ -79,7 +80,7 @@ class WeightsSource:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All stored tensors by name; they are mapped from the files, not read. Raises ModelError."""
+        """All stored tensors by name, memory-mapped. Raises ModelError."""
         tensors: dict[str, Tensor] = {}
         for path in self.files:
             found = read_tensors(path)
@@ -92,34 +93,35 @@ class WeightsSource:
 def resolve_weights(name: str) -> WeightsSource:
     """The weights called `name`: a safetensors file, a local folder, or a Hugging Face repository.
 
-    A local folder may be a model folder of tvit, or the folder of a run that holds one. A repository is taken from
-    the cache or the hub; a name that ends in .safetensors is never one. Raises ModelError when there is neither,
-    when there is no network and nothing cached, when a folder holds no config or no safetensors, and for a pickle.
+    A local folder may be a model folder of tvit or a run. A repository is taken from the cache or the hub; a name
+    that ends in .safetensors is always a file. Raises ModelError for a name that is none of them, for a repository
+    that is neither cached nor reachable, for a folder without config or safetensors, and for a pickle.
     """
     path = Path(name).expanduser()
-    if _is_there(path):
-        if path.is_dir():
-            is_run = (path / MODEL_FOLDER / CARD_FILE).is_file() and not (path / CONFIG_FILE).is_file()
-            path = path / MODEL_FOLDER if is_run else path
-            return WeightsSource(name, path, _weights_files(name, path))
-        if path.suffix != SUFFIX:
-            raise ModelError(
-                f"{name}: this is a file, and no .safetensors. Name one, or the folder that holds it. "
-                f"{_how_to_convert(str(path.parent))}"
-            )
-        return WeightsSource(name, path.parent, (path,))
-    if path.suffix == SUFFIX:
+    try:
+        exists = path.exists()
+    except OSError:  # the name is too long for a file
+        exists = False
+    if not exists and path.suffix == SUFFIX:
         raise ModelError(f"{name}: no such file. Check the path.")
-    folder = _fetch(name)
-    return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
+    if not exists:
+        folder = _fetch(name)
+        return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
+    if path.is_dir():
+        is_run = (path / MODEL_FOLDER / CARD_FILE).is_file() and not (path / CONFIG_FILE).is_file()
+        path = path / MODEL_FOLDER if is_run else path
+        return WeightsSource(name, path, _weights_files(name, path))
+    if path.suffix != SUFFIX:
+        raise ModelError(f"{name}: not a {SUFFIX} file. {_how_to_convert(str(path.parent))}")
+    return WeightsSource(name, path.parent, (path,))
 
 
 def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
-    """The weights that a path or a name on the hub stands for; None where nothing speaks for weights.
+    """The weights at a path or under a name on the hub; None if neither is likely.
 
-    A file is taken for weights, a folder by its config.json or its checkpoint_merged.safetensors, and OWNER/NAME
-    for a name on the hub where there is no folder OWNER, and the working directory would not be one. Raises
-    ModelError as `resolve_weights` does.
+    A file counts as weights, a folder by its config.json or checkpoint_merged.safetensors, and OWNER/NAME as a name
+    on the hub unless a folder OWNER exists or would be the working directory. Raises ModelError as
+    `resolve_weights` does.
     """
     if path.is_dir():
         published = (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
@@ -133,9 +135,9 @@ def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
 
 
 def weights_name(given: Path, source: WeightsSource) -> str:
-    """What weights are called: OWNER--NAME on the hub, a folder or a file by its name.
+    """Name of weights in results: OWNER--NAME on the hub, else that of the folder or file.
 
-    Merged weights all bear one name, and lie in <experiment>/<checkpoints>/: they are called by both.
+    Merged weights, whose file name is always the same, are <experiment>--<checkpoints> after their folders.
     """
     if source.revision is not None:
         return source.name.replace("/", "--")
@@ -145,29 +147,25 @@ def weights_name(given: Path, source: WeightsSource) -> str:
     return folder.name if given.is_dir() or given.name == WEIGHTS_FILE else given.stem
 
 
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long for a file
-        return False
-
-
 def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except HFValidationError as error:
-        raise ModelError(f"{name}: no such folder, and no name that a hub repository can have.") from error
+        raise ModelError(f"{name}: no such folder, and not a valid name of a hub repository.") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"{name}: no such folder, and no such public repository on the Hugging Face hub. Check the "
             "spelling; for a private or gated one log in: hf auth login"
         ) from error
     except LocalEntryNotFoundError as error:
+        paths = [
+            path for path in Path(constants.HF_HUB_CACHE).glob("models--*") if any(path.glob("snapshots/*"))
+        ]
+        cached = sorted(path.name.removeprefix("models--").replace("--", "/", 1) for path in paths)
         raise ModelError(
-            f"{name}: no such folder, not in the Hugging Face cache, and the hub cannot be reached. Connect "
-            f"once to fetch it, or copy its {CONFIG_FILE}, {PREPROCESSOR_FILE} and {WEIGHTS_FILE} into a folder "
-            f"and name that. "
-            f"{_what_is_cached()}"
+            f"{name}: no such folder, not in the Hugging Face cache, and the hub cannot be reached. Connect once "
+            f"to fetch it, or name a folder with {CONFIG_FILE}, {PREPROCESSOR_FILE} and {WEIGHTS_FILE}. The cache "
+            + (f"holds {shorten(cached)}." if cached else f"({constants.HF_HUB_CACHE}) holds no models.")
         ) from error
     except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
         raise ModelError(
@@ -175,33 +173,22 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
-def _what_is_cached() -> str:
-    repositories = Path(constants.HF_HUB_CACHE).glob("models--*")
-    names = sorted(path.name for path in repositories if any(path.glob("snapshots/*")))
-    shown = listed([name.removeprefix("models--").replace("--", "/", 1) for name in names])
-    return f"The cache holds {shown}." if shown else f"The cache, {constants.HF_HUB_CACHE}, holds no models."
-
-
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
     if (folder / SETTINGS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
-        raise ModelError(f"{name}: a run without a model; it is written when a training ends. Name another.")
+        raise ModelError(f"{name}: a run without a model, which is written at its end. Name another.")
     if not any((folder / file_name).is_file() for file_name in (CONFIG_FILE, CARD_FILE)):
         if runs := sorted(path.parent.parent.name for path in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
-            raise ModelError(f"{name}: a folder of runs ({listed(runs)}). Name one of them.")
-        raise ModelError(
-            f"{name}: {CONFIG_FILE} is missing (and {CARD_FILE}, which a model folder of tvit has). Copy it from "
-            "where the weights came from."
-        )
-    files = _shards(name, folder) if (folder / INDEX_FILE).is_file() else (folder / WEIGHTS_FILE,)
-    absent = [path.name for path in files if not path.is_file()]
-    if absent and (folder / PARITY_FILE).is_file():
-        raise export_not_loadable(name)
-    if absent and (folder / INDEX_FILE).is_file():
-        raise ModelError(
-            f"{name}: {listed(absent)} missing, of the files that {INDEX_FILE} names. Fetch them."
-        )
-    if absent:
-        raise ModelError(f"{name}: {listed(absent)} missing. {_how_to_convert(name)}")
+            raise ModelError(f"{name}: a folder of runs ({shorten(runs)}). Name one of them.")
+        raise ModelError(f"{name}: {CONFIG_FILE} is missing. Copy it from the source of the weights.")
+    if not (folder / INDEX_FILE).is_file():
+        files: tuple[Path, ...] = (folder / WEIGHTS_FILE,)
+        next_step = _how_to_convert(name)
+    else:
+        files, next_step = _shards(name, folder), f"{INDEX_FILE} lists them; fetch them."
+    if absent := [path.name for path in files if not path.is_file()]:
+        if (folder / PARITY_FILE).is_file():
+            raise export_not_loadable(name)
+        raise ModelError(f"{name}: {shorten(absent)} missing. {next_step}")
     return files
 
 
@@ -218,40 +205,26 @@ def _shards(name: str, folder: Path) -> tuple[Path, ...]:
 
 
 def _how_to_convert(name: str) -> str:
+    target = PurePath(name).name + "-safetensors"
     return (
-        "If the weights are a pickle (.bin), which can run code when opened, convert them once, in Python: from "
-        f"transformers import AutoModel; AutoModel.from_pretrained({name!r}).save_pretrained("
-        f"{PurePath(name).name + '-safetensors'!r})"
+        "Convert a pickle (.bin) once, in Python: from transformers import AutoModel; "
+        f"AutoModel.from_pretrained({name!r}).save_pretrained({target!r})"
     )
 
 
-def listed(names: list[str]) -> str:
-    """The first four names, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
-
-
-def check_names(source: WeightsSource, stored: Iterable[str], expected: Iterable[str]) -> None:
-    """Raises ModelError for tensors that are left over or missing."""
-    left_over, missing = sorted(set(stored) - set(expected)), sorted(set(expected) - set(stored))
-    if left_over:
+def check_match(source: WeightsSource, saved: Mapping[str, Tensor], own: Mapping[str, Tensor | None]) -> None:
+    """Raises ModelError unless names and shapes are those of `own`, where None stands for any shape."""
+    if problems := tensor_mismatches(saved, own):
         raise ModelError(
-            f"{source.name}: no place for {listed(left_over)}. The weights are of another network than "
-            f"their {source.config_file} says; use a plain ViT."
-        )
-    if missing:
-        raise ModelError(
-            f"{source.name}: {listed(missing)} missing from the weights. They are incomplete, or of another "
-            f"network than their {source.config_file} says; fetch both again."
+            f"{source.name}: {problems}. The weights do not fit the network in their {source.config_file}: fetch "
+            "both again, or use a plain ViT."
         )
 
 
 def check_tensor(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
     """The tensor. Raises ModelError where it is quantised or not finite."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ModelError(
-            f"{source.name}: {name} is {tensor.dtype}. Quantised weights are not read; use floats."
-        )
+        raise ModelError(f"{source.name}: {name} is {tensor.dtype}. Use weights that are not quantised.")
     if not is_finite(tensor):
         raise ModelError(f"{source.name}: {name} holds NaN or infinite numbers. Fetch the weights again.")
     return tensor

@@ -17,8 +17,8 @@ from tvit_cli.engine.export.model_card import README_FILE, readme
 from tvit_cli.engine.export.parity import Parity, check_parity, reference
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError, shorten
-from tvit_cli.files import foreign_files
-from tvit_cli.model.folder import PARITY_FILE, own_files, replace_folder, sha256
+from tvit_cli.files import foreign_files, sha256
+from tvit_cli.model.folder import PARITY_FILE, own_files, replace_folder
 from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.export import ExportFormat, ExportSettings
 

@@ -22,7 +22,8 @@ from tvit_cli.engine.export.formats import (
     import_source,
     read_frames,
 )
-from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors, sha256
+from tvit_cli.files import sha256
+from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors
 
 MODEL_FILE = "model.pt2"
 PREPROCESSING_FILE = "preprocessing.pt2"
