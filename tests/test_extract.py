@@ -19,7 +19,7 @@ from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import VIDEO_SUFFIXES
 from tvit_cli.data.video import count_frames
 from tvit_cli.data.video_writer import write_video
-from tvit_cli.engine.dataset import open_dataset
+from tvit_cli.engine.dataset import ClipFormat, open_dataset
 from tvit_cli.engine.distributed import map_in_order
 from tvit_cli.engine.extract import check, extract, scan_video
 from tvit_cli.errors import DataError, RunError, SettingsError
@@ -359,7 +359,7 @@ def test_the_time_limit_is_what_a_lost_video_is_measured_by(data, monkeypatch):
         asked.append(seconds)
         return [lost(job, number == 0) for number, job in enumerate(jobs)]
 
-    monkeypatch.setattr("tvit_cli.engine.extract.in_order", lose_all)
+    monkeypatch.setattr("tvit_cli.engine.extract.map_in_order", lose_all)
     reasons = list(run(data, time_limit=7, max_bad="100%").unreadable.values())
     assert "longer than 7 seconds (--time-limit)" in reasons[0]
     assert all("crashed" in reason for reason in reasons[1:])
@@ -390,10 +390,7 @@ def test_check_tells_what_files_hold_and_writes_nothing(data):
     assert (good.codec, good.width, good.height, good.frames, good.rate) == ("mpeg4", 192, 150, 14, 25)
     assert (round(good.seconds, 3), good.rotation, good.problem) == (0.56, 0, "")
     broken = next(scan for scan in result.scans if scan.path == cut)
-    assert (
-        broken.problem
-        == f"truncated or damaged: {count_frames(cut)} frames decode of 14 that the file promises"
-    )
+    assert broken.problem == f"truncated or damaged: {count_frames(cut)} of 14 frames decode"
     assert not (data / "frames").exists()
 
 
@@ -429,7 +426,7 @@ def test_every_odd_file_is_told_apart(real_data):
     for path in paths[::4]:
         scan = scan_video(path)
         assert scan.is_readable or scan.problem
-        json.dumps({name: str(getattr(scan, name)) for name in scan.__slots__})
+        json.dumps({name: str(value) for name, value in vars(scan).items()})
         if scan.is_readable:
             assert scan.frames == count_frames(path)
 
@@ -481,7 +478,7 @@ def test_a_store_of_other_data_is_not_emptied_for_these(data, tmp_path):
     folder = run(data / "first.csv").folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(
-        DataError, match=r"first\.csv, whose videos would leave it .*Make another with --output"
+        DataError, match=r"first\.csv; videos of .* would replace .*Make another with --output"
     ):
         run(data / "second.csv")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -529,15 +526,17 @@ def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data):
 
     def opened(**wanted):
         notes = []
-        found = open_dataset(str(data), report=lambda event: notes.append(str(event)), **facts, **wanted)
+        found = open_dataset(
+            str(data), report=lambda event: notes.append(str(event)), clip=ClipFormat(**wanted), **facts
+        )
         return found.store is not None, " ".join(note for note in notes if "warning" in note)
 
     assert opened(n_frames=12, frame_size=100, frame_grid=12) == (True, "")
     is_used, said = opened(n_frames=13)
-    assert not is_used and "it has 12 frames of 8 of its 8 videos, and 13 are asked for" in said
+    assert not is_used and "it has 12 frames of 8 of its 8 videos, 13 are needed" in said
     assert "--frames-per-video 13 --short-side 100 --quality 90 --overwrite" in said
     is_used, said = opened(frame_size=101)
-    assert is_used and "8 of its 8 videos are kept with 100 pixels, and the model takes 101" in said
+    assert is_used and "8 of its 8 videos have 100 pixels and are scaled up: the model takes 101" in said
     is_used, said = opened(frame_grid=14)
     assert is_used and "--frame-grid 14 takes the nearest" in said
     run(data, short_side=300, frames_per_video=20, overwrite=True)  # all that there is

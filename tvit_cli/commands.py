@@ -69,7 +69,7 @@ def extract(loaded: Loaded[ExtractSettings], verbosity: Verbosity) -> None:
         if settings.check:
             found = engine.check(settings, console.report)
         else:
-            rank, processes, wait = engine.process_place()
+            rank, processes, wait = engine.process_group()
             result = engine.extract(
                 settings,
                 console.report if rank == 0 else silent,

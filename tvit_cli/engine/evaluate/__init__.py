@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tvit_cli.data.layout import Video, match_labels
-from tvit_cli.engine.dataset import data_name, find_data, open_dataset, video_root
+from tvit_cli.engine.dataset import ClipFormat, data_name, find_data, open_dataset, video_root
 from tvit_cli.engine.distributed import worker_count
 from tvit_cli.engine.evaluate.files import write_report, write_result
 from tvit_cli.engine.evaluate.metrics import (
@@ -71,14 +71,13 @@ def evaluate(
         report(Note(note, "warning"))
     views = _views(settings, trained.card)
     choice = choose_split(settings, trained.card)
+    pre = trained.card.preprocessing
     source = open_dataset(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
-        **choice,
+        report,
+        clip=ClipFormat(pre.n_frames, pre.scale_to, pre.frame_grid),
         need_training=False,
-        n_frames=trained.card.preprocessing.n_frames,
-        frame_size=trained.card.preprocessing.scale_to,
-        frame_grid=trained.card.preprocessing.frame_grid,
-        report=report,
+        **choice,
     )
     trained = trained.named_by(source.layout.labels)
     source = replace(source, layout=match_labels(source.layout, trained.card.labels))

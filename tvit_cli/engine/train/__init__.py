@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 import tvit_cli
-from tvit_cli.data.layout import SUBSETS
-from tvit_cli.engine.dataset import DataSource, open_dataset
+from tvit_cli.data.layout import SUBSETS, split_choice
+from tvit_cli.engine.dataset import ClipFormat, DataSource, open_dataset
 from tvit_cli.engine.distributed import broadcast_weights, worker_count
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import write_page
@@ -60,15 +60,10 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     settings = settings.model_copy(update={"mixed_precision": accelerator.mixed_precision})
     source = open_dataset(
         settings.path_to_data,
-        group_pattern=settings.group_pattern,
-        val_groups=settings.val_groups,
-        test_groups=settings.test_groups,
-        split=settings.split,
+        report,
+        clip=ClipFormat(settings.n_frames, settings.img_size, settings.frame_grid),
         need_test=settings.test_at_end,
-        n_frames=settings.n_frames,
-        frame_size=settings.img_size,
-        frame_grid=settings.frame_grid,
-        report=report,
+        **split_choice(settings),
     )
     check_ranks_agree(gather_object([{**result_settings(settings), **_seen(source)}]))
     _refuse_bad_data(settings, source, report)
