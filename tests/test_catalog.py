@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from tvit_cli.data.archive_safety import Member
-from tvit_cli.data.catalog import CATALOG, Spelling, choose, find, place, place_all, take_clips
+from tvit_cli.data.catalog import CATALOG, CanonicalNames, choose, find, take_clips, target_path, target_paths
 from tvit_cli.data.dataset_folder import Selection
 from tvit_cli.data.split_files import group_of, lists_from_groups, parse_split_lists, read_classes
 from tvit_cli.errors import DataError, SettingsError
@@ -54,24 +54,24 @@ def test_catalog_holds_together():
     ],
 )
 def test_member_goes_to_its_class(member, layout, goes):
-    spelling = Spelling(["HandStandPushups"], ["v_HandStandPushups_g01_c01.avi"])
-    placed = place(PurePosixPath(member), layout, part="part", spelling=spelling)
+    names = CanonicalNames(["HandStandPushups"], ["v_HandStandPushups_g01_c01.avi"])
+    placed = target_path(PurePosixPath(member), layout, part="part", names=names)
     assert placed == (PurePosixPath(goes) if goes else None)
 
 
 def test_two_spellings_without_lists_make_one_class():
     names = ["UCF101/v_HandStandPushups_g01_c01.avi", "UCF101/v_HandstandPushups_g02_c01.avi"]
     members = [Member(index, name, 1) for index, name in enumerate(names)]
-    placed = place_all(members, "ucf101", part="p", spelling=Spelling())
+    placed = target_paths(members, "ucf101", part="p", names=CanonicalNames())
     assert {path.parent.name for path in placed.values()} == {"HandStandPushups"}
 
 
 def test_members_that_would_become_one_file_are_refused():
     members = [Member(0, "x/A/a.avi", 1), Member(1, "y/A/a.avi", 1)]
     with pytest.raises(DataError, match=r"would both become videos/A/a\.avi"):
-        place_all(members, "class folders", part="p", spelling=Spelling())
+        target_paths(members, "class folders", part="p", names=CanonicalNames())
     with pytest.raises(DataError, match="nothing in the archive"):
-        place_all([Member(0, "readme.md", 1)], "ucf101", part="p", spelling=Spelling())
+        target_paths([Member(0, "readme.md", 1)], "ucf101", part="p", names=CanonicalNames())
 
 
 def clips(action: str, groups: int = 25, each: int = 3) -> list[PurePosixPath]:
@@ -125,7 +125,7 @@ def test_lists_are_read_with_any_line_ends_labels_and_case(tmp_path):
     [
         ("C/v_C_g08_c01.avi 1\n", "", r"line 1: .* names a class"),
         ("A/v_A_g08_c01.avi 2\n", "", "wrong label: A is 1"),
-        ("A/x.avi 1\n", "A/x.avi\n", r"stands in trainlist01\.txt too"),
+        ("A/x.avi 1\n", "A/x.avi\n", r"is in trainlist01\.txt too"),
     ],
 )
 def test_list_that_contradicts_is_named_by_its_line(tmp_path, train, test, says):

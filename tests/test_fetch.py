@@ -13,16 +13,18 @@ from pathlib import Path
 import loopback
 import pytest
 
-from tvit_cli.data.http import Broken, Fetched, Http, MirrorsFailed, Refused, Retry, fetch
+from tvit_cli import files
+from tvit_cli.data.http import Download, Fetched, Http, MirrorsFailed, PermanentError, Retry, TransientError
 from tvit_cli.data.transfer import RangeFile, RemoteZip
 from tvit_cli.errors import RunError
+from tvit_cli.results import Progress
 
 BODY = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 FETCH = """
 from pathlib import Path
-from tvit_cli.data.http import fetch
-fetch([{url!r}], Path({target!r}))
+from tvit_cli.data.http import Download
+Download(Path({target!r})).fetch([{url!r}])
 """
 
 
@@ -40,7 +42,7 @@ def quick(waits: list[float] | None = None, **how: float) -> Http:
 
 def get(urls: list[str], target: Path, **how: object) -> Fetched:
     how.setdefault("http", quick())
-    return fetch(urls, target, **how)  # type: ignore[arg-type]
+    return Download(target, **how).fetch(urls)  # type: ignore[arg-type]
 
 
 def names(folder: Path) -> set[str]:
@@ -49,17 +51,18 @@ def names(folder: Path) -> set[str]:
 
 
 def test_file_comes_whole_with_its_hash(server, tmp_path):
-    seen = []
+    events = []
     done = get(
         [server.add("/a", BODY)],
         tmp_path / "a",
         size=len(BODY),
         sha256=SHA256,
-        progress=lambda *at: seen.append(at),
+        report=events.append,
     )
     assert (tmp_path / "a").read_bytes() == BODY
     assert (done.sha256, done.bytes_received, done.verified) == (SHA256, len(BODY), True)
-    assert seen[0] == (0, len(BODY)) and seen[-1] == (len(BODY), len(BODY))
+    assert events[0] == Progress("fetch a", 0, len(BODY), "bytes")
+    assert events[-1] == Progress("fetch a", len(BODY), len(BODY), "bytes")
     assert names(tmp_path) == {"a"}
 
 
@@ -206,7 +209,7 @@ def test_back_off_doubles_up_to_its_bound():
     waits = []
     retry = Retry(attempts=9, first_seconds=1, most_seconds=5, sleep=waits.append, jitter=lambda: 0.0)
     for attempt in range(1, 5):
-        retry.wait(attempt, Broken("x"))
+        retry.wait(attempt, TransientError("x"))
     assert waits == [0.75, 1.5, 3.0, 3.75]
 
 
@@ -226,7 +229,7 @@ def test_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path):
     silent = server.add("/silent", BODY, seconds_per_chunk=0.8, chunk=1000)
     http = Http(timeout=0.2, retry=Retry(attempts=1, sleep=lambda _: None))
     with pytest.raises(MirrorsFailed, match="timed out"):
-        fetch([silent], tmp_path / "silent", http=http, sha256="0" * 64)
+        get([silent], tmp_path / "silent", http=http, sha256="0" * 64)
 
 
 def test_server_that_is_not_there_is_named(tmp_path):
@@ -242,10 +245,10 @@ def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path):
             get([url], tmp_path / "a")
         assert server.requests == []  # not asked again without the check
         trust = ssl.create_default_context(cafile=str(pair[0]))
-        assert fetch([url], tmp_path / "a", http=Http(trust=trust)).sha256 == SHA256
+        assert get([url], tmp_path / "a", http=Http(trust=trust)).sha256 == SHA256
         server.add("/down", b"", redirect="http://localhost:9/a")
         with pytest.raises(MirrorsFailed, match="redirects from https to http"):
-            fetch([f"{server.base}/down"], tmp_path / "b", http=Http(trust=trust))
+            get([f"{server.base}/down"], tmp_path / "b", http=Http(trust=trust))
 
 
 def test_context_that_does_not_verify_is_never_used():
@@ -256,10 +259,11 @@ def test_context_that_does_not_verify_is_never_used():
         Http(trust=blind).open("https://localhost/")
 
 
-def test_full_disk_is_seen_before_and_names_what_is_needed(server, tmp_path):
+def test_full_disk_is_seen_before_and_names_what_is_needed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda _: 100)
     url = server.add("/a", BODY)
     with pytest.raises(RunError, match=r"needs 300 kB, 100 bytes are free.*--data-directory"):
-        get([url], tmp_path / "a", free=lambda _: 100)
+        get([url], tmp_path / "a")
     assert names(tmp_path) == set()
 
 
@@ -268,12 +272,13 @@ def test_disk_that_fills_up_keeps_the_part_for_later(server, tmp_path):
     child = f"""
 import resource, signal, sys
 from pathlib import Path
-from tvit_cli.data.http import fetch
+from tvit_cli.data.http import Download
 from tvit_cli.errors import RunError
+from tvit_cli.results import Progress
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
-    fetch([{url!r}], Path({str(tmp_path / "a")!r}))
+    Download(Path({str(tmp_path / "a")!r})).fetch([{url!r}])
 except RunError as error:
     sys.exit(str(error))
 """
@@ -328,7 +333,7 @@ def test_chosen_members_cost_little_more_than_their_bytes(server, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert read == {info.filename: archive.read(info.filename) for info in chosen}
     packed = sum(info.compress_size for info in chosen)
-    assert server.sent == remote.received <= 1.05 * packed + 33_000
+    assert server.sent == remote.file.received <= 1.05 * packed + 33_000
     assert len(server.requests) == 4  # tail; 3 to 5 in one; 20; 39 is apart from the tail that is there
 
 
@@ -348,22 +353,22 @@ def test_cut_range_goes_on_and_a_changed_archive_is_refused(server, tmp_path):
     server.pages["/a.zip"].cut_after, server.pages["/a.zip"].cuts = 5_000, 3
     assert [len(stream.read()) for _, stream in remote.read(remote.infos[:2])] == [20_000, 20_000]
     server.add("/a.zip", body[:-1] + b"x")
-    with pytest.raises(Refused, match="changed on the server"):
+    with pytest.raises(PermanentError, match="changed on the server"):
         next(remote.read(remote.infos[30:31]))[1].read()
 
 
 def test_server_that_ignores_range_is_told_apart_without_reading_it(server, tmp_path):
     url = server.add("/a.zip", make_zip(tmp_path / "a.zip", 200), ranges=False, seconds_per_chunk=0.05)
-    with pytest.raises(Refused, match="ignores Range"):
+    with pytest.raises(PermanentError, match="ignores Range"):
         RemoteZip(url, http=quick(), most_directory=10**6)
     assert server.sent < 2_000_000
 
 
 def test_large_directory_and_no_zip_are_refused(server, tmp_path):
-    with pytest.raises(Refused, match="directory cannot be read"):
+    with pytest.raises(PermanentError, match="directory cannot be read"):
         RemoteZip(server.add("/page", b"<html>" * 100), http=quick(), most_directory=10**6)
     file = RangeFile(server.add("/b", BODY), quick(), most_read=1000)
-    with pytest.raises(Refused, match="at once, limit 1000"):
+    with pytest.raises(PermanentError, match="at once, limit 1000"):
         file.read(2000)
 
 

@@ -9,9 +9,9 @@ import pytest
 from tiny import make_clips, make_pretrained, run, settings
 
 from tvit_cli import cli, files
-from tvit_cli.data.dataset_folder import Landing
+from tvit_cli.data.dataset_folder import DatasetFolder
 from tvit_cli.data.framestore_writer import shard_paths
-from tvit_cli.data.http import fetch, fetch_files
+from tvit_cli.data.http import Download, fetch_files
 from tvit_cli.data.layout import is_store
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.export import export
@@ -255,9 +255,9 @@ def test_foreign_files_in_a_downloads_working_folder_are_refused(tmp_path, name)
     (tmp_path / name / "videos" / "half.avi").touch()
     (tmp_path / name / "thesis.txt").touch()
     with pytest.raises(DataError, match=r"did not write: thesis\.txt"):
-        Landing(tmp_path, "mini").new_incoming()
+        DatasetFolder(tmp_path, "mini").new_incoming()
     (tmp_path / name / "thesis.txt").unlink()
-    assert files_below(Landing(tmp_path, "mini").new_incoming()) == []
+    assert files_below(DatasetFolder(tmp_path, "mini").new_incoming()) == []
 
 
 def test_a_linked_working_folder_of_a_download_is_refused(tmp_path):
@@ -265,7 +265,7 @@ def test_a_linked_working_folder_of_a_download_is_refused(tmp_path):
     (tmp_path / "elsewhere" / "videos" / "cat.avi").touch()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="link: is in the way"):
-        files.remove_work(tmp_path / "link", Landing(tmp_path / "set", "mini").own)
+        files.remove_work(tmp_path / "link", DatasetFolder(tmp_path / "set", "mini").own)
     assert files_below(tmp_path / "elsewhere") == ["videos/cat.avi"]
 
 
@@ -273,10 +273,10 @@ def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"mine")
     assert "a.zip" not in fetch_files(tmp_path / "a.zip")
     with pytest.raises(RunError, match=r"a\.zip: .*Move it away"):
-        fetch(["http://127.0.0.1:9/a.zip"], tmp_path / "a.zip", size=5)
+        Download(tmp_path / "a.zip", size=5).fetch(["http://127.0.0.1:9/a.zip"])
     (tmp_path / ".a.zip.source.json").write_text('{"url": "", "sha256": "of another file"}')
     with pytest.raises(RunError, match=r"a\.zip: .*Move it away"):
-        fetch(["http://127.0.0.1:9/a.zip"], tmp_path / "a.zip", size=5)
+        Download(tmp_path / "a.zip", size=5).fetch(["http://127.0.0.1:9/a.zip"])
     assert (tmp_path / "a.zip").read_bytes() == b"mine"
 
 

@@ -28,13 +28,13 @@ def download(loaded: Loaded[DownloadSettings], verbosity: Verbosity) -> None:
     from tvit_cli.console import Console, size
     from tvit_cli.engine import download as engine
     from tvit_cli.engine.dataset import make_demo_data
-    from tvit_cli.results import Note, Progress
 
     settings = loaded.settings
     console = Console(verbosity)
     if settings.list_sets:
         rows = [
-            (d.name, d.classes, f"{d.clips:,}", size(d.bytes), d.licence, d.title) for d in engine.known()
+            (d.name, d.classes, f"{d.clips:,}", size(d.bytes), d.licence, d.title)
+            for d in engine.known_datasets()
         ]
         console.table(["name", "classes", "clips", "download", "licence", "what"], rows)
         return
@@ -42,8 +42,7 @@ def download(loaded: Loaded[DownloadSettings], verbosity: Verbosity) -> None:
         result = engine.download(
             settings,
             makers={"motions": lambda folder: make_demo_data(folder, console.report)},
-            progress=lambda p: console.report(Progress(f"{p.stage} {p.what}", p.done, p.total, "bytes")),
-            report=lambda text: console.report(Note(text)),
+            report=console.report,
         )
     for difference in result.differences:
         console.warn(f"{difference.path}: {difference.kind}: {difference.detail}")
@@ -54,7 +53,7 @@ def download(loaded: Loaded[DownloadSettings], verbosity: Verbosity) -> None:
         )
     console.say(
         f"{result.folder}: {result.videos:,} videos of {result.classes} classes; "
-        f"{result.landed:,} files are new, {size(result.bytes_received)} were fetched."
+        f"{result.new_files:,} files are new, {size(result.bytes_received)} were fetched."
     )
 
 

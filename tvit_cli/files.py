@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, Final, TypeAlias
 from tvit_cli.errors import DataError, RunError, VideoError, shorten
 
 Location: TypeAlias = Path | str  # a file, or the URL of a stream
-FreeBytes = Callable[[Path], int]
 SPARE_BYTES: Final = 64 * 1024**2  # kept free for the rest of the system
 # File systems without locks, or without locks on read-only files (NFS, Lustre, some of FUSE): tvit runs unlocked.
 LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
@@ -186,9 +185,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_nearest(folder)).free
 
 
-def require_free(folder: Path, need: int, *, purpose: str, free: FreeBytes = free_bytes) -> None:
+def require_free(folder: Path, need: int, *, purpose: str) -> None:
     """Raises RunError if fewer than `need` bytes and a reserve are free."""
-    have = free(folder)
+    have = free_bytes(folder)
     if need + SPARE_BYTES > have:
         raise RunError(
             f"{folder}: {purpose} needs {size_text(need)}, {size_text(have)} are free "

@@ -1,14 +1,14 @@
-"""Archives (ZIP, tar, RAR): listed and unpacked inside one folder, or not at all.
+"""Archives (ZIP, tar, RAR), listed, checked and unpacked into one folder.
 
-Names and sizes are read first and refused as `data.remote.members` tells; then tvit writes file by file
-itself (RAR through pybit7z: into an empty folder, then looked at), counted against the declared sizes, into
-a folder beside the target, which is renamed when all is there. A process that is killed leaves only that
-folder, and the next one removes it.
+Names and sizes are read and checked first (see `archive_safety`). The members are then written to a temporary
+folder beside the target, counted against their declared sizes, and the complete folder is renamed. A killed process
+leaves only the temporary folder, which the next one removes.
 """
 
 from __future__ import annotations
 
-import contextlib
+import bz2
+import gzip
 import hashlib
 import io
 import lzma
@@ -18,24 +18,32 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Final, Literal
+from typing import IO, Final, Literal, Protocol, cast
 
 from tvit_cli import files
-from tvit_cli.data import archive_safety, rar
-from tvit_cli.data.archive_safety import Limits, Member, check_members, kind_of_mode
+from tvit_cli.data import rar
+from tvit_cli.data.archive_safety import Kind, Limits, Member, check_members, kind_of_mode
 from tvit_cli.errors import DataError, RunError
+from tvit_cli.files import size_text
+from tvit_cli.results import Progress, Report, silent
 
 ArchiveKind = Literal["zip", "tar", "rar"]
-Progress = Callable[[int, int | None], None]  # bytes unpacked, bytes in all
-# Which members are wanted, by index, and where each one goes in the target folder.
+# Target path, by index, of each member to unpack.
 Plan = Callable[[Sequence[Member]], Mapping[int, PurePosixPath]]
 
 CHUNK_BYTES: Final = 256 * 1024
-_WORK: Final = re.compile(r"(tree|raw)/.+")
-ENTRY_BYTES: Final = 200  # generous mean of a ZIP directory entry; bounds what is read into memory
+ENTRY_BYTES: Final = 200  # generous mean of a ZIP directory entry; bounds the directory in memory
+HEADER_BYTES: Final = 1024**2  # limit of one tar header with its PAX records, which tarfile reads whole
+_WORK: Final = re.compile(r"(tree|raw)/.+|raw\.txt")
+# First bytes and reader of compressed tars. ucf101-subset's "tar.gz" is a plain tar.
+COMPRESSED: Final[dict[bytes, Callable[[Path], object]]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 DAMAGED: Final = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -48,9 +56,15 @@ DAMAGED: Final = (
 )
 
 
+class Readable(Protocol):
+    """A stream of bytes."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """A file that was written: `path` in the target folder, `member` its name in the archive."""
+    """A written file: `path` in the target folder, `member` its name in the archive."""
 
     path: PurePosixPath
     member: str
@@ -59,7 +73,7 @@ class Unpacked:
 
 
 def detect_kind(path: Path) -> ArchiveKind:
-    """What an archive is by its first bytes; its name proves nothing. Raises DataError."""
+    """Kind of an archive by its first bytes, whatever its name. Raises DataError."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -69,7 +83,7 @@ def detect_kind(path: Path) -> ArchiveKind:
         return "rar"
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "zip"
-    if head.startswith(tuple(archive_safety.COMPRESSED)):
+    if head.startswith(tuple(COMPRESSED)):
         return "tar"
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
@@ -86,53 +100,53 @@ def unpack(
     *,
     plan: Plan | None = None,
     limits: Limits | None = None,
-    progress: Progress | None = None,
-    free: files.FreeBytes = files.free_bytes,
+    report: Report = silent,
 ) -> list[Unpacked]:
-    """Unpack an archive into the new folder `target`; without a `plan`, all files under their own names.
+    """Unpacks an archive to the new folder `target`; without a `plan`, all files under their own names.
 
-    Raises DataError where the archive is damaged or hostile, RunError where the disk is too small; `target`
-    does not exist then.
+    Raises DataError if the archive is damaged or unsafe, RunError if the disk is too small; `target` does not exist
+    then.
     """
     limits = limits or Limits()
-    beside = target.with_name(f".{target.name}.unpacking")
-    files.remove_work(beside, _WORK)
+    temporary = target.with_name(f".{target.name}.unpacking")
+    files.remove_work(temporary, _WORK)
     if target.exists():
-        raise DataError(f"{target}: is already there; an archive is unpacked into a new folder only")
-    with _opened(path, limits) as archive:
+        raise DataError(f"{target}: already exists; archives are unpacked to new folders only. Move it away.")
+    with _open(path, limits) as archive:
         members = archive.members
         check_members(members, archive=str(path), packed_bytes=path.stat().st_size, limits=limits)
         regular = [member for member in members if member.kind == "file"]
-        placed = dict(plan(regular)) if plan else {member.index: member.path for member in regular}
-        chosen = [member for member in regular if member.index in placed]
-        need = sum(member.size for member in chosen)
-        files.require_free(target.parent, need, purpose=f"unpacking {path.name}", free=free)
-        (beside / "tree").mkdir(parents=True)
-        done: list[Unpacked] = []
-        written = 0
+        paths = plan(regular) if plan else {member.index: member.path for member in regular}
+        chosen = [member for member in regular if member.index in paths]
+        need, done = sum(member.size for member in chosen), 0
+        unpacked: list[Unpacked] = []
+        files.require_free(target.parent, need, purpose=f"unpacking {path.name}")
+        (temporary / "tree").mkdir(parents=True)
         try:
             with files.disk_full_errors(
-                target.parent, purpose=f"unpacking {path.name}", need=lambda: need - written
+                target.parent, purpose=f"unpacking {path.name}", need=lambda: need - done
             ):
-                for member, content in archive.read(chosen, beside / "raw"):
-                    where = placed[member.index]
-                    sha256 = _land(content, beside / "tree" / where, member, archive=path)
-                    done.append(Unpacked(where, member.name, member.size, sha256))
-                    written += member.size
-                    if progress:
-                        progress(written, need)
-                if len(done) != len(chosen):
+                for member, content in archive.read(chosen, temporary / "raw"):
+                    new = temporary / "tree" / paths[member.index]
+                    if isinstance(content, Path):
+                        sha256 = _move(content, new, member, archive=path)
+                    else:
+                        sha256 = store(content, new, member, archive=path)
+                    unpacked.append(Unpacked(paths[member.index], member.name, member.size, sha256))
+                    done += member.size
+                    report(Progress(f"unpack {path.name}", done, need, "bytes"))
+                if len(unpacked) != len(chosen):
                     raise DataError(
-                        f"{path}: {len(done)} of {len(chosen)} files could be read; it is damaged"
+                        f"{path}: {len(unpacked)} of {len(chosen)} files could be read; it is damaged"
                     )
-                files.rename(beside / "tree", target)
+                files.rename(temporary / "tree", target)
         finally:
-            files.remove_work(beside, _WORK)
-    return done
+            files.remove_work(temporary, _WORK)
+    return unpacked
 
 
-def store(stream: rar.Readable, path: Path, member: Member, *, archive: Path | str) -> str:
-    """Write a member's bytes to the new file `path`; its sha256. Raises DataError where the size is a lie."""
+def store(stream: Readable, path: Path, member: Member, *, archive: Path | str) -> str:
+    """Writes a member to the new file `path` and returns its sha256. Raises DataError for a wrong declared size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     left = member.size
@@ -146,11 +160,25 @@ def store(stream: rar.Readable, path: Path, member: Member, *, archive: Path | s
         file.flush()
         files.sync(file.fileno())
     if left:
-        more = "more" if left < 0 else "fewer"
-        raise DataError(
-            f"{archive}: member {member.name!r} holds {more} than the {member.size} bytes it declares"
-        )
+        raise _wrong_size(archive, member, "more" if left < 0 else "fewer")
     return digest.hexdigest()
+
+
+def _move(source: Path, path: Path, member: Member, *, archive: Path | str) -> str:
+    """`store` for a member that a RAR reader has written."""
+    with source.open("rb+") as file:
+        files.sync(file.fileno())
+    if (size := source.stat().st_size) != member.size:
+        raise _wrong_size(archive, member, "more" if size > member.size else "fewer")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(path)
+    return files.sha256(path)
+
+
+def _wrong_size(archive: Path | str, member: Member, more: str) -> DataError:
+    return DataError(
+        f"{archive}: member {member.name!r} holds {more} than the {member.size} bytes it declares"
+    )
 
 
 def zip_members(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:
@@ -163,61 +191,38 @@ def zip_members(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:
             kind=kind_of_mode(info.external_attr >> 16, folder=info.is_dir()),
             packed=info.compress_size,
             encrypted=bool(info.flag_bits & 1),
-            crc32=info.CRC,
         )
         for index, info in enumerate(infos)
     ]
 
 
 def max_directory_bytes(limits: Limits) -> int:
-    """Most bytes that a ZIP's directory may have."""
+    """Size limit of a ZIP's directory."""
     return max(limits.members * ENTRY_BYTES, 4 * CHUNK_BYTES)
 
 
-def _land(content: rar.Readable | Path, path: Path, member: Member, *, archive: Path) -> str:
-    """Write a stream, or move a file that pybit7z has written, to its place."""
-    if not isinstance(content, Path):
-        return store(content, path, member, archive=archive)
-    with content.open("rb+") as file:
-        files.sync(file.fileno())
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if size != member.size:
-        raise DataError(f"{archive}: member {member.name!r} holds {size} bytes, it declares {member.size}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content.rename(path)
-    return sha256
-
-
-def _opened(path: Path, limits: Limits) -> AbstractContextManager[_Zip | archive_safety.Tar | rar.Rar]:
+@contextmanager
+def _open(path: Path, limits: Limits) -> Iterator[_Zip | _Tar | rar.Rar]:
+    """An open archive; errors of the standard library about damaged archives become a DataError."""
     kind = detect_kind(path)
-    if kind == "rar":
-        return rar.opened(path, limits)
-    return _std_opened(_Zip if kind == "zip" else archive_safety.Tar, path, limits)
-
-
-@contextlib.contextmanager
-def _std_opened(
-    form: type[_Zip] | type[archive_safety.Tar], path: Path, limits: Limits
-) -> Iterator[_Zip | archive_safety.Tar]:
-    """An open ZIP or tar; what the standard library raises on damage becomes a DataError."""
     try:
-        with contextlib.closing(form(path, limits)) as archive:
-            yield archive
-    except DAMAGED as error:
+        if kind == "rar":
+            with rar.open_rar(path, limits) as archive:
+                yield archive
+        else:
+            with closing((_Zip if kind == "zip" else _Tar)(path, limits)) as other:
+                yield other
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 set none for bad data
+            if error.errno in files.FULL:
+                raise
+            raise RunError(f"{path}: {error.strerror} ({error.filename or 'while unpacking'})") from error
         raise DataError(f"{path}: is damaged ({error}). Fetch it again, or take another copy.") from error
-    except OSError as error:
-        if error.errno in files.FULL:
-            raise
-        if error.errno is None:  # gzip and bz2 say so where the data are bad
-            raise DataError(f"{path}: is damaged ({error}). Fetch it again, or take another copy.") from error
-        raise RunError(f"{path}: {error.strerror} ({error.filename or 'while unpacking'})") from error
 
 
 class _Zip:
     def __init__(self, path: Path, limits: Limits) -> None:
-        self._file = archive_safety.Bounded(path.open("rb"), path, most_read=max_directory_bytes(limits))
+        self._file = _Bounded(path.open("rb"), path, max_directory_bytes(limits))
         try:
             self._zip = zipfile.ZipFile(self._file)
         except BaseException:
@@ -225,7 +230,7 @@ class _Zip:
             raise
         self.members = zip_members(self._zip.infolist())
 
-    def read(self, chosen: Sequence[Member], raw: Path) -> Iterator[tuple[Member, IO[bytes]]]:
+    def read(self, chosen: Sequence[Member], _: Path) -> Iterator[tuple[Member, IO[bytes]]]:
         infos = self._zip.infolist()
         for member in chosen:
             with self._zip.open(infos[member.index]) as stream:
@@ -234,3 +239,96 @@ class _Zip:
     def close(self) -> None:
         self._zip.close()
         self._file.close()
+
+
+class _Tar:
+    """A tar, read twice: to list its entries, then to unpack them."""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self._path = path
+        self.members: list[Member] = []
+        total = 0
+        with self._opened() as tar:
+            for info in _entries(tar):
+                self.members.append(Member(len(self.members), info.name, info.size, _tar_kind(info)))
+                total += info.size
+                if (
+                    len(self.members) > limits.members
+                    or info.size > limits.member_bytes
+                    or total > limits.total_bytes
+                ):
+                    return  # `check_members` will refuse it, so the rest is not even decompressed
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                # tarfile takes a broken header for the end
+                raise tarfile.ReadError(f"no end mark after {len(self.members)} entries")
+
+    def read(self, chosen: Sequence[Member], _: Path) -> Iterator[tuple[Member, IO[bytes]]]:
+        wanted = {member.index: member for member in chosen}
+        with self._opened() as tar:
+            for index, info in enumerate(_entries(tar)):
+                if (member := wanted.pop(index, None)) is not None:
+                    stream = tar.extractfile(info) if _tar_kind(info) == "file" else None
+                    if stream is None or info.name != member.name:
+                        raise DataError(
+                            f"{self._path}: changed while it was read. Run the same command again."
+                        )
+                    with stream:
+                        yield member, stream
+                if not wanted:
+                    return
+
+    def close(self) -> None:
+        """Does nothing: the file is closed after each pass."""
+
+    @contextmanager
+    def _opened(self) -> Iterator[tarfile.TarFile]:
+        with self._path.open("rb") as file:
+            head = file.read(6)
+        opener = next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), None)
+        stream = cast(IO[bytes], opener(self._path) if opener else self._path.open("rb"))
+        with (
+            _Bounded(stream, self._path, HEADER_BYTES) as bounded,
+            tarfile.open(fileobj=bounded, mode="r:", errorlevel=2) as tar,
+        ):
+            yield tar
+
+
+def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (info := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+        yield info
+
+
+def _tar_kind(info: tarfile.TarInfo) -> Kind:
+    if info.issym() or info.islnk():
+        return "link"
+    if info.isdir():
+        return "dir"
+    return "file" if info.isreg() and not info.issparse() else "special"
+
+
+class _Bounded(io.RawIOBase):
+    """A file with a limit on the bytes of one read, since a header may declare any size."""
+
+    def __init__(self, file: IO[bytes], path: Path, limit: int) -> None:
+        super().__init__()
+        self._file, self._path, self._limit = file, path, limit
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            size = self._limit
+        if size > self._limit:
+            raise DataError(
+                f"{self._path}: its directory or a header has {size_text(size)}, "
+                f"limit {size_text(self._limit)}. Nothing was unpacked; take another source."
+            )
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,230 +1,238 @@
-"""HTTP with verified TLS: requests, retries, and resumable downloads from mirrors.
+"""HTTP requests with verified TLS and retries, and resumable downloads from mirrors.
 
-Note [What makes a part usable]
-A download goes on from `.<name>.part` only if the bytes to come belong to the bytes already there. The same
-address proves it by its entity tag or date (If-Range: a changed file is sent whole). Another mirror, or an
-address without either, can prove it afterwards only, by a known sha256; without one the file starts over. A
-part that was put together so and turns out wrong is thrown away and fetched once more from this one address
-before the address is blamed.
+Note [Resuming a partial file]
+A download resumes from `.<name>.part` only if the remaining bytes belong to the bytes on disk. The same URL proves
+it by its entity tag or date (If-Range: a changed file is sent whole). Another mirror, or a URL without either, can
+prove it only afterwards, by a known sha256; without one the download starts over. A file that was assembled from
+several responses and has a wrong hash is fetched once more from the same URL before that URL fails.
 """
 
 from __future__ import annotations
 
-import email.utils
-import hashlib
-import http.client
 import json
 import random
 import ssl
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from email.message import Message
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Final
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote, urljoin, urlsplit
 
 from tvit_cli import __version__, files
 from tvit_cli.errors import RunError
+from tvit_cli.results import Note, Progress, Report, silent
 
-OK, PARTIAL, RANGE_NOT_SATISFIABLE = 200, 206, 416
-# RFC 9110 and 6585: the same request may be answered later.
-LATER: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+if TYPE_CHECKING:
+    import urllib3
+
+OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 200, 206, 416
+CHUNK_BYTES: Final = 256 * 1024
+MAX_REDIRECTS: Final = 10
+# RFC 9110 and 6585: the same request may succeed later.
+TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class Refused(Exception):
-    """This address will not serve the file; another one may."""
+class PermanentError(Exception):
+    """A URL cannot serve the file; another URL may."""
 
 
-class Broken(Exception):
-    """This attempt failed; the next may not. `after` is the server's wish, in seconds."""
+class TransientError(Exception):
+    """A failed attempt that may succeed later; `after` is the server's Retry-After in seconds."""
 
     def __init__(self, message: str, *, after: float | None = None) -> None:
         super().__init__(message)
         self.after = after
 
 
+class MirrorsFailed(RunError):
+    """No URL served the file; `reasons` lists (URL, reason) in the order of the attempts."""
+
+    def __init__(self, name: str, reasons: Sequence[tuple[str, str]], *, advice: str) -> None:
+        self.reasons = tuple(reasons)
+        lines = "".join(f"\n  {url}: {reason}" for url, reason in reasons)
+        super().__init__(f"{name}: could not be fetched from {len(self.reasons)} sources:{lines}\n{advice}")
+
+
 @dataclass(frozen=True)
 class Retry:
-    """How long to go on: exponential back-off with jitter, a server's Retry-After up to a bound."""
+    """Exponential back-off with jitter; honours Retry-After up to a limit."""
 
-    attempts: int = 6  # without a byte more than before
+    attempts: int = 6  # in a row without a new byte
     first_seconds: float = 1.0
     most_seconds: float = 30.0
     most_retry_after: float = 120.0
     sleep: Callable[[float], None] = time.sleep
-    jitter: Callable[[], float] = random.random  # in [0, 1); moves the wait by ± 25 %
+    jitter: Callable[[], float] = random.random  # in [0, 1); varies the delay by ± 25 %
 
-    def wait(self, attempt: int, failure: Broken) -> None:
-        """Wait before another attempt; raise Refused where there is none, or the wait would be too long."""
+    def wait(self, attempt: int, failure: TransientError) -> None:
+        """Waits before the next attempt. Raises PermanentError after the last one, or if the wait is too long."""
         if attempt >= self.attempts:
-            raise Refused(f"{failure} ({attempt} attempts)")
+            raise PermanentError(f"{failure} ({attempt} attempts)")
         seconds = min(self.most_seconds, self.first_seconds * 2 ** (attempt - 1)) * (0.75 + self.jitter() / 2)
         if failure.after is not None:
             if failure.after > self.most_retry_after:
-                raise Refused(
+                raise PermanentError(
                     f"{failure}, asks to wait {failure.after:.0f} s (limit {self.most_retry_after:.0f} s)"
                 )
             seconds = max(seconds, failure.after)
         self.sleep(seconds)
 
 
-def system_trust() -> ssl.SSLContext:
-    """The system's certificates; certifi's where this Python was built without any (python.org on macOS)."""
-    context = ssl.create_default_context()
-    paths = ssl.get_default_verify_paths()
-    if not context.cert_store_stats()["x509_ca"] and not paths.cafile and not paths.capath:
-        try:
-            import certifi  # comes with huggingface_hub; imported only where the system has no store
-        except ImportError:
-            return context
-        context.load_verify_locations(certifi.where())
-    return context
-
-
 class Response:
-    """What a server answered; a context manager. Reading raises Broken where the connection breaks."""
+    """Status, headers and unread body of a response; a context manager."""
 
-    def __init__(
-        self, raw: http.client.HTTPResponse | None, *, status: int, headers: Message, url: str
-    ) -> None:
+    def __init__(self, raw: urllib3.BaseHTTPResponse) -> None:
         self._raw = raw
-        self.status = status
-        self.url = url
-        self.etag = headers.get("ETag")
-        self.last_modified = headers.get("Last-Modified")
-        self.length = _number(headers.get("Content-Length"))
+        self.status = raw.status
+        self.etag = raw.headers.get("ETag")
+        self.last_modified = raw.headers.get("Last-Modified")
+        self.length = _number(raw.headers.get("Content-Length"))
         # Content-Range: bytes 5-9/10, or bytes */10
-        unit, _, span = (headers.get("Content-Range") or "").partition(" ")
+        unit, _, span = raw.headers.get("Content-Range", "").partition(" ")
         first, _, total = span.partition("/")
         self.start = _number(first.partition("-")[0]) if unit == "bytes" else None
         self.total = _number(total) if unit == "bytes" else None
 
     def read(self, size: int) -> bytes:
-        """The next bytes, as they come: at most `size`, none at the end."""
+        """The next bytes as they arrive: at most `size`, none at the end. Raises TransientError."""
+        import urllib3
+
         try:
-            return self._raw.read1(size) if self._raw else b""
-        except (http.client.HTTPException, OSError) as error:
-            raise Broken(f"connection lost ({_reason(error)})") from error
+            return self._raw.read1(size)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise TransientError(f"connection lost ({_reason(error)})") from error
 
     def __enter__(self) -> Response:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._raw:
-            self._raw.close()
+        self._raw.close()
 
 
 @dataclass(frozen=True)
 class Http:
-    """Opens addresses. `trust` is handed in by tests; a context that does not verify is refused."""
+    """HTTP client. `trust` replaces the system's certificates; a context without verification is refused."""
 
     trust: ssl.SSLContext | None = None
     timeout: float = 30.0  # seconds without a byte
     retry: Retry = field(default_factory=Retry)
 
     @cached_property
-    def _opener(self) -> urllib.request.OpenerDirector:
-        trust = self.trust or system_trust()
+    def _trust(self) -> ssl.SSLContext:
+        trust = self.trust or _system_trust()
         if trust.verify_mode is not ssl.CERT_REQUIRED or not trust.check_hostname:
-            raise ValueError("an SSL context that does not verify certificates is never used")
-        return urllib.request.build_opener(urllib.request.HTTPSHandler(context=trust), _Redirects())
+            raise ValueError("an SSL context without certificate verification is never used")
+        return trust
 
-    def open(self, url: str, *, headers: Mapping[str, str] | None = None) -> Response:
-        """Answer of `url`, status 200, 206 or 416, redirects followed. Raises Refused, Broken."""
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise Refused("its address is neither http nor https")
-        request = urllib.request.Request(
-            url,
-            headers={"User-Agent": f"tvit/{__version__}", "Accept-Encoding": "identity", **(headers or {})},
-        )
+    def open(self, url: str, headers: Mapping[str, str] | None = None) -> Response:
+        """Response of `url` with status 200, 206 or 416, after redirects. Raises PermanentError, TransientError."""
+        import urllib3
+
+        for _ in range(MAX_REDIRECTS + 1):
+            raw = self._request(url, headers or {})
+            if raw.status in (OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE):
+                return Response(raw)
+            raw.close()
+            message = f"HTTP {raw.status} {raw.reason}"
+            if raw.status in TRANSIENT:
+                after = None
+                with suppress(urllib3.exceptions.InvalidHeader):
+                    after = urllib3.Retry().get_retry_after(raw)
+                raise TransientError(message, after=after)
+            if not (location := raw.get_redirect_location()):
+                raise PermanentError(message)
+            scheme, target = urlsplit(url).scheme, urljoin(url, location)
+            if scheme == "https" and urlsplit(target).scheme != "https":
+                raise PermanentError(f"redirects from https to {urlsplit(target).scheme}: {target}")
+            url = target
+        raise PermanentError(f"{message} more than {MAX_REDIRECTS} times")
+
+    def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+        import urllib3
+
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise PermanentError(f"its URL {url} is neither http nor https")
+        headers = {
+            "User-Agent": f"tvit/{__version__}",
+            "Accept-Encoding": "identity",
+            "Connection": "close",  # an idle connection may be closed by the server at any time
+            **headers,
+        }
         try:
-            raw = self._opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code == RANGE_NOT_SATISFIABLE:
-                    return Response(None, status=error.code, headers=error.headers, url=url)
-                message = f"HTTP {error.code} {error.reason}"
-                if error.code in LATER:
-                    raise Broken(message, after=_retry_after(error.headers.get("Retry-After"))) from error
-                raise Refused(message) from error
-        except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            return self._pool(url).urlopen(
+                "GET",
+                url,
+                headers=headers,
+                redirect=False,
+                retries=False,  # See Note [Resuming a partial file]: a retry needs another Range
+                preload_content=False,
+                decode_content=False,
+                enforce_content_length=False,
+                timeout=self.timeout,
+            )
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            cause = _root_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise Refused(
-                    f"its TLS certificate does not verify ({cause.verify_message}); "
-                    "that check is never turned off"
+                raise PermanentError(
+                    f"its TLS certificate does not verify ({cause.verify_message}); it is never turned off"
                 ) from error
-            raise Broken(f"no connection ({_reason(cause)})") from error
-        return Response(raw, status=raw.status, headers=raw.headers, url=raw.url)
+            raise TransientError(f"no connection ({_reason(error)})") from error
+
+    def _pool(self, url: str) -> urllib3.PoolManager:
+        """Connections to a host, or to the proxy that the environment names for it."""
+        from urllib.request import getproxies, proxy_bypass
+
+        import urllib3
+
+        parts = urlsplit(url)
+        proxy = getproxies().get(parts.scheme)
+        if not proxy or proxy_bypass(parts.netloc):
+            return urllib3.PoolManager(ssl_context=self._trust)
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        login = urllib3.util.parse_url(proxy).auth
+        proxy_headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
+        return urllib3.ProxyManager(proxy, proxy_headers=proxy_headers, ssl_context=self._trust)
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from https to an address that is not verified."""
+def _system_trust() -> ssl.SSLContext:
+    """The system's certificates; certifi's if this Python was built without any (python.org on macOS)."""
+    context = ssl.create_default_context()
+    paths = ssl.get_default_verify_paths()
+    if not context.cert_store_stats()["x509_ca"] and not paths.cafile and not paths.capath:
+        with suppress(ImportError):
+            import certifi
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        scheme = urllib.parse.urlsplit(newurl).scheme
-        if scheme not in ("http", "https") or (req.type == "https" and scheme != "https"):
-            fp.close()
-            raise Refused(f"redirects from {req.type} to {scheme}: {newurl}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+            context.load_verify_locations(certifi.where())
+    return context
 
 
-def file_name(url: str) -> str:
-    """Last part of an address's path. "https://a.org/x/UCF101.rar?download=1" -> "UCF101.rar"."""
-    return Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+def _root_cause(error: BaseException) -> BaseException:
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date (RFC 9110, 10.2.3)."""
-    if value is None:
-        return None
-    seconds = _number(value)
-    if seconds is not None:
-        return float(seconds)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+def _reason(error: BaseException) -> str:
+    cause = _root_cause(error)
+    return str(cause) or type(cause).__name__
 
 
 def _number(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() else None
 
 
-def _reason(error: object) -> str:
-    return str(error) or type(error).__name__
-
-
-Progress = Callable[[int, int | None], None]  # bytes there, bytes in all where known
-CHUNK_BYTES: Final = 256 * 1024
-
-
-class MirrorsFailed(RunError):
-    """No address served the file; `reasons` holds (address, why) in the order they were tried."""
-
-    def __init__(self, what: str, reasons: Sequence[tuple[str, str]], *, advice: str) -> None:
-        self.reasons = tuple(reasons)
-        lines = "".join(f"\n  {url}: {reason}" for url, reason in reasons)
-        super().__init__(f"{what} could not be had from any of {len(self.reasons)} sources:{lines}\n{advice}")
+def file_name(url: str) -> str:
+    """Last part of a URL's path. "https://a.org/x/UCF101.rar?download=1" -> "UCF101.rar"."""
+    return Path(unquote(urlsplit(url).path)).name
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A whole file. `bytes_received` came over the wire now; `verified`: its hash was known before."""
+    """Source of a complete file. `bytes_received`: in this run; `verified`: its hash was known in advance."""
 
-    path: Path
     url: str
     bytes: int
     sha256: str
@@ -233,45 +241,8 @@ class Fetched:
     etag: str | None = None
 
 
-def fetch(
-    urls: Sequence[str],
-    target: Path,
-    *,
-    size: int | None = None,
-    sha256: str | None = None,
-    http: Http | None = None,
-    progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
-    free: files.FreeBytes = files.free_bytes,
-) -> Fetched:
-    """Bring a file to `target` from the first of `urls` that serves it with this size (bytes) and sha256.
-
-    A target that is already there and right costs no request. Raises MirrorsFailed, and RunError where the
-    disk is too small, fills up, or another process fetches the same file.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.file_lock(
-        target.with_name(f".{target.name}.lock"),
-        f"{target}: another process is fetching it. Wait until it ends, then repeat this command.",
-    ):
-        work = _Fetch(target, size, sha256, http or Http(), progress or _quiet, report or _quiet, free)
-        return work.already_there() or work.from_any(urls)
-
-
-def file_sha256(path: Path, *, progress: Progress | None = None) -> str:
-    """sha256 of a file, as 64 hexadecimal digits."""
-    total = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1024 * 1024):
-            digest.update(chunk)
-            if progress:
-                progress(file.tell(), total)
-    return digest.hexdigest()
-
-
 def is_fetched(target: Path, sha256: str | None = None) -> bool:
-    """Whether a fetch has left this file, by the record beside it, and of this sha256 if one is given."""
+    """Whether a fetch wrote this file, by the record beside it, with this sha256 if given."""
     try:
         record = json.loads(_record(target).read_text(encoding="utf-8"))
         return bool(sha256 in (None, record["sha256"]))
@@ -280,7 +251,7 @@ def is_fetched(target: Path, sha256: str | None = None) -> bool:
 
 
 def fetch_files(target: Path) -> list[str]:
-    """Names of the files that a fetch leaves in a folder: the target, if it was fetched, and those beside it."""
+    """Names of the files that a fetch leaves in a folder: the target, if fetched, and those beside it."""
     beside = [f".{target.name}.{end}" for end in ("part", "part.json", "lock", "source.json.new")]
     own = [target.name] if is_fetched(target) else []
     return [*own, *beside, _record(target).name]
@@ -290,13 +261,9 @@ def _record(target: Path) -> Path:
     return target.with_name(f".{target.name}.source.json")
 
 
-def _quiet(*_: object) -> None:
-    pass
-
-
 @dataclass
 class _Origin:
-    """Where the bytes of a part came from; stored beside it."""
+    """The response that a partial file came from; stored beside it."""
 
     url: str
     etag: str | None = None
@@ -305,99 +272,82 @@ class _Origin:
 
     @property
     def validator(self) -> str | None:
-        """What If-Range may carry: a strong entity tag, else the date."""
-        if self.etag and not self.etag.startswith("W/"):
-            return self.etag
-        return self.last_modified
+        """Value for If-Range: a strong entity tag, else the date."""
+        return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
 
 
-class _Part:
-    """The bytes had so far, and their running hash."""
+class _PartialFile:
+    """The bytes received so far."""
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f".{target.name}.part")
-        self.side = target.with_name(f".{target.name}.part.json")
-        self.digest = hashlib.sha256()
-        self.length = self.path.stat().st_size if self.path.exists() else 0
+        self.origin_path = target.with_name(f".{target.name}.part.json")
         self.origin: _Origin | None = None
-        self.mixed = self.length > 0  # holds bytes that this run has not received from one address
+        self.is_mixed = self.length > 0  # not all bytes are from one response of this run
         try:
-            self.origin = _Origin(**json.loads(self.side.read_text(encoding="utf-8")))
+            self.origin = _Origin(**json.loads(self.origin_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            self.discard()  # nobody knows what these bytes are
-        if self.length:
-            with self.path.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    self.digest.update(chunk)
+            self.discard()  # bytes of unknown origin
+
+    @property
+    def length(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
-        self.side.unlink(missing_ok=True)
-        self.digest, self.length, self.origin, self.mixed = hashlib.sha256(), 0, None, False
-
-    def add(self, file: IO[bytes], chunk: bytes) -> None:
-        """Append a chunk; where the disk is full in its middle, length and hash still tell the truth."""
-        rest = memoryview(chunk)
-        while rest:
-            count = file.write(rest)  # a raw file may take less than it is given
-            self.digest.update(rest[:count])
-            self.length += count
-            rest = rest[count:]
+        self.origin_path.unlink(missing_ok=True)
+        self.origin, self.is_mixed = None, False
 
 
-class _Stale(Exception):
-    """What the server has now does not belong to the part; the part is gone."""
+@dataclass
+class Download:
+    """A file to fetch to `target`, with its `size` (bytes) and `sha256` where known."""
 
+    target: Path
+    size: int | None = None
+    sha256: str | None = None
+    http: Http = field(default_factory=Http)
+    report: Report = silent
+    _received: int = field(default=0, init=False)
 
-class _Fetch:
-    def __init__(
-        self,
-        target: Path,
-        size: int | None,
-        sha256: str | None,
-        http: Http,
-        progress: Progress,
-        report: Callable[[str], None],
-        free: files.FreeBytes,
-    ) -> None:
-        self.target, self.size, self.sha256 = target, size, sha256
-        self.http, self.progress, self.report, self.free = http, progress, report, free
-        self.record = _record(target)
-        self.received = 0
+    def fetch(self, urls: Sequence[str]) -> Fetched:
+        """Fetches the file from the first URL that serves it; a correct file on disk needs no request.
 
-    def already_there(self) -> Fetched | None:
-        """The target, if a finished fetch left it; one of another size or hash is removed.
-
-        Raises RunError for a wrong file that no fetch has left.
+        Raises MirrorsFailed, and RunError if the disk is too small, fills up, or another process fetches the file.
         """
+        busy = f"{self.target}: another process is fetching it. Wait until it ends, then repeat this command."
+        with files.file_lock(self.target.with_name(f".{self.target.name}.lock"), busy):
+            return self._existing() or self._from_any(urls)
+
+    def _existing(self) -> Fetched | None:
+        """The target if it is correct; a fetched one of another size or hash is removed. Raises RunError."""
         if not self.target.is_file():
             return None
-        found = file_sha256(self.target)
-        size = self.target.stat().st_size
-        if found != (self.sha256 or found) or size != (self.size or size):
-            if not is_fetched(self.target, found):
+        size, sha256 = self.target.stat().st_size, files.sha256(self.target)
+        if sha256 != (self.sha256 or sha256) or size != (self.size or size):
+            found = f"{self.target}: {size} bytes, sha256 {sha256}, is not the expected file"
+            if not is_fetched(self.target, sha256):
                 raise RunError(
-                    f"{self.target}: {size} bytes, sha256 {found}, is not the file that is wanted, nor one "
-                    "that tvit has fetched. Move it away and run the same command again."
+                    f"{found}, and tvit did not fetch it. Move it away and run the same command again."
                 )
-            self.report(f"{self.target}: {size} bytes, sha256 {found}, not what is wanted; fetched anew")
+            self._note(f"{found}; fetching it again")
             self.target.unlink()
             return None
         try:
-            url = str(json.loads(self.record.read_text(encoding="utf-8"))["url"])
+            url = str(json.loads(_record(self.target).read_text(encoding="utf-8"))["url"])
         except (OSError, ValueError, KeyError, TypeError):
             url = self.target.name
-        return Fetched(self.target, url, size, found, self.sha256 is not None)
+        return Fetched(url, size, sha256, self.sha256 is not None)
 
-    def from_any(self, urls: Sequence[str]) -> Fetched:
-        part = _Part(self.target)
+    def _from_any(self, urls: Sequence[str]) -> Fetched:
+        part = _PartialFile(self.target)
         reasons: list[tuple[str, str]] = []
         for url in urls:
             try:
                 return self._from_one(url, part)
-            except Refused as failure:
+            except PermanentError as failure:
                 reasons.append((url, str(failure)))
-                self.report(f"{url}: {failure}")
+                self._note(f"{url}: {failure}")
         advice = "Try again later, or give a file that you already have with --archive."
         if part.length:
             advice += (
@@ -405,28 +355,32 @@ class _Fetch:
             )
         raise MirrorsFailed(self.target.name, reasons, advice=advice)
 
-    def _from_one(self, url: str, part: _Part) -> Fetched:
-        """Attempts at one address until the file is whole. Raises Refused."""
+    def _from_one(self, url: str, part: _PartialFile) -> Fetched:
         most, attempt = part.length, 0
         while True:
             try:
                 self._receive(url, part)
-                if (wrong := self._wrong(part)) is None:
-                    return self._finish(url, part)
-                mixed = part.mixed
+                size, sha256 = part.length, files.sha256(part.path)
+                if self.size not in (None, size):
+                    mismatch = f"sent {size} bytes, {self.size} are expected"
+                elif self.sha256 not in (None, sha256):
+                    mismatch = f"sent a file of sha256 {sha256}, {self.sha256} is expected"
+                else:
+                    return self._finish(url, part, sha256)
+                was_mixed = part.is_mixed
                 part.discard()
-                if not mixed:
-                    raise Refused(wrong)  # See Note [What makes a part usable]
-                failure = Broken(f"{wrong}, put together from several answers")
-            except (Broken, _Stale) as error:
-                failure = error if isinstance(error, Broken) else Broken(str(error))
-            attempt = 1 if part.length > most else attempt + 1
-            most = max(most, part.length)
-            self.http.retry.wait(attempt, failure)
+                if not was_mixed:
+                    raise PermanentError(mismatch)
+                # See Note [Resuming a partial file]
+                raise TransientError(f"{mismatch}, assembled from several responses")
+            except TransientError as failure:
+                attempt = 1 if part.length > most else attempt + 1
+                most = max(most, part.length)
+                self.http.retry.wait(attempt, failure)
 
-    def _receive(self, url: str, part: _Part) -> None:
-        """One request, from where the part ends, written as it comes."""
-        if not self._may_continue(url, part):
+    def _receive(self, url: str, part: _PartialFile) -> None:
+        """One request for the bytes after the partial file, appended as they arrive."""
+        if not self._can_resume(url, part):
             part.discard()
         if part.length and part.length == (self.size or (part.origin and part.origin.total)):
             return
@@ -435,97 +389,86 @@ class _Fetch:
             headers["Range"] = f"bytes={part.length}-"
             if part.origin and part.origin.url == url and part.origin.validator:
                 headers["If-Range"] = part.origin.validator
-        with self.http.open(url, headers=headers) as answer:
-            total = self._accept(url, answer, part)
+        with self.http.open(url, headers) as response:
+            total = self._check_response(url, response, part)
             if total is None or total > part.length:
-                self._write(answer, part, total)
+                self._append_body(response, part, total)
 
-    def _may_continue(self, url: str, part: _Part) -> bool:
-        """See Note [What makes a part usable]."""
+    def _can_resume(self, url: str, part: _PartialFile) -> bool:
+        """See Note [Resuming a partial file]."""
         if part.length == 0 or part.origin is None or (self.size and part.length > self.size):
             return False
         return self.sha256 is not None or (part.origin.url == url and part.origin.validator is not None)
 
-    def _accept(self, url: str, answer: Response, part: _Part) -> int | None:
-        """Bytes in all that the answer promises; the part is emptied where the answer starts at 0."""
-        if answer.status == RANGE_NOT_SATISFIABLE:
-            if part.length and answer.total == part.length:
+    def _check_response(self, url: str, response: Response, part: _PartialFile) -> int | None:
+        """Total bytes of the file as the response declares; `part` is emptied if the response starts at 0."""
+        if response.status == RANGE_NOT_SATISFIABLE:
+            if part.length and response.total == part.length:
                 return part.length
             part.discard()
-            raise _Stale("has fewer bytes than were received before; starting over")
-        if answer.status == PARTIAL:
-            total = answer.total
-            if answer.start != part.length or not self._is_as_before(url, answer, part.origin):
+            raise TransientError("has fewer bytes than were received before; starting over")
+        if response.status == PARTIAL_CONTENT:
+            total = response.total
+            if response.start != part.length or not _is_same_file(url, response, part.origin):
                 part.discard()
-                raise _Stale("the file has changed on the server; starting over")
-            part.mixed = True
-        elif answer.status == OK:
-            if part.length:
-                self.report(f"{url}: sends the whole file again; starting over")
-            part.discard()
-            total = answer.length
+                raise TransientError("the file has changed on the server; starting over")
+            part.is_mixed = True
         else:
-            raise Refused(f"HTTP {answer.status} with nothing in it")
+            if part.length:
+                self._note(f"{url}: sends the whole file again; starting over")
+            part.discard()
+            total = response.length
         if self.size is not None and total is not None and total != self.size:
-            raise Refused(f"offers {total} bytes, {self.size} are expected")
+            raise PermanentError(f"offers {total} bytes, {self.size} are expected")
         need = (total or self.size or 0) - part.length
-        files.require_free(self.target.parent, need, purpose=f"fetching {self.target.name}", free=self.free)
+        files.require_free(self.target.parent, need, purpose=f"fetching {self.target.name}")
         if part.length == 0 or (part.origin and part.origin.url == url):
-            part.origin = _Origin(url, answer.etag, answer.last_modified, total)
-            files.write_json(part.side, asdict(part.origin))
+            part.origin = _Origin(url, response.etag, response.last_modified, total)
+            files.write_json(part.origin_path, asdict(part.origin))
         return total
 
-    def _is_as_before(self, url: str, answer: Response, origin: _Origin | None) -> bool:
-        """Whether nothing that a server tells of the rest says that it is of another file than the beginning."""
-        if origin is None or origin.url != url:
-            return True
-        dates, sizes = {origin.last_modified, answer.last_modified}, {origin.total, answer.total}
-        return origin.etag in (None, answer.etag) and len(dates - {None}) < 2 and len(sizes - {None}) < 2
-
-    def _write(self, answer: Response, part: _Part, total: int | None) -> None:
-        limit = total or self.size
-
-        def still_needed() -> int:
-            return (limit or 0) - part.length
-
-        self.progress(part.length, limit)
+    def _append_body(self, response: Response, part: _PartialFile, total: int | None) -> None:
+        length, limit = part.length, total or self.size
+        name = self.target.name
+        self._progress(length, limit)
         with (
             files.disk_full_errors(
-                self.target.parent, purpose=f"fetching {self.target.name}", need=still_needed
+                self.target.parent, purpose=f"fetching {name}", need=lambda: (limit or 0) - part.length
             ),
             part.path.open("ab", buffering=0) as file,
         ):
-            while chunk := answer.read(CHUNK_BYTES):
-                self.received += len(chunk)
-                if limit is not None and part.length + len(chunk) > limit:
+            while chunk := response.read(CHUNK_BYTES):
+                self._received += len(chunk)
+                length += len(chunk)
+                if limit is not None and length > limit:
                     part.discard()
-                    raise Refused(f"sends more than the {limit} bytes expected")
-                part.add(file, chunk)
-                self.progress(part.length, limit)
+                    raise PermanentError(f"sends more than the {limit} bytes expected")
+                rest = memoryview(chunk)
+                while rest:  # an unbuffered file may write less
+                    rest = rest[file.write(rest) :]
+                self._progress(length, limit)
             files.sync(file.fileno())
-        if total is not None and part.length < total:
-            raise Broken(f"connection cut at {part.length} of {total} bytes")
+        if total is not None and length < total:
+            raise TransientError(f"connection cut at {length} of {total} bytes")
 
-    def _wrong(self, part: _Part) -> str | None:
-        if self.size is not None and part.length != self.size:
-            return f"sent {part.length} bytes, {self.size} are expected"
-        found = part.digest.hexdigest()
-        if self.sha256 is not None and found != self.sha256:
-            return f"sent a file of sha256 {found}, {self.sha256} is expected"
-        return None
-
-    def _finish(self, url: str, part: _Part) -> Fetched:
-        done = Fetched(
-            path=self.target,
-            url=url,
-            bytes=part.length,
-            sha256=part.digest.hexdigest(),
-            verified=self.sha256 is not None,
-            bytes_received=self.received,
-            etag=part.origin.etag if part.origin else None,
-        )
-        part.path.touch()  # an empty file has had no chunk
-        files.write_json(self.record, {"url": url, "sha256": done.sha256})
+    def _finish(self, url: str, part: _PartialFile, sha256: str) -> Fetched:
+        files.write_json(_record(self.target), {"url": url, "sha256": sha256})
         files.rename(part.path, self.target)
-        part.side.unlink(missing_ok=True)
-        return done
+        etag = part.origin.etag if part.origin else None
+        part.origin_path.unlink(missing_ok=True)
+        size = self.target.stat().st_size
+        return Fetched(url, size, sha256, self.sha256 is not None, self._received, etag)
+
+    def _note(self, text: str) -> None:
+        self.report(Note(text))
+
+    def _progress(self, done: int, total: int | None) -> None:
+        self.report(Progress(f"fetch {self.target.name}", done, total, "bytes"))
+
+
+def _is_same_file(url: str, response: Response, origin: _Origin | None) -> bool:
+    """Whether entity tag, date and size of a partial response agree with those of the first one."""
+    if origin is None or origin.url != url:
+        return True
+    dates, sizes = {origin.last_modified, response.last_modified}, {origin.total, response.total}
+    return origin.etag in (None, response.etag) and len(dates - {None}) < 2 and len(sizes - {None}) < 2

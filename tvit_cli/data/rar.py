@@ -1,281 +1,198 @@
-"""RAR archives, read by pybit7z (extra `tvit[rar]`) or by a tool on the PATH that can.
+"""RAR archives, read by pybit7z (extra `tvit[rar]`) or by a 7-Zip program on the PATH.
 
-Tools write no file: 7-Zip prints the members one after the other, bsdtar turns the archive into a tar stream,
-and tvit cuts them apart. pybit7z writes members that were listed and found harmless into an empty folder.
+Members are listed and checked first. The chosen ones are then extracted to an empty folder, and only plain files
+are taken from it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
+import re
 import shutil
 import subprocess
-import tarfile
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import Any, Final
 
-from tvit_cli.data import archive_safety
 from tvit_cli.data.archive_safety import Kind, Limits, Member, kind_of_mode
 from tvit_cli.errors import DataError
 
 RAR5: Final = b"Rar!\x1a\x07\x01\x00"
 UNIX_MODE: Final = 0x8000  # bit of 7-Zip's attributes: the upper half is a Unix mode
 REPARSE_POINT: Final = 0x400  # bit of Windows' attributes: a link
-SEVEN_ZIPS: Final = ("7zz", "7z", "7za")
-BSDTARS: Final = ("bsdtar", "tar")
-PADDING_BYTES: Final = 64 * 1024  # more than a tar stream may have after its end
+RAR_CODEC: Final = re.compile(rb"\b4030\d\s+Rar\d")  # in the output of `7zz i`; Debian's 7zip has none
 ADVICE: Final = (
     'To unpack RAR, install the extra: python -m pip install "tvit[rar]" (or put 7-Zip\'s 7zz on the PATH).'
 )
 
 
-class Rar(Protocol):
-    """An open RAR: its members, and the bytes of chosen ones in the order of the archive."""
+class RarError(Exception):
+    """An archive that a reader cannot read."""
+
+
+class Rar:
+    """An open RAR and its members."""
 
     members: list[Member]
 
-    def read(self, chosen: Sequence[Member], raw: Path) -> Iterator[tuple[Member, Readable | Path]]:
-        """Bytes as a stream, or as a file under the new folder `raw`."""
+    def extract(self, chosen: Sequence[Member], folder: Path) -> None:
+        """Extracts members to an empty folder. Raises RarError."""
+        raise NotImplementedError
+
+    def read(self, chosen: Sequence[Member], folder: Path) -> Iterator[tuple[Member, Path]]:
+        """Chosen members as plain files below the new folder. Raises RarError."""
+        if not chosen:
+            return
+        folder.mkdir(parents=True)
+        self.extract(chosen, folder)
+        for path in folder.rglob("*"):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise RarError(f"{path.relative_to(folder)} is no plain file")
+        for member in chosen:
+            if not (path := folder / member.path).is_file():
+                raise RarError(f"member {member.name!r} was not extracted")
+            yield member, path
 
 
-class Readable(Protocol):
-    """What bytes are read from."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
+Reader = Callable[[Path, Limits], AbstractContextManager[Rar]]
 
 
-class CannotRead(Exception):
-    """One way of reading did not work; another may."""
+def find_reader() -> Reader | None:
+    """pybit7z, else the first 7-Zip program on the PATH that decodes RAR, else None."""
+    return find_pybit7z() or find_program()
 
 
-Way = Callable[[Path, Limits], AbstractContextManager[Rar]]
+def find_pybit7z() -> Reader | None:
+    """pybit7z if it is installed."""
+    return _open_pybit7z if importlib.util.find_spec("pybit7z") else None
 
 
-def ways() -> dict[str, Way]:
-    """What can read RAR on this machine, by name, best first."""
-    found: dict[str, Way] = {}
-    if importlib.util.find_spec("pybit7z"):
-        found["pybit7z"] = _library
-    for name in SEVEN_ZIPS:
-        if tool := shutil.which(name):
-            found[name] = lambda path, limits, tool=tool: _seven_zip(tool, path)  # type: ignore[misc]
-    for name in BSDTARS:
-        if (tool := shutil.which(name)) and _is_bsdtar(tool):
-            found[name] = lambda path, limits, tool=tool: _bsdtar(tool, path, limits)  # type: ignore[misc]
-    return found
+def find_program() -> Reader | None:
+    """The first 7-Zip program on the PATH that decodes RAR."""
+    for name in ("7zz", "7z"):
+        if (program := shutil.which(name)) and RAR_CODEC.search(_run([program, "i"])):
+            return lambda path, limits, program=program: _open_program(program, path)  # type: ignore[misc]
+    return None
 
 
-def require_way() -> None:
-    """Raise DataError, saying what to install, where nothing here reads RAR; call it before a download."""
-    if not ways():
-        raise DataError(f"This Python and this PATH have nothing that reads RAR archives. {ADVICE}")
+def require_reader() -> Reader:
+    """Returns the reader. Raises DataError if there is none; call it before a download."""
+    if reader := find_reader():
+        return reader
+    raise DataError(f"This Python and the PATH have no reader of RAR archives. {ADVICE}")
 
 
-@contextlib.contextmanager
-def opened(path: Path, limits: Limits, *, using: Mapping[str, Way] | None = None) -> Iterator[Rar]:
-    """An open RAR, by the first way that can list it. Raises DataError with what each way said."""
-    using = ways() if using is None else using
-    reasons = []
+@contextmanager
+def open_rar(path: Path, limits: Limits) -> Iterator[Rar]:
+    """An open RAR. Raises DataError if it cannot be read, also within the block."""
     try:
-        with contextlib.ExitStack() as stack:
-            for name, way in using.items():
-                try:
-                    archive = stack.enter_context(way(path, limits))
-                except CannotRead as error:
-                    reasons.append(f"{name}: {error}")
-                else:
-                    yield archive
-                    return
-    except CannotRead as error:
-        raise DataError(f"{path}: is damaged ({error}). Fetch it again, or take another copy.") from error
-    said = "; ".join(reasons) or "nothing here reads RAR archives"
-    advice = "" if "pybit7z" in using else f" {ADVICE}"
-    raise DataError(f"{path}: cannot be read ({said}); it may be damaged, encrypted or in parts.{advice}")
+        with require_reader()(path, limits) as archive:
+            yield archive
+    except RarError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); it may be damaged, encrypted or in parts. Take another copy."
+        ) from error
 
 
-@contextlib.contextmanager
-def _library(path: Path, limits: Limits) -> Iterator[Rar]:
+@contextmanager
+def _open_pybit7z(path: Path, limits: Limits) -> Iterator[Rar]:
     import pybit7z  # an extra
 
     form = pybit7z.FormatRar5 if _is_rar5(path) else pybit7z.FormatRar
     with pybit7z.lib7zip_context() as library:
         try:
-            yield _Library(pybit7z.BitArchiveReader(library, str(path), form), limits)
+            yield _Pybit7z(pybit7z.BitArchiveReader(library, str(path), form), limits)
         except pybit7z.BitException as error:
-            raise CannotRead(str(error)) from error
+            raise RarError(str(error)) from error
 
 
-class _Library:
-    def __init__(self, reader: object, limits: Limits) -> None:
-        from pybit7z import BitArchiveReader
-
-        assert isinstance(reader, BitArchiveReader)
+class _Pybit7z(Rar):
+    def __init__(self, reader: Any, limits: Limits) -> None:
         self._reader = reader
-        count = min(reader.items_count(), limits.members + 1)  # one more than may be: it will be refused
+        count = min(
+            reader.items_count(), limits.members + 1
+        )  # one more than the limit, so that it is refused
         self.members = [self._member(index) for index in range(count)]
 
-    def read(self, chosen: Sequence[Member], raw: Path) -> Iterator[tuple[Member, Path]]:
-        if not chosen:
-            return
-        raw.mkdir(parents=True)
-        most = sum(member.size for member in self.members)
-        self._reader.set_progress_callback(lambda done: done <= most)  # else it is stopped
-        self._reader.extract_to(str(raw), [member.index for member in chosen])
-        for found in raw.rglob("*"):
-            if found.is_symlink() or not (found.is_file() or found.is_dir()):
-                raise CannotRead(f"{found.relative_to(raw)} is no plain file")
-        for member in chosen:
-            if not (path := raw / member.path).is_file():
-                raise CannotRead(f"member {member.name!r} did not come out")
-            yield member, path
+    def extract(self, chosen: Sequence[Member], folder: Path) -> None:
+        limit = sum(member.size for member in self.members)
+        self._reader.set_progress_callback(lambda done: done <= limit)  # False stops the extraction
+        self._reader.extract_to(str(folder), [member.index for member in chosen])
 
     def _member(self, index: int) -> Member:
         from pybit7z import BitProperty
 
         item = self._reader.item_at(index)
-        links = (BitProperty.SymLink, BitProperty.HardLink, BitProperty.CopyLink)
         attributes = item.attributes()
-        kind = kind_of_mode(attributes >> 16 if attributes & UNIX_MODE else 0, folder=item.is_dir())
-        if attributes & REPARSE_POINT and not attributes & UNIX_MODE:
-            kind = "link"
-        if any(item.item_property(link).is_string() for link in links):
+        has_mode = bool(attributes & UNIX_MODE)
+        kind = kind_of_mode(attributes >> 16 if has_mode else 0, folder=item.is_dir())
+        links = (BitProperty.SymLink, BitProperty.HardLink, BitProperty.CopyLink)
+        if (attributes & REPARSE_POINT and not has_mode) or any(
+            item.item_property(link).is_string() for link in links
+        ):
             kind = "link"
         return Member(index, item.path(), item.size(), kind, encrypted=item.is_encrypted())
 
 
-@contextlib.contextmanager
-def _seven_zip(tool: str, path: Path) -> Iterator[Rar]:
-    yield _SevenZip(tool, path)
+@contextmanager
+def _open_program(program: str, path: Path) -> Iterator[Rar]:
+    yield _Program(program, path)
 
 
-class _SevenZip:
-    def __init__(self, tool: str, path: Path) -> None:
-        form = "-tRar5" if _is_rar5(path) else "-tRar"
-        self._print = [tool, "x", "-so", "-p-", form, "--", str(path)]
-        with _running([tool, "l", "-slt", "-ba", "-sccUTF-8", "-p-", form, "--", str(path)]) as listing:
-            text = listing.read().decode("utf-8", "surrogateescape")
-        self.members = [_of_listing(index, block) for index, block in enumerate(_blocks(text))]
+class _Program(Rar):
+    def __init__(self, program: str, path: Path) -> None:
+        self._program, self._path = program, path
+        self._form = "-tRar5" if _is_rar5(path) else "-tRar"
+        text = self._call("l", "-slt", "-ba", "-sccUTF-8").decode("utf-8", "surrogateescape")
+        self.members = _listed_members(text)
 
-    def read(self, chosen: Sequence[Member], raw: Path) -> Iterator[tuple[Member, Readable]]:
-        wanted = {member.index for member in chosen}
-        with _running(self._print) as stream:
-            for member in self.members:
-                if member.kind != "file":
-                    continue
-                part = _Slice(stream, member)
-                if member.index in wanted:
-                    yield member, part
-                part.finish()
+    def extract(self, chosen: Sequence[Member], folder: Path) -> None:
+        names = folder.with_name(f"{folder.name}.txt")
+        names.write_text("".join(f"{member.name}\n" for member in chosen), encoding="utf-8")
+        try:  # -spd: no wildcards in names
+            self._call("x", "-y", "-spd", "-scsUTF-8", f"-i@{names}", f"-o{folder}")
+        finally:
+            names.unlink()
+
+    def _call(self, verb: str, *switches: str) -> bytes:
+        return _run([self._program, verb, "-p-", self._form, *switches, "--", str(self._path)])
 
 
-def _blocks(text: str) -> Iterator[dict[str, str]]:
-    """Entries of a `7zz l -slt` listing. A name with a line end can forge lines; sizes and CRCs then fail."""
+def _run(command: list[str]) -> bytes:
+    """Standard output of a program. Raises RarError if it fails."""
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if ended.returncode:
+        lines = (ended.stderr or ended.stdout).decode("utf-8", "replace").split("\n")
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        raise RarError(reason or f"exit code {ended.returncode}")
+    return ended.stdout
+
+
+def _listed_members(text: str) -> list[Member]:
+    """Members in a `7zz l -slt` listing, which prints an underscore for a control character in a name."""
+    members: list[Member] = []
     for block in text.replace("\r\n", "\n").split("\n\n"):
         pairs = (line.partition(" = ") for line in block.splitlines() if " = " in line)
         fields = {key.strip(): value for key, _, value in pairs}
-        if "Path" in fields:
-            yield fields
-
-
-def _of_listing(index: int, fields: Mapping[str, str]) -> Member:
-    kind: Kind = "dir" if fields.get("Folder") == "+" else "file"
-    mode = fields.get("Attributes", "").split(" ")[-1]
-    if any(fields.get(key) for key in ("Symbolic Link", "Hard Link", "Copy Link")) or mode.startswith("l"):
-        kind = "link"
-    elif len(mode) == 10 and mode[0] not in "-d":
-        kind = "special"
-    try:
-        size = int(fields.get("Size") or 0)
-        crc32 = int(fields["CRC"], 16) if fields.get("CRC") else None
-    except ValueError as error:
-        raise CannotRead(f"a listing that makes no sense ({error})") from error
-    return Member(index, fields["Path"], size, kind, encrypted=fields.get("Encrypted") == "+", crc32=crc32)
-
-
-class _Slice(io.RawIOBase):
-    """The share of one member in the stream of all; its CRC-32 is checked at the end."""
-
-    def __init__(self, stream: IO[bytes], member: Member) -> None:
-        super().__init__()
-        self._stream, self._member, self._left, self._crc = stream, member, member.size, 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        size = self._left if size is None or size < 0 else min(size, self._left)
-        chunk = self._stream.read(size)
-        if len(chunk) < size:
-            raise CannotRead(f"it ends inside member {self._member.name!r}")
-        self._left -= size
-        self._crc = zlib.crc32(chunk, self._crc)
-        return chunk
-
-    def finish(self) -> None:
-        while self._left:
-            self.read(256 * 1024)
-        if self._member.crc32 not in (None, self._crc):
-            raise CannotRead(f"member {self._member.name!r} has a wrong CRC")
-
-
-@contextlib.contextmanager
-def _bsdtar(tool: str, path: Path, limits: Limits) -> Iterator[Rar]:
-    yield _BsdTar(tool, path, limits)
-
-
-class _BsdTar:
-    def __init__(self, tool: str, path: Path, limits: Limits) -> None:
-        self._command = [tool, "-c", "-f", "-", "--format", "pax", f"@{path.absolute()}"]
-        with self._stream() as tar:
-            self.members, _ = archive_safety.list_entries(tar, limits)
-
-    def read(self, chosen: Sequence[Member], raw: Path) -> Iterator[tuple[Member, IO[bytes]]]:
-        with self._stream() as tar:
-            yield from archive_safety.read_entries(tar, chosen)
-
-    @contextlib.contextmanager
-    def _stream(self) -> Iterator[tarfile.TarFile]:
-        with _running(self._command) as stream:
-            try:
-                with tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar:
-                    yield tar
-            except tarfile.TarError as error:
-                raise CannotRead(str(error)) from error
-
-
-@contextlib.contextmanager
-def _running(command: list[str]) -> Iterator[IO[bytes]]:
-    """Output of a tool, which must end well if it is read to its end. Raises CannotRead."""
-    with (
-        tempfile.TemporaryFile() as said,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as process,
-    ):
-        assert process.stdout is not None
+        if "Path" not in fields:
+            continue
+        kind: Kind = "dir" if fields.get("Folder") == "+" else "file"
+        windows, _, mode = fields.get("Attributes", "").rpartition(" ")  # "AL", "D drwxr-xr-x", " -rw-r--r--"
+        links = [fields.get(key) for key in ("Symbolic Link", "Hard Link", "Copy Link")]
+        if any(links) or mode.startswith("l") or "L" in windows + mode:
+            kind = "link"
+        elif len(mode) == 10 and mode[0] not in "-d":
+            kind = "special"
         try:
-            yield process.stdout
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        if len(process.stdout.read(PADDING_BYTES)) == PADDING_BYTES:
-            process.kill()  # the rest is not wanted
-            process.wait()
-            return
-        if code := process.wait():
-            said.seek(0)
-            lines = said.read(64 * 1024).decode("utf-8", "replace").strip().splitlines()
-            raise CannotRead(lines[-1].strip() if lines else f"exit code {code}")
+            size = int(fields.get("Size") or 0)
+        except ValueError as error:
+            raise RarError(f"its listing has an invalid size ({error})") from error
+        encrypted = fields.get("Encrypted") == "+"
+        members.append(Member(len(members), fields["Path"], size, kind, encrypted=encrypted))
+    return members
 
 
 def _is_rar5(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(RAR5)) == RAR5
-
-
-def _is_bsdtar(tool: str) -> bool:
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        told = subprocess.run([tool, "--version"], capture_output=True, timeout=10, check=False)
-        return told.stdout.startswith(b"bsdtar")
-    return False

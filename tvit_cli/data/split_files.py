@@ -1,10 +1,10 @@
 """CSV manifests and UCF101's split lists.
 
 Note [Lists from groups]
-The server of the official lists sends an incomplete TLS chain and is often down. But the lists follow a rule:
-the test side of split 1 is groups 1-7 of every class, of split 2 groups 8-14, of split 3 groups 15-21, the
-training side is all the rest. Made from the file names alone they have the same members as the official
-lists (a test compares all three), so that a host that is down does not stop anybody, and no check is skipped.
+The server of UCF101's official lists sends an incomplete TLS chain and is often down. But the lists follow a rule:
+the test set of split 1 is groups 1-7 of every class, of split 2 groups 8-14, of split 3 groups 15-21, and the
+training set is the rest. Lists made from the file names have the same members as the official ones (a test compares
+all three), so TLS verification stays on and the download does not depend on that server.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tvit_cli.errors import DataError
+from tvit_cli.errors import DataError, shorten
+from tvit_cli.settings.types import GROUP_PATTERN
 
 REQUIRED = ("path", "label")
 OPTIONAL = ("subset", "group")
 _DELIMITERS = ",;\t"
-_PROBLEMS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One video of a manifest; `name` is the path as written, in posix form."""
+    """One video of a manifest; `name` is its path as written, with "/"."""
 
     path: Path
     name: str
@@ -39,10 +39,8 @@ class Row:
 def read_manifest(path: Path, *, subsets: Mapping[str, str]) -> list[Row]:
     """Reads a manifest; paths are relative to it, `subsets` maps the accepted words to train, val and test.
 
-    The delimiter is whichever of comma, semicolon and tab the header has most of. All rows name a subset, or
-    none does. Other columns are not read.
-
-    Raises DataError with line numbers, several problems at once.
+    The delimiter is the most frequent one in the header: comma, semicolon or tab. All rows name a subset, or none
+    does. Other columns are ignored. Raises DataError with line numbers, several problems at once.
     """
     lines = _lines(path)
     _, header = next(lines, (1, []))
@@ -57,18 +55,18 @@ def read_manifest(path: Path, *, subsets: Mapping[str, str]) -> list[Row]:
     with_subset = any(record.get("subset") for _, record in records)
     rows: list[Row] = []
     problems: list[str] = []
-    seen: dict[str, int] = {}
+    first_lines: dict[str, int] = {}
     for number, record in records:
         written, label = record.get("path", ""), record.get("label", "")
         word = record.get("subset", "")
         file = path.parent / written
-        first = seen.setdefault(os.path.normpath(file), number)
+        first = first_lines.setdefault(os.path.normpath(file), number)
         if not written or not label:
             problems.append(f"line {number} has no {'label' if written else 'path'}")
         elif with_subset and word.casefold() not in subsets:
-            problems.append(f'line {number} has subset "{word}", which is none of train, val, test')
+            problems.append(f'line {number} has subset "{word}", not train, val or test')
         elif not file.is_file():
-            problems.append(f"line {number} names {file}, which is no file")
+            problems.append(f"line {number} names {file}, which is not a file")
         elif first != number:
             problems.append(f"line {number} names {written}, as line {first} does")
         else:
@@ -76,9 +74,7 @@ def read_manifest(path: Path, *, subsets: Mapping[str, str]) -> list[Row]:
             subset = subsets[word.casefold()] if with_subset else None
             rows.append(Row(file, name, label, subset, record.get("group") or None))
     if problems:
-        more = len(problems) - _PROBLEMS_SHOWN
-        listed = "; ".join(problems[:_PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-        raise DataError(f"{path}: {listed}.")
+        raise DataError(f"{path}: {shorten(problems, 5, '; ')}.")
     if not rows:
         raise DataError(f"{path}: no rows below the header. Each names one video: path,label.")
     return rows
@@ -95,7 +91,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, [cell.strip() for cell in cells]
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: no text in UTF-8, so no CSV manifest. Give a folder of videos or a CSV file."
+            f"{path}: is not UTF-8 text, so no CSV manifest. Give a folder of videos or a CSV file."
         ) from error
     except csv.Error as error:
         raise DataError(f"{path}: no CSV manifest ({error}).") from error
@@ -104,13 +100,12 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 SPLITS: Final = (1, 2, 3)
-GROUP: Final = re.compile(r"_g(\d+)_c\d+\.\w+$", re.ASCII)
 CLASS_LIST: Final = "classInd.txt"
 
 
 def group_of(file_name: str) -> str | None:
     """UCF101's group in a file name. "v_Archery_g03_c01.avi" -> "g03"."""
-    found = GROUP.search(file_name)
+    found = re.search(GROUP_PATTERN, file_name)
     return f"g{found[1]}" if found else None
 
 
@@ -126,18 +121,17 @@ def read_classes(folder: Path) -> list[str]:
 
 
 def parse_split_lists(folder: Path, split: int) -> dict[str, list[tuple[str, str]]]:
-    """Official split 1-3: {"train", "test"} -> (class, file name) in the order of the list.
+    """(class, file name) of the videos in "train" and "test" of official split 1-3, in the order of the lists.
 
-    Line ends may be mixed, labels present or absent on either side; class names come out as classInd.txt
-    spells them, file names as the list does. Raises DataError where a list is missing, a class unknown, a
-    label contradicts, or a video stands on both sides.
+    Line ends may be mixed, labels present or absent in either list. Class names are spelt as in classInd.txt, file
+    names as in the list. Raises DataError for a missing list, an unknown class, a wrong label or a repeated video.
     """
     if split not in SPLITS:
         raise DataError(f"split {split}: UCF101 has splits {SPLITS[0]} to {SPLITS[-1]}")
     classes = read_classes(folder)
     by_name = {name.casefold(): (name, index) for index, name in enumerate(classes, start=1)}
     subsets: dict[str, list[tuple[str, str]]] = {}
-    seen: dict[str, str] = {}
+    list_names: dict[str, str] = {}
     for subset in ("train", "test"):
         path = folder / f"{subset}list{split:02d}.txt"
         subsets[subset] = []
@@ -147,12 +141,12 @@ def parse_split_lists(folder: Path, split: int) -> dict[str, list[tuple[str, str
             folder_name, _, file = name.replace("\\", "/").rpartition("/")
             found = by_name.get(folder_name.rpartition("/")[2].casefold())
             if found is None:
-                raise DataError(f"{where} names a class that {CLASS_LIST} does not have")
+                raise DataError(f"{where} names a class that is not in {CLASS_LIST}")
             if label.strip() not in ("", str(found[1])):
                 raise DataError(f"{where} has the wrong label: {found[0]} is {found[1]}")
-            if file.casefold() in seen:
-                raise DataError(f"{where} stands in {seen[file.casefold()]} too")
-            seen[file.casefold()] = path.name
+            if file.casefold() in list_names:
+                raise DataError(f"{where} is in {list_names[file.casefold()]} too")
+            list_names[file.casefold()] = path.name
             subsets[subset].append((found[0], file))
     return subsets
 
@@ -166,22 +160,20 @@ def lists_from_groups(
     labels = {action: index for index, action in enumerate(classes, start=1)}
     texts = {CLASS_LIST: "".join(f"{label} {action}\n" for action, label in labels.items())}
     for split, (first, last) in enumerate(test_groups, start=1):
-        sides: dict[bool, list[str]] = {False: [], True: []}
+        train, test = "", ""
         for action, file in clips:
-            found = GROUP.search(file)
-            if found is None:
-                raise DataError(
-                    f"{file}: has no group in its name (v_Class_gNN_cNN.avi), so no split can be told"
-                )
-            is_test = first <= int(found[1]) <= last
-            sides[is_test].append(f"{action}/{file}" + ("\n" if is_test else f" {labels[action]}\n"))
-        texts[f"trainlist{split:02d}.txt"] = "".join(sides[False])
-        texts[f"testlist{split:02d}.txt"] = "".join(sides[True])
+            if (group := group_of(file)) is None:
+                raise DataError(f"{file}: no group in its name (v_Class_gNN_cNN.avi), so no split for it")
+            if first <= int(group[1:]) <= last:
+                test += f"{action}/{file}\n"
+            else:
+                train += f"{action}/{file} {labels[action]}\n"
+        texts[f"trainlist{split:02d}.txt"], texts[f"testlist{split:02d}.txt"] = train, test
     return texts
 
 
 def _list_lines(path: Path) -> list[tuple[int, str]]:
-    """Numbered lines that are not empty, whatever ends them."""
+    """Numbered lines that are not empty, with any line ends."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # universal line ends
     except (OSError, UnicodeDecodeError) as error:

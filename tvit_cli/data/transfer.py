@@ -1,20 +1,21 @@
-"""Transfer of a data set's files into its folder, from a local archive or the best source."""
+"""Transfer of a data set's files to its folder, from a local archive or the best source."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import IO, Final, Literal
+from typing import IO, Final
 
 from tvit_cli import files
 from tvit_cli.data import rar
 from tvit_cli.data.archive_safety import Limits, Member, check_members
 from tvit_cli.data.archives import (
+    CHUNK_BYTES,
     Unpacked,
     detect_kind,
     max_directory_bytes,
@@ -22,33 +23,34 @@ from tvit_cli.data.archives import (
     unpack,
     zip_members,
 )
-from tvit_cli.data.catalog import Dataset, Layout, Part, Source, Spelling, choose, place_all
-from tvit_cli.data.dataset_folder import Landing, Selection, SourceRecord
-from tvit_cli.data.http import (
-    OK,
-    PARTIAL,
-    Broken,
-    Http,
-    MirrorsFailed,
-    Refused,
-    fetch,
-    file_sha256,
-    is_fetched,
+from tvit_cli.data.catalog import (
+    CanonicalNames,
+    Dataset,
+    Layout,
+    Part,
+    Source,
+    choose,
+    target_paths,
 )
+from tvit_cli.data.dataset_folder import DatasetFolder, Selection, SourceRecord
+from tvit_cli.data.http import OK, Download, Http, MirrorsFailed, PermanentError, TransientError, is_fetched
 from tvit_cli.errors import DataError
+from tvit_cli.results import Note, Progress, Report
 
-TAIL_BYTES: Final = 32 * 1024  # end record with a short comment, and the whole directory of a small archive
-GAP_BYTES: Final = 16 * 1024  # between members: read over rather than asked around
-WINDOW_BYTES: Final = 16 * 1024**2  # most that is asked for at once, hence held in memory
+TAIL_BYTES: Final = 32 * 1024  # the end record with a short comment, and the directory of a small archive
+GAP_BYTES: Final = 16 * 1024  # largest gap between members that is read to save a request
+WINDOW_BYTES: Final = 16 * 1024**2  # largest request, which is held in memory
 LOCAL_HEADER_BYTES: Final = 30  # APPNOTE 4.3.7, without name and extra field
-EXTRA_BYTES: Final = 256  # for the local extra field, whose length only the local header tells
+EXTRA_BYTES: Final = 256  # for the local extra field, whose length only the local header has
+WHOLE_BYTES: Final = 512 * 1024**2  # up to this size, an archive is fetched whole even for a few members
+BATCH_BYTES: Final = 64 * 1024**2  # members that are added to the folder together
 
 
 class RangeFile(io.RawIOBase):
-    """A file on a server, seekable; `received` counts the bytes that came over the wire.
+    """A seekable file on a server, read by Range requests; `received` counts bytes of response bodies.
 
-    Raises Refused where the server ignores Range, changes the file meanwhile or has another `size` than
-    expected, and where more than `most_read` bytes are asked for in one read.
+    Raises PermanentError if the server ignores Range, the file changes, its size is not `size`, or a read asks for
+    more than `most_read` bytes.
     """
 
     def __init__(
@@ -57,27 +59,18 @@ class RangeFile(io.RawIOBase):
         super().__init__()
         self.url, self._http, self._most_read = url, http, most_read
         self._position = 0
-        self._ahead = 0  # reading may run ahead up to here
+        self._prefetch_end = 0
         self.received = 0
         self.etag: str | None = None
         self.size = -1
-        tail = self._ask(f"bytes=-{TAIL_BYTES}")
+        self._buffer = self._fetch_tail()
         if size is not None and self.size != size:
-            raise Refused(f"offers {self.size} bytes, {size} are expected")
-        self._start, self._buffer = self.size - len(tail), tail
+            raise PermanentError(f"offers {self.size} bytes, {size} are expected")
+        self._start = self.size - len(self._buffer)
 
-    def plan(self, start: int, stop: int) -> None:
-        """Seek to `start`; let coming reads fetch ahead, up to `stop`."""
-        self._position, self._ahead = start, min(stop, self.size)
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
+    def prefetch(self, start: int, stop: int) -> None:
+        """Seeks to `start`; the next reads may fetch ahead up to `stop`."""
+        self._position, self._prefetch_end = start, min(stop, self.size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
@@ -89,14 +82,14 @@ class RangeFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         stop = self.size if size is None or size < 0 else min(self._position + size, self.size)
         if stop - self._position > self._most_read:
-            raise Refused(
+            raise PermanentError(
                 f"its directory asks for {stop - self._position} bytes at once, limit {self._most_read}"
             )
         out = bytearray()
         while self._position < stop:
             inside = self._position - self._start
             if not 0 <= inside < len(self._buffer):
-                until = max(stop, min(self._ahead, self._position + WINDOW_BYTES))
+                until = max(stop, min(self._prefetch_end, self._position + WINDOW_BYTES))
                 self._start, self._buffer = self._position, self._fetch(self._position, until)
                 inside = 0
             piece = self._buffer[inside : inside + stop - self._position]
@@ -104,55 +97,55 @@ class RangeFile(io.RawIOBase):
             self._position += len(piece)
         return bytes(out)
 
-    def _fetch(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop`, over as many connections as it takes."""
-        got = bytearray()
+    def _fetch(self, start: int, stop: int) -> bytearray:
+        """Bytes `start` to `stop`, resumed if the connection breaks."""
+        body = bytearray()
         attempt = 0
-        while len(got) < stop - start:
-            before = len(got)
+        while len(body) < stop - start:
+            before = len(body)
             try:
-                self._ask(f"bytes={start + len(got)}-{stop - 1}", into=got)
-            except Broken as failure:
-                attempt = 1 if len(got) > before else attempt + 1
+                self._request(f"bytes={start + before}-{stop - 1}", body)
+            except TransientError as failure:
+                attempt = 1 if len(body) > before else attempt + 1
                 self._http.retry.wait(attempt, failure)
-        return bytes(got)
+        return body
 
-    def _ask(self, span: str, *, into: bytearray | None = None) -> bytes:
-        """Bytes of one Range request, appended to `into` as they come."""
-        got = bytearray() if into is None else into
+    def _fetch_tail(self) -> bytearray:
         attempt = 0
         while True:
+            body = bytearray()
             try:
-                with self._http.open(self.url, headers={"Range": span}) as answer:
-                    if answer.status == OK:
-                        raise Refused("ignores Range, so single members cannot be read from it")
-                    if answer.status != PARTIAL or answer.total is None or answer.start is None:
-                        raise Refused(f"HTTP {answer.status} to the Range request {span}")
-                    if self.size < 0:
-                        self.size, self.etag = answer.total, answer.etag
-                    if answer.total != self.size or answer.etag != self.etag:
-                        raise Refused("the file has changed on the server while it was read")
-                    want = answer.length if answer.length is not None else WINDOW_BYTES
-                    count = 0
-                    while count < want and (chunk := answer.read(min(want - count, 256 * 1024))):
-                        got += chunk
-                        count += len(chunk)
-                        self.received += len(chunk)
-                    if answer.length is not None and count < want:
-                        raise Broken(f"connection cut at {count} of {want} bytes")
-                    return bytes(got)
-            except Broken as failure:
-                if into is not None:
-                    raise
-                got.clear()
+                self._request(f"bytes=-{TAIL_BYTES}", body)
+                return body
+            except TransientError as failure:
                 attempt += 1
                 self._http.retry.wait(attempt, failure)
 
+    def _request(self, span: str, body: bytearray) -> None:
+        """Appends the bytes of one Range request to `body` as they arrive."""
+        with self._http.open(self.url, {"Range": span}) as response:
+            if response.status == OK:
+                raise PermanentError("ignores Range, so single members cannot be read from it")
+            if response.total is None or response.start is None:
+                raise PermanentError(f"HTTP {response.status} to the Range request {span}")
+            if self.size < 0:
+                self.size, self.etag = response.total, response.etag
+            if response.total != self.size or response.etag != self.etag:
+                raise PermanentError("the file has changed on the server while it was read")
+            want = WINDOW_BYTES if response.length is None else response.length
+            count = 0
+            while count < want and (chunk := response.read(min(want - count, CHUNK_BYTES))):
+                body += chunk
+                count += len(chunk)
+                self.received += len(chunk)
+            if response.length is not None and count < want:
+                raise TransientError(f"connection cut at {count} of {want} bytes")
+
 
 class RemoteZip:
-    """A ZIP on a server: `infos` are its entries, in the order of the directory.
+    """A ZIP on a server; `infos` are its entries in the order of the directory.
 
-    Raises Refused where the server or the file is not fit for it.
+    Raises PermanentError if the directory cannot be read by Range requests.
     """
 
     def __init__(self, url: str, *, http: Http, size: int | None = None, most_directory: int) -> None:
@@ -160,307 +153,228 @@ class RemoteZip:
         try:
             self._zip = zipfile.ZipFile(self.file)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-            raise Refused(f"its ZIP directory cannot be read ({error})") from error
+            raise PermanentError(f"its ZIP directory cannot be read ({error})") from error
         self.infos = self._zip.infolist()
 
-    @property
-    def received(self) -> int:
-        """Bytes that came over the wire so far, the directory included."""
-        return self.file.received
-
     def read(self, chosen: Iterable[zipfile.ZipInfo]) -> Iterator[tuple[zipfile.ZipInfo, IO[bytes]]]:
-        """Chosen entries as open files, in the order they lie in the archive; neighbours share one request.
+        """Chosen entries as open files in the order of their offsets; neighbours share a request.
 
-        Reading a file to its end checks its CRC-32 (zipfile.BadZipFile where it is wrong).
+        Reading a file to its end checks its CRC-32. Raises zipfile.BadZipFile.
         """
-        for run in self._runs(chosen):
-            begin, end = run[0].header_offset, self._end(run[-1])
-            self.file.plan(begin, end)
-            for info in run:
-                with self._zip.open(info) as file:
-                    yield info, file
-
-    def _runs(self, chosen: Iterable[zipfile.ZipInfo]) -> list[list[zipfile.ZipInfo]]:
         runs: list[list[zipfile.ZipInfo]] = []
         for info in sorted(chosen, key=attrgetter("header_offset")):
             if runs and info.header_offset - self._end(runs[-1][-1]) <= GAP_BYTES:
                 runs[-1].append(info)
             else:
                 runs.append([info])
-        return runs
+        for run in runs:
+            self.file.prefetch(run[0].header_offset, self._end(run[-1]))
+            for info in run:
+                with self._zip.open(info) as file:
+                    yield info, file
 
     def _end(self, info: zipfile.ZipInfo) -> int:
-        """Where an entry ends at the latest, its extra field taken as short."""
+        """Upper bound of an entry's end, for a short extra field."""
         name = len(info.orig_filename.encode("utf-8", "surrogateescape"))
         return info.header_offset + LOCAL_HEADER_BYTES + name + EXTRA_BYTES + info.compress_size
 
 
-WHOLE_BYTES: Final = (
-    512 * 1024**2
-)  # an archive up to this size is fetched whole even for a few of its members
-BATCH_BYTES: Final = 64 * 1024**2  # members read singly that land together
-
-Stage = Literal["fetch", "unpack", "check"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Bytes done of `total` (None: not known) in a stage of the work on `what`."""
-
-    stage: Stage
-    what: str
-    done: int
-    total: int | None
-
-
-def no_progress(_: object) -> None:
-    """A callback that nobody listens to."""
-
-
-@dataclass(frozen=True)
-class TransferTools:
-    """What the caller hands in."""
-
-    http: Http = field(default_factory=Http)
-    limits: Limits = field(default_factory=Limits)
-    free: files.FreeBytes = files.free_bytes
-    progress: Callable[[Progress], None] = no_progress
-    report: Callable[[str], None] = no_progress
-
-    def stage(self, name: Stage, what: str) -> Callable[[int, int | None], None]:
-        """A callback of (bytes done, bytes in all)."""
-        return lambda done, total: self.progress(Progress(name, what, done, total))
-
-
 @dataclass(frozen=True)
 class PartRequest:
-    """What is asked of a part: `paths`, where they are known, else what `selection` takes from a listing."""
+    """Files to fetch of a part: `paths` if known, else those of `selection`."""
 
     part: Part
     selection: Selection
     paths: frozenset[PurePosixPath] | None
 
-    @property
-    def is_few(self) -> bool:
-        """Whether it may be less than the whole archive."""
-        return self.paths is not None or not self.selection.is_whole
 
-
-class _WholeOnly(Exception):
-    """Single members cannot be had from a source, and all of it is too much for a few clips."""
+class _TooLarge(Exception):
+    """An archive without access to single members, too large to fetch for a few clips."""
 
 
 @dataclass
 class Transfer:
-    """`listed` are all videos of the archives that were looked into, `received` the bytes that came."""
+    """Fetches parts to a folder. `listed`: all videos in the archives; `received`: bytes over the network."""
 
     dataset: Dataset
-    landing: Landing
-    tools: TransferTools
-    spelling: Spelling = field(default_factory=Spelling)
+    folder: DatasetFolder
+    http: Http
+    report: Report
+    names: CanonicalNames = field(default_factory=CanonicalNames)
     listed: list[PurePosixPath] = field(default_factory=list)
     received: int = 0
 
     @property
     def archives(self) -> Path:
-        """Where whole archives are fetched to."""
-        return self.landing.folder / "archives"
+        """Folder of fetched archives."""
+        return self.folder.folder / "archives"
 
-    def fill(self, wish: PartRequest, given: Path | None) -> None:
-        """Take what is wished for from the user's archive, else from the first source that serves it."""
-        if given is not None:
-            self._from_given(wish, given)
+    def fetch(self, request: PartRequest, archive: Path | None) -> None:
+        """Adds the requested files from the user's archive, else from the first source that serves them.
+
+        Raises MirrorsFailed, DataError, RunError.
+        """
+        if archive is not None:
+            self._from_local(request, archive)
             return
         reasons: list[tuple[str, str]] = []
-        for source in wish.part.sources:
+        for source in request.part.sources:
             try:
-                if self._from_source(wish, source, reasons):
-                    return
+                self._from_source(request, source, reasons)
+                return
             except MirrorsFailed as error:
                 reasons.extend(error.reasons)
-            except (DataError, _WholeOnly) as error:
-                reasons.append((source.urls[0], str(error)))
-                self.tools.report(f"{source.urls[0]}: {error}")
+            except (DataError, _TooLarge) as error:
+                self._failed(source.urls[0], error, reasons)
         advice = (
-            f"Try again later: what has come is kept. Or take the archive from {self.dataset.homepage} "
+            f"Try again later: the received bytes are kept. Or take the archive from {self.dataset.homepage} "
             "and give it with --archive (split lists: --splits-archive)."
         )
-        raise MirrorsFailed(f"{self.dataset.name}: {wish.part.name}", reasons, advice=advice)
+        raise MirrorsFailed(f"{self.dataset.name}: {request.part.name}", reasons, advice=advice)
 
-    def _from_source(self, wish: PartRequest, source: Source, reasons: list[tuple[str, str]]) -> bool:
-        whole = self.archives / source.file_name
-        if wish.is_few and source.kind == "zip" and not whole.exists():
+    def _failed(self, url: str, error: Exception, reasons: list[tuple[str, str]]) -> None:
+        reasons.append((url, str(error)))
+        self.report(Note(f"{url}: {error}"))
+
+    def _from_source(self, request: PartRequest, source: Source, reasons: list[tuple[str, str]]) -> None:
+        archive = self.archives / source.file_name
+        is_partial = request.paths is not None or not request.selection.is_whole
+        if is_partial and source.kind == "zip" and not archive.exists():
             for url in source.urls:
                 try:
-                    if self._from_members(wish, source, url):
-                        return True
+                    if self._from_members(request, source, url):
+                        return
                     break
-                except (Refused, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                    self.tools.report(f"{url}: {error}")
-                    reasons.append((url, str(error)))
+                except (
+                    PermanentError,
+                    zipfile.BadZipFile,
+                    zlib.error,
+                    EOFError,
+                    NotImplementedError,
+                ) as error:
+                    self._failed(url, error, reasons)
         size = source.bytes or self.dataset.unpacked_bytes or 0
-        if not wish.selection.is_whole and size > WHOLE_BYTES and not whole.exists():
-            raise _WholeOnly(
-                f"a {source.kind.upper()} of {files.size_text(size)} for a few clips is too much; leave out "
+        if not request.selection.is_whole and size > WHOLE_BYTES and not archive.exists():
+            raise _TooLarge(
+                f"a {source.kind.upper()} of {files.size_text(size)} is too large for a few clips; leave out "
                 "--classes and --clips-per-class to fetch it whole"
             )
-        self._from_whole(wish, source, whole)
-        return True
+        self._from_archive(request, source, archive)
 
-    def _from_members(self, wish: PartRequest, source: Source, url: str) -> bool:
-        """Read members singly; False where most are wanted, so that the whole archive is the better way."""
-        limits = self.tools.limits
-        remote = RemoteZip(
-            url, http=self.tools.http, size=source.bytes, most_directory=max_directory_bytes(limits)
-        )
+    def _from_members(self, request: PartRequest, source: Source, url: str) -> bool:
+        """Reads single members; False if most are requested, so that the whole archive is faster."""
+        most_directory = max_directory_bytes(Limits())
+        remote = RemoteZip(url, http=self.http, size=source.bytes, most_directory=most_directory)
         try:
             members = zip_members(remote.infos)
-            check_members(members, archive=url, packed_bytes=remote.file.size, limits=limits)
-            placed = self._plan(wish, source.layout, [member for member in members if member.kind == "file"])
-            order = sorted(placed, key=lambda index: remote.infos[index].header_offset)
-            packed = sum(remote.infos[index].compress_size for index in order)
-            if wish.selection.is_whole and packed > remote.file.size / 2:
+            check_members(members, archive=url, packed_bytes=remote.file.size)
+            paths = self._plan(
+                request, source.layout, [member for member in members if member.kind == "file"]
+            )
+            packed = sum(remote.infos[index].compress_size for index in paths)
+            if request.selection.is_whole and packed > remote.file.size / 2:
                 return False
-            need = sum(members[index].size for index in order)
-            files.require_free(
-                self.landing.folder, need, purpose=f"fetching from {url}", free=self.tools.free
-            )
+            done, need = 0, sum(members[index].size for index in paths)
+            purpose = f"fetching from {url}"
+            files.require_free(self.folder.folder, need, purpose=purpose)
             record = SourceRecord(
-                part=wish.part.name,
-                url=url,
-                bytes=remote.file.size,
-                sha256=None,
-                etag=remote.file.etag,
-                verified=False,
+                part=request.part.name, url=url, bytes=remote.file.size, etag=remote.file.etag
             )
-            done = 0
-            for batch in _batches(order, members):
-                chosen = {remote.infos[index]: (members[index], placed[index]) for index in batch}
-                done = self._land_members(remote, chosen, record, done, need)
+            order = sorted(paths, key=lambda index: remote.infos[index].header_offset)
+            with files.disk_full_errors(self.folder.folder, purpose=purpose, need=lambda: need - done):
+                for batch in _batches(order, members):
+                    new = self.folder.new_incoming()
+                    unpacked = []
+                    entries = remote.read(remote.infos[index] for index in batch)
+                    for index, (_, stream) in zip(batch, entries, strict=True):
+                        path, member = paths[index], members[index]
+                        sha256 = store(stream, new / path, member, archive=url)
+                        unpacked.append(Unpacked(path, member.name, member.size, sha256))
+                        done += member.size
+                        self.report(Progress(f"fetch {request.part.name}", done, need, "bytes"))
+                    self.folder.complete_incoming(new)
+                    self.folder.add(unpacked, record)
             return True
         finally:
-            self.received += remote.received
+            self.received += remote.file.received
 
-    def _land_members(
-        self,
-        remote: RemoteZip,
-        chosen: Mapping[zipfile.ZipInfo, tuple[Member, PurePosixPath]],
-        record: SourceRecord,
-        done: int,
-        need: int,
-    ) -> int:
-        """Bytes done after this batch of members has landed."""
-        new = self.landing.new_incoming()
-        fetched = []
-        note = self.tools.stage("fetch", record.part)
-        with files.disk_full_errors(
-            self.landing.folder, purpose=f"fetching from {record.url}", need=lambda: need - done
-        ):
-            for info, stream in remote.read(chosen):
-                member, where = chosen[info]
-                sha256 = store(stream, new / where, member, archive=record.url)
-                fetched.append(Unpacked(where, member.name, member.size, sha256))
-                done += member.size
-                note(done, need)
-            self.landing.accept(new)
-            self.landing.land(fetched, record)
-        return done
-
-    def _from_whole(self, wish: PartRequest, source: Source, target: Path) -> None:
+    def _from_archive(self, request: PartRequest, source: Source, archive: Path) -> None:
         if source.kind == "rar":
-            rar.require_way()
-        unpacked = self.dataset.unpacked_bytes or source.bytes or 0
-        have = sum(file.stat().st_size for file in target.parent.glob("*") if file.is_file())
-        need = max(0, (source.bytes or 0) + (0 if source.layout == "lists" else unpacked) - have)
-        files.require_free(
-            self.landing.folder, need, purpose=f"{source.file_name} with its files", free=self.tools.free
-        )
-        fetched = fetch(
-            source.urls,
-            target,
-            size=source.bytes,
-            sha256=source.sha256,
-            http=self.tools.http,
-            progress=self.tools.stage("fetch", source.file_name),
-            report=self.tools.report,
-            free=self.tools.free,
-        )
-        self.received += fetched.bytes_received
-        record = SourceRecord(
-            part=wish.part.name,
-            url=fetched.url,
-            bytes=fetched.bytes,
-            sha256=fetched.sha256,
-            etag=fetched.etag,
-            verified=fetched.verified,
-        )
+            rar.require_reader()
+        unpacked = 0 if source.layout == "lists" else self.dataset.unpacked_bytes or source.bytes or 0
+        have = sum(file.stat().st_size for file in archive.parent.glob("*") if file.is_file())
+        need = max(0, (source.bytes or 0) + unpacked - have)
+        files.require_free(self.folder.folder, need, purpose=f"{source.file_name} with its files")
+        download = Download(archive, source.bytes, source.sha256, self.http, self.report)
+        fetched = download.fetch(source.urls)
+        facts = asdict(fetched)
+        self.received += facts.pop("bytes_received")
+        record = SourceRecord(part=request.part.name, **facts)
         try:
-            self._unpack(wish, target, source.layout, record)
+            self._unpack(request, archive, source.layout, record)
         except DataError:
-            if is_fetched(target, fetched.sha256):
-                target.unlink()  # it would only be found wanting again
+            if is_fetched(archive, fetched.sha256):
+                archive.unlink()  # the next run would fail in the same way
             raise
 
-    def _from_given(self, wish: PartRequest, path: Path) -> None:
-        """Unpack an archive that the user has; its hash must be a known one where all are known."""
-        kind = detect_kind(path)
-        sha256 = file_sha256(path, progress=self.tools.stage("check", path.name))
-        sources = wish.part.sources
+    def _from_local(self, request: PartRequest, archive: Path) -> None:
+        """Unpacks the user's archive. Raises DataError if all sources have known hashes and its hash is another."""
+        kind = detect_kind(archive)
+        sha256 = files.sha256(
+            archive,
+            progress=lambda done, total: self.report(Progress(f"check {archive.name}", done, total, "bytes")),
+        )
+        sources = request.part.sources
         source = next((one for one in sources if one.sha256 == sha256), None)
         if source is None and all(one.sha256 for one in sources):
             known = " or ".join(f"{one.sha256} ({one.file_name})" for one in sources)
             raise DataError(
-                f"{path}: has sha256 {sha256}, {self.dataset.name} has {known}. The file is damaged or "
+                f"{archive}: has sha256 {sha256}, {self.dataset.name} has {known}. The file is damaged or "
                 "another version; fetch it again, or unpack it yourself and give `tvit train` the folder."
             )
-        like = source or next((one for one in sources if one.kind == kind), sources[0])
+        similar = source or next((one for one in sources if one.kind == kind), sources[0])
+        size = archive.stat().st_size
         record = SourceRecord(
-            part=wish.part.name,
-            url=str(path),
-            bytes=path.stat().st_size,
-            sha256=sha256,
-            etag=None,
-            verified=source is not None,
+            part=request.part.name, url=str(archive), bytes=size, sha256=sha256, verified=source is not None
         )
-        self._unpack(wish, path, like.layout, record)
+        self._unpack(request, archive, similar.layout, record)
 
-    def _unpack(self, wish: PartRequest, path: Path, layout: Layout, record: SourceRecord) -> None:
-        fetched = unpack(
-            path,
-            self.landing.clear_incoming(),
-            plan=lambda members: self._plan(wish, layout, members),
-            limits=self.tools.limits,
-            progress=self.tools.stage("unpack", path.name),
-            free=self.tools.free,
+    def _unpack(self, request: PartRequest, archive: Path, layout: Layout, record: SourceRecord) -> None:
+        unpacked = unpack(
+            archive,
+            self.folder.clear_incoming(),
+            plan=lambda members: self._plan(request, layout, members),
+            report=self.report,
         )
-        self.landing.land(fetched, record)
+        self.folder.add(unpacked, record)
 
-    def _plan(self, wish: PartRequest, layout: Layout, members: Sequence[Member]) -> dict[int, PurePosixPath]:
-        """Which members are wanted, and where each goes."""
-        placed = place_all(members, layout, part=wish.part.name, spelling=self.spelling)
+    def _plan(
+        self, request: PartRequest, layout: Layout, members: Sequence[Member]
+    ) -> dict[int, PurePosixPath]:
+        """Target paths of the requested members that the folder lacks, by index."""
+        paths = target_paths(members, layout, part=request.part.name, names=self.names)
         if layout != "lists":
-            self.listed.extend(placed.values())
-        if wish.paths is None:
-            chosen = choose(placed.values(), wish.selection)
+            self.listed.extend(paths.values())
+        if request.paths is None:
+            chosen = choose(paths.values(), request.selection)
         else:
-            chosen = set(wish.paths)
-            if lost := chosen - set(placed.values()):
-                raise DataError(f"{len(lost)} of the wanted files are not in it, {min(lost)} among them")
+            chosen = set(request.paths)
+            if missing := chosen - set(paths.values()):
+                raise DataError(f"{len(missing)} requested files are not in it, such as {min(missing)}")
         return {
-            index: where
-            for index, where in placed.items()
-            if where in chosen and not self.landing.is_there(str(where))
+            index: path for index, path in paths.items() if path in chosen and not self.folder.has(str(path))
         }
 
 
-def _batches(indices: Sequence[int], members: Sequence[Member]) -> list[list[int]]:
-    """Runs of members of about BATCH_BYTES each."""
-    batches: list[list[int]] = []
-    size = BATCH_BYTES
+def _batches(indices: Sequence[int], members: Sequence[Member]) -> Iterator[list[int]]:
+    """Groups of members of about BATCH_BYTES each."""
+    batch: list[int] = []
+    size = 0
     for index in indices:
-        if size >= BATCH_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(index)
+        batch.append(index)
         size += members[index].size
-    return batches
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

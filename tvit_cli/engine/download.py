@@ -1,4 +1,4 @@
-"""`tvit download`: a known data set becomes the folder `data/<name>/{videos, splits, download.json}`."""
+"""`tvit download`: fetches, verifies or repairs `data/<name>/{videos, splits, download.json}`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tvit_cli import files
-from tvit_cli.data import dataset_folder
-from tvit_cli.data.archive_safety import Limits
 from tvit_cli.data.archives import Unpacked
 from tvit_cli.data.catalog import (
     CATALOG,
+    CanonicalNames,
     Dataset,
     Part,
-    Spelling,
-    class_of,
     find,
     is_selected,
     require_classes,
 )
-from tvit_cli.data.dataset_folder import Difference, Landing, Selection, SourceRecord
+from tvit_cli.data.dataset_folder import FILE_NAME, DatasetFolder, Difference, Selection, SourceRecord
 from tvit_cli.data.http import Http, MirrorsFailed, fetch_files
 from tvit_cli.data.split_files import (
     CLASS_LIST,
@@ -32,9 +29,9 @@ from tvit_cli.data.split_files import (
     parse_split_lists,
     read_classes,
 )
-from tvit_cli.data.transfer import PartRequest, Progress, Transfer, TransferTools, no_progress
+from tvit_cli.data.transfer import PartRequest, Transfer
 from tvit_cli.errors import DataError, RunError, SettingsError
-from tvit_cli.files import check_folder, remove_files
+from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
 
@@ -43,20 +40,20 @@ MADE_LISTS: Final = "made from the file names by the rule of the official lists"
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """What lies in `folder` now; `landed` files and `bytes_received` are of this run."""
+    """Contents of `folder`; `new_files` and `bytes_received` count this run only."""
 
     name: str
     folder: Path
     classes: int
     videos: int
-    landed: int
+    new_files: int
     bytes_received: int
     sources: tuple[SourceRecord, ...] = ()
     differences: tuple[Difference, ...] = ()
 
 
-def known() -> Sequence[Dataset]:
-    """The data sets that `tvit download` has facts on."""
+def known_datasets() -> Sequence[Dataset]:
+    """The data sets that `tvit download` can fetch or generate."""
     return CATALOG
 
 
@@ -66,46 +63,39 @@ def download(
     catalog: Sequence[Dataset] = CATALOG,
     makers: Mapping[str, Callable[[Path], object]] | None = None,
     http: Http | None = None,
-    limits: Limits | None = None,
-    free: files.FreeBytes = files.free_bytes,
-    progress: Callable[[Progress], None] = no_progress,
-    report: Callable[[str], None] = no_progress,
+    report: Report = silent,
 ) -> DownloadResult:
-    """Fetch, unpack, verify or repair one data set; what is there already is left alone.
+    """Fetches, unpacks, verifies or repairs one data set; complete files are not fetched again.
 
-    `makers` make, in a folder, the sets that are not downloaded. `differences` of the result is what verify
-    found, or what repair could not mend. Raises SettingsError, DataError, and RunError (MirrorsFailed where
-    no source served).
+    `makers` generate the sets that are not downloaded. `differences` of the result were found by verify, or not
+    fixed by repair. Raises SettingsError, DataError, and RunError (MirrorsFailed if all sources failed).
     """
     assert settings.name is not None, "--list needs no engine"
     dataset = find(settings.name, catalog)
-    for option, given in (("--archive", settings.archive), ("--splits-archive", settings.splits_archive)):
-        if given is None or given.is_file() or given.is_dir():
+    for option, archive in (("--archive", settings.archive), ("--splits-archive", settings.splits_archive)):
+        if archive is None or archive.is_file() or archive.is_dir():
             continue
-        what = "is no file but a pipe or a device. Save it to one first" if given.exists() else "no such file"
-        raise DataError(f"{option} {given}: {what}.")
+        if archive.exists():
+            raise DataError(f"{option} {archive}: is a pipe or a device. Save it to a file first.")
+        raise DataError(f"{option} {archive}: no such file. Check the path.")
     folder = settings.data_directory / dataset.name
-    check_folder("--data-directory", settings.data_directory, folder)
+    files.check_folder("--data-directory", settings.data_directory, folder)
     if not dataset.videos:
-        _check_nothing_is_fetched(settings)
-        return _made(dataset, folder, makers or {})
-    tools = TransferTools(http or Http(), limits or Limits(), free, progress, report)
+        return _generate(settings, dataset, folder, makers or {})
+    busy = f"{folder}: another process is downloading to it. Wait until it ends, then repeat this command."
     try:
-        busy = (
-            f"{folder}: another process is downloading to it. Wait until it ends, then repeat this command."
-        )
         with files.file_lock(folder / ".lock", busy):
-            landing = Landing(folder, dataset.name)
-            job = _Job(settings, dataset, folder, landing, Transfer(dataset, landing, tools))
-            if settings.verify or settings.repair:
-                return job.verify_or_repair()
-            return job.complete()
+            target = DatasetFolder(folder, dataset.name)
+            job = _Job(settings, dataset, target, Transfer(dataset, target, http or Http(), report))
+            return job.verify_or_repair() if settings.verify or settings.repair else job.complete()
     except OSError as error:
         raise RunError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
-def _check_nothing_is_fetched(settings: DownloadSettings) -> None:
-    """Refuse options of fetching for a set that is made. Raises SettingsError."""
+def _generate(
+    settings: DownloadSettings, dataset: Dataset, folder: Path, makers: Mapping[str, Callable[[Path], object]]
+) -> DownloadResult:
+    """Generates a data set. Raises SettingsError for options about fetching."""
     for name in (
         "classes",
         "clips_per_class",
@@ -117,138 +107,118 @@ def _check_nothing_is_fetched(settings: DownloadSettings) -> None:
     ):
         if getattr(settings, name):
             raise SettingsError(
-                f"{flag(name)}: {settings.name} is made on this machine, not fetched, so this has no effect. "
-                "Leave it out; to make the set anew, remove its folder first."
+                f"{flag(name)}: {dataset.name} is generated, not fetched, so this has no effect. "
+                "Leave it out; to generate the set again, remove its folder first."
             )
-
-
-def _made(dataset: Dataset, folder: Path, makers: Mapping[str, Callable[[Path], object]]) -> DownloadResult:
     if dataset.name not in makers:
-        raise DataError(f"{dataset.name}: is made on this machine, not downloaded; nothing here makes it.")
+        raise DataError(f"{dataset.name}: is generated, not downloaded, and has no generator here.")
     makers[dataset.name](folder)
-    return DownloadResult(dataset.name, folder, dataset.classes, dataset.clips, landed=0, bytes_received=0)
+    return DownloadResult(dataset.name, folder, dataset.classes, dataset.clips, 0, 0)
 
 
 @dataclass
 class _Job:
     settings: DownloadSettings
     dataset: Dataset
-    folder: Path
-    landing: Landing
-    supply: Transfer
+    folder: DatasetFolder
+    transfer: Transfer
 
     def complete(self) -> DownloadResult:
-        """Bring all that is missing: the split lists first, since they say how names are spelt."""
-        self.landing.require_own()
+        """Fetches all missing files, split lists first, since they define the spelling of names."""
+        self.folder.refuse_foreign_videos()
         classes = self.settings.classes
         selection = Selection(
             classes=tuple(sorted({name.casefold() for name in classes})) if classes else None,
             clips_per_class=self.settings.clips_per_class,
         )
-        without_lists: dict[str, MirrorsFailed] = {}
+        failed: dict[str, MirrorsFailed] = {}
         for part in self.dataset.splits:
             try:
-                self._bring(part, self.settings.splits_archive, Selection())
+                self._fetch_missing(part, self.settings.splits_archive, Selection())
             except MirrorsFailed as error:
-                without_lists[part.name] = error
-        self._read_spelling()
+                failed[part.name] = error
+        known = self._read_lists()
         several = len(self.dataset.videos) > 1
-        require_classes(selection.classes, self._known_classes())
+        require_classes(selection.classes, [part.name for part in self.dataset.videos] if several else known)
         for part in self.dataset.videos:
             if not several or selection.classes is None or part.name.casefold() in selection.classes:
-                self._bring(part, self._given(part), selection)
-        for name, why in without_lists.items():
-            self._make_lists(name, why)
-        self._tidy()
+                self._fetch_missing(part, self._archive_of(part), selection)
+        for name, failure in failed.items():
+            self._make_lists(name, failure)
+        self._remove_archives()
         return self._result([])
 
     def verify_or_repair(self) -> DownloadResult:
-        """Compare every file with the manifest; fetch anew what differs, if that is asked for."""
-        differences = self._compare(None)
+        """Compares every file with the manifest; repair fetches those that differ."""
+        if not self.folder.manifest.files:
+            raise DataError(
+                f"{self.folder.folder}: has no {FILE_NAME}. Run `tvit download {self.dataset.name}` first."
+            )
+        differences = self.folder.compare(None, self.transfer.report)
         if self.settings.verify or not differences:
             return self._result(differences)
-        wrong = sorted(difference.path for difference in differences)
-        self.landing.damaged.update(wrong)
-        self._read_spelling()
+        wrong = {difference.path for difference in differences}
+        self.folder.damaged.update(wrong)
         for part in self.dataset.splits + self.dataset.videos:
-            paths = frozenset(map(PurePosixPath, set(wrong) & set(self.landing.manifest.of_part(part.name))))
-            is_list = part in self.dataset.splits
+            self._read_lists()
+            paths = frozenset(map(PurePosixPath, wrong.intersection(self.folder.manifest.of_part(part.name))))
             if paths:
-                self.supply.fill(
-                    PartRequest(part, Selection(), paths),
-                    self.settings.splits_archive if is_list else self._given(part),
-                )
-            if is_list:
-                self._read_spelling()
-        self._tidy()
-        return self._result(self._compare(wrong))
+                is_list = part in self.dataset.splits
+                archive = self.settings.splits_archive if is_list else self._archive_of(part)
+                self.transfer.fetch(PartRequest(part, Selection(), paths), archive)
+        self._remove_archives()
+        return self._result(self.folder.compare(wrong, self.transfer.report))
 
-    def _tidy(self) -> None:
-        if not self.settings.keep_archive:
-            folder = self.supply.archives
-            for part in self.dataset.splits + self.dataset.videos:
-                for source in part.sources:
-                    remove_files(folder, fetch_files(folder / source.file_name))
-            with suppress(OSError):
-                folder.rmdir()
-
-    def _bring(self, part: Part, given: Path | None, selection: Selection) -> None:
-        """Bring what is missing of a part; no request where nothing is."""
-        done = self.landing.manifest.done.get(part.name, [])
+    def _fetch_missing(self, part: Part, archive: Path | None, selection: Selection) -> None:
+        """Fetches the missing files of a part, without a request if there are none."""
+        manifest = self.folder.manifest
         paths: frozenset[PurePosixPath] | None = None
-        if selection in done or any(other.is_whole for other in done):
-            known = map(PurePosixPath, self.landing.manifest.of_part(part.name))
+        if selection in manifest.done.get(part.name, []) or manifest.is_whole(part.name):
             paths = frozenset(
-                path
-                for path in known
-                if is_selected(path, selection) and not self.landing.is_there(str(path))
+                PurePosixPath(path)
+                for path in manifest.of_part(part.name)
+                if is_selected(PurePosixPath(path), selection) and not self.folder.has(path)
             )
         if paths is None or paths:
-            self.supply.fill(PartRequest(part, selection, paths), given)
-            self.landing.finish(part.name, selection)
+            self.transfer.fetch(PartRequest(part, selection, paths), archive)
+            self.folder.finish(part.name, selection)
 
     def _make_lists(self, part: str, error: MirrorsFailed) -> None:
-        """See Note [Lists from groups] in `data.splits`; raises `error` where that cannot be done."""
-        names = set(self.supply.listed)
+        """See Note [Lists from groups] in `data.split_files`. Raises `error` if the lists cannot be made."""
+        manifest = self.folder.manifest
+        names = set(self.transfer.listed)
         for other in self.dataset.videos:
-            if any(selection.is_whole for selection in self.landing.manifest.done.get(other.name, [])):
-                names.update(map(PurePosixPath, self.landing.manifest.of_part(other.name)))
+            if manifest.is_whole(other.name):
+                names.update(map(PurePosixPath, manifest.of_part(other.name)))
         if not names or not self.dataset.test_groups:
             raise error
-        texts = lists_from_groups([(class_of(path), path.name) for path in names], self.dataset.test_groups)
-        new = self.landing.new_incoming()
+        texts = lists_from_groups([(path.parent.name, path.name) for path in names], self.dataset.test_groups)
+        new = self.folder.new_incoming()
         (new / "splits").mkdir()
-        files = []
+        unpacked = []
         for name, text in texts.items():
             data = text.encode()
             (new / "splits" / name).write_bytes(data)
-            digest = hashlib.sha256(data).hexdigest()
-            files.append(Unpacked(PurePosixPath("splits", name), name, len(data), digest))
-        self.landing.accept(new)
-        self.landing.land(
-            files,
-            SourceRecord(part=part, url=MADE_LISTS, bytes=None, sha256=None, etag=None, verified=False),
-        )
-        self.landing.finish(part, Selection())
-        self.supply.tools.report(f"{error}\nSo the split lists were {MADE_LISTS}.")
+            sha256 = hashlib.sha256(data).hexdigest()
+            unpacked.append(Unpacked(PurePosixPath("splits", name), name, len(data), sha256))
+        self.folder.complete_incoming(new)
+        self.folder.add(unpacked, SourceRecord(part=part, url=MADE_LISTS))
+        self.folder.finish(part, Selection())
+        self.transfer.report(Note(f"{error}\nSo the split lists were {MADE_LISTS}."))
 
-    def _read_spelling(self) -> None:
-        """See Note [HandStandPushups] in `data.remote.placement`."""
-        lists = self.folder / "splits"
-        if (lists / CLASS_LIST).is_file():
-            known = [split for split in SPLITS if (lists / f"trainlist{split:02d}.txt").is_file()]
-            sides = [side for split in known for side in parse_split_lists(lists, split).values()]
-            self.supply.spelling = Spelling(read_classes(lists), [file for side in sides for _, file in side])
+    def _read_lists(self) -> list[str] | None:
+        """Classes of the split lists if they exist; sets the canonical names, see Note [HandStandPushups]."""
+        lists = self.folder.folder / "splits"
+        if not (lists / CLASS_LIST).is_file():
+            return None
+        classes = read_classes(lists)
+        splits = [split for split in SPLITS if (lists / f"trainlist{split:02d}.txt").is_file()]
+        subsets = [subset for split in splits for subset in parse_split_lists(lists, split).values()]
+        self.transfer.names = CanonicalNames(classes, [file for subset in subsets for _, file in subset])
+        return classes
 
-    def _known_classes(self) -> Sequence[str] | None:
-        """Names of all classes, where they are known before an archive is looked into."""
-        if len(self.dataset.videos) > 1:
-            return [part.name for part in self.dataset.videos]
-        lists = self.folder / "splits"
-        return read_classes(lists) if (lists / CLASS_LIST).is_file() else None
-
-    def _given(self, part: Part) -> Path | None:
-        """The user's archive of a part; of a set with several parts, in the folder that was given."""
+    def _archive_of(self, part: Part) -> Path | None:
+        """The user's archive of a part; for a set of several parts, a file in the given folder."""
         archive = self.settings.archive
         if archive is None or len(self.dataset.videos) == 1:
             return archive
@@ -257,32 +227,33 @@ class _Job:
                 return archive / source.file_name
         wanted = ", ".join(other.sources[0].file_name for other in self.dataset.videos)
         raise DataError(
-            f"{archive}: has no {part.sources[0].file_name}. {self.dataset.name} comes in several archives: "
+            f"{archive}: has no {part.sources[0].file_name}. {self.dataset.name} has several archives: "
             f"give the folder that holds them ({wanted})."
         )
 
-    def _compare(self, paths: Sequence[str] | None) -> list[Difference]:
-        if not self.landing.manifest.files:
-            raise DataError(
-                f"{self.folder}: has no {dataset_folder.FILE_NAME}. Run `tvit download {self.dataset.name}` first."
-            )
-        note = self.supply.tools.stage("check", self.dataset.name)
-        return dataset_folder.compare(self.folder, self.landing.manifest, paths=paths, note=note)
+    def _remove_archives(self) -> None:
+        if self.settings.keep_archive:
+            return
+        archives = self.transfer.archives
+        for part in self.dataset.splits + self.dataset.videos:
+            for source in part.sources:
+                files.remove_files(archives, fetch_files(archives / source.file_name))
+        with suppress(OSError):
+            archives.rmdir()
 
     def _result(self, differences: Sequence[Difference]) -> DownloadResult:
-        files = self.landing.manifest.files
         videos = [
             PurePosixPath(path)
-            for path in files
-            if path.startswith("videos/") and self.landing.is_there(path)
+            for path in self.folder.manifest.files
+            if path.startswith("videos/") and self.folder.has(path)
         ]
         return DownloadResult(
             name=self.dataset.name,
-            folder=self.folder,
-            classes=len({class_of(path) for path in videos}),
+            folder=self.folder.folder,
+            classes=len({path.parent.name for path in videos}),
             videos=len(videos),
-            landed=self.landing.landed,
-            bytes_received=self.supply.received,
-            sources=tuple(self.landing.manifest.sources),
+            new_files=self.folder.added,
+            bytes_received=self.transfer.received,
+            sources=tuple(self.folder.manifest.sources),
             differences=tuple(differences),
         )
