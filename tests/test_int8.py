@@ -65,7 +65,7 @@ def test_int8_applies_to_every_linear_layer_but_the_classifier(attention):
     with torch.inference_mode():
         before = model(clips)
         linear = sum(isinstance(part, nn.Linear) for part in model.modules())
-        assert to_int8(model, but="classifier") == linear - 1 > 11
+        assert to_int8(model, exclude="classifier") == linear - 1 > 11
         after = model(clips)
     assert [path for path, part in model.named_modules() if isinstance(part, nn.Linear)] == ["classifier"]
     assert 0 < (after - before).norm() / before.norm() < 0.1

@@ -548,7 +548,7 @@ def test_target_pattern_reaches_one_block_despite_common_prefixes():
     ("pattern", "sentence"),
     [
         ({"p": 4}, r"lora_rank_pattern: 'p' is no layer of the model\. "),
-        ({"fc1": 4}, r"lora_rank_pattern: 'fc1' gets no adapter\. Name it in --lora-target-modules too"),
+        ({"fc1": 4}, r"lora_rank_pattern: 'fc1' gets no adapter\. Add it to --lora-target-modules"),
         ({"blocks.9.attention.q": 4}, "is no layer of the model"),
     ],
 )

@@ -432,6 +432,7 @@ def test_a_weights_file_is_taken_with_the_config_beside_it(folder):
     by_file, by_folder = resolve_weights(str(folder / "model.safetensors")), resolve_weights(str(folder))
     assert by_file.sha256 == by_folder.sha256
     assert read_config(by_file).network == read_config(by_folder).network
+    assert read_config(by_file).network["width"] == 32
 
 
 def test_pickled_weights_are_refused_with_a_conversion_hint(folder):

@@ -1,24 +1,22 @@
-"""Linear layers of our own: LoRA as one autograd operation, and 8-bit layers for CPUs.
+"""Linear layers: LoRA as one autograd function, and 8-bit layers for CPUs.
 
-Note [What a LoRA layer keeps]. Written with autograd's own operations, `linear(x) + s * drop(x) A' B'` keeps
-the dropped input and its noise, each in the input's size and number format, goes over the output three times
-for the sum, and draws its noise one number at a time. Here the forward pass keeps the input (shared by layers
-that read the same tokens), the r-wide product, and a byte per number for the mask; of the frozen weight nothing,
-which under autocast is cast in either pass instead. The dropped input is made where it is needed, a few rows at a
-time, so that it stays in the processor's cache, and never whole. A layer that follows a GELU takes it over and
-keeps what comes before it, so that the GELU's output, four times as wide as the tokens, is kept nowhere. Products
-with one narrow side are taken in the order that the CPU's matrix kernels are fast at: (r, N) where (N, r) takes
-up to eight times as long. Figures of whole steps, and what did not help: docs/negative-results.md.
+Note [Memory of a LoRA layer]. Autograd's own operations for `linear(x) + s * drop(x) A' B'` store the dropped
+input and its mask, each in the input's size and dtype, pass over the output three times, and draw the mask one
+number at a time. This function stores the input (shared by layers that read the same tokens), the r-wide
+product, and a byte per number of the mask. It stores no copy of the frozen weight, which under autocast is cast
+again in the backward pass. The dropped input is computed a few rows at a time, which fits the CPU's cache. A
+layer after a GELU computes the GELU itself and stores its input, so that the GELU's output, four times as wide
+as the tokens, is never stored. Products with one narrow side are computed in the faster order of the CPU's
+matrix kernels: (r, N), as (N, r) takes up to eight times as long. Timings of whole steps, and attempts without
+effect: docs/negative-results.md.
 
 Letters: N rows (tokens of all clips), I and O the layer's inputs and outputs, r the rank.
-
-See Note [Eight bits].
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,10 +26,11 @@ from torch.nn import functional as F
 
 from tvit_cli.portable.layers import autocast_dtype
 
-CHUNK = 2**18  # numbers that are dropped at a time on a CPU: 1 MB of float32, about a core's own cache
+CHUNK = 2**18  # numbers per chunk on a CPU: 1 MB of float32, about a core's own cache
 BYTE = 256  # values of a random byte
+LARGEST = 127  # of a signed byte; without -128 both signs have the same range
 
-gelu_backward = torch.ops.aten.gelu_backward.grad_input  # writes where it is told, also over its input
+gelu_backward = torch.ops.aten.gelu_backward.grad_input  # may write over its input
 
 
 def lora_linear(
@@ -47,10 +46,9 @@ def lora_linear(
 ) -> Tensor:
     """`linear(x) + scale * drop(x) A' B'`, (..., I) -> (..., O), with lora_a (r, I) and lora_b (O, r).
 
-    `weight` (O, I) is frozen: it gets no gradient. `bias` (O) may learn.
-    Before the adapter each number of the input is dropped with the probability `dropout`, drawn from torch's
-    global generator, and the others grow by 1 / (1 - dropout). With `gelu`, the name of an approximation as
-    `F.gelu` takes it, the layer's input is gelu(x). Under autocast all is computed in its number format.
+    `weight` (O, I) is frozen and gets no gradient; `bias` (O) may be trained. Dropout on the adapter's input
+    has the probability `dropout` and draws from torch's global generator. With `gelu`, an approximation of
+    `F.gelu`, the layer's input is gelu(x). Under autocast all is computed in its dtype.
     """
     dtype = autocast_dtype(x.device)
     if dtype is not None:
@@ -63,11 +61,11 @@ def lora_linear(
 
 
 def draw_mask(count: int, dropout: float, device: torch.device) -> Tensor:
-    """`count` numbers of uint8: 0 with the probability `dropout`, else 1, each independent of the others.
+    """`count` independent uint8 numbers: 0 with the probability `dropout`, else 1.
 
-    On a CPU, where torch draws Bernoulli numbers one by one, a number gets a byte of random bits and is dropped
-    when it is below 256 * dropout; the share that whole bytes cannot express is dropped at gaps of geometric
-    length. 0.1 -> bytes below 25 (0.0977), then 1 in 385 of all.
+    torch draws Bernoulli numbers one by one on a CPU. Here a random byte drops its number if it is below
+    256 * dropout; geometric gaps drop the share that whole bytes cannot express.
+    0.1 -> bytes below 25 (0.0977), then 1 in 385 of all.
     """
     if device.type != "cpu":
         return torch.empty(count, dtype=torch.uint8, device=device).bernoulli_(1 - dropout)
@@ -81,7 +79,7 @@ def draw_mask(count: int, dropout: float, device: torch.device) -> Tensor:
 
 
 def _successes(count: int, probability: float) -> Tensor:
-    """Which of `count` independent trials succeed: the gaps between successes are geometric."""
+    """Indices of the successes among `count` independent trials, by geometric gaps between them."""
     pieces = [torch.empty(0, dtype=torch.int64)]
     last = -1
     while last < count:
@@ -93,7 +91,7 @@ def _successes(count: int, probability: float) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """See Note [What a LoRA layer keeps]. `scale` holds the dropout's 1 / (1 - p); `keep` is its mask, (N, I)."""
+    """See Note [Memory of a LoRA layer]. `scale` includes dropout's 1 / (1 - p); `keep` is its mask, (N, I)."""
 
     @staticmethod
     def forward(
@@ -168,10 +166,10 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Rows a few at a time on a CPU, all at once elsewhere."""
-    many = max(1, CHUNK // rows.shape[1]) if rows.device.type == "cpu" else max(1, rows.shape[0])
-    for start in range(0, rows.shape[0], many):
-        yield slice(start, start + many)
+    """Slices of a few rows on a CPU, of all rows elsewhere."""
+    size = max(1, CHUNK // rows.shape[1]) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    for start in range(0, rows.shape[0], size):
+        yield slice(start, start + size)
 
 
 def _dropped(rows: Tensor, keep: Tensor | None, part: slice) -> Tensor:
@@ -179,12 +177,11 @@ def _dropped(rows: Tensor, keep: Tensor | None, part: slice) -> Tensor:
 
 
 def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a LoRA layer that computes by `lora_linear` where that is the same function.
+    """A subclass of `parent`, PEFT's LoRA layer, that computes with `lora_linear` where the result is the same.
 
-    `parent` has PEFT's form: base_layer, and lora_A, lora_B, lora_dropout, scaling by adapter. It computes what
-    it alone can: other variants of LoRA, several adapters at once, merged or disabled ones, weights that learn
-    beside their adapter, and graphs of torch.compile, which finds out by itself what to keep. `gelu` names the
-    GELU that was taken over, if any.
+    `parent` computes other variants of LoRA, several, merged or disabled adapters, trainable base weights, and
+    graphs of torch.compile, which chooses itself what to store. `gelu` names the GELU before the layer, if it
+    computes it.
     """
 
     class LoraLinear(parent):  # type: ignore[misc, valid-type]
@@ -209,7 +206,7 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
             )
 
         def _plain_adapter(self, x: Tensor) -> str | None:
-            """The one active adapter, or None where `parent` has to compute."""
+            """The only active adapter, or None where `parent` computes."""
             active = self.active_adapters
             if (
                 self.disable_adapters
@@ -229,22 +226,22 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
     return LoraLinear
 
 
-LARGEST = 127  # of a signed byte; -128 is left out, so that both signs have the same range
-
-# Note [Eight bits]
-# A weight is a whole number times the scale of its row, an activation one times the scale of its token, drawn
-# anew in every call, so that nothing has to be calibrated; their products are summed as whole numbers, exactly.
-# One scale for a whole tensor (torch.ao's dynamic quantisation, which is deprecated) is hardly faster and wrong
-# more often: a few large activations of a ViT leave the others few steps. What is no Linear layer stays as
-# it is: attention's own products, norms, the patch embedding; and the classifier, which costs nothing. Measured
-# beside bf16 in docs/negative-results.md.
+# Note [8-bit products]
+# A weight is a whole number times its row's scale; an activation is one times its token's scale, computed in
+# every call, so that no calibration is needed. Sums of whole products are exact. A single scale per tensor
+# (torch.ao's dynamic quantisation, deprecated) is hardly faster and less accurate: a few large activations of a
+# ViT leave few steps for the others. Only Linear layers are quantised, without the classifier, whose cost is
+# negligible; attention products, norms and the patch embedding are not. Compared with bf16 in
+# docs/negative-results.md.
 #
-# On a processor without instructions for it (VNNI), torch multiplies bytes some ten times slower than floats, so it
-# is tried out which of the two is faster.
+# On CPUs without VNNI, torch's int8 matmul is about ten times slower than float32, so both are timed first.
 
 
 class Int8Linear(nn.Module):
-    """A Linear layer that multiplies in 8 bits: (..., in) float32 -> (..., out) float32, without a gradient."""
+    """Linear layer with int8 products, without a gradient: (..., in) float32 -> (..., out) float32.
+
+    See Note [8-bit products].
+    """
 
     weight: Tensor  # int8 (in, out)
     scale: Tensor  # float32 (out,)
@@ -268,33 +265,26 @@ class Int8Linear(nn.Module):
 
 
 def is_fast() -> bool:
-    """Whether bytes are multiplied faster than floats here; products of either kind are timed, some ms each."""
+    """Whether int8 matmul is faster than float32 on this CPU, by timing products of some ms each."""
     rows, weight = torch.ones(256, 512), torch.ones(512, 512)
     byte_rows, byte_weight = rows.to(torch.int8), weight.to(torch.int8)
-    in_bytes, in_floats = (
-        min(_seconds(product) for _ in range(3))  # the first also makes what is kept for the next
+    int8_s, float_s = (
+        min(timeit.repeat(product, number=1, repeat=3))  # the first also fills caches
         for product in (lambda: torch._int_mm(byte_rows, byte_weight), lambda: rows @ weight)
     )
-    return in_bytes < in_floats
+    return int8_s < float_s
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def to_int8(model: nn.Module, *, but: str) -> int:
-    """Put an Int8Linear in place of every Linear layer but the one named; returns how many there were."""
-    layers = {
-        path: part for path, part in model.named_modules() if isinstance(part, nn.Linear) and path != but
-    }
+def to_int8(model: nn.Module, *, exclude: str) -> int:
+    """Replaces every Linear layer but the one named by an Int8Linear; returns the number of replaced layers."""
+    linear = {path: part for path, part in model.named_modules() if isinstance(part, nn.Linear)}
+    layers = {path: layer for path, layer in linear.items() if path != exclude}
     for path, layer in layers.items():
         model.set_submodule(path, Int8Linear(layer))
     return len(layers)
 
 
 def _scale(rows: Tensor) -> Tensor:
-    """What one step of the whole numbers is worth in each row: (N, D) -> (N, 1)."""
+    """Quantisation step of each row, (N, D) -> (N, 1)."""
     largest = rows.abs().amax(1, keepdim=True)
     return largest.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)  # rows of zeros stay zeros

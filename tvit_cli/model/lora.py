@@ -1,6 +1,6 @@
-"""LoRA adapters through PEFT: attach, merge, save, load; and the parameters that a training changes.
+"""LoRA adapters (arXiv:2106.09685) by PEFT: attach, merge, save, load; and the trainable parameters of each mode.
 
-PEFT costs seconds to import, so it is imported where it is used. Source of LoRA: arXiv:2106.09685.
+PEFT takes seconds to import, so functions import it when they need it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from tvit_cli.settings.train import LORA_TARGETS, LoraInit
 
 LoraBias = Literal["none", "lora_only", "all"]
 
-ADAPTER = "default"  # the one adapter's name inside PEFT
-FROM_WEIGHTS = frozenset({"pissa", "olora"})  # these take the adapter's start out of the base weights
+ADAPTER = "default"  # the adapter's name inside PEFT
+ADAPTER_FILE = "adapter_model.safetensors"
+FROM_WEIGHTS = frozenset({"pissa", "olora"})  # these subtract the initial adapter from the base weights
 LINEAR_ONLY = FROM_WEIGHTS | {"orthogonal"}
 PATCHES = "patch_embed"
 START_PARTS = (f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
@@ -34,10 +35,10 @@ START_PARTS = (f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Which adapters to attach.
+    """Adapters to attach.
 
-    Targets, exclude and the patterns' keys hold short names (`q`: every layer of that name) or full ones
-    (`blocks.3.attention.q`). A pattern's value stands in for the rank or alpha; that of a full name wins.
+    Targets, exclude and the patterns' keys are short names (`q`: every layer of that name) or full ones
+    (`blocks.3.attention.q`). A pattern's value replaces the rank or alpha; that of a full name wins.
     """
 
     rank: int
@@ -54,17 +55,16 @@ class LoraSpec:
 
 
 def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
-    """Puts adapters on the targets, in place; their first weights depend on the seed alone.
+    """Attaches adapters to the targets, in place, with first weights from the seed; rank 0 attaches none.
 
-    Trainable are then the adapters, in full the parts that an image ViT lacks, the classifier (unless it is a
-    target itself) and the excluded layers, and biases: none, those of the layers with an adapter
-    (`lora_only`), or all. An excluded layer gets no adapter, target or not, and learns its own weights, as
-    in the reference. Rank 0 attaches no adapter. The patch embedding of tubelets has one, asked for or not:
-    pretrained, it looks at one frame of each, and frozen it would stay blind to the others. An initialisation that
-    is for linear layers alone leaves it so.
+    Trainable are then the adapters, the added modules, the classifier (unless it is a target), the excluded
+    layers, and biases: none, those of layers with an adapter (`lora_only`), or all. As in the reference, an
+    excluded layer gets no adapter but trains its own weights. With tubelets the patch embedding is always a
+    target: pretrained, its weights for all frames but one are 0. Initialisations for linear layers alone
+    exclude it.
 
-    Raises ModelError for a name that is no layer of the model, when no layer is left for an adapter, and for a
-    rank or an initialisation that a layer cannot have.
+    Raises ModelError for an unknown layer, if no layer is left for an adapter, and for a rank or an initialisation
+    that a layer cannot have.
     """
     assert not adapted_layers(model), "adapters are attached once"
     excluded = resolve_layers(model, spec.exclude, option="lora_exclude_modules")
@@ -75,45 +75,41 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     if spec.rank and not targets:
         raise ModelError(
             f"No layer is left for an adapter: lora_target_modules is {','.join(spec.targets) or 'empty'}, "
-            f"lora_exclude_modules is {','.join(spec.exclude) or 'empty'}. Name another target, or train "
-            "without adapters: --lora-rank 0."
+            f"lora_exclude_modules is {','.join(spec.exclude) or 'empty'}. Add a target, or give --lora-rank 0."
         )
     if targets:
         _inject(model, targets, spec, seed)
     adapted = adapted_layers(model)
-    assert sorted(adapted) == sorted(targets), "PEFT adapts the layers that were named, and no other"
+    assert sorted(adapted) == sorted(targets), "PEFT adapts the targets, and no other layers"
 
     own = adapter_names(adapted)
     model.requires_grad_(False)
-    for addition in model.added_modules().values():
-        addition.requires_grad_(True)
+    for module in (*model.added_modules().values(), *map(model.get_submodule, excluded)):
+        module.requires_grad_(True)
     model.classifier.requires_grad_("classifier" not in targets)
-    for name in excluded:
-        model.get_submodule(name).requires_grad_(True)
     for name, parameter in model.named_parameters():
         layer, _, leaf = name.rpartition(".")
-        if name in own or (leaf == "bias" and spec.bias == "all"):
-            parameter.requires_grad_(True)
-        if leaf == "bias" and spec.bias == "lora_only" and layer.removesuffix(".base_layer") in adapted:
+        is_adapted = layer.removesuffix(".base_layer") in adapted
+        trains_bias = spec.bias == "all" or (spec.bias == "lora_only" and is_adapted)
+        if name in own or (leaf == "bias" and trains_bias):
             parameter.requires_grad_(True)
 
 
 def resolve_layers(model: TemporalViT, names: Iterable[str], *, option: str) -> list[str]:
-    """Full names of the layers meant; a short name is every layer whose last part it is.
+    """Full names of the layers that short names (the last part) or full names stand for.
 
-    `["q"]` in a model of two blocks -> `["blocks.0.attention.q", "blocks.1.attention.q"]`. Layers of the parts
-    that an image ViT lacks are not among them: those are trained in full. Raises ModelError, naming the option,
-    for a name that is no layer.
+    `["q"]` in a model of two blocks -> `["blocks.0.attention.q", "blocks.1.attention.q"]`. Layers of added modules
+    are excluded: those are trained in full. Raises ModelError, naming the option, for an unknown name.
     """
-    additions = tuple(f"{name}." for name in model.added_modules())
+    added = tuple(f"{name}." for name in model.added_modules())
     layers = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
         and name.rpartition(".")[2] in LORA_TARGETS
-        and not name.startswith(additions)
+        and not name.startswith(added)
     ]
-    meant: set[str] = set()
+    chosen: set[str] = set()
     for wanted in names:
         found = [name for name in layers if wanted in (name, name.rpartition(".")[2])]
         if not found:
@@ -123,30 +119,27 @@ def resolve_layers(model: TemporalViT, names: Iterable[str], *, option: str) -> 
                 f"{option}: {wanted!r} is no layer of the model.{hint} Legal names are "
                 f"{', '.join(LORA_TARGETS)}, or one layer in full, such as blocks.0.attention.q."
             )
-        meant.update(found)
-    return [name for name in layers if name in meant]
+        chosen.update(found)
+    return [name for name in layers if name in chosen]
 
 
 @torch.no_grad()
 def merge(model: TemporalViT) -> None:
-    """Folds the adapters into the layers they sit on, in place; without adapters it does nothing.
-
-    The model is then a plain one again, with the plain names in its state dict.
-    """
+    """Merges adapters into their layers, in place; the state dict then has plain names again."""
     for name, layer in adapted_layers(model).items():
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
         if getattr(layer, "gelu", None) is not None:
             model.get_submodule(name.rpartition(".")[0]).act = nn.GELU(approximate=layer.gelu)
-    if hasattr(model, "peft_config"):  # PEFT leaves its own record on the model
+    if hasattr(model, "peft_config"):  # left by PEFT
         del model.peft_config
 
 
 @torch.no_grad()
 def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
-    """The state dict that `merge` would leave, bit for bit, with the model as it is.
+    """The state dict after `merge`, bit for bit, without changing the model.
 
-    Layers without an adapter share the model's memory: write them, or copy them, before the next step.
+    Layers without an adapter share the model's memory: write or copy them before the next step.
     """
     adapted = adapted_layers(model)
     own = adapter_names(adapted)
@@ -156,16 +149,16 @@ def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
         if not is_base and name not in own:
             merged[name] = tensor
         elif is_base and leaf == "weight":
-            alone = copy.deepcopy(adapted[layer])
-            alone.merge()
-            merged[f"{layer}.weight"] = alone.get_base_layer().weight.detach()
+            copied = copy.deepcopy(adapted[layer])
+            copied.merge()
+            merged[f"{layer}.weight"] = copied.get_base_layer().weight.detach()
         elif is_base:
             merged[f"{layer}.{leaf}"] = tensor
     return merged
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapter of a folder on it, as PEFT loads it."""
+    """The model with the adapter in a folder, loaded by PEFT."""
     from peft import PeftModel
 
     loaded: nn.Module = PeftModel.from_pretrained(model, folder)
@@ -192,7 +185,7 @@ def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -
     ours = own_layer()
     if ours is not None:
         config._register_custom_module({nn.Linear: ours})
-    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves the adapter to its layer
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, layer in adapted_layers(model).items():
@@ -200,17 +193,16 @@ def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -
             layer.start = {part: layer.get_parameter(part).detach().clone() for part in START_PARTS}
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         act = getattr(parent, "act", None)
-        takes_over = name.endswith(".fc2") and not spec.use_dora and type(layer) is ours
-        if takes_over and isinstance(act, nn.GELU):  # See Note [What a LoRA layer keeps]
+        computes_gelu = name.endswith(".fc2") and not spec.use_dora and type(layer) is ours
+        if computes_gelu and isinstance(act, nn.GELU):  # See Note [Memory of a LoRA layer]
             layer.gelu, parent.act = act.approximate, nn.Identity()
 
 
 @functools.cache
 def own_layer() -> type[nn.Module] | None:
-    """Our class of LoRA layers over `nn.Linear`, or None where this PEFT does not take it.
+    """Our LoRA class for `nn.Linear`; None if this version of PEFT does not accept it, and computes slower itself.
 
-    The hook that takes it is private to PEFT, so it is tried out, on one small layer. Without it PEFT's own
-    layers compute the same, slower.
+    The hook is private to PEFT, so it is tried on a small layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
@@ -223,7 +215,7 @@ def own_layer() -> type[nn.Module] | None:
             trial = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 2)), adapter_name=ADAPTER)
             x = torch.randn(4, 3)
             same = type(trial[0]) is ours and torch.allclose(trial(x), Linear.forward(trial[0], x), atol=1e-5)
-    except (AttributeError, TypeError):  # the hook, or a name that our layer reads, is gone or has changed
+    except (AttributeError, TypeError):  # the hook or an attribute changed
         return None
     return ours if same else None
 
@@ -233,40 +225,39 @@ def _by_layer(
 ) -> dict[str, Any]:
     """A pattern's values by full name. {"q": 4, "blocks.1.attention.q": 8} -> {"blocks.0.attention.q": 4, …}"""
     values = {}
-    for name in sorted(pattern, key=lambda name: "." in name):  # full names last: they win
+    for name in sorted(pattern, key=lambda name: "." in name):  # full names win
         layers = [layer for layer in resolve_layers(model, [name], option=option) if layer in targets]
         if not layers:
             raise ModelError(
-                f"{option}: {name!r} gets no adapter. Name it in {flag('lora_target_modules')} too, or leave it "
-                "out."
+                f"{option}: {name!r} gets no adapter. Add it to {flag('lora_target_modules')}, or leave it out."
             )
         values.update(dict.fromkeys(layers, pattern[name]))
     return values
 
 
 def _check_init(model: TemporalViT, spec: LoraSpec, ranks: Mapping[str, int]) -> None:
-    """Raises ModelError for a layer that cannot start as `spec.init` says."""
+    """Raises ModelError for a layer that `spec.init` cannot initialise."""
     option = f"--lora-init {spec.init}"
     for name, rank in ranks.items() if spec.init in LINEAR_ONLY else ():
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise ModelError(
-                f"{option}: {name} is a convolution, and only linear layers can start so. Leave it out of "
+                f"{option}: {name} is a convolution; it initialises linear layers alone. Leave {name} out of "
                 f"{flag('lora_target_modules')}, or use --lora-init default."
             )
-        least = min(layer.in_features, layer.out_features)
-        if spec.init in FROM_WEIGHTS and rank > least:
+        most = min(layer.in_features, layer.out_features)
+        if spec.init in FROM_WEIGHTS and rank > most:
+            key = name if name in spec.rank_pattern else name.rpartition(".")[2]
             raise ModelError(
                 f"{option}: {name} maps {layer.in_features} to {layer.out_features} numbers, so its rank is at "
-                f"most {least}, not {rank}. Give {flag('lora_rank_pattern')} "
-                f"{name if name in spec.rank_pattern else name.rpartition('.')[2]}={least}, or leave it out."
+                f"most {most}, not {rank}. Give {flag('lora_rank_pattern')} {key}={most}, or leave it out."
             )
         if spec.init == "orthogonal" and rank % 2:
             raise ModelError(f"{option}: {name} has the rank {rank}; it has to be even. Use {rank + 1}.")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers that hold an adapter (PEFT's `LoraLayer`s), told by `base_layer` so that PEFT stays unloaded."""
+    """Layers with an adapter (PEFT's `LoraLayer`), recognised by `base_layer` without importing PEFT."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -275,7 +266,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def adapter_names(adapted: Mapping[str, nn.Module]) -> set[str]:
-    """Full names of the adapters' own tensors, without those of the layers beneath them."""
+    """Full names of the adapters' tensors, without those of their base layers."""
     return {
         f"{layer}.{name}"
         for layer, module in adapted.items()
@@ -285,12 +276,12 @@ def adapter_names(adapted: Mapping[str, nn.Module]) -> set[str]:
 
 
 def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -> None:
-    """Chooses the parameters that a training changes.
+    """Chooses the trainable parameters.
 
-    lora        what `attach` says: adapters, classifier, additions; rank 0 the same without adapters
+    lora        those of `attach`: adapters, classifier, added modules
     all         every parameter
-    classifier  the classifier, and what feeds it: the attentive pool, the norm of features
-    last-N      the last N blocks, all that comes after them, and the additions, wherever they are
+    classifier  the classifier, the attentive pool, and the feature norm
+    last-N      the last N blocks, everything after them, and all added modules
 
     Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.
     """
@@ -304,24 +295,21 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
         count = int(mode.removeprefix("last-"))
         if count > len(model.blocks):
             raise ModelError(f"--train {mode}: the model has {len(model.blocks)} blocks. Give fewer, or all.")
-        # The additions, too: beside image weights they start at nothing, and without them there is no time.
+        # All added modules: beside image weights they start neutral, and frozen, the model would ignore time.
         for part in (*model.blocks[-count:], model.norm, model.summary, *model.added_modules().values()):
             part.requires_grad_(True)
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters, under names that are the same in every process and after every restart.
-
-    They share the model's memory.
-    """
+    """The trainable parameters by name, which share the model's memory."""
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def start_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' first weights where they were taken out of the base weights (PiSSA, OLoRA), else nothing.
+    """First weights of adapters that were subtracted from the base weights (PiSSA, OLoRA), else nothing.
 
-    A checkpoint holds them beside the trainable tensors: the base weights that are left depend on them, and
-    another machine's decomposition of the same weights may be another one. They share the model's memory.
+    A checkpoint stores them, because the remaining base weights depend on them and another machine may
+    decompose the same weights differently. They share the model's memory.
     """
     return {
         f"start/{name}.{part}": tensor
@@ -331,10 +319,10 @@ def start_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors, as `trainable_tensors` gives them, into the model.
+    """Copies tensors of `trainable_tensors` into the model.
 
-    With those of `start_tensors` among them, the base weights become what is left without these. Raises
-    ModelError, with the model untouched, when names or shapes differ.
+    With those of `start_tensors` among them, the base weights are recomputed for these. Raises ModelError, with the
+    model unchanged, when names or shapes differ.
     """
     starts = start_tensors(model) if any(name.startswith("start/") for name in tensors) else {}
     layers = {name: layer for name, layer in adapted_layers(model).items() if starts}
@@ -349,27 +337,24 @@ def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def copy_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Copies saved tensors into those of a run. Raises ModelError, with nothing copied, when they do not fit."""
+    """Copies saved tensors into those of a run. Raises ModelError, with nothing copied, if they do not match."""
     if problems := tensor_mismatches(tensors, own):
         raise ModelError(
-            f"The saved weights do not fit the model: {problems}. They were saved with other "
-            "settings (--train, --lora-rank, --lora-target-modules); use those of their run."
+            f"The saved weights do not fit the model: {problems}. Use the settings of their run (--train, "
+            "--lora-rank, --lora-target-modules)."
         )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
 
 def trainable_report(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable and of all parameters, adapters included."""
+    """Numbers of trainable and of all parameters, adapters included: (trainable, total)."""
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return trainable, sum(weight.numel() for weight in model.parameters())
 
 
-ADAPTER_FILE = "adapter_model.safetensors"
-
-
 def bare_state_dict(model: TemporalViT) -> dict[str, Tensor]:
-    """The plain state dict of the model beneath its adapters. It shares the model's memory."""
+    """The state dict of the model without its adapters, with plain names; it shares the model's memory."""
     own = adapter_names(adapted_layers(model))
     state = model.state_dict()
     return {plain_name(name): tensor for name, tensor in state.items() if name not in own}
@@ -381,19 +366,24 @@ def plain_name(name: str) -> str:
 
 
 def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str) -> None:
-    """Writes what training changed in PEFT's format, for a model that holds this one under `prefix`.
+    """Writes all trainable weights in PEFT's format, for a model that contains this one as `prefix`.
 
-    Parts that were trained in full go along under `modules_to_save`. `backbone` is where the bare model is.
+    Fully trained modules are stored under `modules_to_save`. `backbone` is the location of the bare model.
     """
-    records: Any = model.peft_config  # PEFT left it there
-    config = copy.copy(records[ADAPTER])
     adapters = adapter_names(adapted_layers(model))
     trained = trainable_tensors(model)
-    whole = _trained_whole(model, adapters)
+    whole: list[str] = []  # the outermost modules that are trained in full, without an adapter
+    for name, module in model.named_modules():
+        names = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        is_inside = any(name.startswith(f"{outer}.") for outer in whole)
+        if names and names <= trained.keys() and not is_inside and not adapters & names:
+            whole.append(name)
+    records: Any = model.peft_config  # set by PEFT
+    config = copy.copy(records[ADAPTER])
     config.target_modules = {prefix + name for name in adapted_layers(model)}
     config.modules_to_save = [prefix + name for name in whole]
     config.base_model_name_or_path = backbone
-    config.init_lora_weights = True  # another start than zero would change the backbone when it is loaded
+    config.init_lora_weights = True  # other initialisations would change the backbone on loading
     config.inference_mode = True
     config.save_pretrained(folder)
     tensors = {}
@@ -402,15 +392,3 @@ def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str
         stored = stored.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         tensors[f"base_model.model.{prefix}{stored}"] = model.get_parameter(name).detach().contiguous()
     save_tensors(tensors, folder / ADAPTER_FILE, {"format": "pt"})
-
-
-def _trained_whole(model: nn.Module, adapters: set[str]) -> list[str]:
-    """The outermost modules all of whose parameters are trained, and none of which is an adapter's."""
-    whole: list[str] = []
-    for name, module in model.named_modules():
-        names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
-        is_inside = any(name.startswith(f"{outer}.") for outer in whole)
-        is_trained = all(parameter.requires_grad for parameter in module.parameters())
-        if names and is_trained and not is_inside and not adapters & set(names):
-            whole.append(name)
-    return whole

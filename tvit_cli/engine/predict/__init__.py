@@ -334,7 +334,7 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
     )
     report(Note(f"Model: {trained.folder}"))
     if settings.int8 and linear.is_fast():
-        layers = linear.to_int8(trained.model, but="classifier")
+        layers = linear.to_int8(trained.model, exclude="classifier")
         report(Note(f"{layers} layers compute in int8.", "detail"))
     elif settings.int8:
         report(Note("--int8: int8 matmul is slower than float32 on this CPU; using float32.", "warning"))
