@@ -7,15 +7,21 @@ import sys
 import pytest
 
 from tvit_cli import console as module
-from tvit_cli.console import Console, print_error, size
+from tvit_cli.console import Console, print_error
 from tvit_cli.errors import RunError
+from tvit_cli.files import size_text
 from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
 
 LONG = "a/" * 80 + "clip.avi"
 
 
 def test_sizes_read_as_people_write_them():
-    assert [size(n) for n in (0, 999, 1500, 6_960_400_115, None)] == ["0 B", "999 B", "1.5 kB", "7.0 GB", "?"]
+    assert [size_text(n) for n in (0, 999, 1500, 6_960_400_115)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "6.96 GB",
+    ]
 
 
 def test_without_a_terminal_a_row_is_a_line(capsys):
@@ -121,7 +127,7 @@ def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(monkeypatch, caps
     assert len(lines) == 3 and lines[0] == f"step 120, {FACTS}"
     console._last_line = -60
     console.report(Progress("fetching", 5_000_000, 7_000_000_000, "bytes"))
-    assert capsys.readouterr().err == "fetching: 5.0 MB of 7.0 GB\n"
+    assert capsys.readouterr().err == "fetching: 5 MB of 7 GB\n"
 
 
 def test_an_error_that_all_processes_raise_is_said_once(monkeypatch, capsys):

@@ -202,9 +202,10 @@ def test_marked_commands_run_in_the_order_of_the_page(page, workspace, tmp_path)
     run_commands(folder, lines)
 
 
-def test_examples_of_help_run(workspace: Path, tmp_path: Path) -> None:
+def test_examples_of_help_run(workspace, tmp_path):
     folder = Path(shutil.copytree(workspace, tmp_path / "work"))
     shutil.rmtree(folder / "working_directory" / "mine")
     lines = [line for verb in VERBS.values() for line in verb.examples.splitlines()]
-    made = ("tvit download motions", "tvit train --preset quickstart", "tvit extract --path-to-data motions")
-    run_commands(folder, [line for line in lines if "ucf101" not in line and not line.startswith(made)])
+    on_pages = {line for page in PAGES for block in blocks(page) if block.is_run for line in block.commands()}
+    slow = ("ucf101", "quickstart", "download motions", "data motions", "onnx")
+    run_commands(folder, [x for x in lines if x not in on_pages and not any(word in x for word in slow)])

@@ -20,7 +20,7 @@ ROOMS = {
     "model": {"errors", "files", "results", "settings", "portable"},
     "report": {"errors", "files", "results", "settings", "portable", "data", "model"},
     "engine": {"errors", "files", "results", "settings", "portable", "data", "model", "report"},
-    "console": {"errors", "results"},
+    "console": {"errors", "files", "results"},
     "commands": {"errors", "files", "results", "settings", "console", "engine"},
     "cli": {"errors", "settings", "commands", "console"},
     "__main__": {"cli"},

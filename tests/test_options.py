@@ -68,7 +68,7 @@ def test_underscores_are_accepted_beside_hyphens(monkeypatch):
     seen = []
     from tvit_cli import cli
 
-    monkeypatch.setattr(cli.commands, "train", lambda loaded, verbosity: seen.append(loaded))
+    monkeypatch.setattr(cli.commands, "train", lambda loaded, console: seen.append(loaded))
     app = cli.build_app()
     app(["train", "--lora_rank", "3", "--per_gpu-batch_size=5", "--no_log_wandb"], standalone_mode=False)
     assert (seen[0].settings.lora_rank, seen[0].settings.per_gpu_batch_size) == (3, 5)
@@ -79,7 +79,7 @@ def test_values_keep_their_underscores(monkeypatch):
     seen = []
     from tvit_cli import cli
 
-    monkeypatch.setattr(cli.commands, "train", lambda loaded, verbosity: seen.append(loaded))
+    monkeypatch.setattr(cli.commands, "train", lambda loaded, console: seen.append(loaded))
     cli.build_app()(["train", "--lora-bias", "lora_only", "--experiment-name", "a_b"], standalone_mode=False)
     assert (seen[0].settings.lora_bias, seen[0].settings.experiment_name) == ("lora_only", "a_b")
 
@@ -88,7 +88,7 @@ def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch):
     seen = []
     from tvit_cli import cli
 
-    monkeypatch.setattr(cli.commands, "predict", lambda loaded, verbosity: seen.append(loaded))
+    monkeypatch.setattr(cli.commands, "predict", lambda loaded, console: seen.append(loaded))
     cli.build_app()(["predict", "a.avi", "b", "--top-k", "3", "--json"], standalone_mode=False)
     settings = seen[0].settings
     assert settings.paths == ("a.avi", "b")

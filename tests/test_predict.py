@@ -22,6 +22,7 @@ from tiny import make_clips, run
 
 import tvit_cli
 from tvit_cli import cli, commands
+from tvit_cli.console import Console
 from tvit_cli.engine.predict import predict, predict_timelines, write_embeddings
 from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
@@ -222,14 +223,14 @@ def test_a_list_on_stdin_is_read_and_csv_has_a_row_per_label(trained, clip, monk
     flags = {"paths": ["-"], "model": str(trained.model), "csv": True, "top_k": 2}
     loaded = load(PredictSettings, flags=flags, environ={})
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{clip}\n\n{other}\n"))
-    commands.predict(loaded, "quiet")
+    commands.predict(loaded, Console("quiet"))
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["video"] for row in rows] == [str(clip)] * 2 + [str(other)] * 2
     assert [row["rank"] for row in rows] == ["1", "2", "1", "2"]
     assert rows[0]["label"] == "Red" and float(rows[0]["score"]) > float(rows[1]["score"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    with pytest.raises(DataError, match="stdin holds no path"):
-        commands.predict(loaded, "quiet")
+    with pytest.raises(DataError, match="stdin is empty"):
+        commands.predict(loaded, Console("quiet"))
 
 
 def test_a_url_gets_the_scores_of_the_file_that_it_serves(trained, clip):

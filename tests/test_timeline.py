@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tvit_cli import commands
+from tvit_cli.console import Console
 from tvit_cli.data.video import TimedFrame, iter_frames, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.predict import Model, folder_names, predict_timelines
@@ -352,7 +353,9 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tm
         "device": "cpu",
     }
     with pytest.raises(Exception, match="1 of 2 videos"):
-        commands.predict(load(PredictSettings, flags={**flags, "json_lines": True}, environ={}), "quiet")
+        commands.predict(
+            load(PredictSettings, flags={**flags, "json_lines": True}, environ={}), Console("quiet")
+        )
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first["seconds"] == pytest.approx(10) and first["segments"][0].keys() == {
         "start",
@@ -367,7 +370,7 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tm
     assert max(LABELS, key=lambda label: float(rows[3][label])) == rows[3]["label"]
     assert (output / "day" / "timeline.png").stat().st_size > 1000
     with pytest.raises(Exception, match="1 of 2 videos"):
-        commands.predict(load(PredictSettings, flags={**flags, "csv": True}, environ={}), "quiet")
+        commands.predict(load(PredictSettings, flags={**flags, "csv": True}, environ={}), Console("quiet"))
     table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert float(table[0]["end"]) == pytest.approx(first["segments"][0]["end"], abs=1e-3)
     assert table[-1]["error"]

@@ -41,7 +41,7 @@ VERBS = {
 tvit download --list
 tvit download motions
 tvit download ucf101 --classes Archery,Bowling --clips-per-class 20
-tvit download motions --verify"""),
+tvit download ucf101 --verify"""),
     "extract": Verb("Decodes videos once into a frame store for repeated reads, or checks them.", "extract", """\
 tvit extract --path-to-data my_videos
 tvit extract --path-to-data my_videos --check
@@ -205,8 +205,10 @@ def _command(name: str) -> Callable[..., None]:
             preset=preset,
             verbs=map(settings_model, VERBS),
         )
-        run = getattr(commands, VERBS[name].run)
-        run(loaded, "verbose" if verbose else "quiet" if quiet else "normal")
+        from tvit_cli.console import Console
+
+        console = Console("verbose" if verbose else "quiet" if quiet else "normal")
+        getattr(commands, VERBS[name].run)(loaded, console)
 
     annotations = {k: _annotation(k, f, is_series=k in model.SERIES) for k, f in model.model_fields.items()}
     annotations |= _common(with_preset=name == "train")

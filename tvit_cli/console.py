@@ -1,4 +1,4 @@
-"""All terminal output: results on stdout, progress and warnings on stderr, from the main process only."""
+"""All terminal output: results on stdout, progress and warnings on stderr, of the main process only."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ from rich.table import Table
 from rich.text import Text
 
 from tvit_cli.errors import RunError
+from tvit_cli.files import size_text
 from tvit_cli.results import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
 
 UNWRAPPED = 10_000  # columns
 FRAMES_PER_SECOND = 2  # of a live display; each takes some milliseconds of a core that computes
-SECONDS_BETWEEN_LINES = 60.0  # where there is no live display
+SECONDS_BETWEEN_LINES = 60.0  # without a live display
+
+Verbosity = Literal["quiet", "normal", "verbose"]
 
 
 def print_error(error: BaseException) -> None:
-    """Show an error's message on stderr, its first line marked; one that all processes raise is shown once."""
+    """Prints an error's message on stderr; one that all processes raise is printed by the main process only."""
     if isinstance(error, RunError) and error.by_all and not _is_main_process():
         return
     RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
@@ -45,35 +48,19 @@ def print_error(error: BaseException) -> None:
 
 
 def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch number the processes
-
-
-def size(count: int | None) -> str:
-    """Bytes as people read them. 6960400115 -> 7.0 GB"""
-    if count is None:
-        return "?"
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them. 8130 -> 2 h 16 min"""
+    """A duration with its unit. 8130 -> 2 h 16 min"""
     if seconds < 100:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _count(count: int, unit: str) -> str:
-    return size(count) if unit == "bytes" else f"{count:,}"
-
-
 class _Bars(RichProgress):
-    """Progress bars, and below them the facts of what is going on, in as much of a line as there is."""
+    """Progress bars above one line of facts, cut to the width of the terminal."""
 
     facts = ""
 
@@ -84,23 +71,23 @@ class _Bars(RichProgress):
 
 
 def read_list() -> list[str]:
-    """The lines of stdin that are not empty."""
+    """Non-empty lines of stdin."""
     return [line for text in sys.stdin if (line := text.rstrip("\r\n"))]
 
 
 class Console:
-    """Shows an engine's events while it works, and its results when it is done.
+    """Prints an engine's events and results.
 
-    A context manager: progress bars live inside it. Without a terminal, bars become a plain line a minute.
+    A context manager that shows progress bars; without a terminal it prints a plain line per minute instead.
     """
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
         self._verbosity = verbosity
-        self._speaks = _is_main_process()
-        # A file or a pipe has no width: nothing in it is wrapped, so that it can be searched line by line.
+        self._is_main = _is_main_process()
+        # Lines in a file or pipe are not wrapped, so that they can be searched.
         width = None if sys.stdout.isatty() else UNWRAPPED
-        self._out = RichConsole(highlight=False, soft_wrap=True, width=width, quiet=not self._speaks)
-        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not self._speaks)
+        self._out = RichConsole(highlight=False, soft_wrap=True, width=width, quiet=not self._is_main)
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not self._is_main)
         self._is_live = self._err.is_terminal and verbosity != "quiet"
         self._bars = _Bars(
             TextColumn("{task.description}"),
@@ -128,18 +115,23 @@ class Console:
         self._bars.stop()
 
     def report(self, event: Event) -> None:
-        """Show one event of an engine."""
+        """Prints one event of an engine."""
         match event:
+            case Note(level="warning"):
+                self.warn(event.text)
             case Note():
-                self._note(event)
+                if event.level == "info" or self._verbosity == "verbose":
+                    self._print(escape(event.text))
             case Progress():
-                done = size(event.done) if event.unit == "bytes" else ""
-                self._bar(event.what, event.done, event.total, done)
-                of = "" if event.total is None else f" of {_count(event.total, event.unit)}"
-                self._line(f"{event.what}: {_count(event.done, event.unit)}{of}")
+                text = size_text if event.unit == "bytes" else "{:,}".format
+                self._bar(
+                    event.what, event.done, event.total, text(event.done) if event.unit == "bytes" else ""
+                )
+                total = "" if event.total is None else f" of {text(event.total)}"
+                self._line(f"{event.what}: {text(event.done)}{total}")
             case TrainingStarts():
-                for name, text in event.facts.items():
-                    self._say(f"[dim]{name:>8}[/]  {escape(text)}")
+                for name, fact in event.facts.items():
+                    self._print(f"[dim]{name:>8}[/]  {escape(fact)}")
                 self._bar("training", event.first_step, event.epochs * event.steps_per_epoch)
             case StepDone():
                 self._bars.facts = (
@@ -152,11 +144,9 @@ class Console:
             case EpochDone():
                 self._epoch(event)
 
-    def table(
-        self, columns: Iterable[str], rows: Iterable[Iterable[object]], *, title: str | None = None
-    ) -> None:
-        """Print a table on stdout; columns of numbers are right-aligned."""
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    def table(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        """Prints a table on stdout; columns of numbers are right-aligned."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
         cells = [[str(cell) for cell in row] for row in rows]
         for number, column in enumerate(columns):
             are_numbers = all(not row[number] or row[number][0].isdigit() for row in cells)
@@ -166,72 +156,63 @@ class Console:
         self._out.print(table)
 
     def json_line(self, value: Mapping[str, object]) -> None:
-        """Print one JSON object on a line of stdout."""
-        if self._speaks:
+        """Prints one JSON object on a line of stdout."""
+        if self._is_main:
             sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def csv(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-        """Print a table as CSV on stdout."""
-        if self._speaks:
+        """Prints a table as CSV on stdout."""
+        if self._is_main:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(rows)
 
     def say(self, text: str) -> None:
-        """Print a line of the result on stdout."""
+        """Prints a line of the result on stdout."""
         self._out.print(escape(text))
 
     def warn(self, text: str) -> None:
-        """Print a warning on stderr, however quiet the console is."""
+        """Prints a warning on stderr at every verbosity."""
         self._err.print(f"[yellow]warning:[/] {escape(text)}")
 
     def next_steps(self, path: Path, commands: Iterable[str]) -> None:
-        """Say where something is, and what to type next."""
+        """Prints the path of a model and the commands that use it; a quiet console prints the path only."""
         if self._verbosity == "quiet":
-            self._out.print(escape(str(path)))
+            self.say(str(path))
             return
         self._out.print(f"The model is in [bold]{escape(str(path))}[/]. Next:")
         for command in commands:
             self._out.print(f"  [bold cyan]{escape(command)}[/]")
 
-    def _note(self, note: Note) -> None:
-        if note.level == "warning":
-            self.warn(note.text)
-        elif note.level == "info" or self._verbosity == "verbose":
-            self._say(escape(note.text))
-
-    def _say(self, markup: str) -> None:
+    def _print(self, markup: str) -> None:
         if self._verbosity != "quiet":
             self._err.print(markup)
 
     def _line(self, text: str) -> None:
-        """A sign of life where there is no live display, now and then."""
+        """Prints a line of progress at intervals where there is no live display."""
         now = time.monotonic()
         if not self._is_live and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._say(escape(text))
+            self._print(escape(text))
 
-    def _bar(self, what: str, done: int, total: int | None, facts: str = "") -> None:
-        if what not in self._tasks:
-            # What was done before is no work of this process: from zero, it would make the time left too short.
-            self._tasks[what] = self._bars.add_task(what, total=total, completed=done, facts=facts)
-        task = self._tasks[what]
+    def _bar(self, name: str, done: int, total: int | None, facts: str = "") -> None:
+        if name not in self._tasks:
+            # Steps of an earlier process must not count into the speed, which predicts the time left.
+            self._tasks[name] = self._bars.add_task(name, total=total, completed=done, facts=facts)
+        task = self._tasks[name]
         self._bars.update(task, completed=done, facts=facts)
         if total is not None:
             self._bars.update(task, total=total)
             if done >= total:
-                self._bars.remove_task(self._tasks.pop(what))
+                self._bars.remove_task(self._tasks.pop(name))
 
     def _epoch(self, event: EpochDone) -> None:
         m = event.metrics
         self._last_line = time.monotonic()
         text = f"epoch {event.epoch:>3}  loss {m['train_loss']:.3f}  top-1 {m['train_clip_top1']:.3f}"
         if "val_loss" in m:
-            average = " of the average" if "ema_decay" in m else ""
-            text += f"  │ val{average} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
+            name = "val (EMA)" if "ema_decay" in m else "val"
+            text += f"  │ {name} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
         text += f"  │ {m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
         text += f", {m['data_wait']:.0%} waiting for data"
-        self._say(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))
-
-
-Verbosity = Literal["quiet", "normal", "verbose"]
+        self._print(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))

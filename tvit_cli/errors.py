@@ -67,3 +67,9 @@ def shorten(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
     every = list(names)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return separator.join(every[:most]) + more
+
+
+def plural(value: int, noun: str) -> str:
+    """A number with its noun. 1, group -> 1 group; 3, class -> 3 classes; 1200, video -> 1,200 videos"""
+    ending = "" if value == 1 else "es" if noun.endswith("s") else "s"
+    return f"{value:,} {noun}{ending}"

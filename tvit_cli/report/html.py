@@ -16,6 +16,7 @@ from typing import NewType
 import torch
 
 import tvit_cli
+from tvit_cli.errors import plural as plural
 from tvit_cli.report.drawing import Drawing, Role, is_own_png, style_sheet, to_png, to_svg
 
 
@@ -43,12 +44,6 @@ def duration(seconds: float) -> str:
         if seconds >= limit:
             return f"{seconds / limit:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def plural(value: int, noun: str) -> str:
-    """1, group -> 1 group; 3, class -> 3 classes"""
-    ending = "" if value == 1 else "es" if noun.endswith("s") else "s"
-    return f"{value:,} {noun}{ending}"
 
 
 MOST_UNREADABLE = 50  # videos named on a page
