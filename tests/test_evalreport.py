@@ -269,20 +269,20 @@ def test_the_same_file_in_two_subsets_is_named_as_a_leak(trained, tmp_path):
 
 def test_the_page_says_what_numbers_on_training_videos_are_worth(result):
     assert "The model was trained on these videos" in page_of(result).text
-    assert "chose the epoch" not in page_of(result).text
+    assert "used for model selection" not in page_of(result).text
 
 
 def test_eval_of_other_subsets_notes_partial_data_leakage(trained, tmp_path):
     held_out = load_card(trained.model).held_out
     chosen = page_of(evaluate(settings(trained, subset="val", output=tmp_path))).text
-    assert "These videos chose the epoch" in chosen and "trained on these" not in chosen
+    assert "These videos were used for model selection" in chosen and "trained on these" not in chosen
     groups = {"val_groups": "none", "test_groups": f"{held_out['test'][0]},"}  # val goes to train
     text = page_of(evaluate(settings(trained, subset="train", output=tmp_path, **groups))).text
     assert "The model was trained on 12 of the 15 videos" in text
-    assert "3 of the 15 videos chose the epoch" in text
+    assert "3 of the 15 videos were used for model selection" in text
     swapped = {"val_groups": f"{held_out['test'][0]},", "test_groups": f"{held_out['val'][0]},"}
     text = page_of(evaluate(settings(trained, subset="val", output=tmp_path, **swapped))).text
-    assert "chose the epoch" not in text and "were trained on" not in text
+    assert "used for model selection" not in text and "were trained on" not in text
 
 
 def test_on_other_data_the_page_claims_nothing_about_the_training(trained, tmp_path):
@@ -290,11 +290,11 @@ def test_on_other_data_the_page_claims_nothing_about_the_training(trained, tmp_p
     for subset in ("train", "val"):
         own = settings(trained, subset=subset, path_to_data=str(data), output=tmp_path / subset)
         text = page_of(evaluate(own)).text
-        assert "The model was trained on" not in text and "chose the epoch" not in text
+        assert "The model was trained on" not in text and "used for model selection" not in text
         path = load_card(trained.model).settings["path_to_data"]
-        assert f"Whether the model knows these videos from its training, on {path}, is not known." in text
+        assert f"It is unknown whether scored videos are in the model's training data ({path})." in text
     text = page_of(evaluate(settings(trained, path_to_data=str(data), output=tmp_path / "test"))).text
-    assert "Whether the model knows" not in text
+    assert "It is unknown whether" not in text
     again = settings(trained, path_to_data=load_card(trained.model).settings["path_to_data"], subset="train")
     assert "The model was trained on these videos" in page_of(evaluate(again)).text
 

@@ -329,12 +329,12 @@ def test_eval_scores_it_on_the_classes_of_the_data(folder, colours, tmp_path, mo
         assert answer.predicted == labels[int(expected.argmax())]
         assert answer.scores == pytest.approx(expected.tolist(), abs=1e-5)
     said = " ".join(event.text for event in events if isinstance(event, Note))
-    assert "classes are taken to be the 3 of the data" in said
-    assert "Which videos the model was trained on is not known" in said
+    assert "classes are assumed to be the 3 of the data" in said
+    assert "training videos are unknown" in said
     written = json.loads((result.output / "metrics.json").read_text())["warnings"]
     assert result.report is not None
     page = Page(result.report.read_text(encoding="utf-8")).text
-    for sentence in ("do not name their 3 classes", "to be the 3 of the data", "trained on is not known"):
+    for sentence in ("do not name their 3 classes", "to be the 3 of the data", "training videos are unknown"):
         assert any(sentence in warning for warning in written) and sentence in page
 
 
@@ -343,7 +343,7 @@ def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path, colours
     settings = EvalSettings(
         model=folder, path_to_data=str(colours), test_groups="1", val_groups="none", device="cpu"
     )
-    with pytest.raises(DataError, match=r"unknown to the model .*It knows 5: class 0.* all of its classes"):
+    with pytest.raises(DataError, match=r"unknown to the model .*It has 5: class 0.* all of its classes"):
         evaluate(settings)
 
 
@@ -534,10 +534,13 @@ def test_a_model_of_tvit_is_known_by_its_name_on_the_hub(pushed, config):
 def test_what_a_model_on_the_hub_was_trained_on_is_known(pushed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_clips(Path("data", "mine"))
-    for choice, known in (({}, "These videos chose the epoch"), ({"val_groups": "03,"}, "were trained on")):
+    for choice, known in (
+        ({}, "These videos were used for model selection"),
+        ({"val_groups": "03,"}, "were trained on"),
+    ):
         facts = {"model": "somebody/jumps", "subset": "val", "num_workers": 0, "device": "cpu", **choice}
         said = evaluate(EvalSettings.model_validate(facts)).warnings
-        assert any(known in warning for warning in said) and "not known" not in " ".join(said)
+        assert any(known in warning for warning in said) and "unknown" not in " ".join(said)
 
 
 def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(pushed):

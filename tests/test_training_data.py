@@ -136,7 +136,7 @@ def test_leaks_are_said_and_strict_refuses_them(clips, tmp_path):
     train(settings(**facts), events.append)
     warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
     assert any("share 6 groups" in w for w in warnings) and any(
-        "18 videos stand in two subsets" in w for w in warnings
+        "18 videos are in two subsets" in w for w in warnings
     )
     with pytest.raises(DataError, match="share 6 groups"):
         train(settings(**facts, strict=True))

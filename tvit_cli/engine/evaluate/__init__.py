@@ -25,111 +25,98 @@ from tvit_cli.engine.evaluate.metrics import (
     video_metrics,
 )
 from tvit_cli.engine.evaluate.scoring import ScoredClips, Scores, Views, clips_to_score, merge_scores, score
-from tvit_cli.engine.evaluate.selection import (
-    choose_split,
-    describe_bias,
-    describe_leakage,
-    is_training_data,
-    training_subsets,
-)
+from tvit_cli.engine.evaluate.selection import choose_split, find_bias, is_training_data
 from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError, shorten
 from tvit_cli.files import check_writable
 from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction, silent
-from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 
 
 def evaluate(
     settings: EvalSettings,
     report: Report = silent,
-    place: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
     trained: Trained | None = None,
 ) -> EvalResult:
-    """Score a model folder on a subset and write metrics.json, scores.csv, confusion.csv and report.html.
+    """Scores a model folder on a subset and writes metrics.json, scores.csv, confusion.csv and report.html.
 
-    Labels, frame size, sampling and normalisation come from the model folder. Videos that cannot be read are
-    reported, and left out or counted as wrong. Several processes share the videos and all get the result; a caller
-    that knows which of them this is, or has opened the model, gives `place` and `trained`. Raises ModelError,
-    DataError, SettingsError for views that the model's preprocessing has no room for, or RunError when no video
-    can be read.
+    Labels, frame size, sampling and normalisation come from the model folder. Unreadable videos are reported, and
+    left out or counted as wrong. All ranks share the videos and get the result; callers that have joined the
+    process `group` or opened the model pass them. Raises ModelError, DataError, SettingsError for views that the
+    preprocessing does not allow, or RunError when no video can be read.
     """
-    place = place or join_process_group(settings.device)
-    if not place.is_main:
-        report = silent
+    group = group or join_process_group(settings.device)
+    report = report if group.is_main else silent
     trained = trained or open_trained(
         settings.model,
         working_directory=settings.working_directory,
-        device=place.device,
+        device=group.device,
         mixed_precision=settings.mixed_precision,
     )
     report(Note(f"Model: {trained.folder}"))
-    if place.is_main:
+    if group.is_main:
         check_results_folder(settings, trained)
     for note in trained.notes:
         report(Note(note, "warning"))
-    views = _views(settings, trained.card)
+    preprocessing = trained.card.preprocessing
+    if settings.crops_per_clip > 1 and preprocessing.resize == "squash":
+        raise SettingsError(
+            f"--crops-per-clip {settings.crops_per_clip}: this model squashes whole frames to a square, which has "
+            "one crop. Leave it out."
+        )
+    views = Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
     choice = choose_split(settings, trained.card)
-    pre = trained.card.preprocessing
     source = open_dataset(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
         report,
-        clip=ClipFormat(pre.n_frames, pre.scale_to, pre.frame_grid),
+        clip=ClipFormat(preprocessing.n_frames, preprocessing.scale_to, preprocessing.frame_grid),
         need_training=False,
         **choice,
     )
     trained = trained.named_by(source.layout.labels)
-    source = replace(source, layout=match_labels(source.layout, trained.card.labels))
+    labels = trained.card.labels
+    source = replace(source, layout=match_labels(source.layout, labels))
     videos = source.layout.subset(settings.subset)
     _check_labels(videos, trained, settings)
-    before = training_subsets(settings, trained.card, source)
-    known, leaks = (
-        describe_bias(settings, trained, source, before),
-        describe_leakage(settings, source, before),
-    )
-    for warning in (*known, *leaks):
+    bias, leaks = find_bias(settings, trained, source)
+    for warning in (*bias, *leaks):
         report(Note(warning, "warning"))
     shuffle_seed = settings.seed if settings.shuffle_frames else None
     started = time.perf_counter()
-    workers = worker_count(settings.num_workers)
     own = score(
         trained.model,
         videos,
-        trained.card.labels,
-        trained.card.preprocessing,
+        labels,
+        preprocessing,
         device=trained.device,
         batch_size=settings.per_gpu_batch_size,
-        workers=workers,
+        workers=worker_count(settings.num_workers),
         views=views,
-        rank=place.rank,
-        processes=place.processes,
+        rank=group.rank,
+        processes=group.processes,
         shuffle_seed=shuffle_seed,
         autocast=trained.autocast,
         store=source.store,
         progress=lambda done, total: report(Progress("scoring videos", done, total)),
     )
-    scores = merge_scores(place.gather(own))
+    scores = merge_scores(group.gather(own))
     seconds = time.perf_counter() - started
     if not len(scores.indices):
         raise RunError(
-            f"{source.layout.root}: none of the {len(videos)} {settings.subset} videos can be read."
+            f"{source.layout.root}: none of the {len(videos)} {settings.subset} videos can be read. Check them."
         )
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
     clips = clips_to_score(
-        videos,
-        trained.card.labels,
-        trained.card.preprocessing,
-        views=views,
-        shuffle_seed=shuffle_seed,
-        store=source.store,
+        videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=source.store
     )
     result = replace(
-        _judge(settings, trained, videos, scores, views, seconds),
-        clips=ScoredClips(clips, trained.card.preprocessing, views),
-        warnings=(*trained.notes, *known, *leaks),
+        _result(settings, trained, videos, scores, seconds),
+        clips=ScoredClips(clips, preprocessing, views),
+        warnings=(*trained.notes, *bias, *leaks),
         leaks=leaks,
     )
     facts: dict[str, object] = {
@@ -142,14 +129,14 @@ def evaluate(
         "warnings": list(result.warnings),
         "leaks": list(leaks),
     }
-    if place.is_main:
+    if group.is_main:
         write_result(result, facts)
-        result = replace(result, report=write_report(result, settings, trained, facts, place, report))
+        result = replace(result, report=write_report(result, settings, trained, facts, group, report))
     return result
 
 
 def results_folder(settings: EvalSettings, trained: Trained) -> Path:
-    """The folder for the results of a model, unless another is given; those on other data are apart."""
+    """Default folder of a model's results; those on other data have its name at the end."""
     name = _subset_name(settings)
     if settings.path_to_data is not None and trained.card.settings.get("path_to_data") is not None:
         root = find_data(settings.path_to_data)
@@ -159,7 +146,7 @@ def results_folder(settings: EvalSettings, trained: Trained) -> Path:
 
 
 def check_results_folder(settings: EvalSettings, trained: Trained) -> None:
-    """Raise DataError where results cannot be written, before anything was scored."""
+    """Raises DataError where results cannot be written, before anything is scored."""
     folder = settings.output or results_folder(settings, trained)
     check_writable("--output", folder, folder)
 
@@ -168,73 +155,66 @@ def _subset_name(settings: EvalSettings) -> str:
     return settings.subset + ("-shuffled" if settings.shuffle_frames else "")
 
 
-def _views(settings: EvalSettings, card: ModelCard) -> Views:
-    if settings.crops_per_clip > 1 and card.preprocessing.resize == "squash":
-        raise SettingsError(
-            f"--crops-per-clip {settings.crops_per_clip}: this model squashes whole frames to a square, so "
-            "there is one crop of each. Leave it out."
-        )
-    return Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
-
-
 def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSettings) -> None:
     if not videos:
         raise DataError(
             f"--subset {settings.subset}: the data has no such videos. "
             f"Hold groups out for it with --{settings.subset}-groups, or choose another --subset."
         )
-    unknown = sorted({video.label for video in videos} - set(trained.card.labels))
-    if unknown:
+    labels = trained.card.labels
+    if unknown := sorted({video.label for video in videos} - set(labels)):
         raise DataError(
             f"{len(unknown)} classes of the data are unknown to the model ({shorten(unknown, most=12)}). "
-            f"It knows {len(trained.card.labels)}: {shorten(trained.card.labels, most=12)}."
-            + (" Give data with all of its classes, or name them." if trained.labels_are_guessed else "")
+            f"It has {len(labels)}: {shorten(labels, most=12)}."
+            + (" Use data with all of its classes, or name them." if trained.labels_are_guessed else "")
         )
 
 
-def _judge(
-    settings: EvalSettings,
-    trained: Trained,
-    videos: tuple[Video, ...],
-    scores: Scores,
-    views: Views,
-    seconds: float,
+def _result(
+    settings: EvalSettings, trained: Trained, videos: tuple[Video, ...], scores: Scores, seconds: float
 ) -> EvalResult:
+    """Metrics and predictions, without clips, warnings and report."""
     labels = trained.card.labels
-    notes = []
-    if settings.top_k > len(labels):
-        notes.append(
-            f"--top-k {settings.top_k}: the model has {len(labels)} classes, so top-{len(labels)} is shown."
-        )
-    metrics = video_metrics(scores.logits, scores.labels, top_k=settings.top_k)
     top_k = min(settings.top_k, len(labels))
-    if len(views) > 1:
+    notes = []
+    if settings.top_k > top_k:
+        notes.append(
+            f"--top-k {settings.top_k}: the model has {len(labels)} classes, so top-{top_k} is shown."
+        )
+    metrics = video_metrics(scores.logits, scores.labels, top_k=top_k)
+    if scores.view_ranks.shape[1] > 1:
         for k in sorted({1, top_k}):
             metrics[f"clip_top{k}"] = (scores.view_ranks <= k).double().mean().item()
-    confidence, predicted = scores.logits.double().softmax(1).max(1)
+    rows = scores.logits.double().softmax(1)
+    confidence, predicted = rows.max(1)
     right = predicted == scores.labels
     metrics["calibration_error"] = calibration_error(confidence, right)
     confusion = confusion_matrix(predicted, scores.labels, len(labels))
-    answers = _answers(videos, scores, labels)
+    answers = {
+        index: VideoPrediction(videos[index], labels[int(row.argmax())], tuple(row.tolist()))
+        for index, row in zip(scores.indices.tolist(), rows, strict=True)
+    }
     unread = torch.zeros(len(labels), dtype=torch.long)
     if settings.unreadable == "wrong":
         for index, reason in scores.errors.items():
             unread[labels.index(videos[index].label)] += 1
             answers[index] = VideoPrediction(videos[index], error=reason)
-        # The loss and the calibration error stay those of the videos that were read.
+        # Loss and calibration error remain those of the readable videos.
         share = metrics["videos"] / (metrics["videos"] + len(scores.errors))
         metrics |= {k: v * share for k, v in metrics.items() if k.startswith(("video_top", "clip_top"))}
         metrics["videos"] += len(scores.errors)
     table = class_table(confusion, unread)
     metrics |= {"mean_class_accuracy": mean_class_accuracy(table), "macro_f1": macro_f1(table)}
     metrics["unreadable"] = float(len(scores.errors))
-    counted = [answers[index] for index in sorted(answers)]
+    counted = tuple(answers[index] for index in sorted(answers))
     return EvalResult(
         metrics=metrics,
         intervals=metric_intervals(_outcomes(counted, labels, top_k), top_k=top_k),
         per_class={label: row for label, row in zip(labels, table, strict=True) if row.videos},
-        confused=tuple((labels[true], labels[said], count) for true, said, count in most_confused(confusion)),
-        answers=tuple(counted),
+        confused=tuple(
+            (labels[true], labels[other], count) for true, other, count in most_confused(confusion)
+        ),
+        answers=counted,
         labels=labels,
         unreadable={videos[index].name: reason for index, reason in scores.errors.items()},
         seconds=seconds,
@@ -247,27 +227,16 @@ def _judge(
     )
 
 
-def _outcomes(answers: list[VideoPrediction], labels: tuple[str, ...], top_k: int) -> Outcomes:
+def _outcomes(answers: tuple[VideoPrediction, ...], labels: tuple[str, ...], top_k: int) -> Outcomes:
     position = {label: number for number, label in enumerate(labels)}
     own = [position[answer.video.label] for answer in answers]
     return Outcomes(
         labels=own,
-        said=[position[answer.predicted] if answer.predicted else None for answer in answers],
-        among_k=[
-            bool(a.scores) and sum(s >= a.scores[label] for s in a.scores) <= top_k
-            for a, label in zip(answers, own, strict=True)
+        predicted=[position[answer.predicted] if answer.predicted else None for answer in answers],
+        in_top_k=[
+            bool(answer.scores) and sum(s >= answer.scores[label] for s in answer.scores) <= top_k
+            for answer, label in zip(answers, own, strict=True)
         ],
         confidence=[max(answer.scores, default=0.0) for answer in answers],
         groups=[answer.video.unit for answer in answers],
     )
-
-
-def _answers(
-    videos: tuple[Video, ...], scores: Scores, labels: tuple[str, ...]
-) -> dict[int, VideoPrediction]:
-    """By the videos' index, those that were read."""
-    rows = scores.logits.double().softmax(1)
-    return {
-        index: VideoPrediction(videos[index], labels[int(row.argmax())], tuple(row.tolist()))
-        for index, row in zip(scores.indices.tolist(), rows, strict=True)
-    }

@@ -1,7 +1,9 @@
 """Classification metrics from logits, with bootstrap intervals over groups and McNemar's test.
 
-Clips of one group are cut from one recording and rise and fall together. Resampling videos one by one would
-take them for so many independent trials and give intervals that are too narrow.
+Clips of one group come from one recording and are correlated. Resampling single videos would treat them as
+independent and give too narrow intervals.
+
+Letters: V videos, B clips, K classes, S statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, Interval
 
 LEVEL = 0.95
-_CHUNK = 100  # resamples drawn at once: bounds the memory
+_CHUNK = 100  # resamples in memory at once
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -27,155 +29,145 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of each video, an entry for each of V."""
+    """Labels and predictions of V videos, by class index."""
 
     labels: Sequence[int]
-    said: Sequence[int | None]  # the class of the answer; None where there is none
-    among_k: Sequence[bool]  # whether the label is among the k best
-    confidence: Sequence[float]  # of the answer; 0 where there is none
+    predicted: Sequence[int | None]  # None for an unreadable video
+    in_top_k: Sequence[bool]
+    confidence: Sequence[float]  # of the prediction; 0 for an unreadable video
     groups: Sequence[str]
-
-    @property
-    def right(self) -> list[bool]:
-        """Whether the answer is the label."""
-        return [said == label for said, label in zip(self.said, self.labels, strict=True)]
 
 
 def metric_intervals(outcomes: Outcomes, *, top_k: int, seed: int = 0) -> dict[str, Interval]:
-    """95 % percentile intervals of the metrics by their names; none for fewer than two groups.
+    """95 % percentile intervals by metric name; none for fewer than two groups.
 
-    A class that a resample lacks is left out of its means.
+    A class without videos in a resample is left out of its means.
     """
-    groups = _numbers(outcomes.groups)
+    groups = _group_numbers(outcomes.groups)
     count = int(groups.max()) + 1
     if count < 2:
         return {}
     labels = np.asarray(outcomes.labels, dtype=np.int64)
-    right, among_k = (np.asarray(v, dtype=np.float64) for v in (outcomes.right, outcomes.among_k))
-    confidence = np.asarray(outcomes.confidence, dtype=np.float64)
-    answered = np.flatnonzero([said is not None for said in outcomes.said])
-    said = np.asarray([said for said in outcomes.said if said is not None], dtype=np.int64)
-    bins = bin_numbers(torch.from_numpy(confidence[answered])).numpy()
-    gaps = (right - confidence)[answered]
-    classes = int(max(labels.max(), said.max(initial=0))) + 1
+    read = np.flatnonzero([predicted is not None for predicted in outcomes.predicted])
+    predicted = np.asarray([p for p in outcomes.predicted if p is not None], dtype=np.int64)
+    right = np.zeros(len(labels))
+    right[read] = predicted == labels[read]
+    in_top_k, confidence = (np.asarray(v, dtype=np.float64) for v in (outcomes.in_top_k, outcomes.confidence))
+    bins = bin_numbers(torch.from_numpy(confidence[read])).numpy()
+    gaps = (right - confidence)[read]
+    classes = int(max(labels.max(), predicted.max(initial=0))) + 1
 
     def metrics(weight: Floats) -> list[float]:
-        """The metrics where each video counts as often as its weight (V,) says."""
+        """The metrics with weights (V,) of the videos."""
         videos = np.bincount(labels, weight, classes)
         hits = np.bincount(labels, weight * right, classes)
-        named = np.bincount(said, weight[answered], classes)
-        error = np.abs(np.bincount(bins, weight[answered] * gaps, BINS)).sum()
+        predictions = np.bincount(predicted, weight[read], classes)
+        error = np.abs(np.bincount(bins, weight[read] * gaps, BINS)).sum()
         present = videos > 0
         return [
             hits.sum() / weight.sum(),
-            weight @ among_k / weight.sum(),
+            weight @ in_top_k / weight.sum(),
             (hits[present] / videos[present]).mean(),
-            (2 * hits[present] / (videos + named)[present]).mean(),
-            error / max(1.0, named.sum()),
+            (2 * hits[present] / (videos + predictions)[present]).mean(),
+            error / max(1.0, predictions.sum()),
         ]
 
     def statistics(weights: Floats) -> Floats:
         return np.array([metrics(weight[groups]) for weight in weights]).T
 
     names = ("video_top1", f"video_top{top_k}", "mean_class_accuracy", "macro_f1", "calibration_error")
-    found = zip(names, _resampled(count, statistics, seed), strict=True)
-    return {name: _interval(values) for name, values in found}
+    return dict(zip(names, _bootstrap(count, statistics, seed), strict=True))
 
 
 def difference_interval(
     first: Sequence[bool], second: Sequence[bool], groups: Sequence[str], *, seed: int = 0
 ) -> Interval | None:
-    """95 % interval of the second's accuracy less the first's on the same videos; None for one group."""
+    """95 % interval of the second model's accuracy minus the first's on the same videos; None for one group."""
     gain = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    numbers = _numbers(groups)
+    numbers = _group_numbers(groups)
     sums = np.bincount(numbers, weights=gain)
     videos = np.bincount(numbers).astype(np.float64)
     if len(sums) < 2:
         return None
-    (differences,) = _resampled(len(sums), lambda weights: (weights @ sums / (weights @ videos))[None], seed)
-    return _interval(differences)
+    return _bootstrap(len(sums), lambda weights: (weights @ sums / (weights @ videos))[None], seed)[0]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p-value that two models differ, from the videos that just one of them knows.
+    """Two-sided p-value of McNemar's exact test (1947), from the videos that only one of two models gets right.
 
-    The exact binomial test (McNemar 1947): given that they disagree, either is right with probability 1/2.
-    It takes videos for independent; clips of one group are not. 1 and 8 -> 0.0391
+    Under the null hypothesis, either model is right with probability 1/2 on each. It assumes independent videos;
+    clips of one group are not. 1 and 8 -> 0.0391
     """
     trials, fewer = only_first + only_second, min(only_first, only_second)
     tail: int = sum(math.comb(trials, k) for k in range(fewer + 1))
-    ways: int = 2**trials
-    return min(1.0, 2 * tail / ways)
+    outcomes: int = 2**trials
+    return min(1.0, 2 * tail / outcomes)
 
 
-def _numbers(groups: Sequence[str]) -> Integers:
+def _group_numbers(groups: Sequence[str]) -> Integers:
     return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
 
-def _resampled(groups: int, statistics: Callable[[Floats], Floats], seed: int) -> Floats:
-    """(S, RESAMPLES): S statistics of groups drawn with replacement, as often as there are groups."""
+def _bootstrap(groups: int, statistics: Callable[[Floats], Floats], seed: int) -> list[Interval]:
+    """Percentile intervals of S statistics; `statistics` maps group counts (draws, groups) to (S, draws)."""
     generator = np.random.default_rng(seed)
     shares = np.full(groups, 1 / groups)
     parts = [
         statistics(generator.multinomial(groups, shares, size=_CHUNK).astype(np.float64))
         for _ in range(RESAMPLES // _CHUNK)
     ]
-    return np.concatenate(parts, axis=1)
-
-
-def _interval(values: Floats) -> Interval:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return low, high
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    rows = [np.quantile(values, ends).tolist() for values in np.concatenate(parts, axis=1)]
+    return [(low, high) for low, high in rows]
 
 
 @dataclass
 class Tally:
-    """Running sums over clips: loss, right answers, count. Tensors stay on their device until `totals`."""
+    """Running sums over clips, on their device."""
 
-    sums: Tensor  # (3,) float64: loss, right answers, clips
+    sums: Tensor  # (3,) float64: loss, correct predictions, clips
 
     @classmethod
     def zeros(cls, device: torch.device) -> Tally:
-        """An empty tally on a device (float32 where the device has no float64)."""
+        """An empty tally on a device, in float32 on MPS, which has no float64."""
         return cls(
             torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         )
 
     def add(self, logits: Tensor, losses: Tensor, labels: Tensor, weights: Tensor) -> None:
-        """Count a batch: logits (B, K), losses (B,), labels (B,), weights (B,) 1 or 0."""
+        """Adds a batch: logits (B, K), losses (B,), labels (B,), weights (B,) 1 or 0."""
         right = (logits.argmax(1) == labels) * weights
         batch = torch.stack([(losses * weights).sum(), right.sum(), weights.sum()])
         self.sums += batch.detach().to(self.sums.dtype)
 
 
 def top_k_right(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether each label is among the k largest logits: (V, K), (V,) -> bool (V,). Ties are as in `ranks`."""
+    """Whether each label is among the k largest logits: (V, K), (V,) -> bool (V,). Ties as in `ranks`."""
     return ranks(logits, labels) <= k
 
 
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """The place of each label among the classes, 1 for the best: (..., K), (...) -> (...).
+    """Rank of each label among the classes, 1 for the best: (..., K), (...) -> (...).
 
-    Ties count as a model that guesses would be counted at worst: all that score as high stand before the label.
-    A score that is no number counts against the model.
+    Ties and NaN count against the model: the label comes after all classes with the same score.
     """
     own = logits.gather(-1, labels[..., None])  # (..., 1)
     return (~(logits < own)).sum(-1)
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts (K, K): row the true class, column the predicted one."""
+    """Counts (K, K): rows are true classes, columns predicted ones."""
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
 def class_counts(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(Videos, right answers) of each class that has a video: logits (V, K), labels (V,), the classes' names."""
+    """(Videos, correct predictions) of each class with videos: logits (V, K), labels (V,), names of the classes."""
     table = class_table(confusion_matrix(logits.argmax(1), labels, len(names)))
     return {name: (row.videos, row.right) for name, row in zip(names, table, strict=True) if row.videos}
 
 
 def video_metrics(logits: Tensor, labels: Tensor, *, top_k: int) -> dict[str, float]:
-    """Metrics of one answer per video: logits (V, K), labels (V,). Loss in nats, the rest fractions of 1."""
+    """Metrics of one prediction per video: logits (V, K), labels (V,). Loss in nats, others in [0, 1]."""
     videos, classes = logits.shape
     k = min(top_k, classes)
     logits = logits.double()
@@ -190,29 +182,28 @@ def video_metrics(logits: Tensor, labels: Tensor, *, top_k: int) -> dict[str, fl
 
 
 def class_table(confusion: Tensor, unread: Tensor | None = None) -> list[ClassScore]:
-    """A row for each class of a confusion matrix (K, K); `unread` (K,) adds videos that got no answer."""
+    """Scores of each class from a confusion matrix (K, K); `unread` (K,) adds unreadable videos, as wrong."""
     videos = confusion.sum(1) if unread is None else confusion.sum(1) + unread
     columns = videos.tolist(), confusion.diagonal().tolist(), confusion.sum(0).tolist()
     return [ClassScore(*row) for row in zip(*columns, strict=True)]
 
 
 def mean_class_accuracy(table: Sequence[ClassScore]) -> float:
-    """Mean recall of the classes that have videos."""
+    """Mean recall of the classes with videos."""
     present = [row.recall for row in table if row.videos]
     return sum(present) / len(present)
 
 
 def macro_f1(table: Sequence[ClassScore]) -> float:
-    """Mean F1 of the classes that have videos."""
+    """Mean F1 of the classes with videos."""
     present = [row.f1 for row in table if row.videos]
     return sum(present) / len(present)
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Expected calibration error: the gap between confidence and accuracy, over equal bins of confidence.
+    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599).
 
-    Confidence (V,) of the best class, whether it is right (V,). The mean over bins is weighted by their videos
-    (Guo et al. 2017, arXiv:1706.04599, with its 15 bins).
+    Mean gap between confidence and accuracy, weighted by the bins' videos: confidence (V,), whether correct (V,).
     """
     gaps = torch.zeros(BINS, dtype=torch.double)
     gaps.index_add_(0, bin_numbers(confidence), right.double() - confidence.double())
@@ -220,7 +211,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 def calibration_bins(confidence: Tensor, right: Tensor) -> list[Bin]:
-    """The bins of the expected calibration error that have videos: confidence (V,), whether right (V,)."""
+    """Bins of the expected calibration error with videos: confidence (V,), whether correct (V,)."""
     number = bin_numbers(confidence)
     found = []
     for n in sorted(set(number.tolist())):
@@ -231,14 +222,14 @@ def calibration_bins(confidence: Tensor, right: Tensor) -> list[Bin]:
 
 
 def bin_numbers(confidence: Tensor) -> Tensor:
-    """Which of the bins (0, 1/15], (1/15, 2/15] … each confidence (V,) lies in."""
+    """Index of the bin (0, 1/15], (1/15, 2/15] … of each confidence (V,)."""
     return (confidence.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
 
 
 def most_confused(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]:
-    """The commonest mistakes: (true class, said class, videos), most frequent first, at most `most`."""
+    """The most frequent mistakes, at most `most`: (true class, predicted class, videos)."""
     mistakes = confusion - torch.diag(confusion.diagonal())
-    counts, places = mistakes.flatten().sort(descending=True, stable=True)
+    counts, cells = mistakes.flatten().sort(descending=True, stable=True)
     classes = len(confusion)
-    pairs = zip(places[:most].tolist(), counts[:most].tolist(), strict=True)
-    return [(place // classes, place % classes, count) for place, count in pairs if count]
+    pairs = zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
+    return [(*divmod(cell, classes), count) for cell, count in pairs if count]
