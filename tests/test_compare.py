@@ -135,7 +135,7 @@ def test_a_comparison_that_cannot_be_written_says_so(trained, tmp_path):
 
 def test_a_third_model_beside_the_two_that_are_compared_is_refused():
     flags = {"compare": (Path("a"), Path("b")), "model": Path("c")}
-    with pytest.raises(SettingsError, match="--compare names both models: leave out --model"):
+    with pytest.raises(SettingsError, match=r"--compare names both models\. Leave out --model"):
         load(EvalSettings, flags=flags, environ={})
 
 
@@ -149,7 +149,7 @@ def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained, tmp_path):
     )
     assert "The model was trained on these videos" in both and "First: " not in both
     assert "First: The model was trained on these videos" in one
-    assert "Second: Whether the model knows these videos from its training, on elsewhere, is not" in one
+    assert "Second: It is unknown whether scored videos are in the model's training data (elsewhere)" in one
 
 
 def test_two_models_of_one_name_are_told_apart_by_their_paths(trained, tmp_path):
