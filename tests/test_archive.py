@@ -366,7 +366,10 @@ def test_seven_zip_is_used_if_it_decodes_rar(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [({"linked": True}, "is no plain file"), ({"content": "long data"}, "more than the 4 bytes")],
+    [
+        ({"linked": True}, "is no plain file"),
+        ({"content": "long data"}, "has 9 bytes, its header declares 4"),
+    ],
 )
 def test_output_of_seven_zip_is_checked(how, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(rar, "find_reader", rar.find_program)

@@ -66,6 +66,11 @@ def test_file_comes_whole_with_its_hash(server, tmp_path):
     assert names(tmp_path) == {"a"}
 
 
+def test_empty_file_is_fetched(server, tmp_path):
+    done = get([server.add("/a", b"")], tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"" and (done.bytes, done.bytes_received) == (0, 0)
+
+
 def test_unknown_hash_is_recorded(server, tmp_path):
     done = get([server.add("/a", BODY, no_length=True)], tmp_path / "a")
     assert (done.sha256, done.verified) == (SHA256, False)

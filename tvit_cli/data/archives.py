@@ -118,18 +118,16 @@ def unpack(
         regular = [member for member in members if member.kind == "file"]
         paths = plan(regular) if plan else {member.index: member.path for member in regular}
         chosen = [member for member in regular if member.index in paths]
-        need, done = sum(member.size for member in chosen), 0
+        need, done, purpose = sum(member.size for member in chosen), 0, f"unpacking {path.name}"
         unpacked: list[Unpacked] = []
-        files.require_free(target.parent, need, purpose=f"unpacking {path.name}")
+        files.require_free(target.parent, need, purpose=purpose)
         (temporary / "tree").mkdir(parents=True)
         try:
-            with files.disk_full_errors(
-                target.parent, purpose=f"unpacking {path.name}", need=lambda: need - done
-            ):
+            with files.disk_full_errors(target.parent, purpose=purpose, need=lambda: need - done):
                 for member, content in archive.read(chosen, temporary / "raw"):
                     new = temporary / "tree" / paths[member.index]
                     if isinstance(content, Path):
-                        sha256 = _move(content, new, member, archive=path)
+                        sha256 = _move(content, new)
                     else:
                         sha256 = store(content, new, member, archive=path)
                     unpacked.append(Unpacked(paths[member.index], member.name, member.size, sha256))
@@ -137,7 +135,7 @@ def unpack(
                     report(Progress(f"unpack {path.name}", done, need, "bytes"))
                 if len(unpacked) != len(chosen):
                     raise DataError(
-                        f"{path}: {len(unpacked)} of {len(chosen)} files could be read; it is damaged"
+                        f"{path}: is damaged: {len(unpacked)} of {len(chosen)} files are readable"
                     )
                 files.rename(temporary / "tree", target)
         finally:
@@ -160,25 +158,18 @@ def store(stream: Readable, path: Path, member: Member, *, archive: Path | str) 
         file.flush()
         files.sync(file.fileno())
     if left:
-        raise _wrong_size(archive, member, "more" if left < 0 else "fewer")
+        more = "more" if left < 0 else "fewer"
+        raise DataError(f"{archive}: {member.name!r} holds {more} than the {member.size} bytes it declares")
     return digest.hexdigest()
 
 
-def _move(source: Path, path: Path, member: Member, *, archive: Path | str) -> str:
-    """`store` for a member that a RAR reader has written."""
+def _move(source: Path, path: Path) -> str:
+    """Moves a member that a RAR reader has written and returns its sha256."""
     with source.open("rb+") as file:
         files.sync(file.fileno())
-    if (size := source.stat().st_size) != member.size:
-        raise _wrong_size(archive, member, "more" if size > member.size else "fewer")
     path.parent.mkdir(parents=True, exist_ok=True)
     source.rename(path)
     return files.sha256(path)
-
-
-def _wrong_size(archive: Path | str, member: Member, more: str) -> DataError:
-    return DataError(
-        f"{archive}: member {member.name!r} holds {more} than the {member.size} bytes it declares"
-    )
 
 
 def zip_members(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,12 +175,11 @@ CATALOG: Final[tuple[Dataset, ...]] = (
 
 def find(name: str, catalog: Sequence[Dataset] = CATALOG) -> Dataset:
     """The data set of this name in any case. Raises SettingsError with similar names."""
-    by_name = {dataset.name: dataset for dataset in catalog}
-    if (found := by_name.get(name.casefold())) is not None:
-        return found
-    similar = difflib.get_close_matches(name.casefold(), by_name, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Known: {', '.join(by_name)}."
-    raise SettingsError(f"{name}: unknown data set. {hint} `tvit download --list` lists all.")
+    names = [dataset.name for dataset in catalog]
+    if name.casefold() in names:
+        return catalog[names.index(name.casefold())]
+    hint = suggestion(name, names, most=3) or f" Known: {', '.join(names)}."
+    raise SettingsError(f"{name}: unknown data set.{hint} `tvit download --list` lists all.")
 
 
 class CanonicalNames:

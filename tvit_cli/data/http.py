@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 from tvit_cli import __version__, files
@@ -28,6 +29,7 @@ from tvit_cli.results import Note, Progress, Report, silent
 if TYPE_CHECKING:
     import urllib3
 
+T = TypeVar("T")
 OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 200, 206, 416
 CHUNK_BYTES: Final = 256 * 1024
 MAX_REDIRECTS: Final = 10
@@ -67,18 +69,26 @@ class Retry:
     sleep: Callable[[float], None] = time.sleep
     jitter: Callable[[], float] = random.random  # in [0, 1); varies the delay by ± 25 %
 
+    def run(self, step: Callable[[], T], received: Callable[[], int]) -> T:
+        """Repeats `step` on TransientError; `received` returns the bytes so far. Raises PermanentError."""
+        most, attempt = received(), 0
+        while True:
+            try:
+                return step()
+            except TransientError as failure:
+                attempt = 1 if received() > most else attempt + 1
+                most = max(most, received())
+                self.wait(attempt, failure)
+
     def wait(self, attempt: int, failure: TransientError) -> None:
         """Waits before the next attempt. Raises PermanentError after the last one, or if the wait is too long."""
         if attempt >= self.attempts:
             raise PermanentError(f"{failure} ({attempt} attempts)")
         seconds = min(self.most_seconds, self.first_seconds * 2 ** (attempt - 1)) * (0.75 + self.jitter() / 2)
-        if failure.after is not None:
-            if failure.after > self.most_retry_after:
-                raise PermanentError(
-                    f"{failure}, asks to wait {failure.after:.0f} s (limit {self.most_retry_after:.0f} s)"
-                )
-            seconds = max(seconds, failure.after)
-        self.sleep(seconds)
+        after, limit = failure.after or 0, self.most_retry_after
+        if after > limit:
+            raise PermanentError(f"{failure}, asks to wait {after:.0f} s (limit {limit:.0f} s)")
+        self.sleep(max(seconds, after))
 
 
 class Response:
@@ -89,12 +99,11 @@ class Response:
         self.status = raw.status
         self.etag = raw.headers.get("ETag")
         self.last_modified = raw.headers.get("Last-Modified")
-        self.length = _number(raw.headers.get("Content-Length"))
-        # Content-Range: bytes 5-9/10, or bytes */10
-        unit, _, span = raw.headers.get("Content-Range", "").partition(" ")
-        first, _, total = span.partition("/")
-        self.start = _number(first.partition("-")[0]) if unit == "bytes" else None
-        self.total = _number(total) if unit == "bytes" else None
+        length = re.fullmatch("[0-9]+", raw.headers.get("Content-Length", ""))
+        self.length = int(length[0]) if length else None
+        span = re.fullmatch(r"bytes (?:([0-9]+)-.*|\*)/(?:([0-9]+)|\*)", raw.headers.get("Content-Range", ""))
+        self.start = int(span[1]) if span and span[1] else None
+        self.total = int(span[2]) if span and span[2] else None
 
     def read(self, size: int) -> bytes:
         """The next bytes as they arrive: at most `size`, none at the end. Raises TransientError."""
@@ -220,10 +229,6 @@ def _reason(error: BaseException) -> str:
     return str(cause) or type(cause).__name__
 
 
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() else None
-
-
 def file_name(url: str) -> str:
     """Last part of a URL's path. "https://a.org/x/UCF101.rar?download=1" -> "UCF101.rar"."""
     return Path(unquote(urlsplit(url).path)).name
@@ -243,29 +248,34 @@ class Fetched:
 
 def is_fetched(target: Path, sha256: str | None = None) -> bool:
     """Whether a fetch wrote this file, by the record beside it, with this sha256 if given."""
-    try:
-        record = json.loads(_record(target).read_text(encoding="utf-8"))
-        return bool(sha256 in (None, record["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    record = _read_object(_record_path(target))
+    return "sha256" in record and sha256 in (None, record["sha256"])
 
 
 def fetch_files(target: Path) -> list[str]:
     """Names of the files that a fetch leaves in a folder: the target, if fetched, and those beside it."""
     beside = [f".{target.name}.{end}" for end in ("part", "part.json", "lock", "source.json.new")]
     own = [target.name] if is_fetched(target) else []
-    return [*own, *beside, _record(target).name]
+    return [*own, *beside, _record_path(target).name]
 
 
-def _record(target: Path) -> Path:
+def _record_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.source.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file is missing or damaged."""
+    with suppress(OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 @dataclass
 class _Origin:
     """The response that a partial file came from; stored beside it."""
 
-    url: str
+    url: str = ""
     etag: str | None = None
     last_modified: str | None = None
     total: int | None = None
@@ -275,6 +285,11 @@ class _Origin:
         """Value for If-Range: a strong entity tag, else the date."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
 
+    def is_same_file(self, response: Response) -> bool:
+        """Whether entity tag, date and size of a partial response agree with the first response."""
+        dates, sizes = {self.last_modified, response.last_modified}, {self.total, response.total}
+        return self.etag in (None, response.etag) and len(dates - {None}) < 2 and len(sizes - {None}) < 2
+
 
 class _PartialFile:
     """The bytes received so far."""
@@ -282,11 +297,12 @@ class _PartialFile:
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f".{target.name}.part")
         self.origin_path = target.with_name(f".{target.name}.part.json")
-        self.origin: _Origin | None = None
         self.is_mixed = self.length > 0  # not all bytes are from one response of this run
         try:
-            self.origin = _Origin(**json.loads(self.origin_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            self.origin = _Origin(**_read_object(self.origin_path))
+        except TypeError:
+            self.origin = _Origin()
+        if not self.origin.url:
             self.discard()  # bytes of unknown origin
 
     @property
@@ -296,7 +312,7 @@ class _PartialFile:
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
         self.origin_path.unlink(missing_ok=True)
-        self.origin, self.is_mixed = None, False
+        self.origin, self.is_mixed = _Origin(), False
 
 
 @dataclass
@@ -327,16 +343,11 @@ class Download:
         if sha256 != (self.sha256 or sha256) or size != (self.size or size):
             found = f"{self.target}: {size} bytes, sha256 {sha256}, is not the expected file"
             if not is_fetched(self.target, sha256):
-                raise RunError(
-                    f"{found}, and tvit did not fetch it. Move it away and run the same command again."
-                )
+                raise RunError(f"{found} and not from tvit. Move it away and run the same command again.")
             self._note(f"{found}; fetching it again")
             self.target.unlink()
             return None
-        try:
-            url = str(json.loads(_record(self.target).read_text(encoding="utf-8"))["url"])
-        except (OSError, ValueError, KeyError, TypeError):
-            url = self.target.name
+        url = str(_read_object(_record_path(self.target)).get("url", self.target.name))
         return Fetched(url, size, sha256, self.sha256 is not None)
 
     def _from_any(self, urls: Sequence[str]) -> Fetched:
@@ -344,51 +355,43 @@ class Download:
         reasons: list[tuple[str, str]] = []
         for url in urls:
             try:
-                return self._from_one(url, part)
+                return self.http.retry.run(partial(self._attempt, url, part), lambda: part.length)
             except PermanentError as failure:
                 reasons.append((url, str(failure)))
                 self._note(f"{url}: {failure}")
         advice = "Try again later, or give a file that you already have with --archive."
         if part.length:
-            advice += (
-                f" {files.size_text(part.length)} are kept in {part.path} and will not be fetched again."
-            )
+            advice += f" {files.size_text(part.length)} are kept in {part.path} for the next run."
         raise MirrorsFailed(self.target.name, reasons, advice=advice)
 
-    def _from_one(self, url: str, part: _PartialFile) -> Fetched:
-        most, attempt = part.length, 0
-        while True:
-            try:
-                self._receive(url, part)
-                size, sha256 = part.length, files.sha256(part.path)
-                if self.size not in (None, size):
-                    mismatch = f"sent {size} bytes, {self.size} are expected"
-                elif self.sha256 not in (None, sha256):
-                    mismatch = f"sent a file of sha256 {sha256}, {self.sha256} is expected"
-                else:
-                    return self._finish(url, part, sha256)
-                was_mixed = part.is_mixed
-                part.discard()
-                if not was_mixed:
-                    raise PermanentError(mismatch)
-                # See Note [Resuming a partial file]
-                raise TransientError(f"{mismatch}, assembled from several responses")
-            except TransientError as failure:
-                attempt = 1 if part.length > most else attempt + 1
-                most = max(most, part.length)
-                self.http.retry.wait(attempt, failure)
+    def _attempt(self, url: str, part: _PartialFile) -> Fetched:
+        self._receive(url, part)
+        part.path.touch()  # no bytes were written for an empty file
+        size, sha256 = part.length, files.sha256(part.path)
+        if self.size not in (None, size):
+            mismatch = f"sent {size} bytes, {self.size} are expected"
+        elif self.sha256 not in (None, sha256):
+            mismatch = f"sent a file of sha256 {sha256}, {self.sha256} is expected"
+        else:
+            files.write_json(_record_path(self.target), {"url": url, "sha256": sha256})
+            files.rename(part.path, self.target)
+            part.origin_path.unlink(missing_ok=True)
+            return Fetched(url, size, sha256, self.sha256 is not None, self._received, part.origin.etag)
+        was_mixed = part.is_mixed
+        part.discard()
+        if was_mixed:  # See Note [Resuming a partial file]
+            raise TransientError(f"{mismatch}, assembled from several responses")
+        raise PermanentError(mismatch)
 
     def _receive(self, url: str, part: _PartialFile) -> None:
         """One request for the bytes after the partial file, appended as they arrive."""
         if not self._can_resume(url, part):
             part.discard()
-        if part.length and part.length == (self.size or (part.origin and part.origin.total)):
+        if part.length and part.length == (self.size or part.origin.total):
             return
-        headers = {}
-        if part.length:
-            headers["Range"] = f"bytes={part.length}-"
-            if part.origin and part.origin.url == url and part.origin.validator:
-                headers["If-Range"] = part.origin.validator
+        headers = {"Range": f"bytes={part.length}-"} if part.length else {}
+        if part.length and part.origin.url == url and part.origin.validator:
+            headers["If-Range"] = part.origin.validator
         with self.http.open(url, headers) as response:
             total = self._check_response(url, response, part)
             if total is None or total > part.length:
@@ -396,7 +399,7 @@ class Download:
 
     def _can_resume(self, url: str, part: _PartialFile) -> bool:
         """See Note [Resuming a partial file]."""
-        if part.length == 0 or part.origin is None or (self.size and part.length > self.size):
+        if part.length == 0 or (self.size and part.length > self.size):
             return False
         return self.sha256 is not None or (part.origin.url == url and part.origin.validator is not None)
 
@@ -409,7 +412,8 @@ class Download:
             raise TransientError("has fewer bytes than were received before; starting over")
         if response.status == PARTIAL_CONTENT:
             total = response.total
-            if response.start != part.length or not _is_same_file(url, response, part.origin):
+            is_same = part.origin.url != url or part.origin.is_same_file(response)
+            if response.start != part.length or not is_same:
                 part.discard()
                 raise TransientError("the file has changed on the server; starting over")
             part.is_mixed = True
@@ -422,19 +426,17 @@ class Download:
             raise PermanentError(f"offers {total} bytes, {self.size} are expected")
         need = (total or self.size or 0) - part.length
         files.require_free(self.target.parent, need, purpose=f"fetching {self.target.name}")
-        if part.length == 0 or (part.origin and part.origin.url == url):
+        if part.length == 0 or part.origin.url == url:
             part.origin = _Origin(url, response.etag, response.last_modified, total)
             files.write_json(part.origin_path, asdict(part.origin))
         return total
 
     def _append_body(self, response: Response, part: _PartialFile, total: int | None) -> None:
         length, limit = part.length, total or self.size
-        name = self.target.name
+        folder, purpose = self.target.parent, f"fetching {self.target.name}"
         self._progress(length, limit)
         with (
-            files.disk_full_errors(
-                self.target.parent, purpose=f"fetching {name}", need=lambda: (limit or 0) - part.length
-            ),
+            files.disk_full_errors(folder, purpose=purpose, need=lambda: (limit or 0) - part.length),
             part.path.open("ab", buffering=0) as file,
         ):
             while chunk := response.read(CHUNK_BYTES):
@@ -451,24 +453,8 @@ class Download:
         if total is not None and length < total:
             raise TransientError(f"connection cut at {length} of {total} bytes")
 
-    def _finish(self, url: str, part: _PartialFile, sha256: str) -> Fetched:
-        files.write_json(_record(self.target), {"url": url, "sha256": sha256})
-        files.rename(part.path, self.target)
-        etag = part.origin.etag if part.origin else None
-        part.origin_path.unlink(missing_ok=True)
-        size = self.target.stat().st_size
-        return Fetched(url, size, sha256, self.sha256 is not None, self._received, etag)
-
     def _note(self, text: str) -> None:
         self.report(Note(text))
 
     def _progress(self, done: int, total: int | None) -> None:
         self.report(Progress(f"fetch {self.target.name}", done, total, "bytes"))
-
-
-def _is_same_file(url: str, response: Response, origin: _Origin | None) -> bool:
-    """Whether entity tag, date and size of a partial response agree with those of the first one."""
-    if origin is None or origin.url != url:
-        return True
-    dates, sizes = {origin.last_modified, response.last_modified}, {origin.total, response.total}
-    return origin.etag in (None, response.etag) and len(dates - {None}) < 2 and len(sizes - {None}) < 2

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +52,8 @@ class Rar:
         for member in chosen:
             if not (path := folder / member.path).is_file():
                 raise RarError(f"member {member.name!r} was not extracted")
+            if (size := path.stat().st_size) != member.size:
+                raise RarError(f"member {member.name!r} has {size} bytes, its header declares {member.size}")
             yield member, path
 
 
@@ -72,7 +74,7 @@ def find_program() -> Reader | None:
     """The first 7-Zip program on the PATH that decodes RAR."""
     for name in ("7zz", "7z"):
         if (program := shutil.which(name)) and RAR_CODEC.search(_run([program, "i"])):
-            return lambda path, limits, program=program: _open_program(program, path)  # type: ignore[misc]
+            return lambda path, _: nullcontext(_Program(program, path))
     return None
 
 
@@ -110,9 +112,7 @@ def _open_pybit7z(path: Path, limits: Limits) -> Iterator[Rar]:
 class _Pybit7z(Rar):
     def __init__(self, reader: Any, limits: Limits) -> None:
         self._reader = reader
-        count = min(
-            reader.items_count(), limits.members + 1
-        )  # one more than the limit, so that it is refused
+        count = min(reader.items_count(), limits.members + 1)  # one more than allowed, so that it is refused
         self.members = [self._member(index) for index in range(count)]
 
     def extract(self, chosen: Sequence[Member], folder: Path) -> None:
@@ -133,11 +133,6 @@ class _Pybit7z(Rar):
         ):
             kind = "link"
         return Member(index, item.path(), item.size(), kind, encrypted=item.is_encrypted())
-
-
-@contextmanager
-def _open_program(program: str, path: Path) -> Iterator[Rar]:
-    yield _Program(program, path)
 
 
 class _Program(Rar):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
@@ -16,6 +15,7 @@ from tvit_cli.data import rar
 from tvit_cli.data.archive_safety import Limits, Member, check_members
 from tvit_cli.data.archives import (
     CHUNK_BYTES,
+    DAMAGED,
     Unpacked,
     detect_kind,
     max_directory_bytes,
@@ -23,15 +23,7 @@ from tvit_cli.data.archives import (
     unpack,
     zip_members,
 )
-from tvit_cli.data.catalog import (
-    CanonicalNames,
-    Dataset,
-    Layout,
-    Part,
-    Source,
-    choose,
-    target_paths,
-)
+from tvit_cli.data.catalog import CanonicalNames, Dataset, Layout, Part, Source, choose, target_paths
 from tvit_cli.data.dataset_folder import DatasetFolder, Selection, SourceRecord
 from tvit_cli.data.http import OK, Download, Http, MirrorsFailed, PermanentError, TransientError, is_fetched
 from tvit_cli.errors import DataError
@@ -63,7 +55,7 @@ class RangeFile(io.RawIOBase):
         self.received = 0
         self.etag: str | None = None
         self.size = -1
-        self._buffer = self._fetch_tail()
+        self._buffer = self._fetch(None, 0)
         if size is not None and self.size != size:
             raise PermanentError(f"offers {self.size} bytes, {size} are expected")
         self._start = self.size - len(self._buffer)
@@ -97,29 +89,19 @@ class RangeFile(io.RawIOBase):
             self._position += len(piece)
         return bytes(out)
 
-    def _fetch(self, start: int, stop: int) -> bytearray:
-        """Bytes `start` to `stop`, resumed if the connection breaks."""
+    def _fetch(self, start: int | None, stop: int) -> bytearray:
+        """Bytes `start` (None: the last ones) to `stop`, resumed if the connection breaks."""
         body = bytearray()
-        attempt = 0
-        while len(body) < stop - start:
-            before = len(body)
-            try:
-                self._request(f"bytes={start + before}-{stop - 1}", body)
-            except TransientError as failure:
-                attempt = 1 if len(body) > before else attempt + 1
-                self._http.retry.wait(attempt, failure)
-        return body
 
-    def _fetch_tail(self) -> bytearray:
-        attempt = 0
-        while True:
-            body = bytearray()
-            try:
+        def request() -> None:
+            if start is None:
+                body.clear()
                 self._request(f"bytes=-{TAIL_BYTES}", body)
-                return body
-            except TransientError as failure:
-                attempt += 1
-                self._http.retry.wait(attempt, failure)
+            while start is not None and start + len(body) < stop:
+                self._request(f"bytes={start + len(body)}-{stop - 1}", body)
+
+        self._http.retry.run(request, lambda: 0 if start is None else len(body))
+        return body
 
     def _request(self, span: str, body: bytearray) -> None:
         """Appends the bytes of one Range request to `body` as they arrive."""
@@ -132,14 +114,13 @@ class RangeFile(io.RawIOBase):
                 self.size, self.etag = response.total, response.etag
             if response.total != self.size or response.etag != self.etag:
                 raise PermanentError("the file has changed on the server while it was read")
-            want = WINDOW_BYTES if response.length is None else response.length
-            count = 0
-            while count < want and (chunk := response.read(min(want - count, CHUNK_BYTES))):
+            left = WINDOW_BYTES if response.length is None else response.length
+            while left and (chunk := response.read(min(left, CHUNK_BYTES))):
                 body += chunk
-                count += len(chunk)
+                left -= len(chunk)
                 self.received += len(chunk)
-            if response.length is not None and count < want:
-                raise TransientError(f"connection cut at {count} of {want} bytes")
+            if left and (response.length is not None or left == WINDOW_BYTES):
+                raise TransientError(f"connection cut {left} bytes before the end")
 
 
 class RemoteZip:
@@ -245,13 +226,7 @@ class Transfer:
                     if self._from_members(request, source, url):
                         return
                     break
-                except (
-                    PermanentError,
-                    zipfile.BadZipFile,
-                    zlib.error,
-                    EOFError,
-                    NotImplementedError,
-                ) as error:
+                except (PermanentError, *DAMAGED) as error:
                     self._failed(url, error, reasons)
         size = source.bytes or self.dataset.unpacked_bytes or 0
         if not request.selection.is_whole and size > WHOLE_BYTES and not archive.exists():

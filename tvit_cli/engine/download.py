@@ -11,30 +11,26 @@ from typing import Final
 
 from tvit_cli import files
 from tvit_cli.data.archives import Unpacked
-from tvit_cli.data.catalog import (
-    CATALOG,
-    CanonicalNames,
-    Dataset,
-    Part,
-    find,
-    is_selected,
-    require_classes,
-)
+from tvit_cli.data.catalog import CATALOG, CanonicalNames, Dataset, Part, find, is_selected, require_classes
 from tvit_cli.data.dataset_folder import FILE_NAME, DatasetFolder, Difference, Selection, SourceRecord
 from tvit_cli.data.http import Http, MirrorsFailed, fetch_files
-from tvit_cli.data.split_files import (
-    CLASS_LIST,
-    SPLITS,
-    lists_from_groups,
-    parse_split_lists,
-    read_classes,
-)
+from tvit_cli.data.split_files import CLASS_LIST, SPLITS, lists_from_groups, parse_split_lists, read_classes
 from tvit_cli.data.transfer import PartRequest, Transfer
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
 
+# Options without a meaning for generated data sets.
+FETCH_OPTIONS: Final = (
+    "classes",
+    "clips_per_class",
+    "archive",
+    "splits_archive",
+    "verify",
+    "repair",
+    "keep_archive",
+)
 MADE_LISTS: Final = "made from the file names by the rule of the official lists"
 
 
@@ -96,15 +92,7 @@ def _generate(
     settings: DownloadSettings, dataset: Dataset, folder: Path, makers: Mapping[str, Callable[[Path], object]]
 ) -> DownloadResult:
     """Generates a data set. Raises SettingsError for options about fetching."""
-    for name in (
-        "classes",
-        "clips_per_class",
-        "archive",
-        "splits_archive",
-        "verify",
-        "repair",
-        "keep_archive",
-    ):
+    for name in FETCH_OPTIONS:
         if getattr(settings, name):
             raise SettingsError(
                 f"{flag(name)}: {dataset.name} is generated, not fetched, so this has no effect. "
