@@ -129,7 +129,9 @@ def test_each_model_is_opened_once(trained, tmp_path, monkeypatch):
 
 def test_a_comparison_that_cannot_be_written_says_so(trained, tmp_path):
     (tmp_path / "comparison.json").mkdir()
-    with pytest.raises(RunError, match=r"cannot be written \(Is a directory\). Make room, or choose another"):
+    with pytest.raises(
+        RunError, match=r"cannot be written \(Is a directory\). Free some space, or choose another"
+    ):
         compared(trained.model, trained.model, output=tmp_path)
 
 

@@ -16,14 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips, run
 
-from tvit_cli.data.layout import read_layout
-from tvit_cli.engine.evaluate import evaluate, files
+from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.compare import compare
-from tvit_cli.engine.evaluate.files import MOST_STRIPS
 from tvit_cli.engine.extract import extract
 from tvit_cli.engine.train.sweep import evaluate_series, series_models
 from tvit_cli.engine.trained import run_name
-from tvit_cli.errors import DataError
+from tvit_cli.errors import DataError, plural
 from tvit_cli.model.folder import load_card
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.report import evaluation, html
@@ -36,21 +35,27 @@ from tvit_cli.report.charts import (
     reliability_chart,
     shown_classes,
 )
-from tvit_cli.report.comparison import (
-    ComparisonFacts,
-    comparison_drawings,
-    comparison_page,
-    write_comparison_report,
-)
+from tvit_cli.report.comparison import comparison_drawings, comparison_page, write_comparison_report
 from tvit_cli.report.drawing import Box, Dot, Line, Text
 from tvit_cli.report.evaluation import (
-    EvaluationFacts,
-    ShownVideo,
+    MOST_STRIPS,
     evaluation_drawings,
     evaluation_page,
     write_evaluation_report,
 )
-from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, EvalResult, Note, TrainResult, silent
+from tvit_cli.report.html import Context
+from tvit_cli.results import (
+    BINS,
+    RESAMPLES,
+    Bin,
+    ClassScore,
+    Comparison,
+    EvalResult,
+    Note,
+    TrainResult,
+    VideoPrediction,
+    silent,
+)
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
@@ -84,43 +89,58 @@ def page_of(result: EvalResult) -> Page:
     return Page(result.report.read_text(encoding="utf-8"))
 
 
-def facts(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **changes: Any) -> EvaluationFacts:
-    """Facts of an evaluation that never was."""
+class Clips:
+    """Black clips of any video."""
+
+    preprocessing = Preprocessing(n_frames=3, frame_size=16)
+
+    def clip(self, name: str) -> torch.Tensor:
+        return torch.zeros(3, 3, 16, 16)
+
+
+def video(name: str, label: str, group: str | None = None) -> Video:
+    return Video(Path(name), name, label, "test", group)
+
+
+def made_up(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **changes: Any) -> EvalResult:
+    """The result of an evaluation that never was: three correct answers and a wrong one, of two groups."""
     first, second = labels[:2]
+    rest = (0.0,) * (len(labels) - 2)
+    scores = [(0.62, 0.38), (0.62, 0.38), (0.38, 0.62), (0.97, 0.03)]
+    truth = (first, first, second, second)
+    answers = [
+        VideoPrediction(video(f"b/{n}.avi", label, f"g{n % 2}"), labels[s[1] > s[0]], s + rest)
+        for n, (label, s) in enumerate(zip(truth, scores, strict=True))
+    ]
     values: dict[str, Any] = {
-        "folder": folder,
-        "model": "people",
-        "subset": "test",
-        "labels": labels,
         "metrics": {"videos": 4.0, "unreadable": 0.0, "video_top1": 0.75, f"video_top{len(labels)}": 1.0,
                     "mean_class_accuracy": 0.75, "macro_f1": 0.7333, "calibration_error": 0.2},
         "intervals": {"video_top1": (0.5, 1.0)},
-        "draws": 1234,
-        "bins": 9,
-        "groups": 2,
-        "seconds": 2.0,
         "per_class": {first: ClassScore(2, 2, 3), second: ClassScore(2, 1, 1)},
-        "counts": {(first, first): 2, (second, first): 1, (second, second): 1},
-        "confused": [(second, first, 1)],
-        "calibration": [Bin(0.6, 0.6667, 3, 0.62, 1.0), Bin(0.9333, 1.0, 1, 0.97, 0.0)],
-        "answers": [(0.62, True)] * 3 + [(0.97, False)],
-        "surely_wrong": [
-            ShownVideo("b/2.avi", second, first, [(first, 0.97), (second, 0.03)], torch.zeros(3, 3, 16, 16))
-        ],
-        "hardest": [],
-        "preprocessing": Preprocessing(n_frames=3, frame_size=16),
-        "measured": {"data": "here"},
+        "confused": ((second, first, 1),),
+        "answers": tuple(answers),
+        "labels": labels,
         "unreadable": {},
-        "warnings": [],
-        "commands": [("The same again", "tvit eval --model people")],
-        "device": torch.device("cpu"),
+        "seconds": 2.0,
+        "subset": "test",
+        "model": Path("people/model"),
+        "name": "people",
+        "output": folder,
+        "notes": (),
+        "calibration": (Bin(0.6, 0.6667, 3, 0.62, 1.0), Bin(0.9333, 1.0, 1, 0.97, 0.0)),
+        "clips": Clips(),
         **changes,
     }  # fmt: skip
-    return EvaluationFacts(**values)
+    return EvalResult(**values)
 
 
-def written(own: EvaluationFacts) -> Page:
-    return Page(evaluation_page(own, evaluation_drawings(own)))
+CONTEXT = Context(
+    {"data": "here"}, [("Repeat this evaluation", "tvit eval --model people")], torch.device("cpu")
+)
+
+
+def written(own: EvalResult, context: Context = CONTEXT) -> Page:
+    return Page(evaluation_page(own, context, evaluation_drawings(own)))
 
 
 def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(result):
@@ -159,7 +179,7 @@ def test_its_figures_are_those_of_the_metrics_file(result):
         assert f"{pair['label']}{pair['said']}{pair['videos']}" in text
         assert f"{pair['label']}: {pair['videos']} of " in text
     for b in found["calibration"]:
-        assert f"{html.plural(b['videos'], 'video')}: {html.percent(b['confidence'])} sure" in text
+        assert f"{plural(b['videos'], 'video')}: confidence {html.percent(b['confidence'])}" in text
 
 
 def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result):
@@ -208,21 +228,23 @@ def test_wrong_answers_come_surest_first_and_then_the_hardest_of_the_rest(result
     places = [text.index(f"· {a.video.name}") for a in (wrong[:MOST_STRIPS] + rest[:MOST_STRIPS])]
     assert wrong and places == sorted(places)
     surest = wrong[0]
-    said = f"{surest.video.label}, taken for {surest.predicted} · {surest.video.name}"
+    said = f"{surest.video.label}, predicted {surest.predicted} · {surest.video.name}"
     assert f"{said}{surest.predicted}{html.percent(max(surest.scores))}" in text
 
 
 def test_a_page_of_many_videos_shows_few_of_them(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_STRIPS", 1)
+    monkeypatch.setattr(evaluation, "MOST_STRIPS", 1)
     result = evaluate(settings(trained, subset="train", output=tmp_path))
     assert sum(uri.startswith("data:image/jpeg") for uri in page_of(result).references) <= 2
 
 
-def test_draws_and_bins_are_those_of_the_computation(trained, tmp_path):
-    text = written(facts(tmp_path)).text
-    assert "those of 1,234 draws of 2 groups" in text and "over 9 equal bins" in text
+def test_draws_and_bins_are_those_of_the_computation(trained, tmp_path, monkeypatch):
     shown = page_of(evaluate(settings(trained, subset="train", output=tmp_path))).text
-    assert f"those of {RESAMPLES:,} draws" in shown and f"over {BINS} equal bins" in shown
+    assert f"from {RESAMPLES:,} resamples" in shown and f"over {BINS} equal bins" in shown
+    monkeypatch.setattr(evaluation, "RESAMPLES", 1234)
+    monkeypatch.setattr(evaluation, "BINS", 9)
+    text = written(made_up(tmp_path)).text
+    assert "from 1,234 resamples of 2 groups" in text and "over 9 equal bins" in text
 
 
 def test_its_drawings_lie_beside_it(result):
@@ -334,7 +356,7 @@ def test_leakage_is_found_through_frame_stores_and_links(trained, tmp_path, monk
 
 def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path):
     bad = {f"clip{n}.avi": "empty" for n in range(60)}
-    text = written(facts(tmp_path, unreadable=bad)).text
+    text = written(made_up(tmp_path, unreadable=bad)).text
     assert "60 videos cannot be read" in text and "clip49.aviempty" in text and "clip50.avi" not in text
 
 
@@ -351,12 +373,11 @@ def test_a_report_that_cannot_be_written_costs_no_numbers(trained, tmp_path, mon
 
 def test_names_from_outside_are_text_and_never_markup(tmp_path):
     evil = '<script>alert("1")</script>&'
-    shown = ShownVideo(evil, evil, "x", [("x", 0.9), (evil, 0.1)], torch.zeros(3, 3, 16, 16))
-    own = facts(
-        tmp_path, labels=(evil, "x"), surely_wrong=[shown], measured={evil: evil}, unreadable={evil: evil},
-        warnings=[evil], commands=[(evil, evil)], model=evil,
-    )  # fmt: skip
-    page = written(own)
+    wrong = VideoPrediction(video(evil, evil), "x", (0.1, 0.9))
+    own = made_up(
+        tmp_path, labels=(evil, "x"), answers=(wrong,), unreadable={evil: evil}, warnings=(evil,), name=evil
+    )
+    page = written(own, Context({evil: evil}, [(evil, evil)], torch.device("cpu")))
     assert "script" not in page.tags and page.text.count(evil) >= 12
 
 
@@ -366,7 +387,7 @@ def test_confusion_matrix_has_all_cells_and_no_overlapping_text():
         drawing = confusion_chart(labels, counts)
         cells = [s for s in drawing.shapes if isinstance(s, Box) and s.title]
         assert len(cells) == len(counts) == len({cell.at for cell in cells})
-        assert f"{labels[1]}: 1 of 4 taken for {labels[0]}" in {cell.title for cell in cells}
+        assert f"{labels[1]}: 1 of 4 predicted {labels[0]}" in {cell.title for cell in cells}
         assert all(
             0 < s.at[0] < drawing.width and 0 < s.at[1] < drawing.height
             for s in drawing.shapes
@@ -382,11 +403,17 @@ def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path):
     counts = {(label, label): 5 for label in labels} | {("c390", "c391"): 7}
     shown = shown_classes(labels, counts)
     assert len(shown) == MOST_CLASSES and shown == sorted(shown) and {"c390", "c391"} <= set(shown)
-    rows = [(label, 5, 5 - (label == "c007")) for label in labels]
+    rows = {label: (5, 5 - (label == "c007")) for label in labels}
     bars = class_chart(rows, title="x")
     assert bars.height < 3000
     assert next(s.title for s in bars.shapes if isinstance(s, Box) and s.title) == "c007: 4 of 5"
-    text = written(facts(tmp_path, labels=labels, counts=counts)).text
+    scores = (1 / 400,) * 400
+    answers = tuple(
+        VideoPrediction(video(f"{true}-{said}-{n}.avi", true), said, scores)
+        for (true, said), videos in counts.items()
+        for n in range(videos)
+    )
+    text = written(made_up(tmp_path, labels=labels, answers=answers)).text
     assert f"{MOST_CLASSES} of 400 classes are shown" in text
 
 
@@ -400,10 +427,10 @@ def test_confidence_is_drawn_against_accuracy():
     assert [bar.role for bar in bars] == ["one", "three", "one", "bad"]
     assert bars[1].height == pytest.approx(bars[0].height * 2 / 3)  # 0.3 sure, 0.2 more are right
     assert bars[3].height == pytest.approx(bars[2].height * 4 / 5)  # half are right, 0.4 too sure
-    assert bars[3].title == "2 videos: 90 % sure, 50 % right"
+    assert bars[3].title == "2 videos: confidence 90 %, accuracy 50 %"
     counts = [s for s in confidence_chart(bins).shapes if isinstance(s, Box)]
     assert [(bar.role, bar.title) for bar in counts[:2]] == [
-        ("good", "20 % to 40 %: 2 right, 2 wrong"), ("bad", "20 % to 40 %: 2 right, 2 wrong"),
+        ("good", "20 % to 40 %: 2 correct, 2 wrong"), ("bad", "20 % to 40 %: 2 correct, 2 wrong"),
     ]  # fmt: skip
     assert counts[0].height == counts[1].height == pytest.approx(2 * counts[2].height)
     curve = coverage_chart([(0.5, False), (0.9, True), (0.7, True), (0.6, False)])
@@ -414,10 +441,11 @@ def test_confidence_is_drawn_against_accuracy():
 
 
 def test_a_strip_is_a_row_of_the_models_frames(tmp_path):
-    own = facts(tmp_path)
-    strip = evaluation.video_strip(own.surely_wrong[0], own.preprocessing)
-    assert simplejpeg.decode_jpeg(base64.b64decode(strip.uri.split(",")[1])).shape == (16, 3 * 18 - 2, 3)
-    assert strip.alt == "Frames of b/2.avi, which is Bowling, taken for Archery"
+    own = made_up(tmp_path)
+    uri = next(uri for uri in written(own).references if uri.startswith("data:image"))
+    assert simplejpeg.decode_jpeg(base64.b64decode(uri.split(",")[1])).shape == (16, 3 * 18 - 2, 3)
+    page = evaluation_page(own, CONTEXT, evaluation_drawings(own))
+    assert page.count('alt="Frames of b/3.avi, which is Bowling, predicted Archery"') == 1
 
 
 def test_a_model_is_called_by_its_run():
@@ -481,7 +509,9 @@ def test_comparison_page_names_the_better_model_and_flipped_videos(series, tmp_p
     both = sum(
         a.is_right and b.is_right for a, b in zip(result.first.answers, result.second.answers, strict=True)
     )
-    assert f"first right{both}{lost}first wrong{gained}{found['videos'] - both - gained - lost}" in shown.text
+    assert (
+        f"first correct{both}{lost}first wrong{gained}{found['videos'] - both - gained - lost}" in shown.text
+    )
     assert source.count("<img ") == min(gained, MOST_STRIPS) + min(lost, MOST_STRIPS)
     flip = (result.gained + result.lost)[0]
     assert f"first: {flip[0].predicted}{html.percent(max(flip[0].scores))}" in shown.text
@@ -489,26 +519,41 @@ def test_comparison_page_names_the_better_model_and_flipped_videos(series, tmp_p
     assert trouble_in_chromium(result.report, dark=True) == []
 
 
+def made_up_comparison(folder: Path, per_class: dict[str, tuple[int, int, int]]) -> Comparison:
+    """A comparison by label -> (videos, correct predictions of the first model, of the second)."""
+    first, second = (
+        made_up(folder, ("x", "other"), metrics={"video_top1": top1}, name=name)
+        for name, top1 in (("a", 0.5), ("b", 0.6))
+    )
+
+    def answer(own: Video, is_right: bool) -> VideoPrediction:
+        return VideoPrediction(own, own.label if is_right else "other", (1.0, 0.0))
+
+    pairs = tuple(
+        (answer(own, n < a), answer(own, n < b))
+        for label, (videos, a, b) in per_class.items()
+        for n in range(videos)
+        for own in [video(f"{label}{n}.avi", label)]
+    )
+    return Comparison(first, second, pairs, None, 0.5, folder)
+
+
 @pytest.mark.parametrize(
     ("interval", "sentence"),
     [
         ((0.1, 0.3), "is better"),
         ((-0.3, -0.1), "is worse"),
-        ((-0.1, 0.3), "do not tell"),
+        ((-0.1, 0.3), "not significant"),
         (None, "of one group"),
     ],
 )
 def test_the_verdict_is_what_the_interval_allows(tmp_path, interval, sentence):
-    own = ComparisonFacts(
-        folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
-        difference=0.1, interval=interval, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
-        per_class={"x": (5, 3, 3), "y": (5, 2, 3), "z": (4, 2, 1)}, gained=[], lost=[],
-        preprocessing=Preprocessing(n_frames=3, frame_size=16), measured={}, warnings=[], commands=[],
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    own = replace(
+        made_up_comparison(tmp_path, {"x": (5, 3, 3), "y": (5, 2, 3), "z": (4, 2, 1)}), interval=interval
+    )
     drawings = comparison_drawings(own)
-    text = Page(comparison_page(own, drawings)).text
-    assert ("comes from 1,234 draws of whole groups" in text) == (interval is not None)
+    text = Page(comparison_page(own, CONTEXT, drawings)).text
+    assert (f"comes from {RESAMPLES:,} bootstrap resamples of whole groups" in text) == (interval is not None)
     assert sentence in text and "top-10.50000.6000+0.1000" in text
     chart = drawings["changed_classes"]
     assert chart is not None
@@ -518,22 +563,17 @@ def test_the_verdict_is_what_the_interval_allows(tmp_path, interval, sentence):
         "y",
     ]  # what lost most, first
     assert [s.role for s in rows if isinstance(s, Dot)] == ["dim", "bad", "dim", "good"]
-    same = replace(own, per_class={"x": (5, 3, 3)})
+    same = made_up_comparison(tmp_path, {"x": (5, 3, 3)})
     none = comparison_drawings(same)
-    assert none == {"changed_classes": None} and "No class changed" in Page(comparison_page(same, none)).text
+    assert none == {"changed_classes": None}
+    assert "No class changed" in Page(comparison_page(same, CONTEXT, none)).text
 
 
 def test_report_removes_only_its_own_outdated_drawings(tmp_path):
-    changed = ComparisonFacts(
-        folder=tmp_path, first="a", second="b", subset="test", metrics=({"video_top1": 0.5}, {"video_top1": 0.6}),
-        difference=0.1, interval=None, draws=1234, p_value=0.5, both=4, only_first=1, only_second=2, neither=3,
-        per_class={"x": (10, 5, 6)}, gained=[], lost=[], preprocessing=Preprocessing(n_frames=3, frame_size=16),
-        measured={}, warnings=[], commands=[], device=torch.device("cpu"),
-    )  # fmt: skip
-    write_evaluation_report(facts(tmp_path))
+    write_evaluation_report(made_up(tmp_path), CONTEXT)
     before = set((tmp_path / "plots").iterdir())
     own = tmp_path / "plots" / "changed_classes.png"
-    write_comparison_report(changed)
+    write_comparison_report(made_up_comparison(tmp_path, {"x": (10, 5, 6)}), CONTEXT)
     assert own.is_file()
-    write_comparison_report(replace(changed, per_class={"x": (10, 5, 5)}))
+    write_comparison_report(made_up_comparison(tmp_path, {"x": (10, 5, 5)}), CONTEXT)
     assert set((tmp_path / "plots").iterdir()) == before

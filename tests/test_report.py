@@ -22,8 +22,9 @@ from tvit_cli.report import html, training
 from tvit_cli.report.charts import MOST_POINTS, Curve, curves_chart, thinned
 from tvit_cli.report.drawing import PALETTE, Box, Dot, Drawing, Line, Text, text_width, ticks, to_png, to_svg
 from tvit_cli.report.film import Samples, film_strip, spread, to_pixels
-from tvit_cli.report.training import TrainingFacts, curves, training_page
-from tvit_cli.results import Note
+from tvit_cli.report.html import Context
+from tvit_cli.report.training import curves, training_page
+from tvit_cli.results import Note, TrainResult
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
@@ -41,8 +42,12 @@ def result(clips, tmp_path_factory):
     return run(path_to_data=str(clips), working_directory=folder, epochs=3, test_at_end=True, **SCRATCH)
 
 
-def facts(folder: Path, **changes: Any) -> TrainingFacts:
-    """Facts of a training of two epochs that has no run."""
+DEVICE = torch.device("cpu")
+PREPROCESSING = Preprocessing(n_frames=4, frame_size=16)
+
+
+def trained(folder: Path, **changes: Any) -> TrainResult:
+    """The result of a training of two epochs that has no run."""
     epochs = [
         {"epoch": n, "step": 3 * n, "train_loss": 2.0 / n, "train_clip_top1": 0.4 * n, "val_loss": 1.5 / n,
          "val_video_top1": 0.3 * n, "val_video_top5": 1.0, "seconds": 60.0, "clips_per_second": 9.0 + n,
@@ -54,24 +59,26 @@ def facts(folder: Path, **changes: Any) -> TrainingFacts:
         for n in range(6)
     ]
     values: dict[str, Any] = {
-        "folder": folder,
-        "settings": TrainSettings(epochs=2, lora_rank=3),
-        "preprocessing": Preprocessing(n_frames=4, frame_size=16),
-        "device": torch.device("cpu"),
-        "plan": {"data": "here"},
-        "steps_per_epoch": 3,
-        "problem": "",
+        "run": folder,
+        "model": folder / "model",
+        "best_epoch": 2,
+        "best": epochs[1],
+        "test": None,
         "epochs": epochs,
         "steps": steps,
-        "best_step": 6,
         "per_class": {"Archery": (4, 3), "Bowling": (4, 1)},
         "videos": {"Archery": {"train": 8, "val": 4}, "Bowling": {"train": 7, "val": 4, "test": 2}},
-        "unreadable": {},
-        "samples": Samples(),
         "parameters": (1_234, 5_678_901),
-        "commands": [("Label videos", "tvit predict VIDEO")],
     }
-    return TrainingFacts(**{**values, **changes})
+    return TrainResult(**{**values, **changes})
+
+
+def page_of(result: TrainResult, samples: Samples | None = None, evil: str = "here") -> Page:
+    """The page of a result, with all its charts."""
+    context = Context({evil: evil}, [(evil, evil)], DEVICE)
+    settings = TrainSettings(epochs=2, lora_rank=3)
+    charts = curves(result).values()
+    return Page(training_page(result, settings, samples or Samples(), PREPROCESSING, context, charts))
 
 
 def test_a_training_leaves_a_page_that_refers_to_nothing_outside_itself(result):
@@ -133,7 +140,7 @@ def test_the_samples_are_what_the_model_was_given(clips, tmp_path, monkeypatch, 
 
     kept = []
     monkeypatch.setattr(TemporalViT, "forward", forward)
-    monkeypatch.setattr(training, "write_training_report", lambda facts: kept.append(facts.samples))
+    monkeypatch.setattr(training, "write_training_report", lambda *given: kept.append(given[2]))
     run(path_to_data=str(clips), working_directory=tmp_path, epochs=1, **changes, **SCRATCH)
     assert len(kept[0].clips) == 6
     for (clip, caption), own in zip(kept[0].clips, given, strict=False):
@@ -159,38 +166,35 @@ def test_a_report_that_cannot_be_written_costs_no_training(clips, tmp_path, monk
 
 def test_names_from_outside_are_text_and_never_markup(tmp_path):
     evil = '<script>alert("1")</script>&'
-    own = facts(
+    own = trained(
         tmp_path / "run",
         problem=evil,
         per_class={evil: (2, 1)},
         videos={evil: {"train": 1}},
         unreadable={evil: evil},
-        plan={evil: evil},
-        commands=[(evil, evil)],
-        samples=Samples(clips=[(torch.zeros(2, 3, 16, 16), evil)]),
     )
-    shown = Page(training_page(own, curves(own).values()))
+    shown = page_of(own, Samples(clips=[(torch.zeros(2, 3, 16, 16), evil)]), evil)
     assert "script" not in shown.tags
     assert shown.text.count(evil) >= 8
 
 
 def test_classes_stand_worst_first_and_settings_that_differ_are_told_apart(tmp_path):
-    text = Page(training_page(facts(tmp_path / "run"), [])).text
+    text = page_of(trained(tmp_path / "run")).text
     assert text.index("Bowling1 of 4 · 25 %") < text.index("Archery3 of 4 · 75 %")
     assert f"2 of {len(TrainSettings.model_fields)} differ" in text
     assert "--lora-rank38" in text and "--epochs2300" in text
 
 
 def test_a_run_without_validation_shows_what_there_is(tmp_path):
-    own = facts(tmp_path / "run", best_step=0, per_class={})
-    own = facts(
+    own = trained(tmp_path / "run")
+    own = trained(
         tmp_path / "run",
-        best_step=0,
+        best={},
         per_class={},
         epochs=[{k: v for k, v in r.items() if not k.startswith("val_")} for r in own.epochs],
         unreadable={f"clip{n}.avi": "empty" for n in range(60)},
     )
-    text = Page(training_page(own, curves(own).values())).text
+    text = page_of(own).text
     assert "Validation by class" not in text and "train loss1last epoch, 2" in text
     assert "60 videos cannot be read" in text and "clip49.avi" in text and "clip50.avi" not in text
 
@@ -319,9 +323,10 @@ def test_a_film_strip_shows_the_frames_side_by_side():
 
 
 def test_a_table_marks_the_rows_it_is_told_to_and_numbers_stand_right():
-    text = html.table(("a", "b"), [("x", 1), ("y", 2)], changed=[1])
+    parts = html.TEMPLATES.globals["parts"]
+    text = parts.table(("a", "b"), [("x", 1), ("y", 2)], changed=[1])
     assert text.count('class="changed"') == 1 and text.count('class="number"') == 2
-    assert html.table(("a",), []) == "" and html.section("empty", html.Html("")) == ""
+    assert parts.table(("a",), []) == "" and parts.section("empty", caller=lambda: "\n") == ""
 
 
 def test_the_commit_of_a_working_tree_is_found_and_its_absence_is_no_error(tmp_path, monkeypatch):
@@ -332,7 +337,7 @@ def test_the_commit_of_a_working_tree_is_found_and_its_absence_is_no_error(tmp_p
     assert len(commit) == 40
     (tmp_path / "a").write_text("1")
     subprocess.run(["git", "-C", str(tmp_path), "add", "a"], check=True)
-    assert html.git_commit(tmp_path) == f"{commit}, with changes that are not committed"
+    assert html.git_commit(tmp_path) == f"{commit}, with uncommitted changes"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert html.git_commit(tmp_path) == ""
     assert {"tvit", "torch", "python", "system"} <= html.software(tmp_path).keys()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,6 +220,11 @@ class EvalResult:
     clips: ClipReader | None = None
     report: Path | None = None
 
+    @property
+    def counts(self) -> Counts:
+        """Confusion counts of the videos that were read."""
+        return Counter((a.video.label, a.predicted) for a in self.answers if a.predicted)
+
 
 Pair = tuple[VideoPrediction, VideoPrediction]  # of the first model and the second, for one video
 
@@ -265,8 +271,10 @@ class Comparison:
 class TrainResult:
     """Location and metrics of a trained model.
 
-    `best` holds the validation metrics of the epoch that was kept (empty without validation); `test` the test
-    result when it was asked for; `report` is the page, where one could be written.
+    `best` holds the metrics of the epoch that was kept (empty without validation), `per_class` its validation as
+    label -> (videos, correct). `test` is the test result, if asked for; `report` the page, if it could be written.
+    `epochs` and `steps` are the records of metrics.jsonl; `videos` counts readable videos by label and subset;
+    `parameters` are (trained, all); `problem` is why the run ended early.
     """
 
     run: Path
@@ -275,6 +283,13 @@ class TrainResult:
     best: dict[str, float]
     test: EvalResult | None
     report: Path | None = None
+    epochs: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    steps: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    per_class: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    videos: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    problem: str = ""
 
 
 @dataclass(frozen=True)

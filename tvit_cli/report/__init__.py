@@ -1,1 +1,1 @@
-"""What a run shows when it is done: charts, pictures, one self-contained page."""
+"""Reports: charts, pictures, and self-contained pages of a training, evaluation or comparison."""

@@ -1,6 +1,4 @@
-"""Film strips: frames of clips as images, explanations, timelines, captions.
-
-Letters: T frames, C channels, S the side of the model's frame.
+"""Frames of clips as images: film strips, captions, explanations, timelines.
 
 Letters: T frames, C channels, S the side of a frame, P patches along a frame.
 """
@@ -22,30 +20,30 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvit_cli.report.drawing import Box, Colours, Drawing, Line, Shape, Text, text_width, ticks, to_png
+from tvit_cli.report.drawing import Box, Drawing, Line, Shape, Text, rgb, text_width, ticks, to_png
 from tvit_cli.results import Timeline
 from tvit_cli.settings.card import Preprocessing
 
-SHARE, LEAST = 18, 10  # letters are this part of the picture's height, and at least so many pixels
-GROUND = 0.35  # how bright the picture stays behind the letters
+SHARE, LEAST = 18, 10  # letters of a caption: the picture's height over SHARE, and at least LEAST pixels
+BACKGROUND = 0.35  # brightness of the picture behind a caption
 
 Picture = NDArray[np.uint8]
 
 
 def draw_caption(picture: Picture, text: str) -> Picture:
-    """The picture, uint8 (H, W, 3), with a line of text; too long a line is drawn smaller."""
+    """The picture, uint8 (H, W, 3), with a line of text; long lines are drawn smaller."""
     height, width = picture.shape[:2]
     letters = caption_mask(text, height, width)  # (h, w) in [0, 1]
     rows, columns = letters.shape
     out = picture.copy()
-    corner = out[height - rows :, :columns].astype(np.float32) * GROUND
+    corner = out[height - rows :, :columns].astype(np.float32) * BACKGROUND
     out[height - rows :, :columns] = corner + letters[..., None] * (255 - corner)
     return out
 
 
 @lru_cache(maxsize=64)
 def caption_mask(text: str, height: int, width: int) -> NDArray[np.float32]:
-    """How much of each pixel the letters cover, with a margin around them; no larger than the picture."""
+    """Coverage of each pixel by the letters, with a margin around them; no larger than the picture."""
     size = max(LEAST, height // SHARE)
     while True:
         font = ImageFont.load_default(size)
@@ -67,7 +65,7 @@ JPEG_QUALITY = 85
 
 @dataclass
 class Samples:
-    """The first clips of a training that the model was given, each with a caption, on the CPU."""
+    """The first training clips of a run, each with a caption, on the CPU."""
 
     wanted: int = 6
     clips: list[tuple[Tensor, str]] = field(default_factory=list)  # (T, C, S, S) float32, normalised
@@ -78,7 +76,7 @@ class Samples:
         return len(self.clips) < self.wanted
 
     def offer(self, clip: Tensor, caption: str) -> None:
-        """Keep a copy of a clip (T, C, S, S) if more are wanted."""
+        """Keeps a copy of a clip (T, C, S, S) if more are wanted."""
         if self.are_wanted:
             self.clips.append((clip.detach().to("cpu", torch.float32, copy=True), caption))
 
@@ -91,40 +89,50 @@ def film_strip(clip: Tensor, preprocessing: Preprocessing) -> str:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     gap = torch.full((len(pixels), 3, side, 2), 128, dtype=torch.uint8)
     row = torch.cat([pixels, gap], dim=3).permute(2, 0, 3, 1)  # (S, T, S + 2, C)
-    row = row.reshape(side, -1, 3)[:, :-2].contiguous()
-    return jpeg_uri(row)
+    return jpeg_uri(row.reshape(side, -1, 3)[:, :-2].contiguous())
 
 
 def to_pixels(clip: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The inverse of normalisation: float (..., C, S, S) -> uint8 of the same shape."""
-    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return ((clip.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def spread(clip: Tensor, most: int) -> Tensor:
-    """At most `most` frames of a clip (T, ...), evenly spaced, the first and the last among them."""
+    """At most `most` evenly spaced frames of a clip (T, ...), the first and the last included."""
     if len(clip) <= most:
         return clip
     return clip[torch.linspace(0, len(clip) - 1, most).round().long()]
 
 
 def jpeg_uri(picture: Tensor) -> str:
-    """A picture uint8 (H, W, 3) as the text of an <img>'s src."""
+    """A picture uint8 (H, W, 3) as a data URI."""
     data = simplejpeg.encode_jpeg(picture.numpy(), quality=JPEG_QUALITY, colorspace="RGB")
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
-SIDE, RELEVANCE_GAP, MARGIN = 112, 4, 12  # units of the drawing
+SCALE = 2  # pixels per unit of the PNGs below
+
+
+def _sheet(drawing: Drawing, dark: bool) -> Image.Image:
+    return Image.open(io.BytesIO(to_png(drawing, scale=SCALE, dark=dark)))
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+SIDE, FRAME_GAP, MARGIN = 112, 4, 12  # units of the drawing
 HEAD, BARS, FOOT = 30, 44, 24
-RELEVANCE_SCALE = 2
-DIM = 0.25  # how bright a patch without relevance stays
+DIM = 0.25  # brightness of a patch without relevance
 LEAST_WIDTH = 760  # of the sheet: the verdict is a long sentence
 
 
 @dataclass(frozen=True)
 class ExplanationStrip:
-    """What is told of a clip: relevance (T, P, P) by patch, each frame's share (T,), and sentences."""
+    """Relevance (T, P, P) of the patches of a clip, each frame's share (T,), a title and a verdict."""
 
     title: str
     verdict: str
@@ -135,66 +143,58 @@ class ExplanationStrip:
 def relevance_png(
     clip: Tensor, preprocessing: Preprocessing, reading: ExplanationStrip, *, dark: bool = False
 ) -> bytes:
-    """The strip as a PNG; of a clip (T, C, S, S) all frames, in one row each."""
+    """PNG of all frames of a clip (T, C, S, S), and below them the relevance of their patches."""
     count = len(clip)
-    width = max(LEAST_WIDTH, 2 * MARGIN + count * SIDE + (count - 1) * RELEVANCE_GAP)
-    height = HEAD + 2 * SIDE + RELEVANCE_GAP + BARS + FOOT + MARGIN
+    width = max(LEAST_WIDTH, 2 * MARGIN + count * SIDE + (count - 1) * FRAME_GAP)
+    bottom = HEAD + 2 * SIDE + FRAME_GAP + BARS
+    height = bottom + FOOT + MARGIN
+    lefts = [MARGIN + number * (SIDE + FRAME_GAP) for number in range(count)]
     shapes: list[Shape] = [Text((MARGIN, 20), reading.title, size=14, bold=True)]
     most = max(*reading.frames, 1e-12)
-    bottom = HEAD + 2 * SIDE + RELEVANCE_GAP + BARS
-    for number, share in enumerate(reading.frames):
-        left = MARGIN + number * (SIDE + RELEVANCE_GAP)
+    for left, share in zip(lefts, reading.frames, strict=True):
         tall = (BARS - 18) * share / most
         shapes.append(Box((left, bottom - tall), SIDE, tall, "one"))
         shapes.append(Text((left + SIDE / 2, bottom - tall - 3), f"{share:.0%}", "dim", 11, "middle"))
     shapes.append(Text((MARGIN, height - MARGIN - 2), reading.verdict, "dim", 11.5))
-    sheet = Image.open(
-        io.BytesIO(to_png(Drawing(reading.title, width, height, shapes), scale=RELEVANCE_SCALE, dark=dark))
-    )
+    sheet = _sheet(Drawing(reading.title, width, height, shapes), dark)
     pixels = to_pixels(clip, preprocessing).permute(0, 2, 3, 1).numpy()  # (T, S, S, C)
-    for number, (picture, lit) in enumerate(zip(pixels, lights(reading.relevance), strict=True)):
-        left = (MARGIN + number * (SIDE + RELEVANCE_GAP)) * RELEVANCE_SCALE
-        size = (SIDE * RELEVANCE_SCALE, SIDE * RELEVANCE_SCALE)
+    size = (SIDE * SCALE, SIDE * SCALE)
+    for left, picture, brightness in zip(lefts, pixels, lights(reading.relevance), strict=True):
         frame = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-        light = np.asarray(Image.fromarray(lit).resize(size, Image.Resampling.NEAREST))
+        light = np.asarray(Image.fromarray(brightness).resize(size, Image.Resampling.NEAREST))
         shown = np.asarray(frame) * (DIM + (1 - DIM) * light[..., None])
-        sheet.paste(frame, (left, HEAD * RELEVANCE_SCALE))
-        sheet.paste(
-            Image.fromarray(shown.astype(np.uint8)), (left, (HEAD + SIDE + RELEVANCE_GAP) * RELEVANCE_SCALE)
-        )
-    data = io.BytesIO()
-    sheet.save(data, "PNG", optimize=True)
-    return data.getvalue()
+        sheet.paste(frame, (left * SCALE, HEAD * SCALE))
+        below = (left * SCALE, (HEAD + SIDE + FRAME_GAP) * SCALE)
+        sheet.paste(Image.fromarray(shown.astype(np.uint8)), below)
+    return _png(sheet)
 
 
 def lights(relevance: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """How bright each patch is shown, (T, P, P) in [0, 1]: its relevance beside the clip's greatest."""
+    """Brightness of each patch (T, P, P) in [0, 1]: the root of its relevance over the clip's greatest."""
     positive = relevance.clamp(min=0).float()
     return (positive / positive.max().clamp(min=1e-12)).sqrt().numpy()
 
 
-WIDTH, SCALE = 1000.0, 2
+WIDTH = 1000.0
 STRIP, LANE, GAP = 72.0, 22.0, 6.0  # heights
 RIGHT, BOTTOM = 24.0, 26.0
 LABEL_SIZE = 12.0
-MOST_LANES = 10  # labels with the most time; the rest are not drawn
-MOST_COLUMNS = 400  # of a lane; more would not show
+MOST_LANES = 10  # labels with the most time; others are not drawn
+MOST_COLUMNS = 400  # of a lane; more are not visible
 
 
 def timeline_png(timeline: Timeline, *, dark: bool = False) -> bytes:
-    """The picture, 2000 pixels wide: how dark a lane is, is the label's smoothed score; bars are segments."""
+    """PNG of a timeline, 2000 pixels wide: opacity in a lane is the label's smoothed score, bars are segments."""
     left = 16 + max(text_width(label, LABEL_SIZE) for label in lanes(timeline))
-    image = Image.open(io.BytesIO(to_png(timeline_drawing(timeline, left=left), scale=SCALE, dark=dark)))
+    image = _sheet(timeline_drawing(timeline, left=left), dark)
     size = (round(STRIP * SCALE), round((WIDTH - left - RIGHT) * SCALE))
-    strip = _film(timeline, *size, ground=Colours(dark).of("grid"))
+    strip = _film(timeline, *size, background=rgb("grid", dark=dark))
     image.paste(Image.fromarray(strip), (round(left * SCALE), round(GAP * SCALE)))
-    data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
-    return data.getvalue()
+    return _png(image)
 
 
 def lanes(timeline: Timeline) -> list[str]:
-    """The labels that get a lane, in the order in which they first appear."""
+    """The labels that get a lane, in the order of their first segments."""
     time: defaultdict[str, float] = defaultdict(float)
     for segment in timeline.segments:
         time[segment.label] += segment.end - segment.start
@@ -203,7 +203,7 @@ def lanes(timeline: Timeline) -> list[str]:
 
 
 def timeline_drawing(timeline: Timeline, *, left: float) -> Drawing:
-    """The lanes and the axis; the frames' strip is left free."""
+    """The lanes and the axis, with space for the strip of frames."""
     shown = lanes(timeline)
     height = STRIP + 2 * GAP + LANE * len(shown) + BOTTOM
     across = (WIDTH - left - RIGHT) / timeline.seconds
@@ -224,8 +224,8 @@ def timeline_drawing(timeline: Timeline, *, left: float) -> Drawing:
             first += part.cells
             begin, width = left + part.start * across, (part.end - part.start) * across / len(values)
             shapes += [
-                Box((begin + place * width, top + 3), width, LANE - 10, "one", opacity=0.45 * float(value))
-                for place, value in enumerate(values)
+                Box((begin + n * width, top + 3), width, LANE - 10, "one", opacity=0.45 * float(value))
+                for n, value in enumerate(values)
                 if value >= 0.01
             ]
         shapes += [
@@ -239,13 +239,12 @@ def timeline_drawing(timeline: Timeline, *, left: float) -> Drawing:
             for segment in timeline.segments
             if segment.label == label
         ]
-    return Drawing(f"What happens when in {timeline.video}", WIDTH, height, shapes)
+    return Drawing(f"Timeline of {timeline.video}", WIDTH, height, shapes)
 
 
 def clock(seconds: float) -> str:
-    """A time as people read it. 7.5 -> 0:07.5, 3671 -> 1:01:11"""
-    tenths = round(seconds * 10)
-    whole, tenth = divmod(tenths, 10)
+    """A time in hours, minutes and seconds. 7.5 -> 0:07.5, 3671 -> 1:01:11"""
+    whole, tenth = divmod(round(seconds * 10), 10)
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     text = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -253,30 +252,27 @@ def clock(seconds: float) -> str:
 
 
 def _columns(values: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
-    """Means of neighbouring values, at most MOST_COLUMNS of `cells` values; all but the last of as many."""
+    """Means over groups of neighbours, whose size reduces `cells` values to at most MOST_COLUMNS."""
     group = -(-cells // MOST_COLUMNS)
     starts = np.arange(0, len(values), group)
-    sums = np.add.reduceat(values, starts)
     counts = np.minimum(starts + group, len(values)) - starts
-    return np.asarray(sums / counts)
+    return np.asarray(np.add.reduceat(values, starts) / counts)
 
 
-def _film(timeline: Timeline, height: int, width: int, *, ground: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Frames side by side, each the one nearest in time to where it stands: (height, width, 3)."""
-    strip = np.full((height, width, 3), ground, np.uint8)
+def _film(timeline: Timeline, height: int, width: int, *, background: tuple[int, int, int]) -> Picture:
+    """Frames side by side, each the nearest in time to its position: (height, width, 3)."""
+    strip = np.full((height, width, 3), background, np.uint8)
     if not timeline.pictures:
         return strip
     rows, columns = timeline.pictures[0][1].shape[:2]
     wide = max(1, round(height * columns / rows))
     count = max(1, width // wide)
     times = np.array([time for time, _ in timeline.pictures])
-    for place in range(count):
-        begin, end = place * width // count, (place + 1) * width // count
+    for number in range(count):
+        begin, end = number * width // count, (number + 1) * width // count
         middle = (begin + end) / 2 / width * timeline.seconds
-        picture = Image.fromarray(
-            np.ascontiguousarray(timeline.pictures[int(np.abs(times - middle).argmin())][1])
-        )
-        scaled = np.asarray(picture.resize((wide, height), Image.Resampling.BILINEAR))
+        nearest = np.ascontiguousarray(timeline.pictures[int(np.abs(times - middle).argmin())][1])
+        scaled = np.asarray(Image.fromarray(nearest).resize((wide, height), Image.Resampling.BILINEAR))
         cut = min(wide, end - begin - 2)
         at = (wide - cut) // 2
         strip[:, begin : begin + cut] = scaled[:, at : at + cut]

@@ -5,35 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tvit_cli.engine.evaluate import check_results_folder, evaluate, results_folder
-from tvit_cli.engine.evaluate.files import (
-    MOST_STRIPS,
-    output_folder,
-    reproduce_command,
-    write_json,
-    write_page,
-)
+from tvit_cli.engine.evaluate.files import output_folder, reproduce_command, write_json, write_page
 from tvit_cli.engine.evaluate.metrics import difference_interval, mcnemar
-from tvit_cli.engine.launch import ProcessGroup, join_process_group
+from tvit_cli.engine.launch import join_process_group
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import SettingsError
-from tvit_cli.report.comparison import ComparisonFacts, Flip, write_comparison_report
-from tvit_cli.results import RESAMPLES, Comparison, EvalResult, Pair, Report, VideoPrediction, silent
+from tvit_cli.report.comparison import write_comparison_report
+from tvit_cli.report.html import Context
+from tvit_cli.results import Comparison, EvalResult, Pair, Report, silent
 from tvit_cli.settings.eval import EvalSettings
 
 COMPARISON_FILE = "comparison.json"
 
 
 def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
-    """Score both models of `--compare` with all other settings the same, and set them side by side.
+    """Evaluates both models of `--compare` with the same settings, and compares their predictions.
 
-    Each leaves its own results where its own evaluation would, and the comparison goes beside the second's; in
-    `--output`, or where both would use the same folder, they have folders A and B in it, and the comparison goes
-    beside those. Raises what `evaluate` raises, and SettingsError where the two were not scored on the same
-    videos, or those have another class for one than for the other.
+    Each model's results go where its own evaluation puts them, the comparison beside the second's. With `--output`,
+    or if both have the same folder, they go to its subfolders A and B, and the comparison beside those. Raises the
+    errors of `evaluate`, and SettingsError if the models were not scored on the same videos and labels.
     """
     assert settings.compare is not None
     place = join_process_group(settings.device)
-    models = [  # the second is missed before the first is scored
+    models = [  # both are opened before the first is scored: errors come early
         open_trained(
             model,
             working_directory=settings.working_directory,
@@ -55,30 +49,24 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
             check_results_folder(each[-1], trained)
     first, second = (evaluate(own, report, place, trained) for own, trained in zip(each, models, strict=True))
     pairs = _pairs(first, second)
+    right = [(a.is_right, b.is_right) for a, b in pairs]
     comparison = Comparison(
         first=first,
         second=second,
         pairs=pairs,
         interval=difference_interval(
-            [a.is_right for a, _ in pairs], [b.is_right for _, b in pairs], [a.video.unit for a, _ in pairs]
+            [a for a, _ in right], [b for _, b in right], [a.video.unit for a, _ in pairs]
         ),
-        p_value=1.0,
+        p_value=mcnemar(right.count((True, False)), right.count((False, True))),
         output=shared or second.output,
     )
-    lost, gained = len(comparison.lost), len(comparison.gained)
-    comparison = replace(comparison, p_value=mcnemar(lost, gained))
-    if place.is_main:
-        _write(comparison)
-        facts = _facts(comparison, settings, place)
-        comparison = replace(comparison, report=write_page(write_comparison_report, facts, report))
-    return comparison
-
-
-def _names(first: EvalResult, second: EvalResult) -> tuple[str, str]:
-    """What the models are called; by their paths where that is the same."""
-    if first.name != second.name:
-        return first.name, second.name
-    return str(first.model), str(second.model)
+    if not place.is_main:
+        return comparison
+    _write(comparison)
+    again = reproduce_command(settings, ["--compare", str(first.model), str(second.model)])
+    context = Context(_setup(comparison), [("Repeat this comparison", again)], place.device)
+    page = write_page(comparison.output, lambda: write_comparison_report(comparison, context), report)
+    return replace(comparison, report=page)
 
 
 def _pairs(first: EvalResult, second: EvalResult) -> tuple[Pair, ...]:
@@ -119,90 +107,18 @@ def _write(comparison: Comparison) -> None:
         write_json(folder / COMPARISON_FILE, content)
 
 
-def _facts(
-    comparison: Comparison,
-    settings: EvalSettings,
-    place: ProcessGroup,
-) -> ComparisonFacts:
-    """What the page of a comparison says."""
+def _setup(comparison: Comparison) -> dict[str, str]:
     first, second, pairs = comparison.first, comparison.second, comparison.pairs
-    assert second.clips is not None
-    counts: dict[str, list[int]] = {}
-    for a, b in pairs:
-        own = counts.setdefault(a.video.label, [0, 0, 0])
-        own[:] = own[0] + 1, own[1] + a.is_right, own[2] + b.is_right
-    both = sum(a.is_right and b.is_right for a, b in pairs)
-    gained, lost = len(comparison.gained), len(comparison.lost)
-    groups = len({a.video.unit for a, _ in pairs})
-    names = _names(first, second)
-    return ComparisonFacts(
-        folder=comparison.output,
-        first=names[0],
-        second=names[1],
-        subset=second.subset,
-        metrics=(first.metrics, second.metrics),
-        difference=comparison.difference,
-        interval=comparison.interval,
-        draws=RESAMPLES,
-        p_value=comparison.p_value,
-        both=both,
-        only_first=lost,
-        only_second=gained,
-        neither=len(pairs) - both - gained - lost,
-        per_class={label: (n, a, b) for label, (n, a, b) in counts.items()},
-        gained=_flips(comparison.gained, second),
-        lost=_flips(comparison.lost, second),
-        preprocessing=second.clips.preprocessing,
-        measured={
-            "first": str(first.model),
-            "second": str(second.model),
-            "videos": f"{_which(pairs)}, of {groups} groups; strips show what the second saw",
-            "speed": f"first {first.metrics['videos'] / first.seconds:.1f} videos/s, "
-            f"second {second.metrics['videos'] / second.seconds:.1f} videos/s, decoding included",
-        },
-        warnings=_warnings(first, second),
-        commands=[
-            (
-                "The same again",
-                reproduce_command(settings, ["--compare", str(first.model), str(second.model)]),
-            )
-        ],
-        device=place.device,
-    )
-
-
-def _warnings(first: EvalResult, second: EvalResult) -> list[str]:
-    """What is true of both models, then what is true of one."""
-    both = [warning for warning in first.warnings if warning in second.warnings]
-    one = [
-        f"{which}: {warning}"
-        for which, result in (("First", first), ("Second", second))
-        for warning in result.warnings
-        if warning not in both
-    ]
-    return both + one
-
-
-def _which(pairs: tuple[Pair, ...]) -> str:
-    """How many videos are compared, and how many of them count as wrong because they could not be read."""
     unread = sum(bool(a.error or b.error) for a, b in pairs)
-    if not unread:
-        return f"{len(pairs)} that both could read"
-    return f"{len(pairs)}, of which {unread} could not be read and count as wrong"
-
-
-def _flips(pairs: tuple[Pair, ...], second: EvalResult) -> list[Flip]:
-    """The flips of which the two models are surest, with what the second saw."""
-    assert second.clips is not None
-    surest = sorted(pairs, key=lambda pair: -_score(pair[0]) - _score(pair[1]))[:MOST_STRIPS]
-    found = []
-    for a, b in surest:
-        clip = second.clips.clip(b.video.name)
-        if clip is not None:
-            said = [(answer.predicted or "unreadable", _score(answer)) for answer in (a, b)]
-            found.append(Flip(b.video.name, b.video.label, said[0], said[1], clip))
-    return found
-
-
-def _score(answer: VideoPrediction) -> float:
-    return max(answer.scores, default=0.0)
+    which = "that both could read"
+    if unread:
+        which = f"of which {unread} could not be read and count as wrong"
+    groups = len({a.video.unit for a, _ in pairs})
+    speeds = (f"{r.metrics['videos'] / r.seconds:.1f} videos/s" for r in (first, second))
+    return {
+        "first": str(first.model),
+        "second": str(second.model),
+        "videos": f"{len(pairs)}{',' if unread else ''} {which}, of {groups} groups; "
+        "clips are shown as the second model received them",
+        "speed": "first {}, second {}, decoding included".format(*speeds),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +37,12 @@ from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.engine.train.run_folder import Run, choose_run, run_lock, write_settings
 from tvit_cli.engine.train.state import Loop, WeightAverage, loop_fingerprint, validated_tensors
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
-from tvit_cli.errors import DataError, RunError, SettingsError, TvitError
+from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.lora import load_trainable
 from tvit_cli.portable.layers import recompute_block
-from tvit_cli.report.html import plural
+from tvit_cli.report.html import Context
 from tvit_cli.results import EvalResult, Note, Report, TrainingStarts, TrainResult, silent
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
@@ -193,9 +194,9 @@ def _prepare(
 
 
 def plan_facts(loop: Loop) -> dict[str, str]:
-    """What a run is going to do, in a line for each part."""
+    """The plan of a run by subject, in one line each."""
     settings, plan, source = loop.settings, loop.plan, loop.source
-    counts = ", ".join(f"{len(source.readable(s))} {s}" for s in ("train", "val", "test"))
+    counts = ", ".join(f"{len(source.readable(subset))} {subset}" for subset in SUBSETS)
     return {
         "data": f"{source.root}: {len(source.layout.labels)} classes, {counts}",
         "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
@@ -206,68 +207,56 @@ def plan_facts(loop: Loop) -> dict[str, str]:
     }
 
 
-def write_report(loop: Loop, *, problem: str = "", test: EvalResult | None = None) -> Path | None:
-    """Write the run's report, if this is the main process and an epoch is done; returns its path.
-
-    `problem` is why the run ended early; one that has no checkpoint yet begins again, and has no report. One that
-    cannot be written is a warning: it costs no training.
-    """
-    from tvit_cli.report.training import TrainingFacts, write_training_report
-
-    epochs = loop.trackers.records("epoch")
-    if not epochs or not loop.accelerator.is_main_process:
-        return None
-    if problem and not list_checkpoints(loop.run.checkpoints):
-        return None
+def training_result(loop: Loop, *, problem: str = "") -> TrainResult:
+    """The result of a run so far; `problem` is why it ended early. Records are those of the main process."""
+    source = loop.source
+    videos: dict[str, Counter[str]] = {label: Counter() for label in source.layout.labels}
+    for video in source.layout.videos:
+        if video.name not in source.unreadable:
+            videos[video.label][video.subset] += 1
     parameters = list(loop.plain_model.parameters())
-    facts = TrainingFacts(
-        folder=loop.run.folder,
-        settings=loop.settings,
-        preprocessing=loop.built.preprocessing,
-        device=loop.device,
-        plan=plan_facts(loop),
-        steps_per_epoch=loop.plan.steps_per_epoch,
-        problem=problem,
-        epochs=epochs,
+    return TrainResult(
+        run=loop.run.folder,
+        model=loop.run.model,
+        best_epoch=(loop.best_step or loop.step) // loop.plan.steps_per_epoch,
+        best=loop.best,
+        test=None,
+        epochs=loop.trackers.records("epoch"),
         steps=loop.trackers.records("step"),
-        best_step=loop.best_step,
         per_class=loop.trackers.per_class(loop.best_step),
-        videos=_videos(loop),
-        unreadable={**loop.source.unreadable, **loop.unreadable},
-        samples=loop.samples,
+        videos=videos,
+        unreadable={**source.unreadable, **loop.unreadable},
         parameters=(
             sum(p.numel() for p in parameters if p.requires_grad),
             sum(p.numel() for p in parameters),
         ),
-        commands=_commands(loop, is_done=not problem),
-        test={} if test is None else test.metrics,
-        test_interval=None if test is None else test.intervals.get("video_top1"),
+        problem=problem,
     )
-    return write_page(write_training_report, facts, loop.report)
 
 
-def _videos(loop: Loop) -> dict[str, dict[str, int]]:
-    """Class -> subset -> videos that can be read."""
-    counts: dict[str, dict[str, int]] = {label: {} for label in loop.source.layout.labels}
-    for video in loop.source.layout.videos:
-        if video.name not in loop.source.unreadable:
-            own = counts[video.label]
-            own[video.subset] = own.get(video.subset, 0) + 1
-    return counts
+def write_report(loop: Loop, result: TrainResult) -> Path | None:
+    """Writes the run's report in the main process and returns its path; a failure is a warning.
 
+    A run without a finished epoch, or stopped before its first checkpoint, has no report.
+    """
+    from tvit_cli.report.training import write_training_report
 
-def _commands(loop: Loop, *, is_done: bool) -> list[tuple[str, str]]:
-    """What to type next."""
-    if not is_done:
-        kept = list_checkpoints(loop.run.checkpoints)
-        return (
-            [("Go on", f"tvit train --resume-from-checkpoint {shlex.quote(str(kept[-1]))}")] if kept else []
-        )
-    model = shlex.quote(str(loop.run.model))
-    return [
+    kept = list_checkpoints(loop.run.checkpoints)
+    if not result.epochs or not loop.accelerator.is_main_process or (result.problem and not kept):
+        return None
+    model = shlex.quote(str(result.model))
+    commands = [
         ("Label videos", f"tvit predict VIDEO --model {model}"),
         ("Score the test subset", f"tvit eval --model {model}"),
     ]
+    if result.problem:
+        commands = [("Resume", f"tvit train --resume-from-checkpoint {shlex.quote(str(kept[-1]))}")]
+    context = Context(plan_facts(loop), commands, loop.device)
+    return write_page(
+        result.run,
+        lambda: write_training_report(result, loop.settings, loop.samples, loop.built.preprocessing, context),
+        loop.report,
+    )
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -293,7 +282,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
                 last = checkpoint_path(loop.run.checkpoints, loop.step)
                 signals.advice = f"All steps are done and saved. {how_to_resume(last)}"
             except (TvitError, OSError) as error:
-                write_report(loop, problem=str(error))
+                write_report(loop, training_result(loop, problem=str(error)))
                 if isinstance(error, RunError) and error.by_all:
                     loop.accelerator.wait_for_everyone()  # else a process that ends ends the one that says why
                 raise
@@ -302,10 +291,10 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
             try:
                 result = _finish(loop)
             except (TvitError, OSError) as error:
-                write_report(loop, problem=str(error))
+                write_report(loop, training_result(loop, problem=str(error)))
                 raise
             signals.advice = f"All is done, and the model is in {result.model}."
-            return replace(result, report=write_report(loop, test=result.test))
+            return replace(result, report=write_report(loop, result))
 
 
 def process_group_of(accelerator: Accelerator) -> ProcessGroup:
@@ -372,10 +361,12 @@ def _announce(loop: Loop) -> None:
 def _finish(loop: Loop) -> TrainResult:
     """Write the model folder from the best epoch, and score the test subset if that was asked for."""
     settings, layout = loop.settings, loop.source.layout
-    best_epoch = (loop.best_step or loop.step) // loop.plan.steps_per_epoch
+    result = training_result(loop)
     if loop.step < loop.plan.total_steps:
         epochs = f"for {settings.patience} epochs" if settings.patience != 1 else "in the epoch after it"
-        loop.report(Note(f"Stopped early: epoch {best_epoch} is the best, and none was better {epochs}."))
+        loop.report(
+            Note(f"Stopped early: epoch {result.best_epoch} is the best, and none was better {epochs}.")
+        )
     load_trainable(
         loop.plain_model, validated_tensors(loop) if loop.best_tensors is None else loop.best_tensors
     )
@@ -397,10 +388,4 @@ def _finish(loop: Loop) -> TrainResult:
     if settings.test_at_end:
         fitting = settings.model_copy(update={"per_gpu_batch_size": loop.plan.batch_size})
         test = score_test(loop.run.model, fitting, loop.report, process_group_of(loop.accelerator))
-    return TrainResult(
-        run=loop.run.folder,
-        model=loop.run.model,
-        best_epoch=best_epoch,
-        best=loop.best,
-        test=test,
-    )
+    return replace(result, test=test)

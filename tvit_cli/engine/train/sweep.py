@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import (
     METRICS_FILE,
-    confusion_counts,
     output_folder,
     read_metrics,
     reproduce_command,
     write_json,
     write_page,
 )
-from tvit_cli.engine.evaluate.metrics import class_table, confusion_matrix, most_confused
-from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
+from tvit_cli.engine.launch import join_process_group, make_accelerator
 from tvit_cli.engine.train import process_group_of, score_test, train
 from tvit_cli.engine.train.fingerprint import check_finished_settings
 from tvit_cli.engine.train.run_folder import TEST, check_replaceable, experiment_name
 from tvit_cli.engine.trained import is_series_run
 from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, SETTINGS_FILE, load_card
-from tvit_cli.report.comparison import SeriesFacts, write_series_report
-from tvit_cli.results import EvalResult, Note, Report, SeriesResult, silent
+from tvit_cli.report.comparison import write_series_report
+from tvit_cli.report.html import Context
+from tvit_cli.results import Note, Report, SeriesResult, silent
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
@@ -60,48 +57,16 @@ def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Rep
         results[name] = evaluate(own, report if place.is_main else silent, place)
     runs = {name: result.metrics for name, result in results.items()}
     folder = settings.output or settings.model / "eval" / next(iter(results.values())).output.name
-    whole = SeriesResult(folder, runs, summarise(list(runs.values())))
-    if place.is_main:
-        write_summary(whole)
-        facts = _facts(whole, results, settings, place)
-        whole = replace(whole, report=write_page(write_series_report, facts, report))
-    return whole
-
-
-def _facts(
-    whole: SeriesResult, results: Mapping[str, EvalResult], settings: EvalSettings, place: ProcessGroup
-) -> SeriesFacts:
-    """What the page of all runs together says."""
-    labels = tuple(sorted({label for result in results.values() for label in result.labels}))
-    answers = [answer for result in results.values() for answer in result.answers]
-    position = {label: number for number, label in enumerate(labels)}
-    read = [answer for answer in answers if answer.predicted]
-    confusion = confusion_matrix(
-        torch.tensor([position[answer.predicted] for answer in read]),
-        torch.tensor([position[answer.video.label] for answer in read]),
-        len(labels),
-    )
-    unread = Counter(answer.video.label for answer in answers if not answer.predicted)
-    table = class_table(confusion, torch.tensor([unread[label] for label in labels]))
-    found = {label: row for label, row in zip(labels, table, strict=True) if row.videos}
-    first = next(iter(results.values()))
-    notes = [note for result in results.values() for note in result.warnings]
-    return SeriesFacts(
-        folder=whole.folder,
-        name=str(settings.model.absolute().name) if settings.model else "",
-        subset=first.subset,
-        labels=labels,
-        runs=whole.runs,
-        intervals={name: result.intervals for name, result in results.items()},
-        summary=whole.summary,
-        counts=confusion_counts(read),
-        confused=[(labels[true], labels[said], count) for true, said, count in most_confused(confusion)],
-        per_class=found,
-        outputs={name: str(result.report or result.output) for name, result in results.items()},
-        warnings=list(dict.fromkeys(notes)),
-        commands=[("The same again", reproduce_command(settings, ["--model", str(settings.model)]))],
-        device=place.device,
-    )
+    whole = SeriesResult(folder, runs, summarise(list(runs.values())), results)
+    if not place.is_main:
+        return whole
+    write_summary(whole)
+    outputs = {name: str(result.report or result.output) for name, result in results.items()}
+    again = reproduce_command(settings, ["--model", str(settings.model)])
+    context = Context(outputs, [("Repeat this evaluation", again)], place.device)
+    series = settings.model.absolute().name
+    page = write_page(folder, lambda: write_series_report(whole, series, context), report)
+    return replace(whole, report=page)
 
 
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
