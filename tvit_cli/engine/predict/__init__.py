@@ -19,10 +19,10 @@ from tvit_cli.engine.launch import pick_device
 from tvit_cli.engine.predict import explain as explanations
 from tvit_cli.engine.predict import timeline as timelines
 from tvit_cli.engine.predict.explain import Explanation
-from tvit_cli.engine.predict.paths import find_video, find_videos, require_single_video
+from tvit_cli.engine.predict.paths import find_video, find_videos, output_file, require_single_video
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import RunError, SettingsError, VideoError
-from tvit_cli.files import Location, atomic_write, check_file, check_writable, collect_errors
+from tvit_cli.errors import SettingsError, VideoError
+from tvit_cli.files import Location, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
 from tvit_cli.results import Note, Progress, Report, Segment, Timeline, seconds_done, silent
@@ -349,17 +349,10 @@ def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model
     A video that was named twice has two rows. Raises RunError where the file cannot be written; an older file then
     stays.
     """
-    from safetensors import SafetensorError
-
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
-    try:
-        with atomic_write(path) as temporary:
-            save_tensors({"features": torch.stack(rows)}, temporary, metadata)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"--embeddings {path}: cannot be written ({error}). Free some space, or name another file."
-        ) from error
+    with output_file("--embeddings", path) as temporary:
+        save_tensors({"features": torch.stack(rows)}, temporary, metadata)
 
 
 def _annotate(

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from tvit_cli.data.augment import eval_transform
 from tvit_cli.engine.evaluate.scoring import clips_to_score, unlabelled_video
+from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import ModelError, RunError, VideoError
-from tvit_cli.files import Location, atomic_write
+from tvit_cli.errors import ModelError, VideoError
+from tvit_cli.files import Location
 
 STEPS = 16  # on the path from blank to clip
 AT_ONCE = 4  # steps in one pass
@@ -160,13 +161,8 @@ def blanked(clip: Tensor, blank: Tensor, shape: torch.Size, patches: Tensor) -> 
 def write_explanation(path: Path, explanation: Explanation, trained: Trained) -> None:
     """Writes the film strip as a PNG. Raises RunError where it cannot be written; an older file then stays."""
     data = explanation_png(explanation, trained)
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise RunError(
-            f"--explain {path}: cannot be written ({error.strerror}). Free some space, or name another file."
-        ) from error
+    with output_file("--explain", path) as temporary:
+        temporary.write_bytes(data)
 
 
 def explanation_png(explanation: Explanation, trained: Trained, *, dark: bool = False) -> bytes:

@@ -1,16 +1,17 @@
-"""Videos named on the command line: files, folders, patterns, URLs."""
+"""Videos named on the command line (files, folders, patterns, URLs), and output files."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tvit_cli.data.layout import VIDEO_SUFFIXES, is_hidden
-from tvit_cli.errors import DataError
-from tvit_cli.files import Location
+from tvit_cli.errors import DataError, RunError
+from tvit_cli.files import Location, atomic_write
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # at least two letters: C:// is a drive
 
@@ -38,6 +39,21 @@ def require_single_video(option: str, path: Path | None, locations: Sequence[Loc
         raise DataError(
             f"--{option} {path}: takes one video, and {len(locations)} are named. Name one, or leave it out."
         )
+
+
+@contextmanager
+def output_file(option: str, path: Path) -> Iterator[Path]:
+    """`atomic_write` of an option's file. Raises RunError where it cannot be written; an older file then stays."""
+    from safetensors import SafetensorError
+
+    try:
+        with atomic_write(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{option} {path}: cannot be written ({reason}). Free some space, or name another file."
+        ) from error
 
 
 def _find(name: str | Path) -> Sequence[Location]:

@@ -37,9 +37,10 @@ from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import Frames, TimedFrame, iter_frames
 from tvit_cli.data.video_writer import video_writer
 from tvit_cli.engine.evaluate.scoring import score_locations
+from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import DataError, RunError, VideoError
-from tvit_cli.files import Location, atomic_write
+from tvit_cli.errors import DataError, VideoError
+from tvit_cli.files import Location
 from tvit_cli.portable.reading import CENTRE, segment_indices
 from tvit_cli.results import Report, Segment, Stretch, Timeline, seconds_done, silent
 
@@ -262,7 +263,7 @@ def make_timeline(
     frame (see `iter_frames`), and stretches between gaps that are shorter than a window. Raises VideoError.
     """
     preprocessing, labels = trained.card.preprocessing, trained.card.labels
-    clock, cuts, thumbnails = _Clock(), ShotBoundaries(), _Thumbnails()
+    clock, cuts = _Clock(), ShotBoundaries()
     windows = sliding_windows(
         cuts.watch(clock.watch(iter_frames(location, short_side=preprocessing.scale_to))),
         length=window,
@@ -271,6 +272,8 @@ def make_timeline(
     )
     rows: list[Scores] = []
     starts: list[float] = []
+    pictures: list[tuple[float, Frames]] = []
+    every = 1  # windows per picture: the video's length is unknown, so pictures are thinned out as they come
     for batch in prefetch(iter(lambda: list(islice(windows, batch_size)), [])):
         clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
         frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
@@ -278,8 +281,11 @@ def make_timeline(
             logits = trained.model(frames)
         rows.append(logits.cpu().double().softmax(1).numpy())
         for w in batch:
+            if len(starts) % every == 0:
+                pictures.append((w.start + window / 2, w.pictures[len(w.pictures) // 2]))
+                if len(pictures) > MAX_PICTURES:
+                    pictures, every = pictures[::2], 2 * every
             starts.append(w.start)
-            thumbnails.offer(w, window)
         if progress is not None:
             progress(batch[-1].start + window, clock.length)
     stretches: list[Stretch] = []
@@ -320,7 +326,7 @@ def make_timeline(
         scores=scores,
         smoothed=smoothed,
         segments=tuple(segments),
-        pictures=tuple(thumbnails.pictures),
+        pictures=tuple(pictures),
         stretches=tuple(stretches),
     )
 
@@ -343,24 +349,6 @@ class _Clock:
             yield frame
 
 
-@dataclass
-class _Thumbnails:
-    """Evenly spaced pictures of a video of unknown length."""
-
-    pictures: list[tuple[float, Frames]] = field(default_factory=list)
-    every: int = 1
-    offered: int = 0
-
-    def offer(self, window: Window, length: float) -> None:
-        if self.offered % self.every == 0:
-            middle = window.pictures[len(window.pictures) // 2]
-            self.pictures.append((window.start + length / 2, middle))
-            if len(self.pictures) > MAX_PICTURES:
-                self.pictures = self.pictures[::2]
-                self.every *= 2
-        self.offered += 1
-
-
 def write_timeline(folder: Path, timeline: Timeline) -> None:
     """Writes timeline.csv, a row per window with the scores of all classes, and timeline.png.
 
@@ -369,20 +357,16 @@ def write_timeline(folder: Path, timeline: Timeline) -> None:
     from tvit_cli.report.film import timeline_png  # imports PIL
 
     picture = timeline_png(timeline)
-    try:
-        with atomic_write(folder / PICTURE_FILE) as drawn, atomic_write(folder / TIMELINE_FILE) as table:
-            drawn.write_bytes(picture)
-            with table.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["start", "end", "label", *timeline.labels])
-                for start, row in zip(timeline.starts(), timeline.scores, strict=True):
-                    times = (f"{time:.3f}" for time in (start, start + timeline.window))
-                    best = timeline.labels[int(row.argmax())]
-                    writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
-    except OSError as error:
-        raise RunError(
-            f"--output {folder}: cannot be written ({error.strerror}). Free some space, or name another folder."
-        ) from error
+    table, image = folder / TIMELINE_FILE, folder / PICTURE_FILE
+    with output_file("--output", image) as drawn, output_file("--output", table) as written:
+        drawn.write_bytes(picture)
+        with written.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["start", "end", "label", *timeline.labels])
+            for start, row in zip(timeline.starts(), timeline.scores, strict=True):
+                times = (f"{time:.3f}" for time in (start, start + timeline.window))
+                best = timeline.labels[int(row.argmax())]
+                writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
 
 
 def annotate(path: Path, location: Location, segments: Sequence[Segment], report: Report = silent) -> None:
