@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 
-from tvit_cli.report.drawing import LABEL_SIZE, text_width
-
 
 @pytest.fixture(scope="module")
 def learning(load_bench):
@@ -84,54 +82,3 @@ def test_a_line_that_was_cut_is_not_read(learning, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b"')
     assert list(learning.read_rows(path)) == ["a"]
-
-
-def test_a_method_is_one_point_over_the_folds_that_all_methods_have(learning):
-    def scored(method, fold, right, gigaflops):
-        facts = {"part": "test", "method": method, "fold": fold, "flops": gigaflops * 1e9, "cpu_minutes": 2.0}
-        facts["recipe"] = learning.RECIPE
-        return {**facts, "right": {f"p_{n}": answer for n, answer in enumerate(right)}}
-
-    rows = [scored("joint", 1, [1, 1, 0, 0], 18), scored("joint", 2, [1, 1, 1, 1], 18)]
-    rows.append(scored("space", 1, [1, 0, 0, 0], 15))
-
-    def found(rows):
-        kept = learning.on_common_folds(rows)
-        marks = learning.points(kept, lambda group: learning.mean(group, "flops") / 1e9)
-        return [(point.name, point.x, point.y) for point in marks]
-
-    assert found(rows) == [("joint", 18.0, 0.5), ("space", 15.0, 0.25)]
-    assert found(rows[:2]) == [("joint", 18.0, 0.75)]
-    assert found(rows[1:]) == found([]) == []
-    before = {**rows[0], "recipe": "base", "right": {"p_0": 1}}
-    assert found([rows[0], before]) == [("joint", 18.0, 0.5), ("joint, base", 18.0, 1.0)]
-
-
-def test_scatter_plot_labels_each_method_without_overlap(learning):
-    rows = {}
-    for number, method in enumerate(learning.METHODS):  # all as good, and nearly as costly
-        facts = {
-            "part": "test",
-            "method": method,
-            "recipe": learning.recipe_of(method),
-            "seed": 0,
-            "fold": 1,
-            "flops": 1e9 * (20 + number / 50),
-            "cpu_minutes": 9 + number / 50,
-        }
-        rows[method] = {**facts, "right": {"p_bend": 1, "p_run": 0}}
-    drawing = learning.picture(rows)
-    dots = [shape for shape in drawing.shapes if hasattr(shape, "radius")]
-    assert len(dots) == 2 * len(learning.METHODS)  # operations, and seconds
-    labels = [shape for shape in drawing.shapes if getattr(shape, "text", None) in learning.METHODS]
-    assert len(labels) == 2 * len(learning.METHODS)
-    boxes = []
-    for label in labels:
-        width = text_width(label.text, label.size)
-        left = label.at[0] - (width if label.anchor == "end" else 0)
-        boxes.append((left, left + width, label.at[1]))
-    for one in boxes:
-        for other in boxes:
-            beside = one[1] <= other[0] + 0.01 or other[1] <= one[0] + 0.01
-            assert one is other or beside or abs(one[2] - other[2]) >= LABEL_SIZE
-    assert learning.picture({}) is None

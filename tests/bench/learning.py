@@ -1,10 +1,10 @@
-"""What each attention scheme learns: Weizmann by leaving people out, and the demo motions with and without order.
+"""Accuracy of each attention scheme: Weizmann with people held out, and motions in order and shuffled.
 
     python tests/bench/learning.py --data weizmann --weights vit-small-patch14-224 [--output learning.jsonl]
 
 One line of JSON is appended as each run ends; runs that have a line are not made again, so the program can be
-stopped and started at any time. `--table` prints what is there and stops; `--plot FILE.png` draws it, accuracy
-against operations and against processor seconds, and stops; `--only TEXT` makes the runs whose key contains the text.
+stopped and started at any time. `--table` prints the tables and stops; `--only TEXT` makes the runs whose key
+contains the text.
 Parts, in this order:
 
 test/fold1       linear probe, full fine-tuning and LoRA with each scheme, the recipe of
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from scatter import Labelled, scatter_chart
-from sheet import sheet
 
 from tvit_cli import __version__
 from tvit_cli.engine.evaluate import evaluate
@@ -46,7 +44,6 @@ from tvit_cli.engine.train.build import build
 from tvit_cli.engine.train.dryrun import count_flops
 from tvit_cli.errors import Interrupted
 from tvit_cli.model.lora import trainable_report
-from tvit_cli.report.drawing import Drawing, to_png
 from tvit_cli.results import EpochDone, EvalResult, Event, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
@@ -296,60 +293,6 @@ def people_table(rows: Sequence[Row], methods: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def picture(rows: dict[str, Row]) -> Drawing | None:
-    """Accuracy against operations and processor seconds, a point per method and recipe; None where there are no rows."""
-    charts = []
-    rows = {key: row for key, row in rows.items() if row["method"] in METHODS}  # others are gone
-    for part, title in (("test", "People left out"), ("motions", "Motions, in order")):
-        own = on_common_folds(
-            [row for row in rows.values() if row["part"] == part and row["seed"] == SEEDS[0]]
-        )
-        if not own:
-            continue
-        clips = max(sum(len(row["right"]) for row in group) for group in by_method(own).values())
-        across = (
-            ("GFLOPs of a forward pass", lambda group: mean(group, "flops") / 1e9),
-            ("processor seconds of the training", lambda group: 60 * mean(group, "cpu_minutes")),
-        )
-        charts += [
-            scatter_chart(
-                f"{title}: top-1 of {clips} clips",
-                points(own, x_of),
-                x_name=name,
-                show_x="{:g}".format,
-                show_y="{:.3g}".format,
-            )
-            for name, x_of in across
-        ]
-    return sheet("Accuracy against cost", charts) if charts else None
-
-
-def on_common_folds(rows: Sequence[Row]) -> list[Row]:
-    """The rows of those folds that all methods were scored on: others are harder or easier."""
-    groups = by_method(rows).values()
-    folds = set.intersection(*({row["fold"] for row in group} for group in groups)) if rows else set()
-    return [row for row in rows if row["fold"] in folds]
-
-
-def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by their method, and by the recipe where that is another than the method's own."""
-    methods: dict[str, list[Row]] = {}
-    for row in rows:
-        method, recipe = row["method"], row["recipe"]
-        name = method if recipe == recipe_of(method) else f"{method}, {recipe}"
-        methods.setdefault(name, []).append(row)
-    return methods
-
-
-def points(rows: Sequence[Row], x_of: Callable[[Sequence[Row]], float]) -> list[Labelled]:
-    """A point per method, over all clips that it was scored on."""
-    found = []
-    for method, group in by_method(rows).items():
-        answers = [answer for row in group for answer in row["right"].values()]
-        found.append(Labelled(method, x_of(group), sum(answers) / len(answers)))
-    return found
-
-
 def by_person(rows: Sequence[Row]) -> dict[str, list[float]]:
     """Answers of each person's clips, in the order of seeds and clips: person -> 1 or 0."""
     persons: dict[str, list[float]] = {}
@@ -392,16 +335,9 @@ def main() -> None:
     parser.add_argument("--mixed-precision", default="no", help="what all runs compute in: no or bf16")
     parser.add_argument("--nice", type=int, default=10)
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
-    parser.add_argument("--plot", type=Path, help="draw what is there as a PNG, and stop")
     options = parser.parse_args()
-    if options.plot:
-        drawing = picture(read_rows(options.output))
-        if drawing is None:
-            parser.error(f"--output {options.output}: no finished run to draw")
-        options.plot.write_bytes(to_png(drawing))
-        return
     if not options.table and (options.data is None or options.weights is None):
-        parser.error("--data and --weights are needed, except with --table and --plot")
+        parser.error("--data and --weights are needed, except with --table")
     torch.set_num_threads(options.threads)
     os.nice(0 if options.table else options.nice)
     while not options.table:

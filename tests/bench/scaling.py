@@ -1,6 +1,6 @@
 """How cost grows: with frames, clips in a batch, classes, processes; and with the clips of a data set.
 
-    python tests/bench/scaling.py [--only TEXT] [--rounds 3] [--threads 2] [--plot scaling.png]
+    python tests/bench/scaling.py [--only TEXT] [--rounds 3] [--threads 2]
 
 Steps: ViT-Ti/16 at 112 pixels with rank 8 on q, k, v, fc1 and fc2, forward and backward, processor seconds, medians
 of steps taken in turn; beside each what the operations, as `--dry-run` counts them, would make of the smallest. A
@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from sheet import sheet
 from step import TARGETS, current_memory, in_turn, peak_memory, step_of, timed
 from stores import write_synthetic_index
 from torch import nn
@@ -50,8 +49,6 @@ from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.model import lora
 from tvit_cli.portable.config import ATTENTIONS
 from tvit_cli.portable.vit import ViTConfig, build_model
-from tvit_cli.report.charts import Curve, curves_chart
-from tvit_cli.report.drawing import Drawing, Role, to_png
 from tvit_cli.settings.train import TrainSettings
 
 FRAMES, BATCHES = (4, 8, 16, 32), (1, 2, 4, 8, 16)
@@ -202,44 +199,6 @@ def use_index(folder: Path) -> Row:
     return found
 
 
-def draw(results: dict[str, dict[int, Row]]) -> Drawing | None:
-    """A sheet of charts: time over that of the smallest, and what operations alone would make of it; None where
-    nothing was measured that has a chart."""
-    charts: list[Drawing | None] = []
-    roles: tuple[Role, ...] = ("one", "two", "three")
-
-    def curve(name: str, rows: dict[int, Row], key: str, role: Role, faint: bool = False) -> Curve:
-        return Curve(name, [(float(x), row[key]) for x, row in rows.items()], role, faint)
-
-    def add(title: str, curves: list[Curve], x_name: str) -> None:
-        charts.append(curves_chart(title, curves, x_name=x_name, show=lambda value: f"{value:g}"))
-
-    frames = {
-        name.removeprefix("frames, "): rows for name, rows in results.items() if name.startswith("frames, ")
-    }
-    for start in range(0, len(frames), 2):
-        some = list(frames.items())[start : start + 2]
-        curves = [curve(name, rows, "times", role) for (name, rows), role in zip(some, roles, strict=False)]
-        add("Time of a step over that of 4 frames", curves, "frames")
-    for name in ("clips in a batch", "classes"):
-        if rows := results.get(name):
-            curves = [
-                curve("time", rows, "times", "one"),
-                curve("operations", rows, "operations", "two", True),
-            ]
-            add(f"Time of a step over that of {next(iter(rows))}: {name}", curves, name)
-    if rows := results.get("processes"):
-        curves = [curve("processor", rows, "times", "one"), curve("by the clock", rows, "wall_times", "two")]
-        add("Time of an update over that of one process", curves, "processes")
-    if rows := results.get("videos"):
-        named = (("list", "list"), ("order", "order_of_an_epoch"), ("digest", "digest_at_a_checkpoint"))
-        thousands = {n // 1_000: row for n, row in rows.items()}
-        curves = [curve(name, thousands, key, role) for (name, key), role in zip(named, roles, strict=True)]
-        add("Processor seconds", curves, "thousand videos")
-    drawn = [chart for chart in charts if chart is not None]
-    return sheet("How cost grows", drawn) if drawn else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -247,7 +206,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the axes whose name contains this text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--plot", type=Path, help="draw what was measured")
     parser.add_argument("--child-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child-index", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -283,8 +241,6 @@ def main() -> None:
                 print(f"  {key:9,}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
     facts = {"tvit": __version__, "torch": torch.__version__, "python": platform.python_version()}
     print(json.dumps({"benchmark": "scaling", **facts, "threads": options.threads, "results": results}))
-    if options.plot and (drawing := draw(results)):
-        options.plot.write_bytes(to_png(drawing))
 
 
 if __name__ == "__main__":
