@@ -130,6 +130,16 @@ def trained(inputs: dict[str, Any], tmp_path: Path) -> Callable[..., TrainResult
 
 
 @pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run trained from scratch, in `working_directory` beside its data `colours`. Not to be changed."""
+    from tiny import SCRATCH, make_clips, run
+
+    root = tmp_path_factory.mktemp("classifier")
+    data = make_clips(root / "colours")
+    return run(path_to_data=str(data), working_directory=root / "working_directory", epochs=8, **SCRATCH)
+
+
+@pytest.fixture(scope="session")
 def packed_xvid() -> Path:
     """39 numbered frames (grey below row 40) in 40 packets: B-frames packed as XviD does.
 

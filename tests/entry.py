@@ -43,14 +43,25 @@ def tvit(*words: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def start(*words: object, **variables: str) -> subprocess.Popen[str]:
+def start(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """Start `python WORDS` in a process group of its own, without TVIT_* variables of the caller."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
+        cwd=cwd,
         env={**environ, "PYTHONPATH": str(ROOT), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def run_python(*words: object, cwd: Path | None = None, timeout: float = 120, **variables: str) -> Ended:
+    """Run `python WORDS` to its end."""
+    with start(*words, cwd=cwd, **variables) as child:
+        try:
+            out, err = child.communicate(timeout=timeout)
+        finally:
+            child.kill()
+    return Ended(child.returncode, out, err)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import last_weights, make_clips, make_pretrained, run, same
+from tiny import last_weights, run, same
 from torch import nn
 
 from tvit_cli.engine.train import checkpoint as module
@@ -263,16 +263,9 @@ def test_an_optimizer_state_of_another_shape_is_refused():
             load_optimizer(optimizer, model, {key: value})
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """A data set of three classes, and a pretrained model."""
-    root = tmp_path_factory.mktemp("resume")
-    return make_clips(root / "colours"), make_pretrained(root / "tiny-vit")
-
-
-def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(colours, tmp_path):
-    data, base = colours[0], tmp_path / "base"
-    shutil.copytree(colours[1], base)
+def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(clips, pretrained, tmp_path):
+    data, base = clips, tmp_path / "base"
+    shutil.copytree(pretrained, base)
     facts = {"path_to_data": str(data), "hf_model_name": str(base), "epochs": 2}
     facts["working_directory"] = tmp_path / "runs"
     checkpoint = run(**facts).run / "checkpoints" / "step-000003"
@@ -302,8 +295,8 @@ def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(colours
         run(**facts, learning_rate=0.5)
 
 
-def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(colours, tmp_path):
-    data, pretrained = colours
+def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(clips, pretrained, tmp_path):
+    data = clips
     facts = {"path_to_data": str(data), "hf_model_name": str(pretrained), "epochs": 3}
     whole = run(**facts, working_directory=tmp_path / "whole")
     begun = run(**facts, working_directory=tmp_path / "begun")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pages import Page
-from tiny import make_clips, run
+from tiny import SCRATCH, make_clips, run
 
 from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.evaluate.compare import compare
@@ -28,11 +28,7 @@ def trained(tmp_path_factory):
         path_to_data=str(make_clips(root / "colours", groups=4)),
         working_directory=root / "runs",
         epochs=1,
-        hf_model_name=None,
-        width=16,
-        depth=1,
-        num_heads=2,
-        train="all",
+        **SCRATCH,
     )
 
 

@@ -58,7 +58,6 @@ def test_what_moves_flashes_or_stands_still_is_no_cut():
 
 
 def test_pictures_that_come_twice_are_no_cuts_and_no_picture_is_nothing():
-    assert (
-        cuts_of(lambda n: pan(n // 6 * 6), 48).found() == []
-    )  # every second one that is taken is the last one again
+    # every second one that is taken is the last one again
+    assert cuts_of(lambda n: pan(n // 6 * 6), 48).found() == []
     assert cuts_of(pan, 1).found() == [] and cuts_of(pan, 48, every=99).found() == []

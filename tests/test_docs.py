@@ -1,10 +1,7 @@
 """README.md and docs/: links resolve, every command is valid, and the marked ones run on a tiny data set."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from documents import (
     program,
     settings_of,
 )
-from entry import tvit
+from entry import run_python, tvit
 from settings_page import PAGE, make_page
 
 from tvit_cli.cli import VERBS
@@ -160,17 +157,8 @@ for line in sys.argv[1:]:
 
 def run_commands(folder: Path, lines: Sequence[str]) -> None:
     """Run command lines in a folder, in one process, made tiny by environment variables."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("TVIT_")}
-    result = subprocess.run(
-        [sys.executable, "-c", CODE, *lines],
-        cwd=folder,
-        env={**environ, **TINY, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, f"{result.stdout}{result.stderr}"
+    result = run_python("-c", CODE, *lines, cwd=folder, timeout=200, HF_HUB_OFFLINE="1", **TINY)
+    assert result.code == 0, f"{result.out}{result.err}"
 
 
 @pytest.fixture(scope="module")

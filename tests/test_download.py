@@ -352,9 +352,8 @@ def test_foreign_files_beside_the_archives_are_kept(world):
     archives = world.folder / "archives"
     archives.mkdir(parents=True)
     (archives / "thesis.txt").write_text("mine")
-    (archives / "flat.zip").write_bytes(
-        world.server.pages["/flat.zip"].body
-    )  # put there by hand: used, not fetched
+    # put there by hand: used, not fetched
+    (archives / "flat.zip").write_bytes(world.server.pages["/flat.zip"].body)
     world.run()
     assert world.landed() == VIDEOS
     assert sorted(path.name for path in archives.iterdir()) == ["flat.zip", "thesis.txt"]

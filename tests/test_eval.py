@@ -3,13 +3,12 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from entry import run_python
 from safetensors.torch import load_file, save_file
 from tiny import make_clips, run
 
@@ -29,18 +28,8 @@ from tvit_cli.settings.eval import EvalSettings
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    root = tmp_path_factory.mktemp("eval")
-    return run(
-        path_to_data=str(make_clips(root / "colours")),
-        working_directory=root / "runs",
-        hf_model_name=None,
-        width=16,
-        depth=1,
-        num_heads=2,
-        train="all",
-        epochs=8,
-    )
+def trained(classifier):
+    return classifier
 
 
 def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
@@ -324,19 +313,10 @@ def test_crops_of_squashed_frames_are_refused(trained, tmp_path):
 
 def test_two_processes_find_what_one_finds(trained, tmp_path):
     one = evaluate(settings(trained, subset="train", output=tmp_path / "one"))
-    arguments = [
-        "eval",
-        "--model",
-        str(trained.model),
-        "--subset",
-        "train",
-        "--output",
-        str(tmp_path / "two"),
-    ]
-    command = [sys.executable, "-m", "tvit_cli", *arguments, "--num-processes", "2", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Written to") == 1
+    words = ("eval", "--model", trained.model, "--subset", "train", "--output", tmp_path / "two")
+    done = run_python("-m", "tvit_cli", *words, "--num-processes", 2, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert done.out.count("Written to") == 1
     for name in ("scores.csv", "confusion.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     written = json.loads((tmp_path / "two" / "metrics.json").read_text())

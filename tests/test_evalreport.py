@@ -14,7 +14,7 @@ import torch
 from pages import Page, trouble_in_chromium
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import COLOURS, make_clips, run
+from tiny import COLOURS, SCRATCH, make_clips, run
 
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.engine.evaluate import evaluate
@@ -59,8 +59,6 @@ from tvit_cli.results import (
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
-
-SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
 
 
 @pytest.fixture(scope="module")
@@ -558,10 +556,8 @@ def test_the_verdict_is_what_the_interval_allows(tmp_path, interval, sentence):
     chart = drawings["changed_classes"]
     assert chart is not None
     rows = chart.shapes
-    assert [s.text for s in rows if isinstance(s, Text) and s.anchor == "end"] == [
-        "z",
-        "y",
-    ]  # what lost most, first
+    # what lost most, first
+    assert [s.text for s in rows if isinstance(s, Text) and s.anchor == "end"] == ["z", "y"]
     assert [s.role for s in rows if isinstance(s, Dot)] == ["dim", "bad", "dim", "good"]
     same = made_up_comparison(tmp_path, {"x": (5, 3, 3)})
     none = comparison_drawings(same)

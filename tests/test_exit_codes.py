@@ -2,11 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
-from entry import ROOT, tvit
+from entry import run_python, tvit
 from tiny import make_clips, make_model, make_pretrained
 
 OK = [  # a command, and a word of its answer on stdout
@@ -110,10 +108,8 @@ def test_no_verb_shows_help_and_exits_2():
 
 
 def test_module_in_a_process_of_its_own_exits_as_the_program_does():
-    line = [sys.executable, "-m", "tvit_cli", "predict", "colours/Red", "nothing.avi", "--model", "model"]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 2 and not ended.stdout and ended.stderr.startswith("error: ")
+    ended = run_python("-m", "tvit_cli", "predict", "colours/Red", "nothing.avi", "--model", "model")
+    assert ended.code == 2 and not ended.out and ended.err.startswith("error: ")
 
 
 def test_json_answer_is_all_of_stdout():

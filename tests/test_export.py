@@ -5,9 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import pytest
 import torch
+from entry import Ended, run_python
 from loopback import serving
 from safetensors.torch import load_file, save_file
 from tiny import make_clips, make_pretrained, run
@@ -101,19 +100,11 @@ def export(trained: TrainResult, output: Path, **settings: Any) -> ExportResult:
     return engine.export(ExportSettings.model_validate(facts))
 
 
-def example(name: str, folder: Path, clips: list[Path]) -> subprocess.CompletedProcess[str]:
+def example(name: str, folder: Path, clips: list[Path]) -> Ended:
     """An example, the code of the export's own README, and the example with a video that is not there: in a process
     that cannot import tvit."""
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED, str(ROOT / "examples" / name), str(folder), *map(str, clips)],
-        cwd=folder.parent,
-        env={**environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    variables = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return run_python("-c", BLOCKED, ROOT / "examples" / name, folder, *clips, cwd=folder.parent, **variables)
 
 
 def check_example(
@@ -121,16 +112,16 @@ def check_example(
 ) -> None:
     """Its labels and scores, from the video files on, are those of `tvit predict`."""
     result = example(name, folder, clips)
-    assert result.returncode == 0, result.stderr
-    *lines, shown_by_readme, ended_with = result.stdout.splitlines()
+    assert result.code == 0, result.err
+    *lines, shown_by_readme, ended_with = result.out.splitlines()
     said = [line.split("\t") for line in lines]
     assert said[0][1] in shown_by_readme
     predictions = predict(PredictSettings(paths=tuple(clips), model=trained.model, top_k=1)).predictions
     assert [row[:2] for row in said] == [[p.video, p.labels[0][0]] for p in predictions]
     for row, prediction in zip(said, predictions, strict=True):
         assert float(row[2]) == pytest.approx(prediction.labels[0][1], abs=tolerance)
-    assert ended_with == "2" and "Traceback" not in result.stderr
-    refused = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert ended_with == "2" and "Traceback" not in result.err
+    refused = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert refused == ["error: nothing.avi: cannot be read as a video (No such file or directory)."]
 
 
@@ -237,8 +228,8 @@ def test_onnx_has_dynamic_batch_labels_and_an_int8_cost(trained, tmp_path, clips
     content[len(content) // 2] ^= 1
     (result.output / "model.onnx").write_bytes(content)
     refused = example("use_onnx.py", result.output, clips)
-    assert refused.returncode == 1 and not refused.stdout
-    assert "model.onnx: its hash is not the one in parity.json" in refused.stderr
+    assert refused.code == 1 and not refused.out
+    assert "model.onnx: its hash is not the one in parity.json" in refused.err
 
 
 def test_a_torch_program_runs_without_model_code(trained, tmp_path, clips):
@@ -263,14 +254,8 @@ except OSError as error:
 
 
 def test_torch_export_on_a_full_disk_is_an_error_not_an_abort(tmp_path):
-    ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, tmp_path / "model.pt2"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (ended.returncode, ended.stdout) == (0, "[Errno 27] File too large\n"), ended.stderr
+    ended = run_python("-c", LIMITED, tmp_path / "model.pt2")
+    assert (ended.code, ended.out) == (0, "[Errno 27] File too large\n"), ended.err
 
 
 def test_preprocessing_inside_makes_one_graph_of_frames_to_scores(trained, tmp_path):

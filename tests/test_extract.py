@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from entry import run_python
 
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.framestore_writer import shard_paths
@@ -187,18 +188,10 @@ def test_several_processes_share_the_work_and_one_joins_it(data, expected):
 
 
 def test_two_processes_that_torchrun_starts_share_the_work(data, expected):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    verb = ["-m", "tvit_cli", "extract", "--path-to-data", str(data), "--num-workers", "0"]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
-    result = subprocess.run(
-        [*launcher, *verb, "--frames-per-video", "12", "--shard-mib", "1"],
-        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    verb = ("-m", "tvit_cli", "extract", "--path-to-data", data, "--num-workers", 0)
+    result = run_python(*launcher, *verb, "--frames-per-video", 12, "--shard-mib", 1)
+    assert result.code == 0, result.err
     assert {path.name[-9:-7] for path in shard_paths(data / "frames")} == {"00", "01"}
     assert pixels(data / "frames") == expected
 

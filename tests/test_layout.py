@@ -146,11 +146,8 @@ def test_no_group_is_ever_in_two_subsets(tmp_path):
         homes.setdefault(video.group, set()).add(video.subset)
     assert len(homes) == 25
     assert all(len(subsets) == 1 for subsets in homes.values())
-    assert [len(groups_of(layout, name)) for name in ("test", "val", "train")] == [
-        5,
-        3,
-        17,
-    ]  # 20 % of 25, 15 % of 20
+    # 20 % of 25, 15 % of 20
+    assert [len(groups_of(layout, name)) for name in ("test", "val", "train")] == [5, 3, 17]
 
 
 def test_groups_are_spread_evenly_and_the_same_each_time(tmp_path):

@@ -58,9 +58,8 @@ def readers() -> list[str]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_threads_give_the_batches_of_a_store_in_their_order(workers, videos, store, monkeypatch):
-    monkeypatch.setattr(
-        "tvit_cli.data.framestore.MOST_OPEN_SHARDS", 1
-    )  # the most they can disturb each other
+    # the most they can disturb each other
+    monkeypatch.setattr("tvit_cli.data.framestore.MOST_OPEN_SHARDS", 1)
     assert len(shard_paths(store.folder)) > 1
     alone = list(load_batches(dataset(videos, store), KEYS, workers=0))
     assert [batch.indices.tolist() for batch in alone] == [[i for _, i in keys] for keys in KEYS]

@@ -57,9 +57,8 @@ def test_no_clip_is_its_own_mirror_in_time(root):
 
 def test_twins_are_of_one_size_on_disk_with_only_key_frames(root):
     for file in clips(root)[::7]:
-        assert abs(file.stat().st_size - twin(file).stat().st_size) <= FRAMES, (
-            file
-        )  # one padding byte a frame
+        # one padding byte a frame
+        assert abs(file.stat().st_size - twin(file).stat().st_size) <= FRAMES, file
         with av.open(str(file)) as container:
             assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size), file
 

@@ -13,9 +13,8 @@ from tvit_cli.data.motions import CLASSES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "inference.ipynb"
-ELSEWHERE = re.compile(
-    r"/(?:home|root|tmp|work|opt|Users|var)/|[A-Z]:\\\\|site-packages"
-)  # a folder of some machine
+# a folder of some machine
+ELSEWHERE = re.compile(r"/(?:home|root|tmp|work|opt|Users|var)/|[A-Z]:\\\\|site-packages")
 
 
 def code_cells(notebook: Any) -> list[Any]:

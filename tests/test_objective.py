@@ -35,9 +35,8 @@ def test_a_clip_of_one_label_costs_its_cross_entropy():
 
 
 def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
-    losses = clip_losses(
-        LOGITS, Targets(LABELS, ONES), label_smoothing=0.2
-    )  # 0.9 on the label, 0.1 beside it
+    # 0.9 on the label, 0.1 beside it
+    losses = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=0.2)
     wanted = [0.9 * LIKELY + 0.1 * RARE, 0.9 * RARE + 0.1 * LIKELY, 0.9 * RARE + 0.1 * LIKELY]
     assert losses.tolist() == pytest.approx(wanted)
 

@@ -1,12 +1,12 @@
 """The command line: one option per field, help, exit codes, what is imported."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from entry import Ended, run_python
 from tiny import make_clips
 
 from tvit_cli import cli
@@ -14,27 +14,12 @@ from tvit_cli.settings.base import flag
 from tvit_cli.settings.train import TrainSettings
 
 
-def tvit(*arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
-    return subprocess.run(
-        [sys.executable, "-m", "tvit_cli", *arguments],
-        cwd=cwd,
-        env={
-            **clean,
-            "COLUMNS": "200",
-            "NO_COLOR": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            **environ,
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def tvit(*arguments: str, cwd: Path | None = None, **environ: str) -> Ended:
+    return run_python("-m", "tvit_cli", *arguments, cwd=cwd, **{"COLUMNS": "200", "NO_COLOR": "1", **environ})
 
 
 def test_help_of_train_shows_every_setting_with_its_default_and_range():
-    text = tvit("train", "--help").stdout
+    text = tvit("train", "--help").out
     for name, field in TrainSettings.model_fields.items():
         assert flag(name) in text, name
         assert f"default {cli.default(field)}" in " ".join(text.replace("│", " ").split()), name
@@ -60,8 +45,8 @@ def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments):
 
 def test_an_unknown_flag_suggests_the_nearest_and_exits_2():
     result = tvit("train", "--lora-rnak", "8")
-    assert result.returncode == 2
-    assert "--lora-rank" in result.stderr
+    assert result.code == 2
+    assert "--lora-rank" in result.err
 
 
 def test_underscores_are_accepted_beside_hyphens(monkeypatch):
@@ -97,66 +82,66 @@ def test_positional_paths_and_the_json_flag_reach_the_settings(monkeypatch):
 
 def test_several_bad_flags_are_reported_together_with_exit_code_2():
     result = tvit("train", "--epochs", "none", "--lora-rank", "-1", "--resize", "stretch")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+    assert result.code == 2
+    assert "Traceback" not in result.err
     for name in ("--epochs: none", "--lora-rank: -1", "--resize: stretch"):
-        assert name in result.stderr
+        assert name in result.err
 
 
 def test_a_misspelt_key_in_a_config_file_is_named_with_a_suggestion(tmp_path):
     (tmp_path / "my.toml").write_text("epcohs = 3\n")
     result = tvit("train", "--config", "my.toml", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "my.toml, epcohs: unknown setting. Did you mean epochs?" in result.stderr
+    assert result.code == 2
+    assert "my.toml, epcohs: unknown setting. Did you mean epochs?" in result.err
 
 
 def test_version_is_the_packages():
     import tvit_cli
 
-    assert tvit("--version").stdout.strip() == f"tvit {tvit_cli.__version__}"
+    assert tvit("--version").out.strip() == f"tvit {tvit_cli.__version__}"
 
 
 def test_without_data_train_says_what_to_do_and_leaves_nothing_behind(tmp_path):
     result = tvit("train", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "--path-to-data" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.code == 2
+    assert "--path-to-data" in result.err
+    assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_traceback_is_shown_only_in_debug_mode(tmp_path):
-    assert "Traceback" in tvit("train", cwd=tmp_path, TVIT_DEBUG="1").stderr
+    assert "Traceback" in tvit("train", cwd=tmp_path, TVIT_DEBUG="1").err
 
 
 def test_json_settings_of_a_run_are_a_config_file(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"path_to_data": "nowhere"}))
-    assert "nowhere" in tvit("train", "--config", "settings.json", cwd=tmp_path).stderr
+    assert "nowhere" in tvit("train", "--config", "settings.json", cwd=tmp_path).err
 
 
 def test_a_download_that_failed_is_no_data_set(tmp_path):
     result = tvit("download", "ucf101", "--archive", "nope.zip", cwd=tmp_path)
-    assert result.returncode == 2 and "--archive nope.zip: no such file" in result.stderr
+    assert result.code == 2 and "--archive nope.zip: no such file" in result.err
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "data" / "ucf101").mkdir(parents=True)
     (tmp_path / "data" / "ucf101" / ".lock").touch()
     result = tvit("train", cwd=tmp_path)
-    assert result.returncode == 2 and "tvit download ucf101" in result.stderr
+    assert result.code == 2 and "tvit download ucf101" in result.err
 
 
 def test_a_check_ends_with_what_it_found(tmp_path):
     videos = make_clips(tmp_path / "colours")
     count = len(list(videos.rglob("*.avi")))
     whole = tvit("extract", "--check", "--path-to-data", str(videos))
-    assert whole.returncode == 0 and f"{count} of {count} videos can be read." in whole.stdout + whole.stderr
+    assert whole.code == 0 and f"{count} of {count} videos can be read." in whole.out + whole.err
     as_json = tvit("extract", "--check", "--json", "--path-to-data", str(videos))
-    assert [json.loads(line)["problem"] for line in as_json.stdout.splitlines()] == [""] * count
+    assert [json.loads(line)["problem"] for line in as_json.out.splitlines()] == [""] * count
     next(videos.rglob("*.avi")).write_bytes(b"")
     spoilt = tvit("extract", "--check", "--path-to-data", str(videos))
-    assert spoilt.returncode == 1 and f"error: 1 of {count} videos cannot be read." in spoilt.stderr
-    assert "can be read." not in spoilt.stdout
+    assert spoilt.code == 1 and f"error: 1 of {count} videos cannot be read." in spoilt.err
+    assert "can be read." not in spoilt.out
 
 
 def test_a_screen_without_the_letters_of_a_name_is_shown_others(tmp_path):
     videos = make_clips(tmp_path / "caf\u00e9")
     shown = tvit("extract", "--check", "--json", "--path-to-data", str(videos), PYTHONIOENCODING="ascii")
-    assert shown.returncode == 0 and "caf\\" in shown.stdout, shown.stderr
+    assert shown.code == 0 and "caf\\" in shown.out, shown.err

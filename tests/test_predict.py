@@ -15,10 +15,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from entry import Ended, run_python
 from loopback import serving
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import make_clips, run
 
 import tvit_cli
 from tvit_cli import cli, commands
@@ -34,18 +34,8 @@ from tvit_cli.settings.predict import PredictSettings
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    root = tmp_path_factory.mktemp("predict")
-    return run(
-        path_to_data=str(make_clips(root / "colours")),
-        working_directory=root / "working_directory",
-        hf_model_name=None,
-        width=16,
-        depth=1,
-        num_heads=2,
-        train="all",
-        epochs=8,
-    )
+def trained(classifier):
+    return classifier
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +43,8 @@ def clip(trained):
     return next(trained.run.parents[1].glob("colours/Red/*_g06_*"))
 
 
-def tvit(trained: TrainResult, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
-    return subprocess.run(
-        [sys.executable, "-m", "tvit_cli", "predict", *arguments],
-        cwd=trained.run.parents[1],
-        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def tvit(trained: TrainResult, *arguments: str) -> Ended:
+    return run_python("-m", "tvit_cli", "predict", *arguments, cwd=trained.run.parents[1], COLUMNS="200")
 
 
 def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):
@@ -91,15 +72,15 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):
 
 def test_a_clip_is_labelled_by_the_newest_model_with_nothing_else_said(trained, clip):
     result = tvit(trained, str(clip), "--top-k", "2")
-    assert result.returncode == 0, result.stderr
-    assert "Red" in result.stdout.splitlines()[1]
-    assert len(result.stdout.strip().splitlines()) == 3  # a heading and two labels
+    assert result.code == 0, result.err
+    assert "Red" in result.out.splitlines()[1]
+    assert len(result.out.strip().splitlines()) == 3  # a heading and two labels
 
 
 def test_json_lines_are_the_same_bytes_from_run_to_run(trained):
     first, second = (tvit(trained, "colours", "--json", "-q") for _ in range(2))
-    assert first.stdout == second.stdout and first.returncode == 0
-    answers = [json.loads(line) for line in first.stdout.splitlines()]
+    assert first.out == second.out and first.code == 0
+    answers = [json.loads(line) for line in first.out.splitlines()]
     assert len(answers) == 18
     assert {"label", "score"} == answers[0]["predictions"][0].keys()
     right = sum(a["predictions"][0]["label"] in a["video"] for a in answers)
@@ -110,11 +91,11 @@ def test_predict_reports_a_broken_clip_and_predicts_the_rest(trained, clip, tmp_
     (tmp_path / "text.avi").write_text("not a video")
     (tmp_path / "empty.mp4").touch()
     result = tvit(trained, str(tmp_path / "text.avi"), str(clip), str(tmp_path / "empty.mp4"), "--json")
-    assert result.returncode == 1
-    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.code == 1
+    answers = [json.loads(line) for line in result.out.splitlines()]
     assert ["error" in a for a in answers] == [True, False, True]
-    assert "2 of 3 videos could not be read" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "2 of 3 videos could not be read" in result.err
+    assert "Traceback" not in result.err
 
 
 def test_predictions_are_the_evaluations(trained, clip):
@@ -163,9 +144,9 @@ def test_8_bits_are_refused_where_they_would_run_on_another_device(trained, clip
 
 def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained, clip):
     result = tvit(trained, str(clip), "--top-k", "50")
-    assert result.returncode == 0
-    assert "--top-k 50" in result.stderr
-    assert "--top-k" not in tvit(trained, str(clip)).stderr  # nobody asked for more labels than there are
+    assert result.code == 0
+    assert "--top-k 50" in result.err
+    assert "--top-k" not in tvit(trained, str(clip)).err  # nobody asked for more labels than there are
 
 
 def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path):

@@ -218,9 +218,8 @@ def test_the_slurm_script_is_sound_and_asks_for_what_its_header_says():
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).stderr == b""
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE))
     assert asked["signal"] == "B:USR1@120" and "requeue" in asked
-    assert (
-        asked["ntasks-per-node"] == asked["gpus-per-node"]
-    )  # every process sees all GPUs, and takes its own
+    # every process sees all GPUs, and takes its own
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
 
 
 @pytest.mark.parametrize(

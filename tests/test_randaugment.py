@@ -126,9 +126,8 @@ def test_an_operation_is_what_pillow_computes(name, level):
     )
     pixels = clip(1)
     frames = channels_last(pixels).astype(np.uint8)
-    picture = image.fromarray(
-        frames.reshape(-1, SIZE, 3)
-    )  # frames below each other: what sees the whole clip
+    # frames below each other: what sees the whole clip
+    picture = image.fromarray(frames.reshape(-1, SIZE, 3))
     out = channels_last(OPERATIONS[name](pixels, level, FILL))
     inside = np.ones((SIZE, SIZE), bool)
     change = {

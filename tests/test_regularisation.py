@@ -1,17 +1,13 @@
 """What small data needs, in a training: its state survives a stop, processes agree on it, nonsense is refused."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from entry import run_python
 from safetensors.torch import load_file
-from tiny import COLOURS, last_weights, make_clips, make_pretrained, run, same, settings
+from tiny import COLOURS, last_weights, records, run_in, same, settings
 from torch.nn import functional as F
 
 from tvit_cli.data.augment import Augmentation, train_transform
@@ -29,38 +25,6 @@ from tvit_cli.settings.train import TrainSettings
 # Groups of which class Red has others than the two that are held out: 6 of its clips are in train, 4 of the rest.
 UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_groups": "g02"}
 STANDSTILL = {"learning_rate": 1e-30}  # every epoch is as good as the first
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("data") / "colours")
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    return make_pretrained(tmp_path_factory.mktemp("weights") / "tiny-vit")
-
-
-@pytest.fixture
-def trained(clips, pretrained, tmp_path):
-    """`trained(**changes)` trains on the clips below tmp_path."""
-
-    def go(**changes):
-        facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
-        return run(**{**facts, **changes})
-
-    return go
-
-
-def records(result: TrainResult) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl without what a clock measured."""
-    lines = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
-    clock = ("seconds", "clips_per_second", "data_wait")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
-
-
-def epochs(result: TrainResult) -> list[dict[str, Any]]:
-    return [record for record in records(result) if record["kind"] == "epoch"]
 
 
 def checkpoints(result: TrainResult) -> list[Path]:
@@ -90,7 +54,7 @@ def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained):
     again = trained(**facts, resume_from_checkpoint=str(checkpoints(half)[2]))
     assert again.run == half.run
     assert same(last_weights(again), last_weights(whole)) and same(last_average(again), last_average(whole))
-    assert records(again) == records(whole)
+    assert records(again, "") == records(whole, "")
     models = [(result.model / "model.safetensors").read_bytes() for result in (again, whole)]
     assert models[0] == models[1]
 
@@ -101,7 +65,7 @@ def test_the_average_is_what_is_validated_and_kept(trained):
     assert best.ema is not None and best.best is not None and same(best.best, best.ema)
     assert torch.equal(classifier_of(result), best.ema["classifier.weight"])
     assert not torch.equal(classifier_of(result), best.trainable["classifier.weight"])
-    decays = [record["ema_decay"] for record in epochs(result)]
+    decays = [record["ema_decay"] for record in records(result)]
     assert decays == [(1 + n) / (10 + n) for n in (2, 5, 8, 11)]  # 3 steps per epoch
 
 
@@ -124,7 +88,7 @@ def test_training_ends_when_the_patience_does_and_is_finished(clips, pretrained,
         **{**STANDSTILL, "epochs": 9, "patience": 2, "save_checkpoint_interval": 9, "test_at_end": True},
     )
     result = train(facts, events.append)
-    assert [record["epoch"] for record in epochs(result)] == [1, 2, 3]
+    assert [record["epoch"] for record in records(result)] == [1, 2, 3]
     assert [path.name for path in checkpoints(result)] == ["step-000009"]
     assert result.best_epoch == 1 and result.test is not None and (result.model / "card.json").is_file()
     assert any("Stopped early: epoch 1 is the best" in e.text for e in events if isinstance(e, Note))
@@ -132,7 +96,7 @@ def test_training_ends_when_the_patience_does_and_is_finished(clips, pretrained,
 
 def test_a_better_epoch_begins_the_patience_anew(trained):
     result = trained(epochs=12, warmup_epochs=0, patience=3, learning_rate=0.1)
-    ranks = [(record["val_video_top1"], -record["val_loss"]) for record in epochs(result)]
+    ranks = [(record["val_video_top1"], -record["val_loss"]) for record in records(result)]
     assert 4 < len(ranks) < 12  # else nothing is shown
     assert result.best_epoch == len(ranks) - 3
     for epoch in range(
@@ -148,10 +112,10 @@ def test_a_resumed_run_loses_its_patience_in_the_same_epoch(trained, left):
     for path in (cut.model, *checkpoints(cut)[left:]):
         shutil.rmtree(path)
     again = trained(**facts, resume_from_checkpoint=str(checkpoints(cut)[-1]))
-    assert records(again) == records(whole) and (again.model / "card.json").is_file()
+    assert records(again, "") == records(whole, "") and (again.model / "card.json").is_file()
     shutil.rmtree(again.model)  # killed after its last step, before its end
     trained(**facts, resume_from_checkpoint=str(checkpoints(again)[-1]))
-    assert records(again) == records(whole) and (again.model / "card.json").is_file()
+    assert records(again, "") == records(whole, "") and (again.model / "card.json").is_file()
 
 
 def test_class_weights_leave_losses_in_float32(trained, monkeypatch):
@@ -175,9 +139,8 @@ def test_the_training_loss_counts_each_clip_by_its_weight(trained, clips):
         clips, group_pattern=UNEVEN["group_pattern"], val_groups="g01", test_groups="g02", split=0, need_test=False
     )  # fmt: skip
     videos = layout.subset("train")
-    dataset = ClipDataset(
-        videos, layout.labels, n_frames=4, short_side=46, seed=0, training=True
-    )  # 32 / sqrt(crop_scale_min)
+    # 32 / sqrt(crop_scale_min)
+    dataset = ClipDataset(videos, layout.labels, n_frames=4, short_side=46, seed=0, training=True)
     batch = collate([dataset[0, index] for index in range(len(videos))])
     model, card = load_model(result.model)
     pixels = train_transform(
@@ -187,7 +150,7 @@ def test_the_training_loss_counts_each_clip_by_its_weight(trained, clips):
     losses = F.cross_entropy(model(pixels), batch.labels, reduction="none").double()
     weights = torch.tensor(class_weights(batch.labels.tolist(), len(COLOURS)))[batch.labels]
     assert sorted(set(weights.tolist())) == pytest.approx([14 / 3 / 6, 14 / 3 / 4])
-    (epoch,) = epochs(result)
+    (epoch,) = records(result)
     assert epoch["train_loss"] == pytest.approx((losses * weights).mean().item(), rel=1e-5)
     assert epoch["train_loss"] != pytest.approx(losses.mean().item(), rel=1e-4)
 
@@ -213,15 +176,11 @@ def test_two_processes_agree_on_all_of_it(trained, tmp_path, clips, pretrained):
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts, num_processes=2
     )  # fmt: skip
     (tmp_path / "c.json").write_text(own.model_dump_json())
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
-    child = subprocess.run(
-        [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json"), "--experiment-name", "two"],
-        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    two = TrainResult(tmp_path / "two", tmp_path / "two" / "model", 0, {}, None)
-    assert 2 < len(epochs(one)) == len(epochs(two)) < 12
-    for a, b in zip(epochs(one), epochs(two), strict=True):
+    child = run_python("-m", "tvit_cli", "train", "--config", tmp_path / "c.json", "--experiment-name", "two")
+    assert child.code == 0, child.err
+    two = run_in(tmp_path / "two")
+    assert 2 < len(records(one)) == len(records(two)) < 12
+    for a, b in zip(records(one), records(two), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
     a, b = last_average(one), last_average(two)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_clips, make_pretrained, run, settings
+from tiny import run, settings
 
 from tvit_cli import cli, files
 from tvit_cli.data.dataset_folder import DatasetFolder
@@ -28,10 +28,8 @@ from tvit_cli.settings.export import ExportSettings
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    clips, weights = make_clips(root / "colours"), make_pretrained(root / "tiny-vit")
-    return {"path_to_data": str(clips), "hf_model_name": str(weights), "epochs": 1}
+def facts(inputs):
+    return {**inputs, "epochs": 1}
 
 
 @pytest.fixture(scope="module")

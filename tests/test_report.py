@@ -14,7 +14,7 @@ import simplejpeg
 import torch
 from pages import Page, trouble_in_chromium
 from PIL import Image
-from tiny import COLOURS, make_clips, run, settings
+from tiny import COLOURS, SCRATCH, run, settings
 
 from tvit_cli.data.augment import eval_transform
 from tvit_cli.engine.train import train
@@ -27,13 +27,6 @@ from tvit_cli.report.training import curves, training_page
 from tvit_cli.results import Note, TrainResult
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.train import TrainSettings
-
-SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
 @pytest.fixture(scope="module")

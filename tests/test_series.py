@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_clips, make_pretrained, settings
+from tiny import make_pretrained, settings
 
 from tvit_cli import cli
 from tvit_cli.engine.train import sweep as engine
@@ -22,14 +22,8 @@ from tvit_cli.settings.train import TrainSettings
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("series")
-    return {
-        "path_to_data": str(make_clips(root / "colours")),
-        "hf_model_name": str(make_pretrained(root / "tiny-vit")),
-        "epochs": 1,
-        "experiment_name": "people",
-    }
+def facts(inputs):
+    return {**inputs, "epochs": 1, "experiment_name": "people"}
 
 
 def seeds(facts: dict[str, Any], folder: Path, *numbers: int, **changes: Any) -> SeriesResult:

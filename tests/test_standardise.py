@@ -1,14 +1,12 @@
 """--feature-norm: what is classified starts standardised over training clips, in any number of processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from entry import run_python
 from safetensors.torch import load_file
-from tiny import last_weights, make_clips, make_pretrained, run, settings
+from tiny import last_weights, run, settings
 
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.engine.evaluate.scoring import WithFeatures, merge_scores, score
@@ -24,15 +22,8 @@ from tvit_cli.settings.train import TrainSettings
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    return {
-        "path_to_data": str(make_clips(root / "colours")),
-        "hf_model_name": str(make_pretrained(root / "tiny-vit")),
-        "learning_rate": 1e-30,  # nothing moves
-        "epochs": 1,
-        "feature_norm": True,
-    }
+def facts(inputs):
+    return {**inputs, "learning_rate": 1e-30, "epochs": 1, "feature_norm": True}  # nothing moves
 
 
 def layout(facts: dict[str, object]) -> tuple[Video, ...]:
@@ -121,12 +112,8 @@ def test_two_processes_start_with_the_numbers_of_one(facts, tmp_path):
     one = run(**facts, working_directory=tmp_path)
     own = settings(**facts, working_directory=tmp_path, num_processes=2, experiment_name="two")
     (tmp_path / "two.json").write_text(own.model_dump_json())
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
-    child = subprocess.run(
-        [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "two.json")],
-        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
+    child = run_python("-m", "tvit_cli", "train", "--config", tmp_path / "two.json")
+    assert child.code == 0, child.err
     for name in ("feature_norm.shift", "feature_norm.scale"):
         first, second = (
             load_file(m / "model.safetensors")[name] for m in (one.model, tmp_path / "two" / "model")

@@ -200,20 +200,13 @@ def test_the_best_path_is_the_best_of_all_paths():
 
 def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut():
     found = transition_penalties(3.0, cells=6, stride=0.5, cuts=[0.9, 1.1, 2.3, 3.1])
-    assert found.tolist() == [
-        3,
-        3,
-        1.5,
-        3,
-        3,
-        1.5,
-    ]  # the last cut lies nearer to the end than to a cell's start
+    # the last cut lies nearer to the end than to a cell's start
+    assert found.tolist() == [3, 3, 1.5, 3, 3, 1.5]
 
 
 def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it():
-    starts = (
-        np.arange(21) * 0.5
-    )  # windows of 2 s over 12 s; what begins before 6 s is seen as the first label alone
+    # windows of 2 s over 12 s; what begins before 6 s is seen as the first label alone
+    starts = np.arange(21) * 0.5
     scores = np.where((starts < 6)[:, None], [0.99, 0.01, 0], [0.01, 0.99, 0])
     smoothed = smooth(scores, window=2, stride=0.5, cells=24)
 

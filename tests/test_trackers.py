@@ -6,7 +6,7 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-from tiny import make_clips, make_pretrained, run, settings
+from tiny import SCRATCH, make_clips, make_pretrained, run, settings
 
 from tvit_cli.engine.train import trackers as module
 from tvit_cli.engine.train import train
@@ -14,13 +14,6 @@ from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.trackers import Trackers
 from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.results import Note, TrainResult, silent
-
-SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
 def scalars(result: TrainResult) -> dict[str, list[tuple[int, float]]]:

@@ -201,9 +201,8 @@ def test_a_frame_store_beside_the_videos_is_found_used_and_scored(clips, pretrai
     from_store = train(settings(**facts), events.append)
     assert any("Frames are read from" in e.text for e in events if isinstance(e, Note))
     losses = [[r["train_loss"] for r in records(result)] for result in (from_videos, from_store)]
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(
-        losses[1], abs=0.1
-    )  # the same frames, as JPEG
+    # the same frames, as JPEG
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.1)
     assert from_store.test is not None and from_store.test.metrics["videos"] == 3
     written = json.loads((from_store.run / "eval" / "test" / "metrics.json").read_text())
     assert written["frames"] == "frame store"

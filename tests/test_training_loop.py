@@ -46,9 +46,8 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(trained, changes
     one = last_weights(trained(per_gpu_batch_size=6, **facts))
     cut = last_weights(trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, **facts))
     whole = last_weights(trained(per_gpu_batch_size=9, **facts))
-    assert all(
-        torch.allclose(cut[k], whole[k], atol=2e-4) for k in whole
-    )  # 12 clips: the last window is partial
+    # 12 clips: the last window is partial
+    assert all(torch.allclose(cut[k], whole[k], atol=2e-4) for k in whole)
     assert not all(torch.allclose(one[k], whole[k], atol=2e-4) for k in whole)
 
 

@@ -1,14 +1,12 @@
 """A loss that is not finite: the clips are named, nothing good is overwritten, the run ends with advice."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_clips, run, settings
+from entry import run_python
+from tiny import SCRATCH, run, settings
 from torch import Tensor
 
 from tvit_cli.engine.launch import make_accelerator
@@ -19,13 +17,7 @@ from tvit_cli.engine.train.monitor import BadClip, LossWatch, loss_error, non_fi
 from tvit_cli.errors import RunError
 from tvit_cli.portable.vit import TemporalViT
 
-SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("data") / "colours")
 
 
 def micro_batch(step: int, indices: tuple[int, ...], *, real: int | None = None) -> MicroBatch:
@@ -176,15 +168,8 @@ def test_two_processes_stop_together_with_one_message(clips, tmp_path):
     facts = {"path_to_data": str(clips), "working_directory": tmp_path, **SCRATCH}
     own = settings(**facts, num_processes=2, learning_rate=1e30, warmup_epochs=0, experiment_name="bad")
     (tmp_path / "c.json").write_text(json.dumps(own.model_dump(mode="json")))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json")],
-        env={**environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("is not finite") == 1 and "--learning-rate" in done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    done = run_python("-m", "tvit_cli", "train", "--config", tmp_path / "c.json")
+    assert done.code == 1, done.err
+    assert done.err.count("is not finite") == 1 and "--learning-rate" in done.err
+    assert "Traceback" not in done.err and "Warning" not in done.err
     assert not list_checkpoints(tmp_path / "bad" / "checkpoints")

@@ -169,9 +169,8 @@ def matmul_rate(options: argparse.Namespace) -> float:
     rows = 1024 if torch.device(options.device).type == "cpu" else 16384
     a = torch.randn(rows, options.width, device=options.device, dtype=dtype)
     b = torch.randn(options.width, 4 * options.width, device=options.device, dtype=dtype)
-    many = (
-        1 if torch.device(options.device).type == "cpu" else 20
-    )  # one alone is over before the next is asked for
+    # one alone is over before the next is asked for
+    many = 1 if torch.device(options.device).type == "cpu" else 20
     out = a @ b
     product = 2 * rows * options.width * 4 * options.width
 

@@ -329,9 +329,8 @@ def expected_codes(plan: Plan, kill: Kill, *, is_done: bool) -> tuple[int, ...]:
         return 0, -signal.Signals[kill.how], EXIT_CODES.get(kill.how, 0)
     if kill.how != "SIGKILL":
         return (EXIT_CODES[kill.how],)
-    in_worker = (
-        kill.phase == "decode" and plan.workers > 0 and plan.source == "videos"
-    )  # threads read a store
+    # threads read a store
+    in_worker = kill.phase == "decode" and plan.workers > 0 and plan.source == "videos"
     return (1,) if kill.target == "self" and (in_worker or plan.processes > 1) else (-9,)
 
 
