@@ -258,14 +258,6 @@ def test_annotated_frames_between_gaps_carry_only_labels_of_their_own(model, tmp
 
 
 @pytest.mark.real
-def test_every_command_reads_the_fault_files(real_data, data, model, tmp_path):
-    for number, name in enumerate(("late_stream.ts", "gap_in_timestamps.flv")):
-        place = data / "Red" / f"v_Red_g0{7 + number}_c01{Path(name).suffix}"
-        shutil.copyfile(real_data / "faults" / name, place)
-    reads_all(data, model, tmp_path, videos=20)
-
-
-@pytest.mark.real
 def test_the_late_stream_of_the_fault_files_costs_no_frame(real_data):
     path = real_data / "faults" / "late_stream.ts"
     assert count_frames(path) == 400 and not scan_video(path).problem

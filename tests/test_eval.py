@@ -172,15 +172,6 @@ def test_classes_that_the_model_does_not_know_are_refused(trained, tmp_path):
         evaluate(settings(trained, path_to_data=str(data), test_groups="1"))
 
 
-def test_a_model_folder_with_a_missing_file_names_it(trained, tmp_path):
-    for name in ("card.json", "model.safetensors"):
-        folder = tmp_path / name.split(".")[0]
-        shutil.copytree(trained.model, folder)
-        (folder / name).unlink()
-        with pytest.raises(ModelError, match=name):
-            evaluate(settings(trained, model=folder))
-
-
 @pytest.mark.parametrize("count", [7, 8, 9, 13])
 def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained, count):
     from tvit_cli.engine.dataset import open_dataset

@@ -501,13 +501,6 @@ def test_no_folder_of_this_machine_leaves_with_an_export(trained, copied, tmp_pa
         assert file.is_dir() or b"secret" not in file.read_bytes(), file
 
 
-def test_labels_that_do_not_fit_the_classifier_are_refused(copied):
-    path = copied / "model" / "card.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "labels": ["Blue", "Red"]}))
-    with pytest.raises(ModelError, match="2 labels for a classifier of 3 classes"):
-        engine.export(ExportSettings(model=copied))
-
-
 def test_the_extra_is_named_where_it_is_missing(trained, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

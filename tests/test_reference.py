@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips
 from torch import Tensor
 
-from tvit_cli import cli, load_model
+from tvit_cli import load_model
 from tvit_cli.data.augment import eval_transform
 from tvit_cli.data.video import read_clip
 from tvit_cli.engine.evaluate import evaluate
@@ -347,27 +347,6 @@ def test_eval_with_other_classes_than_the_model_has_is_refused(tmp_path, colours
         evaluate(settings)
 
 
-def test_it_is_typed_as_any_model(folder, colours, capsys, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    data = [
-        "--path-to-data",
-        str(colours),
-        "--test-groups",
-        "1",
-        "--val-groups",
-        "none",
-        "--num-workers",
-        "0",
-    ]
-    for arguments in (["predict", str(next(colours.glob("Red/*"))), "--model", "temporal-vit"],
-                      ["eval", "--model", "temporal-vit", "--device", "cpu", *data]):  # fmt: skip
-        with pytest.raises(SystemExit) as ended:
-            cli.run(arguments)
-        assert ended.value.code in (0, None)
-    shown = capsys.readouterr()
-    assert "class " in shown.out and "video_top1" in shown.out.replace(" ", "_")
-
-
 def test_an_export_of_it_is_proved_as_any_other(folder, colours, tmp_path):
     for form in ("safetensors", "huggingface"):
         facts = {"model": folder, "format": form, "clips": colours, "output": tmp_path / form}
@@ -400,10 +379,6 @@ def without(name: str) -> Callable[[dict[str, Tensor]], object]:
         (
             lambda t: t.update({"head.weight": torch.ones(4, WIDTH)}),
             r"head\.weight has the shape \(4, 24\), not \(3,",
-        ),
-        (
-            lambda t: t.update({"head.weight": torch.tensor(1.0)}),
-            r"head\.weight has the shape \(\), not \(3, 24\)",
         ),
         (lambda t: t["norm.weight"].fill_(math.nan), r"norm\.weight holds NaN"),
         (
@@ -561,14 +536,6 @@ def test_a_file_beside_a_model_folders_is_not_taken_for_it(pushed):
         opened(folder / "other.safetensors")
 
 
-def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "working_directory").mkdir()
-    for path in ("working_directory/ucf101-9", "nothing", "a/b/c"):
-        with pytest.raises(ModelError, match="no such model folder"):
-            opened(Path(path))
-
-
 def test_missing_local_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     asked = []
 
@@ -581,7 +548,13 @@ def test_missing_local_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch)
     for path in ("best.safetensors", "merged/best.safetensors", str(tmp_path / "best.safetensors")):
         with pytest.raises(ModelError, match=r"best\.safetensors: no such file"):
             opened(Path(path))
-    for path, runs in (("runs/people", "runs"), ("runs/people", tmp_path / "runs"), ("a/runs", "a/runs")):
+    for path, runs in (
+        ("nothing", "runs"),
+        ("a/b/c", "runs"),
+        ("runs/people", "runs"),
+        ("runs/people", tmp_path / "runs"),
+        ("a/runs", "a/runs"),
+    ):
         with pytest.raises(ModelError, match=f"{path}: no such model folder"):
             open_trained(Path(path), working_directory=Path(runs), device=torch.device("cpu"))
     with pytest.raises(ModelError, match="working_directory/people: no such model folder"):

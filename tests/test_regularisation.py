@@ -75,10 +75,6 @@ def test_without_validation_the_last_average_is_kept(trained):
     assert not torch.equal(classifier_of(result), last_weights(result)["classifier.weight"])
 
 
-def test_no_average_is_saved_unless_asked_for(trained):
-    assert not (checkpoints(trained(epochs=1))[-1] / "ema.safetensors").exists()
-
-
 def test_training_ends_when_the_patience_does_and_is_finished(clips, pretrained, tmp_path):
     events = []
     facts = settings(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import records, settings
+from tiny import settings
 
 from tvit_cli.engine.train import run_folder
 from tvit_cli.engine.train.checkpoint import list_checkpoints
@@ -56,14 +56,6 @@ def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, tmp_pa
             trained(experiment_name=name)
     assert list_checkpoints(first.run / "kept") and (tmp_path / "photos" / "cat.jpg").exists()
     assert (other.run / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()
-
-
-def test_an_experiment_is_replaced_only_when_told_to(trained):
-    first = trained(experiment_name="mine", epochs=3)
-    second = trained(experiment_name="mine", epochs=1, overwrite=True)
-    assert second.run == first.run
-    assert [p.name for p in list_checkpoints(second.run / "checkpoints")] == ["step-000003"]
-    assert len(records(second)) == 1
 
 
 def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained):

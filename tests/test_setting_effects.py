@@ -185,7 +185,7 @@ TESTED_ELSEWHERE = {
     "gradient_checkpointing": "test_gradient_checkpointing_has_the_same_bits_with_less_memory",
     "compile": "test_compiled_run_compiles_each_size_once_and_keeps_names",
     "show_settings": "test_print_settings_shows_sources_and_trains_nothing",
-    "overwrite": "test_an_experiment_is_replaced_only_when_told_to",
+    "overwrite": "test_overwrite_replaces_a_run_with_all_that_tvit_left",
     "num_processes": "test_two_processes_take_the_steps_of_one_and_one_of_them_speaks",
     "split": "test_the_official_split_decides_what_is_trained_on",
     "strict": "test_leaks_are_said_and_strict_refuses_them",

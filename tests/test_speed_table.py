@@ -48,13 +48,6 @@ def test_without_results_there_is_no_table(tmp_path):
     assert updated(text, benchmark_tables({})) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
 
 
-def test_a_second_update_changes_nothing(tmp_path):
-    records = read_records(write(tmp_path / "r.jsonl", {"group": "startup", "results": STARTUP}))
-    once = updated("<!-- speed -->\nold\n<!-- /speed -->\n", benchmark_tables(records))
-    assert "| `tvit --help` | 0.20 |" in once
-    assert updated(once, benchmark_tables(records)) == once
-
-
 def test_tables_show_the_newest_record_and_its_source(tmp_path):
     old = {"group": "step", "results": {"vitb2_t8, dropout 0.1": {**STEP, "naive": 9.0}}}
     new = {"group": "step", "torch": "2.13", "results": {"vitb2_t8, dropout 0.1": STEP}}
