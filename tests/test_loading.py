@@ -19,7 +19,7 @@ from tiny import make_clips, make_pretrained
 
 from tvit_cli import cli
 from tvit_cli.data import clips
-from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, explains_dead_workers, load_batches
+from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, load_batches, worker_errors
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import Video
@@ -125,7 +125,7 @@ class Dying(ClipDataset):
 def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos):
     data = Dying(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
     died = r"process that decodes videos died.*--resume-from-checkpoint latest"
-    with pytest.raises(RunError, match=died), explains_dead_workers():
+    with pytest.raises(RunError, match=died), worker_errors():
         list(load_batches(data, KEYS, workers=1))
 
 
@@ -174,7 +174,7 @@ FAILED = (
 def test_a_worker_that_fails_is_an_error_with_advice(videos, monkeypatch, how):
     monkeypatch.setattr(Failing, "how", how)
     data = Failing(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
-    with pytest.raises(RunError, match=FAILED), explains_dead_workers():
+    with pytest.raises(RunError, match=FAILED), worker_errors():
         list(load_batches(data, KEYS, workers=2))
 
 

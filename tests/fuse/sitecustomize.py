@@ -116,7 +116,7 @@ def _fuse_in_clips(fuse: Fuse, module: ModuleType) -> None:
     real = module.ClipDataset._read
 
     def read(dataset: Any, epoch: int, index: int) -> Any:
-        if dataset._training:
+        if dataset.training:
             fuse.reached("decode")
         return real(dataset, epoch, index)
 

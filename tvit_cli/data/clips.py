@@ -1,4 +1,4 @@
-"""Clip data sets and batches: uint8 frames read ahead by threads or worker processes.
+"""Clip data sets and batches of uint8 frames, prefetched by threads or worker processes.
 
 Letters: B clips, T frames, C channels, H W pixels.
 """
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,33 @@ from tvit_cli.data.layout import Video
 from tvit_cli.data.randaugment import Kind, draw_generator
 from tvit_cli.data.video import Clip, Frames, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
-from tvit_cli.files import Location
 from tvit_cli.portable.reading import Key, clip_offsets, indices_on_grid, segment_indices
+
+# Note [Threads for frame stores]
+# A clip of 18 frames of 320x240 is 4 MB. Between processes it costs the kernel a thousand fresh pages of shared
+# memory, which take longer than decoding its JPEGs: 15 ms of CPU time per clip with worker processes, 6 ms with
+# threads (docs/negative-results.md). libjpeg-turbo, zlib and the file system release Python's lock, so threads
+# run in parallel, and no shared memory can run out. Videos are decoded by processes: FFmpeg may crash on a
+# damaged file, which must not end a training.
+_PREFETCH = 2  # batches per worker, as in torch's DataLoader
+
+# Note [Small shared memory]
+# Docker gives a container 64 MB of /dev/shm, less than two workers prefetch. torch moves tensors there in a
+# thread of the worker's queue, where an error is printed and lost, and the main process waits forever. So a
+# worker moves its batch itself, where errors are raised, and uses at most half of the free bytes: the rest is for
+# semaphores and other workers. A batch that does not fit becomes a temporary file. An error in the queue's thread
+# is sent instead of the batch.
+_SHARED_MEMORY = Path("/dev/shm")
+_SECONDS_TO_END = 5  # before worker processes are killed
+
+_is_waiting = False
 
 
 @dataclass(frozen=True, slots=True)
 class ClipItem:
-    """One clip on its way to a batch; `weight` is 0 and `error` says why where the video cannot be read."""
+    """One clip of a batch; an unreadable video has weight 0 and an `error`."""
 
-    frames: Tensor  # uint8 (T, C, H, W), channels last in memory; of several clips, one after the other
+    frames: Tensor  # uint8 (T, C, H, W), channels last in memory; several clips are concatenated
     label: int
     epoch: int
     index: int
@@ -48,120 +66,94 @@ class ClipItem:
 
 @dataclass(frozen=True, slots=True)
 class ClipBatch:
-    """Clips of one batch, each in the size that its video has."""
+    """Clips of one batch, each in its video's size."""
 
     clips: list[Tensor]  # B times uint8 (T, C, H, W)
     labels: Tensor  # int64 (B,)
     epochs: Tensor  # int64 (B,)
     indices: Tensor  # int64 (B,)
-    weights: Tensor  # float32 (B,); 0 for a video that could not be read
-    errors: list[tuple[int, str]]  # (index, reason) of those
+    weights: Tensor  # float32 (B,); 0 for an unreadable video
+    errors: list[tuple[int, str]]  # (index, reason) of unreadable videos
 
     def pin_memory(self) -> ClipBatch:
-        """The same batch in page-locked memory; torch's DataLoader calls this by name."""
-        return ClipBatch(
-            [clip.pin_memory() for clip in self.clips],
-            self.labels.pin_memory(),
-            self.epochs.pin_memory(),
-            self.indices.pin_memory(),
-            self.weights.pin_memory(),
-            self.errors,
-        )
+        """The batch in page-locked memory; torch's DataLoader calls this by name."""
+        pinned = {
+            name: getattr(self, name).pin_memory() for name in ("labels", "epochs", "indices", "weights")
+        }
+        return replace(self, clips=[clip.pin_memory() for clip in self.clips], **pinned)
 
 
+@dataclass(eq=False)
 class ClipDataset(Dataset[ClipItem]):
-    """One clip per video under the key (epoch, index).
+    """One clip per video, by key (epoch, index).
 
-    In training, the frames are drawn within their segments from (seed, epoch, index) and nothing else, so a
-    resumed run and any number of workers see the same clips. Otherwise `clips_per_video` clips are taken at
-    even places within the segments (one: their centres) and handed over as one, one after the other.
-    `shuffle_frames` destroys the order of time, the same way in every epoch: a diagnostic. A video that
-    cannot be read becomes black frames of weight 0, so that every process keeps the same number of steps.
+    In training, frames are drawn within their segments from (seed, epoch, index) alone: clips depend neither on a
+    resume nor on the number of workers. Otherwise `clips_per_video` clips are taken at even offsets within the
+    segments (one: their centres) and concatenated. `shuffle_frames` permutes the frames, the same way in every
+    epoch (ablation). An unreadable video becomes black frames of weight 0: all ranks keep the same number of steps.
 
-    Frames come from `store` where there is one, else from the videos. `grid` restricts both to the frames
-    that a store of so many frames per video holds, so that both choose the very same; without it, the store
-    gives the stored frames nearest to those that the video would give.
+    Frames come from the `store` if given, else from the videos. `grid` restricts both to the frames of a store with
+    that many frames per video: the choice is identical. Without it, the store gives its nearest frames.
     """
 
-    def __init__(
-        self,
-        videos: Sequence[Video],
-        labels: Sequence[str],
-        *,
-        n_frames: int,
-        short_side: int,
-        seed: int,
-        training: bool,
-        shuffle_frames: bool = False,
-        threads: int = 1,
-        store: FrameStore | None = None,
-        grid: int | None = None,
-        clips_per_video: int = 1,
-    ) -> None:
-        assert clips_per_video == 1 or not training
-        position = {label: number for number, label in enumerate(labels)}
-        self._paths: list[Location] = [video.url or video.path for video in videos]
-        self.names = [video.name for video in videos]
-        self._targets = [position[video.label] for video in videos]
-        self._n_frames = n_frames
-        self._short_side = short_side
-        self._seed = seed
-        self._training = training
-        self._shuffle_frames = shuffle_frames
-        self._threads = threads
-        self.store = store
-        self._grid = grid
-        self._clips_per_video = clips_per_video
-        self._frame_counts: dict[int, int] = {}  # exact, once a video was read; each worker learns its own
+    videos: Sequence[Video]
+    labels: Sequence[str]
+    _: KW_ONLY
+    n_frames: int
+    short_side: int
+    seed: int
+    training: bool
+    shuffle_frames: bool = False
+    store: FrameStore | None = None
+    grid: int | None = None
+    clips_per_video: int = 1
+    _frame_counts: dict[int, int] = field(default_factory=dict)  # of videos read so far, in this worker
+
+    def __post_init__(self) -> None:
+        assert self.clips_per_video == 1 or not self.training
+        self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.videos)
 
     def __getitem__(self, key: Key) -> ClipItem:
         epoch, index = key
+        video = self.videos[index]
+        label = self._numbers[video.label]
         try:
             clip = self._read(epoch, index)
         except VideoError as error:
-            n_frames = self._n_frames * self._clips_per_video
-            black = torch.zeros(n_frames, self._short_side, self._short_side, 3, dtype=torch.uint8)
-            reason = str(error).removeprefix(f"{self._paths[index]}: ")
-            return ClipItem(black.permute(0, 3, 1, 2), self._targets[index], epoch, index, 0.0, reason)
+            size = self.n_frames * self.clips_per_video, 3, self.short_side, self.short_side
+            black = torch.zeros(size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+            reason = str(error).removeprefix(f"{video.url or video.path}: ")
+            return ClipItem(black, label, epoch, index, 0.0, reason)
         self._frame_counts[index] = clip.frame_count
         frames = torch.from_numpy(clip.frames)  # (T * clips, H, W, C): by segment, then by clip
-        if self._clips_per_video > 1:
-            frames = frames.view(-1, self._clips_per_video, *frames.shape[1:]).transpose(0, 1).flatten(0, 1)
-        if self._shuffle_frames:
-            order = draw_generator(self._seed, Kind.ORDER, index).permutation(self._n_frames)
-            frames = frames.view(-1, self._n_frames, *frames.shape[1:])[:, torch.from_numpy(order)].flatten(
-                0, 1
-            )
-        frames = frames.permute(0, 3, 1, 2)  # (clips * T, C, H, W)
-        return ClipItem(frames, self._targets[index], epoch, index, 1.0, "")
+        if self.clips_per_video > 1:
+            frames = frames.view(-1, self.clips_per_video, *frames.shape[1:]).transpose(0, 1).flatten(0, 1)
+        if self.shuffle_frames:
+            order = torch.from_numpy(draw_generator(self.seed, Kind.ORDER, index).permutation(self.n_frames))
+            frames = frames.view(-1, self.n_frames, *frames.shape[1:])[:, order].flatten(0, 1)
+        return ClipItem(frames.permute(0, 3, 1, 2), label, epoch, index, 1.0, "")  # (clips * T, C, H, W)
 
     def _read(self, epoch: int, index: int) -> Clip[Frames]:
-        if self._training:
-            takes = [draw_generator(self._seed, Kind.OFFSETS, epoch, index).random(self._n_frames).tolist()]
+        if self.training:
+            offsets = [draw_generator(self.seed, Kind.OFFSETS, epoch, index).random(self.n_frames).tolist()]
         else:
-            takes = [[place] * self._n_frames for place in clip_offsets(self._clips_per_video)]
+            offsets = [[offset] * self.n_frames for offset in clip_offsets(self.clips_per_video)]
 
         def choose(frame_count: int) -> list[int]:
-            clips = [
-                segment_indices(frame_count, self._n_frames, offsets)
-                if self._grid is None
-                else indices_on_grid(frame_count, self._n_frames, offsets, grid=self._grid)
-                for offsets in takes
-            ]
+            if self.grid is None:
+                clips = [segment_indices(frame_count, self.n_frames, given) for given in offsets]
+            else:
+                clips = [indices_on_grid(frame_count, self.n_frames, o, grid=self.grid) for o in offsets]
             return [index for segment in zip(*clips, strict=True) for index in segment]  # ascending
 
+        video = self.videos[index]
         if self.store is not None:
-            return self.store.read(self.names[index], choose, short_side=self._short_side)
-        return read_clip(
-            self._paths[index],
-            choose,
-            short_side=self._short_side,
-            frame_count=self._frame_counts.get(index),
-            threads=self._threads,
-        )
+            return self.store.read(video.name, choose, short_side=self.short_side)
+        count = self._frame_counts.get(index)
+        return read_clip(video.url or video.path, choose, short_side=self.short_side, frame_count=count)
 
 
 def collate(items: Sequence[ClipItem]) -> ClipBatch:
@@ -176,36 +168,16 @@ def collate(items: Sequence[ClipItem]) -> ClipBatch:
     )
 
 
-# Note [A frame store is read by threads]
-# A clip of 18 frames of 320x240 is 4 MB. Handed from process to process it costs the kernel a thousand fresh
-# pages of shared memory, which take longer than decoding its JPEGs: 15 ms of processor time a clip with
-# worker processes, 6 ms with threads (docs/negative-results.md). libjpeg-turbo, zlib and the file system let
-# go of Python's lock while they work, so threads do run side by side, and no shared memory can run out.
-# Videos stay with processes: FFmpeg may crash on a damaged file, which must not end a training.
-_AHEAD = 2  # batches per worker that are begun before their turn, as torch's DataLoader has it
-
-# Note [Little shared memory]
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# Docker gives a container 64 MB of /dev/shm, less than two workers read ahead. torch moves tensors there in a
-# thread of the worker's queue, where an error is printed and lost: the main process then waits for ever. So a
-# worker moves its batch itself, where an error is raised, and takes at most half of what is free, which leaves
-# room for semaphores and for the other workers. A batch that does not fit becomes a temporary file. An error in
-# the queue's thread is sent in the batch's place.
-_SHARED_MEMORY = Path("/dev/shm")
-_SECONDS_TO_END = 5  # given to worker processes that are no longer needed, before they are killed
-
-_is_waiting = False
-
-
 def load_batches(
     dataset: ClipDataset, batches: Iterable[Sequence[Key]], *, workers: int, pin_memory: bool = False
 ) -> Generator[ClipBatch, None, None]:
-    """The clips of these keys, batch by batch in their order; with 0 workers read when they are asked for.
+    """Clips by their keys, batch by batch, in order; 0 workers read on demand in this process.
 
-    The clips do not depend on the number of workers. See Note [A frame store is read by threads].
+    The clips do not depend on the number of workers. See Note [Threads for frame stores].
 
-    Raises DataError when a frame store cannot be read; see `explains_dead_workers` for processes that die.
+    Raises DataError if a frame store cannot be read; see `worker_errors` for processes that die.
     """
+    global _is_waiting
     made: Generator[ClipBatch, None, None]
     if workers and dataset.store is None:
         made = _by_processes(dataset, batches, workers, pin_memory)
@@ -214,7 +186,14 @@ def load_batches(
     else:
         made = (_read(dataset, pin_memory, keys) for keys in batches)
     with closing(made):
-        while (batch := _wait_for_next(made)) is not None:
+        while True:
+            _is_waiting = True
+            try:
+                batch = next(made, None)
+            finally:
+                _is_waiting = False
+            if batch is None:
+                return
             yield batch
 
 
@@ -223,21 +202,11 @@ def is_waiting() -> bool:
     return _is_waiting
 
 
-def _wait_for_next(made: Iterator[ClipBatch]) -> ClipBatch | None:
-    global _is_waiting
-    _is_waiting = True
-    try:
-        return next(made, None)
-    finally:
-        _is_waiting = False
-
-
 @contextmanager
-def explains_dead_workers() -> Iterator[None]:
-    """Within this block, or function, the death or failure of a process that decodes videos is a RunError.
+def worker_errors() -> Iterator[None]:
+    """Turns the death or failure of a decoding process within the block, or function, into a RunError.
 
-    torch raises a death as soon as the signal arrives, wherever the process is then: in a step as well as in its
-    loader.
+    torch raises a death when its signal arrives, anywhere in the main process.
     """
     try:
         yield
@@ -253,7 +222,7 @@ def explains_dead_workers() -> Iterator[None]:
             f"A process that decodes videos {'failed' if failed else 'died'}: {reason.rstrip('.')}. "
             "If memory or shared memory ran out: fewer --num-workers (0 decodes in this process), a frame store "
             "(tvit extract), or in a container more shared memory (docker run --shm-size 2g). "
-            "A training goes on from its last checkpoint with --resume-from-checkpoint latest."
+            "A training resumes from its last checkpoint with --resume-from-checkpoint latest."
         ) from error
 
 
@@ -265,14 +234,14 @@ def _read(dataset: ClipDataset, pin_memory: bool, keys: Sequence[Key]) -> ClipBa
 def _by_threads(
     dataset: ClipDataset, batches: Iterable[Sequence[Key]], workers: int, pin_memory: bool
 ) -> Generator[ClipBatch, None, None]:
-    # Page-locked memory belongs to a device, and a new thread begins with the first.
+    # Page-locked memory belongs to a device, and a new thread starts with the first.
     begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
     pool = ThreadPoolExecutor(workers, "clips", initializer=begin)
-    waiting = iter(batches)
+    keys_left = iter(batches)
     begun: deque[Future[ClipBatch]] = deque()
     try:
         while True:
-            while len(begun) < _AHEAD * workers and (keys := next(waiting, None)) is not None:
+            while len(begun) < _PREFETCH * workers and (keys := next(keys_left, None)) is not None:
                 begun.append(pool.submit(_read, dataset, pin_memory, keys))
             if not begun:
                 return
@@ -289,30 +258,30 @@ def _by_processes(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # keys are (epoch, index), not numbers
         num_workers=workers,
-        collate_fn=partial(_hand_over, folder),
+        collate_fn=partial(_share, folder),
         worker_init_fn=_begin_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else iterating draws from the global one
     )
-    loading: Any = None
+    iterator: Any = None
     try:
-        loading = iter(loader)
-        for batch in loading:
-            yield batch.load() if isinstance(batch, _Filed) else batch
+        iterator = iter(loader)
+        for batch in iterator:
+            yield batch.load() if isinstance(batch, _BatchFile) else batch
     finally:
-        if loading is not None:
-            _end_workers(loading)
+        if iterator is not None:
+            _end_workers(iterator)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class _Filed:
+class _BatchFile:
     """A batch in a temporary file."""
 
     path: Path
 
     def load(self) -> ClipBatch:
-        """The batch; its file is removed."""
+        """Reads the batch and removes its file."""
         batch: ClipBatch = torch.load(self.path, weights_only=False)
         self.path.unlink()
         return batch
@@ -322,8 +291,8 @@ class _Filed:
         return self.load().pin_memory()
 
 
-def _hand_over(folder: Path, items: Sequence[ClipItem]) -> ClipBatch | _Filed:
-    """A worker's batch in shared memory, or in a file. See Note [Little shared memory]."""
+def _share(folder: Path, items: Sequence[ClipItem]) -> ClipBatch | _BatchFile:
+    """A worker's batch in shared memory or a file. See Note [Small shared memory]."""
     batch = collate(items)
     tensors = [*batch.clips, batch.labels, batch.epochs, batch.indices, batch.weights]
     if sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= _free_shared_memory() / 2:
@@ -337,11 +306,11 @@ def _hand_over(folder: Path, items: Sequence[ClipItem]) -> ClipBatch | _Filed:
     descriptor, name = tempfile.mkstemp(dir=folder)
     with os.fdopen(descriptor, "wb") as file:
         torch.save(batch, file)
-    return _Filed(Path(name))
+    return _BatchFile(Path(name))
 
 
 def _free_shared_memory() -> float:
-    """Bytes that are free in /dev/shm; infinite where a system has no such folder."""
+    """Free bytes in /dev/shm; infinite on systems without it."""
     try:
         return float(shutil.disk_usage(_SHARED_MEMORY).free)
     except OSError:
@@ -349,10 +318,10 @@ def _free_shared_memory() -> float:
 
 
 def _begin_worker(worker: int) -> None:
-    """Leaves stopping to the parent, and sends it the errors of the queue's thread.
+    """Ignores stop signals, and sends errors of the queue's thread to the parent.
 
-    A terminal and most queues signal the whole process group, and the parent finishes its step and saves, for
-    which it needs the worker; when it is gone, torch ends the worker.
+    A terminal and most schedulers signal the whole process group. The parent needs the worker to finish its step
+    and save; if the parent is gone, torch ends the worker.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -360,7 +329,7 @@ def _begin_worker(worker: int) -> None:
 
     def send(queue: Any, error: Exception, entry: tuple[int, object]) -> None:
         number, data = entry
-        if isinstance(data, ExceptionWrapper):  # not even that can be sent
+        if isinstance(data, ExceptionWrapper):  # the error itself cannot be sent
             os._exit(1)
         raised = (type(error), error, error.__traceback__)
         where = f"in DataLoader worker process {worker}"
@@ -369,9 +338,9 @@ def _begin_worker(worker: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = send  # type: ignore[attr-defined]
 
 
-def _end_workers(loading: Any) -> None:
-    """Ends the processes of a DataLoader's iterator, and kills those that do not end: they ignore SIGTERM."""
-    workers = list(getattr(loading, "_workers", ()))
+def _end_workers(iterator: Any) -> None:
+    """Ends the processes of a DataLoader's iterator, and kills the rest after a time: they ignore SIGTERM."""
+    workers = list(getattr(iterator, "_workers", ()))
     is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None  # else torch raises their end
 
@@ -383,7 +352,7 @@ def _end_workers(loading: Any) -> None:
     timer.daemon = True
     timer.start()
     try:
-        loading._shutdown_workers()
+        iterator._shutdown_workers()
     finally:
         timer.cancel()
         kill()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tvit_cli.data.augment import eval_transform
-from tvit_cli.data.clips import ClipDataset, explains_dead_workers, load_batches
+from tvit_cli.data.clips import ClipDataset, load_batches, worker_errors
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video, printable
 from tvit_cli.engine.evaluate.metrics import ranks
@@ -62,7 +62,7 @@ class Scores:
     errors: dict[int, str]
 
 
-@explains_dead_workers()
+@worker_errors()
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -214,7 +214,7 @@ class ScoredClips:
 
     def clip(self, name: str) -> Tensor | None:
         """The middle view of a video, normalised (T, C, S, S) float32; None where it cannot be read."""
-        item = self.clips[(0, self.clips.names.index(name))]
+        item = self.clips[(0, [video.name for video in self.clips.videos].index(name))]
         if item.error:
             return None
         frames = item.frames.chunk(self.views.clips_per_video)[self.views.clips_per_video // 2]

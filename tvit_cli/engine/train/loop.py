@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from tvit_cli.data.clips import ClipBatch, ClipDataset, explains_dead_workers, load_batches
+from tvit_cli.data.clips import ClipBatch, ClipDataset, load_batches, worker_errors
 from tvit_cli.engine.distributed import all_reduce_gradients, any_rank
 from tvit_cli.engine.evaluate.metrics import Tally, class_counts, video_metrics
 from tvit_cli.engine.evaluate.scoring import merge_scores
@@ -185,7 +185,7 @@ def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
 RECORDS_PER_EPOCH = 20  # lines of kind "step" in metrics.jsonl
 
 
-@explains_dead_workers()
+@worker_errors()
 def fit(loop: Loop) -> None:
     """Take every step of the plan that is not done yet, until the patience is over."""
     if patience_exceeded(loop):
