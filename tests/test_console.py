@@ -1,4 +1,4 @@
-"""What people see: tables, sizes, plain lines where there is no terminal."""
+"""Terminal output: tables, sizes, plain lines without a terminal."""
 
 import io
 import re

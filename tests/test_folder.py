@@ -190,7 +190,7 @@ def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder):
     ("changes", "sentence"),
     [
         ({"labels": ["jump", "run"]}, "2 labels for a classifier of 3 classes"),
-        ({"labels": ["jump", "run", "run"]}, "a label stands there twice"),
+        ({"labels": ["jump", "run", "run"]}, "duplicate labels"),
         ({"metrics": "good"}, "metrics: "),
         (
             {"preprocessing": {"n_frames": 2, "frame_size": 32, "std": [0.2, 0, 0.2]}},

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -190,23 +190,13 @@ def _command(name: str) -> Callable[..., None]:
 
     model = settings_model(name)
 
-    def body(
-        config: str | None = None,
-        preset: str | None = None,
-        verbose: bool = False,
-        quiet: bool = False,
-        **given: Any,
-    ) -> None:
-        flags = {key: value for key, value in given.items() if value is not None and value != []}
-        loaded = load(
-            model,
-            flags=flags,
-            config=Path(config) if config else None,
-            preset=preset,
-            verbs=map(settings_model, VERBS),
-        )
+    def body(config: str | None = None, preset: str | None = None, **given: Any) -> None:
         from tvit_cli.console import Console
 
+        verbose, quiet = given.pop("verbose"), given.pop("quiet")
+        flags = {key: value for key, value in given.items() if value is not None and value != []}
+        file = Path(config) if config else None
+        loaded = load(model, flags=flags, config=file, preset=preset, verbs=map(settings_model, VERBS))
         console = Console("verbose" if verbose else "quiet" if quiet else "normal")
         getattr(commands, VERBS[name].run)(loaded, console)
 
@@ -261,56 +251,43 @@ def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
         text = tuple[(str,) * len(arguments)]  # type: ignore[misc]
     elif kind is bool:
         text = bool
-        if "flag" not in facts:
-            names = [f"{flag(key)}/--no-{flag(key)[2:]}"]
+        names = names if "flag" in facts else [f"{flag(key)}/--no-{flag(key)[2:]}"]
     else:
         choices = arguments if origin is Literal else ()
         metavar = metavar or "|".join(choices) or _METAVARS.get(kind, "LIST")
         metavar += ",…" if is_series else ""
         metavar += "|none" if is_optional(field) and facts.get("resettable") else ""
-    return Annotated[
-        text | None,
-        _option(
-            *names,
-            help=describe(field, is_series=is_series),
-            metavar=metavar,
-            panel=facts["panel"],
-            choices=choices,
-        ),
-    ]
+    help_text = describe(field, is_series=is_series)
+    return Annotated[text | None, _option(names, help_text, facts["panel"], metavar, choices)]
 
 
 def _common(*, with_preset: bool) -> dict[str, Any]:
+    """Options that every verb has, and --preset."""
     from tvit_cli.settings.base import presets
 
-    def common(*names: str, **options: Any) -> Any:
-        return _option(*names, panel="Everywhere", **options)
-
+    panel, names = "Everywhere", presets()
+    config = "Settings from a TOML file or a run's settings.json."
+    preset = f"Named set of settings: {', '.join(names)}."
     options = {
-        "config": Annotated[
-            str | None,
-            common("--config", help="Settings from a TOML file or a run's settings.json.", metavar="FILE"),
+        "config": Annotated[str | None, _option(["--config"], config, panel, "FILE")],
+        "verbose": Annotated[bool, _option(["--verbose", "-v"], "Prints details.", panel)],
+        "quiet": Annotated[
+            bool, _option(["--quiet", "-q"], "Prints results, warnings and errors only.", panel)
         ],
-        "verbose": Annotated[bool, common("--verbose", "-v", help="Prints details.")],
-        "quiet": Annotated[bool, common("--quiet", "-q", help="Prints results, warnings and errors only.")],
+        "preset": Annotated[str | None, _option(["--preset"], preset, panel, "NAME", names)],
     }
-    if with_preset:
-        text = f"Named set of settings: {', '.join(presets())}."
-        options["preset"] = Annotated[
-            str | None, common("--preset", help=text, metavar="NAME", choices=presets())
-        ]
-    return options
+    return {key: option for key, option in options.items() if with_preset or key != "preset"}
 
 
 def _option(
-    *names: str, help: str, panel: str, metavar: str | None = None, choices: Iterable[str] = ()
+    names: Sequence[str], text: str, panel: str, metavar: str | None = None, choices: Sequence[str] = ()
 ) -> Any:
     def complete(incomplete: str) -> list[str]:
         return [choice for choice in choices if choice.startswith(incomplete)]
 
     return typer.Option(
         *names,
-        help=help,
+        help=text,
         metavar=metavar,
         rich_help_panel=panel,
         show_default=False,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
 
+COUNTS = ("videos", "unreadable")  # metrics that are whole numbers
+
 
 def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
     """Fetches, verifies or repairs a data set, or lists the known ones."""
@@ -64,9 +66,7 @@ def extract(loaded: Loaded[ExtractSettings], console: Console) -> None:
 
     settings = loaded.settings
     if settings.check:
-        with console:
-            checked = engine.check(settings, console.report)
-        _show_check(console, checked, as_json=settings.json_lines)
+        _show_check(console, console.run(engine.check, settings), as_json=settings.json_lines)
         return
     with console:
         rank, processes, wait = engine.process_group()
@@ -124,17 +124,13 @@ def train(loaded: Loaded[TrainSettings], console: Console) -> None:
         return
     exit_with_launcher()
     if settings.dry_run:
-        with console:
-            plan = dry_run(settings, console.report)
-        _show_plan(console, plan)
+        _show_plan(console, console.run(dry_run, settings))
         return
     if len(loaded.series) > 1:
-        with console:
-            series = train_series(loaded.series, console.report)
+        series = console.run(train_series, loaded.series)
         _show_series(console, series, ("val_video_top1", "val_loss", "test_video_top1"))
         return
-    with console:
-        result = engine.train(settings, console.report)
+    result = console.run(engine.train, settings)
     if best := result.best:
         console.say(
             f"Best epoch {result.best_epoch}: validation top-1 {best['val_video_top1']:.3f} "
@@ -229,8 +225,7 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
             series = evaluate_series(settings, models, console.report)
         _show_series(console, series, (name for name in series.summary if name != "unreadable"))
         return
-    with console:
-        result = engine.evaluate(settings, console.report)
+    result = console.run(engine.evaluate, settings)
     for note in result.notes:
         console.warn(note)
     rows = [
@@ -243,11 +238,7 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
         console.table(["most confused", "predicted as", "videos"], result.confused)
         console.say("")
     metrics = [
-        (
-            name,
-            f"{value:.0f}" if name in ("videos", "unreadable") else f"{value:.4f}",
-            _interval(result.intervals.get(name)),
-        )
+        (name, f"{value:.{0 if name in COUNTS else 4}f}", _interval(result.intervals.get(name)))
         for name, value in result.metrics.items()
     ]
     console.table(["metric", result.subset, "95 % interval"], metrics)
@@ -264,8 +255,7 @@ def _compare(settings: EvalSettings, console: Console) -> None:
     """Prints the accuracy difference of two models, its test, and the videos that only one has right."""
     from tvit_cli.engine.evaluate.compare import compare
 
-    with console:
-        result = compare(settings, console.report)
+    result = console.run(compare, settings)
     rows = [
         (change, a.video.name, a.video.label, a.predicted, b.predicted)
         for change, pairs in (("gained", result.gained), ("lost", result.lost))
@@ -296,8 +286,7 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
     if settings.window is not None:
         _timelines(settings, console)
         return
-    with console:
-        result = engine.predict(settings, console.report)
+    result = console.run(engine.predict, settings)
     if settings.json_lines:
         for p in result.predictions:
             labels = [{"label": label, "score": score} for label, score in p.labels]
@@ -324,8 +313,7 @@ def _timelines(settings: PredictSettings, console: Console) -> None:
     """Prints the segments of each video's timeline."""
     from tvit_cli.engine.predict import predict_timelines
 
-    with console:
-        results = predict_timelines(settings, console.report)
+    results = console.run(predict_timelines, settings)
     found = [(r.video, s) for r in results if r.timeline for s in r.timeline.segments]
     failed = {r.video: r.error for r in results if r.error}
     columns = ["video", "start", "end", "label", "score"]
@@ -374,8 +362,7 @@ def export(loaded: Loaded[ExportSettings], console: Console) -> None:
     """Writes an export and prints its parity with the model."""
     from tvit_cli.engine import export as engine
 
-    with console:
-        result = engine.export(loaded.settings, console.report)
+    result = console.run(engine.export, loaded.settings)
     parity = result.parity
     limit = "" if parity.logit_limit is None else f"{parity.logit_limit:g}"
     rows = [

@@ -7,10 +7,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
@@ -29,13 +29,15 @@ from rich.text import Text
 
 from tvit_cli.errors import RunError
 from tvit_cli.files import size_text
-from tvit_cli.results import EpochDone, Event, Note, Progress, StepDone, TrainingStarts
+from tvit_cli.results import EpochDone, Event, Note, Progress, Report, StepDone, TrainingStarts
 
 UNWRAPPED = 10_000  # columns
 FRAMES_PER_SECOND = 2  # of a live display; each takes some milliseconds of a core that computes
 SECONDS_BETWEEN_LINES = 60.0  # without a live display
 
 Verbosity = Literal["quiet", "normal", "verbose"]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def print_error(error: BaseException) -> None:
@@ -114,6 +116,11 @@ class Console:
     ) -> None:
         self._bars.stop()
 
+    def run(self, work: Callable[[T, Report], R], settings: T) -> R:
+        """Result of an engine function; its progress is shown meanwhile."""
+        with self:
+            return work(settings, self.report)
+
     def report(self, event: Event) -> None:
         """Prints one event of an engine."""
         match event:
@@ -124,11 +131,9 @@ class Console:
                     self._print(escape(event.text))
             case Progress():
                 text = size_text if event.unit == "bytes" else "{:,}".format
-                self._bar(
-                    event.what, event.done, event.total, text(event.done) if event.unit == "bytes" else ""
-                )
-                total = "" if event.total is None else f" of {text(event.total)}"
-                self._line(f"{event.what}: {text(event.done)}{total}")
+                done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
+                self._bar(event.what, event.done, event.total, done if event.unit == "bytes" else "")
+                self._line(f"{event.what}: {done}{total}")
             case TrainingStarts():
                 for name, fact in event.facts.items():
                     self._print(f"[dim]{name:>8}[/]  {escape(fact)}")

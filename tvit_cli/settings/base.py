@@ -185,10 +185,13 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
     spellings: dict[str, str] = {}
     for layer in layers:
         for key, value in layer.values.items():
-            if key not in cls.model_fields:
+            field = cls.model_fields.get(key)
+            if field is None:
                 problems.append(f"{layer.spell(key)}: unknown setting.{suggestion(key, cls.model_fields)}")
                 continue
-            values[key] = None if _resets(value, cls.model_fields[key]) else value
+            is_none = isinstance(value, str) and value.strip().lower() == "none"
+            resets = is_none and is_optional(field) and extra(field).get("resettable") is not False
+            values[key] = None if resets else value
             origins[key] = layer.name
             spellings[key] = layer.spell(key)
     series: list[S] = []
@@ -251,11 +254,6 @@ def _config_layer(path: Path | None) -> _Layer:
 
 def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in values.items()}
-
-
-def _resets(value: Any, field: FieldInfo) -> bool:
-    is_none = isinstance(value, str) and value.strip().lower() == "none"
-    return is_none and is_optional(field) and extra(field).get("resettable") is not False
 
 
 def _describe(

@@ -1,4 +1,4 @@
-"""The model card: everything that a prediction depends on, as it is stored beside the weights."""
+"""Model card: everything that a prediction depends on, stored beside the weights."""
 
 from __future__ import annotations
 
@@ -7,48 +7,41 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CARD_VERSION = 1
-IMAGENET_MEAN = (
-    0.485,
-    0.456,
-    0.406,
-)  # ImageNet channel statistics, in [0, 1]; torchvision's reference training
+# Channel statistics of ImageNet in [0, 1], from torchvision's reference training.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Level = Annotated[float, Field(allow_inf_nan=False)]
-Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ResizeMode = Literal["crop", "squash"]
 
 
 class Preprocessing(BaseModel):
-    """How a video becomes the model's input; the same at evaluation, prediction and export."""
+    """Preprocessing of a video: the same in evaluation, prediction and export."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_frames: int = Field(ge=1, description="Frames per clip, one from each equal share of the video")
-    frame_grid: int | None = Field(
-        default=None, ge=1, description="Frames of each video, evenly spaced, that a clip is drawn from"
-    )
+    n_frames: int = Field(ge=1, description="Frames per clip, one from each segment")
+    frame_grid: int | None = Field(default=None, ge=1, description="Evenly spaced frames to sample from")
     frame_size: int = Field(ge=1, description="Height and width of a frame, in pixels")
-    resize: ResizeMode = Field(
-        default="crop", description="crop: short side, then centre; squash: whole frame"
-    )
+    resize: ResizeMode = "crop"  # crop: short side to scale_to; squash: both sides
     scale_to: int = Field(
-        default_factory=lambda facts: facts.get("frame_size", 1),  # without one, that is the error
+        default_factory=lambda values: values.get("frame_size", 1),  # a missing frame_size is an error itself
         ge=1,
-        description="What is scaled to this many pixels before frame_size of them are cut from the centre",
+        description="Resized frame size before the centre crop of frame_size",
     )
-    mean: tuple[Level, Level, Level] = IMAGENET_MEAN
-    std: tuple[Spread, Spread, Spread] = IMAGENET_STD
+    mean: tuple[Finite, Finite, Finite] = IMAGENET_MEAN
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
     @model_validator(mode="after")
-    def _frames_are_large_enough_to_be_cut(self) -> Preprocessing:
+    def _crop_fits(self) -> Preprocessing:
         if self.scale_to < self.frame_size:
             raise ValueError(f"scale_to {self.scale_to} is less than frame_size {self.frame_size}")
         return self
 
 
 class BaseWeights(BaseModel):
-    """Where the backbone's first weights came from."""
+    """Origin of the backbone's pretrained weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,7 +63,7 @@ class ModelCard(BaseModel):
     base: BaseWeights | None = None
     weights_sha256: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    held_out: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # subset -> its groups, by name
+    held_out: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # subset -> names of its groups
     metrics: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -79,5 +72,5 @@ class ModelCard(BaseModel):
         if classes != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for a classifier of {classes} classes")
         if len(set(self.labels)) < len(self.labels):
-            raise ValueError("a label stands there twice")
+            raise ValueError("duplicate labels")
         return self

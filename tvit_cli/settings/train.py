@@ -249,9 +249,8 @@ class TrainSettings(DataSettings):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainSettings:
-        problems = [*self._batch_problems(), *self._model_problems(), *self._training_problems()]
-        if problems:
-            raise ValueError("\n".join(problems))
+        if problems := "\n".join([*self._batch_problems(), *self._model_problems()]):
+            raise ValueError(problems)
         return self
 
     def _batch_problems(self) -> Iterator[str]:
@@ -265,15 +264,22 @@ class TrainSettings(DataSettings):
             )
         if self.frame_grid is not None and self.frame_grid < self.n_frames:
             yield f"--frame-grid {self.frame_grid}: it should be at least --n-frames {self.n_frames}"
+        if self.n_frames % self.tubelet_size:
+            yield f"--n-frames {self.n_frames}: it should be a multiple of --tubelet-size {self.tubelet_size}"
         micro_batch = DEFAULT_MICRO_BATCH if self.per_gpu_batch_size == "auto" else self.per_gpu_batch_size
-        if (total or micro_batch * accumulation) % self.repeats:
+        batch = f"--global-batch-size {total}"
+        if not total:
             batch = (
-                f"--global-batch-size {total}"
-                if total
-                else f"the {micro_batch * accumulation} clips per GPU and optimizer step "
+                f"the {micro_batch * accumulation} clips per GPU and optimizer step "
                 "(--per-gpu-batch-size × --gradient-accumulation-steps)"
             )
+        if (total or micro_batch * accumulation) % self.repeats:
             yield f"--repeats {self.repeats}: it should divide {batch}"
+        if self.class_weights == "balanced" and self.balanced_sampling:
+            yield (
+                "--class-weights balanced and --balanced-sampling: class imbalance would be corrected twice. "
+                "Take one of them"
+            )
 
     def _model_problems(self) -> Iterator[str]:
         given = [flag(key) for key in SCRATCH_SHAPE if getattr(self, key) is not None]
@@ -282,31 +288,17 @@ class TrainSettings(DataSettings):
                 f"{', '.join(given)}: fixed by the pretrained model {self.hf_model_name}. Leave out, or train from "
                 "scratch with --hf-model-name none"
             )
-        if self.n_frames % self.tubelet_size:
-            yield (
-                f"--n-frames {self.n_frames}: it should be a multiple of --tubelet-size {self.tubelet_size}"
-            )
         if self.feature_norm and self.hf_model_name is None:
             yield (
                 "--feature-norm: untrained features have no useful statistics. Leave it out, or give pretrained "
                 "weights with --hf-model-name"
             )
         if self.attention == "space" and self.tubelet_size > 1:
-            yield (
-                f"--attention space: a tubelet of {self.tubelet_size} frames contains their order. Take "
-                "--tubelet-size 1"
-            )
+            yield "--attention space: a tubelet contains the order of its frames. Take --tubelet-size 1"
         if self.temporal_depth is not None and self.attention != "factorized":
             yield (
                 f"--temporal-depth {self.temporal_depth}: --attention {self.attention} has no temporal blocks. "
                 "Leave it out, or take --attention factorized"
-            )
-
-    def _training_problems(self) -> Iterator[str]:
-        if self.lora_use_dora and self.lora_init in ("pissa", "olora"):
-            yield (
-                f"--lora-init {self.lora_init}: it changes the weights whose magnitudes --lora-use-dora learns. "
-                "Leave one of them out"
             )
         is_frozen = self.train == "classifier"
         if self.temporal_rate is not None and (is_frozen or self.attention != "factorized"):
@@ -314,16 +306,13 @@ class TrainSettings(DataSettings):
                 f"--temporal-rate {self.temporal_rate:g}: --attention {self.attention} with --train {self.train} "
                 "trains no temporal blocks. Leave it out, or take --attention factorized and another --train"
             )
-        for name, value, neutral in (
-            ("drop_path", self.drop_path, 0),
-            ("layer_decay", self.layer_decay, 1),
-        ):
-            if is_frozen and value != neutral:
+        for name, neutral in (("drop_path", 0), ("layer_decay", 1)):
+            if is_frozen and (value := getattr(self, name)) != neutral:
                 yield f"{flag(name)} {value:g}: --train classifier trains no block. Leave one of them out"
-        if self.class_weights == "balanced" and self.balanced_sampling:
+        if self.lora_use_dora and self.lora_init in ("pissa", "olora"):
             yield (
-                "--class-weights balanced and --balanced-sampling: both correct class imbalance, which would be "
-                "corrected twice. Take one of them"
+                f"--lora-init {self.lora_init}: it changes the weights whose magnitudes --lora-use-dora learns. "
+                "Leave one of them out"
             )
 
     def without_effect(self) -> list[str]:
@@ -331,8 +320,7 @@ class TrainSettings(DataSettings):
         if self.train == "lora" and self.lora_rank:
             return []
         used = {"lora_rank", "lora_exclude_modules"} if self.train == "lora" else set()
-        if self.train == "lora" and self.lora_bias == "all":
-            used.add("lora_bias")
+        used |= {"lora_bias"} if self.train == "lora" and self.lora_bias == "all" else set()
         return [
             name
             for name, field in TrainSettings.model_fields.items()

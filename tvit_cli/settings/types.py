@@ -1,4 +1,4 @@
-"""Field types and field groups shared by several verbs' settings."""
+"""Field types and settings shared by several verbs."""
 
 from __future__ import annotations
 
@@ -48,11 +48,9 @@ def _count_or_auto(value: Any) -> Any:
     count = value.strip() if isinstance(value, str) else value
     if count == "auto":
         return count
-    try:
-        count = int(count) if isinstance(count, int | str) else 0
-    except ValueError:
-        count = 0
-    if count < 1:
+    if isinstance(count, str) and count.isdecimal():
+        count = int(count)
+    if not isinstance(count, int) or count < 1:
         raise ValueError("it should be a whole number, 1 or more, or auto")
     return count
 
