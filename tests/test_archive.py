@@ -356,6 +356,8 @@ def test_seven_zip_is_used_if_it_decodes_rar(tmp_path, monkeypatch):
     monkeypatch.setattr(rar, "find_reader", rar.find_program)
     monkeypatch.setenv("PATH", str(tmp_path))
     write_rar4(tmp_path / "a.rar", [Entry("a")])
+    (tmp_path / "7z").write_text("no program")
+    (tmp_path / "7z").chmod(0o755)
     seven_zip(tmp_path, codec="  D     21 LZMA2")
     with pytest.raises(DataError, match="no reader of RAR"):
         unpack(tmp_path / "a.rar", tmp_path / "out")

@@ -348,6 +348,15 @@ def test_archive_is_kept_where_that_is_asked_for(world):
     assert world.run(repair=True).differences == () and not kept.exists()
 
 
+def test_leftovers_of_a_killed_fetch_are_removed(world):
+    archives = world.folder / "archives"
+    archives.mkdir(parents=True)
+    (archives / "..flat.zip.part.json.new").write_text("{")
+    (archives / ".flat.zip.part").write_bytes(b"PK")
+    world.run()
+    assert world.landed() == VIDEOS and not archives.exists()
+
+
 def test_foreign_files_beside_the_archives_are_kept(world):
     archives = world.folder / "archives"
     archives.mkdir(parents=True)

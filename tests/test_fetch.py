@@ -12,6 +12,7 @@ from pathlib import Path
 
 import loopback
 import pytest
+from loopback import Page
 
 from tvit_cli import files
 from tvit_cli.data.http import Download, Fetched, Http, MirrorsFailed, PermanentError, Retry, TransientError
@@ -226,6 +227,16 @@ def test_redirect_is_followed_with_its_range(server, tmp_path):
     loop = server.add("/loop", b"", redirect="/loop")
     with pytest.raises(MirrorsFailed, match="HTTP 302"):
         get([loop], tmp_path / "b")
+
+
+def test_proxy_of_the_environment_is_used(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.base.replace("http://", "http://user:p%40ss@"))
+    server.pages["http://mirror.test/a"] = Page(BODY, cut_after=90_000, cuts=1)
+    assert get(["http://mirror.test/a"], tmp_path / "a").sha256 == SHA256
+    sent = {name.lower(): value for name, value in server.requests[0][1].items()}
+    assert sent["proxy-authorization"] == "Basic dXNlcjpwQHNz"
+    monkeypatch.setenv("no_proxy", "localhost")
+    assert get([server.add("/b", BODY)], tmp_path / "b").sha256 == SHA256
 
 
 def test_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path):

@@ -75,8 +75,36 @@ class Dataset:
 
 _CRCV: Final = "https://www.crcv.ucf.edu"
 _WEIZMANN: Final = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions"
-_WEIZMANN_CLASSES: Final = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
+_SUBSET: Final = "https://huggingface.co/datasets/sayakpaul/ucf101-subset"
 
+# Sizes and hashes as in TensorFlow Datasets.
+_UCF101_ZIP: Final = Source(
+    urls=("https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",),
+    kind="zip",
+    layout="ucf101",
+    bytes=6_960_400_115,
+    sha256="dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d",
+)
+_UCF101_RAR: Final = Source(
+    urls=(f"{_CRCV}/data/UCF101/UCF101.rar", f"{_CRCV}/datasets/human-actions/ucf101/UCF101.rar"),
+    kind="rar",
+    layout="ucf101",
+    bytes=6_932_971_618,
+    sha256="ca8dfadb4c891cb11316f94d52b6b0ac2a11994e67a0cae227180cd160bd8e55",
+)
+_UCF101_LISTS: Final = Source(
+    urls=(f"{_CRCV}/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",),
+    kind="zip",
+    layout="lists",
+    bytes=113_943,
+    sha256="5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27",
+)
+_UCF101_SUBSET: Final = Source(  # a plain tar; the hash is from the Hugging Face Hub
+    urls=(f"{_SUBSET}/resolve/main/UCF101_subset.tar.gz",),
+    kind="tar",
+    layout="subset folders",
+    sha256="e9fcc76af48d320be88c5265f2e0576ecd615956976f6ce4742fdf2b042b71eb",
+)
 CATALOG: Final[tuple[Dataset, ...]] = (
     Dataset(
         name="ucf101",
@@ -85,44 +113,8 @@ CATALOG: Final[tuple[Dataset, ...]] = (
         clips=13_320,
         licence="none stated; for research, see its home page",
         homepage=f"{_CRCV}/data/UCF101.php",
-        videos=(
-            Part(
-                "videos",
-                (
-                    Source(  # size and hash as in TensorFlow Datasets
-                        urls=("https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",),
-                        kind="zip",
-                        layout="ucf101",
-                        bytes=6_960_400_115,
-                        sha256="dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d",
-                    ),
-                    Source(
-                        urls=(
-                            f"{_CRCV}/data/UCF101/UCF101.rar",
-                            f"{_CRCV}/datasets/human-actions/ucf101/UCF101.rar",
-                        ),
-                        kind="rar",
-                        layout="ucf101",
-                        bytes=6_932_971_618,
-                        sha256="ca8dfadb4c891cb11316f94d52b6b0ac2a11994e67a0cae227180cd160bd8e55",
-                    ),
-                ),
-            ),
-        ),
-        splits=(
-            Part(
-                "splits",
-                (
-                    Source(
-                        urls=(f"{_CRCV}/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",),
-                        kind="zip",
-                        layout="lists",
-                        bytes=113_943,
-                        sha256="5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27",
-                    ),
-                ),
-            ),
-        ),
+        videos=(Part("videos", (_UCF101_ZIP, _UCF101_RAR)),),
+        splits=(Part("splits", (_UCF101_LISTS,)),),
         test_groups=((1, 7), (8, 14), (15, 21)),
         unpacked_bytes=7_000_000_000,
     ),
@@ -132,22 +124,8 @@ CATALOG: Final[tuple[Dataset, ...]] = (
         classes=10,
         clips=405,
         licence="as UCF101",
-        homepage="https://huggingface.co/datasets/sayakpaul/ucf101-subset",
-        videos=(
-            Part(
-                "videos",
-                (
-                    Source(  # a plain tar; the hash is from the Hugging Face Hub
-                        urls=(
-                            "https://huggingface.co/datasets/sayakpaul/ucf101-subset/resolve/main/UCF101_subset.tar.gz",
-                        ),
-                        kind="tar",
-                        layout="subset folders",
-                        sha256="e9fcc76af48d320be88c5265f2e0576ecd615956976f6ce4742fdf2b042b71eb",
-                    ),
-                ),
-            ),
-        ),
+        homepage=_SUBSET,
+        videos=(Part("videos", (_UCF101_SUBSET,)),),
         unpacked_bytes=171_000_000,
     ),
     Dataset(
@@ -158,8 +136,8 @@ CATALOG: Final[tuple[Dataset, ...]] = (
         licence="published for research (Gorelick et al. 2005)",
         homepage=f"{_WEIZMANN}.html",
         videos=tuple(
-            Part(name, (Source(urls=(f"{_WEIZMANN}/DB/{name}.zip",), kind="zip", layout="one class"),))
-            for name in _WEIZMANN_CLASSES
+            Part(name, (Source((f"{_WEIZMANN}/DB/{name}.zip",), "zip", "one class"),))
+            for name in ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
         ),
     ),
     Dataset(

@@ -8,14 +8,14 @@ fetches those that the manifest lists and the disk lacks.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tvit_cli import files
 from tvit_cli.data.archives import Unpacked
@@ -102,8 +102,8 @@ def _load(folder: Path, dataset: str) -> Manifest:
         return Manifest(dataset=dataset)
     advice = "Move the folder away and run `tvit download` again."
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValidationError, ValueError, OSError) as error:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: is no manifest that this version of tvit can read. {advice}") from error
     if manifest.dataset != dataset or manifest.version != VERSION:
         raise DataError(
@@ -120,10 +120,10 @@ class DatasetFolder:
 
     own: Final = re.compile(rf"({'|'.join(FOLDERS)})/.+")  # files of a working folder
 
-    def __init__(self, folder: Path, dataset: str) -> None:
-        self.folder = folder
-        self.incoming = folder / ".incoming"
-        self.manifest = _load(folder, dataset)
+    def __init__(self, path: Path, dataset: str) -> None:
+        self.path = path
+        self.incoming = path / ".incoming"
+        self.manifest = _load(path, dataset)
         self.damaged: set[str] = set()
         self.added = 0
         self._move_incoming()
@@ -131,14 +131,10 @@ class DatasetFolder:
     def has(self, path: str) -> bool:
         """Whether a file exists with its recorded size and is not damaged; its bytes are not read."""
         record = self.manifest.files.get(path)
-        try:
-            return (
-                record is not None
-                and path not in self.damaged
-                and (self.folder / path).stat().st_size == record.bytes
-            )
-        except OSError:
-            return False
+        if record is not None and path not in self.damaged:
+            with suppress(OSError):
+                return (self.path / path).stat().st_size == record.bytes
+        return False
 
     def compare(self, paths: Iterable[str] | None, report: Report) -> list[Difference]:
         """Files (None: all) that are missing or have another size or sha256 than recorded; reads every byte."""
@@ -149,8 +145,8 @@ class DatasetFolder:
         for path in wanted:
             record = records[path]
             try:
-                size = (self.folder / path).stat().st_size
-                sha256 = files.sha256(self.folder / path) if size == record.bytes else ""
+                size = (self.path / path).stat().st_size
+                sha256 = files.sha256(self.path / path) if size == record.bytes else ""
             except OSError as error:
                 found.append(Difference(path, "missing", error.strerror or "cannot be read"))
             else:
@@ -166,7 +162,7 @@ class DatasetFolder:
 
     def refuse_foreign_videos(self) -> None:
         """Raises DataError if `videos` holds files and no manifest lists any."""
-        videos = self.folder / "videos"
+        videos = self.path / "videos"
         if not self.manifest.files and videos.is_dir() and any(videos.iterdir()):
             raise DataError(
                 f"{videos}: holds files that `tvit download` did not put there. Use them as they are "
@@ -211,18 +207,18 @@ class DatasetFolder:
             self._save()
 
     def _save(self) -> None:
-        files.write_json(self.folder / FILE_NAME, self.manifest.model_dump(mode="json"))
+        files.write_json(self.path / FILE_NAME, self.manifest.model_dump(mode="json"))
 
     def _move_incoming(self) -> None:
         """Moves the listed files and removes the others, which are incomplete."""
         incoming = {name: self.incoming / name for name in files.files_below(self.incoming)}
         for top in FOLDERS:  # a new folder at once, which is faster and atomic
             names = [name for name in incoming if name.startswith(f"{top}/")]
-            if names and not (self.folder / top).exists() and self.manifest.files.keys() >= set(names):
-                files.rename(self.incoming / top, self.folder / top)
+            if names and not (self.path / top).exists() and self.manifest.files.keys() >= set(names):
+                files.rename(self.incoming / top, self.path / top)
         for name, path in incoming.items():
             record = self.manifest.files.get(name)
             if record is not None and path.is_file() and path.stat().st_size == record.bytes:
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                path.replace(self.folder / name)
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(self.path / name)
         files.remove_work(self.incoming, self.own)

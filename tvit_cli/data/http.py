@@ -55,7 +55,7 @@ class MirrorsFailed(RunError):
     def __init__(self, name: str, reasons: Sequence[tuple[str, str]], *, advice: str) -> None:
         self.reasons = tuple(reasons)
         lines = "".join(f"\n  {url}: {reason}" for url, reason in reasons)
-        super().__init__(f"{name}: could not be fetched from {len(self.reasons)} sources:{lines}\n{advice}")
+        super().__init__(f"{name}: could not be fetched from any source:{lines}\n{advice}")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     cause = _root_cause(error)
-    return str(cause) or type(cause).__name__
+    return str(cause).strip() or type(cause).__name__
 
 
 def file_name(url: str) -> str:
@@ -254,9 +254,9 @@ def is_fetched(target: Path, sha256: str | None = None) -> bool:
 
 def fetch_files(target: Path) -> list[str]:
     """Names of the files that a fetch leaves in a folder: the target, if fetched, and those beside it."""
-    beside = [f".{target.name}.{end}" for end in ("part", "part.json", "lock", "source.json.new")]
     own = [target.name] if is_fetched(target) else []
-    return [*own, *beside, _record_path(target).name]
+    beside = [f".{target.name}.{end}" for end in ("part", "lock", "part.json", "source.json")]
+    return [*own, *(f".{name}.new" for name in beside), *beside]  # the record last
 
 
 def _record_path(target: Path) -> Path:

@@ -11,7 +11,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,9 +73,10 @@ def find_pybit7z() -> Reader | None:
 
 def find_program() -> Reader | None:
     """The first 7-Zip program on the PATH that decodes RAR."""
-    for name in ("7zz", "7z"):
-        if (program := shutil.which(name)) and RAR_CODEC.search(_run([program, "i"])):
-            return lambda path, _: nullcontext(_Program(program, path))
+    for program in filter(None, map(shutil.which, ("7zz", "7z"))):
+        with suppress(RarError):
+            if RAR_CODEC.search(_run([program, "i"])):
+                return partial(_open_program, program)
     return None
 
 
@@ -135,6 +137,10 @@ class _Pybit7z(Rar):
         return Member(index, item.path(), item.size(), kind, encrypted=item.is_encrypted())
 
 
+def _open_program(program: str, path: Path, _: Limits) -> AbstractContextManager[Rar]:
+    return nullcontext(_Program(program, path))
+
+
 class _Program(Rar):
     def __init__(self, program: str, path: Path) -> None:
         self._program, self._path = program, path
@@ -156,7 +162,10 @@ class _Program(Rar):
 
 def _run(command: list[str]) -> bytes:
     """Standard output of a program. Raises RarError if it fails."""
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    try:
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        raise RarError(f"{command[0]}: {error.strerror}") from error
     if ended.returncode:
         lines = (ended.stderr or ended.stdout).decode("utf-8", "replace").split("\n")
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "")

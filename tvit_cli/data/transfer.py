@@ -188,7 +188,7 @@ class Transfer:
     @property
     def archives(self) -> Path:
         """Folder of fetched archives."""
-        return self.folder.folder / "archives"
+        return self.folder.path / "archives"
 
     def fetch(self, request: PartRequest, archive: Path | None) -> None:
         """Adds the requested files from the user's archive, else from the first source that serves them.
@@ -251,12 +251,12 @@ class Transfer:
                 return False
             done, need = 0, sum(members[index].size for index in paths)
             purpose = f"fetching from {url}"
-            files.require_free(self.folder.folder, need, purpose=purpose)
+            files.require_free(self.folder.path, need, purpose=purpose)
             record = SourceRecord(
                 part=request.part.name, url=url, bytes=remote.file.size, etag=remote.file.etag
             )
             order = sorted(paths, key=lambda index: remote.infos[index].header_offset)
-            with files.disk_full_errors(self.folder.folder, purpose=purpose, need=lambda: need - done):
+            with files.disk_full_errors(self.folder.path, purpose=purpose, need=lambda: need - done):
                 for batch in _batches(order, members):
                     new = self.folder.new_incoming()
                     unpacked = []
@@ -279,7 +279,7 @@ class Transfer:
         unpacked = 0 if source.layout == "lists" else self.dataset.unpacked_bytes or source.bytes or 0
         have = sum(file.stat().st_size for file in archive.parent.glob("*") if file.is_file())
         need = max(0, (source.bytes or 0) + unpacked - have)
-        files.require_free(self.folder.folder, need, purpose=f"{source.file_name} with its files")
+        files.require_free(self.folder.path, need, purpose=f"{source.file_name} with its files")
         download = Download(archive, source.bytes, source.sha256, self.http, self.report)
         fetched = download.fetch(source.urls)
         facts = asdict(fetched)

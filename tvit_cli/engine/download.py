@@ -140,7 +140,7 @@ class _Job:
         """Compares every file with the manifest; repair fetches those that differ."""
         if not self.folder.manifest.files:
             raise DataError(
-                f"{self.folder.folder}: has no {FILE_NAME}. Run `tvit download {self.dataset.name}` first."
+                f"{self.folder.path}: has no {FILE_NAME}. Run `tvit download {self.dataset.name}` first."
             )
         differences = self.folder.compare(None, self.transfer.report)
         if self.settings.verify or not differences:
@@ -196,7 +196,7 @@ class _Job:
 
     def _read_lists(self) -> list[str] | None:
         """Classes of the split lists if they exist; sets the canonical names, see Note [HandStandPushups]."""
-        lists = self.folder.folder / "splits"
+        lists = self.folder.path / "splits"
         if not (lists / CLASS_LIST).is_file():
             return None
         classes = read_classes(lists)
@@ -237,7 +237,7 @@ class _Job:
         ]
         return DownloadResult(
             name=self.dataset.name,
-            folder=self.folder.folder,
+            folder=self.folder.path,
             classes=len({path.parent.name for path in videos}),
             videos=len(videos),
             new_files=self.folder.added,
