@@ -1,11 +1,11 @@
-"""A page to try a trained model in: its label for a video, where it saw it, and what happens when.
+"""Demo page of a trained model: label, explanation and timeline of a video.
 
     python -m pip install "tvit[demo]"
     python examples/gradio_demo.py [--model FOLDER] [--host 127.0.0.1] [--port 7860] [--share]
 
-Without --model it is the newest one below working_directory/. Nothing leaves the machine unless --share asks for
-it; what people upload is deleted an hour after, and all of it when the demo ends. A request is limited in frames
-and in time, and a timeline that nobody waits for any more is given up.
+Without --model, the newest model below working_directory/ is used. Nothing leaves the machine without --share.
+Uploads are deleted after an hour, and all of them when the demo ends. Requests are limited in frames and time, and
+the timeline of a client that has left is cancelled.
 """
 
 from __future__ import annotations
@@ -49,16 +49,18 @@ except ImportError:
     sys.exit('The demo needs Gradio: python -m pip install "tvit[demo]"')
 
 T = TypeVar("T")
-Alive = Callable[..., None]  # called with the seconds done and, where it is known, those there are
+CheckIn = Callable[
+    ..., None
+]  # called with the seconds done and the length, where it is known; raises to cancel
 
-THE_BEST = "the best one"
-IN_A_ROW = ("MoveRight", "Grow", "TurnClockwise", "MoveUp")  # of the example of a long video
-NO_WHY = "Here it will stand where in its frames the label is seen."
-NO_TIMELINE = "Here it will stand what happens when."
+BEST_LABEL = "the best label"
+LONG_VIDEO = ("MoveRight", "Grow", "TurnClockwise", "MoveUp")  # motions of the long example
+NO_EXPLANATION = "The explanation of the label appears here."
+NO_TIMELINE = "The timeline appears here."
 HOUR = 3600  # seconds
-POLL = 0.5  # seconds between two looks at whether a client still waits
-MOST_FRAMES, MOST_SECONDS = 30_000, 300
-MODEL = "model"  # what it is asked in the page, it answers one at a time
+POLL = 0.5  # seconds between two checks whether the client is still connected
+MAX_FRAMES, MAX_SECONDS = 30_000, 300
+MODEL = "model"  # concurrency group: the model computes one request at a time
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: 0 auto}
 #head h1 {margin: .6rem 0 0; font-size: 1.75rem; letter-spacing: -.02em}
@@ -78,93 +80,92 @@ footer {display: none !important}
 
 
 class Page:
-    """Answers of the page; `folder` is for what it writes.
-
-    A video has at most `most_frames`, and a timeline takes at most `most_seconds` to make.
-    """
+    """Callbacks of the page, with limits of a request; written videos go to `folder`."""
 
     def __init__(
         self,
         model: tvit_cli.Model,
         folder: Path,
-        most_frames: int = MOST_FRAMES,
-        most_seconds: float = MOST_SECONDS,
+        max_frames: int = MAX_FRAMES,
+        max_seconds: float = MAX_SECONDS,
     ) -> None:
         self.model = model
         self.folder = folder
-        self.most_frames = most_frames
-        self.most_seconds = most_seconds
+        self.max_frames = max_frames
+        self.max_seconds = max_seconds
 
     def label(self, video: str | None, top_k: int) -> dict[str, float]:
         """The best labels with their scores."""
-        with told(path := chosen(video)):
+        with page_errors(path := uploaded(video)):
             self.check(path)
             return dict(self.model.predict(path, top_k=int(top_k)).labels)
 
     def explain(self, video: str | None, label: str) -> tuple[str, str]:
-        """The frames that the model was given, and what speaks for a label in them."""
-        with told(path := chosen(video)):
+        """The model's input frames, and the explanation of a label."""
+        with page_errors(path := uploaded(video)):
             self.check(path)
-            why = self.model.explain(path, label=None if label == THE_BEST else label)
-        pictures = [self.model.draw_explanation(why, dark=dark) for dark in (False, True)]
-        text = f"What speaks for {why.label}: {verdict(why.deletion)}"
-        note = "Lit patches speak for the label. Below them stand each frame's share, and a test of the map."
-        return self.frames(why), card(note, drawn(pictures, text))
+            explanation = self.model.explain(path, label=None if label == BEST_LABEL else label)
+        pictures = [self.model.draw_explanation(explanation, dark=dark) for dark in (False, True)]
+        text = f"Relevance for {explanation.label}: {verdict(explanation.deletion)}"
+        note = (
+            "Bright patches are relevant for the label. Below: the share of each frame, and a deletion test."
+        )
+        return self.frames(explanation), card(note, drawn(pictures, text))
 
     def when(
         self,
         video: str | None,
         window: float,
         stride: float,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio finds out that it is wanted)
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio requires this default)
     ) -> Iterator[Any]:
         """The timeline as a picture, and its segments as a table."""
 
         def played(done: float, total: float | None) -> None:
             progress(min(1.0, done / total) if total else None, f"{clock(done)} played")
 
-        with told(path := chosen(video)):
-            timeline = yield from waited(
-                lambda alive: self.timeline(path, window, stride, alive), self.most_seconds, played
+        with page_errors(path := uploaded(video)):
+            timeline = yield from run_in_thread(
+                lambda check_in: self.timeline(path, window, stride, check_in), self.max_seconds, played
             )
         yield drawn_timeline(timeline, window)
 
     def write(self, video: str | None, window: float, stride: float) -> Iterator[Any]:
-        """The video with its labels in the picture, as a file that browsers play; Gradio takes a copy."""
-        with told(path := chosen(video)), tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            place = Path(folder) / f"{path.stem}-labelled.mp4"
+        """A copy of the video with its labels as captions, for browsers; Gradio copies it again."""
+        with page_errors(path := uploaded(video)), tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            output = Path(folder) / f"{path.stem}-labelled.mp4"
 
-            def work(alive: Alive) -> None:
-                timeline = self.timeline(path, window, stride, alive)
-                annotate(place, path, timeline.segments, lambda event: alive())
+            def work(check_in: CheckIn) -> None:
+                timeline = self.timeline(path, window, stride, check_in)
+                annotate(output, path, timeline.segments, lambda event: check_in())
 
-            yield from waited(work, self.most_seconds)
-            yield str(place)
+            yield from run_in_thread(work, self.max_seconds)
+            yield str(output)
 
-    def timeline(self, path: Path, window: float, stride: float, alive: Alive) -> Timeline:
-        """The timeline of a video that the page takes."""
+    def timeline(self, path: Path, window: float, stride: float, check_in: CheckIn) -> Timeline:
+        """The timeline of a video within the limits."""
         self.check(path)
-        return self.model.timeline(path, window=window, stride=min(stride, window), progress=alive)
+        return self.model.timeline(path, window=window, stride=min(stride, window), progress=check_in)
 
     def check(self, path: Path) -> None:
-        """Raises VideoError for a video of more frames than the page takes."""
-        if (frames := count_packets(path)) > self.most_frames:
+        """Raises VideoError for a video with too many frames."""
+        if (frames := count_packets(path)) > self.max_frames:
             raise VideoError(
-                f"{path}: has {frames:,} frames; this page takes videos of at most {self.most_frames:,}. "
+                f"{path}: has {frames:,} frames; this page takes videos of at most {self.max_frames:,}. "
                 "Upload a shorter part of it."
             )
 
-    def frames(self, why: Explanation) -> str:
-        """The frames that the model was given."""
-        pixels = to_pixels(why.clip, self.model.card.preprocessing)
+    def frames(self, explanation: Explanation) -> str:
+        """The model's input frames."""
+        pixels = to_pixels(explanation.clip, self.model.card.preprocessing)
         pixels = pixels.permute(0, 2, 3, 1).contiguous()  # (T, S, S, C)
         tags = [f'<img alt="Frame {n}" src="{jpeg_uri(frame)}">' for n, frame in enumerate(pixels, 1)]
         return card(
-            f"The {len(tags)} frames that the model saw", f'<div class="frames">{"".join(tags)}</div>'
+            f"The {len(tags)} input frames of the model", f'<div class="frames">{"".join(tags)}</div>'
         )
 
     def about(self) -> str:
-        """The model in a line."""
+        """Summary of the model."""
         card = self.model.card
         facts = [
             f"{len(card.labels)} classes",
@@ -176,22 +177,22 @@ class Page:
         return " · ".join(facts)
 
 
-def waited(
-    work: Callable[[Alive], T],
+def run_in_thread(
+    work: Callable[[CheckIn], T],
     most: float,
     progress: Callable[[float, float | None], None] | None = None,
 ) -> Generator[Any, None, T]:
-    """Returns the result of `work`, done in a thread; yields meanwhile, so that Gradio may close this generator.
+    """Returns the result of `work`, done in a thread, and yields meanwhile.
 
-    It does so when the client has left. Then, or after `most` seconds, `alive(done, total)` raises in the thread,
-    which `work` calls again and again.
+    When the client leaves, Gradio closes this generator. Then, or after `most` seconds, the calls of
+    `check_in(done, total)` in `work` raise RunError.
     """
     left = threading.Event()
     end = time.monotonic() + most
     done: list[tuple[float, float | None]] = []
     future: Future[T] = Future()
 
-    def alive(*now: Any) -> None:
+    def check_in(*now: Any) -> None:
         if left.is_set():
             raise RunError("The client has left.")
         if time.monotonic() > end:
@@ -203,7 +204,7 @@ def waited(
 
     def run() -> None:
         try:
-            future.set_result(work(alive))
+            future.set_result(work(check_in))
         except BaseException as error:  # noqa: BLE001  # raised again by future.result()
             future.set_exception(error)
 
@@ -218,16 +219,16 @@ def waited(
         left.set()
 
 
-def chosen(video: str | None) -> Path:
-    """The file that was uploaded or picked."""
+def uploaded(video: str | None) -> Path:
+    """The uploaded or chosen file."""
     if video is None:
         raise gr.Error("Upload a video first, or pick an example.", print_exception=False)
     return Path(video)
 
 
 @contextmanager
-def told(video: Path) -> Iterator[None]:
-    """An error of the engine is shown in the page, with the name that the person knows the file by."""
+def page_errors(video: Path) -> Iterator[None]:
+    """Shows errors of the engine in the page, with the uploaded file's own name."""
     try:
         yield
     except TvitError as error:
@@ -236,16 +237,14 @@ def told(video: Path) -> Iterator[None]:
 
 
 def drawn_timeline(timeline: Timeline, window: float) -> str:
-    """The timeline as a picture, or why there is none."""
+    """The timeline as a picture and a table; a sentence for a video shorter than a window."""
     if timeline.window < window:
         return card(
             f"The video lasts {timeline.seconds:.1f} s, less than a window of {window:g} s, so it is one clip. "
             "Take a longer video, or a shorter window."
         )
     text = ", ".join(f"{s.label} from {clock(s.start)} to {clock(s.end)}" for s in timeline.segments)
-    note = (
-        f"What each window of {timeline.window:g} s looks like (shade), and the segments that follow (bars)."
-    )
+    note = f"Smoothed scores of windows of {timeline.window:g} s (shade), and segments (bars)."
     picture = drawn([timeline_png(timeline, dark=dark) for dark in (False, True)], text)
     return card(note, picture + table(timeline))
 
@@ -258,7 +257,7 @@ def table(timeline: Timeline) -> str:
 
 
 def drawn(pictures: list[bytes], text: str) -> str:
-    """A PNG on light paper and one on dark, of which the page shows one; `text` says the same in words."""
+    """PNGs for the light and the dark theme, with `text` as their description."""
     return "".join(
         f'<img class="drawn on-{name}" alt="{escape(text)}" src="data:image/png;base64,{b64encode(data).decode()}">'
         for name, data in zip(("light", "dark"), pictures, strict=True)
@@ -266,18 +265,18 @@ def drawn(pictures: list[bytes], text: str) -> str:
 
 
 def card(note: str, inside: str = "") -> str:
-    """A box with a sentence above what it shows."""
+    """A box with a sentence above its content."""
     return f'<div class="card"><p class="dim">{escape(note)}</p>{inside}</div>'
 
 
 def make_examples(folder: Path) -> list[Path]:
-    """A clip of each class of the demo motions, and a video of 32 s in which four of them follow each other."""
+    """A clip of each class of the demo motions, and a video of 32 s with four of them in sequence."""
     make_motions(folder / "motions", clips_per_group=1, frame_size=128)
     clips = {label: sorted((folder / "motions" / "test" / label).glob("*.avi")) for label in CLASSES}
-    pieces = [read_clip(clip, range).frames for label in IN_A_ROW for clip in clips[label]]
-    one_after_another = folder / "four-in-a-row.mp4"
-    write_video(one_after_another, np.concatenate(pieces), rate=RATE)
-    return [one_after_another, *(found[0] for found in clips.values())]
+    pieces = [read_clip(clip, range).frames for label in LONG_VIDEO for clip in clips[label]]
+    long_video = folder / "four-in-a-row.mp4"
+    write_video(long_video, np.concatenate(pieces), rate=RATE)
+    return [long_video, *(found[0] for found in clips.values())]
 
 
 def build(page: Page, examples: list[Path]) -> gr.Blocks:
@@ -285,7 +284,7 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
     labels = page.model.labels
     with gr.Blocks(title="tvit", analytics_enabled=False, delete_cache=(HOUR // 6, HOUR)) as blocks:
         gr.HTML(
-            f'<h1>What happens in this video?</h1><p class="dim">{escape(page.about())}</p>',
+            f'<h1>Video classification</h1><p class="dim">{escape(page.about())}</p>',
             elem_id="head",
             padding=False,
         )
@@ -296,14 +295,14 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
                 go = gr.Button("Label it", variant="primary", elem_id="go")
                 with gr.Accordion("Options", open=False):
                     top_k = gr.Slider(1, len(labels), min(5, len(labels)), step=1, label="Labels shown")
-                    label = gr.Dropdown([THE_BEST, *labels], value=THE_BEST, label="Label to explain")
+                    label = gr.Dropdown([BEST_LABEL, *labels], value=BEST_LABEL, label="Label to explain")
                     window = gr.Slider(0.5, 10, 2, step=0.5, label="Timeline: seconds in a window")
                     stride = gr.Slider(0.1, 5, 0.5, step=0.1, label="Timeline: seconds between windows")
             with gr.Column(scale=3, min_width=320):
                 scores = gr.Label(label="Label", elem_id="scores")
                 frames = gr.HTML(elem_id="frames")
         with gr.Tab("Why"):
-            why = gr.HTML(card(NO_WHY), elem_id="why")
+            why = gr.HTML(card(NO_EXPLANATION), elem_id="why")
         with gr.Tab("When"):
             timeline = gr.HTML(card(NO_TIMELINE), elem_id="timeline")
         with gr.Tab("Video"):
@@ -315,11 +314,11 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
                 picked = gr.Examples(
                     [[str(path)] for path in examples],
                     inputs=[video],
-                    label="Or one that this page made",
+                    label="Examples",
                     example_labels=[p.stem if p.suffix == ".mp4" else p.parent.name for p in examples],
                 )
             starts.append(picked.load_input_event.success)
-        for start in starts:  # each step shows what it found before the next one begins
+        for start in starts:  # each step shows its result before the next begins
             cleared = start(blank_page, None, [scores, frames, why, timeline, labelled], queue=False)
             labelling = cleared.success(page.label, [video, top_k], scores, concurrency_id=MODEL)
             explaining = labelling.success(page.explain, [video, label], [frames, why], concurrency_id=MODEL)
@@ -329,12 +328,12 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
 
 
 def blank_page() -> tuple[None, str, str, str, None]:
-    """Nothing of an earlier video stands beside a new one, or beside an error."""
-    return None, "", card(NO_WHY), card(NO_TIMELINE), None
+    """Empty outputs, so that no result of an earlier video remains."""
+    return None, "", card(NO_EXPLANATION), card(NO_TIMELINE), None
 
 
 def theme() -> gr.themes.Base:
-    """Plain, in the colours of tvit's pictures, with the fonts of the reader's own system."""
+    """The colours of tvit's reports, with system fonts."""
     paper, ink = PALETTE["paper"], PALETTE["ink"]
     return gr.themes.Base(
         primary_hue="blue",
@@ -366,31 +365,31 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
-    parser.add_argument("--max-upload-mb", type=int, default=256, help="largest video that is taken (256)")
+    parser.add_argument("--max-upload-mb", type=int, default=256, help="size limit of a video (256)")
     parser.add_argument(
-        "--max-frames", type=int, default=MOST_FRAMES, help=f"frames of the longest video ({MOST_FRAMES})"
+        "--max-frames", type=int, default=MAX_FRAMES, help=f"frame limit of a video ({MAX_FRAMES})"
     )
     parser.add_argument(
-        "--max-seconds", type=float, default=MOST_SECONDS, help=f"longest work on a timeline ({MOST_SECONDS})"
+        "--max-seconds", type=float, default=MAX_SECONDS, help=f"seconds for a timeline ({MAX_SECONDS})"
     )
-    told = parser.parse_args()
+    options = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with TEMPORARY:
         folder = Path(TEMPORARY.name)
         try:
-            model = tvit_cli.load_model(told.model or find_newest_model(Path("working_directory")))
+            model = tvit_cli.load_model(options.model or find_newest_model(Path("working_directory")))
             examples = make_examples(folder) if set(CLASSES) <= set(model.labels) else []
         except TvitError as error:
             sys.exit(f"error: {error}")
-        blocks = build(Page(model, folder, told.max_frames, told.max_seconds), examples)
+        blocks = build(Page(model, folder, options.max_frames, options.max_seconds), examples)
         try:
             _, local, public = blocks.launch(
-                server_name=told.host,
-                server_port=told.port,
-                share=told.share,
-                max_file_size=f"{told.max_upload_mb}mb",
+                server_name=options.host,
+                server_port=options.port,
+                share=options.share,
+                max_file_size=f"{options.max_upload_mb}mb",
                 theme=theme(),
                 css=CSS,
                 footer_links=[],
@@ -400,8 +399,8 @@ def main() -> None:
             )
         except OSError:
             sys.exit(
-                f"error: {told.host}:{told.port or '7860 to 7959'}: cannot be listened at, perhaps since another "
-                "program does. Take another --port or --host."
+                f"error: {options.host}:{options.port or '7860 to 7959'}: the address is in use or not available. "
+                "Choose another --port or --host."
             )
         print(f"{model.folder} at {public or local} (Ctrl-C ends it)", flush=True)
         stop.wait()

@@ -1,4 +1,4 @@
-"""The Python API: label videos, and say what happens when in a long one.
+"""The Python API: labels of videos, and the timeline of a long one.
 
 python examples/python_api.py MODEL VIDEO [VIDEO …]
 """

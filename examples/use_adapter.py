@@ -2,8 +2,8 @@
 
     python use_adapter.py EXPORT VIDEO...
 
-The processor beside the backbone chooses the frames: the middle ones of as many equal shares of the video as a clip
-has frames.
+The processor in `backbone/` samples the frames: the middle one of each of as many equal segments of the video as a
+clip has frames.
 """
 
 import sys

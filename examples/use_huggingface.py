@@ -2,8 +2,8 @@
 
     python use_huggingface.py EXPORT VIDEO...
 
-EXPORT may be a repository on the Hugging Face hub. The processor in it chooses the frames: the middle ones of as
-many equal shares of the video as a clip has frames.
+EXPORT may be a repository on the Hugging Face hub. Its processor samples the frames: the middle one of each of as
+many equal segments of the video as a clip has frames.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python use_onnx.py EXPORT VIDEO...
 
-The frames are the middle ones of as many equal shares of the video as a clip has frames. A file that is not the
-one that was proved is refused.
+Of each of as many equal segments of the video as a clip has frames, the middle frame is used. Files whose
+hash is not the one in parity.json are refused.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ for name, expected in json.loads((folder / "parity.json").read_text(encoding="ut
         )
 
 sys.path.insert(0, str(folder))
-from source.reading import read_clip  # noqa: E402  (a file that lies in the export)
+from source.reading import read_clip  # noqa: E402  (from the export)
 
 
 def run(session: onnxruntime.InferenceSession, values: np.ndarray) -> np.ndarray:
@@ -33,7 +33,7 @@ def run(session: onnxruntime.InferenceSession, values: np.ndarray) -> np.ndarray
 model = onnxruntime.InferenceSession(folder / "model.onnx")
 metadata = model.get_modelmeta().custom_metadata_map
 labels, facts = json.loads(metadata["labels"]), json.loads(metadata["preprocessing"])
-outside = folder / "preprocessing.onnx"  # not there when it is inside model.onnx
+outside = folder / "preprocessing.onnx"  # absent if it is inside model.onnx
 preprocess = onnxruntime.InferenceSession(outside) if outside.exists() else None
 
 for video in videos:

@@ -2,7 +2,7 @@
 
     python use_safetensors.py EXPORT VIDEO...
 
-The frames are the middle ones of as many equal shares of the video as a clip has frames.
+Of each of as many equal segments of the video as a clip has frames, the middle frame is used.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 folder, *videos = map(Path, sys.argv[1:])
 sys.path.insert(0, str(folder))
 
-from source.config import ViTConfig  # noqa: E402  (the files that lie in the export)
+from source.config import ViTConfig  # noqa: E402  (from the export)
 from source.preprocessing import frames_to_input  # noqa: E402
 from source.reading import read_clip  # noqa: E402
 from source.vit import TemporalViT  # noqa: E402

@@ -2,7 +2,7 @@
 
     python use_torch.py EXPORT VIDEO...
 
-The frames are the middle ones of as many equal shares of the video as a clip has frames.
+Of each of as many equal segments of the video as a clip has frames, the middle frame is used.
 """
 
 import json
@@ -14,12 +14,12 @@ import torch
 folder, *videos = map(Path, sys.argv[1:])
 sys.path.insert(0, str(folder))
 
-from source.reading import read_clip  # noqa: E402  (a file that lies in the export)
+from source.reading import read_clip  # noqa: E402  (from the export)
 
 card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
 facts = card["preprocessing"]
 model = torch.export.load(folder / "model.pt2").module()
-outside = folder / "preprocessing.pt2"  # not there when it is inside model.pt2
+outside = folder / "preprocessing.pt2"  # absent if it is inside model.pt2
 preprocess = torch.export.load(outside).module() if outside.exists() else None
 
 for video in videos:

@@ -61,18 +61,18 @@ def test_a_timeline_of_the_demo_ends_when_its_client_leaves(step, demo, make_vid
 @pytest.mark.parametrize("step", ["when", "write"])
 def test_a_timeline_of_the_demo_ends_when_its_time_is_up(step, demo, make_video, tmp_path):
     model = Endless()
-    page = demo.Page(model, tmp_path, most_seconds=0.1)
+    page = demo.Page(model, tmp_path, max_seconds=0.1)
     with pytest.raises(demo.gr.Error, match=r"Stopped after 0\.1 s, the limit of one request"):
         list(getattr(page, step)(str(make_video(tmp_path / "a.mp4")), 2.0, 0.5))
     assert model.ended.is_set()
 
 
 def test_a_video_of_too_many_frames_is_refused_by_each_step_of_the_demo(demo, model, make_video, tmp_path):
-    page = demo.Page(load_model(model, device="cpu"), tmp_path, most_frames=11)
+    page = demo.Page(load_model(model, device="cpu"), tmp_path, max_frames=11)
     video = str(make_video(tmp_path / "a.mp4", frames=12))
     for step in (
         lambda: page.label(video, 3),
-        lambda: page.explain(video, demo.THE_BEST),
+        lambda: page.explain(video, demo.BEST_LABEL),
         lambda: list(page.when(video, 2.0, 0.5)),
         lambda: list(page.write(video, 2.0, 0.5)),
     ):
