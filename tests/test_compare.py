@@ -64,7 +64,7 @@ def test_videos_with_differing_true_classes_are_not_compared(trained, tmp_path):
     manifest.write_text("\n".join(["path,label,subset", *rows]) + "\n")
     other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(manifest), **NO_GROUPS)
     with pytest.raises(
-        SettingsError, match=r"_g\d\d_c01.avi is of the class Blue for the first and Red for the second"
+        SettingsError, match=r"_g\d\d_c01.avi has the label Blue for the first model and Red for the second"
     ):
         compared(trained.model, other, output=tmp_path / "out")
 

@@ -134,7 +134,7 @@ def test_set_lands_in_one_tidy_folder_with_its_manifest(world):
     source = manifest["sources"][record["source"]]
     assert source["url"].endswith("/flat.zip") and source["verified"] is True
     assert all(isinstance(event, Progress) for event in events)
-    assert {event.what.split()[0] for event in events} == {"fetch", "unpack"}
+    assert {event.task.split()[0] for event in events} == {"fetch", "unpack"}
     assert events[-1].done == events[-1].total
 
 

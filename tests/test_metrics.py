@@ -84,7 +84,7 @@ def test_a_class_has_precision_recall_and_f1_from_its_counts():
     assert (first.recall, first.precision, first.f1) == (3 / 4, 3 / 5, 2 * 3 / 9)
     assert (absent.recall, absent.precision, absent.f1) == (0.0, 0.0, 0.0)
     assert macro_f1([first, second, absent]) == (first.f1 + second.f1) / 2
-    assert class_table(confusion, torch.tensor([1, 0, 0]))[0] == ClassScore(videos=5, right=3, said=5)
+    assert class_table(confusion, torch.tensor([1, 0, 0]))[0] == ClassScore(videos=5, right=3, predicted=5)
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():

@@ -448,7 +448,7 @@ def test_how_much_of_a_labelled_video_is_written_is_told(trained, tmp_path, make
         predict_timelines(settings, told.append)
     else:
         predict(settings, told.append)
-    written = [event for event in told if isinstance(event, Progress) and event.what == "seconds written"]
+    written = [event for event in told if isinstance(event, Progress) and event.task == "seconds written"]
     assert [(event.done, event.total) for event in written] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(told[-1], Note) and str(out) in told[-1].text
     drawn = []

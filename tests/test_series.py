@@ -113,7 +113,7 @@ def test_a_single_runs_folder_is_not_taken_for_a_series(facts, tmp_path):
     (tmp_path / "people" / "settings.json").write_text("{}")
     with pytest.raises(SettingsError, match="the folder of a single run"):
         seeds(facts, tmp_path, 0, 1)
-    with pytest.raises(SettingsError, match="a checkpoint for each run"):
+    with pytest.raises(SettingsError, match="each run of a series has its own"):
         seeds({**facts, "experiment_name": "other"}, tmp_path, 0, 1, resume_from_checkpoint="latest")
 
 

@@ -132,8 +132,8 @@ class Console:
             case Progress():
                 text = size_text if event.unit == "bytes" else "{:,}".format
                 done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
-                self._bar(event.what, event.done, event.total, done if event.unit == "bytes" else "")
-                self._line(f"{event.what}: {done}{total}")
+                self._bar(event.task, event.done, event.total, done if event.unit == "bytes" else "")
+                self._line(f"{event.task}: {done}{total}")
             case TrainingStarts():
                 for name, fact in event.facts.items():
                     self._print(f"[dim]{name:>8}[/]  {escape(fact)}")

@@ -25,7 +25,7 @@ Counts = Mapping[tuple[str, str], int]  # confusion counts: (true label, predict
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the user."""
+    """A message for the user."""
 
     text: str
     level: Literal["detail", "info", "warning"] = "info"
@@ -33,9 +33,9 @@ class Note:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` (None: not known) units of a named piece of work."""
+    """`done` of `total` (None: not known) units of a task."""
 
-    what: str
+    task: str
     done: int
     total: int | None
     unit: Literal["", "bytes"] = ""
@@ -61,7 +61,7 @@ class StepDone:
     clip_top1: float
     learning_rate: float
     clips_per_second: float
-    data_wait: float  # share of the time that the model waited for data
+    data_wait: float  # share of time spent waiting for data
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ Event = Note | Progress | TrainingStarts | StepDone | EpochDone
 Report = Callable[[Event], None]
 
 
-def seconds_done(what: str, done: float, total: float | None) -> Progress:
-    """How much of a video is done, in whole seconds."""
-    return Progress(what, round(done), None if total is None else max(1, round(total)))
+def seconds_done(task: str, done: float, total: float | None) -> Progress:
+    """Progress through a video, in whole seconds."""
+    return Progress(task, round(done), None if total is None else max(1, round(total)))
 
 
 def silent(event: Event) -> None:
-    """A Report that says nothing."""
+    """A Report that ignores all events."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ClassScore:
 
     videos: int
     right: int
-    said: int
+    predicted: int
 
     @property
     def recall(self) -> float:
@@ -145,13 +145,13 @@ class ClassScore:
     @property
     def precision(self) -> float:
         """Share of correct predictions among those of the class; 0 without any."""
-        return self.right / self.said if self.said else 0.0
+        return self.right / self.predicted if self.predicted else 0.0
 
     @property
     def f1(self) -> float:
         """Harmonic mean of precision and recall."""
-        named = self.videos + self.said
-        return 2 * self.right / named if named else 0.0
+        total = self.videos + self.predicted
+        return 2 * self.right / total if total else 0.0
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     errors of `evaluate`, and SettingsError if the models were not scored on the same videos and labels.
     """
     assert settings.compare is not None
-    place = join_process_group(settings.device)
+    group = join_process_group(settings.device)
     models = [  # both are opened before the first is scored: errors come early
         open_trained(
             model,
             working_directory=settings.working_directory,
-            device=place.device,
+            device=group.device,
             mixed_precision=settings.mixed_precision,
         )
         for model in settings.compare
@@ -45,9 +45,9 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     for letter, model, trained in zip("AB", settings.compare, models, strict=True):
         output = None if shared is None else shared / letter
         each.append(settings.model_copy(update={"model": model, "output": output, "compare": None}))
-        if place.is_main:
+        if group.is_main:
             check_results_folder(each[-1], trained)
-    first, second = (evaluate(own, report, place, trained) for own, trained in zip(each, models, strict=True))
+    first, second = (evaluate(own, report, group, trained) for own, trained in zip(each, models, strict=True))
     pairs = _pairs(first, second)
     right = [(a.is_right, b.is_right) for a, b in pairs]
     comparison = Comparison(
@@ -60,11 +60,11 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
         p_value=mcnemar(right.count((True, False)), right.count((False, True))),
         output=shared or second.output,
     )
-    if not place.is_main:
+    if not group.is_main:
         return comparison
     _write(comparison)
     again = reproduce_command(settings, ["--compare", str(first.model), str(second.model)])
-    context = Context(_setup(comparison), [("Repeat this comparison", again)], place.device)
+    context = Context(_setup(comparison), [("Repeat this comparison", again)], group.device)
     page = write_page(comparison.output, lambda: write_comparison_report(comparison, context), report)
     return replace(comparison, report=page)
 
@@ -75,13 +75,13 @@ def _pairs(first: EvalResult, second: EvalResult) -> tuple[Pair, ...]:
     models = f"--compare {first.model} {second.model}"
     if not pairs:
         raise SettingsError(
-            f"{models}: they were not scored on the same videos. Name the data for both with --path-to-data."
+            f"{models}: the models were not scored on the same videos. Name the data for both with --path-to-data."
         )
     for a, b in pairs:
         if a.video.label != b.video.label:
             raise SettingsError(
-                f"{models}: {a.video.name} is of the class {a.video.label} for the first and {b.video.label} for "
-                "the second. Name the data for both with --path-to-data."
+                f"{models}: {a.video.name} has the label {a.video.label} for the first model and {b.video.label} "
+                "for the second. Name the data for both with --path-to-data."
             )
     return pairs
 

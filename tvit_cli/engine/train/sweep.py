@@ -35,7 +35,7 @@ SUMMARY_FILE = "summary.json"
 
 
 def series_models(folder: Path | None) -> dict[str, Path]:
-    """The model folders of a series by the names of its runs; none where `folder` is something else."""
+    """Model folders of a series by the names of its runs; empty if `folder` is no series."""
     if folder is None or (folder / CARD_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
         return {}
     cards = sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
@@ -43,27 +43,27 @@ def series_models(folder: Path | None) -> dict[str, Path]:
 
 
 def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
-    """Score every model of a series as `evaluate` does, each on the data and split of its own training.
+    """Evaluates every model of a series, each on the data and split of its own training.
 
-    The summary goes to eval/<subset>/summary.json in the series' folder (eval/<subset>-<data> on other data), or to
-    `--output`, with a page beside it.
+    summary.json and a page go to eval/<subset> in the series' folder (eval/<subset>-<data> on other data), or to
+    `--output`. Raises the errors of `evaluate`.
     """
     assert settings.model is not None
-    place = join_process_group(settings.device)
+    group = join_process_group(settings.device)
     results = {}
     for name, model in models.items():
         output = None if settings.output is None else settings.output / name
         own = settings.model_copy(update={"model": model, "output": output})
-        results[name] = evaluate(own, report if place.is_main else silent, place)
+        results[name] = evaluate(own, report if group.is_main else silent, group)
     runs = {name: result.metrics for name, result in results.items()}
     folder = settings.output or settings.model / "eval" / next(iter(results.values())).output.name
     whole = SeriesResult(folder, runs, summarise(list(runs.values())), results)
-    if not place.is_main:
+    if not group.is_main:
         return whole
     write_summary(whole)
     outputs = {name: str(result.report or result.output) for name, result in results.items()}
     again = reproduce_command(settings, ["--model", str(settings.model)])
-    context = Context(outputs, [("Repeat this evaluation", again)], place.device)
+    context = Context(outputs, [("Repeat this evaluation", again)], group.device)
     series = settings.model.absolute().name
     page = write_page(folder, lambda: write_series_report(whole, series, context), report)
     return replace(whole, report=page)
@@ -78,10 +78,7 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]
 
 
 def write_summary(result: SeriesResult) -> None:
-    """Write summary.json to the series' folder: every run's metrics, their means and deviations.
-
-    Raises RunError where it cannot be written.
-    """
+    """Writes the metrics of all runs, their means and deviations to summary.json. Raises RunError."""
     content = {
         "runs": result.runs,
         "mean": {name: mean for name, (mean, _) in result.summary.items()},
@@ -92,35 +89,33 @@ def write_summary(result: SeriesResult) -> None:
 
 
 def train_series(series: Sequence[TrainSettings], report: Report = silent) -> SeriesResult:
-    """Train one run after the other into <experiment>/seed<s>-split<n>; runs that are finished are kept.
+    """Trains one run after the other into <experiment>/seed<s>-split<n>; finished runs are kept.
 
-    Raises SettingsError where the experiment's name is taken by something else, or a finished run of it was
-    trained with other settings; otherwise what `train` raises.
+    Raises SettingsError if the experiment is a single run, or a finished run has other settings; and the errors of
+    `train`.
     """
     first = series[0]
     if first.resume_from_checkpoint is not None:
         raise SettingsError(
-            f"--resume-from-checkpoint {first.resume_from_checkpoint}: a series has a checkpoint for each run. "
-            "Leave it out and name the series with --experiment-name: finished runs are kept, and one that was "
-            "stopped goes on."
+            f"--resume-from-checkpoint {first.resume_from_checkpoint}: each run of a series has its own. Leave "
+            "it out and name the series with --experiment-name: finished runs are kept, a stopped run resumes."
         )
     accelerator = make_accelerator(device=first.device, mixed_precision="no")
     name: str = broadcast_object_list([experiment_name(first)])[0]
     folder = first.working_directory / name
     if (folder / SETTINGS_FILE).exists():
         raise SettingsError(
-            f"--experiment-name {name}: {folder} is the folder of a single run. Take another."
+            f"--experiment-name {name}: {folder} is the folder of a single run. Choose another name."
         )
+    named = {f"seed{s.seed}-split{s.split}": s for s in series}
     runs = {
-        f"seed{s.seed}-split{s.split}": s.model_copy(
-            update={"working_directory": folder, "experiment_name": f"seed{s.seed}-split{s.split}"}
-        )
-        for s in series
+        run: s.model_copy(update={"working_directory": folder, "experiment_name": run})
+        for run, s in named.items()
     }
     for run, settings in runs.items():
         if settings.overwrite:
             check_replaceable(folder / run, settings)
-    finished = [run for run, s in runs.items() if _is_finished(folder / run) and not s.overwrite]
+    finished = [run for run, s in runs.items() if (folder / run / MODEL_FOLDER).exists() and not s.overwrite]
     for run in finished:
         runs[run] = check_finished_settings(folder / run, runs[run], accelerator.num_processes)
     for number, (run, settings) in enumerate(runs.items()):
@@ -132,8 +127,8 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
                 score_test(folder / run / MODEL_FOLDER, settings, report, process_group_of(accelerator))
         except Interrupted as stop:
             raise Interrupted(
-                f"{stop}\nOr go on with the whole series: the same command with --experiment-name {name}. "
-                f"{number} of its {len(runs)} runs are finished and will be kept.",
+                f"{stop}\nTo resume the whole series, repeat the command with --experiment-name {name}. "
+                f"{number} of its {len(runs)} runs are finished and are kept.",
                 exit_code=stop.exit_code,
             ) from stop
     accelerator.wait_for_everyone()
@@ -144,16 +139,12 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
     return result
 
 
-def _is_finished(run: Path) -> bool:
-    return (run / MODEL_FOLDER).exists()
-
-
 def _tested(run: Path) -> bool:
     return (run / TEST / METRICS_FILE).exists()
 
 
 def _metrics(run: Path) -> dict[str, float]:
-    """Validation metrics of the epoch that a finished run kept, and test metrics where they were taken."""
+    """Validation metrics of a finished run's best epoch, and its test metrics if there are any."""
     metrics = dict(load_card(run / MODEL_FOLDER).metrics)
     if _tested(run):
         metrics |= {f"test_{name}": value for name, value in read_metrics(run / TEST).items()}
