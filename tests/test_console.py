@@ -51,7 +51,7 @@ def test_quiet_keeps_warnings_and_results_only(capsys):
         facts = {"seconds": 1.0, "clips_per_second": 9.0, "data_wait": 0.1}
         console.report(EpochDone(1, {"train_loss": 1.0, "train_clip_top1": 0.5, **facts}))
         console.report(Note("careful", "warning"))
-        console.say("result")
+        console.print("result")
     captured = capsys.readouterr()
     assert captured.out == "result\n"
     assert captured.err == "warning: careful\n"

@@ -54,7 +54,7 @@ def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
             f"{result.folder}: {plural(count, 'difference')} from the manifest. "
             f"Repair them: tvit download {result.name} --repair"
         )
-    console.say(
+    console.print(
         f"{result.folder}: {plural(result.videos, 'video')} of {plural(result.classes, 'class')}; "
         f"{plural(result.new_files, 'new file')}, {size_text(result.bytes_received)} fetched."
     )
@@ -66,20 +66,20 @@ def extract(loaded: Loaded[ExtractSettings], console: Console) -> None:
 
     settings = loaded.settings
     if settings.check:
-        _show_check(console, console.run(engine.check, settings), as_json=settings.json_lines)
+        _print_check(console, console.run(engine.check, settings), as_json=settings.json_lines)
         return
     with console:
         rank, processes, wait = engine.process_group()
         report = console.report if rank == 0 else silent
         result = engine.extract(settings, report, rank=rank, processes=processes, wait_for_all=wait)
-    console.say(
+    console.print(
         f"{plural(result.videos, 'video')} extracted ({size_text(result.bytes)}, {result.seconds:.1f} s), "
         f"{result.skipped} already stored, {len(result.unreadable)} unreadable."
     )
-    console.say(f"Frame store: {result.folder}")
+    console.print(f"Frame store: {result.folder}")
 
 
-def _show_check(console: Console, result: CheckResult, *, as_json: bool) -> None:
+def _print_check(console: Console, result: CheckResult, *, as_json: bool) -> None:
     if as_json:
         for scan in result.scans:
             console.json_line({**asdict(scan), "path": str(scan.path)})
@@ -102,7 +102,7 @@ def _show_check(console: Console, result: CheckResult, *, as_json: bool) -> None
     if bad := len(result.unreadable):
         raise RunError(f"{bad} of {total} cannot be read.")
     if not as_json:
-        console.say(f"{len(result.scans)} of {total} can be read.")
+        console.print(f"{len(result.scans)} of {total} can be read.")
 
 
 def train(loaded: Loaded[TrainSettings], console: Console) -> None:
@@ -113,7 +113,7 @@ def train(loaded: Loaded[TrainSettings], console: Console) -> None:
         loaded = loaded.over(saved_settings(find_run(loaded.settings)))
     settings = loaded.settings
     if settings.show_settings:
-        _show_settings(console, loaded)
+        _print_settings(console, loaded)
         return
     from tvit_cli.engine import train as engine
     from tvit_cli.engine.launch import exit_with_launcher
@@ -124,28 +124,28 @@ def train(loaded: Loaded[TrainSettings], console: Console) -> None:
         return
     exit_with_launcher()
     if settings.dry_run:
-        _show_plan(console, console.run(dry_run, settings))
+        _print_plan(console, console.run(dry_run, settings))
         return
     if len(loaded.series) > 1:
         series = console.run(train_series, loaded.series)
-        _show_series(console, series, ("val_video_top1", "val_loss", "test_video_top1"))
+        _print_series(console, series, ("val_video_top1", "val_loss", "test_video_top1"))
         return
     result = console.run(engine.train, settings)
     if best := result.best:
-        console.say(
+        console.print(
             f"Best epoch {result.best_epoch}: validation top-1 {best['val_video_top1']:.3f} "
             f"(loss {best['val_loss']:.3f})."
         )
     if result.test is not None:
         metrics = result.test.metrics
         videos = plural(round(metrics["videos"]), "test video")
-        console.say(f"Test top-1 {metrics['video_top1']:.3f} on {videos}, none of them used in training.")
-    _say_report(console, result.report)
+        console.print(f"Test top-1 {metrics['video_top1']:.3f} on {videos}, none of them used in training.")
+    _print_report(console, result.report)
     model = result.model
     console.next_steps(model, [f"tvit predict VIDEO --model {model}", f"tvit eval --model {model}"])
 
 
-def _show_settings(console: Console, loaded: Loaded[TrainSettings]) -> None:
+def _print_settings(console: Console, loaded: Loaded[TrainSettings]) -> None:
     series = [settings.model_dump(mode="json", exclude={"show_settings"}) for settings in loaded.series]
     rows = [
         (name, ",".join(dict.fromkeys(json.dumps(values[name]) for values in series)), loaded.origins[name])
@@ -154,7 +154,7 @@ def _show_settings(console: Console, loaded: Loaded[TrainSettings]) -> None:
     console.table(["setting", "value", "from"], rows)
 
 
-def _show_plan(console: Console, plan: DryRun) -> None:
+def _print_plan(console: Console, plan: DryRun) -> None:
     from tvit_cli.console import duration
 
     memory, clips = plan.memory, plan.micro_batch
@@ -195,18 +195,18 @@ def _run_processes(count: int, *, resumes: bool) -> bool:
     return True
 
 
-def _say_report(console: Console, report: Path | None) -> None:
+def _print_report(console: Console, report: Path | None) -> None:
     if report is not None:
-        console.say(f"Report: {report}")
+        console.print(f"Report: {report}")
 
 
-def _show_series(console: Console, result: SeriesResult, metrics: Iterable[str]) -> None:
+def _print_series(console: Console, result: SeriesResult, metrics: Iterable[str]) -> None:
     names = [name for name in metrics if name in result.summary]
     rows = [(run, *(f"{found[name]:.3f}" for name in names)) for run, found in result.runs.items()]
     rows.append(("mean ± sd", *("{:.3f} ± {:.3f}".format(*result.summary[name]) for name in names)))
     console.table(["run", *(name.replace("_", " ") for name in names)], rows)
-    console.say(f"\nWritten to {result.folder}")
-    _say_report(console, result.report)
+    console.print(f"\nWritten to {result.folder}")
+    _print_report(console, result.report)
 
 
 def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
@@ -223,7 +223,7 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
     if models := series_models(settings.model):
         with console:
             series = evaluate_series(settings, models, console.report)
-        _show_series(console, series, (name for name in series.summary if name != "unreadable"))
+        _print_series(console, series, (name for name in series.summary if name != "unreadable"))
         return
     result = console.run(engine.evaluate, settings)
     for note in result.notes:
@@ -233,18 +233,18 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
         for label, c in sorted(result.per_class.items())
     ]
     console.table(["class", "videos", "top-1", "precision", "F1"], rows)
-    console.say("")
+    console.print("")
     if result.confused:
         console.table(["most confused", "predicted as", "videos"], result.confused)
-        console.say("")
+        console.print("")
     metrics = [
         (name, f"{value:.{0 if name in COUNTS else 4}f}", _interval(result.intervals.get(name)))
         for name, value in result.metrics.items()
     ]
     console.table(["metric", result.subset, "95 % interval"], metrics)
     speed = result.metrics["videos"] / result.seconds
-    console.say(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
-    _say_report(console, result.report)
+    console.print(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
+    _print_report(console, result.report)
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -263,16 +263,16 @@ def _compare(settings: EvalSettings, console: Console) -> None:
     ]
     if rows:
         console.table(["change", "video", "class", "first model", "second model"], rows)
-        console.say("")
+        console.print("")
     first, second = result.first.metrics, result.second.metrics
     metrics = [(name, f"{first[name]:.4f}", f"{second[name]:.4f}") for name in first if name in second]
     console.table(["metric", "first model", "second model"], metrics)
-    console.say(
+    console.print(
         f"\nTop-1 {result.difference:+.4f} on {plural(result.videos, 'video')} (95 % interval "
         f"{_interval(result.interval) or 'unknown: one group only'}): {len(result.gained)} gained, "
         f"{len(result.lost)} lost, McNemar p = {result.p_value:.3g}. Written to {result.output}"
     )
-    _say_report(console, result.report)
+    _print_report(console, result.report)
 
 
 def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
@@ -371,9 +371,9 @@ def export(loaded: Loaded[ExportSettings], console: Console) -> None:
         ("top-1 agreement", f"{parity.top1_agreement:.3f}", f"{parity.agreement_limit:g}"),
     ]
     console.table(["parity with the model", "found", "limit"], rows)
-    console.say(f"\nOn {parity.clips}. Written to {result.output} ({size_text(result.bytes)}).")
+    console.print(f"\nOn {parity.clips}. Written to {result.output} ({size_text(result.bytes)}).")
     if result.url is not None:
-        console.say(f"Uploaded to {result.url}")
+        console.print(f"Uploaded to {result.url}")
 
 
 def shut_down(*, graceful: bool) -> None:

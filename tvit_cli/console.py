@@ -9,21 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TypeVar
 
+from rich import progress
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +52,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class _Bars(RichProgress):
+class _Bars(progress.Progress):
     """Progress bars above one line of facts, cut to the width of the terminal."""
 
     facts = ""
@@ -92,28 +83,26 @@ class Console:
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not self._is_main)
         self._is_live = self._err.is_terminal and verbosity != "quiet"
         self._bars = _Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[facts]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("[dim]left"),
+            progress.TimeRemainingColumn(),
             console=self._err,
             transient=True,
             refresh_per_second=FRAMES_PER_SECOND,
             disable=not self._is_live,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, progress.TaskID] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Console:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
     def run(self, work: Callable[[T, Report], R], settings: T) -> R:
@@ -128,7 +117,7 @@ class Console:
                 self.warn(event.text)
             case Note():
                 if event.level == "info" or self._verbosity == "verbose":
-                    self._print(escape(event.text))
+                    self._print_progress(escape(event.text))
             case Progress():
                 text = size_text if event.unit == "bytes" else "{:,}".format
                 done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
@@ -136,7 +125,7 @@ class Console:
                 self._line(f"{event.task}: {done}{total}")
             case TrainingStarts():
                 for name, fact in event.facts.items():
-                    self._print(f"[dim]{name:>8}[/]  {escape(fact)}")
+                    self._print_progress(f"[dim]{name:>8}[/]  {escape(fact)}")
                 self._bar("training", event.first_step, event.epochs * event.steps_per_epoch)
             case StepDone():
                 self._bars.facts = (
@@ -172,7 +161,7 @@ class Console:
             writer.writerow(columns)
             writer.writerows(rows)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line of the result on stdout."""
         self._out.print(escape(text))
 
@@ -183,13 +172,13 @@ class Console:
     def next_steps(self, path: Path, commands: Iterable[str]) -> None:
         """Prints the path of a model and the commands that use it; a quiet console prints the path only."""
         if self._verbosity == "quiet":
-            self.say(str(path))
+            self.print(str(path))
             return
         self._out.print(f"The model is in [bold]{escape(str(path))}[/]. Next:")
         for command in commands:
             self._out.print(f"  [bold cyan]{escape(command)}[/]")
 
-    def _print(self, markup: str) -> None:
+    def _print_progress(self, markup: str) -> None:
         if self._verbosity != "quiet":
             self._err.print(markup)
 
@@ -198,7 +187,7 @@ class Console:
         now = time.monotonic()
         if not self._is_live and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._print(escape(text))
+            self._print_progress(escape(text))
 
     def _bar(self, name: str, done: int, total: int | None, facts: str = "") -> None:
         if name not in self._tasks:
@@ -220,4 +209,4 @@ class Console:
             text += f"  │ {name} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
         text += f"  │ {m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
         text += f", {m['data_wait']:.0%} waiting for data"
-        self._print(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))
+        self._print_progress(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))

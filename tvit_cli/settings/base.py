@@ -68,10 +68,8 @@ def setting(
 
     Flag, environment variable, TOML key, help and docs are derived from it.
     """
-    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
     extra: dict[str, Any] = {"panel": panel, "reference": None, "why": None, **facts}
-    return Field(default, description=description, json_schema_extra=extra, **given)
+    return Field(default, description=description, json_schema_extra=extra, ge=ge, gt=gt, le=le, lt=lt)
 
 
 def extra(field: FieldInfo) -> dict[str, Any]:
@@ -154,11 +152,11 @@ def variable(key: str) -> str:
     return ENVIRONMENT_PREFIX + key.upper()
 
 
-def suggestion(word: str, known: Iterable[str], *, most: int = 1) -> str:
-    """A question with the most similar known words, ignoring case, after a space; "" without a similar one."""
-    spelt = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word.casefold(), spelt, n=most)
-    return f" Did you mean {' or '.join(spelt[name] for name in near)}?" if near else ""
+def suggestion(word: str, names: Iterable[str], *, most: int = 1) -> str:
+    """A question with the most similar names, ignoring case, after a space; "" without a similar one."""
+    by_folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=most)
+    return f" Did you mean {' or '.join(by_folded[name] for name in near)}?" if near else ""
 
 
 def is_optional(field: FieldInfo) -> bool:
