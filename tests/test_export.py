@@ -32,7 +32,7 @@ from tvit_cli.engine.predict import predict
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.portable.preprocessing import frames_to_input
-from tvit_cli.portable.reading import indices_on_grid, segment_indices
+from tvit_cli.portable.reading import segment_indices
 from tvit_cli.results import TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
@@ -686,7 +686,7 @@ def test_the_graph_of_preprocessing_gives_the_same_bits(resize, extra):
 @pytest.mark.parametrize("grid", [None, 5])
 def test_the_shipped_reader_gives_the_frames_that_tvit_reads(tmp_path, make_video, packed_xvid, grid):
     def choose(count):
-        return segment_indices(count, 4) if grid is None else indices_on_grid(count, 4, grid=grid)
+        return segment_indices(count, 4, grid=grid)
 
     copy_source(tmp_path)
     videos = [packed_xvid, make_video(tmp_path / "a.avi", 11), make_video(tmp_path / "b.mp4", 2)]

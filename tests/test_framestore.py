@@ -21,7 +21,7 @@ from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.data.video import read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import DataError, RunError, VideoError
-from tvit_cli.portable.reading import grid_indices, indices_on_grid, segment_indices
+from tvit_cli.portable.reading import grid_indices, segment_indices
 
 LENGTHS = {"v_run_g01_c01.avi": 40, "v_run_g02_c01.avi": 5, "v_walk_g01_c01.avi": 23, "v_walk_g02_c01.avi": 8}
 
@@ -146,12 +146,12 @@ def test_sampling_on_a_grid_is_sampling_of_its_positions():
         kept = grid_indices(frames, 8)
         assert len(kept) == min(frames, 8)
         for n in (1, 5, 8, 11):
-            chosen = indices_on_grid(frames, n, grid=8)
+            chosen = segment_indices(frames, n, grid=8)
             assert chosen == sorted(chosen)
             assert len(chosen) == n
             assert set(chosen) <= set(kept)
-    assert indices_on_grid(16, 2, grid=4) == [6, 14]
-    assert indices_on_grid(100, 8, grid=8) == grid_indices(100, 8)
+    assert segment_indices(16, 2, grid=4) == [6, 14]
+    assert segment_indices(100, 8, grid=8) == grid_indices(100, 8)
 
 
 def test_large_frames_are_stored_smaller_and_small_ones_as_they_are(tmp_path):

@@ -34,7 +34,7 @@ from tvit_cli.engine.predict.timeline import (
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
 from tvit_cli.model.folder import save_model
-from tvit_cli.portable.reading import indices_on_grid, segment_indices
+from tvit_cli.portable.reading import segment_indices
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
@@ -107,7 +107,7 @@ def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(frames, 
     (window,) = sliding_windows(
         film(frames / 12, 12), length=frames / 12, stride=1e3, positions=frame_positions(n_frames, grid)
     )
-    expected = indices_on_grid(frames, n_frames, grid=grid) if grid else segment_indices(frames, n_frames)
+    expected = segment_indices(frames, n_frames, grid=grid)
     assert window.frames()[:, 0, 0, 0].tolist() == expected
     assert window.frames().shape == (n_frames, 1, 1, 3)
 

@@ -30,7 +30,7 @@ from tvit_cli.data.layout import Video
 from tvit_cli.data.randaugment import Kind, draw_generator
 from tvit_cli.data.video import Clip, Frames, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
-from tvit_cli.portable.reading import Key, clip_offsets, indices_on_grid, segment_indices
+from tvit_cli.portable.reading import Key, clip_offsets, segment_indices
 
 # Note [Threads for frame stores]
 # A clip of 18 frames of 320x240 is 4 MB. Between processes it costs the kernel a thousand fresh pages of shared
@@ -143,10 +143,7 @@ class ClipDataset(Dataset[ClipItem]):
             offsets = [[offset] * self.n_frames for offset in clip_offsets(self.clips_per_video)]
 
         def choose(frame_count: int) -> list[int]:
-            if self.grid is None:
-                clips = [segment_indices(frame_count, self.n_frames, given) for given in offsets]
-            else:
-                clips = [indices_on_grid(frame_count, self.n_frames, o, grid=self.grid) for o in offsets]
+            clips = [segment_indices(frame_count, self.n_frames, o, grid=self.grid) for o in offsets]
             return [index for segment in zip(*clips, strict=True) for index in segment]  # ascending
 
         video = self.videos[index]

@@ -178,12 +178,10 @@ def find_newest_model(working_directory: Path) -> Path:
     Raises ModelError if there is none.
     """
     written = []
-    for pattern in (f"*/{MODEL_FOLDER}/{CARD_FILE}", f"*/*/{MODEL_FOLDER}/{CARD_FILE}"):
-        for card in working_directory.glob(pattern):
-            try:
+    for depth in ("*", "*/*"):
+        for card in working_directory.glob(f"{depth}/{MODEL_FOLDER}/{CARD_FILE}"):
+            with suppress(FileNotFoundError):  # replaced after it was listed
                 written.append((card.stat().st_mtime_ns, card.parent))
-            except FileNotFoundError:
-                continue  # replaced after it was listed
     if not written:
         raise ModelError(
             f"{working_directory}: no trained model in it. Train one (tvit train --preset quickstart), or "

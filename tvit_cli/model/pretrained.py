@@ -1,35 +1,19 @@
-"""Pretrained image weights, loaded into the temporal ViT."""
+"""Pretrained weights, of an image ViT or of a model that tvit trained, loaded into the temporal ViT."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tvit_cli.errors import ModelError
-from tvit_cli.model.backbone import (
-    LoadReport,
-    PretrainedConfig,
-    backbone_config,
-    copy_parameters,
-    inflate_central,
-    load_backbone,
-)
-from tvit_cli.model.families import (
-    EXPORTED,
-    FAMILIES,
-    POSITIONS,
-    REFERENCE,
-    TIMM,
-    Channels,
-    Config,
-    Family,
-    expand_names,
-    find_family,
-)
-from tvit_cli.model.folder import CONFIG_FILE, export_not_loadable
+from tvit_cli.model import families
+from tvit_cli.model.families import FAMILIES, POSITIONS, TIMM, Channels, Config, Family
+from tvit_cli.model.folder import CONFIG_FILE, export_not_loadable, load_config
 from tvit_cli.model.weights import (
     PREPROCESSOR_FILE,
     WeightsSource,
@@ -37,10 +21,18 @@ from tvit_cli.model.weights import (
     check_tensor,
     resolve_weights,
 )
+from tvit_cli.portable.layers import resize_temporal
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid
+from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import IMAGENET_MEAN
 
 __all__ = ["LoadReport", "PretrainedConfig", "load_pretrained", "read_config", "resolve_weights"]
+
+NETWORK = (  # fields of ViTConfig that the weights fix
+    "width", "depth", "num_heads", "mlp_width", "patch_size", "norm_eps", "activation", "qkv_bias",
+    "extra_tokens", "pre_norm",
+)  # fmt: skip
+SCHEME = ("attention", "temporal_depth", "temporal_index")  # fields that fix the temporal modules
 
 ACTIVATIONS = {  # Hugging Face's name -> ours
     "gelu": "gelu",
@@ -62,13 +54,53 @@ SIZES = {  # field of ViTConfig -> key of Hugging Face's config
 EXTRA_POSITIONS = "positions.extra_positions"  # added to positions.extra
 
 
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """Network of pretrained weights, and the size and normalisation of its input."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    image_size: int
+    network: dict[str, Any]  # the fields of NETWORK
+    mean: Channels
+    std: Channels
+    notes: tuple[str, ...] = ()
+
+    def vit_config(self, *, frame_size: int | None = None, **shape: Any) -> ViTConfig:
+        """Config of a temporal ViT for these weights, by default at their own frame size.
+
+        `shape` holds the other fields of ViTConfig. Raises ValueError for values that contradict each other.
+        """
+        return ViTConfig(frame_size=frame_size or self.image_size, **shape, **self.network)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Number of matched tensors, names of new (ours alone) and unused (theirs alone) ones, notes for the user."""
+
+    matched: int
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def read_config(source: WeightsSource) -> PretrainedConfig:
     """Network and normalisation that the weights were trained with.
 
-    Raises ModelError for an unsupported family and for invalid values.
+    Raises ModelError for an unsupported family, for invalid values, and for weights that a card does not belong to.
     """
     if source.is_ours:
-        return backbone_config(source)
+        card, config = load_config(source.folder)
+        if source.sha256 != card.weights_sha256:
+            raise ModelError(
+                f"{source.name}: the weights are not those of the card beside them. Copy both again."
+            )
+        network = {key: getattr(config, key) for key in NETWORK}
+        mean, std = card.preprocessing.mean, card.preprocessing.std
+        return PretrainedConfig(
+            source.name, source.revision, source.sha256, config.frame_size, network, mean, std
+        )
     family, stored = _family(source)
     raw = family.config(source.read_json(CONFIG_FILE), stored)
     if family is FAMILIES[TIMM] and raw["num_attention_heads"] is None:
@@ -104,16 +136,19 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
 
     Positions are interpolated bicubically to the model's grid (align_corners False, as in transformers). A
     LayerScale is folded into the layer before it. Tubelets start by ViViT's central-frame initialisation
-    (arXiv:2103.15691). Raises ModelError for tensors that are missing, unexpected, stored twice, of the wrong shape
-    or not finite.
+    (arXiv:2103.15691). Of a model that tvit trained, all but the classifier is copied; between different
+    attention schemes, only the counterparts of an image ViT. Raises ModelError for tensors that are missing,
+    unexpected, stored twice, of the wrong shape or not finite.
     """
     config = read_config(source)
-    config.check_network(model.config)
+    for key, expected in config.network.items():
+        if (ours := getattr(model.config, key)) != expected:
+            raise ModelError(f"{source.name}: {key} is {expected}, and {ours} in the model. Make them equal.")
     if source.is_ours:
-        return load_backbone(model, source)
+        return _load_trained(model, source)
     parameters = dict(model.named_parameters())
     family, stored = _family(source)
-    names = expand_names(family.tensors, family.modules, config.network["depth"], stored)
+    names = families.expand_names(family.tensors, family.modules, config.network["depth"], stored)
     names = {theirs: ours for theirs, ours in names.items() if _has_parameter(ours, parameters)}
     unused = tuple(name for name in stored if name.startswith(family.unused))
     check_match(source, {n: stored[n] for n in stored if n not in unused}, dict.fromkeys(names))
@@ -151,20 +186,96 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     for name in set(family.zeros) - filled:
         parameters[name].zero_()
         filled.add(name)
-    new = copy_parameters(parameters, model.copied_parameters(), filled, notes)
+    new = _copy_parameters(parameters, model.copied_parameters(), filled, notes)
     return LoadReport(len(names), new, unused, tuple(notes))
+
+
+def _load_trained(model: TemporalViT, source: WeightsSource) -> LoadReport:
+    """Copies the weights of a model folder, interpolated to another frame size and number of times."""
+    (_, theirs), ours = load_config(source.folder), model.config
+    stored = dict(TemporalViT(theirs, initialise=False).named_parameters())
+    check_match(source, source.tensors, stored)
+    parameters, copies = dict(model.named_parameters()), model.copied_parameters()
+    excluded = ["classifier"]
+    if any(getattr(theirs, key) != getattr(ours, key) for key in SCHEME):
+        excluded += model.added_modules()
+    else:
+        copies = {}  # temporal attention was trained, too
+    prefixes = tuple(f"{module}." for module in excluded)
+    filled = [n for n in stored if n in parameters and n not in copies and not n.startswith(prefixes)]
+    notes: dict[str, None] = {}  # an ordered set
+    for name in stored:
+        tensor = check_tensor(source, name, source.tensors[name])
+        if name in filled:
+            parameter = parameters[name]
+            if tensor.dtype != parameter.dtype:
+                notes[f"weights converted from {tensor.dtype} to {parameter.dtype}"] = None
+            parameter.copy_(_resize(source, name, tensor.to(parameter.dtype), theirs, ours, notes))
+    new = _copy_parameters(parameters, copies, set(filled), notes)
+    unused = tuple(name for name in stored if name not in filled)
+    return LoadReport(len(filled), new, unused, tuple(notes))
+
+
+def _copy_parameters(
+    parameters: Mapping[str, Tensor], copies: Mapping[str, str], filled: Set[str], notes: dict[str, None]
+) -> tuple[str, ...]:
+    """Copies parameters within a model (copy -> original); returns names of those neither filled nor copies."""
+    for copy, original in copies.items():
+        parameters[copy].copy_(parameters[original])
+    if copies:
+        notes["temporal attention starts as a copy of spatial attention"] = None
+    return tuple(name for name in parameters if name not in filled and name not in copies)
+
+
+def _inflate(patches: Tensor, tubelet_size: int, notes: dict[str, None]) -> Tensor:
+    """Patch weights of single frames for tubelets of several, (D, C, p, p) -> (D, t*C, p, p).
+
+    ViViT's central-frame initialisation (arXiv:2103.15691): zeros for all frames but one.
+    """
+    centre = tubelet_size // 2
+    notes[f"patch embedding: on frame {centre + 1} of each tubelet of {tubelet_size}"] = None
+    frames = [torch.zeros_like(patches)] * tubelet_size
+    frames[centre] = patches
+    return torch.cat(frames, dim=1)
+
+
+def _resize(
+    source: WeightsSource,
+    name: str,
+    tensor: Tensor,
+    theirs: ViTConfig,
+    ours: ViTConfig,
+    notes: dict[str, None],
+) -> Tensor:
+    """A tensor for a model of another frame size, number of times, or tubelet size."""
+    if name == "patch_embed.weight" and theirs.tubelet_size != ours.tubelet_size:
+        if theirs.tubelet_size > 1:
+            raise ModelError(
+                f"{source.name}: its tubelets are of {theirs.tubelet_size} frames, those of the model of "
+                f"{ours.tubelet_size}. Give {flag('tubelet_size')} {theirs.tubelet_size}."
+            )
+        return _inflate(tensor, ours.tubelet_size, notes)
+    if name == "positions.spatial" and theirs.grid != ours.grid:
+        before, after = (f"{config.grid} x {config.grid}" for config in (theirs, ours))
+        notes[f"positions interpolated from {before} to {after} patches"] = None
+        return resize_grid(tensor, (ours.grid, ours.grid))  # (1, P, D)
+    times = ours.n_frames // ours.tubelet_size
+    if name in ("temporal.embedding", "summary.times.embedding") and tensor.shape[1] != times:
+        notes[f"temporal embedding interpolated from {tensor.shape[1]} to {times} times"] = None
+        return resize_temporal(tensor, times)
+    return tensor
 
 
 def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
     """The family of the weights, and its tensors less the family's prefix."""
     config = source.read_json(CONFIG_FILE)
-    family = find_family(config, source.tensors)
-    if config.get("model_type") == REFERENCE:
+    family = families.find_family(config, source.tensors)
+    if config.get("model_type") == families.REFERENCE:
         raise ModelError(
             f"{source.name}: a trained video classifier, not an image ViT. Evaluate it with tvit eval --model "
             f"{source.name}, or train from an image ViT such as google/vit-base-patch16-224."
         )
-    if config.get("model_type") == EXPORTED:
+    if config.get("model_type") == families.EXPORTED:
         raise export_not_loadable(source.name)
     if family is None:
         known = ", ".join(name for name in FAMILIES if name != TIMM)
@@ -238,7 +349,7 @@ def _convert(
 ) -> dict[str, Tensor]:
     """Our parameters from one stored tensor: positions and fused layers are split, patch weights inflated."""
     if name == "patch_embed.weight" and config.tubelet_size > 1:
-        return {name: inflate_central(tensor, config.tubelet_size, notes)}
+        return {name: _inflate(tensor, config.tubelet_size, notes)}
     if name == POSITIONS:
         return _split_positions(source, family, tensor, config, notes)
     layer, fused, leaf = name.partition(".qkv.")

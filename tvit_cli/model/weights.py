@@ -55,11 +55,6 @@ class WeightsSource:
         """Whether tvit reads them by their card: no config beside it describes them for another library."""
         return self.is_model_folder and "model_type" not in self.read_json(CONFIG_FILE)
 
-    @property
-    def config_file(self) -> str:
-        """The file that describes the network."""
-        return CARD_FILE if self.is_ours else CONFIG_FILE
-
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the weights file; of several, that of their hashes, one a line, in the order of names."""
@@ -215,9 +210,10 @@ def _how_to_convert(name: str) -> str:
 def check_match(source: WeightsSource, saved: Mapping[str, Tensor], own: Mapping[str, Tensor | None]) -> None:
     """Raises ModelError unless names and shapes are those of `own`, where None stands for any shape."""
     if problems := tensor_mismatches(saved, own):
+        config_file = CARD_FILE if source.is_ours else CONFIG_FILE
         raise ModelError(
-            f"{source.name}: {problems}. The weights do not fit the network in their {source.config_file}: fetch "
-            "both again, or use a plain ViT."
+            f"{source.name}: {problems}. The weights do not fit the network in their {config_file}: fetch both, "
+            "or use a plain ViT."
         )
 
 

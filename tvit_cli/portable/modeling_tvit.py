@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .config import ViTConfig
 from .layers import AddedModule
-from .vit import Positions, TemporalViT
+from .vit import Positions, TemporalViT, init_layer
 
 
 class TvitConfig(PretrainedConfig):
@@ -60,16 +60,11 @@ class TvitPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AddedModule):
             module.reset_parameters(generator=None, from_scratch=True)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, Positions):
             for position in module.parameters(recurse=False):
                 nn.init.trunc_normal_(position, std=0.02)
+        else:
+            init_layer(module)
 
 
 class TvitModel(TvitPreTrainedModel):

@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from .preprocessing import frames_to_input
-from .reading import choose_frames, read_clip
+from .reading import read_clip, segment_indices
 
 
 class TvitVideoProcessor(VideoProcessorMixin):
@@ -66,7 +66,7 @@ class TvitVideoProcessor(VideoProcessorMixin):
                 raise ValueError(
                     f"frames must be uint8 (frames, H, W, 3), not {stacked.dtype} {stacked.shape}"
                 )
-            frames = stacked[choose_frames(len(stacked), self.n_frames, self.frame_grid)]
+            frames = stacked[segment_indices(len(stacked), self.n_frames, grid=self.frame_grid)]
         return frames_to_input(
             torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2),
             frame_size=self.frame_size,

@@ -25,14 +25,21 @@ Key = tuple[int, int]
 CENTRE = 0.5  # of a segment: the offset of evaluation
 
 
-def segment_indices(frame_count: int, n_frames: int, offsets: Sequence[float] | None = None) -> list[int]:
+def segment_indices(
+    frame_count: int, n_frames: int, offsets: Sequence[float] | None = None, *, grid: int | None = None
+) -> list[int]:
     """Indices of `n_frames` frames in time order, one from each of as many equal segments (TSN, Wang et al. 2016).
 
     `offsets` lie within the segments, each in [0, 1); None means the centres. A video shorter than the clip gives
-    all its frames and repeats its last. Raises ValueError for counts below 1 and for offsets that do not fit.
+    all its frames and repeats its last. With `grid`, only the frames of `grid_indices` count. Raises ValueError for
+    counts below 1 and for offsets that do not fit.
     8 frames, 4 wanted -> segments 0-1, 2-3, 4-5, 6-7 -> centres [1, 3, 5, 7].
     3 frames, 5 wanted -> [0, 1, 2, 2, 2].
+    16 frames, 2 wanted on a grid of 4 (2, 6, 10, 14) -> [6, 14].
     """
+    if grid is not None:
+        kept = grid_indices(frame_count, grid)
+        return [kept[position] for position in segment_indices(len(kept), n_frames, offsets)]
     if frame_count < 1 or n_frames < 1:
         raise ValueError(f"{n_frames} frames cannot be chosen from {frame_count}")
     if offsets is None:
@@ -59,27 +66,11 @@ def grid_indices(frame_count: int, grid: int) -> list[int]:
     return segment_indices(frame_count, min(grid, frame_count))
 
 
-def indices_on_grid(
-    frame_count: int, n_frames: int, offsets: Sequence[float] | None = None, *, grid: int
-) -> list[int]:
-    """`segment_indices` restricted to the frames of `grid_indices`.
-
-    16 frames, grid of 4 -> 2 6 10 14; 2 wanted, their centres -> [6, 14].
-    """
-    kept = grid_indices(frame_count, grid)
-    return [kept[position] for position in segment_indices(len(kept), n_frames, offsets)]
-
-
 # Without FULL_CHR_H_INT swscale converts to RGB through truncating tables: white becomes 253.
-SCALING = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
-# Between YUV formats of one matrix there are no such tables, and exact rounding takes twice the time for the same
-# numbers.
-PLANE_SCALING = Interpolation.BILINEAR | Interpolation.BITEXACT
+PLANE_SCALING = (
+    Interpolation.BILINEAR | Interpolation.BITEXACT
+)  # between YUV formats of one matrix: no tables
+SCALING = PLANE_SCALING | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 _MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> matrix for swscale
     1: Colorspace.ITU709,
@@ -106,13 +97,6 @@ def matrix_by_height(height: int) -> Colorspace:
     return Colorspace.ITU601 if height < _HD_HEIGHT else Colorspace.ITU709
 
 
-def choose_frames(frame_count: int, n_frames: int, frame_grid: int | None = None) -> list[int]:
-    """Frames of the centre clip: the middle one of each of `n_frames` equal segments."""
-    if frame_grid is None:
-        return segment_indices(frame_count, n_frames)
-    return indices_on_grid(frame_count, n_frames, grid=frame_grid)
-
-
 def read_clip(
     path: str | PathLike[str], *, n_frames: int, short_side: int, frame_grid: int | None = None
 ) -> np.ndarray[Any, Any]:
@@ -125,7 +109,7 @@ def read_clip(
     count = sum(1 for _ in decoded(path))
     if not count:
         raise ValueError(f"{path}: no frame of it can be decoded")
-    chosen = choose_frames(count, n_frames, frame_grid)
+    chosen = segment_indices(count, n_frames, grid=frame_grid)
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray[Any, Any]] = {}
     width, height, turns = 0, 0, 0

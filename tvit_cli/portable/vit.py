@@ -33,7 +33,7 @@ from .layers import (
     truncated_normal,
 )
 
-__all__ = ["Positions", "TemporalViT", "ViTConfig", "build_model", "resize_grid"]
+__all__ = ["Positions", "TemporalViT", "ViTConfig", "build_model", "init_layer", "resize_grid"]
 
 CLASSIFIER_SCALE = 0.01  # of Xavier's: the first loss is close to log(K), whatever the features are
 
@@ -108,9 +108,6 @@ class WholeClip(nn.Module):
 class MeanOverGroups(nn.Module):
     """Mean over the groups: over times, or the vector itself where the clip is one group."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-
     def forward(self, groups: Tensor) -> Tensor:
         """(B, G, D) -> (B, D)."""
         return groups.mean(dim=1)
@@ -122,18 +119,18 @@ class Scheme:
 
     grouping: type[nn.Module]
     block: type[Block]
-    has_embedding: bool  # a temporal embedding on the patches
-    summary: Callable[[ViTConfig], nn.Module]
+    has_embedding: bool = False  # a temporal embedding on the patches
+    has_encoder: bool = False  # a TemporalEncoder of the groups, else their mean
     attends_over_time: bool = False
 
 
 SCHEMES: dict[str, Scheme] = {  # by ViTConfig.attention
     # ViViT's model 1, arXiv:2103.15691
-    "joint": Scheme(WholeClip, Block, True, MeanOverGroups),
-    "divided": Scheme(nn.Identity, DividedBlock, True, MeanOverGroups, attends_over_time=True),
-    "factorized": Scheme(nn.Identity, Block, False, TemporalEncoder),
+    "joint": Scheme(WholeClip, Block, has_embedding=True),
+    "divided": Scheme(nn.Identity, DividedBlock, has_embedding=True, attends_over_time=True),
+    "factorized": Scheme(nn.Identity, Block, has_encoder=True),
     # Baseline without access to the order of frames.
-    "space": Scheme(nn.Identity, Block, False, MeanOverGroups),
+    "space": Scheme(nn.Identity, Block),
 }
 
 
@@ -236,7 +233,7 @@ class TemporalViT(nn.Module):
             )
             self.norm = nn.LayerNorm(width, eps=config.norm_eps)
             self.pool = POOLING[config.pool](config)
-            self.summary = scheme.summary(config)
+            self.summary = TemporalEncoder(config) if scheme.has_encoder else MeanOverGroups()
             self.feature_norm = FeatureNorm(width) if config.feature_norm else nn.Identity()
             self.classifier = nn.Linear(width, config.num_classes)
         if initialise:
@@ -288,15 +285,12 @@ class TemporalViT(nn.Module):
 
     def copied_parameters(self) -> dict[str, str]:
         """Parameters that start as copies of pretrained ones: temporal attention's of spatial attention's."""
-        pairs = (("temporal.norm.", "norm1."), ("temporal.attention.", "attention."))
-        names = dict(self.named_parameters())
-        return {
-            f"blocks.{n}.{copy}{leaf}": f"blocks.{n}.{original}{leaf}"
-            for n, block in enumerate(self.blocks)
-            for copy, original in pairs
-            for leaf, _ in block.get_submodule(original[:-1]).named_parameters()
-            if f"blocks.{n}.{copy}{leaf}" in names
-        }
+        names = [name for name, _ in self.blocks.named_parameters(prefix="blocks")]
+        originals = (
+            n.replace(".temporal.norm.", ".norm1.").replace(".temporal.attention.", ".attention.")
+            for n in names
+        )
+        return {name: original for name, original in zip(names, originals, strict=True) if name != original}
 
     @torch.no_grad()
     def reset_parameters(
@@ -314,16 +308,7 @@ class TemporalViT(nn.Module):
         before it (docs/negative-results.md).
         """
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear | nn.Conv2d):
-                if truncated_normal_weights:
-                    truncated_normal(module.weight, generator)
-                else:
-                    nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            init_layer(module, generator, truncated=truncated_normal_weights)
         if not (truncated_normal_weights or from_scratch):
             self.classifier.weight.mul_(CLASSIFIER_SCALE)
         for position in self.positions.parameters():
@@ -364,6 +349,22 @@ def build_model(
         from_scratch=from_scratch,
     )
     return model
+
+
+def init_layer(
+    module: nn.Module, generator: torch.Generator | None = None, *, truncated: bool = False
+) -> None:
+    """First values of a LayerNorm, or of a linear or convolution layer; other modules stay as they are."""
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear | nn.Conv2d):
+        if truncated:
+            truncated_normal(module.weight, generator)
+        else:
+            nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class _SkipInit(TorchFunctionMode):

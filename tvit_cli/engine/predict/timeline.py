@@ -113,7 +113,7 @@ class Window:
 def frame_positions(n_frames: int, grid: int | None) -> list[float]:
     """Positions of the frames in a window, as shares of its length: centres of equal segments, as in evaluation.
 
-    With a grid, positions on the grid, as in `indices_on_grid`. 4 frames -> 1/8, 3/8, 5/8, 7/8.
+    With a grid, positions on the grid, as in `segment_indices`. 4 frames -> 1/8, 3/8, 5/8, 7/8.
     """
     if grid is None:
         return [(segment + CENTRE) / n_frames for segment in range(n_frames)]

@@ -22,10 +22,9 @@ from tvit_cli.engine.dataset import DataSource
 from tvit_cli.engine.evaluate.scoring import WithFeatures, merge_scores, score
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model import lora
-from tvit_cli.model.backbone import NETWORK, SCHEME
 from tvit_cli.model.folder import load_card
 from tvit_cli.model.lora import set_trainable, trainable_report
-from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrained import NETWORK, SCHEME, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.layers import FeatureNorm
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
