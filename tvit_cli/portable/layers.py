@@ -23,116 +23,6 @@ MIN_DEVIATION = 0.1  # of a feature, relative to the mean deviation of all featu
 ROUNDING = 1e-5  # relative; the batch size alone changes a clip's float32 features by up to 1e-6
 
 
-class AddedModule(nn.Module):
-    """Module with no counterpart in an image ViT: trained in full, and neutral at first beside pretrained weights.
-
-    One step moves the output of linear layers by the learning rate times the sum of all inputs, an embedding or a
-    gate by the rate alone. The rate that suits LoRA's thin matrices is too large for `has_linear_layers`.
-    """
-
-    has_linear_layers = False
-
-    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        """Sets first values, after those of all linear layers inside; neutral ones without `from_scratch`."""
-        raise NotImplementedError
-
-
-class TemporalEmbedding(AddedModule):
-    """Adds an embedding of its time to each patch; interpolated linearly for clips of another length."""
-
-    def __init__(self, n_times: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(1, n_times, 1, width))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(B, T', P, D) -> (B, T', P, D)."""
-        embedding: Tensor = self.embedding
-        n_times = patches.shape[1]
-        if n_times != embedding.shape[1]:
-            embedding = resize_temporal(embedding, n_times)
-        return patches + embedding
-
-    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        if from_scratch:
-            truncated_normal(self.embedding, generator)
-        else:
-            nn.init.zeros_(self.embedding)
-
-
-class TokenIndexedEmbedding(TemporalEmbedding):
-    """Temporal embedding indexed by the patch's number in the clip (modulo T') instead of its frame's.
-
-    Reproduces a mistake of the reference implementation, for weights that were trained with it.
-    """
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(B, T', P, D) -> (B, T', P, D)."""
-        embedding: Tensor = self.embedding
-        tokens = torch.arange(patches.shape[1] * patches.shape[2], device=patches.device)  # (T'*P,)
-        rows = embedding[:, tokens % embedding.shape[1]]  # (1, T'*P, 1, D)
-        return patches + rows.view(1, *patches.shape[1:])
-
-
-class Gate(AddedModule):
-    """Learned scale of each channel; 0 at first beside pretrained weights (LayerScale, arXiv:2103.17239)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return tokens * self.gate
-
-    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        nn.init.constant_(self.gate, float(from_scratch))
-
-
-class FeatureNorm(AddedModule):
-    """Standardises features with a learned shift and scale, which `fit` initialises.
-
-    Source: data-dependent initialisation, ActNorm, arXiv:1807.03039.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.empty(width))
-        self.scale = nn.Parameter(torch.empty(width))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
-        return (features - self.shift) * self.scale
-
-    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        nn.init.zeros_(self.shift)
-        nn.init.ones_(self.scale)
-
-    @torch.no_grad()
-    def fit(self, features: Tensor) -> None:
-        """Takes mean and deviation of features, (clips, D); near-constant features are not amplified."""
-        deviation = features.std(dim=0, correction=0)  # (D,)
-        self.shift.copy_(features.mean(dim=0))
-        # Otherwise all clips are the same one, which gives no estimate of the deviation.
-        if deviation.mean() > ROUNDING * features.abs().mean():
-            self.scale.copy_(1 / deviation.clamp_min(MIN_DEVIATION * float(deviation.mean())))
-
-
-def resize_temporal(embedding: Tensor, n_times: int) -> Tensor:
-    """A temporal embedding interpolated linearly, (1, T', 1, D) -> (1, n_times, 1, D)."""
-    lines = embedding[:, :, 0].transpose(1, 2)  # (1, D, T')
-    lines = F.interpolate(lines, size=n_times, mode="linear", align_corners=False)
-    return lines.transpose(1, 2).unsqueeze(2)
-
-
-def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> None:
-    """Draws normal numbers of std 0.02 within two deviations, by the inverse of their distribution function.
-
-    `nn.init.trunc_normal_` takes longer, and its numbers differ between torch versions.
-    """
-    within = math.erf(2 / math.sqrt(2))
-    parameter.uniform_(-within, within, generator=generator).erfinv_().mul_(INIT_STD * math.sqrt(2))
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of each group."""
 
@@ -167,12 +57,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Autocast's number format on a device; None where autocast is off or not available."""
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if is_on else None
-
-
-def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
-    """Applies attention across time to each token position, (B, T', N, D) -> (B, T', N, D)."""
-    positions = frames.transpose(1, 2).contiguous()  # (B, N, T', D)
-    return attention(positions).transpose(1, 2)  # (B, T', N, D)
 
 
 class QuickGELU(nn.Module):
@@ -284,6 +168,84 @@ class TemporalAttention(nn.Module):
         return output
 
 
+def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """Applies attention across time to each token position, (B, T', N, D) -> (B, T', N, D)."""
+    positions = frames.transpose(1, 2).contiguous()  # (B, N, T', D)
+    return attention(positions).transpose(1, 2)  # (B, T', N, D)
+
+
+class AddedModule(nn.Module):
+    """Module with no counterpart in an image ViT: trained in full, and neutral at first beside pretrained weights.
+
+    One step moves the output of linear layers by the learning rate times the sum of all inputs, an embedding or a
+    gate by the rate alone. The rate that suits LoRA's thin matrices is too large for `has_linear_layers`.
+    """
+
+    has_linear_layers = False
+
+    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        """Sets first values, after those of all linear layers inside; neutral ones without `from_scratch`."""
+        raise NotImplementedError
+
+
+class TemporalEmbedding(AddedModule):
+    """Adds an embedding of its time to each patch; interpolated linearly for clips of another length."""
+
+    def __init__(self, n_times: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(1, n_times, 1, width))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, T', P, D) -> (B, T', P, D)."""
+        embedding: Tensor = self.embedding
+        n_times = patches.shape[1]
+        if n_times != embedding.shape[1]:
+            embedding = resize_temporal(embedding, n_times)
+        return patches + embedding
+
+    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        if from_scratch:
+            truncated_normal(self.embedding, generator)
+        else:
+            nn.init.zeros_(self.embedding)
+
+
+class TokenIndexedEmbedding(TemporalEmbedding):
+    """Temporal embedding indexed by the patch's number in the clip (modulo T') instead of its frame's.
+
+    Reproduces a mistake of the reference implementation, for weights that were trained with it.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, T', P, D) -> (B, T', P, D)."""
+        embedding: Tensor = self.embedding
+        tokens = torch.arange(patches.shape[1] * patches.shape[2], device=patches.device)  # (T'*P,)
+        rows = embedding[:, tokens % embedding.shape[1]]  # (1, T'*P, 1, D)
+        return patches + rows.view(1, *patches.shape[1:])
+
+
+def resize_temporal(embedding: Tensor, n_times: int) -> Tensor:
+    """A temporal embedding interpolated linearly, (1, T', 1, D) -> (1, n_times, 1, D)."""
+    lines = embedding[:, :, 0].transpose(1, 2)  # (1, D, T')
+    lines = F.interpolate(lines, size=n_times, mode="linear", align_corners=False)
+    return lines.transpose(1, 2).unsqueeze(2)
+
+
+class Gate(AddedModule):
+    """Learned scale of each channel; 0 at first beside pretrained weights (LayerScale, arXiv:2103.17239)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return tokens * self.gate
+
+    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        nn.init.constant_(self.gate, float(from_scratch))
+
+
 class TemporalEncoder(AddedModule):
     """Blocks over one vector per frame, then their mean: ViViT's model 2 without its second class token.
 
@@ -312,6 +274,44 @@ class TemporalEncoder(AddedModule):
             for block in self.temporal_blocks:
                 for last in ("attention.proj", "mlp.fc2"):
                     nn.init.zeros_(block.get_submodule(last).get_parameter("weight"))
+
+
+class FeatureNorm(AddedModule):
+    """Standardises features with a learned shift and scale, which `fit` initialises.
+
+    Source: data-dependent initialisation, ActNorm, arXiv:1807.03039.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.empty(width))
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return (features - self.shift) * self.scale
+
+    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        nn.init.zeros_(self.shift)
+        nn.init.ones_(self.scale)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Takes mean and deviation of features, (clips, D); near-constant features are not amplified."""
+        deviation = features.std(dim=0, correction=0)  # (D,)
+        self.shift.copy_(features.mean(dim=0))
+        # Otherwise all clips are the same one, which gives no estimate of the deviation.
+        if deviation.mean() > ROUNDING * features.abs().mean():
+            self.scale.copy_(1 / deviation.clamp_min(MIN_DEVIATION * float(deviation.mean())))
+
+
+def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> None:
+    """Draws normal numbers of std 0.02 within two deviations, by the inverse of their distribution function.
+
+    `nn.init.trunc_normal_` takes longer, and its numbers differ between torch versions.
+    """
+    within = math.erf(2 / math.sqrt(2))
+    parameter.uniform_(-within, within, generator=generator).erfinv_().mul_(INIT_STD * math.sqrt(2))
 
 
 def run_block(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:

@@ -75,11 +75,9 @@ SCALING = PLANE_SCALING | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_
 _MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> matrix for swscale
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
-    5: Colorspace.ITU601,  # BT.470BG
-    6: Colorspace.ITU601,  # SMPTE 170M
+    **dict.fromkeys((5, 6), Colorspace.ITU601),  # BT.470BG, SMPTE 170M
     7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,  # constant luminance
+    **dict.fromkeys((9, 10), Colorspace.BT2020),  # 10 with constant luminance
 }
 _HD_HEIGHT = 720  # from this height on, players take BT.709 for streams without a matrix
 
