@@ -6,7 +6,6 @@ Letters: B clips, T frames, H W pixels, S the side of the model's frame, O outpu
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import logging
 import re
@@ -104,16 +103,17 @@ def suppress_logs() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     transformers = sys.modules.get("transformers.utils.logging")
-    has_bars = transformers is not None and transformers.is_progress_bar_enabled()
+    if transformers is not None and not transformers.is_progress_bar_enabled():
+        transformers = None
+    if transformers is not None:
+        transformers.disable_progress_bar()
     try:
-        if transformers is not None:
-            transformers.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
-        if transformers is not None and has_bars:
+        if transformers is not None:
             transformers.enable_progress_bar()
 
 
@@ -130,15 +130,10 @@ def copy_source(folder: Path, *, package: bool = True) -> None:
 def import_source(folder: Path) -> Iterator[Callable[[str], ModuleType]]:
     """Within the block, a function that imports a module of the package `source` of an export."""
     package = f"_tvit_export_{abs(hash(folder))}"
-    spec = importlib.util.spec_from_file_location(
-        package, folder / SOURCE / "__init__.py", submodule_search_locations=[str(folder / SOURCE)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[package] = module
+    sys.modules[package] = ModuleType(package)
+    sys.modules[package].__path__ = [str(folder / SOURCE)]
     writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        spec.loader.exec_module(module)
         yield lambda name: importlib.import_module(f"{package}.{name}")
     finally:
         sys.dont_write_bytecode = writes_bytecode
