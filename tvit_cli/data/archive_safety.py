@@ -76,9 +76,8 @@ def check_members(
     if packed_bytes is None:
         return
     if total > max(RATIO_FLOOR_BYTES, packed_bytes * limits.ratio):
-        raise _refused(
-            archive, f"{size_text(total)} out of {size_text(packed_bytes)}, limit {limits.ratio:g} times"
-        )
+        sizes = f"{size_text(total)} out of {size_text(packed_bytes)}"
+        raise _refused(archive, f"{sizes}, limit {limits.ratio:g} times")
     packed = sum(member.packed or 0 for member in members)
     if packed > packed_bytes:
         raise _refused(archive, f"members of {packed} bytes in an archive of {packed_bytes}: they overlap")

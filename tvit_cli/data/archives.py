@@ -134,9 +134,7 @@ def unpack(
                     done += member.size
                     report(Progress(f"unpack {path.name}", done, need, "bytes"))
                 if len(unpacked) != len(chosen):
-                    raise DataError(
-                        f"{path}: is damaged: {len(unpacked)} of {len(chosen)} files are readable"
-                    )
+                    raise EOFError(f"{len(unpacked)} of {len(chosen)} files are readable")
                 files.rename(temporary / "tree", target)
         finally:
             files.remove_work(temporary, _WORK)
@@ -262,9 +260,7 @@ class _Tar:
                 if (member := wanted.pop(index, None)) is not None:
                     stream = tar.extractfile(info) if _tar_kind(info) == "file" else None
                     if stream is None or info.name != member.name:
-                        raise DataError(
-                            f"{self._path}: changed while it was read. Run the same command again."
-                        )
+                        raise tarfile.ReadError("it changed while it was read")
                     with stream:
                         yield member, stream
                 if not wanted:

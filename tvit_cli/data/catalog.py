@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
@@ -231,11 +232,8 @@ def choose(paths: Iterable[PurePosixPath], selection: Selection) -> set[PurePosi
 
 def is_selected(path: PurePosixPath, selection: Selection) -> bool:
     """Whether a file belongs to a selected class; split lists always do."""
-    return (
-        path.parts[0] != "videos"
-        or selection.classes is None
-        or path.parent.name.casefold() in selection.classes
-    )
+    is_video = path.parts[0] == "videos"
+    return not is_video or selection.classes is None or path.parent.name.casefold() in selection.classes
 
 
 def require_classes(wanted: Iterable[str] | None, classes: Iterable[str] | None) -> None:
@@ -264,10 +262,5 @@ def _spread(groups: Mapping[str, list[PurePosixPath]], count: int) -> list[PureP
     names = sorted(groups)
     if count < len(groups):
         return [groups[names[index * len(names) // count]][0] for index in range(count)]
-    by_round = [
-        groups[name][index]
-        for index in range(max(map(len, groups.values())))
-        for name in names
-        if index < len(groups[name])
-    ]
-    return by_round[:count]
+    rounds = zip_longest(*(groups[name] for name in names))  # one clip of each group in turn
+    return [path for paths in rounds for path in paths if path is not None][:count]

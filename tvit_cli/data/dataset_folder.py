@@ -106,10 +106,8 @@ def _load(folder: Path, dataset: str) -> Manifest:
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: is no manifest that this version of tvit can read. {advice}") from error
     if manifest.dataset != dataset or manifest.version != VERSION:
-        raise DataError(
-            f"{path}: describes {manifest.dataset} (version {manifest.version}), "
-            f"not {dataset} (version {VERSION}). {advice}"
-        )
+        found = f"{manifest.dataset} (version {manifest.version})"
+        raise DataError(f"{path}: describes {found}, not {dataset} (version {VERSION}). {advice}")
     if any(not 0 <= file.source < len(manifest.sources) for file in manifest.files.values()):
         raise DataError(f"{path}: refers to a source that it does not list. {advice}")
     return manifest
@@ -153,9 +151,8 @@ class DatasetFolder:
                 if size != record.bytes:
                     found.append(Difference(path, "size", f"{size} bytes, {record.bytes} were unpacked"))
                 elif sha256 != record.sha256:
-                    found.append(
-                        Difference(path, "content", f"sha256 {sha256}, {record.sha256} was unpacked")
-                    )
+                    detail = f"sha256 {sha256}, {record.sha256} was unpacked"
+                    found.append(Difference(path, "content", detail))
             done += record.bytes
             report(Progress(f"check {self.manifest.dataset}", done, total, "bytes"))
         return found

@@ -94,9 +94,7 @@ def open_rar(path: Path, limits: Limits) -> Iterator[Rar]:
         with require_reader()(path, limits) as archive:
             yield archive
     except RarError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); it may be damaged, encrypted or in parts. Take another copy."
-        ) from error
+        raise DataError(f"{path}: is damaged, encrypted or in parts ({error}). Take another copy.") from error
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, [cell.strip() for cell in cells]
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: is not UTF-8 text, so no CSV manifest. Give a folder of videos or a CSV file."
+            f"{path}: no CSV manifest (not UTF-8). Give a folder of videos or a CSV file."
         ) from error
     except csv.Error as error:
         raise DataError(f"{path}: no CSV manifest ({error}).") from error
@@ -177,7 +177,6 @@ def _list_lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # universal line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); `tvit download ucf101 --repair` fetches it"
-        ) from error
+        advice = "Fetch it with `tvit download ucf101 --repair`."
+        raise DataError(f"{path}: cannot be read ({error}). {advice}") from error
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]

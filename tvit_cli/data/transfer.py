@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -74,9 +75,7 @@ class RangeFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         stop = self.size if size is None or size < 0 else min(self._position + size, self.size)
         if stop - self._position > self._most_read:
-            raise PermanentError(
-                f"its directory asks for {stop - self._position} bytes at once, limit {self._most_read}"
-            )
+            raise PermanentError(f"reads {stop - self._position} bytes at once, limit {self._most_read}")
         out = bytearray()
         while self._position < stop:
             inside = self._position - self._start
@@ -243,18 +242,15 @@ class Transfer:
         try:
             members = zip_members(remote.infos)
             check_members(members, archive=url, packed_bytes=remote.file.size)
-            paths = self._plan(
-                request, source.layout, [member for member in members if member.kind == "file"]
-            )
+            regular = [member for member in members if member.kind == "file"]
+            paths = self._plan(request, source.layout, regular)
             packed = sum(remote.infos[index].compress_size for index in paths)
             if request.selection.is_whole and packed > remote.file.size / 2:
                 return False
-            done, need = 0, sum(members[index].size for index in paths)
-            purpose = f"fetching from {url}"
+            done, need, purpose = 0, sum(members[index].size for index in paths), f"fetching from {url}"
             files.require_free(self.folder.path, need, purpose=purpose)
-            record = SourceRecord(
-                part=request.part.name, url=url, bytes=remote.file.size, etag=remote.file.etag
-            )
+            part, size, etag = request.part.name, remote.file.size, remote.file.etag
+            record = SourceRecord(part=part, url=url, bytes=size, etag=etag)
             order = sorted(paths, key=lambda index: remote.infos[index].header_offset)
             with files.disk_full_errors(self.folder.path, purpose=purpose, need=lambda: need - done):
                 for batch in _batches(order, members):
@@ -266,7 +262,7 @@ class Transfer:
                         sha256 = store(stream, new / path, member, archive=url)
                         unpacked.append(Unpacked(path, member.name, member.size, sha256))
                         done += member.size
-                        self.report(Progress(f"fetch {request.part.name}", done, need, "bytes"))
+                        self.report(Progress(f"fetch {part}", done, need, "bytes"))
                     self.folder.complete_incoming(new)
                     self.folder.add(unpacked, record)
             return True
@@ -294,11 +290,11 @@ class Transfer:
 
     def _from_local(self, request: PartRequest, archive: Path) -> None:
         """Unpacks the user's archive. Raises DataError if all sources have known hashes and its hash is another."""
-        kind = detect_kind(archive)
-        sha256 = files.sha256(
-            archive,
-            progress=lambda done, total: self.report(Progress(f"check {archive.name}", done, total, "bytes")),
-        )
+
+        def progress(done: int, total: int) -> None:
+            self.report(Progress(f"check {archive.name}", done, total, "bytes"))
+
+        kind, sha256 = detect_kind(archive), files.sha256(archive, progress=progress)
         sources = request.part.sources
         source = next((one for one in sources if one.sha256 == sha256), None)
         if source is None and all(one.sha256 for one in sources):
@@ -308,20 +304,13 @@ class Transfer:
                 "another version; fetch it again, or unpack it yourself and give `tvit train` the folder."
             )
         similar = source or next((one for one in sources if one.kind == kind), sources[0])
-        size = archive.stat().st_size
-        record = SourceRecord(
-            part=request.part.name, url=str(archive), bytes=size, sha256=sha256, verified=source is not None
-        )
+        record = SourceRecord(part=request.part.name, url=str(archive), bytes=archive.stat().st_size)
+        record.sha256, record.verified = sha256, source is not None
         self._unpack(request, archive, similar.layout, record)
 
     def _unpack(self, request: PartRequest, archive: Path, layout: Layout, record: SourceRecord) -> None:
-        unpacked = unpack(
-            archive,
-            self.folder.clear_incoming(),
-            plan=lambda members: self._plan(request, layout, members),
-            report=self.report,
-        )
-        self.folder.add(unpacked, record)
+        plan = partial(self._plan, request, layout)
+        self.folder.add(unpack(archive, self.folder.clear_incoming(), plan=plan, report=self.report), record)
 
     def _plan(
         self, request: PartRequest, layout: Layout, members: Sequence[Member]
@@ -330,15 +319,11 @@ class Transfer:
         paths = target_paths(members, layout, part=request.part.name, names=self.names)
         if layout != "lists":
             self.listed.extend(paths.values())
-        if request.paths is None:
-            chosen = choose(paths.values(), request.selection)
-        else:
-            chosen = set(request.paths)
-            if missing := chosen - set(paths.values()):
-                raise DataError(f"{len(missing)} requested files are not in it, such as {min(missing)}")
-        return {
-            index: path for index, path in paths.items() if path in chosen and not self.folder.has(str(path))
-        }
+        chosen = choose(paths.values(), request.selection) if request.paths is None else request.paths
+        if missing := chosen - set(paths.values()):
+            raise DataError(f"{len(missing)} requested files are not in it, such as {min(missing)}")
+        wanted = {path for path in chosen if not self.folder.has(str(path))}
+        return {index: path for index, path in paths.items() if path in wanted}
 
 
 def _batches(indices: Sequence[int], members: Sequence[Member]) -> Iterator[list[int]]:

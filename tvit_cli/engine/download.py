@@ -114,11 +114,8 @@ class _Job:
     def complete(self) -> DownloadResult:
         """Fetches all missing files, split lists first, since they define the spelling of names."""
         self.folder.refuse_foreign_videos()
-        classes = self.settings.classes
-        selection = Selection(
-            classes=tuple(sorted({name.casefold() for name in classes})) if classes else None,
-            clips_per_class=self.settings.clips_per_class,
-        )
+        classes = tuple(sorted({name.casefold() for name in self.settings.classes})) or None
+        selection = Selection(classes=classes, clips_per_class=self.settings.clips_per_class)
         failed: dict[str, MirrorsFailed] = {}
         for part in self.dataset.splits:
             try:
@@ -139,9 +136,8 @@ class _Job:
     def verify_or_repair(self) -> DownloadResult:
         """Compares every file with the manifest; repair fetches those that differ."""
         if not self.folder.manifest.files:
-            raise DataError(
-                f"{self.folder.path}: has no {FILE_NAME}. Run `tvit download {self.dataset.name}` first."
-            )
+            advice = f"Run `tvit download {self.dataset.name}` first."
+            raise DataError(f"{self.folder.path}: has no {FILE_NAME}. {advice}")
         differences = self.folder.compare(None, self.transfer.report)
         if self.settings.verify or not differences:
             return self._result(differences)
@@ -162,11 +158,8 @@ class _Job:
         manifest = self.folder.manifest
         paths: frozenset[PurePosixPath] | None = None
         if selection in manifest.done.get(part.name, []) or manifest.is_whole(part.name):
-            paths = frozenset(
-                PurePosixPath(path)
-                for path in manifest.of_part(part.name)
-                if is_selected(PurePosixPath(path), selection) and not self.folder.has(path)
-            )
+            missing = [path for path in manifest.of_part(part.name) if not self.folder.has(path)]
+            paths = frozenset(path for path in map(PurePosixPath, missing) if is_selected(path, selection))
         if paths is None or paths:
             self.transfer.fetch(PartRequest(part, selection, paths), archive)
             self.folder.finish(part.name, selection)
@@ -230,11 +223,8 @@ class _Job:
             archives.rmdir()
 
     def _result(self, differences: Sequence[Difference]) -> DownloadResult:
-        videos = [
-            PurePosixPath(path)
-            for path in self.folder.manifest.files
-            if path.startswith("videos/") and self.folder.has(path)
-        ]
+        names = [path for path in self.folder.manifest.files if path.startswith("videos/")]
+        videos = [PurePosixPath(path) for path in names if self.folder.has(path)]
         return DownloadResult(
             name=self.dataset.name,
             folder=self.folder.path,
