@@ -1,7 +1,5 @@
 """Archives as an enemy writes them: ZIP, tar, RAR4 and RAR5 with stored members and any header."""
 
-from __future__ import annotations
-
 import io
 import stat
 import struct

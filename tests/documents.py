@@ -1,7 +1,5 @@
 """Markdown pages as tests read them: code blocks, commands, headings and links."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import re

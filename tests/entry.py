@@ -1,7 +1,5 @@
 """The program `tvit` as pyproject.toml names it, in this process or in one of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

@@ -10,8 +10,6 @@ After a deliberate change of the numbers, regenerate what tests/test_golden.py c
     python tests/golden.py --commit
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -5,8 +5,6 @@
 Prints a line per finding and exits with 1 if there is any.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

@@ -1,7 +1,5 @@
 """A server on the loopback interface that plays every mirror: good, slow, cut, moved, lying."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import ssl

@@ -1,7 +1,5 @@
 """Programs and packages that some tests need and not everybody has."""
 
-from __future__ import annotations
-
 import os
 from importlib.util import find_spec
 

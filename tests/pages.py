@@ -1,7 +1,5 @@
 """Pages as tests read them: parsed, and opened in a real browser."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import tempfile

@@ -1,7 +1,5 @@
 """docs/settings.md from the options of the Typer app: `python tests/settings_page.py > docs/settings.md`."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

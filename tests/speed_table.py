@@ -1,7 +1,5 @@
 """Speed tables of README.md and docs/benchmarks.md, made from tests/bench/results.jsonl. As a program, it rewrites both."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

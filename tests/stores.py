@@ -1,7 +1,5 @@
 """Frame stores: of videos, or a synthetic index without frames."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

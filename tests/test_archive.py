@@ -53,7 +53,7 @@ HOSTILE: dict[str, tuple[list[Entry], str]] = {
 LIMITS = Limits(members=50, member_bytes=1000, total_bytes=10_000, ratio=100)
 
 
-def everything(folder: Path) -> set[str]:
+def everything(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
@@ -343,9 +343,7 @@ else:
 """
 
 
-def seven_zip(
-    folder: Path, *, codec: str = "  D     40305 Rar5", linked: bool = False, content: str = "data"
-) -> None:
+def seven_zip(folder, *, codec="  D     40305 Rar5", linked=False, content="data"):
     """A program named 7zz that lists and extracts one member."""
     text = FAKE_7ZZ.format(python=sys.executable, codec=codec, linked=linked, content=content)
     (folder / "7zz").write_text(text)
@@ -390,7 +388,7 @@ def test_zip_with_a_wrong_crc_is_damaged(tmp_path):
         unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
-def real_archive(name: str) -> Path:
+def real_archive(name):
     folder = os.environ.get("TVIT_TEST_DATA")
     if not folder:
         pytest.skip("TVIT_TEST_DATA is not set")

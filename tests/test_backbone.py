@@ -1,6 +1,5 @@
 """A model that tvit trained is the start of another training, with what it learnt of time."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from tvit_cli.engine.train.build import build
 from tvit_cli.errors import CheckpointError, ModelError, SettingsError
 from tvit_cli.files import sha256
 from tvit_cli.model.folder import load_card, save_model
-from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
@@ -24,7 +23,7 @@ SHAPE: dict[str, Any] = {
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
-def trained(folder: Path, **shape: Any) -> TemporalViT:
+def trained(folder, **shape):
     """A model folder, and the model in it: its parameters are random numbers, none of them at a start value."""
     config = ViTConfig(num_classes=2, **{**SHAPE, **shape})
     model = TemporalViT(config).eval()
@@ -45,7 +44,7 @@ def trained(folder: Path, **shape: Any) -> TemporalViT:
     return model
 
 
-def started(folder: Path, **shape: Any) -> tuple[TemporalViT, LoadReport]:
+def started(folder, **shape):
     source = resolve_weights(str(folder))
     settings = {**{key: SHAPE[key] for key in ("frame_size", "n_frames", "tubelet_size")}, **shape}
     config = read_config(source).vit_config(num_classes=3, **settings)
@@ -54,11 +53,11 @@ def started(folder: Path, **shape: Any) -> tuple[TemporalViT, LoadReport]:
 
 
 @torch.no_grad()
-def features(model: TemporalViT, *, n_frames: int = 4, size: int = 32) -> torch.Tensor:
+def features(model, *, n_frames=4, size=32):
     return model.features(torch.randn(2, n_frames, 3, size, size, generator=torch.Generator().manual_seed(2)))
 
 
-def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
+def rewritten(folder, **tensors):
     """Other tensors in a model folder, with their hash on the card; None leaves one out."""
     state = load_file(folder / "model.safetensors") | tensors
     save_file(

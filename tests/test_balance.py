@@ -11,7 +11,7 @@ from tvit_cli.engine.train.batches import balanced_order, class_weights
 LABELS = (0,) * 12 + (1,) * 6 + (2,) * 2
 
 
-def order(labels: tuple[int, ...], seed: int = 0) -> list[int]:
+def order(labels, seed=0):
     return balanced_order(labels, np.random.default_rng(seed))
 
 

@@ -1,21 +1,20 @@
 """Which clips are read when: the same updates however the work is cut up."""
 
 from collections import Counter, defaultdict
-from typing import Any
 
 import pytest
 
 from tvit_cli.engine.train.batches import BatchKeys, BatchPlan
 
 
-def plan(**changes: Any) -> BatchPlan:
+def plan(**changes):
     """A plan of 21 clips; `accumulation` passes make a window where `global_batch` does not say how large it is."""
     facts = {"clips": 21, "batch_size": 2, "processes": 1, "rank": 0, "epochs": 3, "seed": 0, **changes}
     window = facts["batch_size"] * facts.pop("accumulation", 2) * facts["processes"]
     return BatchPlan(**{"global_batch": window, **facts})
 
 
-def windows(processes: int, **changes: Any) -> dict[int, list[tuple[int, int]]]:
+def windows(processes, **changes):
     """Optimizer step -> the keys that count, over all processes, sorted."""
     found = defaultdict(list)
     for rank in range(processes):
@@ -83,7 +82,7 @@ def test_a_plan_goes_on_from_any_step():
         assert list(plan().micro_batches(step)) == [b for b in whole if b.step >= step]
 
 
-def partners(processes: int, **changes: int) -> dict[tuple[int, int], tuple[int, int]]:
+def partners(processes, **changes):
     """Key of each clip that counts -> key of its partner, over all processes; every read key is wanted."""
     found = {}
     for rank in range(processes):

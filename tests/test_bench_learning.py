@@ -1,7 +1,5 @@
 """The learning benchmark's plan and statistics: nothing is selected on the people it is scored on."""
 
-from typing import Any
-
 import pytest
 
 
@@ -16,7 +14,7 @@ def test_steps_are_timed_in_turn_and_the_first_round_warms_up(load_bench):
     assert ran == ["a", "b"] * 3 and {key: len(took) for key, took in times.items()} == {"a": 2, "b": 2}
 
 
-def row(job: Any, top1: float, loss: float = 1.0) -> dict[str, Any]:
+def row(job, top1, loss=1.0):
     facts = {"part": job.part, "method": job.method, "recipe": job.recipe, "seed": job.seed, "fold": job.fold}
     return {**facts, "top1": top1, "loss": loss}
 

@@ -74,7 +74,7 @@ def test_members_that_would_become_one_file_are_refused():
         target_paths([Member(0, "readme.md", 1)], "ucf101", part="p", names=CanonicalNames())
 
 
-def clips(action: str, groups: int = 25, each: int = 3) -> list[PurePosixPath]:
+def clips(action, groups=25, each=3):
     return [
         PurePosixPath(f"videos/{action}/v_{action}_g{group:02}_c{clip:02}.avi")
         for group in range(1, groups + 1)
@@ -101,7 +101,7 @@ def test_class_selection_ignores_case_and_names_unknown_classes():
         choose(paths, Selection(classes=("archry",)))
 
 
-def write_lists(folder: Path, *, train: str, test: str, classes: str = "1 A\r\n2 B\n") -> Path:
+def write_lists(folder, *, train, test, classes="1 A\r\n2 B\n"):
     folder.mkdir(exist_ok=True)
     for name, text in (("classInd", classes), ("trainlist01", train), ("testlist01", test)):
         (folder / f"{name}.txt").write_bytes(text.encode())

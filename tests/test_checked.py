@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.data.layout import read_layout
 from tvit_cli.engine import dataset
 from tvit_cli.engine.dataset import CHECKED, unreadable_videos
 
@@ -32,7 +32,7 @@ def tried(monkeypatch):
     yield names
 
 
-def check(videos: list[Video], folder: Path) -> dict[str, str]:
+def check(videos, folder):
     return unreadable_videos(videos, folder, workers=2)
 
 

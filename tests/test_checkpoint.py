@@ -31,11 +31,11 @@ from tvit_cli.model.lora import trainable_tensors
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 
 
-def save(folder: Path, step: int, **changes: Any) -> Path:
+def save(folder, step, **changes):
     state = State(
         step=step, tally=(0.1, 2.0, 3.0), best={"val_loss": 1 / 3}, best_step=2, identity={"seed": 0}
     )
-    facts: dict[str, Any] = {"trainable": TENSORS, "optimizer": {}, "best": None, **changes}
+    facts = {"trainable": TENSORS, "optimizer": {}, "best": None, **changes}
     return save_checkpoint(folder, state=state, **facts)
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path, damage, words):
         load_checkpoint(path)
 
 
-def flip_a_bit(path: Path, place: int, bit: int = 0) -> None:
+def flip_a_bit(path, place, bit=0):
     data = bytearray(path.read_bytes())
     data[place] ^= 1 << bit
     path.write_bytes(data)
@@ -232,7 +232,7 @@ def test_a_malicious_pickle_is_refused_and_never_executed(tmp_path, name, form, 
     assert not canary.exists()
 
 
-def forge(path: Path, name: str) -> None:
+def forge(path, name):
     """Make the hashes of a checkpoint those of its files."""
     state = json.loads((path / "state.json").read_text())
     del state["sha256"]["state.json"]

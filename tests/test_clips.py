@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ def videos(make_video, tmp_path_factory):
     ]
 
 
-def dataset(videos: list[Video], **how: Any) -> ClipDataset:
+def dataset(videos, **how):
     return ClipDataset(
         videos, LABELS, **({"n_frames": 8, "short_side": 24, "seed": 0, "training": True} | how)
     )

@@ -42,7 +42,7 @@ class GpuMark:
         return 1000 * (other.at - self.at)
 
 
-def wait_share(gpu: Gpu, *, batch_every: float, step: float) -> float:
+def wait_share(gpu, *, batch_every, step):
     """The share that a clock finds when a batch comes every so often and a step keeps the GPU so long."""
     clock = Clock(gpu.mark)
     for number in range(1, 51):

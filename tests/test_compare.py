@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pages import Page
@@ -13,7 +12,6 @@ from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.results import Comparison, TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
@@ -32,11 +30,11 @@ def trained(tmp_path_factory):
     )
 
 
-def data_of(trained: TrainResult) -> Path:
+def data_of(trained):
     return Path(json.loads((trained.run / "settings.json").read_text())["path_to_data"])
 
 
-def copy_of(trained: TrainResult, folder: Path, **changes: Any) -> Path:
+def copy_of(trained, folder, **changes):
     """The model in another folder, as if it had been trained with other settings."""
     shutil.copytree(trained.model, folder)
     card = json.loads((folder / "card.json").read_text())
@@ -46,12 +44,12 @@ def copy_of(trained: TrainResult, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def compared(first: Path, second: Path, **changes: Any) -> Comparison:
+def compared(first, second, **changes):
     facts = {"compare": (first, second), "num_workers": 0, "device": "cpu", **changes}
     return compare(EvalSettings.model_validate(facts))
 
 
-def measured(comparison: Comparison) -> str:
+def measured(comparison):
     assert comparison.report is not None
     return Page(comparison.report.read_text(encoding="utf-8")).text
 

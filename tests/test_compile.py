@@ -1,7 +1,6 @@
 """Compiled models."""
 
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from tvit_cli.errors import RunError, SettingsError
 CPU = torch.device("cpu")
 
 
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def counting(monkeypatch):
     """torch.compile with a back end that notes down the shapes of the graphs that it runs as they are."""
-    shapes: list[tuple[int, ...]] = []
+    shapes = []
     real = torch.compile
 
-    def backend(graph: Any, inputs: list[Any]) -> Any:
+    def backend(graph, inputs):
         shapes.append(next(tuple(i.shape) for i in inputs if i.dim() == 5))
         return graph.forward
 

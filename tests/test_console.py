@@ -74,7 +74,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def displayed(monkeypatch: pytest.MonkeyPatch, *, columns: int, first_step: int = 119) -> list[str]:
+def displayed(monkeypatch, *, columns, first_step=119):
     """The last picture of a live display in the middle of a training, without its colours."""
     terminal = Terminal()
     monkeypatch.setenv("COLUMNS", str(columns))

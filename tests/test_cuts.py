@@ -1,7 +1,5 @@
 """Cuts: where the pictures that are taken from a video stop to go on from each other."""
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,16 +11,16 @@ RATE = 12
 Picture = NDArray[np.uint8]
 
 
-def scene(seed: int, size: int = 32) -> Picture:
+def scene(seed, size=32):
     """A soft texture, wider than the picture that looks at it."""
     coarse = np.random.default_rng(seed).integers(0, 255, (12, 12, 3))
     return np.kron(coarse, np.ones((size // 4, size // 4, 1))).astype(np.uint8)
 
 
-def cuts_of(picture_at: Callable[[int], Picture], frames: int, every: int = 3) -> ShotBoundaries:
+def cuts_of(picture_at, frames, every=3):
     """What is found where every third frame's picture is asked for."""
 
-    def played() -> Iterator[TimedFrame]:
+    def played():
         for number in range(frames):
             yield TimedFrame(
                 number / RATE, (number + 1) / RATE, None, lambda number=number: picture_at(number)
@@ -35,7 +33,7 @@ def cuts_of(picture_at: Callable[[int], Picture], frames: int, every: int = 3) -
     return cuts
 
 
-def pan(number: int, seed: int = 0, speed: int = 1) -> Picture:
+def pan(number, seed=0, speed=1):
     left = speed * number % 48
     return scene(seed)[:32, left : left + 32]
 

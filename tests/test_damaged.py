@@ -27,7 +27,7 @@ from tvit_cli.settings.predict import PredictSettings
 LATE = 300  # frames before and after the sound: more than FFmpeg reads to find the streams
 
 
-def sound(path: Path) -> bytes:
+def sound(path):
     """A second of video with sound, as MPEG-TS."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=25)
@@ -45,7 +45,7 @@ def sound(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def late_stream(path: Path) -> Path:
+def late_stream(path):
     """Three MPEG-TS files joined, of which only the second has sound: FFmpeg finds it while it reads the packets."""
     noise = np.random.default_rng(0).integers(0, 255, (LATE, 48, 48, 3)).astype(np.uint8)
     silent, second = path.with_name("silent.part.ts"), path.with_name("second.part.ts")
@@ -92,7 +92,7 @@ def test_every_command_reads_a_video_with_a_late_stream(data, model, tmp_path):
     reads_all(data, model, tmp_path, videos=19)
 
 
-def reads_all(data: Path, model: Path, tmp_path: Path, videos: int) -> None:
+def reads_all(data, model, tmp_path, videos):
     """Every command goes to its end with all of these videos."""
     answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
     assert len(answer.predictions) == videos and not any(p.error for p in answer.predictions)
@@ -177,7 +177,7 @@ def test_frames_before_an_error_of_the_demuxer_are_kept(error, tmp_path, make_vi
     assert count_frames(path) == 7
 
 
-def film(path: Path, times: list[float]) -> Path:
+def film(path, times):
     """A grey video with a frame at each of these seconds."""
     with video_writer(path) as writer:
         for number, time in enumerate(times):
@@ -186,7 +186,7 @@ def film(path: Path, times: list[float]) -> Path:
     return path
 
 
-def steady(start: float, seconds: float) -> list[float]:
+def steady(start, seconds):
     return [start + n / 25 for n in range(round(seconds * 25))]
 
 
@@ -214,7 +214,7 @@ def test_windows_and_segments_leave_out_a_gap(gap, model, tmp_path):
     assert timeline_png(told.timeline)
 
 
-def forged(path: Path, frames: int, number: int) -> Path:
+def forged(path, frames, number):
     """An FLV at 25 frames per second of which one frame's time stamp has a bit set: 12 days too late."""
     levels = (60 + 3 * np.arange(frames) % 140).astype(np.uint8)
     pictures = np.broadcast_to(levels[:, None, None, None], (frames, 32, 48, 3)).copy()

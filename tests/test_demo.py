@@ -50,7 +50,7 @@ class Watched:
     hosts: set[str] = field(default_factory=set)
 
 
-def start(*arguments: str, temporary: Path) -> subprocess.Popen[str]:
+def start(*arguments, temporary):
     temporary.mkdir(parents=True)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "gradio_demo.py"), *arguments],
@@ -104,7 +104,7 @@ def watched(demo, browser):
     page.close()
 
 
-def upload(page: Any, path: Path) -> None:
+def upload(page, path):
     page.locator("#video input[type=file]").set_input_files(path)
 
 

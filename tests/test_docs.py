@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ TINY = {
 }
 
 
-def validate(line: str) -> None:
+def validate(line):
     verb, typed = parse(line)
     model = settings_of(program().commands[verb])
     flags = {key: value for key, value in typed.items() if key in model.model_fields}
@@ -83,7 +82,7 @@ def test_a_wrong_option_and_a_wrong_value_are_found():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_ends_with_valid_examples(verb: str) -> None:
+def test_help_ends_with_valid_examples(verb):
     lines = VERBS[verb].examples.splitlines()
     assert 2 <= len(lines) <= 4
     for line in lines:
@@ -155,7 +154,7 @@ for line in sys.argv[1:]:
 """
 
 
-def run_commands(folder: Path, lines: Sequence[str]) -> None:
+def run_commands(folder, lines):
     """Run command lines in a folder, in one process, made tiny by environment variables."""
     result = run_python("-c", CODE, *lines, cwd=folder, timeout=200, HF_HUB_OFFLINE="1", **TINY)
     assert result.code == 0, f"{result.out}{result.err}"

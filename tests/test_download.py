@@ -33,7 +33,7 @@ HTTP = Http(timeout=5, retry=Retry(attempts=2, sleep=lambda _: None, jitter=lamb
 needs_rar = pytest.mark.skipif(not rar.find_reader(), reason="nothing here reads RAR")
 
 
-def videos(size: int = 4000) -> dict[str, bytes]:
+def videos(size=4000):
     """Small stand-ins for clips: 3 classes x 6 groups, by the name that the lists use."""
     draw = random.Random(7)
     return {
@@ -46,7 +46,7 @@ def videos(size: int = 4000) -> dict[str, bytes]:
 VIDEOS = videos()
 
 
-def split_archive(path: Path) -> bytes:
+def split_archive(path):
     texts = {"classInd.txt": "".join(f"{index} {name}\r\n" for index, name in enumerate(CLASSES, start=1))}
     for split, (first, last) in enumerate(((1, 7), (8, 14), (15, 21)), start=1):
         for side in ("train", "test"):

@@ -8,7 +8,7 @@ from tvit_cli.engine.train.state import WeightAverage
 from tvit_cli.errors import ModelError
 
 
-def model() -> nn.Module:
+def model():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     layers[0].requires_grad_(False)
@@ -16,7 +16,7 @@ def model() -> nn.Module:
 
 
 @torch.no_grad()
-def train_a_step(layers: nn.Module) -> None:
+def train_a_step(layers):
     for parameter in layers.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn(parameter.shape))

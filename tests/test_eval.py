@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_card, load_model
 from tvit_cli.portable.reading import segment_indices
-from tvit_cli.results import Note, TrainResult, silent
+from tvit_cli.results import Note, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
@@ -32,7 +31,7 @@ def trained(classifier):
     return classifier
 
 
-def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
+def settings(trained, **changes):
     return EvalSettings.model_validate({"model": trained.model, "num_workers": 0, "device": "cpu", **changes})
 
 

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import simplejpeg
@@ -52,7 +51,6 @@ from tvit_cli.results import (
     Comparison,
     EvalResult,
     Note,
-    TrainResult,
     VideoPrediction,
     silent,
 )
@@ -73,7 +71,7 @@ def trained(tmp_path_factory):
     )
 
 
-def settings(trained: TrainResult, **changes: Any) -> EvalSettings:
+def settings(trained, **changes):
     return EvalSettings.model_validate({"model": trained.model, "num_workers": 0, "device": "cpu", **changes})
 
 
@@ -82,7 +80,7 @@ def result(trained):
     return evaluate(settings(trained, subset="train", top_k=2, clips_per_video=3))
 
 
-def page_of(result: EvalResult) -> Page:
+def page_of(result):
     assert result.report is not None
     return Page(result.report.read_text(encoding="utf-8"))
 
@@ -96,11 +94,11 @@ class Clips:
         return torch.zeros(3, 3, 16, 16)
 
 
-def video(name: str, label: str, group: str | None = None) -> Video:
+def video(name, label, group=None):
     return Video(Path(name), name, label, "test", group)
 
 
-def made_up(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **changes: Any) -> EvalResult:
+def made_up(folder, labels=("Archery", "Bowling"), **changes):
     """The result of an evaluation that never was: three correct answers and a wrong one, of two groups."""
     first, second = labels[:2]
     rest = (0.0,) * (len(labels) - 2)
@@ -110,7 +108,7 @@ def made_up(folder: Path, labels: tuple[str, ...] = ("Archery", "Bowling"), **ch
         VideoPrediction(video(f"b/{n}.avi", label, f"g{n % 2}"), labels[s[1] > s[0]], s + rest)
         for n, (label, s) in enumerate(zip(truth, scores, strict=True))
     ]
-    values: dict[str, Any] = {
+    values = {
         "metrics": {"videos": 4.0, "unreadable": 0.0, "video_top1": 0.75, f"video_top{len(labels)}": 1.0,
                     "mean_class_accuracy": 0.75, "macro_f1": 0.7333, "calibration_error": 0.2},
         "intervals": {"video_top1": (0.5, 1.0)},
@@ -137,7 +135,7 @@ CONTEXT = Context(
 )
 
 
-def written(own: EvalResult, context: Context = CONTEXT) -> Page:
+def written(own, context=CONTEXT):
     return Page(evaluation_page(own, context, evaluation_drawings(own)))
 
 
@@ -517,14 +515,14 @@ def test_comparison_page_names_the_better_model_and_flipped_videos(series, tmp_p
     assert trouble_in_chromium(result.report, dark=True) == []
 
 
-def made_up_comparison(folder: Path, per_class: dict[str, tuple[int, int, int]]) -> Comparison:
+def made_up_comparison(folder, per_class):
     """A comparison by label -> (videos, correct predictions of the first model, of the second)."""
     first, second = (
         made_up(folder, ("x", "other"), metrics={"video_top1": top1}, name=name)
         for name, top1 in (("a", 0.5), ("b", 0.6))
     )
 
-    def answer(own: Video, is_right: bool) -> VideoPrediction:
+    def answer(own, is_right):
         return VideoPrediction(own, own.label if is_right else "other", (1.0, 0.0))
 
     pairs = tuple(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import pytest
 import torch
-from entry import Ended, run_python
+from entry import run_python
 from loopback import serving
 from safetensors.torch import load_file, save_file
 from tiny import make_clips, make_pretrained, run
@@ -24,7 +24,7 @@ from tvit_cli import cli
 from tvit_cli.data.video import read_clip
 from tvit_cli.engine import export as engine
 from tvit_cli.engine.evaluate.files import read_metrics
-from tvit_cli.engine.export import ExportResult, check_login, publish
+from tvit_cli.engine.export import check_login, publish
 from tvit_cli.engine.export import onnx as onnx_format
 from tvit_cli.engine.export.formats import PORTABLE, PreprocessingGraph, copy_source, import_source
 from tvit_cli.engine.export.parity import CLIPS, Parity
@@ -33,7 +33,6 @@ from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.portable.preprocessing import frames_to_input
 from tvit_cli.portable.reading import segment_indices
-from tvit_cli.results import TrainResult
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.export import ExportFormat, ExportSettings
@@ -95,21 +94,19 @@ def clips(trained):
     return sorted(trained.run.parents[1].glob("colours/*/*_g0[12]_*"))
 
 
-def export(trained: TrainResult, output: Path, **settings: Any) -> ExportResult:
+def export(trained, output, **settings):
     facts = {"model": trained.run, "output": output, **settings}
     return engine.export(ExportSettings.model_validate(facts))
 
 
-def example(name: str, folder: Path, clips: list[Path]) -> Ended:
+def example(name, folder, clips):
     """An example, the code of the export's own README, and the example with a video that is not there: in a process
     that cannot import tvit."""
     variables = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return run_python("-c", BLOCKED, ROOT / "examples" / name, folder, *clips, cwd=folder.parent, **variables)
 
 
-def check_example(
-    trained: TrainResult, name: str, folder: Path, clips: list[Path], tolerance: float = 1e-5
-) -> None:
+def check_example(trained, name, folder, clips, tolerance=1e-5):
     """Its labels and scores, from the video files on, are those of `tvit predict`."""
     result = example(name, folder, clips)
     assert result.code == 0, result.err
@@ -125,9 +122,9 @@ def check_example(
     assert refused == ["error: nothing.avi: cannot be read as a video (No such file or directory)."]
 
 
-def check_folder(result: ExportResult, *files: str) -> dict[str, Any]:
+def check_folder(result, *files):
     """What is in an export: the files, with their hashes, and the proof."""
-    record: dict[str, Any] = json.loads((result.output / "parity.json").read_text())
+    record = json.loads((result.output / "parity.json").read_text())
     there = {p.relative_to(result.output).as_posix() for p in result.output.rglob("*") if p.is_file()}
     assert {"README.md", "card.json", *files} <= there
     assert len({(result.output / name).stat().st_mode for name in there}) == 1  # one may be read as any other
@@ -323,10 +320,10 @@ def test_an_adapter_needs_the_weights_it_was_trained_on(trained, copied):
         engine.export(ExportSettings(model=copied, format="adapter"))
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+def spoil(monkeypatch):
     form = engine.FORMATS["safetensors"]
 
-    def write_other_weights(job: Any, folder: Path) -> None:
+    def write_other_weights(job, folder):
         form.write(job, folder)
         weights = load_file(folder / "model.safetensors")
         weights["classifier.bias"][0] += 1

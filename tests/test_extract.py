@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ from tvit_cli.engine.distributed import map_in_order
 from tvit_cli.engine.extract import check, extract, scan_video
 from tvit_cli.errors import DataError, RunError, SettingsError
 from tvit_cli.portable.reading import grid_indices
-from tvit_cli.results import Event, ExtractResult, Note, Progress, silent
+from tvit_cli.results import Note, Progress, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.types import most_bad
@@ -55,16 +53,16 @@ def data(source, tmp_path):
     return root
 
 
-def settings(data: Path, **changes: Any) -> ExtractSettings:
+def settings(data, **changes):
     facts = {"frames_per_video": 12, "num_workers": 0, "shard_mib": 1, "path_to_data": str(data), **changes}
     return ExtractSettings.model_validate(facts)
 
 
-def run(data: Path, report: Callable[[Event], None] = silent, **changes: Any) -> ExtractResult:
+def run(data, report=silent, **changes):
     return extract(settings(data, **changes), report)
 
 
-def pixels(folder: Path) -> dict[str, bytes]:
+def pixels(folder):
     """Every frame of every clip of a store."""
     store = FrameStore(folder)
     return {
@@ -110,12 +108,12 @@ if __name__ == "__main__":
 """
 
 
-def start(data: Path, **changes: Any) -> subprocess.Popen[bytes]:
+def start(data, **changes):
     facts = settings(data, **changes).model_dump(mode="json")
     return subprocess.Popen([sys.executable, "-c", KILLED.format(settings=facts)])
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -318,7 +316,7 @@ def test_groups_and_subsets_are_noted_down_and_brought_up_to_date(data):
     assert groups("train") == {"01"}
 
 
-def explode(number: int) -> int:
+def explode(number):
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number * number
@@ -329,7 +327,7 @@ def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on():
     assert results == [0, 1, 4, -3, 16, 25]
 
 
-def hang(seconds: float) -> float:
+def hang(seconds):
     """Sleeps where no Python code can wake it, as a decoder would."""
     import ctypes
 
@@ -361,7 +359,7 @@ def test_the_time_limit_is_what_a_lost_video_is_measured_by(data, monkeypatch):
     assert asked == [7, 9]
 
 
-def fail(number: int) -> int:
+def fail(number):
     raise ZeroDivisionError(number)
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tvit_cli.errors import ModelError
 from tvit_cli.model.families import CLIP_MEAN, FAMILIES
 from tvit_cli.model.lora import LoraSpec, merge, set_trainable
-from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
-from tvit_cli.portable.vit import TemporalViT, build_model, resize_grid
+from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.portable.vit import build_model, resize_grid
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # transformers warns of its optional dependencies
@@ -31,16 +30,16 @@ SHAPE = {
 EAGER = {"attn_implementation": "eager"}
 
 
-def dinov2(**changes: Any) -> Any:
+def dinov2(**changes):
     return transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, **EAGER, **changes))
 
 
-def registers(**changes: Any) -> Any:
+def registers(**changes):
     config = transformers.Dinov2WithRegistersConfig(**SHAPE, **EAGER, num_register_tokens=3, **changes)
     return transformers.Dinov2WithRegistersModel(config)
 
 
-def clip(**changes: Any) -> Any:
+def clip(**changes):
     config = transformers.CLIPVisionConfig(**SHAPE, **EAGER, intermediate_size=48, **changes)
     return transformers.CLIPVisionModel(config)
 
@@ -59,46 +58,45 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def randomised(model: Any) -> Any:
+def randomised(model):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
-def saved(model: Any, folder: Path) -> Path:
+def saved(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
     return folder
 
 
-def loaded(path: Path, **shape: Any) -> tuple[TemporalViT, LoadReport]:
+def loaded(path, **shape):
     source = resolve_weights(str(path))
     config = read_config(source).vit_config(**{"num_classes": 3, "n_frames": 4, **shape})
     model = build_model(config, seed=0, from_scratch=False).eval()
     return model, load_pretrained(model, source)
 
 
-def pictures(size: int = 32) -> torch.Tensor:
+def pictures(size=32):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def theirs(model: Any, images: torch.Tensor) -> torch.Tensor:
+def theirs(model, images):
     kind = type(model).__name__
     interpolate = {} if images.shape[-1] == 32 or "Dinov2" in kind else {"interpolate_pos_encoding": True}
     output = model(pixel_values=images, **interpolate)
-    result: torch.Tensor = output.pooler_output if "CLIP" in kind else output.last_hidden_state[:, 0]
-    return result
+    return output.pooler_output if "CLIP" in kind else output.last_hidden_state[:, 0]
 
 
 @torch.no_grad()
-def ours(model: TemporalViT, images: torch.Tensor) -> torch.Tensor:
+def ours(model, images):
     return model.features(images.unsqueeze(1))
 
 
-def assert_equal_features(model: TemporalViT, image_vit: Any, size: int = 32) -> None:
+def assert_equal_features(model, image_vit, size=32):
     expected = theirs(image_vit, pictures(size))
     torch.testing.assert_close(ours(model, pictures(size)), expected, atol=1e-5, rtol=1e-4)
     assert (expected - expected[:1]).abs().max() > 0.01  # it does depend on the picture
@@ -181,11 +179,11 @@ def test_clips_normalisation_is_its_own_where_no_file_says_it(tmp_path):
     )
 
 
-def as_timm(image_vit: Any, folder: Path, **config: Any) -> Path:
+def as_timm(image_vit, folder, **config):
     """The weights of a Hugging Face model under timm's names, fused as timm fuses them."""
     saved(image_vit, folder)
     state = load_file(folder / "model.safetensors")
-    timm: dict[str, torch.Tensor] = {}
+    timm = {}
     fixed = {
         "embeddings.cls_token": "cls_token",
         "embeddings.position_embeddings": "pos_embed",

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import loopback
 import pytest
 from loopback import Page
 
 from tvit_cli import files
-from tvit_cli.data.http import Download, Fetched, Http, MirrorsFailed, PermanentError, Retry, TransientError
+from tvit_cli.data.http import Download, Http, MirrorsFailed, PermanentError, Retry, TransientError
 from tvit_cli.data.transfer import RangeFile, RemoteZip
 from tvit_cli.errors import RunError
 from tvit_cli.results import Progress
@@ -35,31 +34,25 @@ def server():
         yield running
 
 
-def quick(waits: list[float] | None = None, **how: float) -> Http:
+def quick(waits=None, **how):
     """An Http that does not sleep, but tells how long it would have."""
     sleep = waits.append if waits is not None else lambda _: None
     return Http(timeout=5, retry=Retry(sleep=sleep, jitter=lambda: 0.5, **how))  # type: ignore[arg-type]
 
 
-def get(urls: list[str], target: Path, **how: object) -> Fetched:
+def get(urls, target, **how):
     how.setdefault("http", quick())
     return Download(target, **how).fetch(urls)  # type: ignore[arg-type]
 
 
-def names(folder: Path) -> set[str]:
+def names(folder):
     """Files of a folder, without the lock and the record of the source."""
     return {path.name for path in folder.iterdir() if not path.name.endswith((".lock", ".source.json"))}
 
 
 def test_file_comes_whole_with_its_hash(server, tmp_path):
     events = []
-    done = get(
-        [server.add("/a", BODY)],
-        tmp_path / "a",
-        size=len(BODY),
-        sha256=SHA256,
-        report=events.append,
-    )
+    done = get([server.add("/a", BODY)], tmp_path / "a", size=len(BODY), sha256=SHA256, report=events.append)
     assert (tmp_path / "a").read_bytes() == BODY
     assert (done.sha256, done.bytes_received, done.verified) == (SHA256, len(BODY), True)
     assert events[0] == Progress("fetch a", 0, len(BODY), "bytes")
@@ -333,7 +326,7 @@ def test_killed_at_any_byte_it_goes_on(server, tmp_path):
     assert server.sent < len(body)
 
 
-def make_zip(path: Path, count: int = 40, *, size: int = 20_000) -> bytes:
+def make_zip(path, count=40, *, size=20_000):
     source = random.Random(3)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for index in range(count):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tvit_cli.errors import ModelError, RunError
 from tvit_cli.model import folder as folder_module
 from tvit_cli.model.folder import find_newest_model, load_card, load_model, save_model
-from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.settings.card import CARD_VERSION, BaseWeights, ModelCard, Preprocessing
 
 CONFIG = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=16, depth=2, num_heads=2)
@@ -30,7 +29,7 @@ CARD = ModelCard(
 )
 
 
-def trained(seed: int = 0) -> TemporalViT:
+def trained(seed=0):
     return build_model(CONFIG, seed=seed, from_scratch=True)
 
 
@@ -40,12 +39,12 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def edit_card(folder: Path, **changes: Any) -> None:
+def edit_card(folder, **changes):
     path = folder / "card.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+def edit_weights(folder, **changes):
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()} | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)

@@ -29,7 +29,7 @@ LENGTHS = {"v_run_g01_c01.avi": 40, "v_run_g02_c01.avi": 5, "v_walk_g01_c01.avi"
 JPEG_ERROR = 2  # mean of absolute differences, of 255
 
 
-def textured(count: int, height: int = 120, width: int = 160) -> np.ndarray:
+def textured(count, height=120, width=160):
     """A smooth texture that moves: JPEG's error on it is what it is on natural pictures, or more."""
     y, x = np.mgrid[:height, :width]
     frames = [
@@ -61,7 +61,7 @@ def own_store(videos, tmp_path):
     return make_store(tmp_path / "frames", videos)
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path, place):
     data = bytearray(path.read_bytes())
     data[place] ^= 0x10
     path.write_bytes(data)
@@ -380,7 +380,7 @@ def test_the_store_beside_the_videos_is_found_and_is_no_class(videos, tmp_path):
     assert read_layout(root, group_pattern="_g(..)", val_groups="none", test_groups="none").labels == LABELS
 
 
-def measure_index(folder: Path) -> tuple[float, float, float]:
+def measure_index(folder):
     """Seconds to open a store's index, MiB of memory that this and 1,000 look-ups take, seconds of these.
 
     The peak begins anew here: that of a process that was just started is its parent's.
@@ -397,7 +397,7 @@ def measure_index(folder: Path) -> tuple[float, float, float]:
     return opened - began, memory, ended - opened
 
 
-def peak_kibibytes() -> int:
+def peak_kibibytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 

@@ -11,9 +11,7 @@ import json
 import pkgutil
 import tomllib
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import annotated_types
 import pytest
@@ -33,7 +31,7 @@ LIMITS = {
 }
 
 
-def settings_models() -> dict[str, type[BaseModel]]:
+def settings_models():
     """The settings model of each verb: train -> TrainSettings, wherever below tvit_cli.settings it is defined."""
     found = {}
     for module in pkgutil.walk_packages(tvit_cli.settings.__path__, "tvit_cli.settings."):
@@ -43,7 +41,7 @@ def settings_models() -> dict[str, type[BaseModel]]:
     return found
 
 
-def literals(annotation: Any) -> Iterator[str]:
+def literals(annotation):
     """The values of every Literal within a type."""
     if typing.get_origin(annotation) is typing.Literal:
         yield from map(str, typing.get_args(annotation))
@@ -52,10 +50,10 @@ def literals(annotation: Any) -> Iterator[str]:
             yield from literals(part)
 
 
-def setting(model: type[BaseModel], key: str) -> dict[str, Any]:
+def setting(model, key):
     """Default, limits, choices and environment variable of one setting."""
     field = model.model_fields[key]
-    series: tuple[str, ...] = getattr(model, "SERIES", ())
+    series = getattr(model, "SERIES", ())
     default = field.get_default(call_default_factory=True, validated_data={})
     return {
         "default": "required" if field.is_required() else json.loads(json.dumps(default, default=str)),
@@ -69,7 +67,7 @@ def setting(model: type[BaseModel], key: str) -> dict[str, Any]:
     }
 
 
-def parameter(option: Any) -> dict[str, Any]:
+def parameter(option):
     """Spellings and shape of one parameter on the command line."""
     return {
         "names": sorted(option.opts) if option.param_type_name == "option" else "argument",
@@ -81,7 +79,7 @@ def parameter(option: Any) -> dict[str, Any]:
     }
 
 
-def command_rows(name: str, command: Any, context: Any, model: type[BaseModel] | None) -> dict[str, Any]:
+def command_rows(name, command, context, model):
     """One row per parameter of a verb, under "verb key"."""
     rows = {}
     for option in command.get_params(context):
@@ -92,7 +90,7 @@ def command_rows(name: str, command: Any, context: Any, model: type[BaseModel] |
     return rows | {f"{name} {key}": {"names": None} | setting(model, key) for key in missing}
 
 
-def today() -> dict[str, Any]:
+def today():
     """All that the list holds, read from the code."""
     group = typer.main.get_command(program().build_app())
     context = group.context_class(group, info_name="tvit", **group.context_settings)
@@ -117,7 +115,7 @@ def today() -> dict[str, Any]:
     }
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before, now):
     """One line for each name that was removed, added or changed."""
     lines = []
     for name in sorted({*before, *now}):
@@ -136,9 +134,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return lines
 
 
-def frozen() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(LIST.read_text(encoding="utf-8"))
-    return found
+def frozen():
+    return json.loads(LIST.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("part", ["verbs", "public", "presets", "options"])
@@ -176,7 +173,7 @@ def test_public_names_can_be_had():
     assert all(hasattr(tvit_cli, name) for name in frozen()["public"])
 
 
-def write_list() -> None:
+def write_list():
     """Write the list, one row per line."""
     parts = [
         f'"{part}": {{\n'

@@ -21,7 +21,7 @@ FORMATS = ("safetensors", "huggingface", "onnx", "torch", "adapter")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 
-def train_tiny(root: Path) -> None:
+def train_tiny(root):
     """A LoRA run, its evaluation and a frame store below `root`."""
     with contextlib.chdir(root):
         make_clips(Path("colours"), groups=3)
@@ -36,9 +36,9 @@ def train_tiny(root: Path) -> None:
         assert tvit("extract", "--path-to-data", "colours", "--output", "store").code == 0
 
 
-def files(folder: Path) -> dict[str, list[str]]:
+def files(folder):
     """Relative path of each file; keys of each JSON file whose keys are the program's own."""
-    found: dict[str, list[str]] = {}
+    found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         found[name] = []
@@ -47,7 +47,7 @@ def files(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def export_files(root: Path, name: str) -> dict[str, list[str]]:
+def export_files(root, name):
     """What `tvit export --format NAME` writes."""
     with contextlib.chdir(root):
         ended = tvit("export", "runs/tiny", "--format", name, "--output", f"out-{name}")
@@ -62,8 +62,8 @@ def root(tmp_path_factory):
     return folder
 
 
-def compare(name: str, now: dict[str, list[str]]) -> None:
-    before: dict[str, list[str]] = json.loads(LIST.read_text(encoding="utf-8"))[name]
+def compare(name, now):
+    before = json.loads(LIST.read_text(encoding="utf-8"))[name]
     lines = [f"removed: {path}" for path in sorted(before.keys() - now.keys())]
     lines += [f"added: {path}" for path in sorted(now.keys() - before.keys())]
     for path in sorted(before.keys() & now.keys()):
@@ -90,7 +90,7 @@ def test_missing_and_new_files_are_named():
         compare("store", {k: v for k, v in before.items() if k != "store.json"} | {"other": []})
 
 
-def write_list() -> None:
+def write_list():
     """Write the list, one file per line."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

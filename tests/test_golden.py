@@ -1,7 +1,6 @@
 """Losses, metrics and scores of short runs equal the committed ones (tests/golden.py regenerates them)."""
 
 import json
-from typing import Any
 
 import golden
 import pytest
@@ -12,7 +11,7 @@ def measured():
     return golden.measure()["numbers"]
 
 
-def differences(before: Any, now: Any, where: str, tolerance: float) -> list[str]:
+def differences(before, now, where, tolerance):
     """One line for each value that differs; floats within a relative tolerance, all else exactly."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [

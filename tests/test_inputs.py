@@ -1,21 +1,17 @@
 """What is read becomes what the model is given: clips, their labels, and which of them count."""
 
-from typing import Any
-
 import torch
 from tiny import settings
-from torch import Tensor
 
 from tvit_cli.data.clips import ClipBatch
 from tvit_cli.engine.train.batches import MicroBatch, make_inputs
-from tvit_cli.engine.train.optim import Targets
 from tvit_cli.settings.card import Preprocessing
 
 STILL = {"crop_scale_min": 1.0, "horizontal_flip": 0, "brightness": 0, "contrast": 0, "saturation": 0}
 READ = [(0, 5), (0, 6), (0, 7)]  # the last only as a partner
 
 
-def go(*, unreadable: tuple[int, ...] = (), real: int = 2, **changes: Any) -> tuple[Tensor, Targets]:
+def go(*, unreadable=(), real=2, **changes):
     """A pass of two clips, white 0 and black 1; a grey one, 2, is the partner of the second."""
     pairs = changes.get("mixup", 0) or changes.get("cutmix", 0)
     read = READ if pairs else READ[:2]

@@ -44,11 +44,11 @@ HEAVY = {
 }
 
 
-def is_type_checking(node: ast.If) -> bool:
+def is_type_checking(node):
     return ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
+def imports(path, *, top_level=False):
     """The modules that a file imports, relative ones resolved; `top_level` leaves those in functions out."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     if path == Path("results.py"):  # names the types of its fields, and imports none of them at run time
@@ -68,7 +68,7 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
+def room(path):
     return path.parts[0].removesuffix(".py")
 
 

@@ -1,18 +1,17 @@
 """Folders and manifests become labelled videos in subsets."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from tvit_cli.data.layout import Layout, match_labels, read_layout
+from tvit_cli.data.layout import match_labels, read_layout
 from tvit_cli.engine.dataset import check_videos, find_data
 from tvit_cli.errors import DataError
 
 UCF101 = r"_g(\d+)_"
 
 
-def place(root: Path, classes: Mapping[str, Sequence[str]]) -> Path:
+def place(root, classes):
     """Files that look like videos from outside, which is all that a layout looks at."""
     for folder, names in classes.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -21,15 +20,11 @@ def place(root: Path, classes: Mapping[str, Sequence[str]]) -> Path:
     return root
 
 
-def read(
-    root: Path, *, pattern: str = UCF101, val: str = "none", test: str = "none", need_test: bool = False
-) -> Layout:
+def read(root, *, pattern=UCF101, val="none", test="none", need_test=False):
     return read_layout(root, group_pattern=pattern, val_groups=val, test_groups=test, need_test=need_test)
 
 
-def ucf101(
-    root: Path, *, groups: int = 25, clips: int = 2, classes: Sequence[str] = ("Archery", "Bowling")
-) -> Path:
+def ucf101(root, *, groups=25, clips=2, classes=("Archery", "Bowling")):
     return place(
         root,
         {
@@ -39,7 +34,7 @@ def ucf101(
     )
 
 
-def groups_of(layout: Layout, subset: str) -> list[str]:
+def groups_of(layout, subset):
     return sorted({str(video.group) for video in layout.subset(subset)})
 
 
@@ -288,7 +283,7 @@ def test_a_needed_test_subset_is_asked_for(tmp_path):
 # Manifests
 
 
-def manifest(folder: Path, text: str, *, encoding: str = "utf-8") -> Path:
+def manifest(folder, text, *, encoding="utf-8"):
     place(folder, {"clips": ["a_g01_.avi", "b_g02_.avi", "c_g03_.avi", "d, e.avi"]})
     path = folder / "list.csv"
     path.write_bytes(text.encode(encoding))
@@ -387,7 +382,7 @@ def test_weizmann_is_split_by_people(real_data):
 # Official splits
 
 
-def read_split(root: Path, split: int) -> Layout:
+def read_split(root, split):
     return read_layout(root, group_pattern=UCF101, val_groups="none", test_groups="auto", split=split)
 
 

@@ -1,7 +1,6 @@
 """Leaks between train, val and test are found and counted."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from tvit_cli.engine.evaluate import selection
 from tvit_cli.engine.evaluate.selection import find_leaks
 
 
-def video(folder: Path, name: str, subset: str, group: str | None, data: bytes) -> Video:
+def video(folder, name, subset, group, data):
     path = folder / name
     path.write_bytes(data)
     return Video(path, name, "run", subset, group)

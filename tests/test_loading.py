@@ -19,8 +19,7 @@ from tiny import make_clips, make_pretrained
 
 from tvit_cli import cli
 from tvit_cli.data import clips
-from tvit_cli.data.clips import ClipBatch, ClipDataset, ClipItem, load_batches, worker_errors
-from tvit_cli.data.framestore import FrameStore
+from tvit_cli.data.clips import ClipDataset, ClipItem, load_batches, worker_errors
 from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import Video
 from tvit_cli.errors import DataError, RunError
@@ -42,17 +41,17 @@ def store(videos, tmp_path):
     return make_store(tmp_path / "frames", videos, shard_bytes=20_000)
 
 
-def dataset(videos: list[Video], store: FrameStore | None = None) -> ClipDataset:
+def dataset(videos, store=None):
     return ClipDataset(videos, LABELS, n_frames=8, short_side=24, seed=0, training=True, store=store)
 
 
-def same(a: ClipBatch, b: ClipBatch) -> bool:
+def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.clips, b.clips, strict=True)) and torch.equal(
         a.indices, b.indices
     )
 
 
-def readers() -> list[str]:
+def readers():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("clips")]
 
 
@@ -141,7 +140,7 @@ def test_batches_become_files_where_shared_memory_is_little(videos, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def no_space(*arguments: Any) -> Any:
+def no_space(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -4,8 +4,6 @@ import json
 import subprocess
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,12 +40,12 @@ CONFIG = ViTConfig(num_classes=5, frame_size=16, patch_size=8, n_frames=4, width
 FULL = {"classifier.weight", "classifier.bias", "temporal.embedding"}
 
 
-def base() -> TemporalViT:
+def base():
     return build_model(CONFIG, seed=0, from_scratch=True)
 
 
-def spec(**changes: Any) -> LoraSpec:
-    values: dict[str, Any] = {
+def spec(**changes):
+    values = {
         "rank": 4,
         "alpha": 8.0,
         "dropout": 0.0,
@@ -59,17 +57,17 @@ def spec(**changes: Any) -> LoraSpec:
     return LoraSpec(**{**values, **changes})
 
 
-def adapted(seed: int = 0, **changes: Any) -> TemporalViT:
+def adapted(seed=0, **changes):
     model = base()
     attach(model, spec(**changes), seed=seed)
     return model.eval()
 
 
-def clips() -> torch.Tensor:
+def clips():
     return torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def perturb(model: nn.Module) -> None:
+def perturb(model):
     """Stands in for training: an adapter starts as nothing, so that merging it would show nothing."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -77,19 +75,19 @@ def perturb(model: nn.Module) -> None:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def trainable(model: nn.Module) -> set[str]:
+def trainable(model):
     return set(trainable_tensors(model))
 
 
-def adapter_of(*layers: str) -> set[str]:
+def adapter_of(*layers):
     return {f"{layer}.{part}.default.weight" for layer in layers for part in ("lora_A", "lora_B")}
 
 
-def in_blocks(*layers: str) -> list[str]:
+def in_blocks(*layers):
     return [f"blocks.{block}.{layer}" for block in (0, 1) for layer in layers]
 
 
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+def equal(first, second):
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -207,7 +205,7 @@ def test_a_step_changes_what_is_trainable_and_nothing_else():
     assert changed == trainable(model)
 
 
-def delta(**changes: Any) -> torch.Tensor:
+def delta(**changes):
     """What the adapter of one layer adds to its weights, from the same adapter weights each time."""
     model = adapted(targets=("q",), **changes)
     perturb(model)
@@ -325,15 +323,15 @@ def test_layers_are_listed_in_the_order_of_the_model():
     assert resolve_layers(base(), ("v", "q"), option="x") == in_blocks("attention.q", "attention.v")
 
 
-def injected(monkeypatch: pytest.MonkeyPatch, model: TemporalViT, dropout: float) -> None:
+def injected(monkeypatch, model, dropout):
     """Makes our layers and PEFT's own drop the same numbers: which ones depends on how many there are."""
 
-    def mask(count: int, dropout: float, device: torch.device) -> torch.Tensor:
+    def mask(count, dropout, device):
         generator = torch.Generator().manual_seed(count)
         return (torch.rand(count, generator=generator) >= dropout).to(torch.uint8)
 
     class Dropout(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return x * mask(x.numel(), dropout, x.device).view(x.shape) / (1 - dropout)
 
     monkeypatch.setattr(linear, "draw_mask", mask)
@@ -354,7 +352,7 @@ class Holder(nn.Module):
         return logits
 
 
-def loaded_by_peft(model: TemporalViT, folder: Path) -> nn.Module:
+def loaded_by_peft(model, folder):
     """The saved adapter on the bare model, in which all that was trained in full has other values."""
     save_adapter(model, folder / "adapter", prefix="network.", backbone="backbone")
     state = {name: tensor.clone() for name, tensor in bare_state_dict(model).items()}
@@ -366,7 +364,7 @@ def loaded_by_peft(model: TemporalViT, folder: Path) -> nn.Module:
     return peft.PeftModel.from_pretrained(Holder(bare), str(folder / "adapter"))
 
 
-def of_peft(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> TemporalViT:
+def of_peft(monkeypatch, **changes):
     """The model with PEFT's own layers, as when its hook is gone."""
     with monkeypatch.context() as patched:
         patched.setattr(lora, "own_layer", lambda: None)
@@ -554,7 +552,7 @@ def test_dora_learns_a_magnitude_and_merges_to_what_it_computes():
     torch.testing.assert_close(model(clips()), expected, atol=1e-4, rtol=1e-4)
 
 
-def adapted_like(other: TemporalViT, **changes: Any) -> TemporalViT:
+def adapted_like(other, **changes):
     """A model with other adapters, and the trained weights that both have."""
     model = adapted(targets=LORA_TARGETS, **changes)
     state = other.state_dict()

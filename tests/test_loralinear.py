@@ -1,12 +1,9 @@
 """The LoRA layer as one operation: the same function and gradients, the right mask, little kept."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -18,9 +15,7 @@ from tvit_cli.portable.vit import ViTConfig, build_model
 CPU = torch.device("cpu")
 
 
-def tensors(
-    shape: tuple[int, ...] = (2, 7, 12), *, outputs: int = 10, rank: int = 3, **facts: Any
-) -> list[Tensor]:
+def tensors(shape=(2, 7, 12), *, outputs=10, rank=3, **facts):
     """Input, weight, bias, A, B; the weight and bias frozen."""
     generator = torch.Generator().manual_seed(0)
     shapes = (shape, (outputs, shape[-1]), (outputs,), (rank, shape[-1]), (outputs, rank))
@@ -28,9 +23,7 @@ def tensors(
     return [tensor.requires_grad_(i in (0, 3, 4)) for i, tensor in enumerate(made)]
 
 
-def plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, **facts: Any
-):
+def plain(x, weight, bias, a, b, keep, **facts):
     """PEFT's formula, in autograd's own operations."""
     gelu, p = facts.get("gelu"), facts.get("dropout", 0.0)
     x = x if gelu is None else F.gelu(x, approximate=gelu)
@@ -38,7 +31,7 @@ def plain(
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, a), b) * facts["scale"]
 
 
-def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def gradients(output, inputs):
     generator = torch.Generator().manual_seed(1)
     seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
     return list(torch.autograd.grad(output, inputs, seed))
@@ -164,11 +157,11 @@ def test_the_mask_is_fixed_by_torchs_seed_and_not_by_the_number_of_threads():
     assert not torch.equal(masks[0], draw_mask(100_003, 0.1, CPU))
 
 
-def saved_bytes(work: Callable[[], Tensor], *, without: list[Tensor]) -> int:
+def saved_bytes(work, *, without):
     """Bytes that autograd keeps for the backward pass, besides those of some tensors."""
-    saved: dict[int, int] = {}
+    saved = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 

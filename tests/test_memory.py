@@ -41,9 +41,7 @@ SIZE = 32
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def model(
-    *, train: str = "lora", dropout: float = 0.3, checkpointing: bool = False, depth: int = 4
-) -> TemporalViT:
+def model(*, train="lora", dropout=0.3, checkpointing=False, depth=4):
     config = ViTConfig(
         num_classes=5, frame_size=SIZE, patch_size=8, n_frames=FRAMES, width=32, depth=depth, num_heads=4
     )
@@ -55,7 +53,7 @@ def model(
     return vit.train()
 
 
-def step(vit: nn.Module, clips: int = 2) -> dict[str, torch.Tensor]:
+def step(vit, clips=2):
     """The gradients of a step with seeded dropout."""
     generator = torch.Generator().manual_seed(1)
     batch = torch.randn(clips, FRAMES, 3, SIZE, SIZE, generator=generator)
@@ -65,17 +63,17 @@ def step(vit: nn.Module, clips: int = 2) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
 
 
-def probe(vit: TemporalViT) -> Probe:
+def probe(vit):
     shape = Preprocessing(n_frames=FRAMES, frame_size=SIZE)
     return Probe(Built(vit, vit.config, shape, None), vit, Accelerator(cpu=True))
 
 
-def kept_bytes(vit: TemporalViT, clips: int) -> int:
+def kept_bytes(vit, clips):
     """Bytes that a forward pass keeps for the backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in vit.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    kept = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
@@ -182,13 +180,11 @@ def test_a_probe_that_finds_no_memory_says_so_and_leaves_no_gradients(monkeypatc
     assert all(p.grad is None for p in vit.parameters())
 
 
-def small_card(
-    monkeypatch: pytest.MonkeyPatch, most: int, *, error: Exception | None = None, since: int = 0
-) -> list[int]:
+def small_card(monkeypatch, most, *, error=None, since=0):
     """From the `since`-th training pass on, no more than `most` clips find memory; returns the passes' sizes."""
     real, sizes = TemporalViT.features, []
 
-    def features(self: TemporalViT, clips: torch.Tensor) -> torch.Tensor:
+    def features(self, clips):
         features = real(self, clips)
         if self.training:
             sizes.append(len(clips))

@@ -111,7 +111,7 @@ def test_the_most_confused_pairs_come_first_and_right_answers_are_none():
     assert most_confused(confusion, most=1) == [(1, 0, 4)]
 
 
-def outcomes(right: list[bool], groups: list[str], labels: list[int] | None = None) -> Outcomes:
+def outcomes(right, groups, labels=None):
     """Videos that are answered with their label or with the next class, all with confidence 0.7."""
     labels = labels or [0] * len(right)
     said = [label if known else label + 1 for label, known in zip(labels, right, strict=True)]

@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from tvit_cli.data.augment import Mixing, mix
 
 SIZE = 24
 
 
-def clips(count: int) -> Tensor:
+def clips(count):
     return torch.rand(count, 3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def go(
-    pixels: Tensor,
-    partners: list[int],
-    mixing: Mixing,
-    *,
-    seed: int = 0,
-    epochs: list[int] | None = None,
-    indices: list[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+def go(pixels, partners, mixing, *, seed=0, epochs=None, indices=None):
     count = len(pixels)
     return mix(
         pixels,
@@ -33,7 +24,7 @@ def go(
     )
 
 
-def pair_of(count: int) -> Tensor:
+def pair_of(count):
     """Clips of ones, each with a partner of zeros after them: a mixture's pixels are the clip's share."""
     return torch.cat([torch.ones(count, 2, 3, SIZE, SIZE), torch.zeros(1, 2, 3, SIZE, SIZE)])
 

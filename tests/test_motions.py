@@ -3,8 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import av
 import numpy as np
@@ -28,19 +27,19 @@ def root(tmp_path_factory):
     return root
 
 
-def decoded(file: Path) -> np.ndarray:
+def decoded(file):
     with av.open(str(file)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def twin(file: Path) -> Path:
+def twin(file):
     """The clip of the opposite class with the same group and number."""
     one, other = next(pair for pair in OPPOSITES if file.parent.name in pair)
     opposite = other if file.parent.name == one else one
     return file.parent.parent / opposite / file.name.replace(file.parent.name, opposite)
 
 
-def clips(root: Path) -> Sequence[Path]:
+def clips(root):
     return sorted(root.glob("*/*/*.avi"))
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from needs import need
 from tiny import make_model
@@ -17,16 +16,16 @@ NOTEBOOK = ROOT / "examples" / "inference.ipynb"
 ELSEWHERE = re.compile(r"/(?:home|root|tmp|work|opt|Users|var)/|[A-Z]:\\\\|site-packages")
 
 
-def code_cells(notebook: Any) -> list[Any]:
+def code_cells(notebook):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def printed(cell: Any) -> str:
+def printed(cell):
     """What a cell wrote to stdout, of which nbformat allows a list of lines as well as one text."""
     return "".join("".join(o["text"]) for o in cell["outputs"] if o.get("name") == "stdout")
 
 
-def pictures(cell: Any) -> int:
+def pictures(cell):
     return sum(any(kind.startswith("image/") for kind in o.get("data", {})) for o in cell["outputs"])
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from tvit_cli.engine.evaluate.metrics import Tally
 from tvit_cli.engine.train import optim
@@ -18,13 +17,7 @@ MIXED = Targets(LABELS, ONES, others=torch.tensor([0, 0, 0]), shares=torch.tenso
 RARE, LIKELY = math.log(4), math.log(4 / 3)  # of probability 1/4, of 3/4
 
 
-def clip_losses(
-    logits: Tensor,
-    targets: Targets,
-    *,
-    class_weights: tuple[float, float] = (1, 1),
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def clip_losses(logits, targets, *, class_weights=(1, 1), label_smoothing=0.0):
     weights = torch.tensor(class_weights)
     return optim.clip_losses(logits, targets, class_weights=weights, label_smoothing=label_smoothing)
 

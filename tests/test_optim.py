@@ -10,7 +10,7 @@ from tvit_cli.portable.vit import TemporalViT, ViTConfig
 TINY = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=8, depth=1, num_heads=2)
 
 
-def decayed(**choices: bool) -> set[str]:
+def decayed(**choices):
     model = TemporalViT(TINY)
     facts = {"bias_weight_decay": False, "norm_weight_decay": False, **choices}
     groups = parameter_groups(model, weight_decay=0.3, **facts)
@@ -56,7 +56,7 @@ def test_frozen_parameters_are_in_no_group():
     assert all(p.requires_grad for g in groups for p in g["params"])
 
 
-def scales(model: TemporalViT, layer_decay: float) -> dict[str, float]:
+def scales(model, layer_decay):
     """Trainable parameter -> its share of the learning rate."""
     groups = parameter_groups(
         model, weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False, layer_decay=layer_decay

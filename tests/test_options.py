@@ -3,10 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from entry import Ended, run_python
+from entry import run_python
 from tiny import make_clips
 
 from tvit_cli import cli
@@ -14,7 +13,7 @@ from tvit_cli.settings.base import flag
 from tvit_cli.settings.train import TrainSettings
 
 
-def tvit(*arguments: str, cwd: Path | None = None, **environ: str) -> Ended:
+def tvit(*arguments, cwd=None, **environ):
     return run_python("-m", "tvit_cli", *arguments, cwd=cwd, **{"COLUMNS": "200", "NO_COLOR": "1", **environ})
 
 

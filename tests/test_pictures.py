@@ -10,7 +10,7 @@ from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data.framestore_format import CRC, FRAME, Parameters
 from tvit_cli.data.framestore_writer import pack_video
-from tvit_cli.data.video import Planes, read_clip, read_frames
+from tvit_cli.data.video import read_clip, read_frames
 from tvit_cli.data.video_writer import write_video
 
 Make = Callable[..., Path]
@@ -18,13 +18,13 @@ Make = Callable[..., Path]
 HALF = 1.5  # levels of 255: what rounding to whole numbers in three places may come to
 
 
-def read_planes(path: Path, short_side: int | None = None) -> list[Planes]:
+def read_planes(path, short_side=None):
     return read_frames(
         path, range, lambda kept, chosen: list(kept.planes(chosen)), short_side=short_side
     ).frames
 
 
-def to_rgb(planes: Planes) -> np.ndarray:
+def to_rgb(planes):
     """JFIF's own formula (ITU-T T.871), chroma repeated."""
     height, width = planes.y.shape
     y, u, v = (plane.astype(float) for plane in planes)
@@ -32,7 +32,7 @@ def to_rgb(planes: Planes) -> np.ndarray:
     return np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], -1).clip(0, 255)
 
 
-def stored_frames(path: Path, short_side: int = 256) -> np.ndarray:
+def stored_frames(path, short_side=256):
     """What a record of a frame store holds, decoded."""
     packed = pack_video(path, Parameters(frames_per_video=4, quality=95, short_side=short_side))
     rows = np.frombuffer(packed.record, FRAME, int(packed.row["stored"]))
@@ -43,7 +43,7 @@ def stored_frames(path: Path, short_side: int = 256) -> np.ndarray:
     return np.stack(pictures)
 
 
-def ramp(height: int, width: int) -> np.ndarray:
+def ramp(height, width):
     """Two frames of soft colours that differ from side to side."""
     y, x = np.mgrid[:height, :width]
     frame = np.stack([90 + 40 * x / width, 160 - 40 * y / height, 90 + 40 * y / height], -1)

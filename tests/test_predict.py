@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from entry import Ended, run_python
+from entry import run_python
 from loopback import serving
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
 from tvit_cli.model import linear
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Note, Progress, TrainResult, silent
+from tvit_cli.results import Note, Progress, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.predict import PredictSettings
 
@@ -43,7 +43,7 @@ def clip(trained):
     return next(trained.run.parents[1].glob("colours/Red/*_g06_*"))
 
 
-def tvit(trained: TrainResult, *arguments: str) -> Ended:
+def tvit(trained, *arguments):
     return run_python("-m", "tvit_cli", "predict", *arguments, cwd=trained.run.parents[1], COLUMNS="200")
 
 
@@ -365,7 +365,7 @@ def test_embeddings_that_cannot_be_written_leave_the_older_ones(tmp_path, monkey
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
 
 
-def asked(trained: TrainResult, clip: Path, **flags: object) -> PredictSettings:
+def asked(trained, clip, **flags):
     facts = {"paths": [str(clip)], "model": str(trained.model), "device": "cpu", **flags}
     return load(PredictSettings, flags=facts, environ={}).settings
 

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.errors
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tvit_cli.errors import ModelError
 from tvit_cli.model import weights as weights_module
-from tvit_cli.model.pretrained import LoadReport, load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.portable.config import ATTENTIONS
 from tvit_cli.portable.vit import TemporalViT, build_model
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
@@ -27,7 +26,7 @@ with warnings.catch_warnings():
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
-def hugging_face_config(**changes: Any) -> transformers.ViTConfig:
+def hugging_face_config(**changes):
     values = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -41,13 +40,13 @@ def hugging_face_config(**changes: Any) -> transformers.ViTConfig:
     return transformers.ViTConfig(**{**values, **changes})
 
 
-def save_quietly(model: Any, folder: Path, **options: Any) -> None:
+def save_quietly(model, folder, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, **options)
 
 
-def random_weights(model: torch.nn.Module) -> None:
+def random_weights(model):
     """Numbers large enough that a wrong position, bias or norm shows."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -67,33 +66,32 @@ def folder(image_vit, tmp_path):
     return tmp_path / "weights"
 
 
-def loaded(folder: Path, **shape: Any) -> tuple[TemporalViT, LoadReport]:
+def loaded(folder, **shape):
     source = resolve_weights(str(folder))
     config = read_config(source).vit_config(**{"num_classes": 3, "n_frames": 8, **shape})
     model = build_model(config, seed=0, from_scratch=False).eval()
     return model, load_pretrained(model, source)
 
 
-def pictures(size: int) -> torch.Tensor:
+def pictures(size):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def class_token(image_vit: Any, images: torch.Tensor, **options: Any) -> torch.Tensor:
-    output: torch.Tensor = image_vit(pixel_values=images, **options).last_hidden_state[:, 0]
-    return output
+def class_token(image_vit, images, **options):
+    return image_vit(pixel_values=images, **options).last_hidden_state[:, 0]
 
 
 @torch.no_grad()
-def our_class_token(model: TemporalViT, images: torch.Tensor) -> torch.Tensor:
+def our_class_token(model, images):
     return model.features(images.unsqueeze(1))
 
 
-def edit_json(path: Path, **changes: Any) -> None:
+def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def edit_tensors(folder, change):
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -256,29 +254,29 @@ Spoil = Callable[[Path], object]
 INDEX = "model.safetensors.index.json"
 
 
-def write(name: str, value: object) -> Spoil:
+def write(name, value):
     return lambda folder: (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
 
 
-def remove(name: str) -> Spoil:
+def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
-def config(changes: dict[str, Any]) -> Spoil:
+def config(changes):
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
-def drop(*names: str) -> Spoil:
+def drop(*names):
     return lambda folder: edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
 
 
-def put(*names: str, tensor: torch.Tensor) -> Spoil:
+def put(*names, tensor):
     return lambda folder: edit_tensors(
         folder, lambda tensors: tensors.update({n: tensor.clone() for n in names})
     )
 
 
-def truncate(folder: Path) -> None:
+def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -50,12 +50,12 @@ def taken_port():
         yield server.getsockname()[1]
 
 
-def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
+def start(words, **variables):
     path = os.pathsep.join([str(ROOT / "tests" / "fuse"), str(ROOT)])
     return entry.start("-m", *words, **{"PYTHONPATH": path, **variables})
 
 
-def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_float64(monkeypatch):
     """What FLOAT64 does to a process that is started, done to this one until the test ends."""
     for module, name in ((batches, "train_transform"), (scoring, "eval_transform")):
         monkeypatch.setattr(module, name, getattr(module, name))
@@ -63,7 +63,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     sitecustomize.float64_in_scoring(scoring)
 
 
-def losses(runs: Path) -> list[float]:
+def losses(runs):
     lines = map(json.loads, (runs / "mine" / "metrics.jsonl").read_text().splitlines())
     return [line["train_loss"] for line in lines if line["kind"] == "step"]
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 Frames = np.ndarray  # (T, H, W, C)
 
 
-def clip(seed: int = 0, frames: int = 3) -> Tensor:
+def clip(seed=0, frames=3):
     """Smooth colours of 40 to 200, so that a misplaced pixel shows and a rounded one does not."""
     rows, columns, places = np.meshgrid(np.arange(SIZE), np.arange(SIZE), np.arange(frames), indexing="ij")
     generator = np.random.default_rng(seed)
@@ -29,15 +28,15 @@ def clip(seed: int = 0, frames: int = 3) -> Tensor:
     return torch.from_numpy(pixels.round().astype(np.uint8)).permute(2, 3, 0, 1).contiguous()
 
 
-def grey(x: Frames) -> Frames:
+def grey(x):
     return np.rint(x @ np.array([0.299, 0.587, 0.114]))[..., None]
 
 
-def towards(dull: Frames | float, x: Frames, level: float) -> Frames:
+def towards(dull, x, level):
     return dull + (1 + 0.9 * level) * (x - dull)
 
 
-def source(name: str, x: float, y: float, level: float) -> tuple[float, float]:
+def source(name, x, y, level):
     """Where the pixel that is shown at a place was, in pixels from the top left corner."""
     if name == "rotate":
         turn, x, y = math.radians(30 * level), x - SIZE / 2, y - SIZE / 2
@@ -49,7 +48,7 @@ def source(name: str, x: float, y: float, level: float) -> tuple[float, float]:
     return (x + shift, y) if name.endswith("x") else (x, y + shift)
 
 
-def moved(name: str, x: Frames, level: float) -> Frames:
+def moved(name, x, level):
     padded = np.full((len(x), 3 * SIZE, 3 * SIZE, 3), FILL.numpy())
     padded[:, SIZE : 2 * SIZE, SIZE : 2 * SIZE] = x
     out = np.empty(x.shape)
@@ -64,7 +63,7 @@ def moved(name: str, x: Frames, level: float) -> Frames:
     return out
 
 
-def smoothed(x: Frames) -> Frames:
+def smoothed(x):
     out = x.copy()
     for row in range(1, SIZE - 1):
         for column in range(1, SIZE - 1):
@@ -73,7 +72,7 @@ def smoothed(x: Frames) -> Frames:
     return out
 
 
-def equalized(x: Frames) -> Frames:
+def equalized(x):
     out = x.copy()
     for channel in range(3):
         values, counts = np.unique(x[..., channel], return_counts=True)
@@ -101,7 +100,7 @@ REFERENCES: dict[str, Callable[[Frames, float], Frames]] = {
 }
 
 
-def channels_last(pixels: Tensor) -> Frames:
+def channels_last(pixels):
     return pixels.permute(0, 2, 3, 1).numpy().astype(float)
 
 
@@ -189,7 +188,7 @@ def test_what_moves_a_frame_never_mirrors_it():
             assert (steps > 0).sum() > 4 * (steps < 0).sum(), name
 
 
-def go(pixels: Tensor, index: int = 0, **changes: Any) -> Tensor:
+def go(pixels, index=0, **changes):
     facts = {"operations": 2, "magnitude": 9.0, "fill": FILL, "seed": 0, "epoch": 0, **changes}
     return randaugment(pixels, index=index, **facts)
 

@@ -14,7 +14,7 @@ from tvit_cli.settings.predict import PredictSettings
 pytestmark = pytest.mark.real
 
 
-def weights() -> Path:
+def weights():
     folder = Path(os.environ.get("TVIT_TEST_DATA", "")).parent / "weights" / "vit-small-patch14-224"
     if not os.environ.get("TVIT_TEST_DATA") or not folder.is_dir():
         pytest.skip("no pretrained weights beside TVIT_TEST_DATA")
@@ -51,7 +51,7 @@ def test_people_who_were_left_out_are_scored_and_predicted(real_data, tmp_path):
     assert len(answer.predictions) == 9 and not any(p.error for p in answer.predictions)
 
 
-def read_names(output: Path) -> list[str]:
+def read_names(output):
     return [line.split(",")[0] for line in (output / "scores.csv").read_text().splitlines()[1:]]
 
 

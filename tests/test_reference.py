@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pages import Page
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import COLOURS, make_clips
-from torch import Tensor
 
 from tvit_cli import load_model
 from tvit_cli.data.augment import eval_transform
@@ -22,7 +20,7 @@ from tvit_cli.data.video import read_clip
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.export import export
 from tvit_cli.engine.predict import predict
-from tvit_cli.engine.trained import Trained, open_trained
+from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import DataError, ModelError
 from tvit_cli.model.folder import save_model
 from tvit_cli.model.pretrained import read_config
@@ -55,14 +53,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def random_tensors(*, classes: int = 3) -> dict[str, Tensor]:
+def random_tensors(*, classes=3):
     """All tensors of the reference's network by its names, of numbers that make every one of them matter."""
     generator = torch.Generator().manual_seed(5)
 
-    def random(*shape: int) -> Tensor:
+    def random(*shape):
         return torch.randn(*shape, generator=generator) * 0.3
 
-    def layer(name: str, *shape: int) -> dict[str, Tensor]:
+    def layer(name, *shape):
         return {f"{name}.weight": random(*shape), f"{name}.bias": random(shape[0])}
 
     tensors = {"cls_token": random(1, 1, WIDTH), "pos_embed": random(1, 1 + (SIZE // PATCH) ** 2, WIDTH)}
@@ -77,22 +75,20 @@ def random_tensors(*, classes: int = 3) -> dict[str, Tensor]:
     return tensors | layer("norm", WIDTH) | layer("head", classes, WIDTH)
 
 
-def plain_forward(
-    tensors: dict[str, Tensor], clips: Tensor, *, n_frames: int, heads: int, scale: float | None = None
-) -> Tensor:
+def plain_forward(tensors, clips, *, n_frames, heads, scale=None):
     """The reference's network from what is known of it, a token and a head at a time, in float64."""
     weights = {name: tensor.double() for name, tensor in tensors.items()}
     clips = clips.double()
 
-    def linear(name: str, x: Tensor) -> Tensor:
+    def linear(name, x):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    def norm(name: str, x: Tensor) -> Tensor:
+    def norm(name, x):
         centred = x - x.mean(-1, keepdim=True)
         unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return unit * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    def wave(position: int) -> Tensor:
+    def wave(position):
         pairs = [position * math.exp(-2 * k * math.log(1e4)) for k in range(WIDTH // 2)]
         return torch.tensor([f(x) for x in pairs for f in (math.sin, math.cos)], dtype=torch.float64)
 
@@ -121,7 +117,7 @@ def plain_forward(
     return torch.stack(rows)
 
 
-def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> Path:
+def write(folder, tensors, config=CONFIG):
     """A folder as transformers leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -130,7 +126,7 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = CON
     return folder
 
 
-def write_merged(path: Path, tensors: dict[str, Tensor]) -> Path:
+def write_merged(path, tensors):
     """The file that the reference's training leaves."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
@@ -147,16 +143,16 @@ def colours(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("reference") / "colours", groups=2)
 
 
-def opened(path: Path) -> Trained:
+def opened(path):
     return open_trained(path, working_directory=Path("runs"), device=torch.device("cpu"))
 
 
-def some_clips(n_frames: int) -> Tensor:
+def some_clips(n_frames):
     return torch.randn(2, n_frames, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6))
 
 
 @torch.no_grad()
-def assert_same_logits(trained: Trained, expected: Tensor, clips: Tensor) -> None:
+def assert_same_logits(trained, expected, clips):
     torch.testing.assert_close(trained.model(clips).double(), expected, atol=1e-5, rtol=0)
     assert (expected[0] - expected[1]).abs().max() > 0.01  # they depend on the clip
 
@@ -285,7 +281,7 @@ def test_frames_are_squashed_to_256_and_their_centre_is_taken(folder, colours):
         assert np.abs(own.permute(1, 2, 0).numpy() - expected).max() <= 1.01 / 255 / 0.224
 
 
-def logits_of(video: Path, trained: Trained, *, n_frames: int, heads: int) -> Tensor:
+def logits_of(video, trained, *, n_frames, heads):
     """The plain forward of a video, preprocessed as the test above has checked."""
     frames = torch.from_numpy(read_clip(video, lambda count: segment_indices(count, n_frames)).frames)
     preprocessing = trained.card.preprocessing
@@ -363,7 +359,7 @@ def test_an_export_of_it_is_proved_as_any_other(folder, colours, tmp_path):
     assert_same_logits(opened(again), plain_forward(random_tensors(), clips, n_frames=3, heads=2), clips)
 
 
-def without(name: str) -> Callable[[dict[str, Tensor]], object]:
+def without(name):
     return lambda tensors: tensors.pop(name)
 
 
@@ -466,7 +462,7 @@ def test_a_name_on_the_hub_is_read_from_the_cache(folder, tmp_path, monkeypatch)
         opened(Path("detker/temporal-vit-86M"))
 
 
-def a_card(config: ViTConfig) -> ModelCard:
+def a_card(config):
     return ModelCard(
         tvit_version="0.1.0",
         labels=("Blue", "Green", "Red"),

@@ -1,7 +1,6 @@
 """What small data needs, in a training: its state survives a stop, processes agree on it, nonsense is refused."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from tvit_cli.engine.train.batches import class_weights
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.errors import ModelError, SettingsError
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Note, TrainResult
+from tvit_cli.results import Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -27,15 +26,15 @@ UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_grou
 STANDSTILL = {"learning_rate": 1e-30}  # every epoch is as good as the first
 
 
-def checkpoints(result: TrainResult) -> list[Path]:
+def checkpoints(result):
     return list_checkpoints(result.run / "checkpoints")
 
 
-def last_average(result: TrainResult) -> dict[str, torch.Tensor]:
+def last_average(result):
     return load_file(checkpoints(result)[-1] / "ema.safetensors")
 
 
-def classifier_of(result: TrainResult) -> torch.Tensor:
+def classifier_of(result):
     return load_model(result.model)[0].classifier.weight.detach()
 
 

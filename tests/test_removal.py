@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import run, settings
@@ -59,7 +58,7 @@ def mine(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "runs" / "mine", symlinks=True))
 
 
-def train_again(facts: dict[str, Any], folder: Path, how: str, capsys: Any) -> tuple[int, str]:
+def train_again(facts, folder, how, capsys):
     """Type `tvit train` for the experiment of that folder: with the flag, with a config, or without --overwrite."""
     config = folder.parent.with_suffix(".toml")
     config.write_text("overwrite = true\n")
@@ -168,7 +167,7 @@ def test_a_series_refuses_foreign_files_before_its_first_training(facts, mine, t
     assert "is not the folder of a run" in why_not_replaced(folder)  # a single run of the series' name
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder, step):
     return save_checkpoint(folder, state=State(step=step), trainable={}, optimizer={}, best=None)
 
 

@@ -6,8 +6,6 @@ import json
 import math
 import subprocess
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
 import simplejpeg
@@ -39,7 +37,7 @@ DEVICE = torch.device("cpu")
 PREPROCESSING = Preprocessing(n_frames=4, frame_size=16)
 
 
-def trained(folder: Path, **changes: Any) -> TrainResult:
+def trained(folder, **changes):
     """The result of a training of two epochs that has no run."""
     epochs = [
         {"epoch": n, "step": 3 * n, "train_loss": 2.0 / n, "train_clip_top1": 0.4 * n, "val_loss": 1.5 / n,
@@ -51,7 +49,7 @@ def trained(folder: Path, **changes: Any) -> TrainResult:
         {"epoch": 1 + n // 3, "step": n + 1, "train_loss": 2.0, "learning_rate": 1e-4, "grad_norm": 3.0}
         for n in range(6)
     ]
-    values: dict[str, Any] = {
+    values = {
         "run": folder,
         "model": folder / "model",
         "best_epoch": 2,
@@ -66,7 +64,7 @@ def trained(folder: Path, **changes: Any) -> TrainResult:
     return TrainResult(**{**values, **changes})
 
 
-def page_of(result: TrainResult, samples: Samples | None = None, evil: str = "here") -> Page:
+def page_of(result, samples=None, evil="here"):
     """The page of a result, with all its charts."""
     context = Context({evil: evil}, [(evil, evil)], DEVICE)
     settings = TrainSettings(epochs=2, lora_rank=3)
@@ -192,7 +190,7 @@ def test_a_run_without_validation_shows_what_there_is(tmp_path):
     assert "60 videos cannot be read" in text and "clip49.avi" in text and "clip50.avi" not in text
 
 
-def boxes(drawing: Drawing) -> list[tuple[float, float, float, float, str]]:
+def boxes(drawing):
     """Left, top, right, bottom of every text."""
     found = []
     for shape in drawing.shapes:

@@ -3,7 +3,6 @@
 import json
 import typing
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -40,17 +39,17 @@ every_scheme = pytest.mark.parametrize("attention", ATTENTIONS)
 every_pool = pytest.mark.parametrize("pool", POOLS)
 
 
-def config(attention: str, **changes: Any) -> ViTConfig:
+def config(attention, **changes):
     return ViTConfig.from_dict(
         {**SMALL.to_dict(), "temporal_depth": None, "mlp_width": None, "attention": attention, **changes}
     )
 
 
-def build(attention: str, *, from_scratch: bool = True, seed: int = 0, **changes: Any) -> TemporalViT:
+def build(attention, *, from_scratch=True, seed=0, **changes):
     return build_model(config(attention, **changes), seed=seed, from_scratch=from_scratch).eval()
 
 
-def moved(model: TemporalViT) -> TemporalViT:
+def moved(model):
     """Stands in for training: what starts as nothing is something now."""
     generator = torch.Generator().manual_seed(9)
     for parameter in model.parameters():
@@ -58,11 +57,11 @@ def moved(model: TemporalViT) -> TemporalViT:
     return model
 
 
-def clips(n_clips: int = 2, n_frames: int = 4, size: int = 24) -> torch.Tensor:
+def clips(n_clips=2, n_frames=4, size=24):
     return torch.randn(n_clips, n_frames, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def spread(a: torch.Tensor, b: torch.Tensor) -> float:
+def spread(a, b):
     return (a - b).abs().max().item()
 
 

@@ -3,8 +3,6 @@
 import json
 import shutil
 import statistics
-from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import make_pretrained, settings
@@ -15,7 +13,7 @@ from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.sweep import evaluate_series, series_models, summarise, train_series
 from tvit_cli.errors import Interrupted, ModelError, SettingsError
 from tvit_cli.model.folder import load_card
-from tvit_cli.results import Note, SeriesResult
+from tvit_cli.results import Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -26,7 +24,7 @@ def facts(inputs):
     return {**inputs, "epochs": 1, "experiment_name": "people"}
 
 
-def seeds(facts: dict[str, Any], folder: Path, *numbers: int, **changes: Any) -> SeriesResult:
+def seeds(facts, folder, *numbers, **changes):
     own = {**facts, "working_directory": folder, **changes}
     return train_series([settings(seed=number, **own) for number in numbers])
 

@@ -15,17 +15,17 @@ from tvit_cli.results import TrainResult
 from tvit_cli.settings.train import TrainSettings
 
 
-def weights_differ(base: TrainResult, changed: TrainResult) -> bool:
+def weights_differ(base, changed):
     return not same(last_weights(base), last_weights(changed))
 
 
-def counts_differ(base: TrainResult, changed: TrainResult) -> bool:
+def counts_differ(base, changed):
     return records(base, "step")[-1]["step"] != records(changed, "step")[-1]["step"] or weights_differ(
         base, changed
     )
 
 
-def formats_differ(base: TrainResult, changed: TrainResult) -> bool:
+def formats_differ(base, changed):
     """The training's format, and that of the test at its end."""
     said = [
         json.loads((result.run / "eval" / "test" / "metrics.json").read_text())["mixed_precision"]
@@ -34,7 +34,7 @@ def formats_differ(base: TrainResult, changed: TrainResult) -> bool:
     return weights_differ(base, changed) and said == ["no", "bf16"]
 
 
-def average_is_kept(base: TrainResult, changed: TrainResult) -> bool:
+def average_is_kept(base, changed):
     """The raw weights are trained as ever; what is validated and saved is another thing."""
     a, b = (load_model(result.model)[0].classifier.weight for result in (base, changed))
     said = "ema_decay" in records(changed)[0] and "ema_decay" not in records(base)[0]

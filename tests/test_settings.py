@@ -1,11 +1,9 @@
 """Settings: layers, what is refused, and what an error says."""
 
-from typing import Any
-
 import pytest
 
 from tvit_cli.errors import SettingsError
-from tvit_cli.settings.base import Loaded, extra, load, presets
+from tvit_cli.settings.base import extra, load, presets
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
@@ -28,7 +26,7 @@ REFERENCE = [
 # fmt: on
 
 
-def read(environ: dict[str, str] | None = None, **arguments: Any) -> Loaded[TrainSettings]:
+def read(environ=None, **arguments):
     flags = arguments.pop("flags", {})
     return load(TrainSettings, flags=flags, environ=environ or {}, verbs=VERBS, **arguments)
 

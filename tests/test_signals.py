@@ -11,9 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bench import kills
@@ -84,7 +82,7 @@ def test_a_bit_that_is_another_is_found(bench, tmp_path):
     compare(copied(whole, tmp_path / "same"), whole)
 
 
-def copied(run: Path, to: Path) -> Path:
+def copied(run, to):
     subprocess.run(["cp", "-r", str(run), str(to)], check=True)
     return to
 
@@ -102,13 +100,11 @@ def command(bench, tmp_path, capsys):
     return run
 
 
-def at_call(
-    module: Any, name: str, nth: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def at_call(module, name, nth, act, monkeypatch):
     """Let the nth call of a module's function begin with an act of ours."""
     real, calls = getattr(module, name), itertools.count(1)
 
-    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+    def wrapped(*arguments, **keywords):
         if next(calls) == nth:
             act()
         return real(*arguments, **keywords)

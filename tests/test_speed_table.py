@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from speed_table import (
@@ -29,7 +28,7 @@ def bench(load_bench):
     return load_bench("__main__")
 
 
-def write(path: Path, *records: dict[str, Any]) -> Path:
+def write(path, *records):
     path.write_text("".join(json.dumps({**PLACE, **record}) + "\n" for record in records))
     return path
 

@@ -8,7 +8,7 @@ from entry import run_python
 from safetensors.torch import load_file
 from tiny import last_weights, run, settings
 
-from tvit_cli.data.layout import Video, read_layout
+from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.evaluate.scoring import WithFeatures, merge_scores, score
 from tvit_cli.engine.predict import load_model
 from tvit_cli.engine.train import build
@@ -26,7 +26,7 @@ def facts(inputs):
     return {**inputs, "learning_rate": 1e-30, "epochs": 1, "feature_norm": True}  # nothing moves
 
 
-def layout(facts: dict[str, object]) -> tuple[Video, ...]:
+def layout(facts):
     own = settings(**facts)
     return read_layout(
         Path(str(facts["path_to_data"])),

@@ -8,7 +8,6 @@ import threading
 import time
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +46,11 @@ LABELS = ("dark", "grey", "light")
 RATE = 10
 
 
-def film(
-    seconds: float,
-    rate: int = RATE,
-    converted: Callable[[int, np.ndarray], None] = lambda number, frame: None,
-) -> Iterator[TimedFrame]:
+def film(seconds, rate=RATE, converted=lambda number, frame: None):
     """Frames of one pixel whose value is their number."""
     for number in range(round(seconds * rate)):
 
-        def picture(number: int = number) -> np.ndarray:
+        def picture(number=number):
             frame = np.full((1, 1, 3), number % 256, np.uint8)
             converted(number, frame)
             return frame
@@ -78,7 +73,7 @@ class FirstFrame(Brightness):
         return super().forward(clips[:, :1])
 
 
-def model_of(network: nn.Module, n_frames: int = 4) -> Model:
+def model_of(network, n_frames=4):
     card = ModelCard(
         tvit_version="0",
         labels=LABELS,

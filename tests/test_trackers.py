@@ -13,10 +13,10 @@ from tvit_cli.engine.train import train
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.trackers import Trackers
 from tvit_cli.errors import RunError, SettingsError
-from tvit_cli.results import Note, TrainResult, silent
+from tvit_cli.results import Note, silent
 
 
-def scalars(result: TrainResult) -> dict[str, list[tuple[int, float]]]:
+def scalars(result):
     """What TensorBoard shows of a run: tag -> (step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from entry import start
@@ -78,7 +77,7 @@ def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(clips, pre
     assert any("v_Blue_g01_c09.avi" in w and "empty" in w for w in warnings)
 
 
-def make_bad(kind: str, clips: Path, root: Path) -> Path:
+def make_bad(kind, clips, root):
     data = root / "bad"
     if kind == "missing":
         return data

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvit_cli.data import augment
@@ -22,16 +21,16 @@ STILL = Augmentation((1.0, 1.0), (1.0, 1.0), horizontal_flip=0, brightness=0, co
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
-def card(resize: Literal["crop", "squash"] = "crop", **how: Any) -> Preprocessing:
+def card(resize="crop", **how):
     return Preprocessing(**({"n_frames": 4, "frame_size": SIZE, "resize": resize} | how))
 
 
-def plain_card(resize: Literal["crop", "squash"] = "squash") -> Preprocessing:
+def plain_card(resize="squash"):
     """Normalises to [0, 1] and no further."""
     return card(resize, mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def noise(seed: int, height: int = 48, width: int = 64, frames: int = 4) -> Tensor:
+def noise(seed, height=48, width=64, frames=4):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (frames, height, width, 3), generator=generator, dtype=torch.uint8)
     return pixels.permute(0, 3, 1, 2)
@@ -53,18 +52,18 @@ class Copies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def colour(*rgb: int, frames: int = 2) -> Tensor:
+def colour(*rgb, frames=2):
     return torch.tensor(rgb, dtype=torch.uint8).expand(frames, SIZE, SIZE, 3).clone().permute(0, 3, 1, 2)
 
 
 def train(
-    clips: list[Tensor],
-    keys: list[tuple[int, int]],
-    augmentation: Augmentation = Augmentation(),  # noqa: B008  # frozen
-    preprocessing: Preprocessing | None = None,
-    seed: int = 0,
-    device: torch.device = CPU,
-) -> Tensor:
+    clips,
+    keys,
+    augmentation=Augmentation(),  # noqa: B008  # frozen
+    preprocessing=None,
+    seed=0,
+    device=CPU,
+):
     epochs, indices = torch.tensor(keys).T
     return train_transform(
         clips,
@@ -139,7 +138,7 @@ def test_switching_the_flip_off_leaves_the_other_draws_as_they_were():
     assert torch.allclose(on.flip(-1), off, atol=1e-5)
 
 
-def ramp(height: int, width: int) -> Tensor:
+def ramp(height, width):
     """Red grows from left to right, green from top to bottom: a crop's mean tells where it lay."""
     red = torch.linspace(0, 255, width).expand(height, width)
     green = torch.linspace(0, 255, height)[:, None].expand(height, width)
@@ -210,11 +209,11 @@ def test_normalisation_is_by_channel():
     assert out.tolist() == pytest.approx([(1 - 0.1) / 0.5, 0.0, -0.3 / 0.125], abs=1e-6)
 
 
-def only(**how: float) -> Augmentation:
+def only(**how):
     return replace(STILL, **how)  # type: ignore[arg-type]
 
 
-def factors_of(monkeypatch: pytest.MonkeyPatch, **how: float) -> None:
+def factors_of(monkeypatch, **how):
     """Fixes what is drawn: brightness, contrast, saturation, hue."""
     draw = augment._draw
     monkeypatch.setattr(augment, "_draw", lambda *args: replace(draw(*args), **how))  # type: ignore[arg-type]

@@ -37,11 +37,11 @@ CODECS = [
 ]
 
 
-def decode_all(path: Path) -> np.ndarray:
+def decode_all(path):
     return read_clip(path, lambda n: range(n), frame_count=None).frames
 
 
-def write_packets(path: Path, change: Callable[[int, av.Packet], bytes]) -> None:
+def write_packets(path, change):
     """Rewrites an MJPEG file with other packet contents."""
     changed = path.with_suffix(".changed.avi")
     with av.open(str(path)) as source, av.open(str(changed), "w") as target:
@@ -281,30 +281,30 @@ def test_frames_of_another_kind_are_refused(tmp_path):
             write_video(tmp_path / "video.avi", frames)  # type: ignore[arg-type]
 
 
-def _no_file(folder: Path, make_video: Make) -> Path:
+def _no_file(folder, make_video):
     return folder / "absent.avi"
 
 
-def _folder(folder: Path, make_video: Make) -> Path:
+def _folder(folder, make_video):
     return folder
 
 
-def _empty(folder: Path, make_video: Make) -> Path:
+def _empty(folder, make_video):
     (folder / "empty.avi").touch()
     return folder / "empty.avi"
 
 
-def _text(folder: Path, make_video: Make) -> Path:
+def _text(folder, make_video):
     (folder / "text.avi").write_text("not a video\n" * 100)
     return folder / "text.avi"
 
 
-def _notes(folder: Path, make_video: Make) -> Path:
+def _notes(folder, make_video):
     (folder / "notes.txt").write_text("not a video\n" * 100)
     return folder / "notes.txt"
 
 
-def _sound(folder: Path, make_video: Make) -> Path:
+def _sound(folder, make_video):
     with av.open(str(folder / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
@@ -314,7 +314,7 @@ def _sound(folder: Path, make_video: Make) -> Path:
     return folder / "sound.mp4"
 
 
-def _sound_with_cover(folder: Path, make_video: Make) -> Path:
+def _sound_with_cover(folder, make_video):
     with av.open(str(folder / "cover.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         cover = container.add_stream("mjpeg", rate=1)
@@ -329,24 +329,24 @@ def _sound_with_cover(folder: Path, make_video: Make) -> Path:
     return folder / "cover.mp4"
 
 
-def _beheaded(folder: Path, make_video: Make) -> Path:
+def _beheaded(folder, make_video):
     path = make_video(folder / "beheaded.mp4")
     path.write_bytes(path.read_bytes()[:600])
     return path
 
 
-def _pipe(folder: Path, make_video: Make) -> Path:
+def _pipe(folder, make_video):
     os.mkfifo(folder / "pipe.avi")
     return folder / "pipe.avi"
 
 
-def _undecodable(folder: Path, make_video: Make) -> Path:
+def _undecodable(folder, make_video):
     path = make_video(folder / "undecodable.avi", codec="mjpeg", pixel_format="yuvj420p")
     write_packets(path, lambda number, packet: b"junk" * 8)
     return path
 
 
-def _encrypted(folder: Path, make_video: Make) -> Path:
+def _encrypted(folder, make_video):
     clear = make_video(folder / "clear.mp4", codec="libx264")
     key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "ab" * 16, "encryption_kid": "cd" * 16}
     path = folder / "encrypted.mp4"

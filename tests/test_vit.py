@@ -11,13 +11,11 @@ from tvit_cli.portable.vit import SCHEMES, TemporalViT, TokenDrop, ViTConfig, bu
 SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
 
 
-def small(**changes: object) -> ViTConfig:
+def small(**changes):
     return ViTConfig.from_dict({**SMALL.to_dict(), **changes})
 
 
-def clips_for(
-    config: ViTConfig, *, n_clips: int = 2, n_frames: int | None = None, seed: int = 0
-) -> torch.Tensor:
+def clips_for(config, *, n_clips=2, n_frames=None, seed=0):
     size = config.frame_size
     shape = (n_clips, n_frames or config.n_frames, config.num_channels, size, size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,13 +1,11 @@
 """A loss that is not finite: the clips are named, nothing good is overwritten, the run ends with advice."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from entry import run_python
 from tiny import SCRATCH, run, settings
-from torch import Tensor
 
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.train import loop
@@ -20,7 +18,7 @@ from tvit_cli.portable.vit import TemporalViT
 NAN, INF = float("nan"), float("inf")
 
 
-def micro_batch(step: int, indices: tuple[int, ...], *, real: int | None = None) -> MicroBatch:
+def micro_batch(step, indices, *, real=None):
     keys = tuple((0, index) for index in indices)
     return MicroBatch(
         epoch=0,
@@ -80,11 +78,11 @@ def test_tensors_that_are_not_finite_are_found_by_name():
     assert non_finite_names(tensors) == ["b", "c"] and non_finite_names({}) == []
 
 
-def spoil_forward(monkeypatch: pytest.MonkeyPatch, *, call: int, row: int) -> None:
+def spoil_forward(monkeypatch, *, call, row):
     """Make one clip's logits NaN in the so-many-th forward pass of training."""
     real, calls = TemporalViT.forward, [0]
 
-    def forward(self: TemporalViT, clips: Tensor) -> Tensor:
+    def forward(self, clips):
         logits = real(self, clips)
         if self.training:
             calls[0] += 1
@@ -97,7 +95,7 @@ def spoil_forward(monkeypatch: pytest.MonkeyPatch, *, call: int, row: int) -> No
     monkeypatch.setattr(TemporalViT, "forward", forward)
 
 
-def trained_names(clips: Path) -> list[str]:
+def trained_names(clips):
     """The training videos of `tiny.settings`, in their order: one group of six held out for val, one for test."""
     from tvit_cli.engine.dataset import open_dataset
 

@@ -1,7 +1,5 @@
 """Tiny data and models, short training runs, and readers of their results."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Video files with chosen colour tags and rotation."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from pathlib import Path
 

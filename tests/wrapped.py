@@ -3,8 +3,6 @@
 Where they agree, each process leaves an empty file for either in the folder that it is given.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

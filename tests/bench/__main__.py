@@ -8,8 +8,6 @@ model of its own is a program by itself: `python tests/bench/NAME.py --help` (le
 explain). Figures are in docs/benchmarks.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -10,8 +10,6 @@ the rows "augmented as well", which are what a training on the same CPU has of i
 by processor, which other work on the machine disturbs least; what several do together, by the clock.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

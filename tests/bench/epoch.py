@@ -10,8 +10,6 @@ UCF101's do, or those of a folder; the weights are random, or those of a folder.
 processes, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json
@@ -62,13 +60,13 @@ class Seconds:
     wall: float = 0.0
     cpu: float = 0.0
 
-    def add(self, since: Seconds) -> None:
+    def add(self, since: "Seconds") -> None:
         now = Seconds.now()
         self.wall += now.wall - since.wall
         self.cpu += now.cpu - since.cpu
 
     @classmethod
-    def now(cls) -> Seconds:
+    def now(cls) -> "Seconds":
         """Of this process and of the children that have ended."""
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return cls(time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used))

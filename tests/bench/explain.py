@@ -8,8 +8,6 @@ stores; chance is the share of patches whose centre does. Deletion: the score of
 relevant and without random patches. Integrated gradients start from several blank clips in turn.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ transformers. Each format is exported and proved, then `examples/use_*.py` label
 label, offline; what they print is set against `tvit predict`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -12,8 +12,6 @@ the device waited for data. `--device cpu --width 64 --depth 2 --size 64 --clips
 accelerator.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

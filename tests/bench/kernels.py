@@ -7,8 +7,6 @@ torch's backends that takes it; the patch embedding of 8 frames, forward, as the
 product of cut-out patches. Times are of the clock, and ratios to what tvit runs: above 1 is slower.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

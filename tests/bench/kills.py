@@ -12,8 +12,6 @@ does. A full disk is a small tmpfs with a file that fills it, or, without the ri
 byte. The hooks are in tests/fuse.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import hashlib
@@ -29,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -431,7 +429,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.work, may_mount=hasattr(os, "geteuid") and os.geteuid() == 0)
     plans = [*map(plan_of, covering()), *random_plans(options.random)]
-    rows = {row["cell"]: row for row in _rows(options.out)}
+    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    rows = {row["cell"]: row for row in map(json.loads, lines)}
     for plan in plans:
         if options.only in plan.name and rows.get(plan.name, {}).get("result") != "same bits":
             row = _timed(bench, plan)
@@ -439,7 +438,8 @@ def main() -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{row['seconds']:5.1f} s  {plan.name}: {row['result']}", flush=True)
-    show(plans, rows)
+    good = sum(rows.get(plan.name, {}).get("result") == "same bits" for plan in plans)
+    print(f"{good} of {len(plans)} ended with the same bits")
 
 
 def _timed(bench: Bench, plan: Plan) -> dict[str, Any]:
@@ -458,27 +458,6 @@ def _timed(bench: Bench, plan: Plan) -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
     }
-
-
-def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def show(plans: Sequence[Plan], rows: dict[str, dict[str, Any]]) -> None:
-    """The table, a line per cell, as Markdown."""
-    print("\n| cell | kills | exit codes | result |\n|---|---|---|---|")
-    for plan in plans:
-        row = rows.get(plan.name, {})
-        kills = "; ".join(
-            f"{k.how} at {k.share:.0%} of the time"
-            if not k.phase
-            else f"{k.how} at {k.phase} {k.nth}, rank {k.rank}"
-            for k in plan.kills
-        )
-        codes = ", ".join(str(hit["exit code"]) for hit in row.get("hits", ()))
-        print(f"| {plan.name} | {kills} | {codes} | {row.get('result', 'not done').splitlines()[0]} |")
-    good = sum(rows.get(plan.name, {}).get("result") == "same bits" for plan in plans)
-    print(f"\n{good} of {len(plans)} ended with the same bits")
 
 
 if __name__ == "__main__":

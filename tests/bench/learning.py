@@ -15,8 +15,6 @@ select           schemes and recipes on two of the six training people; the test
 test, seeds      the two best of `select` on the people left out, with more seeds
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -10,8 +10,6 @@ width, a slice of its depth; forward and backward, one clip. Steps are taken in 
 seconds stand beside them); memory is what autograd holds when the forward pass ends.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

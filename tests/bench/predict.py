@@ -5,8 +5,6 @@
 tvit, tvit with --int8 and the floor run in turn; medians and ratios are printed, and one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

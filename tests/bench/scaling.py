@@ -11,8 +11,6 @@ index of a frame store that holds no frames, before its first step (open it, loo
 at every epoch (draw its order) and at every checkpoint (the digest of the list); each size in a process of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

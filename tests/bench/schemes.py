@@ -8,8 +8,6 @@ by processor time and by the clock; beside it is what the operations of forward 
 ViT-B have as many layers as their name says.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

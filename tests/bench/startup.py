@@ -5,8 +5,6 @@
 Seconds by the clock and of the processor, medians; beside them a Python that imports nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

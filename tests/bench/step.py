@@ -13,8 +13,6 @@ during the step ("rss"), and that peak as a whole, weights and libraries include
 CPU time over its threads, which hardly changes when others use the machine; wall seconds stand beside them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -9,8 +9,6 @@ of JSON per video. `--hour` then plays one such video 60 times over, and tells t
 of the video alone, each in a process of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

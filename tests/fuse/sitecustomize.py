@@ -9,8 +9,6 @@ starts. It reads one variable each, and does nothing where that is not set:
 The product knows nothing of it: modules are changed as they are imported.
 """
 
-from __future__ import annotations
-
 import builtins
 import errno
 import functools
