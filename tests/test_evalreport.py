@@ -375,6 +375,9 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
     )
     page = written(own, Context({evil: evil}, [(evil, evil)], torch.device("cpu")))
     assert "script" not in page.tags and page.text.count(evil) >= 12
+    compared = made_up_comparison(tmp_path, {evil: (4, 1, 3), "x": (2, 2, 2)})
+    page = Page(comparison_page(compared, CONTEXT, comparison_drawings(compared)))
+    assert "script" not in page.tags and page.text.count(evil) >= 8
 
 
 def test_confusion_matrix_has_all_cells_and_no_overlapping_text():
