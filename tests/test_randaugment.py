@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvit_cli.data import randaugment as module
-from tvit_cli.data.randaugment import OPERATIONS, randaugment
+from tvit_cli.data import augment as module
+from tvit_cli.data.augment import OPERATIONS, randaugment
 
 SIZE = 20
 FILL = torch.tensor([10.0, 128.0, 250.0])

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvit_cli.data import augment
-from tvit_cli.data.augment import Augmentation, eval_transform, train_transform
-from tvit_cli.data.randaugment import OPERATIONS
+from tvit_cli.data.augment import OPERATIONS, Augmentation, eval_transform, train_transform
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
@@ -289,7 +288,7 @@ def test_randaugment_precedes_jitter_and_keeps_the_other_draws(monkeypatch):
 
 def test_what_comes_in_from_outside_the_frame_is_the_mean_colour(monkeypatch):
     move = {"translate_x": OPERATIONS["translate_x"]}
-    monkeypatch.setattr("tvit_cli.data.randaugment.OPERATIONS", move)
+    monkeypatch.setattr("tvit_cli.data.augment.OPERATIONS", move)
     one = replace(STILL, randaugment=1, randaugment_magnitude=10.0)
     out = train([colour(255, 255, 255)] * 8, [(0, index) for index in range(8)], one, card("squash"))
     sides = out[:, 0, :, 16, [0, -1]]

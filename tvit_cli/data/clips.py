@@ -25,9 +25,9 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from tvit_cli.data.augment import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.randaugment import Kind, draw_generator
 from tvit_cli.data.video import Clip, Frames, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.portable.reading import Key, clip_offsets, segment_indices

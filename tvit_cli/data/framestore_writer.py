@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -134,14 +134,12 @@ class ShardWriter:
         """Appends one video."""
         if self._file is not None and self._file.tell() + len(packed.record) > self._limit:
             self._complete()
-        try:
+        row = packed.row.copy()
+        with self._write_errors():
             if self._file is None:
                 self._file = self._temporary.open("wb")
-            row = packed.row.copy()
             row["offset"] = self._file.tell()
             self._file.write(packed.record)
-        except OSError as error:
-            raise self._failure(error) from error
         self._rows.append(row)
         self._keys.append(to_key(name))
         self.bytes += len(packed.record)
@@ -153,20 +151,22 @@ class ShardWriter:
     def _complete(self) -> None:
         if self._file is None:
             return
-        try:
+        with self._write_errors():
             write_shard_end(self._file, make_table({}, np.array(self._rows, CLIP), self._keys))
             _publish(self._file, self._folder / f"shard-{self._number:05d}-{self._rank:02d}.frames")
-        except OSError as error:
-            raise self._failure(error) from error
         self._file, self._rows, self._keys = None, [], []
         self._number += 1
 
-    def _failure(self, error: OSError) -> RunError:
-        self._failed = True
-        return RunError(
-            f"{self._folder}: the frame store could not be written ({error.strerror}). Complete shards are "
-            "kept. Free space and repeat this command."
-        )
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            raise RunError(
+                f"{self._folder}: the frame store could not be written ({error.strerror}). Complete shards are "
+                "kept. Free space and repeat this command."
+            ) from error
 
 
 def shard_paths(folder: Path) -> list[Path]:

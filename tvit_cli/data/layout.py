@@ -10,18 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, Unpack
+from typing import NotRequired, TypedDict, Unpack, cast
 
 from tvit_cli.data.split_files import CLASS_LIST, parse_split_lists, read_manifest
 from tvit_cli.errors import DataError, shorten
 from tvit_cli.settings.base import suggestion
 from tvit_cli.settings.types import DataSettings
 
-SUBSETS = (
-    "train",
-    "val",
-    "test",
-)  # a frame store's index has their positions: the order is part of its format
+SUBSETS = ("train", "val", "test")  # in the order of a frame store's numbers
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {
     name: name for name in SUBSETS
 }
@@ -50,12 +46,7 @@ class SplitChoice(TypedDict):
 
 def split_choice(settings: DataSettings) -> SplitChoice:
     """The settings that assign videos to subsets."""
-    return SplitChoice(
-        group_pattern=settings.group_pattern,
-        val_groups=settings.val_groups,
-        test_groups=settings.test_groups,
-        split=settings.split,
-    )
+    return cast(SplitChoice, settings.model_dump(include=set(SplitChoice.__annotations__)))
 
 
 @dataclass(frozen=True, slots=True)

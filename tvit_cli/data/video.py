@@ -70,6 +70,7 @@ class VideoInfo:
     seconds: float
     rate: float | None  # frames per second by the packets' times; None: the file has no times
     rotation: int  # degrees counter-clockwise from the stored to the shown frame
+    promised: int  # frames by the packets, or by the header if that is more; none that an edit list hides
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class KeptFrames:
         """Keeps the frame of that index."""
         # Frames that are scaled down a lot are kept scaled: decoded 4K frames would fill the memory.
         if 8 * self._width * self._height < frame.width * frame.height:
-            frame = self._to_rgb(frame)
+            frame = self._convert(frame, "rgb24")
         self._frames[index] = frame
 
     def has(self, indices: Sequence[int]) -> bool:
@@ -134,24 +135,14 @@ class KeptFrames:
     def planes(self, indices: Sequence[int]) -> Iterator[Planes]:
         """Planes rotated as the file states; converted through RGB only if rotated."""
         for index in indices:
-            frame, width, height = self._frames[index], self._width, self._height
+            frame = self._frames[index]
+            how: dict[str, Any] = {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.JPEG}
             if self._turns:  # at odd sizes, the smaller U and V cannot be rotated by themselves
-                upright = np.ascontiguousarray(self.upright(frame))
-                frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
-                height, width = upright.shape[:2]
-            matrix = matrix_of(frame)
-            converted = self._reformatter.reformat(
-                frame,
-                width=width,
-                height=height,
-                format="yuv420p",
-                src_colorspace=matrix,
-                dst_colorspace=Colorspace.ITU601,
-                dst_color_range=ColorRange.JPEG,
-                interpolation=PLANE_SCALING if matrix == Colorspace.ITU601 else SCALING,
-                threads=1,
-            )
-            yield Planes(*map(_plane_pixels, converted.planes))
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(self.upright(frame)), format="rgb24")
+                how |= {"width": frame.width, "height": frame.height}
+            if matrix_of(frame) == Colorspace.ITU601:
+                how["interpolation"] = PLANE_SCALING
+            yield Planes(*map(_plane_pixels, self._convert(frame, "yuv420p", **how).planes))
 
     def seconds(self, indices: Sequence[int], rate: Fraction | None) -> tuple[float, ...]:
         """Presentation times; from the rate if they are missing or, with packed B-frames, out of order."""
@@ -164,18 +155,12 @@ class KeptFrames:
 
     def upright(self, frame: av.VideoFrame) -> Frames:
         """RGB of one frame, uint8 (H, W, 3), rotated as the file states."""
-        return np.rot90(self._to_rgb(frame).to_ndarray().astype(np.uint8, copy=False), self._turns)
+        return np.rot90(self._convert(frame, "rgb24").to_ndarray().astype(np.uint8, copy=False), self._turns)
 
-    def _to_rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
-        return self._reformatter.reformat(
-            frame,
-            width=self._width,
-            height=self._height,
-            format="rgb24",
-            src_colorspace=matrix_of(frame),
-            interpolation=SCALING,
-            threads=1,
-        )
+    def _convert(self, frame: av.VideoFrame, form: str, **how: Any) -> av.VideoFrame:
+        how = {"width": self._width, "height": self._height, "interpolation": SCALING, **how}
+        matrix = matrix_of(frame)
+        return self._reformatter.reformat(frame, format=form, src_colorspace=matrix, threads=1, **how)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
@@ -190,7 +175,7 @@ def _plane_pixels(plane: VideoPlane) -> Frames:
 
 
 @contextmanager
-def open_video(path: Location, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens a container and its first video stream; errors in the block become VideoErrors.
 
     TvitErrors and AssertionErrors pass unchanged.
@@ -204,9 +189,7 @@ def open_video(path: Location, *, threads: int) -> Iterator[tuple[InputContainer
     try:
         with av.open(url, timeout=timeout, **options) as container:
             stream = _video_stream(path, container)
-            stream.codec_context.thread_count = threads
-            if threads > 1:
-                stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = 1  # parallelism is between videos
             yield container, stream
     except (TvitError, AssertionError):
         raise
@@ -287,27 +270,17 @@ def _is_shown(packet: Packet) -> bool:
 
 def count_packets(path: Location) -> int:
     """Number of packets that promise a frame, without decoding. Raises VideoError."""
-    with open_video(path, threads=1) as (container, stream):
+    with open_video(path) as (container, stream):
         return sum(map(_is_shown, demux(path, container, stream)))
 
 
 def count_frames(path: Path) -> int:
     """Number of frames that decode. Raises VideoError."""
-    with open_video(path, threads=1) as (container, stream):
+    with open_video(path) as (container, stream):
         count = sum(1 for _ in _decode(stream, demux(path, container, stream)))
     if count == 0:
         raise _no_frame_error(path)
     return count
-
-
-def expected_frame_count(path: Path) -> int:
-    """Number of frames promised by the packets, or by the header if that is more; none that an edit list hides.
-
-    Raises VideoError.
-    """
-    with open_video(path, threads=1) as (container, stream):
-        packets = [p for p in demux(path, container, stream) if p is not None and p.size > 0]
-        return max(stream.frames, len(packets)) - sum(packet.is_discard for packet in packets)
 
 
 def _no_frame_error(path: Location) -> VideoError:
@@ -324,10 +297,12 @@ def probe(path: Path) -> VideoInfo:
     """
     first: av.VideoFrame | None = None
     times: list[int] = []
-    packets = 0
-    with open_video(path, threads=1) as (container, stream):
+    packets = hidden = 0
+    with open_video(path) as (container, stream):
         for packet in demux(path, container, stream):
-            if packet is not None and _is_shown(packet):
+            if packet is not None and packet.size > 0 and packet.is_discard:
+                hidden += 1
+            elif packet is not None and packet.size > 0:
                 packets += 1
                 if (time := packet.pts if packet.pts is not None else packet.dts) is not None:
                     times.append(time)
@@ -340,12 +315,14 @@ def probe(path: Path) -> VideoInfo:
             rate = (len(times) - 1) / float(span * stream.time_base)
         turns, codec = _quarter_turns(first), stream.codec_context.codec.canonical_name
         width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
-    return VideoInfo(path, codec, width, height, packets, packets / (rate or ASSUMED_RATE), rate, 90 * turns)
+        promised = max(stream.frames - hidden, packets)
+    seconds = packets / (rate or ASSUMED_RATE)
+    return VideoInfo(path, codec, width, height, packets, seconds, rate, 90 * turns, promised)
 
 
 def decode_first(path: Path) -> None:
     """Decodes the first frame and reads no further. Raises VideoError, `<path>: <reason>`, if there is none."""
-    with open_video(path, threads=1) as (container, stream):
+    with open_video(path) as (container, stream):
         if next(_decode(stream, demux(path, container, stream)), None) is None:
             raise _no_frame_error(path)
 
@@ -356,7 +333,6 @@ def read_clip(
     *,
     short_side: int | None = None,
     frame_count: int | None = None,
-    threads: int = 1,
 ) -> Clip[Frames]:
     """Decodes a video in order and converts the frames `choose(frame_count)` to RGB.
 
@@ -366,9 +342,7 @@ def read_clip(
 
     Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
-    return read_frames(
-        path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count, threads=threads
-    )
+    return read_frames(path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count)
 
 
 def read_frames(
@@ -378,11 +352,10 @@ def read_frames(
     *,
     short_side: int | None = None,
     frame_count: int | None = None,
-    threads: int = 1,
 ) -> Clip[F]:
     """`read_clip` with another conversion, `convert(kept, indices)`."""
     for _ in range(2):
-        with open_video(path, threads=threads) as (container, stream):
+        with open_video(path) as (container, stream):
             packets: Iterable[Packet] = demux(path, container, stream)
             if frame_count is not None:
                 counts = [frame_count]
@@ -411,7 +384,7 @@ def read_frames(
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
 
 
-def iter_frames(path: Location, *, short_side: int | None = None, threads: int = 1) -> Iterator[TimedFrame]:
+def iter_frames(path: Location, *, short_side: int | None = None) -> Iterator[TimedFrame]:
     """Decodes a video once, in order, and yields every frame with its time.
 
     A frame is shown until the next one. A step of more than MOST_SHOWN is a gap: the frame before it lasts as long
@@ -420,7 +393,7 @@ def iter_frames(path: Location, *, short_side: int | None = None, threads: int =
 
     Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
-    with open_video(path, threads=threads) as (container, stream):
+    with open_video(path) as (container, stream):
         default = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
         length = None if container.duration is None else container.duration / av.time_base
         step = default

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ from tvit_cli.data.framestore_writer import (
     write_index,
 )
 from tvit_cli.data.layout import Layout, Video, is_store, read_layout, split_choice
-from tvit_cli.data.video import COUNT_SLACK, count_frames, expected_frame_count, probe
+from tvit_cli.data.video import COUNT_SLACK, count_frames, probe
 from tvit_cli.engine.dataset import find_or_make_data
 from tvit_cli.engine.distributed import default_worker_count, map_in_order, preserve_process_count
 from tvit_cli.errors import DataError, RunError, VideoError
@@ -126,23 +127,14 @@ def check(settings: ExtractSettings, report: Report) -> CheckResult:
 def scan_video(path: Path) -> Scan:
     """Decodes a video to its end; a video without any frame is unreadable."""
     try:
-        info = probe(path)
+        info = asdict(probe(path))
         frames = count_frames(path)
-        promised = expected_frame_count(path)
     except VideoError as error:
         return _unreadable(path, str(error).removeprefix(f"{path}: "))
+    promised = info.pop("promised")
     is_cut = frames < promised - COUNT_SLACK  # intact XviD files lack up to that many, too
-    return Scan(
-        path=path,
-        codec=info.codec,
-        width=info.width,
-        height=info.height,
-        frames=frames,
-        seconds=info.seconds,
-        rate=info.rate,
-        rotation=info.rotation,
-        problem=f"truncated or damaged: {frames} of {promised} frames decode" if is_cut else "",
-    )
+    problem = f"truncated or damaged: {frames} of {promised} frames decode" if is_cut else ""
+    return Scan(**info | {"frames": frames, "problem": problem})
 
 
 def process_group() -> tuple[int, int, Callable[[], None]]:
