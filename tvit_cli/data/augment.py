@@ -166,7 +166,7 @@ def eval_transform(
     *,
     preprocessing: Preprocessing,
     device: torch.device,
-    place: float = 0.5,
+    position: float = 0.5,
     flip: bool = False,
 ) -> Tensor:
     """A deterministic view of each clip by `frames_to_input`, B times uint8 (T, C, H, W) -> (B, T, C, S, S)."""
@@ -181,7 +181,7 @@ def eval_transform(
             std=preprocessing.std,
             device=device,
             scale_to=preprocessing.scale_to,
-            place=place,
+            position=position,
             flip=flip,
             out=out,
         )

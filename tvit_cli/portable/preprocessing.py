@@ -22,13 +22,13 @@ def frames_to_input(
     std: Sequence[float],
     device: torch.device | str = "cpu",
     scale_to: int | None = None,
-    place: float = 0.5,
+    position: float = 0.5,
     flip: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """One clip as model input, uint8 (T, C, H, W) -> float32 (T, C, S, S), written to `out` if given.
 
-    `crop` scales the short side to S and cuts S pixels of the long one at `place`: 0 left or top, 0.5 centre,
+    `crop` scales the short side to S and cuts S pixels of the long one at `position`: 0 left or top, 0.5 centre,
     1 right or bottom. `squash` scales the whole frame to S x S. With `scale_to`, larger than S, both scale to that
     size before S x S pixels are cut. `flip` mirrors left and right.
     """
@@ -40,7 +40,7 @@ def frames_to_input(
     else:
         height, width = side, side
     pixels = resize_frames(to_device(clip, device), (height, width))
-    top, left = int((height - frame_size) * place), int((width - frame_size) * place)
+    top, left = int((height - frame_size) * position), int((width - frame_size) * position)
     view = pixels[:, :, top : top + frame_size, left : left + frame_size]
     if out is None:
         out = torch.empty(view.shape, device=view.device)

@@ -100,9 +100,9 @@ def score(
         for batch in loaded:
             outputs = []
             for clips in zip(*(clip.chunk(views.clips_per_video) for clip in batch.clips), strict=True):
-                for place, flip in views.crops:
+                for position, flip in views.crops:
                     frames = eval_transform(
-                        list(clips), preprocessing=preprocessing, device=device, place=place, flip=flip
+                        list(clips), preprocessing=preprocessing, device=device, position=position, flip=flip
                     )
                     with autocast():
                         outputs.append(model(frames))
@@ -218,11 +218,11 @@ class ScoredClips:
         if item.error:
             return None
         frames = item.frames.chunk(self.views.clips_per_video)[self.views.clips_per_video // 2]
-        places = [place for place, mirrored in self.views.crops if not mirrored]
+        positions = [position for position, mirrored in self.views.crops if not mirrored]
         return eval_transform(
             [frames],
             preprocessing=self.preprocessing,
             device=torch.device("cpu"),
-            place=places[len(places) // 2],
+            position=positions[len(positions) // 2],
             flip=False,
         )[0]
