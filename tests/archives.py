@@ -1,4 +1,4 @@
-"""Archives as an enemy writes them: ZIP, tar, RAR4 and RAR5 with stored members and any header."""
+"""Hostile archives: ZIP, tar, RAR4 and RAR5 with stored members and any header."""
 
 import io
 import stat

@@ -1,4 +1,4 @@
-"""Markdown pages as tests read them: code blocks, commands, headings and links."""
+"""Parser of Markdown pages: code blocks, commands, headings and links."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""A server on the loopback interface that plays every mirror: good, slow, cut, moved, lying."""
+"""An HTTP server on the loopback interface: good, slow, cut, redirecting or wrong."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass
 class Page:
-    """What one path answers. `statuses` are given first, one per request; then `body`."""
+    """The answer of one path. `statuses` are given first, one per request; then `body`."""
 
     body: bytes
     ranges: bool = True

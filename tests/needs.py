@@ -1,4 +1,4 @@
-"""Programs and packages that some tests need and not everybody has."""
+"""Skips of tests whose optional packages or programs are missing."""
 
 import os
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Pages as tests read them: parsed, and opened in a real browser."""
+"""HTML pages: parsed, and opened in a headless browser."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless
 
 
 class Page(HTMLParser):
-    """What a page refers to, its text, and whether every tag is closed."""
+    """References, tags and text of a page; asserts that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 def trouble_in_chromium(path: Path, *, dark: bool = False) -> list[str]:
-    """What a headless browser without a network writes to its console over a page; skips where there is none."""
+    """Console messages of a page in an offline headless browser; skips without one."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     need(program=browser, name="chromium")
     assert browser is not None

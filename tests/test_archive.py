@@ -1,4 +1,4 @@
-"""Archives: good ones come out whole, hostile ones write nothing, killed work leaves nothing."""
+"""Unpacking archives: complete, safe against hostile ones, clean after a kill."""
 
 import hashlib
 import io

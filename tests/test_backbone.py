@@ -1,4 +1,4 @@
-"""A model that tvit trained is the start of another training, with what it learnt of time."""
+"""Training that starts from a model of tvit."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Classes of unequal size, evened out."""
+"""Balanced sampling and class weights."""
 
 from collections import Counter
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Which clips are read when: the same updates however the work is cut up."""
+"""The batch plan: the same updates for any micro-batch and world size."""
 
 from collections import Counter, defaultdict
 

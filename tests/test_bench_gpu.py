@@ -1,4 +1,4 @@
-"""The benchmark for accelerators, which nobody has at hand when it breaks: all of it on a CPU, as small as can be."""
+"""The GPU benchmark, run on a CPU at its smallest size."""
 
 import json
 import subprocess

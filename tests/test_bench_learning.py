@@ -1,4 +1,4 @@
-"""The learning benchmark's plan and statistics: nothing is selected on the people it is scored on."""
+"""The learning benchmark: its plan, selection and intervals."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Facts on known data sets, where their members go, and UCF101's split lists."""
+"""The catalog of data sets, and UCF101's split lists."""
 
 import os
 from pathlib import Path, PurePosixPath

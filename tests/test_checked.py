@@ -1,4 +1,4 @@
-"""Videos that were tried before are not tried again unless they changed."""
+"""The record of checked videos: only new or changed ones are decoded again."""
 
 import json
 import os

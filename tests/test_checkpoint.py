@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, holds no pickle, and says what is wrong with it."""
+"""Checkpoints: complete or absent, without pickles, with clear errors."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""How long the model waited for data: on a CPU by the loop's clock, on a GPU by the gaps in its queue."""
+"""Time spent waiting for data, on CPU and GPU."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""`tvit eval --compare`: two models are held against each other only where that means something."""
+"""`tvit eval --compare`: two models on the videos that count for both."""
 
 import json
 import shutil

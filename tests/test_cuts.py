@@ -1,4 +1,4 @@
-"""Cuts: where the pictures that are taken from a video stop to go on from each other."""
+"""Shot boundary detection."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def scene(seed, size=32):
 
 
 def cuts_of(picture_at, frames, every=3):
-    """What is found where every third frame's picture is asked for."""
+    """The detector after every third frame."""
 
     def played():
         for number in range(frames):

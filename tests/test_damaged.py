@@ -1,4 +1,4 @@
-"""Damaged videos: a stream that appears late, errors of the reader itself, gaps in the time stamps."""
+"""Damaged videos: late streams, errors of the demuxer, gaps in time stamps."""
 
 import csv
 import importlib

@@ -1,4 +1,4 @@
-"""The demo, clicked through by a real browser: it is a process of its own, and Chromium is the system's."""
+"""The demo in a headless browser."""
 
 import os
 import shutil

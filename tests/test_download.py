@@ -1,4 +1,4 @@
-"""`tvit download` against mirrors on the loopback interface: what lands, what is refused, what goes on."""
+"""`tvit download` from mirrors on the loopback interface."""
 
 import errno
 import hashlib
@@ -431,7 +431,7 @@ download(DownloadSettings(name="mini", data_directory=Path({data!r})), catalog=c
 
 
 def test_killed_before_a_rename_it_goes_on(world):
-    """What lasts is made by a rename: the process is killed before the 1st, 3rd, 5th ..."""
+    """Lasting changes are renames: the process is killed before the 1st, 3rd, 5th ..."""
     code = CHILD.format(dataset=world.dataset, data=str(world.root / "data"))
     for stop in range(1, 40, 2):
         with subprocess.Popen(

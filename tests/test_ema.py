@@ -1,4 +1,4 @@
-"""The moving average of the trained weights."""
+"""Exponential moving average of the trainable weights."""
 
 import pytest
 import torch

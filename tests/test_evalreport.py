@@ -1,4 +1,4 @@
-"""The page of an evaluation: it needs nothing but itself, its figures are those of metrics.json, and it stays small."""
+"""Reports of evaluations, series and comparisons."""
 
 import base64
 import json

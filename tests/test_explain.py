@@ -1,4 +1,4 @@
-"""Explanations: integrated gradients where they are known, the deletion test, the film strip."""
+"""Explanations: integrated gradients, deletion test, film strip."""
 
 import io
 

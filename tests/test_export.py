@@ -1,4 +1,4 @@
-"""`tvit export`: every format answers as the model does, also where tvit cannot be imported."""
+"""`tvit export`: parity of every format, also without tvit installed."""
 
 import ast
 import dataclasses
@@ -123,7 +123,7 @@ def check_example(trained, name, folder, clips, tolerance=1e-5):
 
 
 def check_folder(result, *files):
-    """What is in an export: the files, with their hashes, and the proof."""
+    """Checks the files of an export, their hashes and its parity record."""
     record = json.loads((result.output / "parity.json").read_text())
     there = {p.relative_to(result.output).as_posix() for p in result.output.rglob("*") if p.is_file()}
     assert {"README.md", "card.json", *files} <= there

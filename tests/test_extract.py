@@ -1,4 +1,4 @@
-"""`tvit extract`: a store made by any number of processes, broken off and gone on with; files checked."""
+"""`tvit extract`: frame stores made by one or more processes, resumed, and checked files."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def pixels(folder):
 
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory):
-    """What a run that nothing disturbs stores."""
+    """The frames of an undisturbed run."""
     return pixels(run(source, output=tmp_path_factory.mktemp("whole") / "frames").folder)
 
 

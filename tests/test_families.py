@@ -1,4 +1,4 @@
-"""Each family of pretrained ViTs gives in tvit what transformers computes from the same random weights."""
+"""Families of pretrained ViTs against transformers, at step 0."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Download of one file: resumed, verified, from the next mirror, or not at all."""
+"""Download of one file: resumed, verified, with mirrors."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""The model folder: what is saved comes back bit for bit, whole or not at all."""
+"""Model folders: saved and loaded bit for bit, complete or absent."""
 
 import errno
 import hashlib

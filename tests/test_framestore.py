@@ -1,4 +1,4 @@
-"""The frame store: what was written is what is read, nearest frames, damage, scale."""
+"""Frame stores: contents, nearest frames, damage, scale."""
 
 import errno
 import pickle

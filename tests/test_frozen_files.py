@@ -48,7 +48,7 @@ def files(folder):
 
 
 def export_files(root, name):
-    """What `tvit export --format NAME` writes."""
+    """Files of `tvit export --format NAME`."""
     with contextlib.chdir(root):
         ended = tvit("export", "runs/tiny", "--format", name, "--output", f"out-{name}")
         assert ended.code == 0, ended.err

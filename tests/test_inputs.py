@@ -1,4 +1,4 @@
-"""What is read becomes what the model is given: clips, their labels, and which of them count."""
+"""Clips, labels and weights that a batch gives to the model."""
 
 import torch
 from tiny import settings

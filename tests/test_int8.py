@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: what they compute, to the step, and which layers they take the place of."""
+"""Dynamic int8 quantisation of linear layers."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The arrows of the house: who may import whom, and what is loaded late."""
+"""Import arrows between packages, and late imports."""
 
 import ast
 import re

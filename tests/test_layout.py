@@ -1,4 +1,4 @@
-"""Folders and manifests become labelled videos in subsets."""
+"""Folders and manifests as labelled videos in subsets."""
 
 from pathlib import Path
 

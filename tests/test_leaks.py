@@ -1,4 +1,4 @@
-"""Leaks between train, val and test are found and counted."""
+"""Data leakage between train, val and test."""
 
 import os
 

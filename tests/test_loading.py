@@ -1,4 +1,4 @@
-"""Batches that threads and processes read ahead."""
+"""Prefetch of batches by threads and processes."""
 
 import errno
 import os

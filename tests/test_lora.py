@@ -1,4 +1,4 @@
-"""Adapters: exact names, what is trained, what is merged, what is saved."""
+"""LoRA adapters: targets, trainable parameters, merging, saving."""
 
 import json
 import subprocess
@@ -206,7 +206,7 @@ def test_a_step_changes_what_is_trainable_and_nothing_else():
 
 
 def delta(**changes):
-    """What the adapter of one layer adds to its weights, from the same adapter weights each time."""
+    """The weight update of one layer's adapter, for fixed adapter weights."""
     model = adapted(targets=("q",), **changes)
     perturb(model)
     layer = "blocks.0.attention.q.weight"

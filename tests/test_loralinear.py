@@ -1,4 +1,4 @@
-"""The LoRA layer as one operation: the same function and gradients, the right mask, little kept."""
+"""The fused LoRA layer: function, gradients, dropout mask, memory."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: what a mixture holds, and that its shares are true."""
+"""Mixup and CutMix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The demo data set: its classes are told apart by the order of frames, and by nothing else."""
+"""The demo data set, whose classes differ in the order of frames only."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The notebook of the examples: it runs, offline, and what is stored in it is clean."""
+"""The example notebook: runs offline, stored without outputs of a machine."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    """What a cell wrote to stdout, of which nbformat allows a list of lines as well as one text."""
+    """A cell's stdout, which nbformat stores as lines or as one text."""
     return "".join("".join(o["text"]) for o in cell["outputs"] if o.get("name") == "stdout")
 
 

@@ -1,4 +1,4 @@
-"""The loss of an update, by numbers worked out by hand."""
+"""The loss of an update, against numbers worked out by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Decoded frames as the planes that a JPEG is made of, beside RGB."""
+"""Decoded frames as YUV planes for JPEG, and as RGB."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def to_rgb(planes):
 
 
 def stored_frames(path, short_side=256):
-    """What a record of a frame store holds, decoded."""
+    """The frames of a frame store's record, decoded."""
     packed = pack_video(path, Parameters(frames_per_video=4, quality=95, short_side=short_side))
     rows = np.frombuffer(packed.record, FRAME, int(packed.row["stored"]))
     place, pictures = rows.nbytes + CRC.size, []

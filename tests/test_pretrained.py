@@ -1,4 +1,4 @@
-"""Pretrained weights: at step 0 the temporal ViT is the image ViT; a bad folder is refused with reasons."""
+"""Pretrained weights: equal to transformers at step 0; refusals of bad folders."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Several processes: the same losses as one, started in every way that is promised, and clear words when they cannot meet."""
+"""Several processes: launchers, equal losses, errors of a rank."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def start(words, **variables):
 
 
 def in_float64(monkeypatch):
-    """What FLOAT64 does to a process that is started, done to this one until the test ends."""
+    """Makes this process compute in float64, as FLOAT64 does a child process."""
     for module, name in ((batches, "train_transform"), (scoring, "eval_transform")):
         monkeypatch.setattr(module, name, getattr(module, name))
     sitecustomize.float64_in_inputs(batches)

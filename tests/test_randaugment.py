@@ -1,4 +1,4 @@
-"""RandAugment: each operation against a plain reference, the draws against their key."""
+"""RandAugment against plain reference operations."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def towards(dull, x, level):
 
 
 def source(name, x, y, level):
-    """Where the pixel that is shown at a place was, in pixels from the top left corner."""
+    """Source positions of the pixels shown, from the top left corner."""
     if name == "rotate":
         turn, x, y = math.radians(30 * level), x - SIZE / 2, y - SIZE / 2
         return (

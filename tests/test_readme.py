@@ -1,4 +1,4 @@
-"""README.md: short, its two commands first, and no preset that does not exist."""
+"""README.md: length, first commands, presets."""
 
 import re
 

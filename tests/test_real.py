@@ -1,4 +1,4 @@
-"""The whole road on real clips: Weizmann, with a pretrained ViT beside it."""
+"""Train, eval and predict on real clips: Weizmann with a pretrained ViT."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models that the reference implementation trained: the same logits, through tvit's own doors."""
+"""Models trained by the reference implementation: the same logits in tvit."""
 
 import json
 import math
@@ -476,7 +476,7 @@ def a_card(config):
 
 @pytest.fixture
 def pushed(tmp_path, monkeypatch):
-    """What the hub's cache holds of somebody/jumps, a model folder, and the model in it."""
+    """A model folder in the hub's cache as somebody/jumps, and its model."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=2, width=16, depth=1, num_heads=2)

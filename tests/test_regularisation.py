@@ -1,4 +1,4 @@
-"""What small data needs, in a training: its state survives a stop, processes agree on it, nonsense is refused."""
+"""Regularisation in training: resumed, on two processes, and refused values."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Removal: only files that tvit wrote go, foreign ones stay or are refused by name, links are not followed."""
+"""Removal of folders: only files that tvit wrote, never through links."""
 
 import json
 import shutil

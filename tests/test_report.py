@@ -1,4 +1,4 @@
-"""The report of a training: a page that needs nothing but itself, charts that can be read, true numbers."""
+"""Training reports: self-contained pages, readable charts, true numbers."""
 
 import base64
 import io

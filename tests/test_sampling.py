@@ -1,4 +1,4 @@
-"""Which frames make a clip."""
+"""Frame sampling."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What holds for every attention scheme and every pool: shapes, gradients, order, cost, export, the way to disk."""
+"""Every attention scheme and pool: shapes, gradients, frame order, cost, export."""
 
 import json
 import typing

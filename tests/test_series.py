@@ -1,4 +1,4 @@
-"""Several seeds and splits in sequence: what is left behind, what is kept, what the numbers are."""
+"""Series over seeds and splits: runs, summary, resuming."""
 
 import json
 import shutil

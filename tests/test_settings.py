@@ -1,4 +1,4 @@
-"""Settings: layers, what is refused, and what an error says."""
+"""Settings: layers, bounds and error messages."""
 
 import pytest
 

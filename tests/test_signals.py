@@ -1,4 +1,4 @@
-"""Killed anywhere, resumed, finished: the same bits as a run that was left alone.
+"""Training runs killed or signalled at any point, and resumed to the same bits.
 
 Six cells of tests/bench/kills.py run here; all of them, and random kills, when the benchmark is run.
 """

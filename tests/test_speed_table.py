@@ -1,4 +1,4 @@
-"""The speed tables of README.md and docs/benchmarks.md: made from the newest record of each benchmark."""
+"""Speed tables of README.md and docs/benchmarks.md."""
 
 import json
 from pathlib import Path

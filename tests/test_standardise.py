@@ -1,4 +1,4 @@
-"""--feature-norm: what is classified starts standardised over training clips, in any number of processes."""
+"""`--feature-norm`: training-set statistics on any world size."""
 
 from pathlib import Path
 

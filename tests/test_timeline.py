@@ -1,4 +1,4 @@
-"""Timelines: windows over a video, smoothing, segments, and what is written of them."""
+"""Timelines: sliding windows, smoothing, segments, files."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Where metrics go: files that a resumed run cuts and goes on with, one W&B run, one log of TensorBoard."""
+"""Metrics files, Weights & Biases and TensorBoard, also after a resume."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tvit_cli.results import Note, silent
 
 
 def scalars(result):
-    """What TensorBoard shows of a run: tag -> (step, value)."""
+    """TensorBoard's scalars of a run: tag -> (step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(result.run / "tensorboard"))

@@ -1,4 +1,4 @@
-"""uint8 clips become one augmented, normalised batch."""
+"""Transforms from uint8 clips to an augmented, normalised batch."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def noise(seed, height=48, width=64, frames=4):
 
 
 class Copies(TorchDispatchMode):
-    """What is copied to another device, and whether the copy is waited for."""
+    """Copies to another device, and whether they block."""
 
     def __init__(self) -> None:
         super().__init__()

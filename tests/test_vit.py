@@ -1,4 +1,4 @@
-"""The temporal ViT's shapes, its start, and what it computes."""
+"""The temporal ViT: shapes, initialisation, drop path, token drop."""
 
 import pytest
 import torch

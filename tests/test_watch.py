@@ -1,4 +1,4 @@
-"""A loss that is not finite: the clips are named, nothing good is overwritten, the run ends with advice."""
+"""Non-finite losses: clips are named, checkpoints kept, advice given."""
 
 import json
 

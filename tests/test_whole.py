@@ -1,4 +1,4 @@
-"""Files that are whole, or as they were before."""
+"""Atomic writes."""
 
 import errno
 import resource

@@ -1,4 +1,4 @@
-"""Run by two processes: the gradients of adapters under torch's DDP and FSDP, beside those of one process.
+"""Gradients of adapters under DDP and FSDP on two processes, against one process.
 
 Where they agree, each process leaves an empty file for either in the folder that it is given.
 """

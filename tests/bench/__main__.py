@@ -86,7 +86,7 @@ def run(name: str, extra: list[str]) -> tuple[int, dict[str, Any] | None]:
 
 
 def place() -> dict[str, Any]:
-    """Where and when something was measured."""
+    """Commit, date and processor of a measurement."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return {

@@ -1,4 +1,4 @@
-"""How fast clips are read and augmented, beside a plain baseline; A and B in turn, medians and ratios.
+"""Speed of reading and augmenting clips beside a plain baseline; in turn, medians and ratios.
 
     python tests/bench/data.py [--clips 12] [--rounds 5] [--workers 0,1,2] [--only augmentation]
 

@@ -1,4 +1,4 @@
-"""A whole epoch of training beside its steps alone: what reading, the loop and the end of the epoch add.
+"""A whole epoch of training beside its steps alone: overhead of reading, loop and epoch end.
 
     python tests/bench/epoch.py [--data FOLDER] [--weights FOLDER] [--rounds 3] [--clips 24] [--workers N] [--threads 2]
 
@@ -74,7 +74,7 @@ class Seconds:
 
 @dataclass
 class Epoch:
-    """What an epoch took as a whole, what its steps took, and the share of it that the model waited for data."""
+    """Time of an epoch and of its steps, and the share spent waiting for data."""
 
     whole: Seconds
     steps: Seconds

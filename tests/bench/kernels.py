@@ -1,4 +1,4 @@
-"""What attention and the patch embedding are computed with: torch's choice beside what else there is, in turn.
+"""Attention and patch embedding: torch's choice of kernels beside the alternatives, in turn.
 
     python tests/bench/kernels.py [--device cpu] [--precision no] [--rounds 5] [--threads 2]
 

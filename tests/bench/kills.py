@@ -165,7 +165,7 @@ def _kill(draw: random.Random, how: str, phase: str, processes: int, workers: in
 
 @dataclass
 class Bench:
-    """Where things lie: data, weights, undisturbed runs, and the disk that gets full.
+    """Data, weights, undisturbed runs, and a small disk that fills up.
 
     `quick` takes every run of one process that nobody kills in this process, which has imported all it needs.
     """
@@ -192,7 +192,7 @@ class Bench:
                 make_pretrained(self.pretrained)
 
     def settings(self, plan: Plan, runs: Path, name: str, **changes: Any) -> TrainSettings:
-        """What is trained: four epochs, a checkpoint every second step, two of them kept."""
+        """Settings of the run: four epochs, a checkpoint every second step, two of them kept."""
         return settings(
             path_to_data=str(self.sources[plan.source]), hf_model_name=str(self.pretrained),
             working_directory=runs, experiment_name=name, num_processes=plan.processes, num_workers=plan.workers,
@@ -260,7 +260,7 @@ class Bench:
 
 
 class Wrong(Exception):
-    """What a cell shows is not what is promised."""
+    """A killed run that differs from the undisturbed one."""
 
 
 def run_plan(bench: Bench, plan: Plan) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def strike(
 
 
 def expected_codes(plan: Plan, kill: Kill, *, is_done: bool) -> tuple[int, ...]:
-    """What the process that was started may exit with; a kill at a time may come when all is done."""
+    """Expected exit codes; a kill by time may come after the run has ended."""
     if not kill.phase and is_done:
         return 0, -signal.Signals[kill.how], EXIT_CODES.get(kill.how, 0)
     if kill.how != "SIGKILL":
@@ -395,7 +395,7 @@ def _must(is_so: bool, otherwise: str) -> None:
 
 
 def _errors_of(child: subprocess.Popen[str]) -> str:
-    """What a process wrote to stderr until its end; where nobody waits so long, it is killed."""
+    """The stderr of a process; it is killed after ten minutes."""
     try:
         return child.communicate(timeout=600)[1]
     finally:

@@ -1,4 +1,4 @@
-"""How cost grows: with frames, clips in a batch, classes, processes; and with the clips of a data set.
+"""Cost against frames, clips in a batch, classes, processes, and clips of a data set.
 
     python tests/bench/scaling.py [--only TEXT] [--rounds 3] [--threads 2]
 
@@ -115,7 +115,7 @@ def measure_processes(rounds: int) -> dict[int, Row]:
 
 
 def run_group(count: int) -> list[str]:
-    """What each of several processes that share updates prints."""
+    """Output of each process that shares updates."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

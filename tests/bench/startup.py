@@ -1,4 +1,4 @@
-"""How long typing takes: help and mistakes, whole processes, in turn.
+"""Start-up time of help and usage errors, whole processes, in turn.
 
     python tests/bench/startup.py [--runs 7]
 

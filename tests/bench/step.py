@@ -187,7 +187,7 @@ def measure_memory(case: str, kind: str, dropout: float) -> tuple[float, float, 
 
 
 def forward_and_held(model: nn.Module, clips: Tensor) -> tuple[Any, float]:
-    """What a model says of clips, and the megabytes that autograd holds then, weights left out."""
+    """Output of a model, and megabytes that autograd holds for it, without weights."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
     kept: list[Tensor] = []  # else a freed address could be counted once for two tensors

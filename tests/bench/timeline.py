@@ -1,4 +1,4 @@
-"""The timeline of a 60 s video cut from the demo motions: are its boundaries found? An hour: is memory bounded?
+"""Timelines of 60 s videos cut from the demo motions: boundaries found; memory of an hour.
 
     python tests/bench/timeline.py [--model MODEL --data data/motions] [--videos 5] [--first 0] [--hour]
 

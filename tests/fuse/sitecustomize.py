@@ -1,4 +1,4 @@
-"""What tests do to a training from inside: blow a fuse at a chosen call, or compute in float64.
+"""Hooks into a training process: a fault at a chosen call, or float64 computation.
 
 Python imports this file by itself where its folder stands on PYTHONPATH, in a training and in every process that it
 starts. It reads one variable each, and does nothing where that is not set:
