@@ -157,7 +157,7 @@ def serving(*, certificate: tuple[Path, Path] | None = None) -> Iterator[Server]
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for "localhost" that nobody has signed, and its key."""
+    """A certificate for "localhost" signed by itself, and its key."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     subprocess.run(
         [

@@ -16,13 +16,13 @@ from tvit_cli.results import Progress, Segment
 def test_every_frame_keeps_its_time_and_has_the_caption_of_its_segment(tmp_path, make_video):
     source = make_video(tmp_path / "a.mp4", frames=20, height=91, width=121, rate=10, pixel_format="yuv420p")
     out = tmp_path / "new" / "out.mp4"
-    told = []
+    events = []
     segments = [Segment(0, 0.7, "A", 0.9), Segment(0.7, 2, "a much longer label", 0.8)]
-    annotate(out, source, segments, told.append)
+    annotate(out, source, segments, events.append)
     before, after = list(iter_frames(source)), list(iter_frames(out))
     assert [p.start for p in after] == pytest.approx([p.start for p in before], abs=1e-3)
     assert (probe(out).width, probe(out).height) == (120, 90)
-    assert told == [Progress("seconds written", second, 2) for second in (1, 2)]
+    assert events == [Progress("seconds written", second, 2) for second in (1, 2)]
     assert [p.end for p in after] == pytest.approx([p.end for p in before], abs=1e-3)
     assert after[0].length == pytest.approx(2.0, abs=1e-3)  # the last frame lasts as long as the others
     widths = []

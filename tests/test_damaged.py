@@ -96,8 +96,8 @@ def reads_all(data, model, tmp_path, videos):
     """Every command goes to its end with all of these videos."""
     answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
     assert len(answer.predictions) == videos and not any(p.error for p in answer.predictions)
-    told = predict_timelines(PredictSettings(paths=(str(data),), model=model, device="cpu", window=0.2))
-    assert len(told) == videos and not any(t.error for t in told)
+    result = predict_timelines(PredictSettings(paths=(str(data),), model=model, device="cpu", window=0.2))
+    assert len(result) == videos and not any(t.error for t in result)
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
     assert len(checked.scans) == videos and not any(scan.problem for scan in checked.scans)
     store = tmp_path / "store"
@@ -140,8 +140,8 @@ def test_any_error_of_the_reader_names_one_video(failing, data, model, tmp_path)
         read_clip(bad, lambda count: [0])
     answer = predict(PredictSettings(paths=(str(data),), model=model, device="cpu"))
     assert [failing in p.error for p in answer.predictions].count(True) == 1
-    (told,) = predict_timelines(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
-    assert failing in told.error
+    (result,) = predict_timelines(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
+    assert failing in result.error
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
     assert [scan.path.name for scan in checked.unreadable] == [bad.name]
     how = {"path_to_data": str(data), "output": tmp_path / "store", "num_workers": 0}
@@ -195,23 +195,23 @@ def test_windows_and_segments_leave_out_a_gap(gap, model, tmp_path):
     path = film(tmp_path / "gap.mkv", steady(0, 3) + steady(gap, 2))
     notes = []
     output = tmp_path / "out"
-    (told,) = predict_timelines(
+    (result,) = predict_timelines(
         PredictSettings(paths=(str(path),), model=model, device="cpu", window=1.0, stride=0.5, output=output),
         notes.append,
     )
-    assert told.timeline is not None
-    assert len(told.timeline.scores) == 5 + 3 and len(told.timeline.smoothed) == 6 + 4
-    assert told.timeline.seconds == pytest.approx(gap + 2, abs=0.05)
+    assert result.timeline is not None
+    assert len(result.timeline.scores) == 5 + 3 and len(result.timeline.smoothed) == 6 + 4
+    assert result.timeline.seconds == pytest.approx(gap + 2, abs=0.05)
     rows = list(csv.DictReader((output / "gap" / "timeline.csv").read_text().splitlines()))
     assert [float(row["start"]) for row in rows] == pytest.approx(
         [0, 0.5, 1, 1.5, 2, gap, gap + 0.5, gap + 1], abs=0.05
     )
-    for segment in told.timeline.segments:
+    for segment in result.timeline.segments:
         assert segment.end <= 3.05 or segment.start >= gap - 0.05
-    assert told.timeline.segments[0].start == 0
-    assert told.timeline.segments[-1].end == told.timeline.seconds
+    assert result.timeline.segments[0].start == 0
+    assert result.timeline.segments[-1].end == result.timeline.seconds
     assert any("gaps of more than 10 s" in note.text for note in notes if isinstance(note, Note))
-    assert timeline_png(told.timeline)
+    assert timeline_png(result.timeline)
 
 
 def forged(path, frames, number):

@@ -293,7 +293,7 @@ def test_set_of_several_archives_lands_class_by_class(world):
     for action in ("bend", "wave1"):
         write_zip(
             world.root / f"{action}.zip",
-            [Entry(f"{who}_{action}.avi", who.encode()) for who in ("daria", "eli")],
+            [Entry(f"{person}_{action}.avi", person.encode()) for person in ("daria", "eli")],
         )
         source = world.source(f"/{action}.zip", (world.root / f"{action}.zip").read_bytes(), "one class")
         parts.append(Part(action, (replace(source, bytes=None, sha256=None),)))

@@ -205,9 +205,9 @@ def test_the_layout_is_remembered(store, videos):
 
 def test_a_clip_that_is_not_there_is_a_video_error(store):
     with pytest.raises(
-        VideoError, match=r"nobody\.avi: not in the frame store .*tvit extract --path-to-data"
+        VideoError, match=r"missing\.avi: not in the frame store .*tvit extract --path-to-data"
     ):
-        store.read("nobody.avi", lambda n: [0])
+        store.read("missing.avi", lambda n: [0])
 
 
 def test_a_store_can_be_pickled_and_read_in_another_process(store, videos):

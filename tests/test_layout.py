@@ -395,13 +395,13 @@ def test_the_official_split_lists_are_followed(tmp_path):
     lists = tmp_path / "splits"
     lists.mkdir()
     (lists / "classInd.txt").write_bytes(b"1 HandstandPushups\r\n2 Run\n")
-    for split, held in ((1, (1, 2)), (2, (8,)), (3, (9,))):
+    for split, tested in ((1, (1, 2)), (2, (8,)), (3, (9,))):
         for side in ("train", "test"):
             rows = [
                 f"{c}/v_{'HandStandPushups' if c != 'Run' else c}_g{g:02d}_c01.avi"
                 for c in ("HandstandPushups", "Run")
                 for g in (1, 2, 8)
-                if (g in held) == (side == "test")
+                if (g in tested) == (side == "test")
             ]
             (lists / f"{side}list{split:02d}.txt").write_text(
                 "\n".join(rows or ["Run/v_Run_g99_c01.avi"]) + "\n"

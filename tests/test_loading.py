@@ -268,7 +268,7 @@ def test_a_signal_ends_the_wait_for_a_batch(words, verb, name, code):
 
 @VERBS
 def test_verbs_end_well_with_a_small_shared_memory(words, verb):
-    """In a mount namespace of their own; the queue's thread of a worker failed there, and nobody noticed."""
+    """In a mount namespace of its own."""
     small = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
         pytest.skip("needs the right to mount")

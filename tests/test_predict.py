@@ -146,7 +146,7 @@ def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained, clip):
     result = tvit(trained, str(clip), "--top-k", "50")
     assert result.code == 0
     assert "--top-k 50" in result.err
-    assert "--top-k" not in tvit(trained, str(clip)).err  # nobody asked for more labels than there are
+    assert "--top-k" not in tvit(trained, str(clip)).err  # the default
 
 
 def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path):
@@ -443,14 +443,14 @@ def test_how_much_of_a_labelled_video_is_written_is_told(trained, tmp_path, make
     settings = load(
         PredictSettings, flags=flags | ({"window": window} if window else {}), environ={}
     ).settings
-    told = []
+    events = []
     if window:
-        predict_timelines(settings, told.append)
+        predict_timelines(settings, events.append)
     else:
-        predict(settings, told.append)
-    written = [event for event in told if isinstance(event, Progress) and event.task == "seconds written"]
+        predict(settings, events.append)
+    written = [event for event in events if isinstance(event, Progress) and event.task == "seconds written"]
     assert [(event.done, event.total) for event in written] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert isinstance(told[-1], Note) and str(out) in told[-1].text
+    assert isinstance(events[-1], Note) and str(out) in events[-1].text
     drawn = []
     monkeypatch.setattr(
         "tvit_cli.engine.predict.timeline.annotate", lambda path, place, segments, *_: drawn.extend(segments)

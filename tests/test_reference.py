@@ -234,9 +234,9 @@ def test_results_of_merged_weights_are_named_by_experiment_folders(tmp_path, mon
 
 def test_a_config_beside_merged_weights_says_what_they_do_not(tmp_path):
     path = write_merged(tmp_path / "checkpoint_merged.safetensors", random_tensors())
-    told = {"n_frames": 5, "num_heads": 2, "use_flash_attention": True, "pooling": "cls",
+    config = {"n_frames": 5, "num_heads": 2, "use_flash_attention": True, "pooling": "cls",
             "id2label": {"0": "bend", "1": "jack", "2": "jump"}}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     clips = some_clips(5)
     for given in (path, tmp_path):
         trained = opened(given)
@@ -251,8 +251,8 @@ def test_a_frame_size_that_nothing_tells_is_assumed_and_said(tmp_path):
     trained = opened(write_merged(tmp_path / "run" / "checkpoint_merged.safetensors", tensors))
     assert trained.card.preprocessing.frame_size == 224
     assert '"img_wh": 224, "n_frames": 8' in trained.notes[1]
-    told = {key: value for key, value in CONFIG.items() if key != "use_flash_attention"}
-    notes = opened(write(tmp_path / "hub", random_tensors(), told)).notes
+    config = {key: value for key, value in CONFIG.items() if key != "use_flash_attention"}
+    notes = opened(write(tmp_path / "hub", random_tensors(), config)).notes
     assert notes[1].startswith(
         'The weights leave values open, and the reference\'s defaults are assumed: "use_flash_attention": true. A'
     )

@@ -376,9 +376,9 @@ def test_windows_stride_and_smoothing_are_as_asked_for(folder, day, monkeypatch)
 
     def windows(**flags):
         own = {"paths": [str(day)], "model": str(folder), "window": "2s", "device": "cpu", **flags}
-        (told,) = predict_timelines(load(PredictSettings, flags=own, environ={}).settings, silent)
-        assert told.timeline is not None
-        return len(told.timeline.scores)
+        (result,) = predict_timelines(load(PredictSettings, flags=own, environ={}).settings, silent)
+        assert result.timeline is not None
+        return len(result.timeline.scores)
 
     assert windows() == 17  # ten seconds, a window each quarter of one
     assert windows(stride="1s", smoothing="0") == 9

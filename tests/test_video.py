@@ -445,12 +445,12 @@ def test_a_thousand_reads_leave_no_file_open_and_no_memory_behind(make_video, tm
 
 
 def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clip(packed_xvid, monkeypatch):
-    held = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
+    small = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
     counted = []
     once = video.count_packets
     monkeypatch.setattr(video, "_PACKET_BYTES", packed_xvid.stat().st_size - 1)
     monkeypatch.setattr(video, "count_packets", lambda path: counted.append(path) or once(path))
     clip = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
     assert counted == [packed_xvid]
-    assert (clip.indices, clip.pts_seconds, clip.frame_count) == (held.indices, held.pts_seconds, 39)
-    assert np.array_equal(clip.frames, held.frames)
+    assert (clip.indices, clip.pts_seconds, clip.frame_count) == (small.indices, small.pts_seconds, 39)
+    assert np.array_equal(clip.frames, small.frames)

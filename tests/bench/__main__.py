@@ -98,7 +98,7 @@ def place() -> dict[str, Any]:
 
 
 def busy_seconds() -> float | None:
-    """Processor seconds of everybody but this process and its children that have ended; None where nobody counts."""
+    """CPU seconds of all other processes; None where the system does not count them."""
     path = Path("/proc/stat")
     if not path.exists():
         return None

@@ -68,7 +68,7 @@ class Seconds:
     @classmethod
     def now(cls) -> "Seconds":
         """Of this process and of the children that have ended."""
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return cls(time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used))
 
 

@@ -167,7 +167,7 @@ def _kill(draw: random.Random, how: str, phase: str, processes: int, workers: in
 class Bench:
     """Data, weights, undisturbed runs, and a small disk that fills up.
 
-    `quick` takes every run of one process that nobody kills in this process, which has imported all it needs.
+    `quick` takes every undisturbed run of one process in this process, which has imported all it needs.
     """
 
     folder: Path
@@ -220,11 +220,11 @@ class Bench:
         _wait_for(facts.working_directory / str(facts.experiment_name) / "metrics.jsonl", child)
         started = time.monotonic()
         errors = _errors_of(child)
-        _must(child.returncode == 0, f"a run that nobody killed failed:\n{errors}")
+        _must(child.returncode == 0, f"an undisturbed run failed:\n{errors}")
         return time.monotonic() - started
 
     def undisturbed(self, plan: Plan) -> Path:
-        """The run that nobody killed, of this very code: without workers, which change nothing."""
+        """The undisturbed run of this code, without workers, which change nothing."""
         code = hashlib.sha256()
         for file in sorted((ROOT / "tvit_cli").rglob("*.py")):
             code.update(file.read_bytes())
@@ -317,7 +317,7 @@ def strike(
             )
         look(run, json.loads(marker.read_text())["checkpoints"], saved=child.returncode in (130, 143))
     else:
-        _must(child.returncode == 0, f"a resumed run that nobody hit failed:\n{errors}")
+        _must(child.returncode == 0, f"a resumed run failed:\n{errors}")
     return {**asdict(kill), "exit code": child.returncode, "was hit": was_hit}
 
 

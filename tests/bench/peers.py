@@ -94,13 +94,13 @@ def compare(name: str, depth: int, dropout: float, rounds: int) -> dict[str, Any
     }
     times = in_turn({kind: step_of(model, clips) for kind, model in models.items()}, rounds)
     pairs = list(zip(times["peer"], times["tvit"], strict=True))
-    held = {kind: forward_and_held(model, clips)[1] for kind, model in models.items()}
+    saved = {kind: forward_and_held(model, clips)[1] for kind, model in models.items()}
     return {
         "times_faster": statistics.median(theirs[0] / own[0] for theirs, own in pairs),
         "times_faster_wall": statistics.median(theirs[1] / own[1] for theirs, own in pairs),
-        "memory_ratio": held["tvit"] / held["peer"],
+        "memory_ratio": saved["tvit"] / saved["peer"],
         "tvit_seconds": statistics.median(own[0] for _, own in pairs),
-        "tvit_megabytes": held["tvit"],
+        "tvit_megabytes": saved["tvit"],
         "adapters": {kind: adapted(model) for kind, model in models.items()},
     }
 

@@ -180,10 +180,10 @@ def measure_memory(case: str, kind: str, dropout: float) -> tuple[float, float, 
     model, clips = make_model(case, kind, dropout)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: building is not the step's
     before = current_memory()
-    logits, held = forward_and_held(model, clips)
+    logits, saved = forward_and_held(model, clips)
     logits.sum().backward()
     peak = peak_memory()
-    return held, peak - before, peak
+    return saved, peak - before, peak
 
 
 def forward_and_held(model: nn.Module, clips: Tensor) -> tuple[Any, float]:
