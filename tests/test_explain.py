@@ -25,7 +25,7 @@ from tvit_cli.errors import DataError, ModelError, VideoError
 from tvit_cli.portable.config import ATTENTIONS, POOLS
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
-from tvit_cli.report.film import ExplanationStrip, lights, relevance_png
+from tvit_cli.report.film import ExplanationStrip, patch_brightness, relevance_png
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.predict import PredictSettings
 
@@ -158,7 +158,7 @@ def test_a_label_can_be_named_and_is_checked(folder, tmp_path):
 def test_the_strip_is_bright_where_the_relevance_is():
     relevance = torch.zeros(2, 2, 2)
     relevance[1, 0, 1], relevance[0, 1, 1] = 4.0, -3.0
-    assert lights(relevance)[1, 0, 1] == 1 and lights(relevance).sum() == 1
+    assert patch_brightness(relevance)[1, 0, 1] == 1 and patch_brightness(relevance).sum() == 1
     reading = ExplanationStrip("Left 0.9", "it holds", relevance, [0.0, 1.0])
     white = Preprocessing(n_frames=2, frame_size=16, mean=(0, 0, 0), std=(1, 1, 1))
     image = np.asarray(

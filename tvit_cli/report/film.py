@@ -141,7 +141,7 @@ class ExplanationStrip:
 
 
 def relevance_png(
-    clip: Tensor, preprocessing: Preprocessing, reading: ExplanationStrip, *, dark: bool = False
+    clip: Tensor, preprocessing: Preprocessing, explanation: ExplanationStrip, *, dark: bool = False
 ) -> bytes:
     """PNG of all frames of a clip (T, C, S, S), and below them the relevance of their patches."""
     count = len(clip)
@@ -149,17 +149,17 @@ def relevance_png(
     bottom = HEAD + 2 * SIDE + FRAME_GAP + BARS
     height = bottom + FOOT + MARGIN
     lefts = [MARGIN + number * (SIDE + FRAME_GAP) for number in range(count)]
-    shapes: list[Shape] = [Text((MARGIN, 20), reading.title, size=14, bold=True)]
-    most = max(*reading.frames, 1e-12)
-    for left, share in zip(lefts, reading.frames, strict=True):
+    shapes: list[Shape] = [Text((MARGIN, 20), explanation.title, size=14, bold=True)]
+    most = max(*explanation.frames, 1e-12)
+    for left, share in zip(lefts, explanation.frames, strict=True):
         tall = (BARS - 18) * share / most
         shapes.append(Box((left, bottom - tall), SIDE, tall, "one"))
         shapes.append(Text((left + SIDE / 2, bottom - tall - 3), f"{share:.0%}", "dim", 11, "middle"))
-    shapes.append(Text((MARGIN, height - MARGIN - 2), reading.verdict, "dim", 11.5))
-    sheet = _sheet(Drawing(reading.title, width, height, shapes), dark)
+    shapes.append(Text((MARGIN, height - MARGIN - 2), explanation.verdict, "dim", 11.5))
+    sheet = _sheet(Drawing(explanation.title, width, height, shapes), dark)
     pixels = to_pixels(clip, preprocessing).permute(0, 2, 3, 1).numpy()  # (T, S, S, C)
     size = (SIDE * SCALE, SIDE * SCALE)
-    for left, picture, brightness in zip(lefts, pixels, lights(reading.relevance), strict=True):
+    for left, picture, brightness in zip(lefts, pixels, patch_brightness(explanation.relevance), strict=True):
         frame = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
         light = np.asarray(Image.fromarray(brightness).resize(size, Image.Resampling.NEAREST))
         shown = np.asarray(frame) * (DIM + (1 - DIM) * light[..., None])
@@ -169,7 +169,7 @@ def relevance_png(
     return _png(sheet)
 
 
-def lights(relevance: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def patch_brightness(relevance: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """Brightness of each patch (T, P, P) in [0, 1]: the root of its relevance over the clip's greatest."""
     positive = relevance.clamp(min=0).float()
     return (positive / positive.max().clamp(min=1e-12)).sqrt().numpy()

@@ -40,7 +40,7 @@ from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
-from tvit_cli.model.lora import load_trainable
+from tvit_cli.model.lora import load_trainable, trainable_report
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
 from tvit_cli.results import EvalResult, Note, Report, TrainingStarts, TrainResult, silent
@@ -214,7 +214,6 @@ def training_result(loop: Loop, *, problem: str = "") -> TrainResult:
     for video in source.layout.videos:
         if video.name not in source.unreadable:
             videos[video.label][video.subset] += 1
-    parameters = list(loop.plain_model.parameters())
     return TrainResult(
         run=loop.run.folder,
         model=loop.run.model,
@@ -226,10 +225,7 @@ def training_result(loop: Loop, *, problem: str = "") -> TrainResult:
         per_class=loop.trackers.per_class(loop.best_step),
         videos=videos,
         unreadable={**source.unreadable, **loop.unreadable},
-        parameters=(
-            sum(p.numel() for p in parameters if p.requires_grad),
-            sum(p.numel() for p in parameters),
-        ),
+        parameters=trainable_report(loop.plain_model),
         problem=problem,
     )
 
