@@ -281,7 +281,7 @@ def test_more_views_are_averaged_scores_of_clips_at_other_places(trained, tmp_pa
                         ],
                         preprocessing=card.preprocessing,
                         device=torch.device("cpu"),
-                        place=where,
+                        position=where,
                         flip=mirrored,
                     )
                 ).softmax(1)
