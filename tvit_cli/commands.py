@@ -84,19 +84,11 @@ def _print_check(console: Console, result: CheckResult, *, as_json: bool) -> Non
         for scan in result.scans:
             console.json_line({**asdict(scan), "path": str(scan.path)})
     else:
-        rows = [
-            (
-                scan.path,
-                scan.codec,
-                f"{scan.width}x{scan.height}" if scan.is_readable else "",
-                scan.frames,
-                f"{scan.seconds:.2f}",
-                f"{scan.rate:.2f}" if scan.rate else "",
-                scan.rotation,
-                scan.problem,
-            )
-            for scan in result.scans
-        ]
+        rows = []
+        for s in result.scans:
+            size = f"{s.width}x{s.height}" if s.is_readable else ""
+            rate = f"{s.rate:.2f}" if s.rate else ""
+            rows.append((s.path, s.codec, size, s.frames, f"{s.seconds:.2f}", rate, s.rotation, s.problem))
         console.table(["video", "codec", "size", "frames", "seconds", "fps", "rotation", "problem"], rows)
     total = plural(len(result.scans), "video")
     if bad := len(result.unreadable):

@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from tvit_cli.settings.base import Settings, setting
-from tvit_cli.settings.types import MODEL_TEXT, RUNS
+from tvit_cli.settings.types import MODEL, MODEL_TEXT, RUNS
 
-MODEL, EXPORT = "Model and format", "Export"
+EXPORT = "Export"
 
 ExportFormat = Literal["safetensors", "huggingface", "onnx", "torch", "adapter"]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a first check of the form; the hub checks the name

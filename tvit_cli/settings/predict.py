@@ -8,19 +8,10 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from tvit_cli.settings.base import Settings, flag, setting
-from tvit_cli.settings.types import (
-    DEVICE_TEXT,
-    MODEL_TEXT,
-    PRECISION_TEXT,
-    RUNS,
-    RUNS_TEXT,
-    Device,
-    MixedPrecision,
-    seconds,
-)
+from tvit_cli.settings.base import flag, setting
+from tvit_cli.settings.types import MODEL, InferenceSettings, seconds
 
-MODEL, OUTPUT, TIMELINE, FILES = "Model", "Output", "Timelines of long videos", "Files"
+OUTPUT, TIMELINE, FILES = "Output", "Timelines of long videos", "Files"
 
 # A string, because a Path collapses the two slashes of a URL. A file name may begin with a blank.
 Named = Annotated[
@@ -35,19 +26,13 @@ NOTHING = "nothing is written"
 ENDINGS = {"embeddings": (".safetensors",), "explain": (".png",), "annotate": (".mp4", ".mov", ".mkv")}
 
 
-class PredictSettings(Settings):
+class PredictSettings(InferenceSettings):
     """Settings of `tvit predict`."""
 
     # fmt: off
     paths: Annotated[tuple[Named, ...], Field(min_length=1)] = setting(...,
         "Videos, folders, patterns such as 'clips/*.mp4', URLs, or - for a list on stdin", MODEL,
         positional=True, metavar="VIDEO…", example="tvit predict clip.avi")
-    model: Path | None = setting(None, MODEL_TEXT, MODEL,
-        default_text="the newest under the working directory", short="-m")
-    working_directory: Path = setting(RUNS, RUNS_TEXT, MODEL)
-    per_gpu_batch_size: int = setting(8, "Clips in one forward pass", MODEL, ge=1)
-    device: Device = setting("auto", DEVICE_TEXT, MODEL)
-    mixed_precision: MixedPrecision = setting("auto", PRECISION_TEXT, MODEL)
     int8: bool = setting(False,
         "int8 matrix products on CPUs where they are faster (up to 2 times); scores differ slightly", MODEL,
         flag="--int8")

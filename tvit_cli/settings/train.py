@@ -13,6 +13,7 @@ from tvit_cli.settings.card import ResizeMode
 from tvit_cli.settings.types import (
     DATA,
     DEVICE_TEXT,
+    MODEL,
     PRECISION_TEXT,
     PROCESSES_TEXT,
     RUNS,
@@ -26,7 +27,7 @@ from tvit_cli.settings.types import (
     TrainMode,
 )
 
-RUN, MODEL, LORA, OPTIMISATION = "Run", "Model", "LoRA", "Optimisation"
+RUN, LORA, OPTIMISATION = "Run", "LoRA", "Optimisation"
 AUGMENTATION, REGULARISATION, CHECKPOINTS = "Augmentation", "Regularisation", "Checkpoints"
 
 LoraInit = Literal["default", "gaussian", "pissa", "olora", "orthogonal"]

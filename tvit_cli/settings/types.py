@@ -120,7 +120,7 @@ def _is_max_bad(value: str) -> str:
 
 MaxBad = Annotated[str, AfterValidator(_is_max_bad)]
 
-DATA = "Data"
+MODEL, DATA = "Model", "Data"
 
 
 class DataSettings(Settings):
@@ -140,4 +140,17 @@ class DataSettings(Settings):
         metavar="NAMES|COUNT|none|auto")
     max_bad: MaxBad = setting(MAX_BAD, "Most unreadable videos: a count, a percentage, or the larger of two",
         DATA, metavar="COUNT|PERCENT%", resume_safe=True)
+    # fmt: on
+
+
+class InferenceSettings(Settings):
+    """Settings of the verbs that apply a trained model to videos."""
+
+    # fmt: off
+    model: Path | None = setting(None, MODEL_TEXT, MODEL,
+        default_text="the newest under the working directory", short="-m")
+    working_directory: Path = setting(RUNS, RUNS_TEXT, MODEL)
+    device: Device = setting("auto", DEVICE_TEXT, MODEL)
+    mixed_precision: MixedPrecision = setting("auto", PRECISION_TEXT, MODEL)
+    per_gpu_batch_size: int = setting(8, "Clips per GPU in one forward pass", MODEL, ge=1)
     # fmt: on
