@@ -1,5 +1,6 @@
 """Unpacking archives: complete, safe against hostile ones, clean after a kill."""
 
+import functools
 import hashlib
 import io
 import os
@@ -94,6 +95,46 @@ def test_good_archive_of_every_form_comes_out_whole(form, tmp_path):
     assert everything(tmp_path) == {"archive", "out", "out/a", *(f"out/{name}" for name in found)}
 
 
+def patched(write, path, change):
+    """Writes an archive, then changes its bytes."""
+    write(path)
+    path.write_bytes(change(path.read_bytes()))
+
+
+REPARSE_POINT = 0x400
+RAR = pytest.mark.skipif(not HAS_RAR, reason="no RAR")
+ZIP_CRC = functools.partial(write_zip, entries=[Entry("a", b"good")])
+TAR_OF_2 = functools.partial(write_tar, entries=[Entry("x", bytes(512)), Entry("y", bytes(512))])
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda path: deflated_zeros(path, "zeros", 8 * 2**20), "limit 100 times"),
+        (lambda path: write_tar(path, [Entry("x\udce4.avi")]), "control character"),
+        (lambda path: write_zip(path, [Entry("x.avi\0.exe")]), "in its name"),
+        (lambda path: write_zip(path, [Entry("a\\..\\x")]), "in its name"),
+        (lambda path: write_zip(path, [Entry("null", b"", DEVICE)]), "neither a file nor a folder"),
+        (lambda path: write_tar(path, [Entry("null", b"", DEVICE)]), "neither a file nor a folder"),
+        (lambda path: patched(TAR_OF_2, path, lambda data: data[:1024]), "no end mark"),
+        (lambda path: patched(ZIP_CRC, path, lambda data: data.replace(b"good", b"evil")), "CRC"),
+        (
+            lambda path: path.write_text("<!DOCTYPE html><title>Sign in</title>" * 20),
+            r"no ZIP, tar or RAR archive.*sent a page",
+        ),
+        pytest.param(
+            lambda path: write_rar4(path, [Entry("a", mode=REPARSE_POINT)], host=2), "is a link", marks=RAR
+        ),
+        pytest.param(lambda path: write_rar4(path, [Entry("a")], locked=True), "encrypted", marks=RAR),
+    ],
+)
+def test_unsafe_or_damaged_archive_is_refused_with_the_reason(write, reason, tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(DataError, match=reason):
+        unpack(tmp_path / "a", tmp_path / "out")
+    assert everything(tmp_path) == {"a"}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_plan_chooses_and_renames(form, tmp_path):
     WRITERS[form](tmp_path / "archive", [Entry(f"a/{index}.avi", b"%d" % index) for index in range(5)])
@@ -109,14 +150,6 @@ def test_plan_chooses_and_renames(form, tmp_path):
     assert everything(tmp_path / "out") == {"new", "new/three", "one"}
 
 
-def test_nul_and_backslash_in_a_name_are_seen(tmp_path):
-    for name in ("x.avi\0.exe", "a\\..\\x"):
-        write_zip(tmp_path / "a.zip", [Entry(name)])
-        with pytest.raises(DataError, match="in its name"):
-            unpack(tmp_path / "a.zip", tmp_path / "out")
-    assert everything(tmp_path) == {"a.zip"}
-
-
 @pytest.mark.skipif(not HAS_RAR, reason="no RAR")
 def test_nul_in_a_rar_name_leads_nowhere(tmp_path):
     write_rar4(tmp_path / "a.rar", [Entry("x\0/../../y")])
@@ -128,19 +161,6 @@ def test_nul_in_a_rar_name_leads_nowhere(tmp_path):
         assert everything(tmp_path) == {"a.rar", "out", "out/x"}
 
 
-def test_name_that_is_no_text_is_refused(tmp_path):
-    write_tar(tmp_path / "a.tar", [Entry("x\udce4.avi")])
-    with pytest.raises(DataError, match="control character"):
-        unpack(tmp_path / "a.tar", tmp_path / "out")
-
-
-def test_devices_and_sparse_files_are_refused(tmp_path):
-    for form in ("zip", "tar"):
-        WRITERS[form](tmp_path / "a", [Entry("null", b"", DEVICE)])
-        with pytest.raises(DataError, match="neither a file nor a folder"):
-            unpack(tmp_path / "a", tmp_path / "out")
-
-
 def test_declared_ten_gigabytes_are_refused_unread(tmp_path):
     for form in ("zip", "tar"):
         size = 10 * 2**30 if form == "tar" else 2**32 - 2
@@ -150,12 +170,6 @@ def test_declared_ten_gigabytes_are_refused_unread(tmp_path):
             unpack(tmp_path / "a", tmp_path / "out")
         assert time.monotonic() - began < 1
     assert everything(tmp_path) == {"a"}
-
-
-def test_bomb_is_refused_by_its_ratio(tmp_path):
-    deflated_zeros(tmp_path / "bomb.zip", "zeros", 8 * 2**20)
-    with pytest.raises(DataError, match="limit 100 times"):
-        unpack(tmp_path / "bomb.zip", tmp_path / "out")
 
 
 def test_million_entries_are_refused_before_they_are_listed(tmp_path):
@@ -195,26 +209,11 @@ def test_encrypted_member_is_named(form, tmp_path):
         unpack(tmp_path / "a", tmp_path / "out")
 
 
-@pytest.mark.skipif(not HAS_RAR, reason="no RAR")
-def test_windows_link_in_a_rar_is_refused(tmp_path):
-    reparse_point = 0x400
-    write_rar4(tmp_path / "a", [Entry("a", mode=reparse_point)], host=2)
-    with pytest.raises(DataError, match="is a link"):
-        unpack(tmp_path / "a", tmp_path / "out")
-
-
 @pytest.mark.parametrize("data", [b"x" * 9, b"x" * 11, b"x" * 999])
 def test_stream_of_another_size_than_declared_is_caught(data, tmp_path):
     with pytest.raises(DataError, match="than the 10 bytes it declares"):
         store(io.BytesIO(data), tmp_path / "a", Member(0, "a", 10), archive="a.zip")
     assert (tmp_path / "a").stat().st_size <= 10
-
-
-@pytest.mark.skipif(not HAS_RAR, reason="no RAR")
-def test_rar_with_encrypted_headers_is_an_error(tmp_path):
-    write_rar4(tmp_path / "a", [Entry("a")], locked=True)
-    with pytest.raises(DataError, match="encrypted"):
-        unpack(tmp_path / "a", tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -226,13 +225,6 @@ def test_truncated_archive_is_damaged(form, tmp_path):
         with pytest.raises(DataError):
             unpack(tmp_path / "a", tmp_path / "out")
     assert everything(tmp_path) == {"whole", "a"}
-
-
-def test_tar_that_ends_between_two_members_is_damaged(tmp_path):
-    write_tar(tmp_path / "a", [Entry("x", bytes(512)), Entry("y", bytes(512))])
-    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:1024])
-    with pytest.raises(DataError, match="no end mark"):
-        unpack(tmp_path / "a", tmp_path / "out")
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
@@ -249,12 +241,6 @@ def test_compressed_tar_is_known_by_its_bytes(suffix, tmp_path):
     assert detect_kind(tmp_path / "a.zip") == "tar"
     unpack(tmp_path / "a.zip", tmp_path / "out")
     assert (tmp_path / "out/a/x").read_bytes() == b"one"
-
-
-def test_page_in_place_of_an_archive_is_named(tmp_path):
-    (tmp_path / "a.zip").write_text("<!DOCTYPE html><title>Sign in</title>" * 20)
-    with pytest.raises(DataError, match=r"no ZIP, tar or RAR archive.*sent a page"):
-        unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
 def test_disk_too_small_is_seen_before_a_byte_is_written(tmp_path, monkeypatch):
@@ -379,13 +365,6 @@ def test_output_of_seven_zip_is_checked(how, reason, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=reason):
         unpack(tmp_path / "a.rar", tmp_path / "out")
     assert everything(tmp_path) == {"a.rar", "7zz"}
-
-
-def test_zip_with_a_wrong_crc_is_damaged(tmp_path):
-    write_zip(tmp_path / "a.zip", [Entry("a", b"good")])
-    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(b"good", b"evil"))
-    with pytest.raises(DataError, match="CRC"):
-        unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
 def real_archive(name):

@@ -1,9 +1,7 @@
 """Every training setting has an effect on a run."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,10 @@ from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.model.folder import load_model
 from tvit_cli.results import TrainResult
 from tvit_cli.settings.train import TrainSettings
+
+
+def saved_steps(result: TrainResult) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(result.run / "checkpoints")]
 
 
 def weights_differ(base, changed):
@@ -54,107 +56,60 @@ UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_grou
 STANDSTILL = {"epochs": 4, "learning_rate": 1e-30}
 
 
-# setting -> (base settings, value, what has to be true of the base run and the changed one)
-EFFECTS: dict[str, tuple[dict[str, Any], Any, Callable[[TrainResult, TrainResult], bool]]] = {
+# fmt: off
+# setting -> a value with which a run ends with other weights than the default run
+WEIGHTS = {
+    "seed": 5, "n_frames": 2, "img_size": 48, "frame_grid": 4, "resize": "squash", "hf_model_name": None,
+    "attention": "divided", "pool": "attentive", "feature_norm": True, "custom_weight_init": True,
+    "train": "classifier", "lora_rank": 4, "lora_alpha": 32, "lora_rank_pattern": {"q": 2},
+    "lora_alpha_pattern": {"q": 32}, "lora_use_rslora": True, "lora_use_dora": True, "lora_init": "gaussian",
+    "lora_dropout": 0.5, "lora_bias": "lora_only", "lora_target_modules": "fc1", "lora_exclude_modules": "q",
+    "warmup_epochs": 2, "per_gpu_batch_size": 5, "learning_rate": 0.02, "weight_decay": 0.5, "label_smoothing": 0.2,
+    "bias_weight_decay": True, "max_grad_norm": 0.01, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-2,
+    "crop_scale_min": 1.0, "horizontal_flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.3,
+    "drop_path": 0.5, "token_drop": 0.5, "layer_decay": 0.5, "mixup": 0.8, "cutmix": 1.0, "randaugment": 2,
+    "random_erasing": 1.0,
+}
+# fmt: on
+# setting -> (base settings, value, condition on the base run and the changed one)
+EFFECTS = {
+    **{name: ({}, value, weights_differ) for name, value in WEIGHTS.items()},
     "experiment_name": ({}, "mine", lambda a, b: b.run.name == "mine"),
     "working_directory": ({}, "elsewhere", lambda a, b: b.run.parent.name == "elsewhere"),
-    "seed": ({}, 5, weights_differ),
-    "log_wandb": ({}, True, lambda a, b: (b.run / "wandb").is_dir() and not (a.run / "wandb").exists()),
+    "log_wandb": ({}, True, lambda a, b: (b.run / "wandb").is_dir() > (a.run / "wandb").exists()),
     "log_tensorboard": (
         {},
         True,
-        lambda a, b: (b.run / "tensorboard").is_dir() and not (a.run / "tensorboard").exists(),
+        lambda a, b: (b.run / "tensorboard").is_dir() > (a.run / "tensorboard").exists(),
     ),
     "test_at_end": ({}, True, lambda a, b: a.test is None and b.test is not None),
-    "top_k": (
-        {},
-        3,
-        lambda a, b: "val_video_top3" in records(b)[0] and "val_video_top3" not in records(a)[0],
-    ),
+    "top_k": ({}, 3, lambda a, b: ("val_video_top3" in records(b)[0]) > ("val_video_top3" in records(a)[0])),
     "group_pattern": ({"val_groups": "none"}, r"_g0(?=[1-3])|_g", counts_differ),
     "val_groups": ({}, "2", counts_differ),
     "test_groups": ({}, "2", counts_differ),
-    "n_frames": ({}, 2, weights_differ),
-    "img_size": ({}, 48, weights_differ),
-    "frame_grid": ({}, 4, weights_differ),
-    "resize": ({}, "squash", weights_differ),
-    "hf_model_name": ({}, None, weights_differ),
     "width": (NO_BASE, 32, weights_differ),
     "depth": (NO_BASE, 2, weights_differ),
     "num_heads": (NO_BASE, 4, weights_differ),
     "patch_size": (NO_BASE, 8, weights_differ),
     "tubelet_size": (ALL, 2, weights_differ),
-    "attention": ({}, "divided", weights_differ),
+    "norm_weight_decay": (ALL, True, weights_differ),
     "temporal_depth": ({"attention": "factorized"}, 1, weights_differ),
-    "pool": ({}, "attentive", weights_differ),
     "temporal_rate": ({"attention": "factorized"}, 1.0, weights_differ),
-    "feature_norm": ({}, True, weights_differ),
-    "custom_weight_init": ({}, True, weights_differ),
-    "train": ({}, "classifier", weights_differ),
-    "lora_rank": ({}, 4, weights_differ),
-    "lora_alpha": ({}, 32, weights_differ),
-    "lora_rank_pattern": ({}, {"q": 2}, weights_differ),
-    "lora_alpha_pattern": ({}, {"q": 32}, weights_differ),
-    "lora_use_rslora": ({}, True, weights_differ),
-    "lora_use_dora": ({}, True, weights_differ),
-    "lora_init": ({}, "gaussian", weights_differ),
-    "lora_dropout": ({}, 0.5, weights_differ),
-    "lora_bias": ({}, "lora_only", weights_differ),
-    "lora_target_modules": ({}, "fc1", weights_differ),
-    "lora_exclude_modules": ({}, "q", weights_differ),
     "epochs": ({}, 1, counts_differ),
-    "warmup_epochs": ({}, 2, weights_differ),
-    "per_gpu_batch_size": ({}, 5, weights_differ),
     "gradient_accumulation_steps": ({}, 2, counts_differ),
     "global_batch_size": ({}, 8, counts_differ),
-    "learning_rate": ({}, 0.02, weights_differ),
-    "weight_decay": ({}, 0.5, weights_differ),
-    "label_smoothing": ({}, 0.2, weights_differ),
-    "bias_weight_decay": ({}, True, weights_differ),
-    "norm_weight_decay": (ALL, True, weights_differ),
-    "max_grad_norm": ({}, 0.01, weights_differ),
-    "adam_beta1": ({}, 0.5, weights_differ),
-    "adam_beta2": ({}, 0.9, weights_differ),
-    "adam_epsilon": ({}, 1e-2, weights_differ),
     "mixed_precision": ({"test_at_end": True}, "bf16", formats_differ),
-    "crop_scale_min": ({}, 1.0, weights_differ),
-    "horizontal_flip": ({}, 0.0, weights_differ),
-    "brightness": ({}, 0.0, weights_differ),
-    "contrast": ({}, 0.0, weights_differ),
-    "saturation": ({}, 0.0, weights_differ),
-    "hue": ({}, 0.3, weights_differ),
-    "drop_path": ({}, 0.5, weights_differ),
-    "token_drop": ({}, 0.5, weights_differ),
     "ema_decay": ({}, 0.9, average_is_kept),
-    "layer_decay": ({}, 0.5, weights_differ),
     "class_weights": (UNEVEN, "balanced", weights_differ),
     "balanced_sampling": (UNEVEN, True, weights_differ),
-    "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
-    "mixup": ({}, 0.8, weights_differ),
-    "cutmix": ({}, 1.0, weights_differ),
-    "randaugment": ({}, 2, weights_differ),
     "randaugment_magnitude": ({"randaugment": 2}, 3.0, weights_differ),
-    "random_erasing": ({}, 1.0, weights_differ),
+    "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
     "repeats": ({}, 2, lambda a, b: (records(a)[0]["step"], records(b)[0]["step"]) == (3, 6)),
     "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
-    "save_checkpoint_interval": ({}, 2, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
-    "save_every_steps": (
-        {},
-        2,
-        lambda a, b: (
-            [p.name for p in list_checkpoints(b.run / "checkpoints")]
-            == [f"step-{n:06d}" for n in (2, 3, 4, 6)]
-        ),
-    ),
-    "save_every_minutes": (
-        {},
-        1e-9,
-        lambda a, b: (
-            [p.name for p in list_checkpoints(b.run / "checkpoints")]
-            == [f"step-{n:06d}" for n in range(1, 7)]
-        ),
-    ),
-    "max_no_of_checkpoints": ({}, 1, lambda a, b: len(list_checkpoints(b.run / "checkpoints")) == 1),
+    "save_checkpoint_interval": ({}, 2, lambda a, b: len(saved_steps(b)) == 1),
+    "save_every_steps": ({}, 2, lambda a, b: saved_steps(b) == [2, 3, 4, 6]),
+    "save_every_minutes": ({}, 1e-9, lambda a, b: saved_steps(b) == [1, 2, 3, 4, 5, 6]),
+    "max_no_of_checkpoints": ({}, 1, lambda a, b: len(saved_steps(b)) == 1),
 }
 
 
@@ -162,14 +117,9 @@ BASES: dict[str, TrainResult] = {}
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_no_setting_without_an_effect(name, clips, pretrained, tmp_path, tmp_path_factory, monkeypatch):
+def test_no_setting_without_an_effect(name, inputs, tmp_path, tmp_path_factory, monkeypatch):
     base, value, shows = EFFECTS[name]
-    facts = {
-        "path_to_data": str(clips),
-        "hf_model_name": str(pretrained),
-        "working_directory": tmp_path,
-        **base,
-    }
+    facts = {**inputs, "working_directory": tmp_path, **base}
     if str(base) not in BASES:
         BASES[str(base)] = run(**{**facts, "working_directory": tmp_path_factory.mktemp("base")})
     if name == "working_directory":
