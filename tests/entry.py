@@ -45,14 +45,9 @@ def start(*words: object, cwd: Path | None = None, **variables: str) -> subproce
     """Start `python WORDS` in a process group of its own, without TVIT_* variables of the caller."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("TVIT_")}
     return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        env={**environ, "PYTHONPATH": str(ROOT), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        [sys.executable, *map(str, words)], cwd=cwd, env={**environ, "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def run_python(*words: object, cwd: Path | None = None, timeout: float = 120, **variables: str) -> Ended:

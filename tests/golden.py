@@ -58,16 +58,10 @@ def measure() -> dict[str, Any]:
         _run(
             "extract",
             *[
-                "--path-to-data",
-                "colours",
-                "--output",
-                "store",
-                "--short-side",
-                "40",
-                "--frames-per-video",
+                "--path-to-data", "colours", "--output", "store", "--short-side", "40", "--frames-per-video",
                 "6",
             ],
-        )
+        )  # fmt: skip
         numbers = {name: _measure_run(name) for name in RUNS}
         hashes = {}
         for pattern in (

@@ -16,18 +16,11 @@ MOST_TEST_NAME = 70
 # Names and phrases that earlier versions used in place of the field's terms.
 NAMES = {
     *(
-        "least_of_them",
-        "greatest_of_them",
-        "any_of_them",
-        "told",
-        "held",
-        "noted",
-        "harmless",
-        "Wish",
+        "least_of_them", "greatest_of_them", "any_of_them", "told", "held", "noted", "harmless", "Wish",
         "Told",
     ),
     *("Seen", "well", "lean", "what_to_know", "same_again", "who", "whom", "whoever", "misfits", "as_before"),
-}
+}  # fmt: skip
 TOP_LEVEL_NAMES = {"place", "known", "seen", "opening", "part", "leave", "tell"}
 PHRASES = re.compile(
     r"has to be the same|stands? among those|have nothing for|what is classified|apart from their direction"

@@ -162,13 +162,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
     subprocess.run(
         [
             *(
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
+                "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
                 "-nodes",
             ),
             *("-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
@@ -176,5 +170,5 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
         ],
         check=True,
         capture_output=True,
-    )
+    )  # fmt: skip
     return certificate, key

@@ -83,15 +83,9 @@ def _memory(record: Record) -> str:
         for name, row in _whole(record).items()
     ]
     head = (
-        "model",
-        "T",
-        "dropout",
-        "kept by autograd",
-        "growth",
-        "process",
-        "growth, plain ViT",
+        "model", "T", "dropout", "kept by autograd", "growth", "process", "growth, plain ViT",
         "PEFT's growth",
-    )
+    )  # fmt: skip
     return _table(head, rows)
 
 

@@ -72,13 +72,9 @@ def test_a_global_batch_is_accumulated_over_passes(trained):
 def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(trained, inputs, tmp_path, monkeypatch):
     events = []
     own = settings(
-        **inputs,
-        working_directory=tmp_path,
-        per_gpu_batch_size="auto",
-        global_batch_size=8,
-        experiment_name="auto",
-        epochs=4,
-    )
+        **inputs, working_directory=tmp_path, per_gpu_batch_size="auto", global_batch_size=8,
+        experiment_name="auto", epochs=4,
+    )  # fmt: skip
     per_clip = Probe.memory_model
 
     def as_if(self):

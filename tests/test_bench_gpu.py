@@ -11,14 +11,8 @@ BENCH = Path(__file__).parent / "bench"
 def test_every_part_of_it_runs_on_a_cpu(tmp_path):
     small = "--device cpu --precision no --width 64 --depth 1 --size 32 --schemes joint,space --frames 2 --batch 2"
     command = [
-        sys.executable,
-        str(BENCH),
-        "gpu",
-        "--json",
-        str(tmp_path / "found.jsonl"),
-        "--",
-        *small.split(),
-    ]
+        sys.executable, str(BENCH), "gpu", "--json", str(tmp_path / "found.jsonl"), "--", *small.split(),
+    ]  # fmt: skip
     done = subprocess.run(
         [*command, "--rounds", "1", "--clips", "4"], capture_output=True, text=True, check=False
     )

@@ -86,21 +86,12 @@ def test_clock_counts_waiting_for_slow_data_only(tmp_path, monkeypatch, workers)
     monkeypatch.setattr(loop, "update", slow_update)
     data = make_clips(tmp_path / "colours")
     facts = {
-        "hf_model_name": None,
-        "width": 16,
-        "depth": 1,
-        "num_heads": 2,
-        "train": "all",
-        "val_groups": "none",
-    }
+        "hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all", "val_groups": "none",
+    }  # fmt: skip
     result = run(
-        path_to_data=str(data),
-        working_directory=tmp_path,
-        epochs=2,
-        per_gpu_batch_size=8,
-        num_workers=workers,
-        **facts,
-    )
+        path_to_data=str(data), working_directory=tmp_path, epochs=2, per_gpu_batch_size=8,
+        num_workers=workers, **facts,
+    )  # fmt: skip
     records = map(json.loads, (result.run / "metrics.jsonl").read_text().splitlines())
     last = [r for r in records if r["kind"] == "epoch"][-1]
     clips, steps = 15, 2

@@ -27,18 +27,10 @@ from tvit_cli.settings.base import load
 COMMANDS = [pytest.param(line, id=f"{page.stem}: {line}") for page in PAGES for line in commands(page)]
 EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".sh", ".toml"))
 TINY = {
-    "TVIT_HF_MODEL_NAME": "none",
-    "TVIT_WIDTH": "16",
-    "TVIT_DEPTH": "1",
-    "TVIT_NUM_HEADS": "2",
-    "TVIT_IMG_SIZE": "32",
-    "TVIT_N_FRAMES": "4",
-    "TVIT_EPOCHS": "1",
-    "TVIT_NUM_WORKERS": "0",
-    "TVIT_DEVICE": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "COLUMNS": "160",
-}
+    "TVIT_HF_MODEL_NAME": "none", "TVIT_WIDTH": "16", "TVIT_DEPTH": "1", "TVIT_NUM_HEADS": "2",
+    "TVIT_IMG_SIZE": "32", "TVIT_N_FRAMES": "4", "TVIT_EPOCHS": "1", "TVIT_NUM_WORKERS": "0",
+    "TVIT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "160",
+}  # fmt: skip
 
 
 def validate(line):

@@ -178,28 +178,17 @@ def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained, count
 
     opened = open_trained(trained.model, working_directory=Path(), device=torch.device("cpu"))
     source = open_dataset(
-        opened.card.settings["path_to_data"],
-        group_pattern=opened.card.settings["group_pattern"],
-        val_groups="1",
-        test_groups="1",
-        split=1,
-        report=lambda event: None,
-    )
+        opened.card.settings["path_to_data"], group_pattern=opened.card.settings["group_pattern"],
+        val_groups="1", test_groups="1", split=1, report=lambda event: None,
+    )  # fmt: skip
     videos = source.layout.videos[:count]
     assert len(videos) == count
 
     def score(rank, processes):
         return scoring.score(
-            opened.model,
-            videos,
-            opened.card.labels,
-            opened.card.preprocessing,
-            device=opened.device,
-            batch_size=4,
-            workers=0,
-            rank=rank,
-            processes=processes,
-        )
+            opened.model, videos, opened.card.labels, opened.card.preprocessing, device=opened.device,
+            batch_size=4, workers=0, rank=rank, processes=processes,
+        )  # fmt: skip
 
     one = score(0, 1)
     for processes in (2, 3, 5):

@@ -74,17 +74,9 @@ def test_frame_shares_sum_to_1_or_are_all_0(relevance, shares):
 @pytest.mark.parametrize("pool", POOLS)
 def test_relevance_adds_up_for_every_scheme_and_pooling(attention, pool):
     config = ViTConfig(
-        num_classes=3,
-        frame_size=16,
-        patch_size=8,
-        n_frames=4,
-        tubelet_size=1 if attention == "space" else 2,
-        width=8,
-        depth=2,
-        num_heads=2,
-        attention=attention,
-        pool=pool,
-    )
+        num_classes=3, frame_size=16, patch_size=8, n_frames=4, tubelet_size=1 if attention == "space" else 2,
+        width=8, depth=2, num_heads=2, attention=attention, pool=pool,
+    )  # fmt: skip
     model = build_model(config, seed=1, from_scratch=True).eval()
     clip = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     blank = blank_clip(clip)

@@ -70,17 +70,11 @@ def trained(tmp_path_factory):
     """A run with adapters, a bias and a layer trained in full, blocks that see time, tubelets, standardised features."""
     root = tmp_path_factory.mktemp("export")
     return run(
-        path_to_data=str(make_clips(root / "colours")),
-        working_directory=root / "working_directory",
-        hf_model_name=str(make_pretrained(root / "pretrained")),
-        epochs=3,
-        attention="divided",
-        tubelet_size=2,
-        lora_rank=2,
-        lora_bias="all",
-        feature_norm=True,
+        path_to_data=str(make_clips(root / "colours")), working_directory=root / "working_directory",
+        hf_model_name=str(make_pretrained(root / "pretrained")), epochs=3, attention="divided",
+        tubelet_size=2, lora_rank=2, lora_bias="all", feature_norm=True,
         lora_exclude_modules="blocks.0.attention.v",
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -670,13 +664,9 @@ def test_the_graph_of_preprocessing_gives_the_same_bits(resize, extra):
         )
         frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
         expected = frames_to_input(
-            frames.permute(0, 3, 1, 2),
-            frame_size=size,
-            scale_to=size + extra,
-            resize=resize,
-            mean=facts.mean,
-            std=facts.std,
-        )
+            frames.permute(0, 3, 1, 2), frame_size=size, scale_to=size + extra, resize=resize,
+            mean=facts.mean, std=facts.std,
+        )  # fmt: skip
         assert torch.equal(PreprocessingGraph(facts)(frames[None])[0], expected), (height, width, size)
 
 

@@ -21,12 +21,8 @@ with warnings.catch_warnings():
     import transformers
 
 SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
 EAGER = {"attn_implementation": "eager"}
 
 

@@ -83,18 +83,11 @@ def test_a_process_without_a_batch_takes_part(facts, tmp_path):
     videos = [video for video in layout(facts) if video.subset == "train"][:3]
     parts = [
         score(
-            WithFeatures(model._trained.model),
-            videos,
-            model.labels,
-            model._trained.card.preprocessing,
-            device=torch.device("cpu"),
-            batch_size=8,
-            workers=0,
-            rank=rank,
-            processes=2,
+            WithFeatures(model._trained.model), videos, model.labels, model._trained.card.preprocessing,
+            device=torch.device("cpu"), batch_size=8, workers=0, rank=rank, processes=2,
         )
         for rank in (0, 1)
-    ]
+    ]  # fmt: skip
     assert not len(parts[1].indices)
     assert torch.equal(merge_scores(parts).logits, parts[0].logits)
 

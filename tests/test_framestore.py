@@ -113,15 +113,9 @@ def test_on_the_same_grid_videos_and_store_choose_the_very_same_frames(
 
     def dataset(from_store):
         return ClipDataset(
-            videos,
-            LABELS,
-            n_frames=n_frames,
-            short_side=256,
-            seed=3,
-            training=training,
-            store=from_store,
+            videos, LABELS, n_frames=n_frames, short_side=256, seed=3, training=training, store=from_store,
             grid=8,
-        )
+        )  # fmt: skip
 
     inner_video, inner_store = framestore.Clip, dataset(store)
 

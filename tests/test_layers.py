@@ -27,21 +27,9 @@ ROOMS = {
     "__init__": {"engine"},
 }
 HEAVY = {
-    "torch",
-    "numpy",
-    "av",
-    "accelerate",
-    "peft",
-    "transformers",
-    "wandb",
-    "safetensors",
-    "simplejpeg",
-    "huggingface_hub",
-    "PIL",
-    "tensorboard",
-    "onnx",
-    "onnxruntime",
-}
+    "torch", "numpy", "av", "accelerate", "peft", "transformers", "wandb", "safetensors", "simplejpeg",
+    "huggingface_hub", "PIL", "tensorboard", "onnx", "onnxruntime",
+}  # fmt: skip
 
 
 def is_type_checking(node):

@@ -46,14 +46,9 @@ def base():
 
 def spec(**changes):
     values = {
-        "rank": 4,
-        "alpha": 8.0,
-        "dropout": 0.0,
-        "use_rslora": False,
-        "bias": "none",
-        "targets": ("q", "k", "v"),
-        "exclude": (),
-    }
+        "rank": 4, "alpha": 8.0, "dropout": 0.0, "use_rslora": False, "bias": "none",
+        "targets": ("q", "k", "v"), "exclude": (),
+    }  # fmt: skip
     return LoraSpec(**{**values, **changes})
 
 

@@ -15,13 +15,9 @@ def clips(count):
 def go(pixels, partners, mixing, *, seed=0, epochs=None, indices=None):
     count = len(pixels)
     return mix(
-        pixels,
-        partners,
-        torch.tensor(epochs or [0] * count),
-        torch.tensor(indices or list(range(count))),
-        mixing=mixing,
-        seed=seed,
-    )
+        pixels, partners, torch.tensor(epochs or [0] * count), torch.tensor(indices or list(range(count))),
+        mixing=mixing, seed=seed,
+    )  # fmt: skip
 
 
 def pair_of(count):

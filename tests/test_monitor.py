@@ -21,16 +21,9 @@ NAN, INF = float("nan"), float("inf")
 def micro_batch(step, indices, *, real=None):
     keys = tuple((0, index) for index in indices)
     return MicroBatch(
-        epoch=0,
-        step=step,
-        keys=keys,
-        extra=(),
-        partners=(),
-        real=len(keys) if real is None else real,
-        window_clips=8,
-        closes_window=True,
-        closes_epoch=False,
-    )
+        epoch=0, step=step, keys=keys, extra=(), partners=(), real=len(keys) if real is None else real,
+        window_clips=8, closes_window=True, closes_epoch=False,
+    )  # fmt: skip
 
 
 def test_only_the_first_update_with_a_bad_loss_is_told_of():
@@ -101,13 +94,9 @@ def trained_names(clips):
 
     facts = settings(path_to_data=str(clips))
     source = open_dataset(
-        facts.path_to_data,
-        group_pattern=facts.group_pattern,
-        val_groups=facts.val_groups,
-        test_groups=facts.test_groups,
-        split=facts.split,
-        report=lambda event: None,
-    )
+        facts.path_to_data, group_pattern=facts.group_pattern, val_groups=facts.val_groups,
+        test_groups=facts.test_groups, split=facts.split, report=lambda event: None,
+    )  # fmt: skip
     return [video.name for video in source.readable("train")]
 
 

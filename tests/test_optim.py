@@ -80,14 +80,9 @@ def test_adapters_learn_at_the_rate_of_the_block_they_sit_in():
     model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "depth": 11}))
     targets = ("q", "fc2", "patch_embed", "classifier")
     spec = LoraSpec(
-        rank=2,
-        alpha=2,
-        dropout=0,
-        use_rslora=False,
-        bias="none",
-        targets=targets,
+        rank=2, alpha=2, dropout=0, use_rslora=False, bias="none", targets=targets,
         exclude=("blocks.1.mlp.fc1",),
-    )
+    )  # fmt: skip
     attach(model, spec, seed=0)
     found = scales(model, 0.5)
     assert found["blocks.0.attention.q.lora_A.default.weight"] == 0.5**11

@@ -421,15 +421,10 @@ def test_a_disk_that_fills_meanwhile_does_not_cost_the_labels(
     with pytest.raises(SystemExit) as stopped:
         cli.run(
             [
-                "predict",
-                str(clip),
-                "--model",
-                str(trained.model),
-                f"--{option}",
-                str(tmp_path / f"x{suffix}"),
-                *window,
+                "predict", str(clip), "--model", str(trained.model), f"--{option}",
+                str(tmp_path / f"x{suffix}"), *window,
             ]
-        )
+        )  # fmt: skip
     said = capsys.readouterr()
     assert stopped.value.code == 1 and "No space left on device" in said.err
     assert "Red" in said.out and not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -28,15 +28,9 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 def hugging_face_config(**changes):
     values = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "image_size": 32,
-        "patch_size": 8,
-        "layer_norm_eps": 1e-5,
-        "attn_implementation": "eager",
-    }
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-5, "attn_implementation": "eager",
+    }  # fmt: skip
     return transformers.ViTConfig(**{**values, **changes})
 
 

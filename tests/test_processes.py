@@ -129,13 +129,8 @@ def test_accelerate_launch_starts_it_as_it_stands(facts, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = str(server.getsockname()[1])
     launcher = [
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        free,
-    ]
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", free,
+    ]  # fmt: skip
     child = start(
         [*launcher, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json"), "--device", "cpu"]
     )

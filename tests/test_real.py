@@ -23,21 +23,10 @@ def weights():
 
 def test_people_who_were_left_out_are_scored_and_predicted(real_data, tmp_path):
     result = run(
-        path_to_data=str(real_data / "weizmann"),
-        working_directory=tmp_path,
-        hf_model_name=str(weights()),
-        group_pattern="^([a-z]+)_",
-        test_groups="daria,eli,moshe",
-        val_groups="none",
-        img_size=42,
-        n_frames=2,
-        resize="squash",
-        epochs=1,
-        learning_rate=5e-4,
-        train="classifier",
-        top_k=5,
-        num_workers=1,
-    )
+        path_to_data=str(real_data / "weizmann"), working_directory=tmp_path, hf_model_name=str(weights()),
+        group_pattern="^([a-z]+)_", test_groups="daria,eli,moshe", val_groups="none", img_size=42, n_frames=2,
+        resize="squash", epochs=1, learning_rate=5e-4, train="classifier", top_k=5, num_workers=1,
+    )  # fmt: skip
     scored = evaluate(EvalSettings(model=result.model, device="cpu", num_workers=0))
     assert scored.metrics["videos"] == 30
     assert {name.split("/")[1].split("_")[0] for name in read_names(scored.output)} == {
@@ -57,16 +46,9 @@ def read_names(output):
 
 def test_odd_files_are_predicted_or_named(real_data, tmp_path):
     result = run(
-        path_to_data=str(real_data / "weizmann"),
-        working_directory=tmp_path,
-        hf_model_name=None,
-        width=16,
-        depth=1,
-        num_heads=2,
-        train="all",
-        group_pattern="^([a-z]+)_",
-        epochs=1,
-    )
+        path_to_data=str(real_data / "weizmann"), working_directory=tmp_path, hf_model_name=None, width=16,
+        depth=1, num_heads=2, train="all", group_pattern="^([a-z]+)_", epochs=1,
+    )  # fmt: skip
     odd = sorted((real_data / "odd").iterdir())
     answer = predict(PredictSettings(paths=tuple(odd), model=result.model, device="cpu"))
     assert len(answer.predictions) == 54

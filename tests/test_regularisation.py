@@ -41,12 +41,8 @@ def classifier_of(result):
 def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained):
     facts = {**UNEVEN, "epochs": 2, "save_every_steps": 2, "drop_path": 0.4, "token_drop": 0.3}
     facts |= {
-        "ema_decay": 0.8,
-        "layer_decay": 0.6,
-        "balanced_sampling": True,
-        "patience": 2,
-        "feature_norm": True,
-    }
+        "ema_decay": 0.8, "layer_decay": 0.6, "balanced_sampling": True, "patience": 2, "feature_norm": True,
+    }  # fmt: skip
     whole, half = trained(**facts), trained(**facts)
     assert checkpoints(half)[2].name == "step-000006"  # 4 steps make an epoch
     shutil.rmtree(half.model)
@@ -152,20 +148,12 @@ def test_the_training_loss_counts_each_clip_by_its_weight(trained, clips):
 
 def test_two_processes_agree_on_all_of_it(trained, tmp_path, clips, pretrained):
     facts = {
-        **UNEVEN,
-        "epochs": 12,
-        "warmup_epochs": 0,
-        "lora_dropout": 0.0,
-        "per_gpu_batch_size": 4,
+        **UNEVEN, "epochs": 12, "warmup_epochs": 0, "lora_dropout": 0.0, "per_gpu_batch_size": 4,
         "ema_decay": 0.8,
-    }
+    }  # fmt: skip
     facts |= {
-        "ema_decay": 0.8,
-        "layer_decay": 0.6,
-        "balanced_sampling": True,
-        "patience": 1,
-        "learning_rate": 0.15,
-    }
+        "ema_decay": 0.8, "layer_decay": 0.6, "balanced_sampling": True, "patience": 1, "learning_rate": 0.15,
+    }  # fmt: skip
     one = trained(**facts, gradient_accumulation_steps=2)
     own = settings(
         path_to_data=str(clips), hf_model_name=str(pretrained), working_directory=tmp_path, **facts, num_processes=2

@@ -50,17 +50,11 @@ def trained(folder, **changes):
         for n in range(6)
     ]
     values = {
-        "run": folder,
-        "model": folder / "model",
-        "best_epoch": 2,
-        "best": epochs[1],
-        "test": None,
-        "epochs": epochs,
-        "steps": steps,
-        "per_class": {"Archery": (4, 3), "Bowling": (4, 1)},
+        "run": folder, "model": folder / "model", "best_epoch": 2, "best": epochs[1], "test": None,
+        "epochs": epochs, "steps": steps, "per_class": {"Archery": (4, 3), "Bowling": (4, 1)},
         "videos": {"Archery": {"train": 8, "val": 4}, "Bowling": {"train": 7, "val": 4, "test": 2}},
         "parameters": (1_234, 5_678_901),
-    }
+    }  # fmt: skip
     return TrainResult(**{**values, **changes})
 
 

@@ -27,14 +27,9 @@ SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=
 FRAME_WISE = [scheme for scheme in ATTENTIONS if scheme != "joint"]
 TEMPORAL = [scheme for scheme in ATTENTIONS if scheme != "space"]
 SPEC = LoraSpec(
-    rank=2,
-    alpha=2,
-    dropout=0,
-    use_rslora=False,
-    bias="none",
-    targets=("q", "k", "v", "fc1", "fc2"),
+    rank=2, alpha=2, dropout=0, use_rslora=False, bias="none", targets=("q", "k", "v", "fc1", "fc2"),
     exclude=(),
-)
+)  # fmt: skip
 every_scheme = pytest.mark.parametrize("attention", ATTENTIONS)
 every_pool = pytest.mark.parametrize("pool", POOLS)
 

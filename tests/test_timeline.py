@@ -333,13 +333,9 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tm
     (tmp_path / "bad.mp4").write_text("no video")
     output = tmp_path / "out"
     flags = {
-        "paths": [str(day), str(tmp_path / "bad.mp4")],
-        "model": str(folder),
-        "window": "2s",
-        "stride": "500ms",
-        "output": str(output),
-        "device": "cpu",
-    }
+        "paths": [str(day), str(tmp_path / "bad.mp4")], "model": str(folder), "window": "2s",
+        "stride": "500ms", "output": str(output), "device": "cpu",
+    }  # fmt: skip
     with pytest.raises(Exception, match="1 of 2 videos"):
         commands.predict(
             load(PredictSettings, flags={**flags, "json_lines": True}, environ={}), Console("quiet")

@@ -118,13 +118,9 @@ def test_leaks_are_said_and_strict_refuses_them(clips, tmp_path):
         for label in COLOURS:
             shutil.copytree(clips / label, data / subset / label)
     facts = {
-        "path_to_data": str(data),
-        "hf_model_name": None,
-        "width": 16,
-        "depth": 1,
-        "num_heads": 2,
+        "path_to_data": str(data), "hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2,
         "epochs": 1,
-    }
+    }  # fmt: skip
     facts |= {
         "working_directory": tmp_path / "runs",
         "val_groups": "none",

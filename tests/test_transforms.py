@@ -65,14 +65,9 @@ def train(
 ):
     epochs, indices = torch.tensor(keys).T
     return train_transform(
-        clips,
-        epochs,
-        indices,
-        augmentation=augmentation,
-        preprocessing=preprocessing or card(),
-        seed=seed,
+        clips, epochs, indices, augmentation=augmentation, preprocessing=preprocessing or card(), seed=seed,
         device=device,
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])

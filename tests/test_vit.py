@@ -69,17 +69,11 @@ def test_parameters_carry_the_documented_names_and_shapes():
         name: tuple(weight.shape) for name, weight in TemporalViT(small(tubelet_size=2)).named_parameters()
     }
     expected = {
-        "patch_embed.weight": (32, 6, 8, 8),
-        "patch_embed.bias": (32,),
-        "temporal.embedding": (1, 2, 1, 32),
-        "positions.class_token": (1, 1, 32),
-        "positions.class_position": (1, 1, 32),
-        "positions.spatial": (1, 9, 32),
-        "norm.weight": (32,),
-        "norm.bias": (32,),
-        "classifier.weight": (5, 32),
-        "classifier.bias": (5,),
-    }
+        "patch_embed.weight": (32, 6, 8, 8), "patch_embed.bias": (32,), "temporal.embedding": (1, 2, 1, 32),
+        "positions.class_token": (1, 1, 32), "positions.class_position": (1, 1, 32),
+        "positions.spatial": (1, 9, 32), "norm.weight": (32,), "norm.bias": (32,),
+        "classifier.weight": (5, 32), "classifier.bias": (5,),
+    }  # fmt: skip
     layers = {"attention.q": (32, 32), "attention.k": (32, 32), "attention.v": (32, 32)}
     layers |= {"attention.proj": (32, 32), "mlp.fc1": (128, 32), "mlp.fc2": (32, 128)}
     for block in (0, 1):

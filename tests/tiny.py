@@ -70,18 +70,10 @@ def make_pretrained(folder: Path) -> Path:
         for norm in ("layernorm_before", "layernorm_after"):
             tensors |= {f"{block}.{norm}.weight": 1 + random(WIDTH), f"{block}.{norm}.bias": random(WIDTH)}
     config = {
-        "model_type": "vit",
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "patch_size": 16,
-        "image_size": 32,
-        "num_channels": 3,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "qkv_bias": True,
-    }
+        "model_type": "vit", "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 32, "patch_size": 16, "image_size": 32, "num_channels": 3, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12, "qkv_bias": True,
+    }  # fmt: skip
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -107,18 +99,9 @@ def make_model(folder: Path, labels: Sequence[str]) -> Path:
 def settings(**changes: Any) -> TrainSettings:
     """Settings for a run of a second; paths and the pretrained model come in `changes`."""
     facts: dict[str, Any] = {
-        "img_size": 32,
-        "n_frames": 4,
-        "epochs": 2,
-        "per_gpu_batch_size": 4,
-        "num_workers": 0,
-        "device": "cpu",
-        "learning_rate": 0.01,
-        "top_k": 2,
-        "val_groups": "1",
-        "test_groups": "1",
-        **changes,
-    }
+        "img_size": 32, "n_frames": 4, "epochs": 2, "per_gpu_batch_size": 4, "num_workers": 0,
+        "device": "cpu", "learning_rate": 0.01, "top_k": 2, "val_groups": "1", "test_groups": "1", **changes,
+    }  # fmt: skip
     return TrainSettings.model_validate(facts)
 
 

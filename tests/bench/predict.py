@@ -88,14 +88,9 @@ def main() -> None:
         tokens = 1 + config.n_frames * config.patches_per_frame
         shape = [config.width, config.depth, config.num_heads, tokens]
         tvit = [
-            sys.executable,
-            "-m",
-            "tvit_cli",
-            "predict",
-            str(folder / "clip.avi"),
-            "-m",
+            sys.executable, "-m", "tvit_cli", "predict", str(folder / "clip.avi"), "-m",
             str(folder / "model"),
-        ]
+        ]  # fmt: skip
         floor = [sys.executable, "-c", FLOOR, *map(str, shape)]
         programs = {"tvit predict": tvit, "tvit predict --int8": [*tvit, "--int8"], "floor": floor}
         rounds = [
