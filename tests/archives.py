@@ -123,11 +123,8 @@ def write_rar5(path: Path, entries: Sequence[Entry]) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, Sequence[Entry]], None]] = {
-    "zip": write_zip,
-    "tar": write_tar,
-    "rar4": write_rar4,
-    "rar5": write_rar5,
-}
+    "zip": write_zip, "tar": write_tar, "rar4": write_rar4, "rar5": write_rar5,
+}  # fmt: skip
 
 
 def deflated_zeros(path: Path, name: str, size: int) -> None:

@@ -17,11 +17,8 @@ LONG = "a/" * 80 + "clip.avi"
 
 def test_sizes_read_as_people_write_them():
     assert [size_text(n) for n in (0, 999, 1500, 6_960_400_115)] == [
-        "0 bytes",
-        "999 bytes",
-        "1.5 kB",
-        "6.96 GB",
-    ]
+        "0 bytes", "999 bytes", "1.5 kB", "6.96 GB",
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_a_row_is_a_line(capsys):

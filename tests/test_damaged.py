@@ -111,12 +111,9 @@ def reads_all(data, model, tmp_path, videos):
 
 
 ERRORS = [
-    IndexError("list index out of range"),
-    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
-    OverflowError("too large"),
-    ValueError("no such thing"),
-    RuntimeError("anything else"),
-]
+    IndexError("list index out of range"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    OverflowError("too large"), ValueError("no such thing"), RuntimeError("anything else"),
+]  # fmt: skip
 
 
 @pytest.fixture(params=ERRORS, ids=lambda error: type(error).__name__)

@@ -48,13 +48,10 @@ class Watched:
 def start(*arguments, temporary):
     temporary.mkdir(parents=True)
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / "gradio_demo.py"), *arguments],
-        cwd=temporary.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        [sys.executable, str(ROOT / "examples" / "gradio_demo.py"), *arguments], cwd=temporary.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -39,12 +39,9 @@ def validate(line):
     flags = {key: value for key, value in typed.items() if key in model.model_fields}
     config = typed.get("config")
     load(
-        model,
-        flags=flags,
-        config=ROOT / str(config) if config else None,
-        preset=typed.get("preset"),
+        model, flags=flags, config=ROOT / str(config) if config else None, preset=typed.get("preset"),
         environ={},
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -63,12 +63,9 @@ from tvit_cli.settings.extract import ExtractSettings
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
     return run(
-        path_to_data=str(make_clips(root / "colours")),
-        working_directory=root / "runs",
-        epochs=1,
-        learning_rate=1e-4,
-        **SCRATCH,
-    )
+        path_to_data=str(make_clips(root / "colours")), working_directory=root / "runs", epochs=1,
+        learning_rate=1e-4, **SCRATCH,
+    )  # fmt: skip
 
 
 def settings(trained, **changes):

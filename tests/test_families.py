@@ -181,22 +181,13 @@ def as_timm(image_vit, folder, **config):
     state = load_file(folder / "model.safetensors")
     timm = {}
     fixed = {
-        "embeddings.cls_token": "cls_token",
-        "embeddings.position_embeddings": "pos_embed",
-        "embeddings.register_tokens": "reg_token",
-        "embeddings.distillation_token": "dist_token",
-        "layer_scale1.lambda1": "ls1.gamma",
-        "layer_scale2.lambda1": "ls2.gamma",
-        "embeddings.patch_embeddings.projection": "patch_embed.proj",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-        "intermediate.dense": "mlp.fc1",
-        "attention.output.dense": "attn.proj",
-        "output.dense": "mlp.fc2",
-        "weights_in": "fc1",
-        "weights_out": "fc2",
-        "layernorm": "norm",
-    }
+        "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
+        "embeddings.register_tokens": "reg_token", "embeddings.distillation_token": "dist_token",
+        "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm_before": "norm1",
+        "layernorm_after": "norm2", "intermediate.dense": "mlp.fc1", "attention.output.dense": "attn.proj",
+        "output.dense": "mlp.fc2", "weights_in": "fc1", "weights_out": "fc2", "layernorm": "norm",
+    }  # fmt: skip
     for name, tensor in state.items():
         if "attention.attention" in name or "mask_token" in name or "pooler" in name:
             continue

@@ -18,15 +18,11 @@ from tvit_cli.settings.card import CARD_VERSION, BaseWeights, ModelCard, Preproc
 
 CONFIG = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=16, depth=2, num_heads=2)
 CARD = ModelCard(
-    tvit_version="0.1.0",
-    labels=("jump", "run", "walk"),
-    model=CONFIG.to_dict(),
+    tvit_version="0.1.0", labels=("jump", "run", "walk"), model=CONFIG.to_dict(),
     preprocessing=Preprocessing(n_frames=4, frame_size=16, mean=(0.1, 0.2, 0.3)),
-    base=BaseWeights(name="someone/vit", sha256="ab"),
-    weights_sha256="",
-    settings={"lora_rank": 8},
+    base=BaseWeights(name="someone/vit", sha256="ab"), weights_sha256="", settings={"lora_rank": 8},
     metrics={"video_top1": 0.1 + 0.2},
-)
+)  # fmt: skip
 
 
 def trained(seed=0):

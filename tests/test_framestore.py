@@ -212,12 +212,9 @@ def test_a_store_can_be_pickled_and_read_in_another_process(store, videos):
     data = ClipDataset(videos, LABELS, n_frames=4, short_side=64, seed=0, training=True, store=store)
     for context in ("fork", "spawn"):
         loader = torch.utils.data.DataLoader(
-            data,
-            batch_sampler=[[(0, 0)], [(0, 1)]],
-            num_workers=1,
-            collate_fn=list,
+            data, batch_sampler=[[(0, 0)], [(0, 1)]], num_workers=1, collate_fn=list,
             multiprocessing_context=context,
-        )
+        )  # fmt: skip
         for index, items in enumerate(loader):
             assert torch.equal(items[0].frames, data[(0, index)].frames)
 

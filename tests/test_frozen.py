@@ -24,11 +24,8 @@ import tvit_cli.settings
 
 LIST = Path(__file__).parent / "frozen" / "options.json"
 LIMITS = {
-    annotated_types.Ge: "ge",
-    annotated_types.Gt: "gt",
-    annotated_types.Le: "le",
-    annotated_types.Lt: "lt",
-}
+    annotated_types.Ge: "ge", annotated_types.Gt: "gt", annotated_types.Le: "le", annotated_types.Lt: "lt",
+}  # fmt: skip
 
 
 def settings_models():

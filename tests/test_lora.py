@@ -504,13 +504,10 @@ def test_patterns_give_single_layers_their_own_rank_and_alpha():
     layers = lora.adapted_layers(model)
     found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
     assert found == {
-        "blocks.0.attention.q": (2, 4.0),
-        "blocks.0.attention.k": (4, 5.0),
-        "blocks.0.attention.v": (3, 8 / 3),
-        "blocks.1.attention.q": (6, 8 / 6),
-        "blocks.1.attention.k": (4, 5.0),
-        "blocks.1.attention.v": (4, 2.0),
-    }
+        "blocks.0.attention.q": (2, 4.0), "blocks.0.attention.k": (4, 5.0),
+        "blocks.0.attention.v": (3, 8 / 3), "blocks.1.attention.q": (6, 8 / 6),
+        "blocks.1.attention.k": (4, 5.0), "blocks.1.attention.v": (4, 2.0),
+    }  # fmt: skip
 
 
 def test_target_pattern_reaches_one_block_despite_common_prefixes():

@@ -148,12 +148,9 @@ def test_intervals_of_groups_that_are_all_alike_are_the_metrics_themselves():
         "calibration_error": calibration_error(confidence, said == labels),
     }
     own = Outcomes(
-        labels.tolist(),
-        said.tolist(),
-        top_k_right(logits, labels, 2).tolist(),
-        confidence.tolist(),
+        labels.tolist(), said.tolist(), top_k_right(logits, labels, 2).tolist(), confidence.tolist(),
         [f"{n // 12}" for n in range(60)],
-    )
+    )  # fmt: skip
     found = metric_intervals(own, top_k=2)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

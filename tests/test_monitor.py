@@ -142,12 +142,9 @@ def test_weights_that_are_not_finite_are_never_saved(clips, tmp_path, monkeypatc
     monkeypatch.setattr(loop, "update", update)
     with pytest.raises(RunError, match=r"Step 4: 1 weights are not finite \(classifier\.bias\)"):
         run(
-            path_to_data=str(clips),
-            working_directory=tmp_path,
-            experiment_name="bad",
-            save_every_steps=1,
+            path_to_data=str(clips), working_directory=tmp_path, experiment_name="bad", save_every_steps=1,
             **SCRATCH,
-        )
+        )  # fmt: skip
     assert list_checkpoints(tmp_path / "bad" / "checkpoints")[-1].name == "step-000003"
 
 

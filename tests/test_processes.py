@@ -173,14 +173,10 @@ def slurm(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         job = server.getsockname()[1]
     return {
-        **environ,
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "SLURM_JOB_ID": str(job),
-        "SLURM_JOB_NODELIST": "nodes",
-        "FAKE_LOG": str(tmp_path / "scontrol.log"),
+        **environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "nodes", "FAKE_LOG": str(tmp_path / "scontrol.log"),
         "TVIT_WORKING_DIRECTORY": str(tmp_path / "runs"),
-    }
+    }  # fmt: skip
 
 
 def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(facts, tmp_path, slurm):

@@ -464,14 +464,11 @@ def test_a_name_on_the_hub_is_read_from_the_cache(folder, tmp_path, monkeypatch)
 
 def a_card(config):
     return ModelCard(
-        tvit_version="0.1.0",
-        labels=("Blue", "Green", "Red"),
-        model=config.to_dict(),
-        preprocessing=Preprocessing(n_frames=2, frame_size=16),
-        weights_sha256="",
+        tvit_version="0.1.0", labels=("Blue", "Green", "Red"), model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=2, frame_size=16), weights_sha256="",
         settings={"path_to_data": "mine", "group_pattern": r"_g(\d+)_"},
         held_out={"val": ("02",), "test": ("01",)},
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -152,12 +152,9 @@ def test_a_report_that_cannot_be_written_costs_no_training(clips, tmp_path, monk
 def test_names_from_outside_are_text_and_never_markup(tmp_path):
     evil = '<script>alert("1")</script>&'
     own = trained(
-        tmp_path / "run",
-        problem=evil,
-        per_class={evil: (2, 1)},
-        videos={evil: {"train": 1}},
+        tmp_path / "run", problem=evil, per_class={evil: (2, 1)}, videos={evil: {"train": 1}},
         unreadable={evil: evil},
-    )
+    )  # fmt: skip
     shown = page_of(own, Samples(clips=[(torch.zeros(2, 3, 16, 16), evil)]), evil)
     assert "script" not in shown.tags
     assert shown.text.count(evil) >= 8

@@ -275,12 +275,9 @@ def test_the_model_exports_whole_with_a_free_number_of_clips(attention, pool):
 def test_a_model_folder_gives_every_scheme_back_bit_for_bit(attention, tmp_path):
     model = moved(build(attention, pool="attentive"))
     card = ModelCard(
-        tvit_version="0",
-        labels=tuple("abcde"),
-        model=model.config.to_dict(),
-        preprocessing=Preprocessing(n_frames=4, frame_size=24),
-        weights_sha256="",
-    )
+        tvit_version="0", labels=tuple("abcde"), model=model.config.to_dict(),
+        preprocessing=Preprocessing(n_frames=4, frame_size=24), weights_sha256="",
+    )  # fmt: skip
     save_model(tmp_path / "model", model.state_dict(), card)
     again, _ = load_model(tmp_path / "model", verify=True)
     assert again.config == model.config
@@ -291,12 +288,9 @@ def test_a_model_folder_of_the_first_version_loads(tmp_path):
     model = build("joint")
     old = {k: v for k, v in model.config.to_dict().items() if k not in ("pool", "temporal_depth")}
     card = ModelCard(
-        tvit_version="0.1.0",
-        labels=tuple("abcde"),
-        model=old,
-        preprocessing=Preprocessing(n_frames=4, frame_size=24),
-        weights_sha256="",
-    )
+        tvit_version="0.1.0", labels=tuple("abcde"), model=old,
+        preprocessing=Preprocessing(n_frames=4, frame_size=24), weights_sha256="",
+    )  # fmt: skip
     save_model(tmp_path / "model", model.state_dict(), card)
     assert "pool" not in json.loads((tmp_path / "model" / "card.json").read_text())["model"]
     assert torch.equal(load_model(tmp_path / "model")[0](clips()), model(clips()))

@@ -319,12 +319,9 @@ def folder(tmp_path_factory):
     config = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=8, depth=1, num_heads=1)
     model = build_model(config, seed=0, from_scratch=True)
     card = ModelCard(
-        tvit_version="0",
-        labels=LABELS,
-        model=config.to_dict(),
-        preprocessing=Preprocessing(n_frames=4, frame_size=16),
-        weights_sha256="",
-    )
+        tvit_version="0", labels=LABELS, model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=4, frame_size=16), weights_sha256="",
+    )  # fmt: skip
     save_model(path, model.state_dict(), card)
     return path
 
@@ -342,11 +339,8 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tm
         )
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first["seconds"] == pytest.approx(10) and first["segments"][0].keys() == {
-        "start",
-        "end",
-        "label",
-        "score",
-    }
+        "start", "end", "label", "score",
+    }  # fmt: skip
     assert "not a video" in second["error"]
     rows = list(csv.DictReader((output / "day" / "timeline.csv").read_text().splitlines()))
     assert len(rows) == 17 and list(rows[0]) == ["start", "end", "label", *LABELS]

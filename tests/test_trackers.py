@@ -27,12 +27,9 @@ def scalars(result):
 
 def test_tensorboard_goes_on_in_the_same_log_without_a_step_twice(clips, tmp_path):
     facts = {
-        "path_to_data": str(clips),
-        "working_directory": tmp_path,
-        "epochs": 3,
-        "log_tensorboard": True,
+        "path_to_data": str(clips), "working_directory": tmp_path, "epochs": 3, "log_tensorboard": True,
         **SCRATCH,
-    }
+    }  # fmt: skip
     first = run(**facts, experiment_name="mine")
     whole = scalars(first)
     records = [json.loads(line) for line in (first.run / "metrics.jsonl").read_text().splitlines()]
@@ -107,12 +104,9 @@ def test_wandb_without_login_is_offline_and_resumes_the_same_run(tmp_path, monke
 
     def go(**changes):
         facts = settings(
-            path_to_data=str(tmp_path / "colours"),
-            hf_model_name=str(tmp_path / "tiny-vit"),
-            working_directory=tmp_path / "runs",
-            log_wandb=True,
-            **changes,
-        )
+            path_to_data=str(tmp_path / "colours"), hf_model_name=str(tmp_path / "tiny-vit"),
+            working_directory=tmp_path / "runs", log_wandb=True, **changes,
+        )  # fmt: skip
         return train(facts, events.append)
 
     make_clips(tmp_path / "colours")

@@ -62,12 +62,9 @@ def test_unreadable_clips_are_named_set_aside_and_change_nothing_else(clips, pre
     empty.touch()
     events = []
     facts = settings(
-        path_to_data=str(data),
-        hf_model_name=str(pretrained),
-        working_directory=tmp_path / "runs",
-        val_groups="01",
-        test_groups="03",
-    )
+        path_to_data=str(data), hf_model_name=str(pretrained), working_directory=tmp_path / "runs",
+        val_groups="01", test_groups="03",
+    )  # fmt: skip
     with_bad = train(facts, events.append)
     text.unlink()
     empty.unlink()
@@ -122,11 +119,8 @@ def test_leaks_are_said_and_strict_refuses_them(clips, tmp_path):
         "epochs": 1,
     }  # fmt: skip
     facts |= {
-        "working_directory": tmp_path / "runs",
-        "val_groups": "none",
-        "test_groups": "none",
-        "train": "all",
-    }
+        "working_directory": tmp_path / "runs", "val_groups": "none", "test_groups": "none", "train": "all",
+    }  # fmt: skip
     events = []
     train(settings(**facts), events.append)
     warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
@@ -169,12 +163,9 @@ def test_the_official_split_decides_what_is_trained_on(trained, clips, tmp_path)
             ]
             (lists / f"{side}list{split:02d}.txt").write_text("\n".join(rows) + "\n")
     facts = {
-        "path_to_data": str(data),
-        "val_groups": "none",
-        "test_groups": "none",
-        "epochs": 1,
+        "path_to_data": str(data), "val_groups": "none", "test_groups": "none", "epochs": 1,
         "test_at_end": True,
-    }
+    }  # fmt: skip
     for split, tested in ((1, 3), (3, 9)):
         result = trained(**facts, split=split)
         assert result.test is not None and result.test.metrics["videos"] == tested

@@ -86,12 +86,9 @@ def make_model(folder: Path, labels: Sequence[str]) -> Path:
         num_classes=len(labels), frame_size=32, patch_size=8, n_frames=4, width=8, depth=1, num_heads=1
     )
     card = ModelCard(
-        tvit_version="0",
-        labels=tuple(labels),
-        model=config.to_dict(),
-        preprocessing=Preprocessing(n_frames=4, frame_size=32),
-        weights_sha256="",
-    )
+        tvit_version="0", labels=tuple(labels), model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=4, frame_size=32), weights_sha256="",
+    )  # fmt: skip
     save_model(folder, build_model(config, seed=0, from_scratch=True).state_dict(), card)
     return folder
 

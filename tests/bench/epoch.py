@@ -232,14 +232,11 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "benchmark": "epoch",
-                **facts,
-                "threads": options.threads,
-                "clips": len(videos),
+                "benchmark": "epoch", **facts, "threads": options.threads, "clips": len(videos),
                 "results": results,
             }
         )
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -67,14 +67,11 @@ def play(
         test = deletion_test(trained.model, clip, blank(clip), relevance, label)
         rows.append(
             (
-                float(hits.flatten()[relevance.argmax()]),
-                float(hits.float().mean()),
-                sum(test.relevant) / len(test.relevant),
-                sum(test.random) / len(test.random),
-                float(test.holds),
-                float(sum(test.relevant) < sum(test.random)),
+                float(hits.flatten()[relevance.argmax()]), float(hits.float().mean()),
+                sum(test.relevant) / len(test.relevant), sum(test.random) / len(test.random),
+                float(test.holds), float(sum(test.relevant) < sum(test.random)),
             )
-        )
+        )  # fmt: skip
     names = ("pointing", "chance", "without_relevant", "without_random", "holds", "beats_mean")
     return {name: round(sum(row[i] for row in rows) / len(rows), 3) for i, name in enumerate(names)}
 

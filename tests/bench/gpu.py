@@ -252,11 +252,8 @@ def main() -> None:
     )
     facts = {key: value for key, value in vars(options).items() if key not in ("schemes", "frames")}
     machine = {
-        "tvit": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": name,
-    }
+        "tvit": __version__, "torch": torch.__version__, "python": platform.python_version(), "machine": name,
+    }  # fmt: skip
     print(
         json.dumps({"benchmark": "gpu", **machine, **facts, "matmul_tflops": rate / 1e12, "results": results})
     )

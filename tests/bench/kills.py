@@ -452,12 +452,9 @@ def _timed(bench: Bench, plan: Plan) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "accelerate")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return row | {
-        "seconds": round(time.monotonic() - started, 1),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        **versions,
-    }
+        "seconds": round(time.monotonic() - started, 1), "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(), "python": platform.python_version(), **versions,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

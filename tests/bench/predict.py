@@ -52,12 +52,9 @@ def make_model(folder: Path, size: str) -> ViTConfig:
     config = ViTConfig(num_classes=101, width=width, depth=depth, num_heads=heads)
     model = build_model(config, seed=0, from_scratch=True)
     card = ModelCard(
-        tvit_version=__version__,
-        labels=tuple(f"class{i:03d}" for i in range(101)),
-        model=config.to_dict(),
-        preprocessing=Preprocessing(n_frames=8, frame_size=224),
-        weights_sha256="",
-    )
+        tvit_version=__version__, labels=tuple(f"class{i:03d}" for i in range(101)), model=config.to_dict(),
+        preprocessing=Preprocessing(n_frames=8, frame_size=224), weights_sha256="",
+    )  # fmt: skip
     save_model(folder, model.state_dict(), card)
     return config
 
