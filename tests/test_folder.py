@@ -156,28 +156,48 @@ def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(folder, 
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ModelError, match="nowhere: no such model folder"):
-        load_model(tmp_path / "nowhere")
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["card.json", "model.safetensors"])
-def test_a_missing_file_is_named_with_the_way_to_get_it_back(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(ModelError, match=rf"{name}: this file .* is missing\. Copy .* or train"):
-        load_model(folder)
+def truncate(keep):
+    def cut(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+
+    return cut
 
 
-def test_a_folder_that_holds_runs_is_told_from_a_model_folder(folder):
-    with pytest.raises(
-        ModelError, match=r"no model folder, nor a finished run: card\.json is missing\. Name a run"
-    ):
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda folder: folder.rename(folder.with_name("away")), "model: no such model folder"),
+        *(
+            (
+                lambda folder, name=name: (folder / name).unlink(),
+                rf"{name}: this file .* is missing\. Copy .* or train",
+            )
+            for name in ("card.json", "model.safetensors")
+        ),
+        (
+            lambda folder: edit_card(folder, card_version=CARD_VERSION + 1, tvit_version="9.0", new_key=1),
+            r"written by tvit 9\.0; this tvit reads up to .* --upgrade tvit",
+        ),
+        *(
+            (write("card.json", content), r"card\.json: ")
+            for content in (b"{", b"\xff\xfe\x00", b"[]", b'"card"', b"[" * 20_000)
+        ),
+        *(
+            (truncate(keep), r"model\.safetensors: cannot be read .* truncated; copy or fetch it again")
+            for keep in (0, 5, 100, -1)
+        ),
+    ],
+)
+def test_missing_or_damaged_model_folders_are_refused(folder, spoil, sentence):
+    with pytest.raises(ModelError, match="no model folder, nor a finished run: card"):
         load_model(folder.parent)
-
-
-def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder):
-    edit_card(folder, card_version=CARD_VERSION + 1, tvit_version="9.0", new_key=1)
-    with pytest.raises(ModelError, match=r"written by tvit 9\.0; this tvit reads up to .* --upgrade tvit"):
+    spoil(folder)
+    with pytest.raises(ModelError, match=sentence):
         load_model(folder)
 
 
@@ -203,13 +223,6 @@ def test_a_card_of_a_newer_tvit_asks_for_an_upgrade(folder):
 def test_a_card_that_does_not_fit_is_refused(folder, changes, sentence):
     edit_card(folder, **changes)
     with pytest.raises(ModelError, match=f"card.json: .*{sentence}"):
-        load_model(folder)
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[]", b'"card"', b"[" * 20_000])
-def test_a_damaged_card_is_refused(folder, content):
-    (folder / "card.json").write_bytes(content)
-    with pytest.raises(ModelError, match=r"card\.json: "):
         load_model(folder)
 
 
@@ -251,16 +264,6 @@ def test_an_export_for_other_programs_is_called_what_it_is(folder):
     (folder / "model.safetensors").unlink()
     (folder / "parity.json").write_text("{}")
     with pytest.raises(ModelError, match=said):
-        load_model(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_truncated_weights_file_is_named(folder, keep):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        ModelError, match=r"model\.safetensors: cannot be read .* truncated; copy or fetch it again"
-    ):
         load_model(folder)
 
 

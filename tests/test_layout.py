@@ -183,26 +183,26 @@ def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_pat
     assert "1 of the 2 groups that were held out as test are gone: run/a, b.avi." in left.notes
 
 
-@pytest.mark.parametrize("typed", [",", " , ", ""])
-def test_a_list_of_groups_that_names_none_is_refused(tmp_path, typed):
-    with pytest.raises(DataError, match=r'--val-groups ".*": names no group\. To hold none out, say none'):
-        read(ucf101(tmp_path, groups=3), val=typed)
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        *(
+            ({"val": typed}, r'--val-groups ".*": names no group\. To hold none out, say none')
+            for typed in (",", " , ", "")
+        ),
+        ({"test": "03", "val": "03"}, '--val-groups: no group "03" in train'),
+        ({"test": "3"}, r"--test-groups 3: train has 3 groups, of which 2"),
+    ],
+)
+def test_impossible_choices_of_groups_are_refused(tmp_path, choice, sentence):
+    with pytest.raises(DataError, match=sentence):
+        read(ucf101(tmp_path, groups=3), **choice)
 
 
 def test_an_unknown_group_is_refused_with_the_known_ones(tmp_path):
     root = place(tmp_path, {"run": ["daria_x.avi", "eli_x.avi"], "walk": ["daria_y.avi", "eli_y.avi"]})
     with pytest.raises(DataError, match=r'--test-groups: no group "dariya".*mean daria\?.*daria, eli'):
         read(root, pattern="^([a-z]+)_", test="dariya")
-
-
-def test_a_group_cannot_be_held_out_twice(tmp_path):
-    with pytest.raises(DataError, match='--val-groups: no group "03" in train'):
-        read(ucf101(tmp_path), test="03", val="03")
-
-
-def test_more_groups_than_can_be_spared_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"--test-groups 3: train has 3 groups, of which 2"):
-        read(ucf101(tmp_path, groups=3), test="3")
 
 
 def test_holding_out_leaves_each_class_a_video_to_train_on(tmp_path):
