@@ -42,17 +42,3 @@ def test_people_who_were_left_out_are_scored_and_predicted(real_data, tmp_path):
 
 def read_names(output):
     return [line.split(",")[0] for line in (output / "scores.csv").read_text().splitlines()[1:]]
-
-
-def test_odd_files_are_predicted_or_named(real_data, tmp_path):
-    result = run(
-        path_to_data=str(real_data / "weizmann"), working_directory=tmp_path, hf_model_name=None, width=16,
-        depth=1, num_heads=2, train="all", group_pattern="^([a-z]+)_", epochs=1,
-    )  # fmt: skip
-    odd = sorted((real_data / "odd").iterdir())
-    answer = predict(PredictSettings(paths=tuple(odd), model=result.model, device="cpu"))
-    assert len(answer.predictions) == 54
-    failed = [p for p in answer.predictions if p.error]
-    assert len(failed) == 15
-    assert sum("no video in this file" in p.error for p in failed) == 14  # the last one is damaged
-    assert all(p.labels or p.error for p in answer.predictions)
