@@ -54,10 +54,9 @@ def lora_linear(
     if dtype is not None:
         x, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, lora_a, lora_b))
     keep = draw_mask(x.numel(), dropout, x.device).view(-1, x.shape[-1]) if dropout else None
-    output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+    return _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, lora_a, lora_b, keep, scale / (1 - dropout), gelu
     )
-    return output
 
 
 def draw_mask(count: int, dropout: float, device: torch.device) -> Tensor:
@@ -191,8 +190,7 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
             name = None if args or kwargs or torch.compiler.is_compiling() else self._plain_adapter(x)
             if name is None:
                 x = x if self.gelu is None else F.gelu(x, approximate=self.gelu)
-                output: Tensor = super().forward(x, *args, **kwargs)
-                return output
+                return super().forward(x, *args, **kwargs)
             base, dropout = self.base_layer, self.lora_dropout[name]
             return lora_linear(
                 x,

@@ -141,19 +141,11 @@ def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
 
     Layers without an adapter share the model's memory: write or copy them before the next step.
     """
-    adapted = adapted_layers(model)
-    own = adapter_names(adapted)
-    merged: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        layer, is_base, leaf = name.partition(".base_layer.")
-        if not is_base and name not in own:
-            merged[name] = tensor
-        elif is_base and leaf == "weight":
-            copied = copy.deepcopy(adapted[layer])
-            copied.merge()
-            merged[f"{layer}.weight"] = copied.get_base_layer().weight.detach()
-        elif is_base:
-            merged[f"{layer}.{leaf}"] = tensor
+    merged = bare_state_dict(model)
+    for name, layer in adapted_layers(model).items():
+        copied = copy.deepcopy(layer)
+        copied.merge()
+        merged[f"{name}.weight"] = copied.get_base_layer().weight.detach()
     return merged
 
 

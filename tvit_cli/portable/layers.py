@@ -45,8 +45,7 @@ class SelfAttention(nn.Module):
         k = self._split_heads(self.k(tokens))  # (B*G, A, N, D/A)
         v = self._split_heads(self.v(tokens))  # (B*G, A, N, D/A)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B*G, A, Q, D/A)
-        output: Tensor = self.proj(attended.transpose(1, 2).reshape(queries.shape))  # (B, G, Q, D)
-        return output
+        return self.proj(attended.transpose(1, 2).reshape(queries.shape))  # (B, G, Q, D)
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         heads = tokens.reshape(-1, tokens.shape[2], self.num_heads, tokens.shape[3] // self.num_heads)
@@ -95,8 +94,7 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        output: Tensor = self.fc2(self.act(self.fc1(tokens)))
-        return output
+        return self.fc2(self.act(self.fc1(tokens)))
 
 
 class DropPath(nn.Module):
@@ -132,8 +130,7 @@ class Block(nn.Module):
         """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group (None: all)."""
         attended = self.attention(self.norm1(tokens), n_queries)  # (B, G, Q, D)
         tokens = tokens[:, :, :n_queries] + self.drop_path(attended)
-        output: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
-        return output
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 class DividedBlock(Block):
@@ -164,8 +161,7 @@ class TemporalAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T', N, D) -> (B, T', N, D)."""
-        output: Tensor = self.scale(over_time(self.attention, self.norm(tokens)))
-        return output
+        return self.scale(over_time(self.attention, self.norm(tokens)))
 
 
 def over_time(attention: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
@@ -197,11 +193,10 @@ class TemporalEmbedding(AddedModule):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T', P, D) -> (B, T', P, D)."""
-        embedding: Tensor = self.embedding
         n_times = patches.shape[1]
-        if n_times != embedding.shape[1]:
-            embedding = resize_temporal(embedding, n_times)
-        return patches + embedding
+        if n_times == self.embedding.shape[1]:
+            return patches + self.embedding
+        return patches + resize_temporal(self.embedding, n_times)
 
     def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
         if from_scratch:
@@ -218,9 +213,8 @@ class TokenIndexedEmbedding(TemporalEmbedding):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T', P, D) -> (B, T', P, D)."""
-        embedding: Tensor = self.embedding
         tokens = torch.arange(patches.shape[1] * patches.shape[2], device=patches.device)  # (T'*P,)
-        rows = embedding[:, tokens % embedding.shape[1]]  # (1, T'*P, 1, D)
+        rows = self.embedding[:, tokens % self.embedding.shape[1]]  # (1, T'*P, 1, D)
         return patches + rows.view(1, *patches.shape[1:])
 
 
@@ -266,8 +260,7 @@ class TemporalEncoder(AddedModule):
         tokens = self.times(frames.unsqueeze(2)).transpose(1, 2)  # (B, 1, T', D)
         for block in self.temporal_blocks:
             tokens = block(tokens)  # (B, 1, T', D)
-        clips: Tensor = tokens.mean(dim=(1, 2))
-        return clips
+        return tokens.mean(dim=(1, 2))
 
     def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
         if not from_scratch:
@@ -316,8 +309,7 @@ def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> No
 
 def run_block(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
     """A block's output; its activations are stored for the backward pass."""
-    output: Tensor = block(*inputs, **options)
-    return output
+    return block(*inputs, **options)
 
 
 def recompute_block(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
@@ -326,8 +318,7 @@ def recompute_block(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
         return run_block(block, *inputs, **options)
     if inputs[0].device.type == "mps":
         options["context_fn"] = _mps_rng_contexts
-    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
-    return output
+    return checkpoint(block, *inputs, use_reentrant=False, **options)
 
 
 def _mps_rng_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

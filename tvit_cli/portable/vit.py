@@ -83,7 +83,7 @@ class AttentivePool(AddedModule):
         n_heads, width = self.queries.shape
         weights = (tokens @ self.queries.T / width**0.5).softmax(dim=2)  # (B, G, N, A)
         values = tokens.reshape(*tokens.shape[:3], n_heads, width // n_heads)  # (B, G, N, A, D/A)
-        pooled: Tensor = weights.transpose(2, 3).unsqueeze(3) @ values.transpose(2, 3)  # (B, G, A, 1, D/A)
+        pooled = weights.transpose(2, 3).unsqueeze(3) @ values.transpose(2, 3)  # (B, G, A, 1, D/A)
         return pooled.flatten(2)
 
     def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
@@ -175,9 +175,8 @@ class Positions(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, T', P, D) -> (B, G, N, D); `grid` is the number of patches of a frame, down and across."""
-        spatial: Tensor = self.spatial
-        if grid != (self.grid, self.grid):
-            spatial = resize_grid(spatial, grid)  # (1, P, D)
+        is_own = grid == (self.grid, self.grid)
+        spatial = self.spatial if is_own else resize_grid(self.spatial, grid)  # (1, P, D)
         groups = self.token_drop(self.grouping(patches + spatial))  # (B, G, patches of a group, D)
         first = self.class_token + self.class_position  # (1, 1, D)
         if self.extra is not None:
@@ -264,18 +263,14 @@ class TemporalViT(nn.Module):
         # The last block computes only the tokens that pooling reads.
         tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D)
         groups = self.pool(self.norm(tokens))  # (B, G, D)
-        features: Tensor = self.feature_norm(self.summary(groups))  # (B, D)
-        return features
+        return self.feature_norm(self.summary(groups))  # (B, D)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits, (B, D) -> (B, K), without autocast: in bf16 the logits of likely classes would tie."""
-        logits: Tensor
         if autocast_dtype(features.device) is None:
-            logits = self.classifier(features)
-        else:
-            with torch.autocast(features.device.type, enabled=False):
-                logits = self.classifier(features.to(self.norm.weight.dtype))
-        return logits
+            return self.classifier(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.classifier(features.to(self.norm.weight.dtype))
 
     def added_modules(self) -> dict[str, AddedModule]:
         """The outermost modules, by name, with no counterpart in an image ViT."""
