@@ -204,11 +204,11 @@ def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_pa
     assert len(no_file) == 1 and "no preprocessor_config.json" in no_file[0]
     (weights / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     assert warned(hf_model_name=None, **shape) == warned(hf_model_name=str(weights)) == []
-    assert "stays random" in warned(hf_model_name=None, train="lora", **shape)[0]
+    assert "stay random" in warned(hf_model_name=None, train="lora", **shape)[0]
     assert warned(hf_model_name=str(weights), train="last-1") == []
     assert "cannot know the order" in warned(hf_model_name=str(weights), train="classifier")[0]
     assert warned(hf_model_name=str(weights), train="classifier", attention="space", pool="attentive") == []
-    ignored = "No adapter is attached: nothing comes of --lora-rank-pattern, --lora-bias."
+    ignored = "No adapter is attached: no effect of --lora-rank-pattern, --lora-bias."
     assert warned(hf_model_name=str(weights), train="all", lora_bias="all", lora_rank_pattern={"q": 3}) == [
         ignored
     ]
@@ -242,6 +242,6 @@ def test_an_experiment_is_not_overwritten_with_weights_that_lie_in_it(tmp_path):
     with pytest.raises(ModelError, match="not a valid name of a hub repository"):
         run(hf_model_name="x" * 300, overwrite=True, **how)
     for base in (first.model, first.run):
-        with pytest.raises(SettingsError, match=r"--overwrite: .*a holds the weights to begin with"):
+        with pytest.raises(SettingsError, match=r"--overwrite: .*a holds the weights to start from"):
             run(hf_model_name=str(base), overwrite=True, **how)
     assert load_card(first.model)

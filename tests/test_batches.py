@@ -55,13 +55,13 @@ def test_processes_take_equally_many_passes_and_say_what_does_not_count():
     ranks = [list(plan(processes=4, rank=r, clips=9).micro_batches()) for r in range(4)]
     assert len({len(batches) for batches in ranks}) == 1
     for batches in zip(*ranks, strict=True):
-        assert len({(b.step, b.closes_window, b.closes_epoch, b.window_clips) for b in batches}) == 1
+        assert len({(b.step, b.ends_step, b.ends_epoch, b.step_clips) for b in batches}) == 1
         assert all(b.keys for b in batches)
     assert sum(b.real for batches in ranks for b in batches) == 9 * 3
 
 
 def test_the_last_window_of_an_epoch_knows_how_few_clips_it_has():
-    sizes = {b.step: b.window_clips for b in plan(epochs=1).micro_batches()}
+    sizes = {b.step: b.step_clips for b in plan(epochs=1).micro_batches()}
     assert list(sizes.values()) == [4, 4, 4, 4, 4, 1]
 
 

@@ -47,12 +47,12 @@ def wait_share(gpu, *, batch_every, step):
     clock = Clock(gpu.mark)
     for number in range(1, 51):
         gpu.now = max(gpu.now, 100 + number * batch_every)  # the loop stands waiting
-        clock.data_arrived()
+        clock.wait_ended()
         gpu.work(step)
         gpu.now += 0.001  # what the loop takes to fill the queue
         if clock.report_is_due():
             clock.facts()
-        clock.waits_for_data()
+        clock.wait_started()
     gpu.now = max(gpu.now, gpu.busy_until)
     return clock.facts()["data_wait"]
 

@@ -1,5 +1,6 @@
 """`--feature-norm`: training-set statistics on any world size."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import last_weights, run, settings
 from tvit_cli.data.layout import read_layout
 from tvit_cli.engine.evaluate.scoring import WithFeatures, merge_scores, score
 from tvit_cli.engine.predict import load_model
-from tvit_cli.engine.train import build
+from tvit_cli.engine.train.build import clips_to_standardise
 from tvit_cli.engine.train.dryrun import dry_run
 from tvit_cli.errors import SettingsError
 from tvit_cli.portable.layers import FeatureNorm
@@ -128,12 +129,12 @@ def test_a_dry_run_says_that_clips_would_be_read_and_reads_none_of_them(facts, t
 
 def test_of_many_clips_some_from_all_places_are_taken(facts, tmp_path, monkeypatch):
     whole = run(**facts, working_directory=tmp_path)
-    monkeypatch.setattr(build, "MOST_CLIPS", 3)
+    monkeypatch.setattr(importlib.import_module("tvit_cli.engine.train.build"), "MOST_CLIPS", 3)
     few = run(**facts, working_directory=tmp_path)
     shifts = [load_file(r.model / "model.safetensors")["feature_norm.shift"] for r in (whole, few)]
     assert not torch.allclose(*shifts)
     videos = layout(facts)
-    chosen = build._evenly(videos)
+    chosen = clips_to_standardise(videos)
     places = [videos.index(video) for video in chosen]
     assert places == [(2 * i + 1) * len(videos) // 6 for i in range(3)]
 
@@ -145,5 +146,5 @@ def test_a_linear_probe_keeps_them(facts, tmp_path):
 
 def test_features_of_a_model_from_scratch_are_not_standardised():
     flags = {"feature_norm": True, "hf_model_name": "none"}
-    with pytest.raises(SettingsError, match="--feature-norm: features of a model from scratch"):
+    with pytest.raises(SettingsError, match="--feature-norm: untrained features"):
         load(TrainSettings, flags=flags, environ={})

@@ -17,7 +17,7 @@ def go(*, unreadable=(), real=2, **changes):
     read = READ if pairs else READ[:2]
     planned = MicroBatch(
         epoch=0, step=0, keys=tuple(READ[:2]), extra=tuple(read[2:]), partners=(1, 2) if pairs else (),
-        real=real, window_clips=3, closes_window=True, closes_epoch=False,
+        real=real, step_clips=3, ends_step=True, ends_epoch=False,
     )  # fmt: skip
     batch = ClipBatch(
         clips=[torch.full((2, 3, 16, 16), value, dtype=torch.uint8) for value in (255, 0, 127)[: len(read)]],

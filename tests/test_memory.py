@@ -274,7 +274,7 @@ def test_out_of_memory_elsewhere_ends_with_advice(trained, monkeypatch):
 
     monkeypatch.setattr("tvit_cli.engine.train.state.score", fails)
     with pytest.raises(
-        RunError, match=r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. What takes less"
+        RunError, match=r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. To need less"
     ):
         trained(gradient_checkpointing=True, train="all")
 

@@ -22,30 +22,30 @@ def micro_batch(step, indices, *, real=None):
     keys = tuple((0, index) for index in indices)
     return MicroBatch(
         epoch=0, step=step, keys=keys, extra=(), partners=(), real=len(keys) if real is None else real,
-        window_clips=8, closes_window=True, closes_epoch=False,
+        step_clips=8, ends_step=True, ends_epoch=False,
     )  # fmt: skip
 
 
 def test_only_the_first_update_with_a_bad_loss_is_told_of():
     watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
-    assert watch.look(accelerator) == []
-    watch.saw(micro_batch(3, (5, 6)), torch.tensor([1.0, 2.0]))
-    assert watch.look(accelerator) == []
-    watch.saw(micro_batch(4, (7, 8, 9), real=2), torch.tensor([1.0, INF, NAN]))  # the third does not count
-    watch.saw(micro_batch(4, (1, 2)), torch.tensor([NAN, 1.0]))
-    watch.saw(micro_batch(5, (3, 4)), torch.tensor([NAN, NAN]))
-    found = watch.look(accelerator)
+    assert watch.check(accelerator) == []
+    watch.add(micro_batch(3, (5, 6)), torch.tensor([1.0, 2.0]))
+    assert watch.check(accelerator) == []
+    watch.add(micro_batch(4, (7, 8, 9), real=2), torch.tensor([1.0, INF, NAN]))  # the third does not count
+    watch.add(micro_batch(4, (1, 2)), torch.tensor([NAN, 1.0]))
+    watch.add(micro_batch(5, (3, 4)), torch.tensor([NAN, NAN]))
+    found = watch.check(accelerator)
     assert [(clip.step, clip.index) for clip in found] == [(4, 8), (4, 1)]
-    assert found[0].loss == INF and watch.look(accelerator) == []
+    assert found[0].loss == INF and watch.check(accelerator) == []
 
 
 def test_an_update_that_is_begun_anew_is_counted_once():
     watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
-    watch.saw(micro_batch(3, (1, 2)), torch.tensor([1.0, 2.0]))
-    watch.saw(micro_batch(4, (5, 6)), torch.tensor([NAN, 2.0]))
-    watch.forget(4)  # memory ran out in its second pass
-    watch.saw(micro_batch(4, (5,)), torch.tensor([NAN]))
-    assert [(clip.step, clip.index) for clip in watch.look(accelerator)] == [(4, 5)]
+    watch.add(micro_batch(3, (1, 2)), torch.tensor([1.0, 2.0]))
+    watch.add(micro_batch(4, (5, 6)), torch.tensor([NAN, 2.0]))
+    watch.drop(4)  # memory ran out in its second pass
+    watch.add(micro_batch(4, (5,)), torch.tensor([NAN]))
+    assert [(clip.step, clip.index) for clip in watch.check(accelerator)] == [(4, 5)]
 
 
 def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_path):
@@ -56,13 +56,14 @@ def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_pa
         "Step 5: the loss of 2 of its 8 clips is not finite:\n  clip2.avi: nan\n  clip3.avi, mixed with clip5.avi: inf\n"
         in few
     )
-    assert "Look at these clips" in few and "No checkpoint had been written yet" in few
+    assert "Check these clips" in few and "No checkpoint had been written yet" in few
     assert "smaller --learning-rate (it is 0.25)" in few
     assert "--max-grad-norm 1" in few and "--mixed-precision no" in few
     (tmp_path / "step-000003").mkdir()
+    (tmp_path / "step-000003" / "state.json").touch()
     every = str(loss_error([BadClip(4, n, NAN, 12) for n in range(12)], names, settings(), "no", tmp_path))
     assert "and 4 more" in every and "the run diverged" in every
-    assert f"The last good state is kept: {tmp_path / 'step-000003'}" in every
+    assert f"The last good checkpoint is {tmp_path / 'step-000003'}." in every
     assert "--max-grad-norm" not in every and "--mixed-precision" not in every
 
 

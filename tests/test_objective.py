@@ -7,7 +7,7 @@ import torch
 
 from tvit_cli.engine.evaluate.metrics import Tally
 from tvit_cli.engine.train import optim
-from tvit_cli.engine.train.optim import Targets, window_share
+from tvit_cli.engine.train.optim import Targets, loss_share
 
 # Two classes; softmax of (0, ln 3) is (1/4, 3/4).
 LOGITS = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, math.log(3)]])
@@ -65,9 +65,9 @@ def test_equal_labels_cost_the_same_mixed_or_not():
 
 def test_an_update_is_the_mean_over_its_clips_however_many_passes_it_takes():
     losses = torch.tensor([1.0, 2.0, 6.0])
-    assert window_share(losses, Targets(LABELS, ONES), window_clips=3) == 3.0
+    assert loss_share(losses, Targets(LABELS, ONES), step_clips=3) == 3.0
     left_out = Targets(LABELS, torch.tensor([1.0, 0.0, 1.0]))
-    assert window_share(losses, left_out, window_clips=10) == pytest.approx(0.7)
+    assert loss_share(losses, left_out, step_clips=10) == pytest.approx(0.7)
 
 
 def test_training_accuracy_counts_the_label_of_the_larger_part():

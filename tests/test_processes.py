@@ -195,7 +195,7 @@ def test_the_slurm_script_saves_on_sigusr1_is_queued_again_and_goes_on(facts, tm
     assert job.returncode == 75 and "Stopped by SIGUSR1 after step" in errors, errors
     assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", slurm["SLURM_JOB_ID"]]
     again = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0 and "Going on from step-" in again.stderr, again.stderr
+    assert again.returncode == 0 and "Resuming from step-" in again.stderr, again.stderr
     assert (whole / "model" / "card.json").is_file()
     assert (tmp_path / "scontrol.log").read_text().count("requeue") == 1
     (tmp_path / "bin" / "tvit").write_text("#!/usr/bin/env bash\necho $TVIT_NUM_WORKERS $@\n")
@@ -280,7 +280,7 @@ def test_what_processors_know_is_shared_between_processors(monkeypatch):
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: next(backends))
     monkeypatch.setattr(distributed.dist, "new_group", lambda *, backend: made.append(backend) or "new")
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, how, group: used.append(group))
-    distributed._between_processors.cache_clear()
+    distributed._cpu_group.cache_clear()
     two = SimpleNamespace(num_processes=2)
     signals = StopSignals()
     signals.received = "SIGTERM"
@@ -289,7 +289,7 @@ def test_what_processors_know_is_shared_between_processors(monkeypatch):
     assert distributed.any_rank(True, two)
     assert signals.agreed(two, save_is_due=True) == ("SIGTERM", True)
     assert (used, made) == ([None, "new", "new", "new"], ["gloo"])
-    distributed._between_processors.cache_clear()
+    distributed._cpu_group.cache_clear()
 
 
 def test_gradients_are_summed_in_buckets_of_one_type():

@@ -159,12 +159,10 @@ def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monk
     assert started == [2, 3]
     found = load_checkpoint(last).state.identity
     with pytest.raises(
-        CheckpointError, match=r"processes: 2 -> 1\n.*\nIt takes 2 processes \(--num-processes"
+        CheckpointError, match=r"processes: 2 -> 1\n.*\nIt needs 2 processes: set --num-processes"
     ):
         check_fingerprint({**found, "processes": 2}, found)
-    with pytest.raises(
-        CheckpointError, match="began with videos goes on with them: move its frame store away"
-    ):
+    with pytest.raises(CheckpointError, match="was trained on videos: move the frame store away"):
         check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
 
 
@@ -179,5 +177,5 @@ def test_settings_of_a_resumed_run_are_shown_as_they_are(trained):
 def test_processes_that_see_different_videos_do_not_start():
     own = {"training videos": "12 (ab)", "frames": "videos"}
     check_ranks_agree([own, own])
-    with pytest.raises(RunError, match=r"Process 1 has not what process 0 has \(training videos\)"):
+    with pytest.raises(RunError, match=r"Process 1 differs from process 0 \(training videos\)"):
         check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])

@@ -121,7 +121,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     ended, errors = command()
     assert (ended, signal.getsignal(getattr(signal, name))) == (code, before)
     checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000003"
-    assert f"Stopped by {name} after step 3 of 24; all is saved. Go on with:" in errors
+    assert f"Stopped by {name} after step 3 of 24; all is saved. Resume with:" in errors
     assert errors.rstrip().endswith(f"tvit train --resume-from-checkpoint {checkpoint}")
     monkeypatch.undo()
     assert command("--resume-from-checkpoint", str(checkpoint))[0] == 0
@@ -144,7 +144,7 @@ def test_a_second_sigint_leaves_at_once(command, monkeypatch, tmp_path):
     ("module", "function", "advice"),
     [
         (train, "open_dataset", "start again with the same command"),
-        (train_module, "save_model", "All steps are done and saved. Go on with:"),
+        (train_module, "save_model", "All steps are done and saved. Resume with:"),
     ],
 )
 def test_signals_outside_the_steps_keep_their_exit_code(

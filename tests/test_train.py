@@ -45,7 +45,7 @@ def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(clips, pret
     events = []
     facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
     train(settings(**facts, **changes, tubelet_size=2, epochs=1), events.append)
-    assert any("Of each tubelet of 2 frames the model sees one" in str(event) for event in events)
+    assert any("The model uses one frame of each tubelet of 2" in str(event) for event in events)
 
 
 def test_other_scheme_at_start_and_ineffective_settings_are_noted(trained, clips, tmp_path):
@@ -54,11 +54,11 @@ def test_other_scheme_at_start_and_ineffective_settings_are_noted(trained, clips
     facts = {"path_to_data": str(clips), "hf_model_name": str(before.model), "working_directory": tmp_path}
     train(settings(**facts, epochs=1, randaugment_magnitude=5), events.append)
     said = " ".join(map(str, events))
-    assert "was trained with --attention divided. With others, what it learnt of time is left out." in said
-    assert "--randaugment-magnitude 5: nothing comes of it without --randaugment" in said
+    assert "was trained with --attention divided. Its temporal weights are left out." in said
+    assert "--randaugment-magnitude 5: no effect without --randaugment" in said
     events.clear()
     train(settings(**facts, epochs=1, attention="divided"), events.append)
-    assert "is left out" not in " ".join(map(str, events))
+    assert "are left out" not in " ".join(map(str, events))
 
 
 @pytest.mark.parametrize(

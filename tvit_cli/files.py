@@ -53,15 +53,20 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def rename(source: Path, target: Path) -> None:
-    """Renames over `target`, durably where the system can sync a folder."""
-    source.replace(target)
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder's entries are on the disk; Windows opens no folders, so nothing happens there."""
     if sys.platform != "win32":
-        descriptor = os.open(target.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames over `target`, durably where the system can sync a folder."""
+    source.replace(target)
+    sync_folder(target.parent)
 
 
 def sha256(path: Path, *, progress: Callable[[int, int], None] | None = None) -> str:

@@ -1,6 +1,6 @@
-"""Collectives between processes, their number on this machine, and pools of worker processes.
+"""Collectives between ranks, processes on this machine, and pools of worker processes.
 
-See Note [Out of memory] for why gradients are summed here and not by DistributedDataParallel.
+Note [Out of memory] says why gradients are summed here and not by DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: fast enough, and small beside what a step takes
+BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: fast, and small beside the memory of a step
+PREFETCH = 4  # jobs per worker that start before their turn, so that one long video does not block the others
+J = TypeVar("J")
+R = TypeVar("R")
 
 
 @torch.no_grad()
 def broadcast_weights(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the main process's parameters and buffers."""
+    """Copies the parameters and buffers of rank 0 to all ranks."""
     if accelerator.num_processes > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
@@ -36,7 +39,7 @@ def broadcast_weights(model: nn.Module, accelerator: Accelerator) -> None:
 
 @torch.no_grad()
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add up each parameter's gradient over all processes; those that have none have none in any process."""
+    """Sums each parameter's gradient over all ranks; a gradient that is None must be None on all ranks."""
     if accelerator.num_processes == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -47,47 +50,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], accelerator: Accele
             gradient.copy_(total.view_as(gradient))
 
 
-def any_rank(fact: bool, accelerator: Accelerator) -> bool:
-    """Whether something is true in any process; all processes get the same answer."""
-    return bool(all_reduce_max([fact], accelerator)[0])
-
-
-def all_reduce_max(values: list[int], accelerator: Accelerator) -> list[int]:
-    """Of each number the greatest that any process has."""
-    return _reduced(values, dist.ReduceOp.MAX) if accelerator.num_processes > 1 else values
-
-
-def all_reduce_min(value: int, accelerator: Accelerator) -> int:
-    """The smallest value that any process has."""
-    return _reduced([value], dist.ReduceOp.MIN)[0] if accelerator.num_processes > 1 else value
-
-
-def _reduced(values: list[int], how: dist.ReduceOp.RedOpType) -> list[int]:
-    shared = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(shared, how, group=None if dist.get_backend() == "gloo" else _between_processors())
-    reduced: list[int] = shared.tolist()
-    return reduced
-
-
-@functools.cache
-def _between_processors() -> dist.ProcessGroup:
-    """All processes, joined by their processors: what those alone know is not asked of GPUs and waited for."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
-    return group
-
-
-def shutdown(*, graceful: bool) -> None:
-    """Part from the other processes, at the end of this one: gloo's threads abort a process that ends with them.
-
-    Unless `graceful`, NCCL groups are left as they are: the other ranks may be waiting for this one.
-    """
-    if graceful or dist.get_backend() == "gloo":
-        _between_processors.cache_clear()
-        dist.destroy_process_group()
-
-
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in their order, in lists of one type and of at most BUCKET_BYTES (or one tensor)."""
+    """Gradients in order, in lists of one dtype and of at most BUCKET_BYTES (or a single tensor)."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
@@ -101,12 +65,70 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-J = TypeVar("J")
-R = TypeVar("R")
+def any_rank(value: bool, accelerator: Accelerator) -> bool:
+    """Whether `value` is true on any rank; the same on all ranks."""
+    return bool(all_reduce_max([value], accelerator)[0])
 
-_AHEAD = (
-    4  # jobs per worker that are begun before their turn: one long video does not keep the others waiting
-)
+
+def all_reduce_max(values: list[int], accelerator: Accelerator) -> list[int]:
+    """The element-wise maximum over all ranks."""
+    return _all_reduce(values, dist.ReduceOp.MAX) if accelerator.num_processes > 1 else values
+
+
+def all_reduce_min(value: int, accelerator: Accelerator) -> int:
+    """The minimum over all ranks."""
+    return _all_reduce([value], dist.ReduceOp.MIN)[0] if accelerator.num_processes > 1 else value
+
+
+def _all_reduce(values: list[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, operation, group=None if dist.get_backend() == "gloo" else _cpu_group())
+    reduced: list[int] = tensor.tolist()
+    return reduced
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup:
+    """All ranks over gloo: numbers that are on the CPU do not wait for a GPU's queue."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
+
+
+def shutdown(*, graceful: bool) -> None:
+    """Leaves the process group at exit: gloo's threads abort a process that ends as a member.
+
+    Unless `graceful`, NCCL groups are left as they are: the other ranks may be waiting for this one.
+    """
+    if graceful or dist.get_backend() == "gloo":
+        _cpu_group.cache_clear()
+        dist.destroy_process_group()
+
+
+def local_processes() -> int:
+    """Processes of this command on this machine; all of them if the launcher (srun) does not set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def preserve_process_count() -> Iterator[None]:
+    """Removes LOCAL_WORLD_SIZE=1, which Accelerate sets within the block, even with several processes."""
+    is_set = "LOCAL_WORLD_SIZE" in os.environ
+    try:
+        yield
+    finally:
+        if not is_set:
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
+
+
+def worker_count(given: int | None) -> int:
+    """Decoding workers of this process: the given number, else `default_worker_count`."""
+    return default_worker_count() if given is None else given
+
+
+def default_worker_count(*, spare: int = 1) -> int:
+    """This process's share of the machine's cores except `spare`; at least 1, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // local_processes() - spare))
 
 
 def map_in_order(
@@ -117,32 +139,31 @@ def map_in_order(
     lost: Callable[[J, bool], R],
     seconds: float | None = None,
 ) -> Iterator[R]:
-    """`work(job)` of each job, in their order; with 0 workers in this process.
+    """`work(job)` of each job, in order, in `workers` processes; with 0 workers in this process.
 
-    `work` is an importable function. A job that takes its process down with it (a decoder that crashes, a
-    picture that no memory holds) gives `lost(job, False)`, one that takes longer than `seconds` (a decoder
-    that hangs) `lost(job, True)`, and the others go on. The limit needs workers and an alarm clock, which
-    Windows has not.
+    `work` is an importable function. A job that kills its process (a decoder that crashes, a picture too large for
+    memory) gives `lost(job, False)`; one that takes longer than `seconds` (a decoder that hangs) gives
+    `lost(job, True)`. The others continue. The limit needs workers and SIGALRM, which Windows lacks.
     """
     if workers == 0:
         yield from map(work, jobs)
         return
     waiting = deque(jobs)
-    begun: deque[tuple[J, Future[R]]] = deque()
+    started: deque[tuple[J, Future[R]]] = deque()
     pool = _pool(min(workers, len(jobs)))
     try:
-        while waiting or begun:
-            while waiting and len(begun) < _AHEAD * workers:
-                begun.append((waiting[0], _submit(pool, work, waiting.popleft(), seconds)))
-            job, future = begun.popleft()
+        while waiting or started:
+            while waiting and len(started) < PREFETCH * workers:
+                started.append((waiting[0], _submit(pool, work, waiting.popleft(), seconds)))
+            job, future = started.popleft()
             try:
                 result = future.result()
             except BrokenProcessPool:
-                # Nobody knows whose fault it was, so each job in flight is tried in a process of its own.
+                # Any running job may be the cause, so each is repeated in a process of its own.
                 pool.shutdown()
-                for suspect in (job, *(other for other, _ in begun)):
-                    yield _alone(work, suspect, lost, seconds)
-                begun.clear()
+                for suspect in (job, *(other for other, _ in started)):
+                    yield _run_alone(work, suspect, lost, seconds)
+                started.clear()
                 pool = _pool(min(workers, max(1, len(waiting))))
             else:
                 yield result
@@ -152,27 +173,27 @@ def map_in_order(
 
 def _submit(pool: ProcessPoolExecutor, work: Callable[[J], R], job: J, seconds: float | None) -> Future[R]:
     try:
-        return pool.submit(_within, seconds, work, job)
+        return pool.submit(_run_limited, seconds, work, job)
     except BrokenProcessPool as error:
         future: Future[R] = Future()
         future.set_exception(error)
         return future
 
 
-def _alone(work: Callable[[J], R], job: J, lost: Callable[[J, bool], R], seconds: float | None) -> R:
+def _run_alone(work: Callable[[J], R], job: J, lost: Callable[[J, bool], R], seconds: float | None) -> R:
+    started = time.monotonic()
     with _pool(1) as pool:
-        began = time.monotonic()
         try:
-            return pool.submit(_within, seconds, work, job).result()
+            return _submit(pool, work, job, seconds).result()
         except BrokenProcessPool:
-            return lost(job, seconds is not None and time.monotonic() - began >= seconds)
+            return lost(job, seconds is not None and time.monotonic() - started >= seconds)
 
 
-def _within(seconds: float | None, work: Callable[[J], R], job: J) -> R:
-    """The job's result; the process ends where it takes longer, even deep within a library that hangs."""
+def _run_limited(seconds: float | None, work: Callable[[J], R], job: J) -> R:
+    """The job's result; ends this process after `seconds`, even within a library that hangs."""
     if seconds is None or not hasattr(signal, "setitimer"):
         return work(job)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends the process; Python would wait its turn
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once; Python's handler would wait
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         return work(job)
@@ -181,46 +202,18 @@ def _within(seconds: float | None, work: Callable[[J], R], job: J) -> R:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Fresh processes: a fork would copy the threads' locks of whatever this process has loaded.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_begin_worker)
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+    return ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_init_worker)
 
 
-def _begin_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it: killed, it cannot tell its workers to stop."""
+def _init_worker() -> None:
+    """Ignores Ctrl-C, which the parent handles, and ends with the parent, which cannot stop workers once killed."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "a worker has a parent"
+        parent.join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    parent.join()
-    os._exit(1)
-
-
-def local_processes() -> int:
-    """Processes of this command on this machine; where the launcher does not say, as srun, all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextmanager
-def preserve_process_count() -> Iterator[None]:
-    """Within, Accelerate starts, and notes down that this process is alone on its machine; that is undone after."""
-    told = "LOCAL_WORLD_SIZE" in os.environ
-    try:
-        yield
-    finally:
-        if not told:
-            os.environ.pop("LOCAL_WORLD_SIZE", None)
-
-
-def worker_count(given: int | None) -> int:
-    """Decoding workers of this process: what was given, else `default_workers`."""
-    return default_worker_count() if given is None else given
-
-
-def default_worker_count(*, spare: int = 1) -> int:
-    """Decoding processes for this one: its share of this machine's cores but for `spare`, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // local_processes() - spare))
+    threading.Thread(target=end_with_parent, daemon=True).start()

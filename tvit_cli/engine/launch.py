@@ -1,4 +1,4 @@
-"""Start of a process: device, precision, Accelerator, stop signals, rank and world size, local launch."""
+"""Rank, world size, device and all-gather of this process; precision, stop signals, and local launch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from types import FrameType, TracebackType
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch.distributed import DistError
 
 from tvit_cli.data.clips import is_waiting
@@ -27,29 +27,60 @@ from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError
 from tvit_cli.settings.types import MixedPrecision
 
 Precision = Literal["no", "bf16", "fp16"]
+Handlers = dict[int, Any]  # signal number -> handler
 
-FAST_BF16 = (8, 0)  # CUDA compute capability: the first whose tensor cores take bfloat16 (Ampere white paper)
+FAST_BF16 = (8, 0)  # CUDA compute capability of the first tensor cores with bfloat16 (Ampere white paper)
+EXIT_CODES = {
+    "SIGINT": 130,
+    "SIGTERM": 143,
+    "SIGUSR1": 75,
+}  # 75: EX_TEMPFAIL, which queues take for "requeue"
+SECONDS_TO_GET_BATCH = 5  # limit of the wait for a batch after a stop signal
+SECONDS_TO_BE_ENDED = 3  # a launcher checks for dead processes several times a second
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_SAVE = 60  # limit for a stopped process to finish its step and write its checkpoint
+# Libraries that shard a model across ranks, and the variables by which `accelerate launch` requests them.
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+RESUME_LATEST = "Resume from the last checkpoint with --resume-from-checkpoint latest."
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; auto is CUDA, then MPS, then CPU. Raises ModelError if this machine has none."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in has if has[kind]))
+    if not has.get(name, True):
+        raise ModelError(
+            f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
+            "Take --device cpu, or install a PyTorch build for your GPU."
+        )
+    return torch.device(name)
 
 
 def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
-    """The format that a setting means on a device. See Note [Mixed precision].
+    """The number format of a setting on a device. See Note [Mixed precision].
 
-    From then on convolutions in float32 are what they are called on CUDA as well: as torch starts, those take
-    inputs of TF32, with 10 bits of mantissa.
+    Turns TF32 off for float32 convolutions on CUDA: its 10 bits of mantissa are PyTorch's default there.
 
-    Raises SettingsError for fp16 on a CPU: Accelerate would compute in float32 and say nothing.
+    Raises SettingsError for fp16 on a CPU: Accelerate would silently compute in float32.
     """
     if given == "fp16" and device.type == "cpu":
-        raise SettingsError("--mixed-precision fp16: nothing is computed in it on a CPU. Take bf16, or no.")
+        raise SettingsError("--mixed-precision fp16: not supported on a CPU. Take bf16, or no.")
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     if given != "auto":
         return given
-    return "bf16" if device.type == "cuda" and _is_fast_at_bf16(device) else "no"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FAST_BF16:
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "no"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, a forward pass computes in that format."""
+    """Autocast to a number format."""
     if precision == "no":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -57,69 +88,73 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 # Note [Mixed precision]
 # ~~~~~~~~~~~~~~~~~~~~~~
-# `auto` is bfloat16 on a GPU with the hardware for it, and nothing elsewhere: bfloat16 has float32's range, so no
-# run needs a scaled loss or falls over for it. On CPUs it is slower, or a fifth faster where they have AVX512-BF16
-# (docs/negative-results.md): not worth numbers of another format unasked. float16 on older GPUs was refused as a
-# default: it is fast there, but its range is small, and a run that fails for it fails after hours. Whoever has such
-# a card asks for `fp16`.
-
-
-def _is_fast_at_bf16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= FAST_BF16 and torch.cuda.is_bf16_supported()
-
-
-EXIT_CODES = {
-    "SIGINT": 130,
-    "SIGTERM": 143,
-    "SIGUSR1": 75,
-}  # 75: EX_TEMPFAIL, which queues take for "requeue"
-SECONDS_TO_GET_BATCH = 5  # after a signal that asks for a stop, a batch is waited for no longer
-SECONDS_TO_BE_ENDED = 3  # a launcher looks for dead processes several times a second
-
-
-# What splits a model between processes, and the variable by which `accelerate launch` asks for it.
-SPLITTERS = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
+# `auto` is bfloat16 on GPUs with hardware for it, and float32 elsewhere. bfloat16 has float32's range, so no run
+# needs loss scaling or overflows. On CPUs it is slower, or a fifth faster with AVX512-BF16
+# (docs/negative-results.md): not enough to change the numbers unasked. float16 on older GPUs was rejected as a
+# default: it is fast there, but its range is small, and an overflow ends a run after hours. `fp16` selects it.
 
 
 def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Accelerator:
-    """An Accelerator on the device asked for, with the precision that `auto` means there.
+    """An Accelerator on a device, with the precision that `auto` means there.
 
-    Raises ModelError when this machine has no such device, SettingsError where `accelerate launch` was told to
-    split the model or there are more processes than GPUs, RunError when the processes cannot find each other.
+    Raises ModelError if this machine has no such device, SettingsError for a sharded model or more processes than
+    GPUs, RunError if the processes cannot connect.
     """
     chosen = pick_device(device)
-    _refuse_split_models(chosen)
+    _refuse_sharding(chosen)
     _refuse_shared_gpus(chosen)
     AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
     precision = resolve_precision(mixed_precision, chosen)
     try:
         with preserve_process_count():
             return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
-    except NotImplementedError as error:  # GPUs that cannot talk to each other with the driver that is there
+    except NotImplementedError as error:  # GPUs without peer-to-peer communication in the installed driver
         raise SettingsError(f"Accelerate will not start here: {error}") from error
     except DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', '?')}"
-        in_use = "EADDRINUSE" in str(error) or "address already in use" in str(error)
-        raise RunError(
-            f"The processes could not meet at {place}: "
-            + (
+        address = (
+            f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', '?')}"
+        )
+        reason = f"{str(error).splitlines()[0]}. Check MASTER_ADDR, and that every machine can reach it."
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            reason = (
                 "the port is in use. Set MASTER_PORT (torchrun --master-port, accelerate launch "
                 "--main_process_port) to a free one, or let --num-processes choose it."
-                if in_use
-                else f"{str(error).splitlines()[0]}. Is MASTER_ADDR right, and can every machine reach it?"
             )
-        ) from error
+        raise RunError(f"The processes could not connect at {address}: {reason}") from error
+
+
+def _refuse_sharding(device: torch.device) -> None:
+    for name, variable in SHARDING.items():
+        if parse_flag_from_env(variable):
+            reason = (
+                "Accelerate silently ignores it on a CPU"
+                if device.type == "cpu"
+                else "a checkpoint holds whole tensors, and it shards them"
+            )
+            raise SettingsError(
+                f"{variable}={os.environ[variable]}: {name} is not supported: {reason}. Remove it from "
+                "Accelerate's config: each process then holds the whole model. To save memory: "
+                "--per-gpu-batch-size auto, --gradient-checkpointing."
+            )
+
+
+def _refuse_shared_gpus(device: torch.device) -> None:
+    """Raises SettingsError if two processes would share a GPU: NCCL fails then, and MPS has no collectives."""
+    processes = int(os.environ.get("WORLD_SIZE" if device.type == "mps" else "LOCAL_WORLD_SIZE", "1"))
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
+    has_its_own = device.type == "cuda" and gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if processes > gpus and not has_its_own:
+        raise SettingsError(
+            f"{processes} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: each process needs one "
+            f"of its own. Take --num-processes {gpus}, or --device cpu."
+        )
 
 
 @contextmanager
 def lost_rank_errors() -> Iterator[None]:
-    """Within this block, a connection to another process that breaks is a RunError: that process has ended.
+    """Turns a broken connection to another rank into a RunError.
 
-    Who started the processes knows why, and ends this one; so it waits a little to be ended.
+    The launcher reports why that rank ended, and ends this one; so this one waits a little first.
     """
     try:
         yield
@@ -130,67 +165,57 @@ def lost_rank_errors() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_BE_ENDED)
         raise RunError(
-            "Another process of this training has ended, so this one does, too. Go on from the last checkpoint "
-            "with --resume-from-checkpoint latest."
+            f"Another process of this training has ended, so this one ends, too. {RESUME_LATEST}"
         ) from error
 
 
-def _refuse_split_models(device: torch.device) -> None:
-    for name, variable in SPLITTERS.items():
-        if parse_flag_from_env(variable):
-            reason = (
-                "Accelerate ignores it without a word on a CPU"
-                if device.type == "cpu"
-                else "a checkpoint holds whole tensors, which it takes apart"
-            )
-            raise SettingsError(
-                f"{variable}={os.environ[variable]}: {name} is not supported: {reason}. Take it out of "
-                "Accelerate's config: processes then share the clips, each with the whole model. What makes that "
-                "fit: --per-gpu-batch-size auto, --gradient-checkpointing."
-            )
+class ImmediateStop:
+    """Within this context, SIGINT, SIGTERM and SIGUSR1 raise Interrupted with `advice`: nothing needs saving."""
+
+    def __init__(self, advice: str = "") -> None:
+        self.advice = advice
+        self._before: Handlers = {}
+
+    def __enter__(self) -> Self:
+        # Only the main thread can set handlers.
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Interrupted(f"Stopped by {name}. {self.advice}", exit_code=EXIT_CODES[name])
 
 
-def _refuse_shared_gpus(device: torch.device) -> None:
-    """Raises SettingsError where two processes would get one GPU: NCCL fails then, and MPS knows of no others."""
-    counted = "WORLD_SIZE" if device.type == "mps" else "LOCAL_WORLD_SIZE"
-    processes = int(os.environ.get(counted, "1"))
-    gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
-    has_its_own = device.type == "cuda" and gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-    if processes > gpus and not has_its_own:
-        raise SettingsError(
-            f"{processes} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: each process needs one "
-            f"of its own. Take --num-processes {gpus}, or --device cpu."
-        )
+class StopSignals(ImmediateStop):
+    """Within this context, SIGINT, SIGTERM and SIGUSR1 request a stop after the step; a second SIGINT stops now.
 
-
-class StopSignals:
-    """Within this context, SIGINT, SIGTERM and SIGUSR1 ask for a stop; a second SIGINT stops at once.
-
-    One that nobody has acted upon when the context ends well is handed to whoever handled it before. Where a batch
-    does not arrive within SECONDS_TO_GET_BATCH after the signal, Interrupted is raised in the wait.
+    A signal that was not acted upon when the context ends is raised again for the handlers before. If no batch
+    arrives within SECONDS_TO_GET_BATCH after a signal, Interrupted is raised in the wait.
     """
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, object] = {}
+    received: str | None = None
 
-    def __enter__(self) -> StopSignals:
-        self._before = _handle_with(self._handle)
+    def __enter__(self) -> Self:
+        super().__enter__()
         if self._before and hasattr(signal, "setitimer"):
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_waiting)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._before and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-        _restore(self._before)
+        super().__exit__(kind, error, trace)
         if error is None and self.received:
             signal.raise_signal(signal.Signals[self.received])
 
     def agreed(self, accelerator: Accelerator, *, save_is_due: bool) -> tuple[str | None, bool]:
-        """The signal that any process has received, and whether a save is due in any; the same for all."""
+        """A signal that any rank has received, and whether a save is due on any; the same on all ranks."""
         names = list(EXIT_CODES)
         own = names.index(self.received) + 1 if self.received else 0
         number, due = all_reduce_max([own, int(save_is_due)], accelerator)
@@ -208,53 +233,18 @@ class StopSignals:
         if is_waiting() and self.received:
             signal.setitimer(signal.ITIMER_REAL, 0)
             error = Interrupted(
-                f"Stopped by {self.received} while waiting for videos. Go on from the last checkpoint with "
-                "--resume-from-checkpoint latest.",
+                f"Stopped by {self.received} while waiting for videos. {RESUME_LATEST}",
                 exit_code=EXIT_CODES[self.received],
             )
-            error.by_all = False  # the others may be waiting for this process
+            error.by_all = False  # other ranks may be waiting for this one
             raise error
-
-
-class ImmediateStop:
-    """Within this context, SIGINT, SIGTERM and SIGUSR1 raise Interrupted with `advice`: nothing has to be saved."""
-
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> ImmediateStop:
-        self._before = _handle_with(self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _restore(self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        raise Interrupted(f"Stopped by {name}. {self.advice}", exit_code=EXIT_CODES[name])
-
-
-def _handle_with(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
-    """Handle the signals that ask for a stop; the handlers before. Only a main thread can, others change none."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
-def _restore(handlers: dict[int, object]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank of this process, how many there are, its device, and how their results come together.
+    """Rank, world size, device and all-gather of this process.
 
-    `gather` gives every process the objects of all, in the order of their ranks.
+    `gather` returns the objects of all ranks, in the order of their ranks.
     """
 
     rank: int
@@ -262,70 +252,76 @@ class ProcessGroup:
     device: torch.device
     gather: Callable[[Any], list[Any]]
 
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> ProcessGroup:
+        """The process group of an Accelerator."""
+        return cls(
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            lambda own: list(gather_object([own])),
+        )
+
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that speaks and writes."""
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
 
 def join_process_group(device: str) -> ProcessGroup:
-    """This process's place, as torchrun, `accelerate launch` or `--num-processes` started it.
+    """The process group that torchrun, `accelerate launch` or `--num-processes` started; else this process alone.
 
-    Raises ModelError when this machine has no such device.
+    Raises ModelError if this machine has no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ProcessGroup(0, 1, pick_device(device), lambda own: [own])
-    from accelerate.utils import (
-        gather_object,  # only here: importing it takes longer than scoring a few videos
-    )
-
-    accelerator = make_accelerator(device=device, mixed_precision="no")
-    return ProcessGroup(
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-        lambda own: list(gather_object([own])),
-    )
-
-
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_SAVE = 60  # what a stopped process is given to finish its step and write its checkpoint
+    return ProcessGroup.of(make_accelerator(device=device, mixed_precision="no"))
 
 
 def is_launched() -> bool:
-    """Whether torchrun, `accelerate launch` or `run_processes` started this process."""
+    """Whether torchrun, `accelerate launch` or `run_local_processes` started this process."""
     return "WORLD_SIZE" in os.environ
 
 
 def exit_with_launcher() -> None:
-    """Let this process end when the launcher that started it is gone: killed, it can end nobody any more."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, `accelerate launch` and `run_processes` are parents
-        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+    """Ends this process when its launcher is gone: a killed launcher cannot end its processes."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # torchrun, `accelerate launch` and `run_local_processes` are parents
+        threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def run_local_processes(count: int, arguments: Sequence[str], *, resumes: bool) -> int:
-    """Run `python -m tvit_cli <arguments>` in `count` processes of one group; the exit code of them all.
+    """Runs `python -m tvit_cli <arguments>` in `count` processes of one group; returns their exit code.
 
-    SIGINT, SIGTERM and SIGUSR1 are handed on, and each process saves and stops as a single one would. When one
-    dies, the others are ended. Raises RunError where the first to fail was killed.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded, and each process saves and stops as a single one would. If one fails,
+    the others are ended. Raises RunError if the first to fail was killed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes say themselves what failed
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print their own errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    optional: dict[str, Any] = {  # not in every PyTorch
+        "signals_to_handle": ",".join((*EXIT_CODES, "SIGHUP")),
+        "shutdown_timeout": SECONDS_TO_SAVE,
+    }
     known = {field.name for field in fields(LaunchConfig)}
-    signals = ",".join((*EXIT_CODES, "SIGHUP"))
-    optional: dict[str, Any] = {"signals_to_handle": signals, "shutdown_timeout": SECONDS_TO_SAVE}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port of its own: several trainings on one machine do not meet
+        rdzv_endpoint="localhost:0",  # a free port, so that several trainings on one machine stay apart
         max_restarts=0,
         monitor_interval=0.1,
         **{name: value for name, value in optional.items() if name in known},
@@ -338,36 +334,9 @@ def run_local_processes(count: int, arguments: Sequence[str], *, resumes: bool) 
             name = signal.Signals(-failure.exitcode).name
             raise RunError(
                 f"Process {rank} of {count} was killed ({name}), so all were ended. If memory ran out, take a "
-                "smaller --per-gpu-batch-size. "
-                + (
-                    "Go on from the last checkpoint with --resume-from-checkpoint latest."
-                    if resumes
-                    else "Then start again."
-                )
+                f"smaller --per-gpu-batch-size. {RESUME_LATEST if resumes else 'Then start again.'}"
             ) from error
         return int(failure.exitcode)
     except SignalException as error:
         return EXIT_CODES.get(error.sigval.name, 128 + error.sigval.value)
     return 0
-
-
-def _end_without(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a name means; auto is CUDA, then MPS, then CPU.
-
-    Raises ModelError when a device was asked for that this machine does not have.
-    """
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
-        raise ModelError(
-            f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
-            "Take --device cpu, or install a PyTorch build for your GPU."
-        )
-    return torch.device(name)

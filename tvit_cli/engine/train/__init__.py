@@ -16,15 +16,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 import tvit_cli
 from tvit_cli.data.layout import SUBSETS, split_choice
 from tvit_cli.engine.dataset import ClipFormat, DataSource, open_dataset
-from tvit_cli.engine.distributed import broadcast_weights, worker_count
+from tvit_cli.engine.distributed import broadcast_weights
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import write_page
 from tvit_cli.engine.evaluate.selection import find_leaks
 from tvit_cli.engine.launch import ImmediateStop, ProcessGroup, lost_rank_errors, make_accelerator
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
-from tvit_cli.engine.train.build import build, compile_errors, compile_model, standardise_features
+from tvit_cli.engine.train.build import build, compile_errors, compile_model
 from tvit_cli.engine.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
-from tvit_cli.engine.train.fingerprint import check_ranks_agree, digest, result_settings
+from tvit_cli.engine.train.fingerprint import (
+    check_ranks_agree,
+    data_fingerprint,
+    digest,
+    result_settings,
+)
 from tvit_cli.engine.train.loop import fit, how_to_resume, restore
 from tvit_cli.engine.train.memory import (
     find_micro_batch,
@@ -35,7 +40,7 @@ from tvit_cli.engine.train.memory import (
 )
 from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.engine.train.run_folder import Run, choose_run, run_lock, write_settings
-from tvit_cli.engine.train.state import Loop, WeightAverage, loop_fingerprint, validated_tensors
+from tvit_cli.engine.train.state import Loop, WeightAverage, standardise_features
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural
 from tvit_cli.model import lora
@@ -50,10 +55,47 @@ from tvit_cli.settings.train import TrainSettings
 from tvit_cli.settings.types import most_bad
 
 
-def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True) -> Loop:
-    """A loop that is ready to run, at its checkpoint if it has one; nothing was written yet.
+def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
+    """Trains a model, keeps its best epoch, and writes the model folder.
 
-    `standardises` makes --feature-norm's pass over training clips, which nothing but the numbers depends on.
+    Raises DataError, ModelError or CheckpointError before the first step for unusable input; Interrupted after a
+    signal, with the state saved; RunError if the run itself fails.
+    """
+    if settings.log_tensorboard:
+        require_tensorboard()
+    with (
+        lost_rank_errors(),
+        ImmediateStop("Nothing is lost; start again with the same command.") as signals,
+    ):
+        release_memory()  # of the model of an earlier run of a series
+        loop = set_up(settings, report)
+        with run_lock(loop.run) if loop.accelerator.is_main_process else nullcontext(False) as is_alone:
+            _open_run(loop, is_alone=is_alone)
+            try:
+                with out_of_memory_errors(loop.settings, loop.device), compile_errors(loop.settings.compile):
+                    fit(loop)
+                last = checkpoint_path(loop.run.checkpoints, loop.step)
+                signals.advice = f"All steps are done and saved. {how_to_resume(last)}"
+            except (TvitError, OSError) as error:
+                write_report(loop, training_result(loop, problem=str(error)))
+                if isinstance(error, RunError) and error.by_all:
+                    loop.accelerator.wait_for_everyone()  # a rank that exits early ends rank 0 before it prints
+                raise
+            finally:
+                loop.trackers.close()
+            try:
+                result = _finish(loop)
+            except (TvitError, OSError) as error:
+                write_report(loop, training_result(loop, problem=str(error)))
+                raise
+            signals.advice = f"All is done, and the model is in {result.model}."
+            return replace(result, report=write_report(loop, result))
+
+
+def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True) -> Loop:
+    """A loop that is ready to run, restored from its checkpoint if there is one; writes no file.
+
+    Without `standardises`, the pass over training clips for --feature-norm is skipped.
     """
     accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
     if not accelerator.is_main_process:
@@ -66,23 +108,29 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
         need_test=settings.test_at_end,
         **split_choice(settings),
     )
-    check_ranks_agree(gather_object([{**result_settings(settings), **_seen(source)}]))
-    _refuse_bad_data(settings, source, report)
+    test_videos = digest(video.name for video in source.readable("test"))
+    own = {**result_settings(settings), **data_fingerprint(source), "test videos": test_videos}
+    check_ranks_agree(gather_object([own]))
+    _check_data(settings, source, report)
     run: Run = broadcast_object_list([choose_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
         settings = reuse_batch_settings(settings, checkpoint.state.identity, accelerator.num_processes)
-    standardises = standardises and settings.feature_norm and checkpoint is None
-    loop = _prepare(settings, accelerator, run, source, report, standardises=standardises)
-    check_ranks_agree(gather_object([loop_fingerprint(loop)]))
+    loop = _make_loop(settings, accelerator, run, source, report)
+    if standardises and settings.feature_norm and checkpoint is None:
+        with out_of_memory_errors(settings, accelerator.device):
+            standardise_features(loop)
+    if settings.ema_decay is not None:
+        loop.ema = WeightAverage(loop.plain_model, settings.ema_decay)
+    check_ranks_agree(gather_object([loop.fingerprint()]))
     if checkpoint is not None:
         restore(loop, checkpoint)
     return loop
 
 
-def _refuse_bad_data(settings: TrainSettings, source: DataSource, report: Report) -> None:
-    """Raise DataError for more unreadable videos than --max-bad allows, or, with --strict, for any leak.
+def _check_data(settings: TrainSettings, source: DataSource, report: Report) -> None:
+    """Raises DataError for more unreadable videos than --max-bad, or with --strict for data leakage.
 
     Raises SettingsError for --patience without a validation subset.
     """
@@ -91,8 +139,8 @@ def _refuse_bad_data(settings: TrainSettings, source: DataSource, report: Report
     if len(source.unreadable) > most:
         raise DataError(
             f"{source.layout.root}: {len(source.unreadable)} of {len(videos)} videos cannot be read, and "
-            f'--max-bad "{settings.max_bad}" allows {most}. Mend or remove them (tvit extract --check names '
-            "them all), or allow more."
+            f'--max-bad "{settings.max_bad}" allows {most}. Repair or remove them (see tvit extract --check), '
+            "or allow more."
         )
     leaks = find_leaks(videos)
     if leaks and settings.strict:
@@ -101,72 +149,47 @@ def _refuse_bad_data(settings: TrainSettings, source: DataSource, report: Report
         report(Note(leak, "warning"))
     if settings.patience is not None and not source.readable("val"):
         raise SettingsError(
-            f"--patience {settings.patience}: {source.root} has no validation subset to tell which epoch is "
-            "better. Hold groups out for it with --val-groups, or leave --patience out."
+            f"--patience {settings.patience}: {source.root} has no validation subset to compare epochs on. Hold "
+            "groups out for it with --val-groups, or leave --patience out."
         )
 
 
-def _seen(source: DataSource) -> dict[str, object]:
-    """What all processes have to see alike."""
-    return {
-        "classes": digest(source.layout.labels),
-        **{f"{name} videos": digest(v.name for v in source.readable(name)) for name in SUBSETS},
-        "frame store": "none" if source.store is None else str(source.store.parameters),
-    }
-
-
-def _prepare(
-    settings: TrainSettings,
-    accelerator: Accelerator,
-    run: Run,
-    source: DataSource,
-    report: Report,
-    *,
-    standardises: bool,
+def _make_loop(
+    settings: TrainSettings, accelerator: Accelerator, run: Run, source: DataSource, report: Report
 ) -> Loop:
+    labels = source.layout.labels
     with out_of_memory_errors(settings, accelerator.device):
-        built = build(settings, num_classes=len(source.layout.labels), report=report)
+        built = build(settings, num_classes=len(labels), report=report)
         built.model.to(accelerator.device)
     broadcast_weights(built.model, accelerator)
     if settings.gradient_checkpointing:
         built.model.run_block = recompute_block
     model = compile_model(built.model, accelerator.device) if settings.compile else built.model
     with compile_errors(settings.compile):
-        settings, window = resolve_batch(
+        settings, global_batch = resolve_batch(
             settings,
             accelerator.num_processes,
             find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
         )
     assert settings.per_gpu_batch_size != "auto"
-    if standardises:
-        with out_of_memory_errors(settings, accelerator.device):
-            standardise_features(
-                built,
-                source,
-                accelerator,
-                workers=worker_count(settings.num_workers),
-                report=report,
-            )
-    optimizer = adamw(
-        parameter_groups(
-            built.model,
-            weight_decay=settings.weight_decay,
-            bias_weight_decay=settings.bias_weight_decay,
-            norm_weight_decay=settings.norm_weight_decay,
-            layer_decay=settings.layer_decay,
-            temporal_rate=settings.temporal_share(),
-        ),
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        epsilon=settings.adam_epsilon,
+    groups = parameter_groups(
+        built.model,
+        weight_decay=settings.weight_decay,
+        bias_weight_decay=settings.bias_weight_decay,
+        norm_weight_decay=settings.norm_weight_decay,
+        layer_decay=settings.layer_decay,
+        temporal_rate=settings.temporal_share(),
     )
-    labels = source.layout.labels
-    position = {label: number for number, label in enumerate(labels)}
-    targets = tuple(position[video.label] for video in source.readable("train"))
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    optimizer = adamw(
+        groups, learning_rate=settings.learning_rate, betas=betas, epsilon=settings.adam_epsilon
+    )
+    classes = {label: number for number, label in enumerate(labels)}
+    targets = tuple(classes[video.label] for video in source.readable("train"))
     plan = BatchPlan(
         clips=len(targets),
         batch_size=settings.per_gpu_batch_size,
-        global_batch=window,
+        global_batch=global_batch,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
         epochs=settings.epochs,
@@ -175,8 +198,8 @@ def _prepare(
         pairs=settings.mixup > 0 or settings.cutmix > 0,
         repeats=settings.repeats,
     )
-    even = settings.class_weights == "none"
-    weights = [1.0] * len(labels) if even else class_weights(targets, len(labels))
+    is_uniform = settings.class_weights == "none"
+    weights = [1.0] * len(labels) if is_uniform else class_weights(targets, len(labels))
     return Loop(
         settings,
         accelerator,
@@ -189,8 +212,70 @@ def _prepare(
         trackers=Trackers(run.folder if accelerator.is_main_process else None),
         report=report,
         class_weights=torch.tensor(weights, dtype=torch.float32, device=accelerator.device),
-        ema=None if settings.ema_decay is None else WeightAverage(built.model, settings.ema_decay),
     )
+
+
+def _open_run(loop: Loop, *, is_alone: bool) -> None:
+    """Writes the run's settings, opens its trackers and reports its plan: the first files, after all checks."""
+    run, settings, classes = loop.run, loop.settings, len(loop.source.layout.labels)
+    if loop.accelerator.is_main_process:
+        own: dict[str, object] = {
+            "experiment_name": run.folder.name,
+            "working_directory": run.folder.parent,
+            "checkpoint_dir": run.checkpoints.name,
+            "path_to_data": str(loop.source.root),
+        }
+        write_settings(run, settings.model_copy(update=own), is_alone=is_alone)
+    loop.trackers.cut_after(loop.step)
+    if settings.log_wandb:
+        config = settings.model_dump(mode="json")
+        loop.trackers.open_wandb(name=run.folder.name, config=config, report=loop.report)
+    if settings.log_tensorboard:
+        loop.trackers.open_tensorboard(loop.step)
+    steps = loop.plan.steps_per_epoch
+    loop.report(TrainingStarts(plan_facts(loop), settings.epochs, steps, first_step=loop.step))
+    if settings.top_k > classes:
+        text = f"--top-k {settings.top_k}: the data has {classes} classes, so top-{classes} is reported."
+        loop.report(Note(text, "warning"))
+
+
+def _finish(loop: Loop) -> TrainResult:
+    """Writes the model folder of the best epoch, and scores the test subset with --test-at-end."""
+    settings, layout = loop.settings, loop.source.layout
+    result = training_result(loop)
+    if loop.step < loop.plan.total_steps:
+        epochs = f"for {settings.patience} epochs" if settings.patience != 1 else "in the epoch after it"
+        text = f"Stopped early: epoch {result.best_epoch} is the best, and none was better {epochs}."
+        loop.report(Note(text))
+    best = loop.validated_tensors() if loop.best_tensors is None else loop.best_tensors
+    load_trainable(loop.plain_model, best)
+    if loop.accelerator.is_main_process:
+        card = ModelCard(
+            tvit_version=tvit_cli.__version__,
+            labels=layout.labels,
+            model=loop.built.config.to_dict(),
+            preprocessing=loop.built.preprocessing,
+            base=loop.built.base,
+            weights_sha256="",
+            settings={**settings.model_dump(mode="json"), "path_to_data": str(loop.source.root)},
+            held_out=layout.held_out,
+            metrics={k: v for k, v in loop.best.items() if k.startswith("val_") and math.isfinite(v)},
+        )
+        save_model(loop.run.model, lora.merged_state_dict(loop.plain_model), card)
+    loop.accelerator.wait_for_everyone()
+    if not settings.test_at_end:
+        return result
+    settings = settings.model_copy(update={"per_gpu_batch_size": loop.plan.batch_size})
+    test = score_test(loop.run.model, settings, loop.report, ProcessGroup.of(loop.accelerator))
+    return replace(result, test=test)
+
+
+def score_test(model: Path, settings: TrainSettings, report: Report, group: ProcessGroup) -> EvalResult:
+    """Scores the test subset with a model folder on all ranks, with the micro-batch of the training."""
+    assert settings.per_gpu_batch_size != "auto"
+    shared = ("top_k", "device", "num_workers", "per_gpu_batch_size", "mixed_precision")
+    own = {name: getattr(settings, name) for name in shared}
+    return evaluate(EvalSettings(model=model, **own), report, group)
 
 
 def plan_facts(loop: Loop) -> dict[str, str]:
@@ -253,135 +338,3 @@ def write_report(loop: Loop, result: TrainResult) -> Path | None:
         lambda: write_training_report(result, loop.settings, loop.samples, loop.built.preprocessing, context),
         loop.report,
     )
-
-
-def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
-    """Train a model, keep its best epoch, and write the model folder.
-
-    Raises DataError, ModelError or CheckpointError before the first step where the input cannot be used;
-    Interrupted after a signal, when the state has been saved; RunError when the run itself fails.
-    """
-    if settings.log_tensorboard:
-        require_tensorboard()
-    with (
-        lost_rank_errors(),
-        ImmediateStop("Nothing is lost; start again with the same command.") as signals,
-    ):
-        release_memory()  # of a series, the model before: a GPU may hold but one
-        loop = set_up(settings, report)
-        with run_lock(loop.run) if loop.accelerator.is_main_process else nullcontext(False) as is_alone:
-            _open_records(loop, is_alone=is_alone)
-            _announce(loop)
-            try:
-                with out_of_memory_errors(loop.settings, loop.device), compile_errors(loop.settings.compile):
-                    fit(loop)
-                last = checkpoint_path(loop.run.checkpoints, loop.step)
-                signals.advice = f"All steps are done and saved. {how_to_resume(last)}"
-            except (TvitError, OSError) as error:
-                write_report(loop, training_result(loop, problem=str(error)))
-                if isinstance(error, RunError) and error.by_all:
-                    loop.accelerator.wait_for_everyone()  # else a process that ends ends the one that says why
-                raise
-            finally:
-                loop.trackers.close()
-            try:
-                result = _finish(loop)
-            except (TvitError, OSError) as error:
-                write_report(loop, training_result(loop, problem=str(error)))
-                raise
-            signals.advice = f"All is done, and the model is in {result.model}."
-            return replace(result, report=write_report(loop, result))
-
-
-def process_group_of(accelerator: Accelerator) -> ProcessGroup:
-    """This process among those of a training."""
-    return ProcessGroup(
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-        lambda own: list(gather_object([own])),
-    )
-
-
-def score_test(model: Path, settings: TrainSettings, report: Report, place: ProcessGroup) -> EvalResult:
-    """Score the test subset with a model folder: all processes of its training do, in its batches."""
-    assert settings.per_gpu_batch_size != "auto"
-    return evaluate(
-        EvalSettings(
-            model=model,
-            top_k=settings.top_k,
-            device=settings.device,
-            num_workers=settings.num_workers,
-            per_gpu_batch_size=settings.per_gpu_batch_size,
-            mixed_precision=settings.mixed_precision,
-        ),
-        report,
-        place,
-    )
-
-
-def _open_records(loop: Loop, *, is_alone: bool) -> None:
-    """Write the run's settings and open its metrics: the first files touched, once all was found good."""
-    run, settings = loop.run, loop.settings
-    if loop.accelerator.is_main_process:
-        own: dict[str, object] = {
-            "experiment_name": run.folder.name,
-            "working_directory": run.folder.parent,
-            "checkpoint_dir": run.checkpoints.name,
-            "path_to_data": str(loop.source.root),
-        }
-        write_settings(run, settings.model_copy(update=own), is_alone=is_alone)
-    loop.trackers.cut_after(loop.step)
-    if settings.log_wandb:
-        config = settings.model_dump(mode="json")
-        loop.trackers.open_wandb(name=run.folder.name, config=config, report=loop.report)
-    if settings.log_tensorboard:
-        loop.trackers.open_tensorboard(loop.step)
-
-
-def _announce(loop: Loop) -> None:
-    settings, plan, layout = loop.settings, loop.plan, loop.source.layout
-    loop.report(
-        TrainingStarts(
-            facts=plan_facts(loop),
-            epochs=settings.epochs,
-            steps_per_epoch=plan.steps_per_epoch,
-            first_step=loop.step,
-        )
-    )
-    if settings.top_k > len(layout.labels):
-        clamped = f"the data has {len(layout.labels)} classes, so top-{len(layout.labels)} is reported."
-        loop.report(Note(f"--top-k {settings.top_k}: {clamped}", "warning"))
-
-
-def _finish(loop: Loop) -> TrainResult:
-    """Write the model folder from the best epoch, and score the test subset if that was asked for."""
-    settings, layout = loop.settings, loop.source.layout
-    result = training_result(loop)
-    if loop.step < loop.plan.total_steps:
-        epochs = f"for {settings.patience} epochs" if settings.patience != 1 else "in the epoch after it"
-        loop.report(
-            Note(f"Stopped early: epoch {result.best_epoch} is the best, and none was better {epochs}.")
-        )
-    load_trainable(
-        loop.plain_model, validated_tensors(loop) if loop.best_tensors is None else loop.best_tensors
-    )
-    if loop.accelerator.is_main_process:
-        card = ModelCard(
-            tvit_version=tvit_cli.__version__,
-            labels=layout.labels,
-            model=loop.built.config.to_dict(),
-            preprocessing=loop.built.preprocessing,
-            base=loop.built.base,
-            weights_sha256="",
-            settings={**settings.model_dump(mode="json"), "path_to_data": str(loop.source.root)},
-            held_out=layout.held_out,
-            metrics={k: v for k, v in loop.best.items() if k.startswith("val_") and math.isfinite(v)},
-        )
-        save_model(loop.run.model, lora.merged_state_dict(loop.plain_model), card)
-    loop.accelerator.wait_for_everyone()
-    test = None
-    if settings.test_at_end:
-        fitting = settings.model_copy(update={"per_gpu_batch_size": loop.plan.batch_size})
-        test = score_test(loop.run.model, fitting, loop.report, process_group_of(loop.accelerator))
-    return replace(result, test=test)

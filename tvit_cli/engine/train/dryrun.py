@@ -6,11 +6,12 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tvit_cli.engine.dataset import MOTIONS, find_data, make_demo_data
@@ -18,66 +19,31 @@ from tvit_cli.engine.distributed import any_rank, local_processes
 from tvit_cli.engine.launch import ImmediateStop, lost_rank_errors
 from tvit_cli.engine.train import set_up
 from tvit_cli.engine.train.build import clips_to_standardise, compile_errors
-from tvit_cli.engine.train.loop import forward_backward, remaining_passes, update
+from tvit_cli.engine.train.loop import forward_backward, remaining_batches, update
 from tvit_cli.engine.train.memory import Probe, free_bytes, out_of_memory_errors
-from tvit_cli.engine.train.state import Loop, score_videos
+from tvit_cli.engine.train.monitor import Clock
+from tvit_cli.engine.train.state import Loop
 from tvit_cli.model.lora import trainable_report
 from tvit_cli.portable.config import ViTConfig
+from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.results import DryRun, Note, Progress, Report, silent
 from tvit_cli.settings.train import TrainSettings
 
-
-def count_flops(config: ViTConfig, n_frames: int | None = None) -> int:
-    """Operations of one clip's forward pass, two per multiply-add, matrix products alone."""
-    n_times = (n_frames or config.n_frames) // config.tubelet_size
-    n_patches = config.patches_per_frame
-    first = 1 + config.extra_tokens
-    groups, tokens = (
-        (1, first + n_times * n_patches) if config.attention == "joint" else (n_times, first + n_patches)
-    )
-    asking = 1 if config.pool == "class" else tokens  # in the last block
-    total = (
-        n_times * n_patches * config.tubelet_size * config.num_channels * config.patch_size**2 * config.width
-    )
-    total += (config.depth - 1) * _block(config, groups, tokens, tokens) + _block(
-        config, groups, tokens, asking
-    )
-    if config.attention == "divided":  # before its attention within frames, a block attends over time
-        total += config.depth * _attention_flops(config, tokens, n_times, n_times)
-    if config.pool == "attentive":
-        total += groups * tokens * config.width * (config.num_heads + 1)
-    total += (config.temporal_depth or 0) * _block(config, 1, n_times, n_times)
-    return 2 * (total + config.width * config.num_classes)
-
-
-def _block(config: ViTConfig, groups: int, tokens: int, asking: int) -> int:
-    """Multiply-adds of a plain block on `groups` groups of `tokens`, of which `asking` ask."""
-    width = config.width
-    attention = _attention_flops(config, groups, tokens, asking)
-    layers = 3 if config.activation == "swiglu" else 2
-    return attention + layers * groups * asking * width * config.hidden_width
-
-
-def _attention_flops(config: ViTConfig, groups: int, tokens: int, asking: int) -> int:
-    layers = 2 * groups * (tokens + asking) * config.width**2
-    return layers + 2 * groups * asking * tokens * config.width
-
-
-STEPS = 5  # measured at most, after one that is not: it starts workers, compiles, and allocates
+STEPS = 5  # measured at most, after a first one that starts workers, compiles, and allocates
 SECONDS = 60.0  # after which no further step is begun
-VALIDATION_CLIPS = 32  # scored at most, to tell how long an epoch's validation takes
+VALIDATION_CLIPS = 32  # scored at most, to estimate the time of a validation
 
 
 def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
-    """Build all that a training needs, take some steps on its clips in memory, and tell what was found.
+    """Sets up a training, takes some steps in memory, and returns its plan and cost.
 
-    Nothing is written but what outlives any command: weights that were fetched stay in the Hugging Face cache.
-    Raises what `train` raises before its first step, and RunError where memory runs out.
+    Nothing is written, except downloaded weights in the Hugging Face cache. Raises the errors of `train` before its
+    first step, and RunError if memory runs out.
     """
     with lost_rank_errors(), ImmediateStop("Nothing was written."), _data(settings, report) as changed:
         loop = set_up(changed, report, standardises=False)
         if settings.feature_norm and loop.run.resume_from is None:
-            clips = len(clips_to_standardise(loop.source))
+            clips = len(clips_to_standardise(loop.source.readable("train")))
             loop.report(Note(f"A training reads {clips} of its clips first, to standardise features."))
         with out_of_memory_errors(loop.settings, loop.device), compile_errors(loop.settings.compile):
             return _measure(loop)
@@ -85,28 +51,27 @@ def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
 
 @contextmanager
 def _data(settings: TrainSettings, report: Report) -> Iterator[TrainSettings]:
-    """The settings with data that is there: a demo set that would have to be made lies in a temporary folder."""
+    """The settings; a missing demo data set is generated in a temporary folder."""
     root = find_data(settings.path_to_data)
     if root.name != MOTIONS or root.exists():
         yield settings
         return
     with tempfile.TemporaryDirectory(prefix="tvit-") as folder:
-        report(Note(f"{root} is not there: the demo data set is made in a temporary folder."))
+        report(Note(f"{root} is missing: the demo data set is generated in a temporary folder."))
         made = Path(folder) / MOTIONS
         make_demo_data(made, report)
         yield settings.model_copy(update={"path_to_data": str(made)})
 
 
 def _measure(loop: Loop) -> DryRun:
-    settings, plan, config = loop.settings, loop.plan, loop.built.config
+    settings, plan, config, layout = loop.settings, loop.plan, loop.built.config, loop.source.layout
     trainable, total = trainable_report(loop.plain_model)
     free = free_bytes(loop.device, local_processes())
     probe = Probe(loop.built, loop.plain_model, loop.accelerator, averages=loop.ema is not None)
     memory = probe.memory_model()
-    flops = _flops(lambda: probe.run(loop.plain_model, 1))
+    pass_flops = _measured_flops(lambda: probe.run(loop.plain_model, 1))
     loop.optimizer.zero_grad()
     seconds, wait = _time_steps(loop)
-    layout = loop.source.layout
     counts = ", ".join(f"{len(loop.source.readable(s))} {s}" for s in ("train", "val", "test"))
     return DryRun(
         folder=loop.run.folder,
@@ -118,7 +83,7 @@ def _measure(loop: Loop) -> DryRun:
         parameters=total,
         trainable=trainable,
         forward_flops=count_flops(config),
-        pass_flops=flops,
+        pass_flops=pass_flops,
         batch=str(plan),
         clips_per_step=plan.global_batch,
         steps_per_epoch=plan.steps_per_epoch,
@@ -132,76 +97,71 @@ def _measure(loop: Loop) -> DryRun:
     )
 
 
-def _flops(work: Callable[[], None]) -> int:
-    """Operations of what `work` does, counted while it runs, backward passes and recomputed blocks included."""
-    with FlopCounterMode(display=False, custom_mapping=_FUSED_CPU_ATTENTION) as counter:
+def count_flops(config: ViTConfig, n_frames: int | None = None) -> int:
+    """FLOPs of one clip's forward pass, two per multiply-add, matrix products only; nothing is computed."""
+    size = config.frame_size
+    with torch.device("meta"):
+        model = TemporalViT(config, initialise=False).eval()
+        clip = torch.zeros(1, n_frames or config.n_frames, config.num_channels, size, size)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # fused attention is not counted
+        return _measured_flops(lambda: model(clip))
+
+
+def _measured_flops(work: Callable[[], object]) -> int:
+    """FLOPs of `work`, counted while it runs, backward passes and recomputed blocks included."""
+
+    def forward(query: torch.Size, key: torch.Size, *others: Any, **options: Any) -> int:
+        return 4 * math.prod(query) * key[-2]  # 2 products of queries (…, Q, D/A) and keys (…, N, D/A)
+
+    def backward(gradient: Any, query: torch.Size, key: torch.Size, *others: Any, **options: Any) -> int:
+        return 10 * math.prod(query) * key[-2]  # 5 products: the weights again, then four gradients
+
+    aten = torch.ops.aten  # PyTorch's counter does not count its attention on a CPU
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
     return int(counter.get_total_flops())
 
 
-def _attention(query: torch.Size, key: torch.Size, *others: Any, **options: Any) -> int:
-    """Operations of softmax(query key) value: queries (…, Q, D/A), keys (…, N, D/A)."""
-    return 4 * math.prod(query) * key[-2]
-
-
-def _attention_backward(
-    gradient: Any, query: torch.Size, key: torch.Size, *others: Any, **options: Any
-) -> int:
-    """Five products of that size, where forward has two: the weights once more, then four gradients."""
-    return 10 * math.prod(query) * key[-2]
-
-
-# torch's counter does not know the attention that it runs on a CPU.
-_FUSED_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
 def _time_steps(loop: Loop) -> tuple[float, float]:
-    """Seconds of a step, and the share of it that the model waits for data; the first step does not count."""
-    loop.step = 0  # a run that is gone on with may have few steps left
+    """Seconds per step, and the share of them that the model waits for data, without the first step."""
+    loop.step = 0  # a resumed run may have few steps left
     loop.model.train()
-    seconds: list[float] = []
-    waits: list[float] = []
-    work = remaining_passes(loop)
-    begun = started = time.perf_counter()
-    waited, over = 0.0, False
-    while not over:
-        asked = time.perf_counter()
-        planned, batch = next(work)
-        waited += time.perf_counter() - asked
-        forward_backward(loop, planned, batch)
-        if planned.closes_window:
-            update(loop)
-            loop.step += 1
-            _wait_for(loop.device)
-            now = time.perf_counter()
-            seconds.append(now - begun)
-            waits.append(waited)
-            begun, waited = now, 0.0
-            loop.report(Progress("measuring steps", len(seconds), STEPS + 1))
-            late = any_rank(now - started > SECONDS, loop.accelerator)
-            over = late or len(seconds) > STEPS or loop.step == loop.plan.total_steps
-    work.close()
-    if len(seconds) > 1:
-        del seconds[0], waits[0]
-    return sum(seconds) / len(seconds), sum(waits) / sum(seconds)
+    clock, begun = Clock.of(loop.device), time.perf_counter()
+    with closing(remaining_batches(loop)) as batches:
+        for planned, batch in batches:
+            clock.wait_ended()
+            forward_backward(loop, planned, batch)
+            if planned.ends_step:
+                update(loop)
+                loop.step += 1
+                _synchronize(loop.device)
+                loop.report(Progress("measuring steps", loop.step, STEPS + 1))
+                is_late = any_rank(time.perf_counter() - begun > SECONDS, loop.accelerator)
+                if is_late or loop.step > STEPS or loop.step == loop.plan.total_steps:
+                    break
+                if loop.step == 1:
+                    clock = Clock.of(loop.device)
+            clock.wait_started()
+    facts = clock.facts()
+    return facts["seconds"] / max(1, loop.step - 1), facts["data_wait"]
 
 
 def _time_validation(loop: Loop) -> float:
-    """Seconds that this process takes for its share of the val videos, by those of a few of them."""
+    """Seconds of a validation, extrapolated from at most VALIDATION_CLIPS videos of each rank."""
     videos = loop.source.readable("val")
-    share = -(-len(videos) // loop.plan.processes)
-    some = videos[: min(share, VALIDATION_CLIPS)]
-    if not some:
+    if not videos:
         return 0.0
+    some = videos[: VALIDATION_CLIPS * loop.plan.processes]
     begun = time.perf_counter()
-    score_videos(loop, some)
-    return (time.perf_counter() - begun) * share / len(some)
+    loop.score(some, "measuring validation")
+    return (time.perf_counter() - begun) * len(videos) / len(some)
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -23,17 +23,19 @@ from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.results import MemoryModel
 from tvit_cli.settings.train import DEFAULT_MICRO_BATCH, TrainSettings
 
-MOMENTS = 2  # AdamW keeps the mean of each gradient and of its square (arXiv:1711.05101)
-CPU_SHARE = 0.5  # of the free memory: loader workers and the page cache live in it, too
+MOMENTS = 2  # of AdamW: means of each gradient and of its square (arXiv:1711.05101)
+CPU_SHARE = 0.5  # of the free memory; the rest is for loader workers and the page cache
 CGROUPS = Path("/sys/fs/cgroup")  # version 2: docs.kernel.org/admin-guide/cgroup-v2.html
 OWN_CGROUP = Path("/proc/self/cgroup")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def memory_model(model: nn.Module, peak_of: Callable[[int], int], *, averages: bool = False) -> MemoryModel:
-    """The terms of a model as it is going to be trained.
+    """The memory terms of a training step, with a moving average of the weights if `averages`.
 
-    `peak_of(n)` tells how many bytes a forward and backward pass of n clips adds at its peak to gradients that
-    are there. One clip and two are measured: a pass is linear in its clips.
+    `peak_of(n)` returns the peak bytes of a forward and backward pass of n clips, beyond existing gradients. One
+    clip and two are measured: memory is linear in the number of clips.
     """
     trainable = _bytes(p for p in model.parameters() if p.requires_grad)
     one, two = peak_of(1), peak_of(2)
@@ -49,10 +51,9 @@ def memory_model(model: nn.Module, peak_of: Callable[[int], int], *, averages: b
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
-    """Bytes that tensors take while `work` runs, at the peak, beyond those that were there before.
+    """Peak bytes of tensors while `work` runs, beyond those that exist before.
 
-    On a GPU its allocator tells; elsewhere the tensors are counted, so what an operation allocates and frees
-    within itself is missing.
+    Off CUDA the tensors are counted, without those that an operation allocates and frees internally.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -65,44 +66,37 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device, processes: int = 1) -> int:
-    """Bytes that one of a machine's `processes` processes may still take on its device."""
+    """Free bytes of a device for one of `processes` processes on this machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "mps":
-        recommended: int = torch.mps.recommended_max_memory()
-        taken: int = torch.mps.current_allocated_memory()
-        return recommended - taken
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     return int(CPU_SHARE * free_host_bytes() / processes)
 
 
 def free_host_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
-    """Memory that is not taken of this machine, or of the container or the queue's job that this process is in."""
+    """Free bytes of main memory within the limits of the machine, the container and the job."""
     free = int(psutil.virtual_memory().available)
-    for folder in _cgroups(groups, own):
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return free
+    folder = groups / next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
+    for group in (folder, *(f for f in folder.parents if f == groups or groups in f.parents)):
         try:
-            limit = (folder / "memory.max").read_text().strip()
-            used = int((folder / "memory.current").read_text())
-            cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+            cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except OSError:
-            continue  # the root of all groups has no limit
+            continue  # the root group has no limit
         if limit != "max":
             free = min(free, max(0, int(limit) - used + int(cache.get("inactive_file", 0))))
     return free
 
 
-def _cgroups(groups: Path, own: Path) -> list[Path]:
-    """The folders of the control groups that this process is in, from its own up to the root."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
-    folder = groups / next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
-    return [folder, *(f for f in folder.parents if f == groups or groups in f.parents)]
-
-
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations make while they are alive."""
+    """Counts the bytes of live storages that operations create."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -114,10 +108,10 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = operation(*args, **kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -126,9 +120,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._known:
             self._live += size
             self.peak = max(self.peak, self._live)
-            self._known[key] = weakref.finalize(storage, self._gone, key, size)
+            self._known[key] = weakref.finalize(storage, self._free, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self._live -= size
         del self._known[key]
 
@@ -137,12 +131,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# What is said where there is no exception for it: by PyTorch's allocators (c10/core/impl/alloc_cpu.cpp,
-# aten/src/ATen/mps/MPSAllocator.mm), and by CUDA's libraries, which allocate beside PyTorch.
-SENTENCES = (
+# Messages of errors without a class of their own: of PyTorch's allocators (c10/core/impl/alloc_cpu.cpp,
+# aten/src/ATen/mps/MPSAllocator.mm), and of CUDA's libraries, which allocate beside PyTorch.
+OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "not enough memory",
     "MPS backend out of memory",
@@ -154,36 +145,36 @@ SENTENCES = (
 
 # Note [Out of memory]
 # ~~~~~~~~~~~~~~~~~~~~
-# A window whose passes do not fit is thrown away in all processes and begun anew with half the micro-batch. Its
-# clips are the same (engine/batches.py), so its update is what it would have been with that micro-batch from the
-# beginning, dropout included, which is seeded by the pass. The micro-batch stands in every checkpoint from then on.
+# A step that does not fit is discarded on all ranks and repeated with half the micro-batch. Its clips are the same
+# (engine/train/batches.py), so its update is that of a run with this micro-batch from the start. That includes
+# dropout, which is seeded for each pass. The micro-batch is in every later checkpoint.
 #
-# For that, no process may wait in a collective while another has failed. So there is none in a pass: gradients are
-# summed once per window, after all have said that theirs are whole (engine/parallel.py). DistributedDataParallel,
-# which sums them within the last backward pass, was refused: a process that fails there leaves the others waiting
-# for it until a timeout ends them all. What it gains is communication hidden behind the backward pass: nothing with
-# LoRA (2 MB of gradients for ViT-B), 340 MB per window with `--train all`. It also keeps a second copy of them. A
-# measurement of `--train all` over slow links could bring it back for that.
+# No rank may wait in a collective while another has failed, so there is none in a pass. Gradients are summed once
+# per step, after all ranks have reported success (engine/distributed.py). DistributedDataParallel sums them within
+# the last backward pass and was rejected: a rank that fails there leaves the others waiting until a timeout. Its
+# gain is communication hidden behind the backward pass: none with LoRA (2 MB of gradients for ViT-B), 340 MB per
+# step with `--train all`. It also keeps a second copy of the gradients. A measurement of `--train all` over slow
+# links could change this decision.
 #
-# What is not survived: memory that runs out in the optimizer's update, in validation, or in the machine itself,
-# which kills a process. Those end the run with a sentence, and the last checkpoint is whole.
+# Not covered: memory that runs out in the optimizer's update, in validation, or in the machine itself, which kills
+# a process. Those end the run with an error, and the last checkpoint is whole.
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
+    """Whether an error reports that a device or the machine has no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in SENTENCES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
 
 
 class Attempt:
-    """The passes of one window, up to the first that finds no memory."""
+    """The passes of one step, up to the first that runs out of memory."""
 
     def __init__(self) -> None:
         self.failed = False
 
     def run(self, work: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> R | None:
-        """What `work` returns; None where memory ran out, in it or in an earlier pass."""
+        """The result of `work`; None if memory ran out, in it or in an earlier pass."""
         if self.failed:
             return None
         try:
@@ -191,14 +182,14 @@ class Attempt:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Out here the error is gone, and with it the frames that held the pass's tensors.
+        # Outside the except block the traceback is gone, and with it the frames that keep the pass's tensors alive.
         self.failed = True
         release_memory()
         return None
 
 
 def release_memory() -> None:
-    """Give back the memory of tensors that nothing holds any more."""
+    """Returns the memory of unreferenced tensors to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -208,7 +199,7 @@ def release_memory() -> None:
 
 @contextmanager
 def out_of_memory_errors(settings: TrainSettings, device: torch.device) -> Iterator[None]:
-    """Within, memory that runs out becomes a RunError that says what takes less."""
+    """Turns out-of-memory errors into a RunError with advice."""
     try:
         yield
     except RuntimeError as error:
@@ -220,7 +211,7 @@ def out_of_memory_errors(settings: TrainSettings, device: torch.device) -> Itera
 
 
 def memory_advice(settings: TrainSettings, device: torch.device) -> str:
-    """What would take less memory than these settings do, the mildest first."""
+    """Settings that would need less memory, those with the least effect on the result first."""
     ways = []
     if not settings.gradient_checkpointing:
         ways.append("--gradient-checkpointing (the result stays the same)")
@@ -233,25 +224,28 @@ def memory_advice(settings: TrainSettings, device: torch.device) -> str:
         ways.append("a smaller --width or --depth")
     elif settings.train == "all":
         ways.append("--train lora")
-    return f"What takes less: {'; '.join(ways)}."
+    return f"To need less: {'; '.join(ways)}."
 
 
 def global_batch(settings: TrainSettings, processes: int) -> int:
-    """Clips per update: as given, else micro-batch × accumulation × processes; for an automatic one, the default's.
+    """Clips per update: --global-batch-size, else micro-batch × accumulation × processes.
 
-    Raises SettingsError where a given one cannot be cut into equal passes.
+    An automatic micro-batch counts as the default one. Raises SettingsError for a --global-batch-size that cannot
+    be divided evenly.
     """
     micro = settings.per_gpu_batch_size
-    wide = (DEFAULT_MICRO_BATCH if micro == "auto" else micro) * processes
     if settings.global_batch_size is None:
-        return wide * settings.gradient_accumulation_steps
-    wide = processes if micro == "auto" else wide
-    if settings.global_batch_size % wide:
-        below = settings.global_batch_size // wide * wide
-        of = f"{processes} processes" if micro == "auto" else f"{processes} × --per-gpu-batch-size {micro}"
+        clips = DEFAULT_MICRO_BATCH if micro == "auto" else micro
+        return clips * processes * settings.gradient_accumulation_steps
+    unit = processes * (1 if micro == "auto" else micro)
+    if settings.global_batch_size % unit:
+        below = settings.global_batch_size // unit * unit
+        factors = (
+            f"{processes} processes" if micro == "auto" else f"{processes} × --per-gpu-batch-size {micro}"
+        )
         raise SettingsError(
-            f"--global-batch-size {settings.global_batch_size}: no multiple of {of}. "
-            f"Take {f'{below} or ' if below else ''}{below + wide}."
+            f"--global-batch-size {settings.global_batch_size}: no multiple of {factors}. "
+            f"Take {f'{below} or ' if below else ''}{below + unit}."
         )
     return settings.global_batch_size
 
@@ -261,7 +255,7 @@ def resolve_batch(
 ) -> tuple[TrainSettings, int]:
     """The settings with a number for an automatic micro-batch, and the clips of an update.
 
-    `find` tells how many of one process's clips of an update go into a pass; it is asked only for `auto`.
+    `find` maps the clips of a process per update to its micro-batch; it is called for `auto` only.
     """
     clips = global_batch(settings, processes)
     if settings.per_gpu_batch_size != "auto":
@@ -275,7 +269,7 @@ def resolve_batch(
 
 
 def reuse_batch_settings(settings: TrainSettings, before: Mapping[str, Any], processes: int) -> TrainSettings:
-    """The settings with what a run of them has found where they say `auto`: nothing is looked for twice."""
+    """The settings with the values that an earlier process of the run has found for `auto`."""
     if settings.mixed_precision == "auto":
         settings = settings.model_copy(update={"mixed_precision": before["mixed_precision"]})
     return resolve_batch(settings, processes, find=lambda share: int(before["per_gpu_batch_size"]))[0]
@@ -284,9 +278,9 @@ def reuse_batch_settings(settings: TrainSettings, before: Mapping[str, Any], pro
 def largest_that_fits(
     share: int, model: MemoryModel, *, free: int, fits: Callable[[int], bool]
 ) -> int | None:
-    """The most clips per pass that divide a process's share of an update and fit; None where not even one does.
+    """The largest divisor of `share` clips that fits in memory; None if even 1 does not fit.
 
-    What the model says is too much for `free` bytes is not tried; the rest is, the largest first.
+    Divisors that need more than `free` bytes by the model are skipped; `fits` tries the others, the largest first.
     """
     for clips in range(share, 0, -1):
         if share % clips == 0 and model.needed(clips) - model.weights <= free and fits(clips):
@@ -297,57 +291,54 @@ def largest_that_fits(
 def find_micro_batch(
     share: int, built: Built, model: nn.Module, settings: TrainSettings, accelerator: Accelerator
 ) -> int:
-    """The micro-batch that all processes can take, measured on their devices, the model's weights in place.
+    """The largest micro-batch that fits on all ranks, measured with the model on its device.
 
-    Raises RunError where one clip is too much.
+    Raises RunError if not even one clip fits.
     """
     device = accelerator.device
     probe = Probe(built, model, accelerator, averages=settings.ema_decay is not None)
     if (terms := Attempt().run(probe.memory_model)) is None:  # two clips are too many to measure
         found = 1 if probe.fits(1) else None
     else:
-        # On a CPU an allocation that is too large does not fail, it ends the process later: the model decides.
-        tried = probe.fits if device.type != "cpu" else lambda clips: True
-        free = free_bytes(device, local_processes())
-        found = largest_that_fits(share, terms, free=free, fits=tried)
-    least = all_reduce_min(found or 0, accelerator)
-    if not least:
+        # Overcommitment on a CPU does not fail at once but kills the process later: the model alone decides.
+        fits = probe.fits if device.type != "cpu" else lambda clips: True
+        found = largest_that_fits(share, terms, free=free_bytes(device, local_processes()), fits=fits)
+    smallest = all_reduce_min(found or 0, accelerator)
+    if not smallest:
         raise RunError(
             f"--per-gpu-batch-size auto: not even one clip fits into the memory of {device}. "
             f"{memory_advice(settings, device)}",
             by_all=True,
         )
-    return least
+    return smallest
 
 
 class Probe:
-    """Forward and backward passes of empty clips, to see what they take."""
+    """Memory measurements with forward and backward passes of blank clips."""
 
     def __init__(
         self, built: Built, model: nn.Module, accelerator: Accelerator, *, averages: bool = False
     ) -> None:
-        """`averages` says whether a moving average of the trained weights is kept."""
+        """`model` is the compiled model of `built`, or its own; `averages`: with a moving average of weights."""
         self._built = built
-        self._averages = averages
         self._model = model
         self._accelerator = accelerator
+        self._averages = averages
 
     def memory_model(self) -> MemoryModel:
-        """The terms of a training step of this model on this device."""
+        """The memory terms of a training step of this model on this device."""
         device = self._accelerator.device
-        model = self._built.model  # compiled, it takes less; how much less, the device says
+        model = self._built.model  # the compiled one needs less, by an unknown amount
         try:
-            self.run(model, 1)  # makes the gradients, and what libraries make once
+            self.run(model, 1)  # allocates the gradients and the buffers of libraries
             return memory_model(
-                model,
-                lambda clips: peak_bytes(lambda: self.run(model, clips), device),
-                averages=self._averages,
+                model, lambda n: peak_bytes(lambda: self.run(model, n), device), averages=self._averages
             )
         finally:
             model.zero_grad(set_to_none=True)
 
     def fits(self, clips: int) -> bool:
-        """Whether a pass of so many clips finds its memory, beside the optimizer's moments and the average."""
+        """Whether a pass of this many clips fits, beside the optimizer's moments and the average."""
         trainable = [p for p in self._built.model.parameters() if p.requires_grad]
         attempt = Attempt()
         copies = MOMENTS + self._averages
@@ -359,7 +350,7 @@ class Probe:
         return not attempt.failed
 
     def run(self, model: nn.Module, clips: int) -> None:
-        """One forward and backward pass of so many clips; it leaves gradients."""
+        """One forward and backward pass of this many clips; adds to the gradients."""
         size, frames = self._built.preprocessing.frame_size, self._built.preprocessing.n_frames
         device = self._accelerator.device
         batch = torch.zeros(clips, frames, 3, size, size, device=device)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,86 +21,71 @@ from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.errors import RunError
 from tvit_cli.settings.train import TrainSettings
 
-SECONDS_BETWEEN_REPORTS = 0.2  # reading the loss waits for the device, so not at every step
-
-
-class Mark(Protocol):
-    """A moment in a device's queue of work; `torch.cuda.Event` is one."""
-
-    def record(self) -> None:
-        """Put the mark at the end of the queue."""
-
-    def query(self) -> bool:
-        """Whether the device has come to the mark."""
-
-    def elapsed_time(self, other: Mark) -> float:
-        """Milliseconds from this mark to another that the device has come to as well."""
+SECONDS_BETWEEN_REPORTS = 0.2  # reading the loss synchronises with the device, so not at every step
 
 
 class Clock:
-    """Started when an epoch starts. See Note [Who waits for data]."""
+    """Throughput and data-loading time of an epoch. See Note [Data wait]."""
 
-    def __init__(self, make_mark: Callable[[], Mark] | None = None) -> None:
+    def __init__(self, make_event: Callable[[], Any] | None = None) -> None:
+        """`make_event` makes a marker in a device's stream, such as `torch.cuda.Event`."""
         self.started = time.perf_counter()
-        self._make_mark = make_mark
-        self._marks: deque[tuple[Mark, Mark]] = deque()
+        self.clips = 0
+        self._make_event = make_event
+        self._waits: deque[tuple[Any, Any]] = deque()
         self._reported = 0.0
         self._waited = 0.0
-        self.clips = 0
-        self.waits_for_data()
+        self.wait_started()
 
     @classmethod
     def of(cls, device: torch.device) -> Clock:
         """A clock for a model on a device."""
-        if device.type != "cuda":
-            return cls()
-        return cls(cast("Callable[[], Mark]", partial(torch.cuda.Event, enable_timing=True)))
+        return cls(partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None)
 
-    def waits_for_data(self) -> None:
+    def wait_started(self) -> None:
+        """Marks the request for the next batch."""
         self._waiting_since = time.perf_counter()
-        self._work_ends = self._mark()
+        self._work_ends = self._record()
 
-    def data_arrived(self) -> None:
-        arrival = self._mark()
-        if self._work_ends is not None and arrival is not None:
-            self._marks.append((self._work_ends, arrival))
+    def wait_ended(self) -> None:
+        """Marks the arrival of the batch."""
+        arrival = self._record()
+        if arrival is not None:
+            self._waits.append((self._work_ends, arrival))
         else:
             self._waited += time.perf_counter() - self._waiting_since
 
     def report_is_due(self) -> bool:
+        """Whether SECONDS_BETWEEN_REPORTS have passed since the last report; a report is then assumed."""
         now = time.perf_counter()
         due = now - self._reported >= SECONDS_BETWEEN_REPORTS
-        if due:
-            self._reported = now
+        self._reported = now if due else self._reported
         return due
 
     def facts(self) -> dict[str, float]:
-        """Seconds, clips per second, and the share of the time that the model waited for data."""
+        """Seconds, clips per second, and `data_wait`: share of the time that the model waited for data."""
         seconds = max(1e-9, time.perf_counter() - self.started)
-        while self._marks and self._marks[0][1].query():
-            before, arrival = self._marks.popleft()
+        while self._waits and self._waits[0][1].query():
+            before, arrival = self._waits.popleft()
             self._waited += before.elapsed_time(arrival) / 1000
-        return {
-            "seconds": seconds,
-            "clips_per_second": self.clips / seconds,
-            "data_wait": self._waited / seconds,
-        }
+        rate, wait = self.clips / seconds, self._waited / seconds
+        return {"seconds": seconds, "clips_per_second": rate, "data_wait": wait}
 
-    def _mark(self) -> Mark | None:
-        if self._make_mark is None:
+    def _record(self) -> Any:
+        if self._make_event is None:
             return None
-        mark = self._make_mark()
-        mark.record()
-        return mark
+        event = self._make_event()
+        event.record()
+        return event
 
 
-# Note [Who waits for data]
-# ~~~~~~~~~~~~~~~~~~~~~~~~~
-# On a CPU the loop itself computes, so the model waits exactly while the loop waits for its next batch. A GPU
-# has a queue: the loop runs ahead of it, and may stand waiting for a batch while the GPU still works on the
-# last. What counts there is how long the queue was empty. One mark is put at its end when the loop begins to
-# wait, another when the batch is there: the GPU's time between the two is nothing while it has work, and else
-# the time that it stood idle. Marks are read when their time has come anyway, so that nothing waits for them.
+# Note [Data wait]
+# ~~~~~~~~~~~~~~~~
+# On a CPU the loop itself computes, so the model waits exactly while the loop waits for its next batch. A GPU has
+# a queue: the loop runs ahead of it and may wait for a batch while the GPU still works on the last one. There the
+# time counts in which the queue was empty. An event is recorded when the loop begins to wait, another when the
+# batch arrives. The time between the two on the GPU is zero while it has work, else the time that it was idle.
+# Events are read only once they have completed, so nothing is synchronised.
 
 
 MOST_NAMES = 8  # clips named in the message
@@ -108,37 +93,37 @@ MOST_NAMES = 8  # clips named in the message
 
 @dataclass(frozen=True)
 class BadClip:
-    """A clip whose loss is not finite: the update it was for, its index in the training videos, its loss.
+    """A clip with a loss that is not finite: its step, its index in the training videos, its loss.
 
-    `mixed_with` is the index of the clip that was mixed into it, if one was.
+    `mixed_with` is the index of its mixup or CutMix partner, if it has one.
     """
 
     step: int
     index: int
     loss: float
-    window_clips: int
+    step_clips: int
     mixed_with: int | None = None
 
 
 @dataclass
 class LossWatch:
-    """Remembers the losses since the last look, on their device, so that no step waits for them."""
+    """Losses since the last check, kept on their device, so that no step synchronises."""
 
     _recent: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
 
-    def saw(self, planned: MicroBatch, losses: Tensor) -> None:
-        """Note the losses (B,) of a micro-batch; those past its `real` clips do not count."""
+    def add(self, planned: MicroBatch, losses: Tensor) -> None:
+        """Adds the losses (B,) of a micro-batch; those beyond its `real` clips are ignored."""
         if planned.real:
             self._recent.append((planned, losses.detach()[: planned.real]))
 
-    def forget(self, step: int) -> None:
-        """Drop what was noted of an update that is begun anew."""
+    def drop(self, step: int) -> None:
+        """Removes the losses of a step that is repeated."""
         self._recent = [(planned, losses) for planned, losses in self._recent if planned.step != step]
 
-    def look(self, accelerator: Accelerator) -> list[BadClip]:
-        """The clips of the first update with a loss that is not finite; nothing where all are.
+    def check(self, accelerator: Accelerator) -> list[BadClip]:
+        """The clips of the first step with a loss that is not finite; empty if all are finite.
 
-        All processes have to look together, and get the same answer. Waits for the device.
+        A collective: all processes call it and get the same result. Synchronises with the device.
         """
         recent, self._recent = self._recent, []
         finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
@@ -146,74 +131,55 @@ class LossWatch:
             finite = torch.cat([losses for _, losses in recent]).isfinite().all()
         if not accelerator.reduce((~finite).float(), reduction="sum").item():
             return []
-        own = [
-            BadClip(
-                planned.step, planned.keys[place][1], loss, planned.window_clips, _partner(planned, place)
-            )
-            for planned, losses in recent
-            for place, loss in enumerate(losses.tolist())
-            if not math.isfinite(loss)
-        ]
+        own = []
+        for planned, losses in recent:
+            keys = planned.keys + planned.extra
+            for i, loss in enumerate(losses.tolist()):
+                if not math.isfinite(loss):
+                    partner = keys[planned.partners[i]][1] if planned.partners else None
+                    own.append(BadClip(planned.step, keys[i][1], loss, planned.step_clips, partner))
         bad: list[BadClip] = gather_object(own)
         first = min(clip.step for clip in bad)
         return [clip for clip in bad if clip.step == first]
 
 
-def _partner(planned: MicroBatch, place: int) -> int | None:
-    return (planned.keys + planned.extra)[planned.partners[place]][1] if planned.partners else None
-
-
 def loss_error(
-    bad: Sequence[BadClip], names: Sequence[str], settings: TrainSettings, precision: str, saved: Path
+    bad: Sequence[BadClip], names: Sequence[str], settings: TrainSettings, precision: str, checkpoints: Path
 ) -> RunError:
-    """What to say of clips whose loss is not finite; `names` are those of all training videos."""
-    shown = []
+    """The error for clips with a loss that is not finite; `names` are those of all training videos."""
+    lines = []
     for clip in bad[:MOST_NAMES]:
         mixed = "" if clip.mixed_with is None else f", mixed with {names[clip.mixed_with]}"
-        shown.append(f"  {names[clip.index]}{mixed}: {clip.loss}")
+        lines.append(f"  {names[clip.index]}{mixed}: {clip.loss}")
     if len(bad) > MOST_NAMES:
-        shown.append(f"  and {len(bad) - MOST_NAMES} more")
-    clips = bad[0].window_clips
-    what = (
-        f"Step {bad[0].step + 1}: the loss of {len(bad)} of its {clips} clips is not finite:\n"
-        + "\n".join(shown)
-    )
-    hint = "All clips of the step: the run diverged. " if len(bad) == clips else "Look at these clips first. "
-    return divergence_error(f"{what}\n{hint}", settings, precision, saved)
+        lines.append(f"  and {len(bad) - MOST_NAMES} more")
+    clips = bad[0].step_clips
+    hint = "All clips of the step: the run diverged. " if len(bad) == clips else "Check these clips first. "
+    heading = f"Step {bad[0].step + 1}: the loss of {len(bad)} of its {clips} clips is not finite:"
+    return divergence_error("\n".join([heading, *lines, hint]), settings, precision, checkpoints)
 
 
-def divergence_error(what: str, settings: TrainSettings, precision: str, saved: Path) -> RunError:
-    """An error for numbers that are not finite: what is saved in the folder of checkpoints, and what may help.
+def divergence_error(problem: str, settings: TrainSettings, precision: str, checkpoints: Path) -> RunError:
+    """The error for numbers that are not finite: the problem, the last checkpoint, and settings to change.
 
     `precision` is the number format in use.
     """
-    kept = list_checkpoints(saved)
-    state = (
-        f"The last good state is kept: {kept[-1]}."
-        if kept
-        else "No checkpoint had been written yet, and none of this state was."
-    )
-    steps = [f"a smaller --learning-rate (it is {settings.learning_rate:g})", "a longer --warmup-epochs"]
+    kept = list_checkpoints(checkpoints)
+    state = f"The last good checkpoint is {kept[-1]}." if kept else "No checkpoint had been written yet."
+    changes = [f"a smaller --learning-rate (it is {settings.learning_rate:g})", "a longer --warmup-epochs"]
     if settings.max_grad_norm is None:
-        steps.append("--max-grad-norm 1")
+        changes.append("--max-grad-norm 1")
     if precision != "no":
-        steps.append("--mixed-precision no")
-    advice = (
-        f"Going on from there would take the same steps again: start a new run with {', or '.join(steps)}."
+        changes.append("--mixed-precision no")
+    return RunError(
+        f"{problem}{state}\nA resumed run would diverge again: start a new run with {', or '.join(changes)}.",
+        by_all=True,
     )
-    return RunError(f"{what}{state}\n{advice}", by_all=True)
 
 
 def non_finite_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold a NaN or an infinity. Waits for the device, once."""
+    """The names of the tensors with a NaN or an infinity. Synchronises with the device, once."""
     if not tensors:
         return []
     flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     return [name for name, finite in zip(tensors, flags, strict=True) if not finite]
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of many names. a, b, c and 9 more"""
-    every = list(names)
-    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
-    return ", ".join(every[:3]) + more

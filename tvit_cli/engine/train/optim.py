@@ -1,6 +1,6 @@
 """Loss, optimizer parameter groups, and learning-rate schedule.
 
-What a clip counts may depend on its class. Pure functions of tensors. Letters: B clips, K classes.
+Pure functions of tensors. Letters: B clips, K classes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from tvit_cli.portable.vit import TemporalViT
 
 @dataclass(frozen=True)
 class Targets:
-    """What the clips of one forward pass show, and which of them count.
+    """Labels and weights of the clips of one forward pass.
 
-    Of a mixed clip, `labels` and `others` are both right, for `shares` and 1 - `shares` of it.
+    A mixed clip has two labels: `labels` with weight `shares`, `others` with weight 1 - `shares`.
     """
 
     labels: Tensor  # int64 (B,)
-    weights: Tensor  # float (B,): 1, or 0 for a clip that does not count
+    weights: Tensor  # float (B,): 1, or 0 for an unreadable or padding clip
     others: Tensor | None = None  # int64 (B,)
     shares: Tensor | None = None  # float (B,), 0 to 1
 
     @property
     def main(self) -> Tensor:
-        """The label of the larger part of each clip: what a right answer is in the training accuracy."""
+        """The label with the larger share of each clip, int64 (B,): the target of the training accuracy."""
         if self.others is None or self.shares is None:
             return self.labels
         return self.labels.where(self.shares >= 0.5, self.others)
@@ -39,34 +39,33 @@ class Targets:
 def clip_losses(logits: Tensor, targets: Targets, *, class_weights: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy in nats of each clip, times the weight of its class: logits (B, K), weights (K,) -> (B,).
 
-    Of a mixed clip, that of both labels by their shares; where classes weigh the same, this is the cross-entropy
+    For a mixed clip, the mean over both labels by their shares. With equal class weights this is the cross-entropy
     against the mixed, then smoothed target.
     """
 
-    def of(labels: Tensor) -> Tensor:
+    def weighted_loss(labels: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
         return losses * class_weights[labels]
 
-    losses = of(targets.labels)
+    losses = weighted_loss(targets.labels)
     if targets.others is None or targets.shares is None:
         return losses
-    others = of(targets.others)
-    return targets.shares * losses + (1 - targets.shares) * others
+    return targets.shares * losses + (1 - targets.shares) * weighted_loss(targets.others)
 
 
-def window_share(losses: Tensor, targets: Targets, *, window_clips: int) -> Tensor:
-    """What one forward pass adds to the mean loss of an update of that many clips, over all its passes."""
-    return (losses * targets.weights).sum() / window_clips
+def loss_share(losses: Tensor, targets: Targets, *, step_clips: int) -> Tensor:
+    """The contribution of one forward pass to the mean loss over the `step_clips` clips of an update."""
+    return (losses * targets.weights).sum() / step_clips
 
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-# Learned tokens and positions are offsets, not weights of a map; decay would pull them to nothing (DeiT).
+# Learned tokens and positions are offsets, not weights of a linear map; DeiT does not decay them either.
 EMBEDDINGS = frozenset(
     {"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra", "shift", "scale"}
 )
-MAGNITUDES = "lora_magnitude_vector"  # DoRA's lengths of weights: decay would pull those to nothing
-# Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, and has
-# nothing that a small rate would protect.
+MAGNITUDES = "lora_magnitude_vector"  # DoRA's magnitudes: decay would pull them to zero
+# Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, so it has
+# no pretrained values for a small learning rate to protect.
 STEM = frozenset({"patch_embed", "positions", "pre_norm"})
 
 
@@ -79,20 +78,20 @@ def parameter_groups(
     layer_decay: float = 1.0,
     temporal_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in groups that share a weight decay and a `rate_scale` (`set_rates` reads it).
+    """The trainable parameters in groups of equal weight decay and equal `rate_scale` (see `set_rates`).
 
-    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; learned tokens,
+    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`. Learned tokens,
     positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
-    that of `layer_scale`; parts that an image ViT lacks get `temporal_rate` where they hold layers, else 1.
+    that of `layer_scale`; for temporal modules it is `temporal_rate` if they are layers, else 1.
     """
-    new = {
+    temporal = {
         f"{path}.": temporal_rate if part.has_linear_layers else 1.0
         for path, part in model.added_modules().items()
     }
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for path, module in model.named_modules():
         scale = next(
-            (scale for prefix, scale in new.items() if f"{path}.".startswith(prefix)),
+            (scale for prefix, scale in temporal.items() if f"{path}.".startswith(prefix)),
             layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay),
         )
         for name, parameter in module.named_parameters(recurse=False):
@@ -112,10 +111,10 @@ def parameter_groups(
 
 
 def layer_scale(path: str, *, depth: int, layer_decay: float) -> float:
-    """Share of the learning rate that a module of the model gets, with its adapters.
+    """Learning-rate factor of a module and its adapters (layer-wise decay, BEiT, arXiv:2106.08254).
 
-    Block i of L, counted from 1, gets layer_decay^(L - i + 1), what lies before the blocks layer_decay^(L + 1),
-    all else 1. Source: BEiT, arXiv:2106.08254. 2 blocks, decay 0.5 -> patch_embed 0.125 . 0.25 . 0.5 . norm 1
+    Block i of L, counted from 1, gets layer_decay^(L - i + 1), the layers before the blocks layer_decay^(L + 1),
+    all others 1. 2 blocks, decay 0.5 -> patch_embed 0.125 . 0.25 . 0.5 . norm 1
     """
     top, *below = path.split(".")
     if top == "blocks" and below:
@@ -124,7 +123,7 @@ def layer_scale(path: str, *, depth: int, layer_decay: float) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group its share of the learning rate."""
+    """Sets the learning rate of every parameter group to `rate` times its `rate_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
 
@@ -137,10 +136,10 @@ def adamw(
 
 
 def learning_rate_at(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then half a cosine towards zero.
+    """The learning rate of update `step`, counted from 0: linear warm-up, then half a cosine towards zero.
 
-    The rate of update `step`, counted from 0; the first is peak / warmup_steps, not 0, so that no update is
-    spent on nothing. peak 1, warm-up 2 of 4 steps -> 0.5 . 1.0 . 1.0 . 0.5
+    The first rate is peak / warmup_steps, not 0: no update is wasted.
+    peak 1, warm-up 2 of 4 steps -> 0.5 . 1.0 . 1.0 . 0.5
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

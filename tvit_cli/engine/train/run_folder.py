@@ -19,25 +19,37 @@ from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, own_files
 from tvit_cli.settings.train import TrainSettings
 
 LOCK_FILE = ".lock"
-# What a training writes into its folder before its first checkpoint.
-_BEGUN = {SETTINGS_FILE, LOCK_FILE, RECORDS_FILE, PER_CLASS_FILE, TENSORBOARD_FOLDER, "wandb", "wandb-id"}
+TEST = Path("eval", "test")  # evaluation of the test subset
+# Entries that a training writes into its folder before its first checkpoint.
+_FIRST_FILES = {
+    SETTINGS_FILE,
+    LOCK_FILE,
+    RECORDS_FILE,
+    PER_CLASS_FILE,
+    TENSORBOARD_FOLDER,
+    "wandb",
+    "wandb-id",
+}
 _BUSY = "another training is busy in it. Wait for it to end."
-_TAKEN = (
-    "another training has just taken this name. Start again, or give this one a name with --experiment-name."
-)
-# Names of the drawings that reports leave in plots/.
-_DRAWINGS = (
-    *("loss", "accuracy", "learning_rate", "confusion", "per_class", "reliability", "confidence", "coverage"),
-    *("gradient_norm", "throughput", "data_wait", "changed_classes", "runs"),
-)
-TEST = Path("eval", "test")  # where the test subset's evaluation is written, beside the model
+_TAKEN = "another training has just taken this name. Start again, or set another name with --experiment-name."
+_PAGE = r"""(report|comparison)\.(html|writing)
+    |plots/(loss|accuracy|learning_rate|confusion|per_class|reliability|confidence|coverage
+        |gradient_norm|throughput|data_wait|changed_classes|runs)\.png"""
+_OWN_FILES = rf"""(?x)
+    \.lock|settings\.(json|writing)|(metrics|val_per_class)\.(jsonl|writing)
+    |wandb-id|wandb/(latest-run|wandb-resume\.json|debug[^/]*\.log|(offline-)?run-[^/]+(/.+)?)
+    |tensorboard/(.+/)?events\.out\.[^/]+
+    |{_PAGE}
+    |CHECKPOINTS/\.?step-\d{{6,}}(\.writing|\.removing)?/({CHECKPOINT_FILES.pattern})
+    |(model|\.model\.writing/(new|old))/(card\.json|model\.safetensors)
+    |eval/(.+/)?((metrics|comparison|summary)\.json|(scores|confusion)\.csv|{_PAGE})"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its folder of checkpoints, and the checkpoint to go on from, if any.
+    """A run's folder, its folder of checkpoints, and the checkpoint to resume from, if any.
 
-    One that `begins_again` was begun by a training that ended before its first checkpoint.
+    A run that `begins_again` has a folder of a training that ended before its first checkpoint.
     """
 
     folder: Path
@@ -47,16 +59,16 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """Where the trained model goes."""
+        """The model folder of the run."""
         return self.folder / MODEL_FOLDER
 
 
 def choose_run(settings: TrainSettings) -> Run:
-    """Choose the folder that a training writes to; `write_settings` makes it, once all else was found good.
+    """Chooses the folder that a training writes to; `write_settings` makes it later.
 
-    A named experiment that is not finished, or is yet to be scored on the test subset, is gone on with; one that
-    ended before its first checkpoint begins again. Raises SettingsError where it is finished, or is no training's,
-    unless it is to be overwritten; CheckpointError where there is nothing to resume from.
+    A named experiment is resumed if it is not finished or not yet scored on the test subset. Without a checkpoint
+    it begins again. Raises SettingsError if it is finished or no run, unless --overwrite is set; CheckpointError if
+    there is no checkpoint to resume from.
     """
     if settings.resume_from_checkpoint is not None:
         return find_run(settings)
@@ -66,34 +78,34 @@ def choose_run(settings: TrainSettings) -> Run:
     if _is_new(folder) or settings.overwrite:
         check_replaceable(folder, settings)
         return Run(folder, checkpoints, None)
-    if settings.experiment_name is not None and _has_nothing(folder):
+    if settings.experiment_name is not None and _has_no_checkpoint(folder):
         return Run(folder, checkpoints, None, begins_again=True)
-    choices = choices_beside(folder)
     known = list_checkpoints(checkpoints)
     is_scored = not settings.test_at_end or (folder / TEST / METRICS_FILE).is_file()
     if (folder / MODEL_FOLDER).exists() and (is_scored or not known):
-        raise SettingsError(f"--experiment-name {name}: {folder} is finished. {choices}")
+        raise SettingsError(f"--experiment-name {name}: {folder} is finished. {choices_beside(folder)}")
     if not known:
-        raise SettingsError(f"--experiment-name {name}: {checkpoints} holds no checkpoint. {choices}")
+        raise SettingsError(
+            f"--experiment-name {name}: {checkpoints} holds no checkpoint. {choices_beside(folder)}"
+        )
     return Run(folder, checkpoints, known[-1])
 
 
 def choices_beside(*folders: Path) -> str:
-    """Advice where an experiment's name is taken; --overwrite only where it would be accepted for all folders."""
-    if any(why_not_replaced(folder) for folder in folders):
-        return "Take another name with --experiment-name."
-    return "Take another name with --experiment-name, or replace it with --overwrite."
+    """Advice for a taken name; names --overwrite only if it would be accepted for all folders."""
+    overwrite = "" if any(map(why_not_replaced, folders)) else ", or replace it with --overwrite"
+    return f"Take another name with --experiment-name{overwrite}."
 
 
 def why_not_replaced(folder: Path) -> str:
-    """Why a folder is not a run that --overwrite may remove, "" where it is one or is empty.
+    """The reason why --overwrite must not remove a folder; "" for an empty folder, or a run with own files only.
 
-    It has to be a run by its settings file, and hold no file that tvit did not write. Links are not followed.
+    A run is recognised by its settings file. Links are not followed.
     """
-    if _is_new(folder) and not folder.is_symlink():
-        return ""
     if folder.is_symlink():
         return f"{folder} is a link, and links are not followed"
+    if _is_new(folder):
+        return ""
     own = _own_files(folder)
     if own is None:
         return f"{folder} is not the folder of a run, and holds {shorten(files_below(folder)) or 'other folders'}"
@@ -102,66 +114,61 @@ def why_not_replaced(folder: Path) -> str:
 
 
 def check_replaceable(folder: Path, settings: TrainSettings) -> None:
-    """Raise SettingsError where --overwrite must not remove a folder: it is no run of its own, holds other
-    files, or the weights to begin with.
-    """
+    """Raises SettingsError if the folder may not be overwritten, or holds the weights of --hf-model-name."""
     if settings.overwrite and (reason := why_not_replaced(folder)):
         raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name, or move them away.")
     name = settings.hf_model_name
     if name and Path(name).expanduser().absolute().resolve().is_relative_to(folder.absolute().resolve()):
         raise SettingsError(
-            f"--overwrite: {folder} holds the weights to begin with, --hf-model-name {name}. Take another "
+            f"--overwrite: {folder} holds the weights to start from, --hf-model-name {name}. Take another "
             "--experiment-name."
         )
 
 
 def experiment_name(settings: TrainSettings) -> str:
-    """The name that was given, or the first free one on the data set."""
+    """The value of --experiment-name, or the first free name for the data set."""
     if settings.experiment_name is not None:
         return settings.experiment_name
     return next_name(settings.working_directory, data_name(find_data(settings.path_to_data)))
 
 
+def next_name(root: Path, data: str) -> str:
+    """The first free name of a run on a data set. ucf101-1, ucf101-2 taken -> ucf101-3"""
+    pattern = re.compile(re.escape(data) + r"-(\d+)")
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    taken = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+    return f"{data}-{max(taken, default=0) + 1}"
+
+
 def find_run(settings: TrainSettings) -> Run:
-    """The run that `--resume-from-checkpoint` means: of the named experiment, at a path, or the newest."""
+    """The run of `--resume-from-checkpoint`: at a path, of the named experiment, or the newest.
+
+    Raises CheckpointError if there is none.
+    """
     which = settings.resume_from_checkpoint
     assert which is not None
-    path = Path(which)
+    path, root = Path(which), settings.working_directory
     if path.is_dir() and len(path.parts) > 1:
         checkpoints = path.absolute().parent
         return Run(checkpoints.parent, checkpoints, find_checkpoint(checkpoints, path.name))
-    root = settings.working_directory
     if settings.experiment_name is not None:
         folder = root / settings.experiment_name
         if not folder.is_dir():
-            raise CheckpointError(
-                f"--experiment-name {settings.experiment_name}: there is no such run in {root}."
-            )
+            raise CheckpointError(f"--experiment-name {settings.experiment_name}: no such run in {root}.")
     else:
         folders = [*root.glob("*/"), *root.glob("*/*/")]  # the second are runs of a series
-        runs = [p for p in folders if list_checkpoints(p / settings.checkpoint_dir)]
-        if not runs:
+        latest = {p: found[-1] for p in folders if (found := list_checkpoints(p / settings.checkpoint_dir))}
+        if not latest:
             raise CheckpointError(
                 f"{root}: no run with a checkpoint to resume from. Leave --resume-from-checkpoint out."
             )
-        folder = max(runs, key=lambda p: list_checkpoints(p / settings.checkpoint_dir)[-1].stat().st_mtime)
+        folder = max(latest, key=lambda path: latest[path].stat().st_mtime)
     checkpoints = folder / settings.checkpoint_dir
     return Run(folder, checkpoints, find_checkpoint(checkpoints, which))
 
 
-def next_name(root: Path, data: str) -> str:
-    """The first free name of a run on a data set. ucf101-1, ucf101-2 taken -> ucf101-3"""
-    pattern = re.compile(re.escape(data) + r"-(\d+)")
-    taken = (
-        [int(m[1]) for p in root.glob(f"{data}-*") if (m := pattern.fullmatch(p.name))]
-        if root.is_dir()
-        else []
-    )
-    return f"{data}-{max(taken, default=0) + 1}"
-
-
 def saved_settings(run: Run) -> Path:
-    """The settings file of a run that is resumed."""
+    """The settings file of a resumed run. Raises CheckpointError if it is missing."""
     path = run.folder / SETTINGS_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, so the run cannot be resumed with its own settings.")
@@ -169,37 +176,36 @@ def saved_settings(run: Run) -> Path:
 
 
 def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None:
-    """Make the run's folder and store what the run was told, as --config reads it.
+    """Makes the run's folder and writes its settings, which --config can read.
 
-    `is_alone` says that `held` has a lock on it. Raises SettingsError where another training took a new run's
-    name meanwhile, or may be busy in one that begins again.
+    `is_alone`: the run is locked (`run_lock`). Raises SettingsError if another training has taken the name, or may
+    be busy in a run that begins again; RunError if the folder cannot be written.
     """
     if run.begins_again and not is_alone and not settings.overwrite:
         raise SettingsError(
-            f"{run.folder}: was begun and has no checkpoint, and there are no locks here that would tell whether "
-            "another training is busy in it. Take another --experiment-name, or replace it with --overwrite."
+            f"{run.folder}: was begun and has no checkpoint, and there are no locks here to exclude that another "
+            "training is busy in it. Take another --experiment-name, or replace it with --overwrite."
         )
-    text = (
-        settings.model_dump_json(exclude={"resume_from_checkpoint", "overwrite", "show_settings"}, indent=1)
-        + "\n"
+    text = settings.model_dump_json(
+        exclude={"resume_from_checkpoint", "overwrite", "show_settings"}, indent=1
     )
     path = run.folder / SETTINGS_FILE
     try:
         if run.resume_from is None:
-            if settings.overwrite or (run.begins_again and _has_nothing(run.folder)):
+            if settings.overwrite or (run.begins_again and _has_no_checkpoint(run.folder)):
                 check_replaceable(run.folder, settings)
                 _remove_own_files(run.folder)
             with path.open("x", encoding="utf-8") as file:
-                file.write(text)
+                file.write(text + "\n")
         else:
-            beside = path.with_suffix(".writing")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
+            temporary = path.with_suffix(".writing")
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(path)
     except FileExistsError:
         raise SettingsError(f"{run.folder}: {_TAKEN}") from None
     except OSError as error:
         raise RunError(
-            f"{run.folder}: cannot be written ({error.strerror}). Make room, or choose another --working-directory."
+            f"{run.folder}: cannot be written ({error.strerror}). Free some space, or set --working-directory."
         ) from error
 
 
@@ -217,47 +223,33 @@ def _is_new(folder: Path) -> bool:
     return not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir())
 
 
-def _has_nothing(folder: Path) -> bool:
-    """Whether a training began in a folder and was killed before there was anything to go on from, or to lose.
-
-    So there is its settings file, and beside it nothing but its records and what it had not finished writing.
-    """
+def _has_no_checkpoint(folder: Path) -> bool:
+    """Whether the training of a folder was killed before its first checkpoint and left nothing of value."""
     return not why_not_replaced(folder) and all(
-        path.name in _BEGUN or _holds_nothing(path) for path in folder.iterdir()
+        path.name in _FIRST_FILES
+        or (path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir()))
+        for path in folder.iterdir()
     )
 
 
-def _holds_nothing(path: Path) -> bool:
-    return path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir())
-
-
 def _own_files(folder: Path) -> re.Pattern[str] | None:
-    """A pattern of the files that tvit writes into a run, by their relative paths; None where it is no run."""
+    """A pattern of the relative paths of files that tvit writes into a run; None if the folder is no run."""
     try:
         text = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
-        told = json.loads(text) if text else {"path_to_data": "", "checkpoint_dir": "checkpoints"}
-        checkpoints = re.escape(told["checkpoint_dir"])
-        told["path_to_data"]  # every run has it
+        saved = json.loads(text) if text else {"path_to_data": "", "checkpoint_dir": "checkpoints"}
+        saved["path_to_data"]  # every run has it
+        pattern = _OWN_FILES.replace("CHECKPOINTS", re.escape(saved["checkpoint_dir"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    page = rf"(report|comparison)\.(html|writing)|plots/({'|'.join(_DRAWINGS)})\.png"
-    patterns = [
-        r"\.lock|settings\.(json|writing)|(metrics|val_per_class)\.(jsonl|writing)|wandb-id",
-        r"wandb/(latest-run|wandb-resume\.json|debug[^/]*\.log|(offline-)?run-[^/]+(/.+)?)|tensorboard/(.+/)?events\.out\.[^/]+",
-        page,
-        rf"{checkpoints}/\.?step-\d{{6,}}(\.writing|\.removing)?/({CHECKPOINT_FILES.pattern})",
-        r"model/(card\.json|model\.safetensors)|\.model\.writing/(new|old)/(card\.json|model\.safetensors)",
-        rf"eval/(.+/)?((metrics|comparison|summary)\.json|(scores|confusion)\.csv|{page})",
-    ]
-    exports = [path for path in (folder / "export").glob("*/") if not path.is_symlink()]
-    patterns += [rf"export/{re.escape(path.name)}/({own_files(path).pattern})" for path in exports]
-    return re.compile("|".join(f"({pattern})" for pattern in patterns))
+    for export in (folder / "export").glob("*/"):
+        if not export.is_symlink():
+            pattern += rf"|export/{re.escape(export.name)}/({own_files(export).pattern})"
+    return re.compile(pattern)
 
 
 def _remove_own_files(folder: Path) -> None:
-    """Remove a run's files but its lock; settings go last: half removed, it is still known as a run."""
+    """Removes a run's files except its lock; its settings last, so that a half-removed run is still a run."""
     own = _own_files(folder)
-    if own is None or folder.is_symlink():
-        return
-    names = [name for name in files_below(folder) if own.fullmatch(name) and name != LOCK_FILE]
-    remove_files(folder, sorted(names, key=lambda name: name == SETTINGS_FILE))
+    if own is not None and not folder.is_symlink():
+        names = [name for name in files_below(folder) if own.fullmatch(name) and name != LOCK_FILE]
+        remove_files(folder, sorted(names, key=lambda name: name == SETTINGS_FILE))

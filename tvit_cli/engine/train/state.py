@@ -1,50 +1,54 @@
-"""State of a training loop, and the moving average of its weights."""
+"""State of a training loop, the moving average of its weights, and standardised features."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from tvit_cli.data.layout import Video
 from tvit_cli.engine.dataset import DataSource
 from tvit_cli.engine.distributed import worker_count
 from tvit_cli.engine.evaluate.metrics import Tally
-from tvit_cli.engine.evaluate.scoring import Scores, score
+from tvit_cli.engine.evaluate.scoring import Scores, WithFeatures, merge_scores, score
 from tvit_cli.engine.train.batches import BatchPlan
-from tvit_cli.engine.train.build import Built
-from tvit_cli.engine.train.fingerprint import fingerprint
-from tvit_cli.engine.train.monitor import LossWatch, loss_error
+from tvit_cli.engine.train.build import Built, clips_to_standardise
+from tvit_cli.engine.train.fingerprint import BASE, data_fingerprint, result_settings
+from tvit_cli.engine.train.monitor import LossWatch, divergence_error, loss_error
 from tvit_cli.engine.train.optim import learning_rate_at
 from tvit_cli.engine.train.run_folder import Run
 from tvit_cli.engine.train.trackers import Trackers
+from tvit_cli.errors import DataError, RunError
 from tvit_cli.model.lora import copy_tensors, trainable_tensors
+from tvit_cli.portable.layers import FeatureNorm
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.report.film import Samples
-from tvit_cli.results import Note, Report
+from tvit_cli.results import Note, Progress, Report
 from tvit_cli.settings.train import TrainSettings
+
+STANDARDISE_BATCH = 8  # fixed, so that the last bits depend neither on the micro-batch nor on the processes
 
 
 class WeightAverage:
-    """The exponential moving average of a model's trainable tensors, on their device and in their dtype.
+    """Exponential moving average (EMA) of a model's trainable tensors, on their device and in their dtype.
 
-    An adapter's two matrices are averaged each by itself, as all other tensors are, not their product.
+    The two matrices of an adapter are averaged separately, not their product.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """The average begins as the weights are."""
         self._weights = trainable_tensors(model)
         self.tensors = {name: weight.clone() for name, weight in self._weights.items()}
         self._decay = decay
 
     def decay_at(self, step: int) -> float:
-        """Share of the average that outlives update `step`, counted from 0; small at first, to forget the start.
+        """The decay of update `step`, counted from 0; small at first, to forget the initial weights.
 
         min(decay, (1 + step) / (10 + step)), as in TensorFlow: 0.1 . 0.18 . 0.25 … and 0.9 at step 80.
         """
@@ -52,17 +56,17 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the weights that update `step`, counted from 0, has left."""
+        """Moves the average towards the weights after update `step`, counted from 0."""
         weight = 1 - self.decay_at(step)
         torch._foreach_lerp_(list(self.tensors.values()), list(self._weights.values()), weight)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a saved average. Raises ModelError when names or shapes differ."""
+        """Loads a saved average. Raises ModelError for other names or shapes."""
         copy_tensors(tensors, self.tensors)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block the model has the average as its weights; afterwards its own, bit for bit."""
+        """Within the block the model has the averaged weights; afterwards its own, bit for bit."""
         self._swap()
         try:
             yield
@@ -79,19 +83,19 @@ class WeightAverage:
 
 @dataclass
 class Loop:
-    """The parts, made once, then its state, which a checkpoint stores."""
+    """The parts of a training, made once, and its state, which a checkpoint stores."""
 
     settings: TrainSettings
     accelerator: Accelerator
     run: Run
     source: DataSource
     built: Built
-    model: nn.Module  # as it is trained: compiled, or the plain one
+    model: nn.Module  # `plain_model`, compiled with --compile
     optimizer: AcceleratedOptimizer
     plan: BatchPlan
     trackers: Trackers
     report: Report
-    class_weights: Tensor  # (K,) float32: what a clip of each class counts in the training loss
+    class_weights: Tensor  # (K,) float32, in the training loss
     ema: WeightAverage | None = None
 
     step: int = 0
@@ -102,96 +106,117 @@ class Loop:
     unreadable: dict[str, str] = field(default_factory=dict)
     watch: LossWatch = field(default_factory=LossWatch)
     samples: Samples = field(default_factory=Samples)
-    saved_step: int = 0  # of the last checkpoint of this process's life, and when it was written
+    saved_step: int = 0  # step and time of the last checkpoint that this process wrote
     saved_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.tally = Tally.zeros(self.accelerator.device)
+        self.tally = Tally.zeros(self.device)
 
     @property
     def plain_model(self) -> TemporalViT:
+        """The model that is not compiled; it shares its parameters with `model`."""
         return self.built.model
 
     @property
     def device(self) -> torch.device:
+        """The device of this process."""
         device: torch.device = self.accelerator.device
         return device
 
+    @property
+    def patience_exceeded(self) -> bool:
+        """Whether the best validation result is --patience epochs old."""
+        patience = self.settings.patience
+        return patience is not None and self.step - self.best_step >= patience * self.plan.steps_per_epoch
 
-def num_workers(loop: Loop) -> int:
-    """Number of processes that decode for this one: --num-workers, or what the machine has cores for."""
-    return worker_count(loop.settings.num_workers)
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, before the factors of parameter groups."""
+        return learning_rate_at(
+            step,
+            peak=self.settings.learning_rate,
+            warmup_steps=round(self.settings.warmup() * self.plan.steps_per_epoch),
+            total_steps=self.plan.total_steps,
+        )
+
+    def validated_tensors(self) -> dict[str, Tensor]:
+        """The tensors that are validated and kept: the trainable ones, or their average with --ema-decay."""
+        return trainable_tensors(self.plain_model) if self.ema is None else self.ema.tensors
+
+    def fingerprint(self) -> dict[str, object]:
+        """Settings, data, base weights and processes, compared on resume and across ranks."""
+        base = self.built.base
+        return {
+            **result_settings(self.settings),
+            **data_fingerprint(self.source),
+            f"{BASE} weights": None if base is None else base.sha256,
+            **{f"{BASE} {name}": value for name, value in self.built.network().items()},
+            "device type": self.device.type,
+            "processes": self.plan.processes,
+        }
+
+    def score(
+        self, videos: Sequence[Video], task: str, *, model: nn.Module | None = None, batch_size: int = 0
+    ) -> Scores:
+        """Scores videos with one view, shared among the ranks; every rank gets all scores.
+
+        `model` and `batch_size` default to the current model and the micro-batch.
+        """
+        own = score(
+            model or self.plain_model,
+            videos,
+            self.source.layout.labels,
+            self.built.preprocessing,
+            device=self.device,
+            batch_size=batch_size or self.plan.batch_size,
+            workers=worker_count(self.settings.num_workers),
+            rank=self.plan.rank,
+            processes=self.plan.processes,
+            autocast=self.accelerator.autocast,
+            store=self.source.store,
+            progress=lambda done, total: self.report(Progress(task, done, total)),
+        )
+        return merge_scores(gather_object([own]))
+
+    def check_losses(self) -> None:
+        """Raises RunError that names the clips with a non-finite loss since the last check; a collective."""
+        if bad := self.watch.check(self.accelerator):
+            names = [video.name for video in self.source.readable("train")]
+            raise loss_error(
+                bad, names, self.settings, self.accelerator.mixed_precision, self.run.checkpoints
+            )
+
+    def divergence_error(self, problem: str) -> RunError:
+        """The error for numbers that are not finite."""
+        precision = self.accelerator.mixed_precision
+        return divergence_error(
+            f"Step {self.step}: {problem} ", self.settings, precision, self.run.checkpoints
+        )
+
+    def report_unreadable(self, name: str, reason: str) -> None:
+        """Warns of an unreadable video, once per process."""
+        if name not in self.unreadable:
+            self.unreadable[name] = reason
+            self.report(Note(f"left out: {name}: {reason}", "warning"))
 
 
-def learning_rate(loop: Loop, step: int) -> float:
-    """The peak rate of a step, which layers and parts take their shares of."""
-    return learning_rate_at(
-        step,
-        peak=loop.settings.learning_rate,
-        warmup_steps=round(loop.settings.warmup() * loop.plan.steps_per_epoch),
-        total_steps=loop.plan.total_steps,
-    )
+# Note [Feature mean]
+# The clips of one data set look alike to a pretrained network. On Weizmann, the mean of DINOv2-S features over all
+# clips is 2.0, and their deviation from it 1.1 (both as root mean squares). The classifier's gradient is mostly
+# along the mean: each step raises or lowers the score of a class for all clips at once, and the adapters learn from
+# that noise. Without the mean they learn faster and better: docs/negative-results.md.
 
 
-def trainable(loop: Loop) -> dict[str, Tensor]:
-    """The tensors that the optimizer changes, sharing the model's memory."""
-    return trainable_tensors(loop.plain_model)
+def standardise_features(loop: Loop) -> None:
+    """Fits the model's `feature_norm` to training clips, preprocessed as in evaluation. See Note [Feature mean].
 
-
-def validated_tensors(loop: Loop) -> dict[str, Tensor]:
-    """What is validated and kept: the average of the trainable tensors where there is one, else they themselves."""
-    return trainable(loop) if loop.ema is None else loop.ema.tensors
-
-
-def loop_fingerprint(loop: Loop) -> dict[str, object]:
-    """What has to be the same when the run is resumed."""
-    return fingerprint(
-        loop.settings,
-        labels=loop.source.layout.labels,
-        training=[video.name for video in loop.source.readable("train")],
-        validation=[video.name for video in loop.source.readable("val")],
-        base=loop.built.base,
-        network=loop.built.network(),
-        frames="videos" if loop.source.store is None else f"store, {loop.source.store.parameters}",
-        device=loop.device.type,
-        processes=loop.plan.processes,
-    )
-
-
-def score_videos(
-    loop: Loop,
-    videos: Sequence[Video],
-    *,
-    rank: int = 0,
-    processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> Scores:
-    """Score videos with the model as it is now, as validation does; of several processes, this one's share."""
-    return score(
-        loop.plain_model,
-        videos,
-        loop.source.layout.labels,
-        loop.built.preprocessing,
-        device=loop.device,
-        batch_size=loop.plan.batch_size,
-        workers=num_workers(loop),
-        rank=rank,
-        processes=processes,
-        autocast=loop.accelerator.autocast,
-        store=loop.source.store,
-        progress=progress,
-    )
-
-
-def check_losses(loop: Loop) -> None:
-    """Raise RunError that names the clips where a loss since the last check is not finite."""
-    if bad := loop.watch.look(loop.accelerator):
-        names = [video.name for video in loop.source.readable("train")]
-        raise loss_error(bad, names, loop.settings, loop.accelerator.mixed_precision, loop.run.checkpoints)
-
-
-def report_unreadable(loop: Loop, name: str, reason: str) -> None:
-    """Warn of a video that is left out, once in a process's life."""
-    if name not in loop.unreadable:
-        loop.unreadable[name] = reason
-        loop.report(Note(f"left out: {name}: {reason}", "warning"))
+    Raises DataError if no clip can be read.
+    """
+    norm = loop.plain_model.feature_norm
+    assert isinstance(norm, FeatureNorm)
+    chosen = clips_to_standardise(loop.source.readable("train"))
+    model = WithFeatures(loop.plain_model)
+    scores = loop.score(chosen, "standardising features", model=model, batch_size=STANDARDISE_BATCH)
+    if not len(scores.indices):
+        raise DataError(f"{loop.source.layout.root}: none of {len(chosen)} training videos can be read.")
+    norm.fit(scores.logits[:, loop.built.config.num_classes :].double())
+    loop.report(Note(f"Features standardised over {len(scores.indices)} training clips.", "detail"))

@@ -18,8 +18,8 @@ from tvit_cli.engine.evaluate.files import (
     write_json,
     write_page,
 )
-from tvit_cli.engine.launch import join_process_group, make_accelerator
-from tvit_cli.engine.train import process_group_of, score_test, train
+from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
+from tvit_cli.engine.train import score_test, train
 from tvit_cli.engine.train.fingerprint import check_finished_settings
 from tvit_cli.engine.train.run_folder import TEST, check_replaceable, experiment_name
 from tvit_cli.engine.trained import is_series_run
@@ -124,7 +124,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
             if run not in finished:
                 train(settings, report)
             elif settings.test_at_end and not _tested(folder / run):
-                score_test(folder / run / MODEL_FOLDER, settings, report, process_group_of(accelerator))
+                score_test(folder / run / MODEL_FOLDER, settings, report, ProcessGroup.of(accelerator))
         except Interrupted as stop:
             raise Interrupted(
                 f"{stop}\nTo resume the whole series, repeat the command with --experiment-name {name}. "

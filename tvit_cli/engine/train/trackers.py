@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,25 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Trackers:
-    """Writes each record to metrics.jsonl, and to W&B and TensorBoard where they are open."""
+    """Writes records to metrics.jsonl, and to W&B and TensorBoard once they are open."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Without a folder (a process that is not the main one) nothing is written."""
+        """Without a folder (every rank but 0) nothing is written."""
         self._folder = folder
         self._wandb: Any = None
         self._tensorboard: Any = None
 
     def cut_after(self, step: int) -> None:
-        """Drop the records after a step: a resumed run writes them again."""
-        if self._folder is not None:
-            for name in (METRICS_FILE, PER_CLASS_FILE):
-                _keep_until(self._folder / name, step)
+        """Drops the records after a step, which a resumed run writes again, and an incomplete last line."""
+        for name in (METRICS_FILE, PER_CLASS_FILE):
+            if self._folder is not None and (path := self._folder / name).exists():
+                kept = itertools.takewhile(lambda record: record["step"] <= step, self._read(name))
+                beside = path.with_suffix(".writing")
+                beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+                beside.replace(path)
 
     def open_wandb(self, *, name: str, config: dict[str, Any], report: Report) -> None:
-        """Open, or go on with, the W&B run of an experiment; offline where nobody is logged in.
-
-        Raises RunError where W&B does not let us in.
-        """
+        """Opens or resumes the W&B run of an experiment, offline without a login. Raises RunError."""
         folder = self._folder
         if folder is None:
             return
@@ -48,13 +48,8 @@ class Trackers:
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not wandb.api.api_key:  # type: ignore[no-untyped-call, unused-ignore]
             mode = "offline"
-            report(
-                Note(
-                    "W&B: not logged in, so this run is kept offline. Log in with `wandb login`, "
-                    f"then send it with `wandb sync {folder / 'wandb'}/offline-run-*`.",
-                    "warning",
-                )
-            )
+            text = "W&B: not logged in, so this run is recorded offline. Log in with `wandb login`, then upload it"
+            report(Note(f"{text} with `wandb sync {folder / 'wandb'}/offline-run-*`.", "warning"))
         id_file = folder / "wandb-id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -71,12 +66,12 @@ class Trackers:
             )
         except wandb.Error as error:
             raise RunError(
-                f"--log-wandb: W&B could not be reached ({error}). Set WANDB_MODE=offline and send the run later "
+                f"--log-wandb: W&B could not be reached ({error}). Set WANDB_MODE=offline and upload the run later "
                 "with `wandb sync`, or leave --log-wandb out."
             ) from error
 
     def open_tensorboard(self, step: int) -> None:
-        """Write TensorBoard's log below the run; what an earlier process logged after a step is not shown."""
+        """Opens TensorBoard's log in the run; records of an earlier process after `step` are hidden."""
         if self._folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -85,13 +80,16 @@ class Trackers:
         self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one record; a number that is not finite is written as null, which JSON has a word for."""
+        """Appends a record; JSON has no NaN or infinity, so metrics.jsonl gets null for them."""
         if self._folder is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._append(METRICS_FILE, clean)
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        named = {f"{record['kind']}/{name}": value for name, value in numbers.items()}
+        named = {
+            f"{record['kind']}/{k}": v
+            for k, v in record.items()
+            if isinstance(v, int | float) and k != "step"
+        }
         if self._wandb is not None:
             self._wandb.log(named, step=record["step"])
         if self._tensorboard is not None:
@@ -100,22 +98,20 @@ class Trackers:
             self._tensorboard.flush()
 
     def log_per_class(self, step: int, counts: Mapping[str, tuple[int, int]]) -> None:
-        """Note (videos, right answers) of each class at a validation."""
+        """Appends (videos, correct predictions) of each class at a validation."""
         self._append(PER_CLASS_FILE, {"step": step, "classes": counts})
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """The records of a kind that metrics.jsonl holds: "epoch" or "step"."""
+        """The records of a kind in metrics.jsonl: "epoch" or "step"."""
         return [record for record in self._read(METRICS_FILE) if record["kind"] == kind]
 
     def per_class(self, step: int) -> dict[str, tuple[int, int]]:
-        """What `log_per_class` noted at a step; nothing where there was no validation."""
-        noted = (record for record in self._read(PER_CLASS_FILE) if record["step"] == step)
-        return {
-            name: (videos, right) for name, (videos, right) in next(noted, {"classes": {}})["classes"].items()
-        }
+        """The counts that `log_per_class` wrote at a step; empty without a validation at that step."""
+        counts = (record["classes"] for record in self._read(PER_CLASS_FILE) if record["step"] == step)
+        return {name: (videos, right) for name, (videos, right) in next(counts, {}).items()}
 
     def close(self) -> None:
-        """End the W&B run and TensorBoard's log, if there are any."""
+        """Closes the W&B run and TensorBoard's log, if they are open."""
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:
@@ -130,40 +126,25 @@ class Trackers:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise RunError(
-                f"{path}: cannot be written ({error.strerror}). Make room, then go on from the last checkpoint "
-                "with --resume-from-checkpoint latest."
+                f"{path}: cannot be written ({error.strerror}). Free some space, then resume from the last "
+                "checkpoint with --resume-from-checkpoint latest."
             ) from error
 
-    def _read(self, name: str) -> Iterable[dict[str, Any]]:
-        path = None if self._folder is None else self._folder / name
-        if path is None or not path.exists():
-            return []
-        return _whole_records(path)
+    def _read(self, name: str) -> Iterator[dict[str, Any]]:
+        """The records of a file up to a line that a kill or a full disk has cut off."""
+        if self._folder is None or not (self._folder / name).exists():
+            return
+        for line in (self._folder / name).read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
 
 
 def require_tensorboard() -> None:
-    """Raise SettingsError where TensorBoard's package is not installed."""
+    """Raises SettingsError if TensorBoard's package is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise SettingsError(
             "--log-tensorboard: the package tensorboard is not installed. Install it with "
             "`pip install 'tvit[tensorboard]'`."
         )
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records after a step, and a last line that was cut off."""
-    if not path.exists():
-        return
-    kept = itertools.takewhile(lambda record: record["step"] <= step, _whole_records(path))
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    beside.replace(path)
-
-
-def _whole_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file up to a line that a kill or a full disk has cut off."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
