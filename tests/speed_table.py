@@ -11,9 +11,7 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "tests" / "bench" / "results.jsonl"
 BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=<!-- /speed -->)", re.DOTALL)
-CASE = (
-    "vitb12_t8, dropout 0.1"  # the README's model and setting: a whole ViT-B, 8 frames, the default dropout
-)
+CASE = "vitb12_t8, dropout 0.1"  # the README's setting: a whole ViT-B, 8 frames, the default dropout
 
 Record = dict[str, Any]
 Records = dict[str, Record]
@@ -48,7 +46,7 @@ def readme_table(records: Records) -> str:
             f"{infer['seconds']:.1f} s, {infer['floor_seconds']:.1f} s",
         ),
     ]
-    return _table(("speed", "figure"), rows)
+    return _table("speed|figure", rows)
 
 
 def benchmark_tables(records: Records) -> str:
@@ -62,18 +60,21 @@ def benchmark_tables(records: Records) -> str:
     return "".join(parts) + _sources(measured) + "\n" if measured else ""
 
 
+def _pair(row: Record, key: str) -> str:
+    """A ratio of CPU time, with that of wall time in brackets; empty where it was not measured."""
+    return f"{row[key]:.2f} ({row[f'{key}_wall']:.2f})" if key in row else ""
+
+
 def _step(record: Record) -> str:
-    pairs = ("naive", "peft", "plain_naive", "plain_peft")
     rows = [
         (
             *_case(name),
-            *(f"{row[key]:.2f} ({row[f'{key}_wall']:.2f})" if key in row else "" for key in pairs),
+            *(_pair(row, key) for key in ("naive", "peft", "plain_naive", "plain_peft")),
             f"{row['share']:.2f}",
         )
         for name, row in _whole(record).items()
     ]
-    head = ("model", "T", "dropout", "× naive", "× PEFT", "plain, × naive", "plain, × PEFT", "of matmul rate")
-    return _table(head, rows)
+    return _table("model|T|dropout|× naive|× PEFT|plain, × naive|plain, × PEFT|of matmul rate", rows)
 
 
 def _memory(record: Record) -> str:
@@ -82,41 +83,24 @@ def _memory(record: Record) -> str:
         (*_case(name), *(f"{row[key]:.2f}" if key in row else "" for key in keys))
         for name, row in _whole(record).items()
     ]
-    head = (
-        "model", "T", "dropout", "kept by autograd", "growth", "process", "growth, plain ViT",
-        "PEFT's growth",
-    )  # fmt: skip
-    return _table(head, rows)
+    return _table("model|T|dropout|kept by autograd|growth|process|growth, plain ViT|PEFT's growth", rows)
 
 
 def _peers(record: Record) -> str:
     rows = [
-        (
-            *name.split(", dropout "),
-            f"{row['times_faster']:.2f} ({row['times_faster_wall']:.2f})",
-            f"{row['memory_ratio']:.2f}",
-        )
+        (*name.split(", dropout "), _pair(row, "times_faster"), f"{row['memory_ratio']:.2f}")
         for name, row in record["results"].items()
     ]
-    return _table(("transformers model", "dropout", "× faster", "memory ratio"), rows)
+    return _table("transformers model|dropout|× faster|memory ratio", rows)
 
 
 def _schemes(record: Record) -> str:
     cases = record["results"]
-    names = list(next(iter(cases.values())))
     rows = [
-        (
-            name,
-            *(
-                f"{found[name]['times_faster']:.2f} ({found[name]['times_faster_wall']:.2f})"
-                if name in found
-                else ""
-                for found in cases.values()
-            ),
-        )
-        for name in names
+        (name, *(_pair(found.get(name, {}), "times_faster") for found in cases.values()))
+        for name in next(iter(cases.values()))
     ]
-    return _table(("scheme", *(f"{_case(case)[0]}, {_case(case)[1]} frames" for case in cases)), rows)
+    return _table("|".join(["scheme", *(f"{_case(c)[0]}, {_case(c)[1]} frames" for c in cases)]), rows)
 
 
 def _epoch(record: Record) -> str:
@@ -124,18 +108,17 @@ def _epoch(record: Record) -> str:
         (name, f"{row['wall_ratio']:.2f} ({row['cpu_ratio']:.2f})", f"{row['data_wait']:.1%}")
         for name, row in record["results"].items()
     ]
-    return _table(("frames from", "× its steps alone, by the clock (CPU time)", "waiting for data"), rows)
+    return _table("frames from|× its steps alone, by the clock (CPU time)|waiting for data", rows)
 
 
 def _data(record: Record) -> str:
     ratios = record["ratios"]
-    places = ("0 workers", "1 workers", "2 workers", "augmented as well")
     rows = [
-        (place, *(f"{ratios[f'{source}, {place}']:.1f}" for source in ("video", "store")))
-        for place in places
-        if f"store, {place}" in ratios
+        (kind, *(f"{ratios[f'{source}, {kind}']:.1f}" for source in ("video", "store")))
+        for kind in ("0 workers", "1 workers", "2 workers", "augmented as well")
+        if f"store, {kind}" in ratios
     ]
-    return _table(("", "video, × baseline", "frame store, × baseline"), rows)
+    return _table("|video, × baseline|frame store, × baseline", rows)
 
 
 def _infer(record: Record) -> str:
@@ -146,7 +129,7 @@ def _infer(record: Record) -> str:
         ratio = record["int8_seconds"] / record["floor_seconds"]
         size = f"{record['int8_megabytes']:.0f} MB"
         rows.append(("`--int8`", f"{record['int8_seconds']:.2f} s", f"{ratio:.2f}", size))
-    return _table(("", "whole process", "× `import torch` and a forward pass", "peak memory"), rows)
+    return _table("|whole process|× `import torch` and a forward pass|peak memory", rows)
 
 
 def _startup(record: Record) -> str:
@@ -154,7 +137,7 @@ def _startup(record: Record) -> str:
     rows = [
         (misspelt.get(name, f"`{name}`"), f"{row['wall']:.2f}") for name, row in record["results"].items()
     ]
-    return _table(("command", "seconds"), rows)
+    return _table("command|seconds", rows)
 
 
 GROUPS: dict[str, tuple[str, Callable[[Record], str]]] = {
@@ -184,7 +167,8 @@ def _case(name: str) -> tuple[str, ...]:
     return (model, frames, dropout) if dropout else (model, frames)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: str, rows: Sequence[Sequence[str]]) -> str:
+    head = heads.split("|")
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
