@@ -18,6 +18,7 @@ from tvit_cli.data.video import read_clip
 from tvit_cli.engine.dataset import open_dataset
 from tvit_cli.engine.evaluate import evaluate, scoring
 from tvit_cli.engine.evaluate.compare import compare
+from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_card, load_model
 from tvit_cli.portable.reading import segment_indices
@@ -185,10 +186,9 @@ def test_scores_of_several_processes_are_those_of_one_bit_for_bit(trained, count
     assert len(videos) == count
 
     def score(rank, processes):
-        return scoring.score(
-            opened.model, videos, opened.card.labels, opened.card.preprocessing, device=opened.device,
-            batch_size=4, workers=0, rank=rank, processes=processes,
-        )  # fmt: skip
+        clips = scoring.clips_to_score(videos, opened.card.labels, opened.card.preprocessing)
+        group = ProcessGroup(rank, processes, opened.device, lambda own: [own])
+        return scoring.score(opened.model, clips, group, batch_size=4, workers=0)
 
     one = score(0, 1)
     for processes in (2, 3, 5):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tiny import last_weights, run, settings
 
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine.evaluate.scoring import WithFeatures, merge_scores, score
+from tvit_cli.engine.evaluate.scoring import WithFeatures, clips_to_score, merge_scores, score
+from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.predict import load_model
 from tvit_cli.engine.train.build import clips_to_standardise
 from tvit_cli.engine.train.dryrun import dry_run
@@ -82,13 +83,10 @@ def test_what_rounding_makes_of_one_clip_many_times_is_not_blown_up():
 def test_a_process_without_a_batch_takes_part(facts, tmp_path):
     model = load_model(run(**facts, working_directory=tmp_path).model)
     videos = [video for video in layout(facts) if video.subset == "train"][:3]
-    parts = [
-        score(
-            WithFeatures(model._trained.model), videos, model.labels, model._trained.card.preprocessing,
-            device=torch.device("cpu"), batch_size=8, workers=0, rank=rank, processes=2,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    clips = clips_to_score(videos, model.labels, model.card.preprocessing)
+    groups = [ProcessGroup(rank, 2, torch.device("cpu"), lambda own: [own]) for rank in (0, 1)]
+    network = WithFeatures(model._trained.model)
+    parts = [score(network, clips, group, batch_size=8, workers=0) for group in groups]
     assert not len(parts[1].indices)
     assert torch.equal(merge_scores(parts).logits, parts[0].logits)
 

@@ -24,7 +24,7 @@ from tvit_cli.engine.evaluate.metrics import (
     most_confused,
     video_metrics,
 )
-from tvit_cli.engine.evaluate.scoring import ScoredClips, Scores, Views, clips_to_score, merge_scores, score
+from tvit_cli.engine.evaluate.scoring import Scores, Views, clips_to_score, score
 from tvit_cli.engine.evaluate.selection import choose_split, find_bias, is_training_data
 from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import Trained, open_trained
@@ -84,24 +84,19 @@ def evaluate(
     for warning in (*bias, *leaks):
         report(Note(warning, "warning"))
     shuffle_seed = settings.seed if settings.shuffle_frames else None
+    clips = clips_to_score(
+        videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=source.store
+    )
     started = time.perf_counter()
-    own = score(
+    scores = score(
         trained.model,
-        videos,
-        labels,
-        preprocessing,
-        device=trained.device,
+        clips,
+        group,
         batch_size=settings.per_gpu_batch_size,
         workers=worker_count(settings.num_workers),
-        views=views,
-        rank=group.rank,
-        processes=group.processes,
-        shuffle_seed=shuffle_seed,
         autocast=trained.autocast,
-        store=source.store,
         progress=lambda done, total: report(Progress("scoring videos", done, total)),
     )
-    scores = merge_scores(group.gather(own))
     seconds = time.perf_counter() - started
     if not len(scores.indices):
         raise RunError(
@@ -110,12 +105,9 @@ def evaluate(
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
-    clips = clips_to_score(
-        videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=source.store
-    )
     result = replace(
         _result(settings, trained, videos, scores, seconds),
-        clips=ScoredClips(clips, preprocessing, views),
+        clips=clips,
         warnings=(*trained.notes, *bias, *leaks),
         leaks=leaks,
     )

@@ -18,6 +18,7 @@ from tvit_cli.data.clips import ClipDataset, load_batches, worker_errors
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video, printable
 from tvit_cli.engine.evaluate.metrics import ranks
+from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.trained import Trained
 from tvit_cli.files import Location
 from tvit_cli.portable.vit import TemporalViT
@@ -62,47 +63,86 @@ class Scores:
     errors: dict[int, str]
 
 
-@worker_errors()
-@torch.inference_mode()
-def score(
-    model: nn.Module,
+@dataclass(frozen=True)
+class ScoredClips:
+    """Clips to score, and how the model receives them."""
+
+    dataset: ClipDataset
+    preprocessing: Preprocessing
+    views: Views = ONE_VIEW
+
+    def clip(self, name: str) -> Tensor | None:
+        """The middle view of a video, normalised (T, C, S, S) float32; None where it cannot be read."""
+        item = self.dataset[(0, [video.name for video in self.dataset.videos].index(name))]
+        if item.error:
+            return None
+        clips = item.frames.chunk(self.views.clips_per_video)
+        positions = [position for position, mirrored in self.views.crops if not mirrored]
+        middle, position = clips[len(clips) // 2], positions[len(positions) // 2]
+        pre, cpu = self.preprocessing, torch.device("cpu")
+        return eval_transform([middle], preprocessing=pre, device=cpu, position=position)[0]
+
+
+def clips_to_score(
     videos: Sequence[Video],
     labels: Sequence[str],
     preprocessing: Preprocessing,
     *,
-    device: torch.device,
+    views: Views = ONE_VIEW,
+    shuffle_seed: int | None = None,
+    store: FrameStore | None = None,
+) -> ScoredClips:
+    """The clips of videos, read from a frame store if given; several clips of a video are one item."""
+    dataset = ClipDataset(
+        videos,
+        labels,
+        n_frames=preprocessing.n_frames,
+        short_side=preprocessing.scale_to,
+        seed=shuffle_seed or 0,
+        training=False,
+        shuffle_frames=shuffle_seed is not None,
+        store=store,
+        grid=preprocessing.frame_grid,
+        clips_per_video=views.clips_per_video,
+    )
+    return ScoredClips(dataset, preprocessing, views)
+
+
+def score(
+    model: nn.Module,
+    clips: ScoredClips,
+    group: ProcessGroup,
+    *,
     batch_size: int,
     workers: int,
-    views: Views = ONE_VIEW,
-    rank: int = 0,
-    processes: int = 1,
-    shuffle_seed: int | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-    store: FrameStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Scores this rank's share of the videos: every `processes`-th batch, from `rank` on.
+    """Scores all clips; ranks take turns by batch, and each gets all scores.
 
     The batches, and so the logits, are the same for any number of processes: the last bits of a row depend on
     the rows computed together with it.
     """
-    dataset = clips_to_score(
-        videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=store
-    )
-    keys = [(0, index) for index in range(len(videos))]
-    own = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][rank::processes]
+    keys = [(0, index) for index in range(len(clips.dataset))]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    own = batches[group.rank :: group.processes]
     total, done = sum(map(len, own)), 0
-    loaded = load_batches(dataset, own, workers=min(workers, len(own)), pin_memory=device.type == "cuda")
+    pin_memory = group.device.type == "cuda"
+    loaded = load_batches(clips.dataset, own, workers=min(workers, len(own)), pin_memory=pin_memory)
     was_training = model.training
     model.eval()
     parts: list[Scores] = []
-    with closing(loaded):
+    with worker_errors(), torch.inference_mode(), closing(loaded):
         for batch in loaded:
             outputs = []
-            for clips in zip(*(clip.chunk(views.clips_per_video) for clip in batch.clips), strict=True):
-                for position, flip in views.crops:
+            for views in zip(*(c.chunk(clips.views.clips_per_video) for c in batch.clips), strict=True):
+                for position, flip in clips.views.crops:
                     frames = eval_transform(
-                        list(clips), preprocessing=preprocessing, device=device, position=position, flip=flip
+                        views,
+                        preprocessing=clips.preprocessing,
+                        device=group.device,
+                        position=position,
+                        flip=flip,
                     )
                     with autocast():
                         outputs.append(model(frames))
@@ -116,16 +156,14 @@ def score(
             if progress is not None:
                 progress(done, total)
     model.train(was_training)
-    if parts:
-        return merge_scores(parts)
-    empty = torch.zeros(0, dtype=torch.long)
-    return Scores(empty, torch.zeros(0, len(labels)), empty, torch.zeros(0), {})
+    none = torch.zeros(0, dtype=torch.long)  # a rank without a batch does not know the width of the output
+    parts = parts or [Scores(none, torch.zeros(0, len(clips.dataset.labels)), none, torch.zeros(0), {})]
+    return merge_scores(group.gather(merge_scores(parts)))
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:
     """Scores of several batches or ranks as one, sorted by video."""
     errors = {index: reason for part in parts for index, reason in part.errors.items()}
-    # Without a batch, a rank does not know the width of the model's output.
     rows = [part for part in parts if len(part.indices)] or parts[:1]
     indices = torch.cat([part.indices for part in rows])
     order = indices.argsort()
@@ -135,30 +173,6 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         torch.cat([part.labels for part in rows])[order],
         torch.cat([part.view_ranks for part in rows])[order],
         errors,
-    )
-
-
-def clips_to_score(
-    videos: Sequence[Video],
-    labels: Sequence[str],
-    preprocessing: Preprocessing,
-    *,
-    views: Views = ONE_VIEW,
-    shuffle_seed: int | None = None,
-    store: FrameStore | None = None,
-) -> ClipDataset:
-    """The data set of the clips to score; several clips of a video are one item."""
-    return ClipDataset(
-        videos,
-        labels,
-        n_frames=preprocessing.n_frames,
-        short_side=preprocessing.scale_to,
-        seed=shuffle_seed or 0,
-        training=False,
-        shuffle_frames=shuffle_seed is not None,
-        store=store,
-        grid=preprocessing.frame_grid,
-        clips_per_video=views.clips_per_video,
     )
 
 
@@ -179,12 +193,11 @@ def score_locations(
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Scores files and URLs; with `features`, each row of logits is (K + D,), see `WithFeatures`."""
+    videos = [unlabelled_video(location, trained) for location in locations]
     return score(
         WithFeatures(trained.model) if features else trained.model,
-        [unlabelled_video(location, trained) for location in locations],
-        trained.card.labels,
-        trained.card.preprocessing,
-        device=trained.device,
+        clips_to_score(videos, trained.card.labels, trained.card.preprocessing),
+        ProcessGroup(0, 1, trained.device, lambda own: [own]),
         batch_size=batch_size,
         workers=workers,
         autocast=trained.autocast,
@@ -202,27 +215,3 @@ class WithFeatures(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         features = self.model.features(clips)  # (B, D)
         return torch.cat([self.model.classify(features), features], dim=1)
-
-
-@dataclass(frozen=True)
-class ScoredClips:
-    """The clips of an evaluation, as the model received them."""
-
-    clips: ClipDataset
-    preprocessing: Preprocessing
-    views: Views
-
-    def clip(self, name: str) -> Tensor | None:
-        """The middle view of a video, normalised (T, C, S, S) float32; None where it cannot be read."""
-        item = self.clips[(0, [video.name for video in self.clips.videos].index(name))]
-        if item.error:
-            return None
-        frames = item.frames.chunk(self.views.clips_per_video)[self.views.clips_per_video // 2]
-        positions = [position for position, mirrored in self.views.crops if not mirrored]
-        return eval_transform(
-            [frames],
-            preprocessing=self.preprocessing,
-            device=torch.device("cpu"),
-            position=positions[len(positions) // 2],
-            flip=False,
-        )[0]

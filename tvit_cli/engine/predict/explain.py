@@ -78,7 +78,9 @@ def explain(trained: Trained, location: Location, label: str | None = None) -> E
     card, model = trained.card, trained.model
     if label is not None and label not in card.labels:
         raise ModelError(f"{label}: is no label of {trained.folder}. It has {', '.join(card.labels)}.")
-    item = clips_to_score([unlabelled_video(location, trained)], card.labels, card.preprocessing)[0, 0]
+    item = clips_to_score([unlabelled_video(location, trained)], card.labels, card.preprocessing).dataset[
+        0, 0
+    ]
     if item.error:
         raise VideoError(f"{location}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
