@@ -40,7 +40,7 @@ def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch):
     def refuse(**options):
         raise NotImplementedError("Using RTX 4000 series doesn't support faster communication")
 
-    monkeypatch.setattr(launch, "Accelerator", refuse)
+    monkeypatch.setattr("accelerate.Accelerator", refuse)
     with pytest.raises(SettingsError, match="Accelerate will not start here: Using RTX 4000"):
         make_accelerator(device="cpu", mixed_precision="no")
 

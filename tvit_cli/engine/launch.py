@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, parse_flag_from_env
 from torch.distributed import DistError
 
 from tvit_cli.data.clips import is_waiting
 from tvit_cli.engine.distributed import all_reduce_max, preserve_process_count
 from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError
 from tvit_cli.settings.types import MixedPrecision
+
+if TYPE_CHECKING:  # importing Accelerate takes longer than labelling a few videos
+    from accelerate import Accelerator
 
 Precision = Literal["no", "bf16", "fp16"]
 Handlers = dict[int, Any]  # signal number -> handler
@@ -100,6 +100,9 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     Raises ModelError if this machine has no such device, SettingsError for a sharded model or more processes than
     GPUs, RunError if the processes cannot connect.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     chosen = pick_device(device)
     _refuse_sharding(chosen)
     _refuse_shared_gpus(chosen)
@@ -124,6 +127,8 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
 
 
 def _refuse_sharding(device: torch.device) -> None:
+    from accelerate.utils import parse_flag_from_env
+
     for name, variable in SHARDING.items():
         if parse_flag_from_env(variable):
             reason = (
@@ -255,6 +260,8 @@ class ProcessGroup:
     @classmethod
     def of(cls, accelerator: Accelerator) -> ProcessGroup:
         """The process group of an Accelerator."""
+        from accelerate.utils import gather_object
+
         return cls(
             accelerator.process_index,
             accelerator.num_processes,

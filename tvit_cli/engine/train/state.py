@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from tvit_cli.data.layout import Video
 from tvit_cli.engine.dataset import DataSource
 from tvit_cli.engine.distributed import worker_count
 from tvit_cli.engine.evaluate.metrics import Tally
-from tvit_cli.engine.evaluate.scoring import Scores, WithFeatures, merge_scores, score
+from tvit_cli.engine.evaluate.scoring import Scores, WithFeatures, clips_to_score, score
+from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.train.batches import BatchPlan
 from tvit_cli.engine.train.build import Built, clips_to_standardise
 from tvit_cli.engine.train.fingerprint import BASE, data_fingerprint, result_settings
@@ -161,21 +161,16 @@ class Loop:
 
         `model` and `batch_size` default to the current model and the micro-batch.
         """
-        own = score(
+        labels, store = self.source.layout.labels, self.source.store
+        return score(
             model or self.plain_model,
-            videos,
-            self.source.layout.labels,
-            self.built.preprocessing,
-            device=self.device,
+            clips_to_score(videos, labels, self.built.preprocessing, store=store),
+            ProcessGroup.of(self.accelerator),
             batch_size=batch_size or self.plan.batch_size,
             workers=worker_count(self.settings.num_workers),
-            rank=self.plan.rank,
-            processes=self.plan.processes,
             autocast=self.accelerator.autocast,
-            store=self.source.store,
             progress=lambda done, total: self.report(Progress(task, done, total)),
         )
-        return merge_scores(gather_object([own]))
 
     def check_losses(self) -> None:
         """Raises RunError that names the clips with a non-finite loss since the last check; a collective."""
