@@ -236,10 +236,9 @@ def _draw(how: Augmentation, frame: Sequence[int], generator: np.random.Generato
 def _draw_box(
     how: Augmentation, frame: Sequence[int], generator: np.random.Generator, squash: bool
 ) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a box of random area and aspect, as torchvision's RandomResizedCrop.
+    """Top, left, height, width of a box as torchvision's RandomResizedCrop, or the largest central one.
 
-    If none fits, the largest in the middle. Under `squash` the aspect is relative to the frame's own: the box of
-    scale 1 is the whole frame.
+    Under `squash` the aspect is relative to the frame's own: the box of scale 1 is the whole frame.
     """
     height, width = frame
     own = width / height if squash else 1.0
@@ -277,10 +276,7 @@ def _jitter(pixels: Tensor, draw: _Draw, out: Tensor) -> None:
 
 
 def _erase(pixels: Tensor, probability: float, generator: np.random.Generator) -> None:
-    """Zeroes one box through all frames with that probability, in place (arXiv:1708.04896).
-
-    See Note [Erased pixels].
-    """
+    """Zeroes a random box of all frames in place (arXiv:1708.04896). See Note [Erased pixels]."""
     if generator.random() >= probability:
         return
     side = pixels.shape[-1]

@@ -315,11 +315,9 @@ def _free_shared_memory() -> float:
 
 
 def _begin_worker(worker: int) -> None:
-    """Ignores stop signals, and sends errors of the queue's thread to the parent.
-
-    A terminal and most schedulers signal the whole process group. The parent needs the worker to finish its step
-    and save; if the parent is gone, torch ends the worker.
-    """
+    """Ignores stop signals, and sends errors of the queue's thread to the parent."""
+    # Terminals and most schedulers signal the whole process group. The parent needs the worker to finish its step
+    # and save; if the parent is gone, torch ends the worker.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -20,7 +20,6 @@ from tvit_cli.data.framestore_format import (
     FRAME,
     INDEX,
     NO_GROUP,
-    Parameters,
     read_header,
     read_table,
 )
@@ -55,6 +54,8 @@ class FrameStore:
             if size != expected:
                 fault = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
                 raise DataError(f"{path}: this shard of the frame store {fault}. Run `{command}`.")
+        self.parameters = self.header.parameters
+        self.unreadable: dict[str, str] = self._index.facts["unreadable"]  # video -> reason
         self._open: OrderedDict[int, _File] = OrderedDict()  # the most recently used last
         self._lock = threading.Lock()
 
@@ -63,16 +64,6 @@ class FrameStore:
 
     def __len__(self) -> int:
         return len(self._index)
-
-    @property
-    def parameters(self) -> Parameters:
-        """Parameters of the stored frames."""
-        return self.header.parameters
-
-    @property
-    def unreadable(self) -> dict[str, str]:
-        """Videos that could not be extracted, with the reason."""
-        return dict(self._index.facts["unreadable"])
 
     def name(self, index: int) -> str:
         """The name of a clip; clips are in the order of their names."""
@@ -95,13 +86,12 @@ class FrameStore:
 
     def outdated(self, videos: Sequence[Video]) -> list[str]:
         """Names of videos that are new or whose size has changed; deleted videos are not among them."""
-        unreadable = self._index.facts["unreadable"]
         sizes = self._index.facts.get("unreadable_bytes", {})  # absent from older stores
         names = []
         for video in videos:
             index = self.find(video.name)
             size = sizes.get(video.name) if index is None else self._index.clips[index]["source_bytes"]
-            is_new = index is None and video.name not in unreadable
+            is_new = index is None and video.name not in self.unreadable
             if is_new or (size is not None and video.path.exists() and video.path.stat().st_size != size):
                 names.append(video.name)
         return names
@@ -132,7 +122,7 @@ class FrameStore:
         if index is None:
             command = self.header.command(self.folder)
             reason = f"{name}: not in the frame store {self.folder}. Add it with `{command}`."
-            raise VideoError(self._index.facts["unreadable"].get(name) or reason)
+            raise VideoError(self.unreadable.get(name) or reason)
         row = self._index.clips[index]
         file = self._shard(int(row["shard"]))
         again = f"make the record again with `{self.header.command(self.folder, '--repair')}`."

@@ -72,10 +72,8 @@ class Parameters:
     short_side: int  # pixels; larger frames are scaled down to it
 
     def __str__(self) -> str:
-        return (
-            f"{self.frames_per_video} frames per video, short side up to {self.short_side}, "
-            f"quality {self.quality}"
-        )
+        count, side = self.frames_per_video, self.short_side
+        return f"{count} frames per video, short side up to {side}, quality {self.quality}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,9 +107,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, *, rank: int, shard_bytes: int) -> None:
-        self._folder = folder
-        self._rank = rank
-        self._limit = shard_bytes
+        self._folder, self._rank, self._limit = folder, rank, shard_bytes
         self._number = 1 + max((_number(path) for path in shard_paths(folder)), default=-1)
         self._file: BinaryIO | None = None
         self._rows: list[npt.NDArray[Any]] = []

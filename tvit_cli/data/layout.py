@@ -91,17 +91,14 @@ def printable(name: str) -> str:
 
 
 def same_class(label: str) -> str:
-    """A key that all spellings of a class share: case-folded, in Unicode's composed form.
-
-    macOS writes an accented letter as two characters, other systems as one.
-    """
+    """A key of all spellings of a class: case-folded, in Unicode's composed form (macOS writes the other)."""
     return unicodedata.normalize("NFC", label).casefold()
 
 
 def matching_label(labels: Iterable[str]) -> Callable[[str], str]:
     """A function that returns the spelling in `labels` of a label's class; an exact match has priority."""
-    known = list(labels)
-    spelling = {same_class(label): label for label in known} | {label: label for label in known}
+    exact = {label: label for label in labels}
+    spelling = {same_class(label): label for label in exact} | exact
     return lambda label: spelling.get(label, spelling.get(same_class(label), label))
 
 
@@ -240,10 +237,7 @@ def _videos_in(folder: Path) -> list[Path]:
 
 
 def _merge_spellings(videos: list[Video], notes: list[str]) -> list[Video]:
-    """Gives labels of one class the spelling of most of its videos.
-
-    UCF101 has both HandStandPushups and HandstandPushups: 102 classes unless merged.
-    """
+    """Gives labels of one class the spelling of most of its videos: UCF101 has HandStand- and HandstandPushups."""
     spellings: dict[str, Counter[str]] = defaultdict(Counter)
     for video in videos:
         spellings[same_class(video.label)][video.label] += 1
@@ -265,7 +259,7 @@ def _follow_lists(videos: list[Video], lists: Path, split: int, notes: list[str]
     chosen = [replace(video, subset=subset) for video, subset in found if subset is not None]
     if not chosen:
         raise DataError(f"{lists}: none of the {len(videos)} videos is in the lists of split {split}.")
-    notes.append(f"Official split {split}: {len(chosen)} of the {len(subsets)} listed videos are here.")
+    notes.append(f"Official split {split}: {len(chosen)} of the {len(subsets)} listed videos are present.")
     if unlisted := [video.name for video, subset in found if subset is None]:
         notes.append(f"{len(unlisted)} videos are in no list and left out: {_shorten(unlisted)}.")
     return chosen

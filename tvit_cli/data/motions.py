@@ -124,8 +124,8 @@ def make_motions(
                         progress(len(boxes), total)
             finally:
                 pool.shutdown(cancel_futures=True)
-        record = {"version": VERSION, "seed": seed, "classes": CLASSES, "clips": counts, "frames": frames}
-        record["frame_size"] = frame_size
+        record = {"version": VERSION, "seed": seed, "classes": CLASSES, "clips": counts}
+        record |= {"frames": frames, "frame_size": frame_size}
         (temporary / "boxes.json").write_text(json.dumps(boxes, sort_keys=True), encoding="utf-8")
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # temporary folders are private to the user
@@ -281,11 +281,7 @@ def _draw(ground: Floats, scene: Scene, path: ObjectPath) -> tuple[Floats, NDArr
 
 
 def _distance(polygon: Polygon, path: ObjectPath, size: int) -> Floats:
-    """Signed distance in pixels to a convex polygon, negative inside, (N, S, S).
-
-    It is the largest of the distances to the edges' lines. Outside, near a corner, that is less than the true
-    distance, which sharpens the rim there.
-    """
+    """Signed distance in pixels to a convex polygon's edge lines, negative inside, (N, S, S)."""
     pixel = np.arange(size, dtype=np.float32) + 0.5
     cos, sin = np.cos(path.angle), np.sin(path.angle)
     farthest = np.full((len(path.angle), size, size), -np.inf, np.float32)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,8 +79,8 @@ def extract(
         missing = [video for video in own if not _is_done(contents, video, settings, report)]
         unreadable: dict[str, str] = {}
         with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib << 20) as writer:
-            jobs = [(video.path, parameters) for video in missing]
-            results = _map(settings, _pack, jobs, failure=lambda job, reason: reason)
+            paths = [video.path for video in missing]
+            results = _map(settings, partial(_pack, parameters), paths, failure=lambda path, reason: reason)
             for done, (video, packed) in enumerate(zip(missing, results, strict=True), start=1):
                 if isinstance(packed, str):
                     unreadable[video.name] = packed
@@ -157,10 +158,7 @@ def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]
 
 
 def _lock(folder: Path) -> AbstractContextManager[bool]:
-    """Excludes other extractions by a file beside the store: inside, it would create the folder.
-
-    No lock in a read-only parent folder.
-    """
+    """Excludes other extractions by a file beside the store: inside, it would create the folder."""
     path = folder.absolute()
     if not is_writable(path.parent):
         return nullcontext(False)
@@ -177,18 +175,19 @@ def _map(
 
     def lost(job: J, too_long: bool) -> R:
         if too_long:
-            reason = f"decoding took longer than {settings.time_limit} seconds (--time-limit). Encode it anew"
+            reason = (
+                f"decoding took longer than {settings.time_limit} seconds (--time-limit). Encode it again"
+            )
         else:
-            reason = "the decoder crashed on it. The file may be damaged; encode it anew"
+            reason = "the decoder crashed on it. The file may be damaged; encode it again"
         return failure(job, reason)
 
     workers = default_worker_count(spare=0) if settings.num_workers is None else settings.num_workers
     return map_in_order(work, jobs, workers=workers, lost=lost, seconds=settings.time_limit)
 
 
-def _pack(job: tuple[Path, Parameters]) -> Packed | str:
+def _pack(parameters: Parameters, path: Path) -> Packed | str:
     """A packed video, or the reason why it is unreadable."""
-    path, parameters = job
     try:
         return pack_video(path, parameters)
     except VideoError as error:
@@ -246,10 +245,7 @@ def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, ov
 
 
 def _is_of_other_data(found: Header, header: Header, layout: Layout, folder: Path) -> bool:
-    """Whether a store has clips of other data that still exists.
-
-    A store that was copied together with its videos belongs to the copies.
-    """
+    """Whether a store has clips of other data that still exists; a store copied with its videos has not."""
 
     def folder_of(data: Path) -> Path:
         return data.resolve() if data.is_dir() else data.resolve().parent
