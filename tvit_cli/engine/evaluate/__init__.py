@@ -11,7 +11,6 @@ import torch
 from tvit_cli.data.layout import Video, match_labels
 from tvit_cli.engine.dataset import ClipFormat, data_name, find_data, open_dataset, video_root
 from tvit_cli.engine.distributed import worker_count
-from tvit_cli.engine.evaluate.files import write_report, write_result
 from tvit_cli.engine.evaluate.metrics import (
     Outcomes,
     calibration_bins,
@@ -122,6 +121,8 @@ def evaluate(
         "leaks": list(leaks),
     }
     if group.is_main:
+        from tvit_cli.engine.evaluate.files import write_report, write_result  # imports PIL
+
         write_result(result, facts)
         result = replace(result, report=write_report(result, settings, trained, facts, group, report))
     return result
