@@ -161,7 +161,7 @@ def _print_plan(console: Console, plan: DryRun) -> None:
         "parameters": f"{plan.parameters:,}, {plan.trainable:,} trained",
         "device": f"{plan.device}, {plan.precision} mixed precision",
         "batch": plan.batch,
-        "steps": f"{plural(plan.epochs, 'epoch')} of {plural(plan.steps_per_epoch, 'step')}",
+        "steps": f"{plural(plan.epochs, 'epoch')} of {plan.steps_per_epoch}",
         "evaluated clip": f"{plan.forward_flops / 1e9:,.2f} GFLOP, forward",
         "trained clip": f"{plan.pass_flops / 1e9:,.2f} GFLOP, forward and backward; {step_flops / 1e12:,.3f} TFLOP "
         "per step",
