@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tvit_cli.engine.dataset import MOTIONS, find_data, make_demo_data
 from tvit_cli.engine.distributed import any_rank, local_processes
 from tvit_cli.engine.launch import ImmediateStop, lost_rank_errors
-from tvit_cli.engine.train import set_up
+from tvit_cli.engine.train import plan_facts, set_up
 from tvit_cli.engine.train.build import clips_to_standardise, compile_errors
 from tvit_cli.engine.train.loop import forward_backward, remaining_batches, update
 from tvit_cli.engine.train.memory import Probe, free_bytes, out_of_memory_errors
@@ -64,7 +64,7 @@ def _data(settings: TrainSettings, report: Report) -> Iterator[TrainSettings]:
 
 
 def _measure(loop: Loop) -> DryRun:
-    settings, plan, config, layout = loop.settings, loop.plan, loop.built.config, loop.source.layout
+    settings, plan, config = loop.settings, loop.plan, loop.built.config
     trainable, total = trainable_report(loop.plain_model)
     free = free_bytes(loop.device, local_processes())
     probe = Probe(loop.built, loop.plain_model, loop.accelerator, averages=loop.ema is not None)
@@ -72,12 +72,11 @@ def _measure(loop: Loop) -> DryRun:
     pass_flops = _measured_flops(lambda: probe.run(loop.plain_model, 1))
     loop.optimizer.zero_grad()
     seconds, wait = _time_steps(loop)
-    counts = ", ".join(f"{len(loop.source.readable(s))} {s}" for s in ("train", "val", "test"))
     return DryRun(
         folder=loop.run.folder,
         model=f"{settings.hf_model_name or 'from scratch'}: {config.depth} blocks, {config.width} wide, "
         f"{config.attention} attention",
-        data=f"{loop.source.root}: {len(layout.labels)} classes, {counts} videos",
+        data=f"{plan_facts(loop)['data']} videos",
         device=str(loop.device),
         precision=settings.mixed_precision,
         parameters=total,

@@ -51,34 +51,41 @@ def fit(loop: Loop) -> None:
     loop.model.train()
     attempt, tally = Attempt(), loop.tally.sums.clone()
     step_loss = torch.zeros((), device=loop.device)
-    with StopSignals() as signals, closing(_until_signal(loop, signals)) as batches:
-        for planned, batch in batches:
-            clock.wait_ended()
-            loss = attempt.run(forward_backward, loop, planned, batch)
-            if loss is not None:
-                step_loss = step_loss + loss
-                clock.clips += planned.real * loop.plan.processes
-            if planned.ends_step and any_rank(attempt.failed, loop.accelerator):
-                loop.tally.sums = tally
-                _halve_micro_batch(loop)
-                attempt, tally, step_loss = Attempt(), tally.clone(), torch.zeros_like(step_loss)
-            elif planned.ends_step:
-                grad_norm = update(loop)
-                loop.step += 1
-                _report_step(loop, planned, step_loss, grad_norm, clock)
-                step_loss = torch.zeros_like(step_loss)
-                if planned.ends_epoch:
-                    end_epoch(loop, planned.epoch, grad_norm, clock)
-                    clock = Clock.of(loop.device)
-                signal, due = signals.agreed(loop.accelerator, save_is_due=_save_is_due(loop))
-                if signal:
-                    _stop(loop, signal)
-                if due and loop.saved_step != loop.step:
-                    save(loop)
-                if planned.ends_epoch and loop.patience_exceeded:
-                    return
-                tally = loop.tally.sums.clone()
-            clock.wait_started()
+    with StopSignals() as signals, closing(remaining_batches(loop)) as batches:
+        try:
+            for planned, batch in batches:
+                clock.wait_ended()
+                loss = attempt.run(forward_backward, loop, planned, batch)
+                if loss is not None:
+                    step_loss = step_loss + loss
+                    clock.clips += planned.real * loop.plan.processes
+                if planned.ends_step and any_rank(attempt.failed, loop.accelerator):
+                    loop.tally.sums = tally
+                    _halve_micro_batch(loop)
+                    attempt, tally, step_loss = Attempt(), tally.clone(), torch.zeros_like(step_loss)
+                elif planned.ends_step:
+                    grad_norm = update(loop)
+                    loop.step += 1
+                    _report_step(loop, planned, step_loss, grad_norm, clock)
+                    step_loss = torch.zeros_like(step_loss)
+                    if planned.ends_epoch:
+                        end_epoch(loop, planned.epoch, grad_norm, clock)
+                        clock = Clock.of(loop.device)
+                    signal, due = signals.agreed(loop.accelerator, save_is_due=_save_is_due(loop))
+                    if signal:
+                        _stop(loop, signal)
+                    if due and loop.saved_step != loop.step:
+                        save(loop)
+                    if planned.ends_epoch and loop.patience_exceeded:
+                        return
+                    tally = loop.tally.sums.clone()
+                clock.wait_started()
+        except Interrupted as stop:  # with `by_all` False: no batch arrived after a signal
+            if stop.by_all or not (loop.step and signals.received) or loop.plan.processes > 1:
+                raise
+            loop.tally.sums = tally  # without the incomplete step
+            loop.watch.drop(loop.step)
+            _stop(loop, signals.received)
 
 
 def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tensor:
@@ -251,26 +258,6 @@ def _stop(loop: Loop, signal: str) -> NoReturn:
     path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else save(loop)
     done = f"Stopped by {signal} after step {loop.step} of {loop.plan.total_steps}; all is saved."
     raise Interrupted(f"{done} {how_to_resume(path)}", exit_code=EXIT_CODES[signal])
-
-
-def _until_signal(loop: Loop, signals: StopSignals) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
-    """`remaining_batches`; if none arrives after a signal, saves the state of the last step and stops."""
-    tally = loop.tally.sums.clone()
-    with closing(remaining_batches(loop)) as batches:
-        while True:
-            try:
-                item = next(batches, None)
-            except Interrupted:
-                if not loop.step or not signals.received or loop.plan.processes > 1:
-                    raise
-                loop.tally.sums = tally  # without the incomplete step
-                loop.watch.drop(loop.step)
-                _stop(loop, signals.received)
-            if item is None:
-                return
-            yield item
-            if item[0].ends_step:
-                tally = loop.tally.sums.clone()
 
 
 def remaining_batches(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:

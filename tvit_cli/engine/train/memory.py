@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -313,49 +314,49 @@ def find_micro_batch(
     return smallest
 
 
+@dataclass(frozen=True)
 class Probe:
-    """Memory measurements with forward and backward passes of blank clips."""
+    """Memory measurements with forward and backward passes of blank clips.
 
-    def __init__(
-        self, built: Built, model: nn.Module, accelerator: Accelerator, *, averages: bool = False
-    ) -> None:
-        """`model` is the compiled model of `built`, or its own; `averages`: with a moving average of weights."""
-        self._built = built
-        self._model = model
-        self._accelerator = accelerator
-        self._averages = averages
+    `model` is the compiled model of `built`, or its own; `averages`: with a moving average of the weights.
+    """
+
+    built: Built
+    model: nn.Module
+    accelerator: Accelerator
+    averages: bool = False
 
     def memory_model(self) -> MemoryModel:
         """The memory terms of a training step of this model on this device."""
-        device = self._accelerator.device
-        model = self._built.model  # the compiled one needs less, by an unknown amount
+        device = self.accelerator.device
+        model = self.built.model  # the compiled one needs less, by an unknown amount
         try:
             self.run(model, 1)  # allocates the gradients and the buffers of libraries
             return memory_model(
-                model, lambda n: peak_bytes(lambda: self.run(model, n), device), averages=self._averages
+                model, lambda n: peak_bytes(lambda: self.run(model, n), device), averages=self.averages
             )
         finally:
             model.zero_grad(set_to_none=True)
 
     def fits(self, clips: int) -> bool:
         """Whether a pass of this many clips fits, beside the optimizer's moments and the average."""
-        trainable = [p for p in self._built.model.parameters() if p.requires_grad]
+        trainable = [p for p in self.built.model.parameters() if p.requires_grad]
         attempt = Attempt()
-        copies = MOMENTS + self._averages
+        copies = MOMENTS + self.averages
         others = attempt.run(lambda: [torch.empty_like(p) for p in trainable for _ in range(copies)])
-        attempt.run(self.run, self._model, clips)
+        attempt.run(self.run, self.model, clips)
         del others
-        self._model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         release_memory()
         return not attempt.failed
 
     def run(self, model: nn.Module, clips: int) -> None:
         """One forward and backward pass of this many clips; adds to the gradients."""
-        size, frames = self._built.preprocessing.frame_size, self._built.preprocessing.n_frames
-        device = self._accelerator.device
+        size, frames = self.built.preprocessing.frame_size, self.built.preprocessing.n_frames
+        device = self.accelerator.device
         batch = torch.zeros(clips, frames, 3, size, size, device=device)
         labels = torch.zeros(clips, dtype=torch.long, device=device)
         model.train()
-        with self._accelerator.autocast():
+        with self.accelerator.autocast():
             logits = model(batch)
-        self._accelerator.backward(F.cross_entropy(logits.float(), labels))
+        self.accelerator.backward(F.cross_entropy(logits.float(), labels))
