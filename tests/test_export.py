@@ -371,7 +371,9 @@ def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(where, trained, tm
 )
 def test_an_evaluation_that_cannot_be_read_is_named(text, tmp_path):
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(DataError, match=r"metrics\.json: holds no metrics .* Evaluate again, or remove"):
+    with pytest.raises(
+        DataError, match=r"metrics\.json: no metrics can be read .* Run the evaluation again, or remove"
+    ):
         read_metrics(tmp_path)
 
 
