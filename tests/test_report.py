@@ -282,7 +282,7 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png():
         dark = [x for x in range(60, 80) for y in range(50, 70) if sum(picture.getpixel((x, y))) < 300]  # type: ignore[arg-type]
         assert len(dark) > 20 and max(dark) - min(dark) > 10  # the I lies on its side
         row = [colour(x, 25) for x in range(40)]
-        assert 15 < sum(int(value[1:3], 16) > 140 for value in row) < 25  # every second stretch
+        assert 15 < sum(int(value[1:3], 16) > 140 for value in row) < 25  # every second dash
     with Image.open(io.BytesIO(to_png(drawing, scale=2, dark=True))) as picture:
         assert colour(10, 5) == PALETTE["bad"][1] and colour(30, 15) == PALETTE["paper"][1]
 

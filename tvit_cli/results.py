@@ -368,7 +368,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Span:
     """Seconds of a video without a gap in its time stamps, with the number of its windows and cells."""
 
     start: float
@@ -381,9 +381,9 @@ class Stretch:
 class Timeline:
     """Segments of one video, and the window scores behind them.
 
-    A window begins every `stride` seconds of a stretch; `scores` (W, K) are the class scores of windows,
-    `smoothed` (J, K) those of cells of one stride each. A video is one stretch, or several where its time stamps
-    have gaps; stretches shorter than a window are left out. `pictures` are (seconds, frame uint8 (H, W, 3)).
+    A window begins every `stride` seconds of a span; `scores` (W, K) are the class scores of windows,
+    `smoothed` (J, K) those of cells of one stride each. A video is one span, or several where its time stamps
+    have gaps; spans shorter than a window are left out. `pictures` are (seconds, frame uint8 (H, W, 3)).
     """
 
     video: str
@@ -395,11 +395,11 @@ class Timeline:
     smoothed: NDArray[np.float64]
     segments: tuple[Segment, ...]
     pictures: tuple[tuple[float, NDArray[np.uint8]], ...]
-    stretches: tuple[Stretch, ...] = ()  # empty: the whole video is one
+    spans: tuple[Span, ...] = ()  # empty: the whole video is one
 
-    def parts(self) -> tuple[Stretch, ...]:
-        """The stretches; the whole video where it has no gaps."""
-        return self.stretches or (Stretch(0.0, self.seconds, len(self.scores), len(self.smoothed)),)
+    def parts(self) -> tuple[Span, ...]:
+        """The spans; the whole video where it has no gaps."""
+        return self.spans or (Span(0.0, self.seconds, len(self.scores), len(self.smoothed)),)
 
     def starts(self) -> list[float]:
         """Start of each window (W,) in seconds."""

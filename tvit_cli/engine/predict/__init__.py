@@ -299,7 +299,7 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
         if timeline.window < settings.window:
             text = f"lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s"
             report(Note(f"{location}: {text}, so it is one clip.", "warning"))
-        if len(timeline.stretches) > 1:
+        if len(timeline.spans) > 1:
             text = (
                 f"gaps of more than {MOST_SHOWN:g} s in the time stamps; windows and segments leave them out"
             )

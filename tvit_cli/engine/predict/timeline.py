@@ -42,7 +42,7 @@ from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, VideoError
 from tvit_cli.files import Location
 from tvit_cli.portable.reading import CENTRE, segment_indices
-from tvit_cli.results import Report, Segment, Stretch, Timeline, seconds_done, silent
+from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
 
 Scores = NDArray[np.float64]
 T = TypeVar("T")
@@ -229,7 +229,7 @@ def find_segments(
     start: float = 0.0,
     cuts: Sequence[float] = (),
 ) -> tuple[Segment, ...]:
-    """Segments of one label each from the smoothed scores (J, K) of a stretch from `start` to `end` seconds.
+    """Segments of one label each from the smoothed scores (J, K) of a span from `start` to `end` seconds.
 
     `penalty` is that of a change of label, `cuts` are times in seconds. See Note [Viterbi smoothing of timelines].
     """
@@ -260,7 +260,7 @@ def make_timeline(
     """Scores a window every `stride` seconds while the video is decoded, once, ahead of the model.
 
     A video shorter than one window is one clip, as in `predict`. Windows and segments leave out gaps without a
-    frame (see `iter_frames`), and stretches between gaps that are shorter than a window. Raises VideoError.
+    frame (see `iter_frames`), and spans between gaps that are shorter than a window. Raises VideoError.
     """
     preprocessing, labels = trained.card.preprocessing, trained.card.labels
     clock, cuts = _Clock(), ShotBoundaries()
@@ -288,22 +288,20 @@ def make_timeline(
             starts.append(w.start)
         if progress is not None:
             progress(batch[-1].start + window, clock.length)
-    stretches: list[Stretch] = []
+    spans: list[Span] = []
     segments: list[Segment] = []
     if rows:
         scores = np.concatenate(rows)
         cells: list[Scores] = []
         first = 0
-        for start, end in clock.stretches:
+        for start, end in clock.spans:
             count = bisect_left(starts, end) - bisect_left(starts, start - TOLERANCE)
             if not count:
                 continue
-            stretches.append(
-                Stretch(start, end, count, max(1, math.ceil((end - start - TOLERANCE) / stride)))
-            )
+            spans.append(Span(start, end, count, max(1, math.ceil((end - start - TOLERANCE) / stride))))
             own = scores[first : first + count]
             first += count
-            cells.append(smooth(own, window=window, stride=stride, cells=stretches[-1].cells))
+            cells.append(smooth(own, window=window, stride=stride, cells=spans[-1].cells))
             penalty = smoothing * max(1.0, window / stride)
             segments += find_segments(
                 cells[-1], labels, stride=stride, penalty=penalty, end=end, start=start, cuts=cuts.found()
@@ -316,7 +314,7 @@ def make_timeline(
             raise VideoError(f"{location}: {found.errors[0]}")
         scores = smoothed = np.asarray(found.logits.double().softmax(1).numpy())
         best = int(scores[0].argmax())
-        segments = [Segment(*ends, labels[best], float(scores[0, best])) for ends in clock.stretches]
+        segments = [Segment(*ends, labels[best], float(scores[0, best])) for ends in clock.spans]
     return Timeline(
         video=str(location),
         labels=labels,
@@ -327,24 +325,24 @@ def make_timeline(
         smoothed=smoothed,
         segments=tuple(segments),
         pictures=tuple(pictures),
-        stretches=tuple(stretches),
+        spans=tuple(spans),
     )
 
 
 @dataclass
 class _Clock:
-    """Seconds decoded so far, the video's length, and its stretches without gaps between frames."""
+    """Seconds decoded so far, the video's length, and its spans without gaps between frames."""
 
     now: float = 0.0
     length: float | None = None
-    stretches: list[tuple[float, float]] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)
 
     def watch(self, frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
         for frame in frames:
             start = frame.start
-            if self.stretches and start <= self.now + TOLERANCE:
-                start, _ = self.stretches.pop()
-            self.stretches.append((start, frame.end))
+            if self.spans and start <= self.now + TOLERANCE:
+                start, _ = self.spans.pop()
+            self.spans.append((start, frame.end))
             self.now, self.length = frame.end, frame.length
             yield frame
 
