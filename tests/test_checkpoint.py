@@ -26,7 +26,8 @@ from tvit_cli.engine.train.checkpoint import (
     save_checkpoint,
 )
 from tvit_cli.errors import CheckpointError, RunError
-from tvit_cli.model.lora import trainable_tensors
+from tvit_cli.model.lora import LoraSpec, set_trainable, trainable_tensors
+from tvit_cli.portable.vit import TemporalViT, ViTConfig
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 
@@ -317,11 +318,16 @@ def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(clips,
 
 
 def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path):
-    from bench.checkpoint import adapted_vit_b, optimizer_after_a_step
-
-    model = adapted_vit_b()
+    vit_b = ViTConfig(num_classes=101, n_frames=8, width=768, depth=12, num_heads=12)
+    model = TemporalViT(vit_b, initialise=False)
+    set_trainable(model, "lora", LoraSpec(8, 8, 0.1, False, "none", ("q", "k", "v"), ()), seed=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
     trainable = trainable_tensors(model)
-    moments = optimizer_tensors(optimizer_after_a_step(model), model)
+    moments = optimizer_tensors(optimizer, model)
     assert sum("lora" in name for name in trainable) == 12 * 3 * 2
     assert len(moments) == 3 * len(trainable)
     path = save(tmp_path, 1, trainable=trainable, optimizer=moments, best=trainable)
