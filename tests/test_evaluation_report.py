@@ -400,7 +400,7 @@ def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path):
     shown = shown_classes(labels, counts)
     assert len(shown) == MOST_CLASSES and shown == sorted(shown) and {"c390", "c391"} <= set(shown)
     rows = {label: (5, 5 - (label == "c007")) for label in labels}
-    bars = class_chart(rows, title="x")
+    bars = class_chart(rows)
     assert bars.height < 3000
     assert next(s.title for s in bars.shapes if isinstance(s, Box) and s.title) == "c007: 4 of 5"
     scores = (1 / 400,) * 400

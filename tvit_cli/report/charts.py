@@ -46,11 +46,6 @@ class Curve:
     role: Role
     faint: bool = False
 
-    @property
-    def opacity(self) -> float:
-        """Opacity of its line."""
-        return 0.55 if self.faint else 1.0
-
 
 def curves_chart(
     title: str,
@@ -76,30 +71,27 @@ def curves_chart(
     first, last = min(0.0, *xs), max(xs)
     top = TOP if len(kept) > 1 or mark else TOP - 24  # without the row of a legend
     axes = Axes((first, last), (low, high), top)
-    x_ticks = ticks(0, max(xs), 8, whole=True)
-    shapes = axes.shapes(title, x_name=x_name, x_ticks=x_ticks, y_ticks=y_ticks, show_y=show)
+    shapes = axes.shapes(title, x_name, ticks(0, max(xs), 8, whole=True), y_ticks, show)
     if len(kept) > 1:
-        shapes += legend([(c.name, c.role) for c, _ in kept], faint=[c.name for c, _ in kept if c.faint])
+        shapes += legend([(c.name, c.role) for c, _ in kept], [c.name for c, _ in kept if c.faint])
     if mark is not None and first <= mark[0] <= last:
         x, y = axes.place(mark[0], high)
         half = text_width(mark[1], LABEL_SIZE) / 2
         shapes.append(Line([(x, y), (x, HEIGHT - BOTTOM)], "dim", dashed=True))
         shapes.append(Text((min(x, WIDTH - half), y - 5), mark[1], "dim", LABEL_SIZE, "middle"))
     for curve, runs in sorted(kept, key=lambda pair: not pair[0].faint):
-        width = 1.2 if curve.faint else 2.2
-        lines = [
-            Line([axes.place(x, y) for x, y in run], curve.role, width, opacity=curve.opacity)
-            for run in runs
-            if len(run) > 1
-        ]
-        shapes += lines
-        points = [point for run in runs for point in run]
-        radius = 2.6 if len(points) <= MOST_DOTS else 1.1
-        shapes += [
-            Dot(axes.place(x, y), radius, curve.role, f"{x_name} {x:g}: {curve.name} {show(y)}")
-            for x, y in points
-            if not (curve.faint and lines)
-        ]
+        width, opacity = (1.2, 0.55) if curve.faint else (2.2, 1.0)
+        for run in runs:
+            if len(run) > 1:
+                places = [axes.place(x, y) for x, y in run]
+                shapes.append(Line(places, curve.role, width, opacity=opacity))
+        if not curve.faint or all(len(run) == 1 for run in runs):
+            radius = 2.6 if sum(map(len, runs)) <= MOST_DOTS else 1.1
+            shapes += [
+                Dot(axes.place(x, y), radius, curve.role, f"{x_name} {x:g}: {curve.name} {show(y)}")
+                for run in runs
+                for x, y in run
+            ]
     return Drawing(title, WIDTH, HEIGHT, shapes)
 
 
@@ -118,16 +110,15 @@ def thinned(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
     total = sum(map(len, runs))
     if total <= MOST_POINTS:
         return runs
-    size = math.ceil(2 * total / MOST_POINTS)
-
-    def extremes(run: list[Point]) -> set[Point]:
+    size, found = math.ceil(2 * total / MOST_POINTS), []
+    for run in runs:
         parts = [run[i : i + size] for i in range(0, len(run), size)]
-        return {pick(part, key=lambda point: point[1]) for part in parts for pick in (min, max)}
+        extremes = {pick(part, key=lambda point: point[1]) for part in parts for pick in (min, max)}
+        found.append(sorted({run[0], run[-1]} | extremes))
+    return found
 
-    return [sorted({run[0], run[-1]} | extremes(run)) for run in runs]
 
-
-def legend(entries: Sequence[tuple[str, Role]], *, faint: Sequence[str] = ()) -> list[Shape]:
+def legend(entries: Sequence[tuple[str, Role]], faint: Sequence[str] = ()) -> list[Shape]:
     """A row of (name, colour) below the title; `faint` names have thin lines."""
     shapes: list[Shape] = []
     x = 5.0
@@ -137,10 +128,6 @@ def legend(entries: Sequence[tuple[str, Role]], *, faint: Sequence[str] = ()) ->
         shapes.append(Text((x + 20, 42), name, "dim", LABEL_SIZE))
         x += 36 + text_width(name, LABEL_SIZE)
     return shapes
-
-
-ACROSS = 420.0  # width of a row from 0 to 1
-ROW = 24.0
 
 
 @dataclass(frozen=True)
@@ -158,11 +145,11 @@ def rows_chart(
 ) -> Drawing:
     """Rows on a common axis in percent; `names` is the legend, `mark` the value of a vertical line."""
     left = 18 + max(text_width(row.name, LABEL_SIZE) for row in rows)
-    top = 60.0 if names else 38.0
-    bottom = top + ROW * len(rows)
+    top, height = 60.0 if names else 38.0, 24.0
+    bottom = top + height * len(rows)
 
     def x(value: float) -> float:
-        return left + ACROSS * value
+        return left + 420 * value
 
     shapes: list[Shape] = [Text((4, 20), title, size=TITLE_SIZE, bold=True), *legend(names)]
     for fifth in FIFTHS:
@@ -171,7 +158,7 @@ def rows_chart(
     if mark is not None:
         shapes.append(Line([(x(mark), top), (x(mark), bottom)], "dim", 1.4, dashed=True))
     for number, row in enumerate(rows):
-        y = top + ROW * (number + 0.5)
+        y = top + height * (number + 0.5)
         shapes += [
             Text((left - 10, y + 4), row.name, "ink", LABEL_SIZE, "end"),
             Line([(x(end), y) for end in row.ends], "dim", 3, opacity=0.5),
@@ -182,22 +169,20 @@ def rows_chart(
     return Drawing(title, x(1) + 26 + remarks, bottom + 28, shapes)
 
 
-GAP = 0.12  # of a bin's width, left free between two bars
 FIFTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def reliability_chart(bins: Sequence[Bin]) -> Drawing:
     """Reliability diagram: a bar to the accuracy of each bin, and its gap to the mean confidence."""
     axes = Axes((0, 1), (0, 1))
-    shapes = _confidence_axes(axes, "Reliability", FIFTHS, percent)
+    shapes = axes.shapes("Reliability", "confidence, %", FIFTHS, FIFTHS, percent, _hundredths)
     shapes += legend([("accuracy", "one"), ("overconfident", "bad"), ("underconfident", "three")])
     for b in bins:
-        text = (
-            f"{plural(b.videos, 'video')}: confidence {percent(b.confidence)}, accuracy {percent(b.accuracy)}"
-        )
+        confidence, accuracy = percent(b.confidence), percent(b.accuracy)
+        text = f"{plural(b.videos, 'video')}: confidence {confidence}, accuracy {accuracy}"
         low, high = sorted((b.accuracy, b.confidence))
-        shapes.append(_bar(axes, b, (0, low), "one", text))
         role: Role = "bad" if b.confidence > b.accuracy else "three"
+        shapes.append(_bar(axes, b, (0, low), "one", text))
         shapes.append(_bar(axes, b, (low, high), role, text, opacity=0.75))
     shapes.append(Line([axes.place(0, 0), axes.place(1, 1)], "dim", 1.4, dashed=True))
     shapes += [Dot(axes.place(b.confidence, b.accuracy), 2.6, "ink") for b in bins]
@@ -208,7 +193,8 @@ def confidence_chart(bins: Sequence[Bin]) -> Drawing:
     """Histogram of confidence, correct predictions below wrong ones."""
     y_ticks = ticks(0, max(b.videos for b in bins), 5, whole=True)
     axes = Axes((0, 1), (0, y_ticks[-1]))
-    shapes = _confidence_axes(axes, "Confidence histogram", y_ticks, lambda y: f"{y:g}")
+    count = "{:g}".format
+    shapes = axes.shapes("Confidence histogram", "confidence, %", FIFTHS, y_ticks, count, _hundredths)
     shapes += legend([("correct", "good"), ("wrong", "bad")])
     for b in bins:
         right = round(b.accuracy * b.videos)
@@ -225,41 +211,23 @@ def coverage_chart(answers: Sequence[tuple[float, bool]]) -> Drawing | None:
     for number, (_, is_right) in enumerate(sorted(answers, key=lambda answer: -answer[0]), 1):
         right += is_right
         points.append((100 * number / len(answers), right / number))
-    return curves_chart(
-        "Accuracy by coverage",
-        [Curve("top-1", points, "one")],
-        x_name="% of videos, most confident first",
-        show=percent,
-        y_range=(0, 1),
-    )
+    curve, x_name = Curve("top-1", points, "one"), "% of videos, most confident first"
+    return curves_chart("Accuracy by coverage", [curve], x_name=x_name, show=percent, y_range=(0, 1))
 
 
-def _confidence_axes(
-    axes: Axes, title: str, y_ticks: Sequence[float], show_y: Callable[[float], str]
-) -> list[Shape]:
-    return axes.shapes(
-        title,
-        x_name="confidence, %",
-        x_ticks=FIFTHS,
-        y_ticks=y_ticks,
-        show_x=lambda x: f"{100 * x:g}",
-        show_y=show_y,
-    )
+def _hundredths(value: float) -> str:
+    return f"{100 * value:g}"
 
 
 def _bar(axes: Axes, b: Bin, ends: tuple[float, float], role: Role, title: str, opacity: float = 0.9) -> Box:
-    inset = GAP * (b.high - b.low) / 2
+    inset = 0.06 * (b.high - b.low)  # a gap between neighbours
     left, top = axes.place(b.low + inset, ends[1])
     right, bottom = axes.place(b.high - inset, ends[0])
     return Box((left, top), right - left, bottom - top, role, opacity, title)
 
 
 MOST_CLASSES = 120  # of a drawing; of more, those with the most mistakes are shown
-MATRIX = (300.0, 12.0, 900.0)  # side of all cells: of no class, more for each, at most
-CELLS = (9.0, 64.0)  # a cell's side, least and most
 LONGEST_NAME = 26  # letters
-LEAST_NUMBERED = 17.0  # side of the smallest cell that shows its count
-STRONG = 0.6  # opacity from which a cell has light letters
 
 
 def shown_classes(labels: Sequence[str], counts: Counts) -> list[str]:
@@ -277,8 +245,7 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
 
     `labels` are the classes to show; a row's share is of all its predictions, those in other columns included.
     """
-    least, more, most = MATRIX
-    cell = min(CELLS[1], max(CELLS[0], min(most, least + more * len(labels)) / len(labels)))
+    cell = min(64.0, max(9.0, min(900, 300 + 12 * len(labels)) / len(labels)))
     size = min(13.0, max(7.5, cell * 0.8))
     names = _short_names(labels)
     margin = 34 + max(text_width(name, size) for name in names.values())
@@ -286,7 +253,7 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
     totals: Counter[str] = Counter()
     for (true, _), videos in counts.items():
         totals[true] += videos
-    is_numbered = cell >= LEAST_NUMBERED
+    is_numbered = cell >= 17
     shapes: list[Shape] = [
         Text((14, margin + side / 2), "true class", "dim", 12, "middle", turned=True),
         Text((margin + side / 2, 13), "predicted class", "dim", 12, "middle"),
@@ -307,27 +274,25 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
             videos = counts.get((true, predicted), 0)
             if not videos:
                 continue
-            is_right = row == column
             opacity = round(0.18 + 0.82 * (videos / totals[true]) ** 0.7, 2)
             x = margin + column * cell
-            text = f"{true}: {videos} of {totals[true]} " + (
-                "correct" if is_right else f"predicted {predicted}"
-            )
-            role: Role = "one" if is_right else "bad"
+            role: Role = "one" if row == column else "bad"
+            outcome = "correct" if row == column else f"predicted {predicted}"
+            text = f"{true}: {videos} of {totals[true]} {outcome}"
             shapes.append(Box((x + inset, y + inset), inner, inner, role, opacity, text))
             if is_numbered:
-                letters: Role = "paper" if opacity >= STRONG else "ink"
+                letters: Role = "paper" if opacity >= 0.6 else "ink"
                 shapes.append(Text((x + cell / 2, base), str(videos), letters, size, "middle"))
     edge = margin + side + 6
     return Drawing("Confusion matrix: true classes in rows, predictions in columns", edge, edge, shapes)
 
 
-def class_chart(rows: Mapping[str, tuple[int, int]], *, title: str) -> Drawing:
+def class_chart(rows: Mapping[str, tuple[int, int]]) -> Drawing:
     """A bar for each class, the worst first: label -> (videos, correct); at most MOST_CLASSES."""
     worst = worst_first(rows)[:MOST_CLASSES]
     names = _short_names(label for label, _ in worst)
     left = 14 + max(text_width(name, 12) for name in names.values())
-    line, top, width = 19.0, 40.0, 300.0
+    line, top, width, title = 19.0, 40.0, 300.0, "Top-1 by class, the worst first"
     shapes: list[Shape] = [Text((4, 20), title, size=TITLE_SIZE, bold=True)]
     for number, (label, (videos, right)) in enumerate(worst):
         y = top + number * line

@@ -10,8 +10,7 @@ from typing import Any
 from tvit_cli.errors import plural
 from tvit_cli.report.charts import Row, confusion_chart, rows_chart, shown_classes
 from tvit_cli.report.drawing import Drawing, Role
-from tvit_cli.report.evaluation import MOST_STRIPS, class_bars, matrix, metric_name
-from tvit_cli.report.film import film_strip
+from tvit_cli.report.evaluation import MOST_STRIPS, Strip, class_bars, matrix, metric_name, strips
 from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
 from tvit_cli.results import (
     RESAMPLES,
@@ -23,17 +22,15 @@ from tvit_cli.results import (
     VideoPrediction,
 )
 
-COMPARISON_PAGE = "comparison.html"  # the second model's report.html may lie beside it
 MOST_ROWS = 40  # of the classes that changed
-HEADLINE = ("video_top1", "mean_class_accuracy", "macro_f1", "calibration_error")
-COUNTS = ("videos", "unreadable")  # metrics that are whole numbers
 
 
 def write_comparison_report(result: Comparison, context: Context) -> Path:
     """Writes comparison.html and plots/*.png into the comparison's folder; returns the page's path."""
     drawings = comparison_drawings(result)
     page = comparison_page(result, context, drawings)
-    return write_pages(result.output, page, drawings, name=COMPARISON_PAGE)
+    # The second model's report.html may lie beside it.
+    return write_pages(result.output, page, drawings, name="comparison.html")
 
 
 def comparison_drawings(result: Comparison) -> dict[str, Drawing | None]:
@@ -60,9 +57,8 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
     first, second = result.first, result.second
     gained, lost = len(result.gained), len(result.lost)
     both = sum(a.is_right and b.is_right for a, b in result.pairs)
-    names = (first.name, second.name)
-    if first.name == second.name:
-        names = (str(first.model), str(second.model))
+    is_same = first.name == second.name
+    names = (str(first.model), str(second.model)) if is_same else (first.name, second.name)
     return render(
         "comparison.html.j2",
         context,
@@ -86,8 +82,8 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
             for label, (videos, a, b) in sorted(_per_class(result).items())
         ],
         flips=[
-            ("Gained", "second", gained, _strips(result.gained, second)),
-            ("Lost", "first", lost, _strips(result.lost, second)),
+            ("Gained", "second", gained, _pair_strips(result.gained, second)),
+            ("Lost", "first", lost, _pair_strips(result.lost, second)),
         ],
     )
 
@@ -104,12 +100,8 @@ def _per_class(result: Comparison) -> dict[str, tuple[int, int, int]]:
 def _warnings(first: EvalResult, second: EvalResult) -> list[str]:
     """Warnings of both models, then those of one."""
     both = [warning for warning in first.warnings if warning in second.warnings]
-    return both + [
-        f"{which}: {warning}"
-        for which, result in (("First", first), ("Second", second))
-        for warning in result.warnings
-        if warning not in both
-    ]
+    each = [("First", w) for w in first.warnings] + [("Second", w) for w in second.warnings]
+    return both + [f"{which}: {warning}" for which, warning in each if warning not in both]
 
 
 def _headline(result: Comparison, names: tuple[str, str], both: int) -> list[Tile]:
@@ -127,29 +119,17 @@ def _headline(result: Comparison, names: tuple[str, str], both: int) -> list[Til
     ]
 
 
-def _strips(pairs: Sequence[Pair], second: EvalResult) -> list[dict[str, Any]]:
-    """Frames of the pairs with the most confident predictions, as the second model received them."""
-    assert second.clips is not None
-    found = []
+def _pair_strips(pairs: Sequence[Pair], second: EvalResult) -> list[dict[str, Any]]:
+    """Strips of the most confident predictions, of clips as the second model received them."""
+    rows: list[Strip] = []
     for pair in sorted(pairs, key=lambda pair: -_score(pair[0]) - _score(pair[1]))[:MOST_STRIPS]:
-        video = pair[1].video
-        clip = second.clips.clip(video.name)
-        if clip is None:
-            continue
         predictions = [answer.predicted or "unreadable" for answer in pair]
-        found.append(
-            {
-                "uri": film_strip(clip, second.clips.preprocessing),
-                "name": video.name,
-                "label": video.label,
-                "predictions": predictions,
-                "scores": [
-                    (f"{which}: {name}", _score(answer), "good" if name == video.label else "bad")
-                    for which, name, answer in zip(("first", "second"), predictions, pair, strict=True)
-                ],
-            }
-        )
-    return found
+        scores: list[tuple[str, float, Role]] = [
+            (f"{which}: {name}", _score(answer), "good" if name == answer.video.label else "bad")
+            for which, name, answer in zip(("first", "second"), predictions, pair, strict=True)
+        ]
+        rows.append((pair[1].video, predictions, scores))
+    return strips(second, rows)
 
 
 def _score(answer: VideoPrediction) -> float:
@@ -157,7 +137,7 @@ def _score(answer: VideoPrediction) -> float:
 
 
 def _shown(name: str, value: float, digits: int, sign: str = "") -> str:
-    is_count = name in COUNTS and value == round(value)
+    is_count = name in ("videos", "unreadable") and value == round(value)
     return f"{value:{sign}.{0 if is_count else digits}f}"
 
 
@@ -169,16 +149,12 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
     for own in results:
         counts.update(own.counts)
     mistakes = [(true, predicted, n) for (true, predicted), n in counts.items() if true != predicted]
-    drawings = {
-        "runs": _runs_chart(result),
-        "confusion": confusion_chart(shown_classes(labels, counts), counts),
-    }
+    mistakes = sorted(mistakes, key=lambda m: (-m[2], m[:2]))[:10]
+    confusion = confusion_chart(shown_classes(labels, counts), counts)
+    drawings = {"runs": _runs_chart(result), "confusion": confusion}
     per_class = _class_scores([answer for own in results for answer in own.answers])
-    metrics = list(result.summary)
-    rows: list[Sequence[str]] = [
-        (run, *(_shown(name, found[name], 3) for name in metrics)) for run, found in result.runs.items()
-    ]
-    spread = [" ± ".join(_shown(name, value, 3) for value in result.summary[name]) for name in metrics]
+    rows = [[run, *(_shown(n, found[n], 3) for n in result.summary)] for run, found in result.runs.items()]
+    spread = [" ± ".join(_shown(name, v, 3) for v in pair) for name, pair in result.summary.items()]
     page = render(
         "series.html.j2",
         context,
@@ -188,11 +164,9 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
         warnings=list(dict.fromkeys(warning for own in results for warning in own.warnings)),
         tiles=_series_headline(result),
         drawings=drawings,
-        columns=["run", *map(metric_name, metrics)],
-        rows=[*rows, ("mean ± sd", *spread)],
-        matrix=matrix(
-            labels, counts, sorted(mistakes, key=lambda m: (-m[2], m[:2]))[:10], drawings["confusion"]
-        ),
+        columns=["run", *map(metric_name, result.summary)],
+        rows=[*rows, ["mean ± sd", *spread]],
+        matrix=matrix(labels, counts, mistakes, confusion),
         per_class=per_class,
         class_bars=class_bars(per_class),
     )
@@ -220,7 +194,7 @@ def _class_scores(answers: Sequence[VideoPrediction]) -> dict[str, ClassScore]:
 def _series_headline(result: SeriesResult) -> list[Tile]:
     runs = result.runs.values()
     found = []
-    for name in HEADLINE:
+    for name in ("video_top1", "mean_class_accuracy", "macro_f1", "calibration_error"):
         mean, deviation = result.summary[name]
         low, high = (pick(metrics[name] for metrics in runs) for pick in (min, max))
         value = f"{percent(mean)[:-2]} ± {percent(deviation)}"

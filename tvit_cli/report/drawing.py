@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 Role = Literal["paper", "ink", "dim", "grid", "one", "two", "three", "good", "bad"]
 Point = tuple[float, float]
+Colour = tuple[int, int, int]
 
 PALETTE: dict[Role, tuple[str, str]] = {  # light, dark; one, two and three differ for the colour-blind
     "paper": ("#ffffff", "#16181d"),
@@ -126,24 +127,20 @@ def _element(shape: Shape) -> str:
         )
     x, y = map(_n, shape.at)
     colour = f'class="f-{shape.role}"'
-    match shape:
-        case Dot():
-            return _titled("circle", f'{colour} cx="{x}" cy="{y}" r="{_n(shape.radius)}"', shape.title)
-        case Box():
-            size = f'width="{_n(shape.width)}" height="{_n(shape.height)}"{_opacity(shape.opacity)}'
-            return _titled("rect", f'{colour} x="{x}" y="{y}" {size}', shape.title)
-        case Text():
-            weight = ' font-weight="600"' if shape.bold else ""
-            turn = f' transform="rotate(-90 {x} {y})"' if shape.turned else ""
-            return (
-                f'<text {colour} x="{x}" y="{y}" font-size="{_n(shape.size)}" '
-                f'text-anchor="{shape.anchor}"{weight}{turn}>{escape(shape.text)}</text>'
-            )
-
-
-def _titled(tag: str, attributes: str, title: str) -> str:
-    content = f"><title>{escape(title)}</title></{tag}>" if title else "/>"
-    return f"<{tag} {attributes}{content}"
+    if isinstance(shape, Text):
+        weight = ' font-weight="600"' if shape.bold else ""
+        turn = f' transform="rotate(-90 {x} {y})"' if shape.turned else ""
+        return (
+            f'<text {colour} x="{x}" y="{y}" font-size="{_n(shape.size)}" '
+            f'text-anchor="{shape.anchor}"{weight}{turn}>{escape(shape.text)}</text>'
+        )
+    if isinstance(shape, Dot):
+        tag, where = "circle", f'cx="{x}" cy="{y}" r="{_n(shape.radius)}"'
+    else:
+        size = f'width="{_n(shape.width)}" height="{_n(shape.height)}"{_opacity(shape.opacity)}'
+        tag, where = "rect", f'x="{x}" y="{y}" {size}'
+    title = f"><title>{escape(shape.title)}</title></{tag}>" if shape.title else "/>"
+    return f"<{tag} {colour} {where}{title}"
 
 
 def _opacity(value: float) -> str:
@@ -177,7 +174,6 @@ class Axes:
     def shapes(
         self,
         title: str,
-        *,
         x_name: str,
         x_ticks: Sequence[float],
         y_ticks: Sequence[float],
@@ -213,34 +209,30 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
     return [round(n * step, 12) for n in range(start, end + 1)]
 
 
-SUPERSAMPLING = 3  # Pillow does not antialias: drawings are drawn larger and scaled down
 MOST_PIXELS = 40_000_000  # while drawing; larger drawings are supersampled less
-DASH = 4.0
 SOFTWARE = "tvit"  # of the PNG's metadata
 
 
 def to_png(drawing: Drawing, *, scale: int = 2, dark: bool = False) -> bytes:
     """The drawing in light or dark colours, `scale` pixels per unit."""
     pixels = drawing.width * drawing.height * scale**2
-    finer = next((n for n in range(SUPERSAMPLING, 1, -1) if pixels * n**2 <= MOST_PIXELS), 1)
+    finer = next((n for n in (3, 2) if pixels * n**2 <= MOST_PIXELS), 1)  # Pillow does not antialias
     zoom = scale * finer
     size = (round(drawing.width * zoom), round(drawing.height * zoom))
     image = Image.new("RGB", size, rgb("paper", dark=dark))
     draw = ImageDraw.Draw(image)
     for shape in drawing.shapes:
+        colour = rgb(shape.role, getattr(shape, "opacity", 1.0), dark=dark)
         match shape:
             case Line():
-                _line(draw, shape, zoom, rgb(shape.role, shape.opacity, dark=dark))
-            case Dot():
-                x, y = shape.at
-                corners = [(v + r) * zoom for r in (-shape.radius, shape.radius) for v in (x, y)]
-                draw.ellipse(corners, fill=rgb(shape.role, dark=dark))
-            case Box():
-                x, y = shape.at
+                _line(draw, shape, zoom, colour)
+            case Dot(at=at, radius=radius):
+                draw.ellipse([(v + r) * zoom for r in (-radius, radius) for v in at], fill=colour)
+            case Box(at=(x, y)):
                 corners = [x * zoom, y * zoom, (x + shape.width) * zoom, (y + shape.height) * zoom]
-                draw.rectangle(corners, fill=rgb(shape.role, shape.opacity, dark=dark))
+                draw.rectangle(corners, fill=colour)
             case Text():
-                _text(image, draw, shape, zoom, rgb(shape.role, dark=dark))
+                _text(image, draw, shape, zoom, colour)
     data, info = io.BytesIO(), PngInfo()
     info.add_text("Software", SOFTWARE)
     image.reduce(finer).save(data, "PNG", pnginfo=info)
@@ -256,9 +248,6 @@ def is_own_png(path: Path) -> bool:
         return False
 
 
-Colour = tuple[int, int, int]
-
-
 def rgb(role: Role, opacity: float = 1.0, *, dark: bool = False) -> Colour:
     """A role's colour blended over paper."""
     over, under = (bytes.fromhex(PALETTE[name][dark][1:]) for name in (role, "paper"))
@@ -269,19 +258,17 @@ def rgb(role: Role, opacity: float = 1.0, *, dark: bool = False) -> Colour:
 def _line(draw: ImageDraw.ImageDraw, line: Line, zoom: float, colour: Colour) -> None:
     points = [(x * zoom, y * zoom) for x, y in line.points]
     width = max(1, round(line.width * zoom))
-    for part in _dashes(points, DASH * zoom) if line.dashed else [points]:
-        draw.line(part, fill=colour, width=width, joint="curve")
     if not line.dashed:
+        draw.line(points, fill=colour, width=width, joint="curve")
         for x, y in (points[0], points[-1]):  # round ends
             draw.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], fill=colour)
-
-
-def _dashes(points: Sequence[Point], length: float) -> Iterator[list[Point]]:
+        return
     for (x0, y0), (x1, y1) in pairwise(points):
-        whole = math.hypot(x1 - x0, y1 - y0)
-        for number in range(0, math.ceil(whole / length), 2):
-            a, b = number * length / whole, min(1.0, (number + 1) * length / whole)
-            yield [(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (a, b)]
+        whole, dash = math.hypot(x1 - x0, y1 - y0), 4 * zoom
+        for number in range(0, math.ceil(whole / dash), 2):
+            ends = (number * dash / whole, min(1.0, (number + 1) * dash / whole))
+            part = [(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in ends]
+            draw.line(part, fill=colour, width=width, joint="curve")
 
 
 def _text(image: Image.Image, draw: ImageDraw.ImageDraw, text: Text, zoom: float, colour: Colour) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tvit_cli.data.layout import Video
 from tvit_cli.report.charts import (
     MOST_CLASSES,
     class_chart,
@@ -24,7 +25,8 @@ from tvit_cli.results import BINS, RESAMPLES, ClassScore, Counts, EvalResult, Vi
 MOST_BESIDE = 720  # width of the widest matrix with text beside it
 MOST_STRIPS = 12  # in each section: bounds the size of a page
 MOST_LABELS = 3  # whose scores are shown below a strip, besides the true one
-CONFIDENCE = ("reliability", "confidence", "coverage")
+
+Strip = tuple[Video, list[str], list[tuple[str, float, Role]]]  # predictions; (name, score, colour) of bars
 
 
 def write_evaluation_report(result: EvalResult, context: Context) -> Path:
@@ -35,10 +37,9 @@ def write_evaluation_report(result: EvalResult, context: Context) -> Path:
 
 def evaluation_drawings(result: EvalResult) -> dict[str, Drawing]:
     """Drawings of an evaluation by file name."""
-    rows = {label: (score.videos, score.right) for label, score in result.per_class.items()}
     found = {
         "confusion": confusion_chart(shown_classes(result.labels, result.counts), result.counts),
-        "per_class": class_chart(rows, title="Top-1 by class, the worst first"),
+        "per_class": class_chart(dict(class_bars(result.per_class))),
         "reliability": reliability_chart(result.calibration),
         "confidence": confidence_chart(result.calibration),
         "coverage": coverage_chart([(max(a.scores), a.is_right) for a in result.answers if a.scores]),
@@ -52,11 +53,10 @@ def evaluation_page(result: EvalResult, context: Context, drawings: Mapping[str,
     per_class = result.per_class.values()
     wrong = sorted((a for a in answers if not a.is_right), key=lambda a: (-max(a.scores), a.video.name))
     wrong = wrong[:MOST_STRIPS]
-    position = {label: n for n, label in enumerate(result.labels)}
-    hard = sorted(
-        (a for a in answers if a not in wrong),
-        key=lambda a: (a.scores[position[a.video.label]], a.video.name),
-    )
+    others = (a for a in answers if a not in wrong)
+    hard = sorted(others, key=lambda a: (a.scores[result.labels.index(a.video.label)], a.video.name))
+    about_wrong = "Wrong predictions with the highest score. The label may be wrong as well."
+    about_hard = "Videos with the lowest score of their true class, other than those above."
     return render(
         "evaluation.html.j2",
         context,
@@ -71,18 +71,10 @@ def evaluation_page(result: EvalResult, context: Context, drawings: Mapping[str,
         class_bars=class_bars(result.per_class),
         confidence=sum(max(answer.scores) for answer in answers) / len(answers),
         accuracy=sum(answer.is_right for answer in answers) / len(answers),
-        drawings=[drawings[name] for name in CONFIDENCE if name in drawings],
+        drawings=[drawings[name] for name in ("reliability", "confidence", "coverage") if name in drawings],
         videos_shown=[
-            (
-                "Most confident mistakes",
-                "Wrong predictions with the highest score. The label may be wrong as well.",
-                _strips(result, wrong),
-            ),
-            (
-                "Hardest videos",
-                "Videos with the lowest score of their true class, other than those above.",
-                _strips(result, hard[:MOST_STRIPS]),
-            ),
+            ("Most confident mistakes", about_wrong, _answer_strips(result, wrong)),
+            ("Hardest videos", about_hard, _answer_strips(result, hard[:MOST_STRIPS])),
         ],
     )
 
@@ -131,24 +123,26 @@ def class_bars(per_class: Mapping[str, ClassScore]) -> list[tuple[str, tuple[int
     return worst_first({label: (score.videos, score.right) for label, score in per_class.items()})
 
 
-def _strips(result: EvalResult, answers: Iterable[VideoPrediction]) -> list[dict[str, Any]]:
-    """Frames of the videos that are still readable, with the best scores and the true label's."""
-    assert result.clips is not None
-    found = []
+def _answer_strips(result: EvalResult, answers: Sequence[VideoPrediction]) -> list[dict[str, Any]]:
+    """Strips with the best scores and the true label's."""
+    rows: list[Strip] = []
     for answer in answers:
-        clip, label = result.clips.clip(answer.video.name), answer.video.label
-        if clip is None:
-            continue
+        label = answer.video.label
         best = sorted(zip(result.labels, answer.scores, strict=True), key=lambda pair: -pair[1])
         best = best[:MOST_LABELS] + [pair for pair in best[MOST_LABELS:] if pair[0] == label]
         roles: dict[str, Role] = {answer.predicted: "bad", label: "good"}
-        found.append(
-            {
-                "uri": film_strip(clip, result.clips.preprocessing),
-                "name": answer.video.name,
-                "label": label,
-                "predicted": answer.predicted,
-                "scores": [(name, score, roles.get(name, "dim")) for name, score in best],
-            }
-        )
+        scores = [(name, score, roles.get(name, "dim")) for name, score in best]
+        rows.append((answer.video, [answer.predicted], scores))
+    return strips(result, rows)
+
+
+def strips(result: EvalResult, rows: Sequence[Strip]) -> list[dict[str, Any]]:
+    """Values of the template's film strips, without videos that are no longer readable."""
+    assert result.clips is not None
+    found = []
+    for video, predictions, scores in rows:
+        clip = result.clips.clip(video.name)
+        if clip is not None:
+            uri = film_strip(clip, result.clips.preprocessing)
+            found.append({"uri": uri, "video": video, "predictions": predictions, "scores": scores})
     return found

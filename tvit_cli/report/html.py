@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,12 +67,9 @@ class Tile(NamedTuple):
     span: tuple[float, float, float] | None = None
 
 
+LOADER = PackageLoader("tvit_cli.report")
 TEMPLATES = Environment(
-    loader=PackageLoader("tvit_cli.report"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
+    loader=LOADER, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
 TEMPLATES.filters |= {
     "percent": percent,
@@ -95,18 +92,12 @@ def render(template: str, context: Context, **values: Any) -> str:
     )
 
 
-PACKAGES = ("accelerate", "peft", "av", "numpy", "safetensors")
-TIMEOUT = 5.0  # seconds for the output of a program
-
-
 def software(folder: Path) -> dict[str, str]:
     """Versions, and the git commit of a folder in a working tree."""
     found = {"tvit": tvit_cli.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
+    for name in ("accelerate", "peft", "av", "numpy", "safetensors"):
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     if torch.version.cuda is not None:
         found["CUDA"] = torch.version.cuda
     found["system"] = platform.platform()
@@ -142,30 +133,24 @@ def git_commit(folder: Path) -> str:
 
 def _processor() -> str:
     """The processor's name from /proc/cpuinfo, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _output(*command: str) -> str:
-    """Output of a program; "" if it is missing, fails or exceeds the timeout."""
-    if shutil.which(command[0]) is None:
-        return ""
+    """Output of a program; "" if it is missing, fails or takes more than 5 seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return ""
     return done.stdout.strip()
 
 
-REPORT_FILE = "report.html"
-
-
 def write_pages(
-    folder: Path, html: str, drawings: Mapping[str, Drawing | None], *, name: str = REPORT_FILE
+    folder: Path, html: str, drawings: Mapping[str, Drawing | None], *, name: str = "report.html"
 ) -> Path:
     """Writes the page atomically and plots/<name>.png; returns the page's path. Raises OSError.
 

@@ -56,10 +56,7 @@ def training_page(
         class_bars=worst_first(result.per_class),
         strips=[(film_strip(clip, preprocessing), caption) for clip, caption in samples.clips],
         subsets=SUBSETS,
-        totals=(
-            "all",
-            *(sum(counts.get(subset, 0) for counts in result.videos.values()) for subset in SUBSETS),
-        ),
+        totals=("all", *(sum(counts.get(s, 0) for counts in result.videos.values()) for s in SUBSETS)),
         videos=[(label, *(counts.get(s, 0) for s in SUBSETS)) for label, counts in result.videos.items()],
         settings=[row for row, _ in rows],
         changed={n: row for n, (row, is_changed) in enumerate(rows) if is_changed},
@@ -69,7 +66,6 @@ def training_page(
 def curves(result: TrainResult) -> dict[str, Drawing | None]:
     """Charts of a training by file name; None without a point."""
     per_epoch = result.epochs[0]["step"] / result.epochs[0]["epoch"]
-    best = (result.best_epoch, "best") if result.best else None
 
     def by_epoch(key: str) -> Points:
         return [(r["epoch"], r[key]) for r in result.epochs if key in r]
@@ -88,7 +84,7 @@ def curves(result: TrainResult) -> dict[str, Drawing | None]:
         title: str, *lines: Curve, show: Callable[[float], str] = number, marks_best: bool = False
     ) -> Drawing | None:
         y_range = (0.0, 1.0) if show is percent else None
-        mark = best if marks_best else None
+        mark = (result.best_epoch, "best") if marks_best and result.best else None
         return curves_chart(title, lines, x_name="epoch", show=show, y_range=y_range, mark=mark)
 
     return {
@@ -153,7 +149,7 @@ def _setting_rows(settings: TrainSettings) -> list[tuple[tuple[str, str, str], b
     ).model_dump(mode="json")
     rows = []
     for name, value in settings.model_dump(mode="json").items():
-        default = extra(fields[name]).get("default_text") or defaults[name]  # in words if found at run time
+        default = extra(fields[name]).get("default_text") or defaults[name]
         rows.append(((flag(name), _shown(value), _shown(default)), value != defaults[name]))
     return rows
 
