@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tvit_cli.engine.evaluate import check_results_folder, evaluate, results_folder
-from tvit_cli.engine.evaluate.files import output_folder, reproduce_command, write_json, write_page
+from tvit_cli.engine.evaluate.files import reproduce_command, write_json, write_page
 from tvit_cli.engine.evaluate.metrics import difference_interval, mcnemar
 from tvit_cli.engine.launch import join_process_group
 from tvit_cli.engine.trained import open_trained
@@ -14,8 +14,6 @@ from tvit_cli.report.comparison import write_comparison_report
 from tvit_cli.report.html import Context
 from tvit_cli.results import Comparison, EvalResult, Pair, Report, silent
 from tvit_cli.settings.eval import EvalSettings
-
-COMPARISON_FILE = "comparison.json"
 
 
 def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
@@ -51,18 +49,16 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     pairs = _pairs(first, second)
     right = [(a.is_right, b.is_right) for a, b in pairs]
     comparison = Comparison(
-        first=first,
-        second=second,
-        pairs=pairs,
-        interval=difference_interval(
-            [a for a, _ in right], [b for _, b in right], [a.video.unit for a, _ in pairs]
-        ),
+        first,
+        second,
+        pairs,
+        difference_interval([a for a, _ in right], [b for _, b in right], [a.video.unit for a, _ in pairs]),
         p_value=mcnemar(right.count((True, False)), right.count((False, True))),
         output=shared or second.output,
     )
     if not group.is_main:
         return comparison
-    _write(comparison)
+    write_json(comparison.output / "comparison.json", _content(comparison))
     again = reproduce_command(settings, ["--compare", str(first.model), str(second.model)])
     context = Context(_setup(comparison), [("Repeat this comparison", again)], group.device)
     page = write_page(comparison.output, lambda: write_comparison_report(comparison, context), report)
@@ -72,28 +68,25 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
 def _pairs(first: EvalResult, second: EvalResult) -> tuple[Pair, ...]:
     others = {answer.video.path: answer for answer in second.answers}
     pairs = tuple((a, others[a.video.path]) for a in first.answers if a.video.path in others)
-    models = f"--compare {first.model} {second.model}"
-    if not pairs:
-        raise SettingsError(
-            f"{models}: the models were not scored on the same videos. Name the data for both with --path-to-data."
-        )
+    problems = [] if pairs else ["the models were not scored on the same videos"]
     for a, b in pairs:
         if a.video.label != b.video.label:
-            raise SettingsError(
-                f"{models}: {a.video.name} has the label {a.video.label} for the first model and {b.video.label} "
-                "for the second. Name the data for both with --path-to-data."
-            )
+            labels = f"{a.video.label} for the first model and {b.video.label} for the second"
+            problems.append(f"{a.video.name} has the label {labels}")
+    if problems:
+        models = f"--compare {first.model} {second.model}"
+        raise SettingsError(f"{models}: {problems[0]}. Name the data for both with --path-to-data.")
     return pairs
 
 
-def _write(comparison: Comparison) -> None:
+def _content(comparison: Comparison) -> dict[str, object]:
     def flips(pairs: tuple[Pair, ...]) -> list[dict[str, str]]:
         return [
             {"video": a.video.name, "label": a.video.label, "first": a.predicted, "second": b.predicted}
             for a, b in pairs
         ]
 
-    content = {
+    return {
         "first": str(comparison.first.model),
         "second": str(comparison.second.model),
         "videos": comparison.videos,
@@ -103,22 +96,17 @@ def _write(comparison: Comparison) -> None:
         "gained": flips(comparison.gained),
         "lost": flips(comparison.lost),
     }
-    with output_folder(comparison.output) as folder:
-        write_json(folder / COMPARISON_FILE, content)
 
 
 def _setup(comparison: Comparison) -> dict[str, str]:
     first, second, pairs = comparison.first, comparison.second, comparison.pairs
     unread = sum(bool(a.error or b.error) for a, b in pairs)
-    which = "that both could read"
-    if unread:
-        which = f"of which {unread} could not be read and count as wrong"
+    which = f", of which {unread} could not be read and count as wrong" if unread else " that both could read"
     groups = len({a.video.unit for a, _ in pairs})
     speeds = (f"{r.metrics['videos'] / r.seconds:.1f} videos/s" for r in (first, second))
     return {
         "first": str(first.model),
         "second": str(second.model),
-        "videos": f"{len(pairs)}{',' if unread else ''} {which}, of {groups} groups; "
-        "clips are shown as the second model received them",
+        "videos": f"{len(pairs)}{which}, of {groups} groups; clips are shown as the second model received them",
         "speed": "first {}, second {}, decoding included".format(*speeds),
     }

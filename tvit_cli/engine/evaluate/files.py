@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +21,6 @@ from tvit_cli.settings.base import flag
 from tvit_cli.settings.eval import EvalSettings
 
 METRICS_FILE = "metrics.json"
-SCORES_FILE = "scores.csv"
-CONFUSION_FILE = "confusion.csv"
-PER_CLASS = ("videos", "right", "precision", "recall", "f1")
 
 
 def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
@@ -38,10 +35,10 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
         "metrics": result.metrics,
         "intervals": {name: list(interval) for name, interval in result.intervals.items()},
         "per_class": {
-            label: {name: getattr(score, name) for name in PER_CLASS}
+            label: {name: getattr(score, name) for name in ("videos", "right", "precision", "recall", "f1")}
             for label, score in result.per_class.items()
         },
-        "confused": [{"label": true, "said": said, "videos": n} for true, said, n in result.confused],
+        "confused": [{"label": true, "said": wrong, "videos": n} for true, wrong, n in result.confused],
         "calibration": [asdict(bin) for bin in result.calibration],
         "unreadable": result.unreadable,
         "seconds": round(result.seconds, 3),
@@ -52,28 +49,32 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
         (a.video.name, a.video.group or "", a.video.label, a.predicted, *(f"{s:.6f}" for s in a.scores))
         for a in result.answers
     )
-    confusion = ((true, *(counts.get((true, said), 0) for said in labels)) for true in labels)
-    with output_folder(result.output) as folder:
-        write_json(folder / METRICS_FILE, content)
-        _write_rows(folder / SCORES_FILE, ("video", "group", "label", "predicted", *labels), scores)
-        _write_rows(folder / CONFUSION_FILE, ("label", *labels), confusion)
+    confusion = ((true, *(counts.get((true, predicted), 0) for predicted in labels)) for true in labels)
+    write_json(result.output / METRICS_FILE, content)
+    with _output_folder(result.output):
+        for name, header, rows in (
+            ("scores.csv", ("video", "group", "label", "predicted", *labels), scores),
+            ("confusion.csv", ("label", *labels), confusion),
+        ):
+            with (result.output / name).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows((header, *rows))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes indented JSON, ASCII only, and makes its folder. Raises RunError."""
+    with _output_folder(path.parent):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def output_folder(folder: Path) -> Iterator[Path]:
-    """Makes a folder for the files written in the block. Raises RunError if one cannot be written."""
+def _output_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        yield
     except OSError as error:
         raise RunError(
             f"{folder}: cannot be written ({error.strerror}). Free some space, or choose another --output."
         ) from error
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes indented JSON, ASCII only. Raises OSError."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(output: Path) -> dict[str, float]:
@@ -87,11 +88,6 @@ def read_metrics(output: Path) -> dict[str, float]:
             f"{path}: no metrics can be read ({type(error).__name__}: {error}). "
             f"Run the evaluation again, or remove {output}."
         ) from error
-
-
-def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows((header, *rows))
 
 
 def write_page(folder: Path, write: Callable[[], Path], report: Report) -> Path | None:
@@ -108,13 +104,35 @@ def write_report(
     settings: EvalSettings,
     trained: Trained,
     facts: Mapping[str, Any],
-    place: ProcessGroup,
+    group: ProcessGroup,
     report: Report,
 ) -> Path | None:
     """Writes report.html and plots/ beside metrics.json and returns the page's path; a failure is a warning.
 
     `facts` are those of metrics.json.
     """
+    card, views, size = trained.card, facts["views"], trained.card.preprocessing.frame_size
+    videos, recordings = result.metrics["videos"], len({answer.video.unit for answer in result.answers})
+    is_counted = result.unreadable and settings.unreadable == "wrong"
+    shown = "one clip, the centre crop"
+    if views != {"clips_per_video": 1, "crops_per_clip": 1, "flip": False}:
+        crops = f"{views['crops_per_clip']} crops{' × mirrored or not' if views['flip'] else ''}"
+        shown = f"{views['clips_per_video']} clips in time × {crops} of each video, scores averaged"
+    setup = {
+        "model": f"{trained.folder}{'' if card.base is None else f', from {card.base.name}'}",
+        "weights": f"sha256 {card.weights_sha256[:16]}…, written by tvit {card.tvit_version}",
+        "network": f"{sum(p.numel() for p in trained.model.parameters()):,} parameters, "
+        f"{card.model.get('attention', '')} attention",
+        "data": f"{facts['data']}, split {facts['split']}",
+        "subset": f"{result.subset}: {videos:.0f} videos, {recordings} groups",
+        "left out": plural(len(result.unreadable), "video") + (", counted as wrong" if is_counted else ""),
+        "clip": f"{card.preprocessing.n_frames} frames of {size}×{size} pixels, one of each equal share of a video",
+        "views": shown,
+        "frames": f"from the {facts['frames']}",
+        "order": "frames shuffled" if settings.shuffle_frames else "as filmed",
+        "speed": f"{videos / result.seconds:.1f} videos/s, decoding included: {trained.device} × "
+        f"{group.processes}, {settings.per_gpu_batch_size} clips at once",
+    }
     model = shlex.quote(str(result.model))
     commands = [
         ("Repeat this evaluation", reproduce_command(settings, ["--model", str(result.model)])),
@@ -122,52 +140,14 @@ def write_report(
         ("Explain a label", f"tvit predict VIDEO --model {model} --explain why.png"),
         ("Export the model", f"tvit export {model} --format onnx"),
     ]
-    setup = _setup(result, settings, trained, facts, place)
     context = Context(setup, commands, trained.device)
     return write_page(result.output, lambda: write_evaluation_report(result, context), report)
 
 
-def _setup(
-    result: EvalResult,
-    settings: EvalSettings,
-    trained: Trained,
-    facts: Mapping[str, Any],
-    place: ProcessGroup,
-) -> dict[str, str]:
-    card, views, size = trained.card, facts["views"], trained.card.preprocessing.frame_size
-    left_out = plural(len(result.unreadable), "video")
-    if result.unreadable and settings.unreadable == "wrong":
-        left_out += ", counted as wrong"
-    shown = "one clip, the centre crop"
-    if views != {"clips_per_video": 1, "crops_per_clip": 1, "flip": False}:
-        flips = " × mirrored or not" if views["flip"] else ""
-        shown = (
-            f"{views['clips_per_video']} clips in time × {views['crops_per_clip']} crops{flips} of each video, "
-            "scores averaged"
-        )
-    videos = result.metrics["videos"]
-    groups = len({answer.video.unit for answer in result.answers})
-    return {
-        "model": f"{trained.folder}{'' if card.base is None else f', from {card.base.name}'}",
-        "weights": f"sha256 {card.weights_sha256[:16]}…, written by tvit {card.tvit_version}",
-        "network": f"{sum(p.numel() for p in trained.model.parameters()):,} parameters, "
-        f"{card.model.get('attention', '')} attention",
-        "data": f"{facts['data']}, split {facts['split']}",
-        "subset": f"{result.subset}: {videos:.0f} videos, {groups} groups",
-        "left out": left_out,
-        "clip": f"{card.preprocessing.n_frames} frames of {size}×{size} pixels, one of each equal share of a video",
-        "views": shown,
-        "frames": f"from the {facts['frames']}",
-        "order": "frames shuffled" if settings.shuffle_frames else "as filmed",
-        "speed": f"{videos / result.seconds:.1f} videos/s, decoding included: {trained.device} × "
-        f"{place.processes}, {settings.per_gpu_batch_size} clips at once",
-    }
-
-
 def reproduce_command(settings: EvalSettings, models: Sequence[str]) -> str:
     """The command of the same evaluation; `models` are the options that name them."""
-    given = settings.model_dump(mode="json", exclude_defaults=True, exclude={"model", "compare"})
     words = ["tvit", "eval", *models]
+    given = settings.model_dump(mode="json", exclude_defaults=True, exclude={"model", "compare"})
     for name, value in given.items():
         words += [flag(name)] if value is True else [flag(name), str(value)]
     return shlex.join(words)

@@ -30,8 +30,6 @@ from tvit_cli.results import DryRun, Note, Progress, Report, silent
 from tvit_cli.settings.train import TrainSettings
 
 STEPS = 5  # measured at most, after a first one that starts workers, compiles, and allocates
-SECONDS = 60.0  # after which no further step is begun
-VALIDATION_CLIPS = 32  # scored at most, to estimate the time of a validation
 
 
 def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
@@ -126,7 +124,7 @@ def _measured_flops(work: Callable[[], object]) -> int:
 
 
 def _time_steps(loop: Loop) -> tuple[float, float]:
-    """Seconds per step, and the share of them that the model waits for data, without the first step."""
+    """Seconds per step and the share spent waiting for data, without the first step; none begins after 60 s."""
     loop.step = 0  # a resumed run may have few steps left
     loop.model.train()
     clock, begun = Clock.of(loop.device), time.perf_counter()
@@ -137,9 +135,10 @@ def _time_steps(loop: Loop) -> tuple[float, float]:
             if planned.ends_step:
                 update(loop)
                 loop.step += 1
-                _synchronize(loop.device)
+                if loop.device.type != "cpu":
+                    torch.accelerator.synchronize(loop.device)
                 loop.report(Progress("measuring steps", loop.step, STEPS + 1))
-                is_late = any_rank(time.perf_counter() - begun > SECONDS, loop.accelerator)
+                is_late = any_rank(time.perf_counter() - begun > 60, loop.accelerator)
                 if is_late or loop.step > STEPS or loop.step == loop.plan.total_steps:
                     break
                 if loop.step == 1:
@@ -150,18 +149,11 @@ def _time_steps(loop: Loop) -> tuple[float, float]:
 
 
 def _time_validation(loop: Loop) -> float:
-    """Seconds of a validation, extrapolated from at most VALIDATION_CLIPS videos of each rank."""
+    """Seconds of a validation, extrapolated from at most 32 videos of each rank."""
     videos = loop.source.readable("val")
     if not videos:
         return 0.0
-    some = videos[: VALIDATION_CLIPS * loop.plan.processes]
+    some = videos[: 32 * loop.plan.processes]
     begun = time.perf_counter()
     loop.score(some, "measuring validation")
     return (time.perf_counter() - begun) * len(videos) / len(some)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

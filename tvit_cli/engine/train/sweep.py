@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from tvit_cli.engine.evaluate import evaluate
-from tvit_cli.engine.evaluate.files import (
-    METRICS_FILE,
-    output_folder,
-    read_metrics,
-    reproduce_command,
-    write_json,
-    write_page,
-)
+from tvit_cli.engine.evaluate import evaluate, files
 from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
 from tvit_cli.engine.train import score_test, train
 from tvit_cli.engine.train.fingerprint import check_finished_settings
@@ -30,8 +22,6 @@ from tvit_cli.report.html import Context
 from tvit_cli.results import Note, Report, SeriesResult, silent
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
-
-SUMMARY_FILE = "summary.json"
 
 
 def series_models(folder: Path | None) -> dict[str, Path]:
@@ -62,19 +52,19 @@ def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Rep
         return whole
     write_summary(whole)
     outputs = {name: str(result.report or result.output) for name, result in results.items()}
-    again = reproduce_command(settings, ["--model", str(settings.model)])
+    again = files.reproduce_command(settings, ["--model", str(settings.model)])
     context = Context(outputs, [("Repeat this evaluation", again)], group.device)
     series = settings.model.absolute().name
-    page = write_page(folder, lambda: write_series_report(whole, series, context), report)
+    page = files.write_page(folder, lambda: write_series_report(whole, series, context), report)
     return replace(whole, report=page)
 
 
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
     """Mean and sample standard deviation of the metrics that all runs have. 0.8, 0.9 -> (0.85, 0.0707…)"""
     shared = [name for name in runs[0] if all(name in run for run in runs)]
-    deviation: Callable[[list[float]], float] = statistics.stdev if len(runs) > 1 else lambda values: 0.0
     columns = {name: [run[name] for run in runs] for name in shared}
-    return {name: (statistics.fmean(values), deviation(values)) for name, values in columns.items()}
+    deviations = {name: statistics.stdev(v) if len(runs) > 1 else 0.0 for name, v in columns.items()}
+    return {name: (statistics.fmean(values), deviations[name]) for name, values in columns.items()}
 
 
 def write_summary(result: SeriesResult) -> None:
@@ -84,8 +74,7 @@ def write_summary(result: SeriesResult) -> None:
         "mean": {name: mean for name, (mean, _) in result.summary.items()},
         "sd": {name: sd for name, (_, sd) in result.summary.items()},
     }
-    with output_folder(result.folder) as folder:
-        write_json(folder / SUMMARY_FILE, content)
+    files.write_json(result.folder / "summary.json", content)
 
 
 def train_series(series: Sequence[TrainSettings], report: Report = silent) -> SeriesResult:
@@ -107,14 +96,12 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
         raise SettingsError(
             f"--experiment-name {name}: {folder} is the folder of a single run. Choose another name."
         )
-    named = {f"seed{s.seed}-split{s.split}": s for s in series}
-    runs = {
-        run: s.model_copy(update={"working_directory": folder, "experiment_name": run})
-        for run, s in named.items()
-    }
-    for run, settings in runs.items():
+    runs = {}
+    for settings in series:
+        run = f"seed{settings.seed}-split{settings.split}"
+        runs[run] = settings.model_copy(update={"working_directory": folder, "experiment_name": run})
         if settings.overwrite:
-            check_replaceable(folder / run, settings)
+            check_replaceable(folder / run, runs[run])
     finished = [run for run, s in runs.items() if (folder / run / MODEL_FOLDER).exists() and not s.overwrite]
     for run in finished:
         runs[run] = check_finished_settings(folder / run, runs[run], accelerator.num_processes)
@@ -140,12 +127,12 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
 
 
 def _tested(run: Path) -> bool:
-    return (run / TEST / METRICS_FILE).exists()
+    return (run / TEST / files.METRICS_FILE).exists()
 
 
 def _metrics(run: Path) -> dict[str, float]:
     """Validation metrics of a finished run's best epoch, and its test metrics if there are any."""
     metrics = dict(load_card(run / MODEL_FOLDER).metrics)
     if _tested(run):
-        metrics |= {f"test_{name}": value for name, value in read_metrics(run / TEST).items()}
+        metrics |= {f"test_{name}": value for name, value in files.read_metrics(run / TEST).items()}
     return metrics
