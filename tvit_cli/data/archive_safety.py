@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
@@ -22,6 +22,7 @@ MAX_PATH_BYTES: Final = 1024
 RESERVED: Final = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in "123456789¹²³")]
 )
+BAD_KINDS: Final = {"link": "is a link", "special": "is neither a file nor a folder"}
 UNWRITABLE: Final = re.compile(r'[<>:"|?*\\]')  # invalid on Windows; ":" and "\" can lead out of the folder
 
 
@@ -33,6 +34,9 @@ class Limits:
     member_bytes: int = 8 * 1024**3
     total_bytes: int = 256 * 1024**3
     ratio: float = 100.0  # unpacked over packed bytes, beyond 1 MiB; zeros reach 1,030 in a ZIP
+
+
+LIMITS: Final = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Member:
 
 
 def check_members(
-    members: Sequence[Member], *, archive: str, packed_bytes: int | None, limits: Limits | None = None
+    members: Sequence[Member], *, archive: str, packed_bytes: int, limits: Limits = LIMITS
 ) -> None:
     """Raises DataError, naming the member and the reason, if an archive is unsafe to unpack.
 
@@ -61,26 +65,29 @@ def check_members(
     cannot store, names that are equal on Windows, macOS or Linux, encryption, and more members or bytes than
     `limits`. `packed_bytes` is the size of the archive itself.
     """
-    limits = limits or Limits()
+    if problem := next(_problems(members, packed_bytes, limits), None):
+        raise DataError(
+            f"{archive}: {problem}. Nothing was unpacked; take the archive from another source, "
+            "or unpack it yourself if you trust it."
+        )
+
+
+def _problems(members: Sequence[Member], packed_bytes: int, limits: Limits) -> Iterator[str]:
     if len(members) > limits.members:
-        raise _refused(archive, f"more than {limits.members:,} members")
+        yield f"more than {limits.members:,} members"
     used: dict[str, tuple[str, Kind]] = {}
     for member in members:
-        reason = _bad_name(member.name) or _bad_kind(member) or _bad_size(member, limits)
-        reason = reason or _collision(member, used)
+        reason = BAD_KINDS.get(member.kind, "is encrypted" if member.encrypted else None)
+        reason = _bad_name(member.name) or reason or _bad_size(member, limits) or _collision(member, used)
         if reason:
-            raise _refused(archive, f"member {member.name[:200]!r} {reason}")
+            yield f"member {member.name[:200]!r} {reason}"
     total = sum(member.size for member in members)
     if total > limits.total_bytes:
-        raise _refused(archive, f"{size_text(total)} unpacked, limit {size_text(limits.total_bytes)}")
-    if packed_bytes is None:
-        return
+        yield f"{size_text(total)} unpacked, limit {size_text(limits.total_bytes)}"
     if total > max(RATIO_FLOOR_BYTES, packed_bytes * limits.ratio):
-        sizes = f"{size_text(total)} out of {size_text(packed_bytes)}"
-        raise _refused(archive, f"{sizes}, limit {limits.ratio:g} times")
-    packed = sum(member.packed or 0 for member in members)
-    if packed > packed_bytes:
-        raise _refused(archive, f"members of {packed} bytes in an archive of {packed_bytes}: they overlap")
+        yield f"{size_text(total)} out of {size_text(packed_bytes)}, limit {limits.ratio:g} times"
+    if (packed := sum(member.packed or 0 for member in members)) > packed_bytes:
+        yield f"members of {packed} bytes in an archive of {packed_bytes}: they overlap"
 
 
 def normalized_name(path: PurePosixPath | str) -> str:
@@ -96,13 +103,6 @@ def kind_of_mode(mode: int, *, folder: bool) -> Kind:
     if form not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "special"
     return "dir" if folder or form == stat.S_IFDIR else "file"
-
-
-def _refused(archive: str, reason: str) -> DataError:
-    return DataError(
-        f"{archive}: {reason}. Nothing was unpacked; take the archive from another source, "
-        "or unpack it yourself if you trust it."
-    )
 
 
 def _bad_name(name: str) -> str | None:
@@ -125,14 +125,6 @@ def _bad_name(name: str) -> str | None:
         if part.split(".")[0].rstrip().casefold() in RESERVED:
             return "has the name of a device on Windows"
     return None
-
-
-def _bad_kind(member: Member) -> str | None:
-    if member.kind == "link":
-        return "is a link"
-    if member.kind == "special":
-        return "is neither a file nor a folder"
-    return "is encrypted" if member.encrypted else None
 
 
 def _bad_size(member: Member, limits: Limits) -> str | None:

@@ -18,14 +18,14 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Final, Literal, Protocol, cast
+from typing import IO, Final, Literal, cast
 
 from tvit_cli import files
 from tvit_cli.data import rar
-from tvit_cli.data.archive_safety import Kind, Limits, Member, check_members, kind_of_mode
+from tvit_cli.data.archive_safety import LIMITS, Kind, Limits, Member, check_members, kind_of_mode
 from tvit_cli.errors import DataError, RunError
 from tvit_cli.files import size_text
 from tvit_cli.results import Progress, Report, silent
@@ -39,27 +39,13 @@ ENTRY_BYTES: Final = 200  # generous mean of a ZIP directory entry; bounds the d
 HEADER_BYTES: Final = 1024**2  # limit of one tar header with its PAX records, which tarfile reads whole
 _WORK: Final = re.compile(r"(tree|raw)/.+|raw\.txt")
 # First bytes and reader of compressed tars. ucf101-subset's "tar.gz" is a plain tar.
-COMPRESSED: Final[dict[bytes, Callable[[Path], object]]] = {
+COMPRESSED: Final[dict[bytes, Callable[[Path, str], object]]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
-DAMAGED: Final = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,
-    struct.error,
-    ValueError,
-)
-
-
-class Readable(Protocol):
-    """A stream of bytes."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
+_FORMAT_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error)
+DAMAGED: Final = (*_FORMAT_ERRORS, EOFError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +81,13 @@ def detect_kind(path: Path) -> ArchiveKind:
 
 
 def unpack(
-    path: Path,
-    target: Path,
-    *,
-    plan: Plan | None = None,
-    limits: Limits | None = None,
-    report: Report = silent,
+    path: Path, target: Path, *, plan: Plan | None = None, limits: Limits = LIMITS, report: Report = silent
 ) -> list[Unpacked]:
     """Unpacks an archive to the new folder `target`; without a `plan`, all files under their own names.
 
-    Raises DataError if the archive is damaged or unsafe, RunError if the disk is too small; `target` does not exist
-    then.
+    Raises DataError if the archive is damaged or unsafe, RunError if the disk is too small. `target` is
+    made only on success.
     """
-    limits = limits or Limits()
     temporary = target.with_name(f".{target.name}.unpacking")
     files.remove_work(temporary, _WORK)
     if target.exists():
@@ -126,8 +106,12 @@ def unpack(
             with files.disk_full_errors(target.parent, purpose=purpose, need=lambda: need - done):
                 for member, content in archive.read(chosen, temporary / "raw"):
                     new = temporary / "tree" / paths[member.index]
-                    if isinstance(content, Path):
-                        sha256 = _move(content, new)
+                    if isinstance(content, Path):  # written by a RAR reader
+                        with content.open("rb+") as file:
+                            files.sync(file.fileno())
+                        new.parent.mkdir(parents=True, exist_ok=True)
+                        content.rename(new)
+                        sha256 = files.sha256(new)
                     else:
                         sha256 = store(content, new, member, archive=path)
                     unpacked.append(Unpacked(paths[member.index], member.name, member.size, sha256))
@@ -141,7 +125,7 @@ def unpack(
     return unpacked
 
 
-def store(stream: Readable, path: Path, member: Member, *, archive: Path | str) -> str:
+def store(stream: IO[bytes], path: Path, member: Member, *, archive: Path | str) -> str:
     """Writes a member to the new file `path` and returns its sha256. Raises DataError for a wrong declared size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -159,15 +143,6 @@ def store(stream: Readable, path: Path, member: Member, *, archive: Path | str) 
         more = "more" if left < 0 else "fewer"
         raise DataError(f"{archive}: {member.name!r} holds {more} than the {member.size} bytes it declares")
     return digest.hexdigest()
-
-
-def _move(source: Path, path: Path) -> str:
-    """Moves a member that a RAR reader has written and returns its sha256."""
-    with source.open("rb+") as file:
-        files.sync(file.fileno())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(path)
-    return files.sha256(path)
 
 
 def zip_members(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:
@@ -198,9 +173,14 @@ def _open(path: Path, limits: Limits) -> Iterator[_Zip | _Tar | rar.Rar]:
         if kind == "rar":
             with rar.open_rar(path, limits) as archive:
                 yield archive
+        elif kind == "tar":
+            yield _Tar(path, limits)
         else:
-            with closing((_Zip if kind == "zip" else _Tar)(path, limits)) as other:
-                yield other
+            with (
+                _Bounded(path.open("rb"), path, max_directory_bytes(limits)) as file,
+                zipfile.ZipFile(file) as directory,
+            ):
+                yield _Zip(directory)
     except (*DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 set none for bad data
             if error.errno in files.FULL:
@@ -210,24 +190,15 @@ def _open(path: Path, limits: Limits) -> Iterator[_Zip | _Tar | rar.Rar]:
 
 
 class _Zip:
-    def __init__(self, path: Path, limits: Limits) -> None:
-        self._file = _Bounded(path.open("rb"), path, max_directory_bytes(limits))
-        try:
-            self._zip = zipfile.ZipFile(self._file)
-        except BaseException:
-            self._file.close()
-            raise
-        self.members = zip_members(self._zip.infolist())
+    def __init__(self, directory: zipfile.ZipFile) -> None:
+        self._zip = directory
+        self.members = zip_members(directory.infolist())
 
     def read(self, chosen: Sequence[Member], _: Path) -> Iterator[tuple[Member, IO[bytes]]]:
         infos = self._zip.infolist()
         for member in chosen:
             with self._zip.open(infos[member.index]) as stream:
                 yield member, stream
-
-    def close(self) -> None:
-        self._zip.close()
-        self._file.close()
 
 
 class _Tar:
@@ -241,11 +212,9 @@ class _Tar:
             for info in _entries(tar):
                 self.members.append(Member(len(self.members), info.name, info.size, _tar_kind(info)))
                 total += info.size
-                if (
-                    len(self.members) > limits.members
-                    or info.size > limits.member_bytes
-                    or total > limits.total_bytes
-                ):
+                sizes = (len(self.members), info.size, total)
+                most = (limits.members, limits.member_bytes, limits.total_bytes)
+                if any(size > limit for size, limit in zip(sizes, most, strict=True)):
                     return  # `check_members` will refuse it, so the rest is not even decompressed
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
@@ -260,21 +229,18 @@ class _Tar:
                 if (member := wanted.pop(index, None)) is not None:
                     stream = tar.extractfile(info) if _tar_kind(info) == "file" else None
                     if stream is None or info.name != member.name:
-                        raise tarfile.ReadError("it changed while it was read")
+                        raise tarfile.ReadError("it changed during the read")
                     with stream:
                         yield member, stream
                 if not wanted:
                     return
 
-    def close(self) -> None:
-        """Does nothing: the file is closed after each pass."""
-
     @contextmanager
     def _opened(self) -> Iterator[tarfile.TarFile]:
         with self._path.open("rb") as file:
             head = file.read(6)
-        opener = next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), None)
-        stream = cast(IO[bytes], opener(self._path) if opener else self._path.open("rb"))
+        opener = next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), Path.open)
+        stream = cast(IO[bytes], opener(self._path, "rb"))
         with (
             _Bounded(stream, self._path, HEADER_BYTES) as bounded,
             tarfile.open(fileobj=bounded, mode="r:", errorlevel=2) as tar,
@@ -307,10 +273,8 @@ class _Bounded(io.RawIOBase):
         if size is None or size < 0:
             size = self._limit
         if size > self._limit:
-            raise DataError(
-                f"{self._path}: its directory or a header has {size_text(size)}, "
-                f"limit {size_text(self._limit)}. Nothing was unpacked; take another source."
-            )
+            found = f"its directory or a header has {size_text(size)}, limit {size_text(self._limit)}"
+            raise DataError(f"{self._path}: {found}. Nothing was unpacked; take another source.")
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

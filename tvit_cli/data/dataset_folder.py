@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from tvit_cli import files
 from tvit_cli.data.archives import Unpacked
@@ -27,8 +27,8 @@ VERSION: Final = 1
 FOLDERS: Final = ("videos", "splits")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Record(BaseModel, extra="forbid"):
+    pass
 
 
 class SourceRecord(_Record):
@@ -55,10 +55,8 @@ class FileRecord(_Record):
     member: str
 
 
-class Selection(BaseModel):
+class Selection(_Record, frozen=True):
     """Fetched classes (None: all) and clips per class (None: all) of a part."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     classes: tuple[str, ...] | None = None  # case-folded, sorted
     clips_per_class: int | None = None
@@ -143,16 +141,14 @@ class DatasetFolder:
         for path in wanted:
             record = records[path]
             try:
-                size = (self.path / path).stat().st_size
-                sha256 = files.sha256(self.path / path) if size == record.bytes else ""
+                if (size := (self.path / path).stat().st_size) != record.bytes:
+                    found.append(Difference(path, "size", f"{size} bytes, {record.bytes} were unpacked"))
+                elif (sha256 := files.sha256(self.path / path)) != record.sha256:
+                    found.append(
+                        Difference(path, "content", f"sha256 {sha256}, {record.sha256} was unpacked")
+                    )
             except OSError as error:
                 found.append(Difference(path, "missing", error.strerror or "cannot be read"))
-            else:
-                if size != record.bytes:
-                    found.append(Difference(path, "size", f"{size} bytes, {record.bytes} were unpacked"))
-                elif sha256 != record.sha256:
-                    detail = f"sha256 {sha256}, {record.sha256} was unpacked"
-                    found.append(Difference(path, "content", detail))
             done += record.bytes
             report(Progress(f"check {self.manifest.dataset}", done, total, "bytes"))
         return found
@@ -161,10 +157,10 @@ class DatasetFolder:
         """Raises DataError if `videos` holds files and no manifest lists any."""
         videos = self.path / "videos"
         if not self.manifest.files and videos.is_dir() and any(videos.iterdir()):
-            raise DataError(
-                f"{videos}: holds files that `tvit download` did not put there. Use them as they are "
-                f"(`tvit train {videos}`), or move them away and run this command again."
+            advice = (
+                f"Use them as they are (`tvit train {videos}`), or move them away and repeat this command."
             )
+            raise DataError(f"{videos}: holds files that `tvit download` did not put there. {advice}")
 
     def clear_incoming(self) -> Path:
         """Path of the incoming folder, which does not exist afterwards."""
@@ -187,10 +183,10 @@ class DatasetFolder:
         sources = self.manifest.sources
         if source not in sources:
             sources.append(source)
+        index = sources.index(source)
         for file in unpacked:
-            self.manifest.files[str(file.path)] = FileRecord(
-                bytes=file.bytes, sha256=file.sha256, source=sources.index(source), member=file.member
-            )
+            record = FileRecord(bytes=file.bytes, sha256=file.sha256, source=index, member=file.member)
+            self.manifest.files[str(file.path)] = record
         self._save()
         self._move_incoming()
         self.added += len(unpacked)

@@ -15,19 +15,19 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import urllib3
 
 from tvit_cli import __version__, files
 from tvit_cli.errors import RunError
 from tvit_cli.results import Note, Progress, Report, silent
-
-if TYPE_CHECKING:
-    import urllib3
 
 T = TypeVar("T")
 OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 200, 206, 416
@@ -91,8 +91,8 @@ class Retry:
         self.sleep(max(seconds, after))
 
 
-class Response:
-    """Status, headers and unread body of a response; a context manager."""
+class Response(AbstractContextManager["Response"]):
+    """Status, headers and unread body of a response."""
 
     def __init__(self, raw: urllib3.BaseHTTPResponse) -> None:
         self._raw = raw
@@ -107,15 +107,10 @@ class Response:
 
     def read(self, size: int) -> bytes:
         """The next bytes as they arrive: at most `size`, none at the end. Raises TransientError."""
-        import urllib3
-
         try:
             return self._raw.read1(size)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise TransientError(f"connection lost ({_reason(error)})") from error
-
-    def __enter__(self) -> Response:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._raw.close()
@@ -138,8 +133,6 @@ class Http:
 
     def open(self, url: str, headers: Mapping[str, str] | None = None) -> Response:
         """Response of `url` with status 200, 206 or 416, after redirects. Raises PermanentError, TransientError."""
-        import urllib3
-
         for _ in range(MAX_REDIRECTS + 1):
             raw = self._request(url, headers or {})
             if raw.status in (OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE):
@@ -147,10 +140,9 @@ class Http:
             raw.close()
             message = f"HTTP {raw.status} {raw.reason}"
             if raw.status in TRANSIENT:
-                after = None
                 with suppress(urllib3.exceptions.InvalidHeader):
-                    after = urllib3.Retry().get_retry_after(raw)
-                raise TransientError(message, after=after)
+                    raise TransientError(message, after=urllib3.Retry().get_retry_after(raw))
+                raise TransientError(message)
             if not (location := raw.get_redirect_location()):
                 raise PermanentError(message)
             scheme, target = urlsplit(url).scheme, urljoin(url, location)
@@ -160,21 +152,15 @@ class Http:
         raise PermanentError(f"{message} more than {MAX_REDIRECTS} times")
 
     def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        import urllib3
-
         if urlsplit(url).scheme not in ("http", "https"):
             raise PermanentError(f"its URL {url} is neither http nor https")
-        headers = {
-            "User-Agent": f"tvit/{__version__}",
-            "Accept-Encoding": "identity",
-            "Connection": "close",  # an idle connection may be closed by the server at any time
-            **headers,
-        }
+        # An idle connection may be closed by the server at any time.
+        always = {"User-Agent": f"tvit/{__version__}", "Accept-Encoding": "identity", "Connection": "close"}
         try:
             return self._pool(url).urlopen(
                 "GET",
                 url,
-                headers=headers,
+                headers={**always, **headers},
                 redirect=False,
                 retries=False,  # See Note [Resuming a partial file]: a retry needs another Range
                 preload_content=False,
@@ -185,17 +171,14 @@ class Http:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             cause = _root_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise PermanentError(
-                    f"its TLS certificate does not verify ({cause.verify_message}); it is never turned off"
-                ) from error
+                message = (
+                    f"its TLS certificate does not verify ({cause.verify_message}); verification is required"
+                )
+                raise PermanentError(message) from error
             raise TransientError(f"no connection ({_reason(error)})") from error
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """Connections to a host, or to the proxy that the environment names for it."""
-        from urllib.request import getproxies, proxy_bypass
-
-        import urllib3
-
         parts = urlsplit(url)
         proxy = getproxies().get(parts.scheme)
         if not proxy or proxy_bypass(parts.netloc):
@@ -229,11 +212,6 @@ def _reason(error: BaseException) -> str:
     return str(cause).strip() or type(cause).__name__
 
 
-def file_name(url: str) -> str:
-    """Last part of a URL's path. "https://a.org/x/UCF101.rar?download=1" -> "UCF101.rar"."""
-    return Path(unquote(urlsplit(url).path)).name
-
-
 @dataclass(frozen=True)
 class Fetched:
     """Source of a complete file. `bytes_received`: in this run; `verified`: its hash was known in advance."""
@@ -248,7 +226,7 @@ class Fetched:
 
 def is_fetched(target: Path, sha256: str | None = None) -> bool:
     """Whether a fetch wrote this file, by the record beside it, with this sha256 if given."""
-    record = _read_object(_record_path(target))
+    record = _read_object(_beside(target, "source.json"))
     return "sha256" in record and sha256 in (None, record["sha256"])
 
 
@@ -259,8 +237,8 @@ def fetch_files(target: Path) -> list[str]:
     return [*own, *(f".{name}.new" for name in beside), *beside]  # the record last
 
 
-def _record_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.source.json")
+def _beside(target: Path, end: str) -> Path:
+    return target.with_name(f".{target.name}.{end}")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -292,16 +270,12 @@ class _Origin:
 
 
 class _PartialFile:
-    """The bytes received so far."""
-
     def __init__(self, target: Path) -> None:
-        self.path = target.with_name(f".{target.name}.part")
-        self.origin_path = target.with_name(f".{target.name}.part.json")
+        self.path, self.origin_path = _beside(target, "part"), _beside(target, "part.json")
         self.is_mixed = self.length > 0  # not all bytes are from one response of this run
-        try:
+        self.origin = _Origin()
+        with suppress(TypeError):
             self.origin = _Origin(**_read_object(self.origin_path))
-        except TypeError:
-            self.origin = _Origin()
         if not self.origin.url:
             self.discard()  # bytes of unknown origin
 
@@ -317,7 +291,7 @@ class _PartialFile:
 
 @dataclass
 class Download:
-    """A file to fetch to `target`, with its `size` (bytes) and `sha256` where known."""
+    """A file to fetch to `target`, with its `size` (bytes) and `sha256` if known."""
 
     target: Path
     size: int | None = None
@@ -332,7 +306,7 @@ class Download:
         Raises MirrorsFailed, and RunError if the disk is too small, fills up, or another process fetches the file.
         """
         busy = f"{self.target}: another process is fetching it. Wait until it ends, then repeat this command."
-        with files.file_lock(self.target.with_name(f".{self.target.name}.lock"), busy):
+        with files.file_lock(_beside(self.target, "lock"), busy):
             return self._existing() or self._from_any(urls)
 
     def _existing(self) -> Fetched | None:
@@ -344,10 +318,10 @@ class Download:
             found = f"{self.target}: {size} bytes, sha256 {sha256}, is not the expected file"
             if not is_fetched(self.target, sha256):
                 raise RunError(f"{found} and not from tvit. Move it away and run the same command again.")
-            self._note(f"{found}; fetching it again")
+            self.report(Note(f"{found}; fetching it again"))
             self.target.unlink()
             return None
-        url = str(_read_object(_record_path(self.target)).get("url", self.target.name))
+        url = str(_read_object(_beside(self.target, "source.json")).get("url", self.target.name))
         return Fetched(url, size, sha256, self.sha256 is not None)
 
     def _from_any(self, urls: Sequence[str]) -> Fetched:
@@ -358,7 +332,7 @@ class Download:
                 return self.http.retry.run(partial(self._attempt, url, part), lambda: part.length)
             except PermanentError as failure:
                 reasons.append((url, str(failure)))
-                self._note(f"{url}: {failure}")
+                self.report(Note(f"{url}: {failure}"))
         advice = "Try again later, or give a file that you already have with --archive."
         if part.length:
             advice += f" {files.size_text(part.length)} are kept in {part.path} for the next run."
@@ -373,7 +347,7 @@ class Download:
         elif self.sha256 not in (None, sha256):
             mismatch = f"sent a file of sha256 {sha256}, {self.sha256} is expected"
         else:
-            files.write_json(_record_path(self.target), {"url": url, "sha256": sha256})
+            files.write_json(_beside(self.target, "source.json"), {"url": url, "sha256": sha256})
             files.rename(part.path, self.target)
             part.origin_path.unlink(missing_ok=True)
             return Fetched(url, size, sha256, self.sha256 is not None, self._received, part.origin.etag)
@@ -385,23 +359,20 @@ class Download:
 
     def _receive(self, url: str, part: _PartialFile) -> None:
         """One request for the bytes after the partial file, appended as they arrive."""
-        if not self._can_resume(url, part):
+        is_too_long = self.size is not None and part.length > self.size
+        is_proven = part.origin.url == url and part.origin.validator is not None
+        # See Note [Resuming a partial file].
+        if part.length == 0 or is_too_long or not (is_proven or self.sha256):
             part.discard()
         if part.length and part.length == (self.size or part.origin.total):
             return
         headers = {"Range": f"bytes={part.length}-"} if part.length else {}
-        if part.length and part.origin.url == url and part.origin.validator:
-            headers["If-Range"] = part.origin.validator
+        if part.length and part.origin.url == url and (validator := part.origin.validator):
+            headers["If-Range"] = validator
         with self.http.open(url, headers) as response:
             total = self._check_response(url, response, part)
             if total is None or total > part.length:
                 self._append_body(response, part, total)
-
-    def _can_resume(self, url: str, part: _PartialFile) -> bool:
-        """See Note [Resuming a partial file]."""
-        if part.length == 0 or (self.size and part.length > self.size):
-            return False
-        return self.sha256 is not None or (part.origin.url == url and part.origin.validator is not None)
 
     def _check_response(self, url: str, response: Response, part: _PartialFile) -> int | None:
         """Total bytes of the file as the response declares; `part` is emptied if the response starts at 0."""
@@ -419,7 +390,7 @@ class Download:
             part.is_mixed = True
         else:
             if part.length:
-                self._note(f"{url}: sends the whole file again; starting over")
+                self.report(Note(f"{url}: sends the whole file again; starting over"))
             part.discard()
             total = response.length
         if self.size is not None and total is not None and total != self.size:
@@ -452,9 +423,6 @@ class Download:
             files.sync(file.fileno())
         if total is not None and length < total:
             raise TransientError(f"connection cut at {length} of {total} bytes")
-
-    def _note(self, text: str) -> None:
-        self.report(Note(text))
 
     def _progress(self, done: int, total: int | None) -> None:
         self.report(Progress(f"fetch {self.target.name}", done, total, "bytes"))

@@ -23,9 +23,6 @@ RAR5: Final = b"Rar!\x1a\x07\x01\x00"
 UNIX_MODE: Final = 0x8000  # bit of 7-Zip's attributes: the upper half is a Unix mode
 REPARSE_POINT: Final = 0x400  # bit of Windows' attributes: a link
 RAR_CODEC: Final = re.compile(rb"\b4030\d\s+Rar\d")  # in the output of `7zz i`; Debian's 7zip has none
-ADVICE: Final = (
-    'To unpack RAR, install the extra: python -m pip install "tvit[rar]" (or put 7-Zip\'s 7zz on the PATH).'
-)
 
 
 class RarError(Exception):
@@ -67,7 +64,7 @@ def find_reader() -> Reader | None:
 
 
 def find_pybit7z() -> Reader | None:
-    """pybit7z if it is installed."""
+    """pybit7z if installed."""
     return _open_pybit7z if importlib.util.find_spec("pybit7z") else None
 
 
@@ -84,7 +81,10 @@ def require_reader() -> Reader:
     """Returns the reader. Raises DataError if there is none; call it before a download."""
     if reader := find_reader():
         return reader
-    raise DataError(f"This Python and the PATH have no reader of RAR archives. {ADVICE}")
+    raise DataError(
+        "This Python and the PATH have no reader of RAR archives. To unpack RAR, install the extra: "
+        'python -m pip install "tvit[rar]" (or put 7-Zip\'s 7zz on the PATH).'
+    )
 
 
 @contextmanager
@@ -128,9 +128,8 @@ class _Pybit7z(Rar):
         has_mode = bool(attributes & UNIX_MODE)
         kind = kind_of_mode(attributes >> 16 if has_mode else 0, folder=item.is_dir())
         links = (BitProperty.SymLink, BitProperty.HardLink, BitProperty.CopyLink)
-        if (attributes & REPARSE_POINT and not has_mode) or any(
-            item.item_property(link).is_string() for link in links
-        ):
+        is_link = any(item.item_property(link).is_string() for link in links)
+        if is_link or (attributes & REPARSE_POINT and not has_mode):
             kind = "link"
         return Member(index, item.path(), item.size(), kind, encrypted=item.is_encrypted())
 
@@ -143,8 +142,7 @@ class _Program(Rar):
     def __init__(self, program: str, path: Path) -> None:
         self._program, self._path = program, path
         self._form = "-tRar5" if _is_rar5(path) else "-tRar"
-        text = self._call("l", "-slt", "-ba", "-sccUTF-8").decode("utf-8", "surrogateescape")
-        self.members = _listed_members(text)
+        self.members = _listed_members(self._call("l", "-slt", "-ba", "-sccUTF-8"))
 
     def extract(self, chosen: Sequence[Member], folder: Path) -> None:
         names = folder.with_name(f"{folder.name}.txt")
@@ -165,16 +163,15 @@ def _run(command: list[str]) -> bytes:
     except OSError as error:
         raise RarError(f"{command[0]}: {error.strerror}") from error
     if ended.returncode:
-        lines = (ended.stderr or ended.stdout).decode("utf-8", "replace").split("\n")
-        reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        reason = (ended.stderr or ended.stdout).decode("utf-8", "replace").strip().split("\n")[-1].strip()
         raise RarError(reason or f"exit code {ended.returncode}")
     return ended.stdout
 
 
-def _listed_members(text: str) -> list[Member]:
+def _listed_members(listing: bytes) -> list[Member]:
     """Members in a `7zz l -slt` listing, which prints an underscore for a control character in a name."""
     members: list[Member] = []
-    for block in text.replace("\r\n", "\n").split("\n\n"):
+    for block in listing.decode("utf-8", "surrogateescape").replace("\r\n", "\n").split("\n\n"):
         pairs = (line.partition(" = ") for line in block.splitlines() if " = " in line)
         fields = {key.strip(): value for key, _, value in pairs}
         if "Path" not in fields:

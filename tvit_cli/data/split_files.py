@@ -20,9 +20,8 @@ from typing import Final
 from tvit_cli.errors import DataError, shorten
 from tvit_cli.settings.types import GROUP_PATTERN
 
-REQUIRED = ("path", "label")
-OPTIONAL = ("subset", "group")
-_DELIMITERS = ",;\t"
+SPLITS: Final = (1, 2, 3)
+CLASS_LIST: Final = "classInd.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +44,11 @@ def read_manifest(path: Path, *, subsets: Mapping[str, str]) -> list[Row]:
     lines = _lines(path)
     _, header = next(lines, (1, []))
     columns = [name.strip().lower() for name in header]
-    for required in REQUIRED:
+    for required in ("path", "label"):
         if required not in columns:
             raise DataError(
                 f'{path}, line 1: no column "{required}". The header has {", ".join(columns) or "nothing"}; '
-                f"a manifest has {', '.join(REQUIRED)} and, if wanted, {', '.join(OPTIONAL)}."
+                "a manifest has path, label and optionally subset, group."
             )
     records = [(number, dict(zip(columns, cells, strict=False))) for number, cells in lines if any(cells)]
     with_subset = any(record.get("subset") for _, record in records)
@@ -81,26 +80,20 @@ def read_manifest(path: Path, *, subsets: Mapping[str, str]) -> list[Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and stripped cells."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
+            delimiter = max(",;\t", key=file.readline().count)
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(_DELIMITERS, key=header.count), strict=True)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
             for cells in reader:
                 yield reader.line_num, [cell.strip() for cell in cells]
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, csv.Error) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise DataError(
-            f"{path}: no CSV manifest (not UTF-8). Give a folder of videos or a CSV file."
+            f"{path}: no CSV manifest ({reason}). Give a folder of videos or a CSV file."
         ) from error
-    except csv.Error as error:
-        raise DataError(f"{path}: no CSV manifest ({error}).") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-SPLITS: Final = (1, 2, 3)
-CLASS_LIST: Final = "classInd.txt"
 
 
 def group_of(file_name: str) -> str | None:
@@ -173,10 +166,9 @@ def lists_from_groups(
 
 
 def _list_lines(path: Path) -> list[tuple[int, str]]:
-    """Numbered lines that are not empty, with any line ends."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # universal line ends
     except (OSError, UnicodeDecodeError) as error:
-        advice = "Fetch it with `tvit download ucf101 --repair`."
-        raise DataError(f"{path}: cannot be read ({error}). {advice}") from error
+        reason = f"cannot be read ({error}). Fetch it with `tvit download ucf101 --repair`."
+        raise DataError(f"{path}: {reason}") from error
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]

@@ -7,23 +7,14 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate, groupby
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
 from tvit_cli import files
-from tvit_cli.data import rar
-from tvit_cli.data.archive_safety import Limits, Member, check_members
-from tvit_cli.data.archives import (
-    CHUNK_BYTES,
-    DAMAGED,
-    Unpacked,
-    detect_kind,
-    max_directory_bytes,
-    store,
-    unpack,
-    zip_members,
-)
+from tvit_cli.data import archives, rar
+from tvit_cli.data.archive_safety import LIMITS, Member, check_members
 from tvit_cli.data.catalog import CanonicalNames, Dataset, Layout, Part, Source, choose, target_paths
 from tvit_cli.data.dataset_folder import DatasetFolder, Selection, SourceRecord
 from tvit_cli.data.http import OK, Download, Http, MirrorsFailed, PermanentError, TransientError, is_fetched
@@ -51,9 +42,7 @@ class RangeFile(io.RawIOBase):
     ) -> None:
         super().__init__()
         self.url, self._http, self._most_read = url, http, most_read
-        self._position = 0
-        self._prefetch_end = 0
-        self.received = 0
+        self._position = self._prefetch_end = self.received = 0
         self.etag: str | None = None
         self.size = -1
         self._buffer = self._fetch(None, 0)
@@ -114,7 +103,7 @@ class RangeFile(io.RawIOBase):
             if response.total != self.size or response.etag != self.etag:
                 raise PermanentError("the file has changed on the server while it was read")
             left = WINDOW_BYTES if response.length is None else response.length
-            while left and (chunk := response.read(min(left, CHUNK_BYTES))):
+            while left and (chunk := response.read(min(left, archives.CHUNK_BYTES))):
                 body += chunk
                 left -= len(chunk)
                 self.received += len(chunk)
@@ -161,15 +150,11 @@ class RemoteZip:
 
 @dataclass(frozen=True)
 class PartRequest:
-    """Files to fetch of a part: `paths` if known, else those of `selection`."""
+    """Files to fetch of a part: `paths` if given, else those of `selection`."""
 
     part: Part
     selection: Selection
     paths: frozenset[PurePosixPath] | None
-
-
-class _TooLarge(Exception):
-    """An archive without access to single members, too large to fetch for a few clips."""
 
 
 @dataclass
@@ -204,11 +189,11 @@ class Transfer:
                 return
             except MirrorsFailed as error:
                 reasons.extend(error.reasons)
-            except (DataError, _TooLarge) as error:
+            except DataError as error:
                 self._failed(source.urls[0], error, reasons)
         advice = (
-            f"Try again later: the received bytes are kept. Or take the archive from {self.dataset.homepage} "
-            "and give it with --archive (split lists: --splits-archive)."
+            "Try again later: the received bytes are kept. Or give an archive from "
+            f"{self.dataset.homepage} with --archive (split lists: --splits-archive)."
         )
         raise MirrorsFailed(f"{self.dataset.name}: {request.part.name}", reasons, advice=advice)
 
@@ -225,11 +210,11 @@ class Transfer:
                     if self._from_members(request, source, url):
                         return
                     break
-                except (PermanentError, *DAMAGED) as error:
+                except (PermanentError, *archives.DAMAGED) as error:
                     self._failed(url, error, reasons)
         size = source.bytes or self.dataset.unpacked_bytes or 0
         if not request.selection.is_whole and size > WHOLE_BYTES and not archive.exists():
-            raise _TooLarge(
+            raise DataError(
                 f"a {source.kind.upper()} of {files.size_text(size)} is too large for a few clips; leave out "
                 "--classes and --clips-per-class to fetch it whole"
             )
@@ -237,30 +222,32 @@ class Transfer:
 
     def _from_members(self, request: PartRequest, source: Source, url: str) -> bool:
         """Reads single members; False if most are requested, so that the whole archive is faster."""
-        most_directory = max_directory_bytes(Limits())
+        most_directory = archives.max_directory_bytes(LIMITS)
         remote = RemoteZip(url, http=self.http, size=source.bytes, most_directory=most_directory)
         try:
-            members = zip_members(remote.infos)
+            members = archives.zip_members(remote.infos)
             check_members(members, archive=url, packed_bytes=remote.file.size)
-            regular = [member for member in members if member.kind == "file"]
-            paths = self._plan(request, source.layout, regular)
+            paths = self._plan(request, source.layout, [one for one in members if one.kind == "file"])
             packed = sum(remote.infos[index].compress_size for index in paths)
             if request.selection.is_whole and packed > remote.file.size / 2:
                 return False
             done, need, purpose = 0, sum(members[index].size for index in paths), f"fetching from {url}"
             files.require_free(self.folder.path, need, purpose=purpose)
-            part, size, etag = request.part.name, remote.file.size, remote.file.etag
-            record = SourceRecord(part=part, url=url, bytes=size, etag=etag)
+            part = request.part.name
+            record = SourceRecord(part=part, url=url, bytes=remote.file.size, etag=remote.file.etag)
             order = sorted(paths, key=lambda index: remote.infos[index].header_offset)
+            starts = accumulate((members[index].size for index in order), initial=0)
+            batches = groupby(zip(starts, order, strict=False), key=lambda pair: pair[0] // BATCH_BYTES)
             with files.disk_full_errors(self.folder.path, purpose=purpose, need=lambda: need - done):
-                for batch in _batches(order, members):
+                for _, batch in batches:
                     new = self.folder.new_incoming()
                     unpacked = []
-                    entries = remote.read(remote.infos[index] for index in batch)
-                    for index, (_, stream) in zip(batch, entries, strict=True):
+                    indices = [index for _, index in batch]
+                    entries = remote.read(remote.infos[index] for index in indices)
+                    for index, (_, stream) in zip(indices, entries, strict=True):
                         path, member = paths[index], members[index]
-                        sha256 = store(stream, new / path, member, archive=url)
-                        unpacked.append(Unpacked(path, member.name, member.size, sha256))
+                        sha256 = archives.store(stream, new / path, member, archive=url)
+                        unpacked.append(archives.Unpacked(path, member.name, member.size, sha256))
                         done += member.size
                         self.report(Progress(f"fetch {part}", done, need, "bytes"))
                     self.folder.complete_incoming(new)
@@ -276,8 +263,7 @@ class Transfer:
         have = sum(file.stat().st_size for file in archive.parent.glob("*") if file.is_file())
         need = max(0, (source.bytes or 0) + unpacked - have)
         files.require_free(self.folder.path, need, purpose=f"{source.file_name} with its files")
-        download = Download(archive, source.bytes, source.sha256, self.http, self.report)
-        fetched = download.fetch(source.urls)
+        fetched = Download(archive, source.bytes, source.sha256, self.http, self.report).fetch(source.urls)
         facts = asdict(fetched)
         self.received += facts.pop("bytes_received")
         record = SourceRecord(part=request.part.name, **facts)
@@ -290,18 +276,15 @@ class Transfer:
 
     def _from_local(self, request: PartRequest, archive: Path) -> None:
         """Unpacks the user's archive. Raises DataError if all sources have known hashes and its hash is another."""
-
-        def progress(done: int, total: int) -> None:
-            self.report(Progress(f"check {archive.name}", done, total, "bytes"))
-
-        kind, sha256 = detect_kind(archive), files.sha256(archive, progress=progress)
-        sources = request.part.sources
+        kind, sources = archives.detect_kind(archive), request.part.sources
+        check = partial(Progress, f"check {archive.name}", unit="bytes")
+        sha256 = files.sha256(archive, progress=lambda done, total: self.report(check(done, total)))
         source = next((one for one in sources if one.sha256 == sha256), None)
         if source is None and all(one.sha256 for one in sources):
             known = " or ".join(f"{one.sha256} ({one.file_name})" for one in sources)
             raise DataError(
-                f"{archive}: has sha256 {sha256}, {self.dataset.name} has {known}. The file is damaged or "
-                "another version; fetch it again, or unpack it yourself and give `tvit train` the folder."
+                f"{archive}: has sha256 {sha256}, {self.dataset.name} has {known}. The file is damaged or another "
+                "version. Fetch it again, or unpack it and pass the folder to `tvit train`."
             )
         similar = source or next((one for one in sources if one.kind == kind), sources[0])
         record = SourceRecord(part=request.part.name, url=str(archive), bytes=archive.stat().st_size)
@@ -309,8 +292,8 @@ class Transfer:
         self._unpack(request, archive, similar.layout, record)
 
     def _unpack(self, request: PartRequest, archive: Path, layout: Layout, record: SourceRecord) -> None:
-        plan = partial(self._plan, request, layout)
-        self.folder.add(unpack(archive, self.folder.clear_incoming(), plan=plan, report=self.report), record)
+        plan, target = partial(self._plan, request, layout), self.folder.clear_incoming()
+        self.folder.add(archives.unpack(archive, target, plan=plan, report=self.report), record)
 
     def _plan(
         self, request: PartRequest, layout: Layout, members: Sequence[Member]
@@ -324,17 +307,3 @@ class Transfer:
             raise DataError(f"{len(missing)} requested files are not in it, such as {min(missing)}")
         wanted = {path for path in chosen if not self.folder.has(str(path))}
         return {index: path for index, path in paths.items() if path in wanted}
-
-
-def _batches(indices: Sequence[int], members: Sequence[Member]) -> Iterator[list[int]]:
-    """Groups of members of about BATCH_BYTES each."""
-    batch: list[int] = []
-    size = 0
-    for index in indices:
-        batch.append(index)
-        size += members[index].size
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

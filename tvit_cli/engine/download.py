@@ -21,16 +21,8 @@ from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.download import DownloadSettings
 
-# Options without a meaning for generated data sets.
-FETCH_OPTIONS: Final = (
-    "classes",
-    "clips_per_class",
-    "archive",
-    "splits_archive",
-    "verify",
-    "repair",
-    "keep_archive",
-)
+# Options without effect on generated data sets.
+FETCH_ONLY = ("classes", "clips_per_class", "archive", "splits_archive", "verify", "repair", "keep_archive")
 MADE_LISTS: Final = "made from the file names by the rule of the official lists"
 
 
@@ -69,11 +61,11 @@ def download(
     assert settings.name is not None, "--list needs no engine"
     dataset = find(settings.name, catalog)
     for option, archive in (("--archive", settings.archive), ("--splits-archive", settings.splits_archive)):
-        if archive is None or archive.is_file() or archive.is_dir():
-            continue
-        if archive.exists():
-            raise DataError(f"{option} {archive}: is a pipe or a device. Save it to a file first.")
-        raise DataError(f"{option} {archive}: no such file. Check the path.")
+        if archive is not None and not archive.is_file() and not archive.is_dir():
+            pipe = "is a pipe or a device. Save it to a file first."
+            raise DataError(
+                f"{option} {archive}: {pipe if archive.exists() else 'no such file. Check the path.'}"
+            )
     folder = settings.data_directory / dataset.name
     files.check_folder("--data-directory", settings.data_directory, folder)
     if not dataset.videos:
@@ -91,13 +83,11 @@ def download(
 def _generate(
     settings: DownloadSettings, dataset: Dataset, folder: Path, makers: Mapping[str, Callable[[Path], object]]
 ) -> DownloadResult:
-    """Generates a data set. Raises SettingsError for options about fetching."""
-    for name in FETCH_OPTIONS:
+    for name in FETCH_ONLY:
         if getattr(settings, name):
-            raise SettingsError(
-                f"{flag(name)}: {dataset.name} is generated, not fetched, so this has no effect. "
-                "Leave it out; to generate the set again, remove its folder first."
-            )
+            effect = f"{dataset.name} is generated, not fetched, so this has no effect"
+            advice = "Leave it out; to generate the set again, remove its folder first."
+            raise SettingsError(f"{flag(name)}: {effect}. {advice}")
     if dataset.name not in makers:
         raise DataError(f"{dataset.name}: is generated, not downloaded, and has no generator here.")
     makers[dataset.name](folder)
@@ -119,15 +109,17 @@ class _Job:
         failed: dict[str, MirrorsFailed] = {}
         for part in self.dataset.splits:
             try:
-                self._fetch_missing(part, self.settings.splits_archive, Selection())
+                self._fetch_missing(part, Selection())
             except MirrorsFailed as error:
                 failed[part.name] = error
-        known = self._read_lists()
-        several = len(self.dataset.videos) > 1
-        require_classes(selection.classes, [part.name for part in self.dataset.videos] if several else known)
+        names = self._read_lists()
+        if several := len(self.dataset.videos) > 1:
+            names = [part.name for part in self.dataset.videos]
+        if names is not None:
+            require_classes(selection.classes, names)
         for part in self.dataset.videos:
             if not several or selection.classes is None or part.name.casefold() in selection.classes:
-                self._fetch_missing(part, self._archive_of(part), selection)
+                self._fetch_missing(part, selection)
         for name, failure in failed.items():
             self._make_lists(name, failure)
         self._remove_archives()
@@ -147,15 +139,13 @@ class _Job:
             self._read_lists()
             paths = frozenset(map(PurePosixPath, wrong.intersection(self.folder.manifest.of_part(part.name))))
             if paths:
-                is_list = part in self.dataset.splits
-                archive = self.settings.splits_archive if is_list else self._archive_of(part)
-                self.transfer.fetch(PartRequest(part, Selection(), paths), archive)
+                self.transfer.fetch(PartRequest(part, Selection(), paths), self._archive_of(part))
         self._remove_archives()
         return self._result(self.folder.compare(wrong, self.transfer.report))
 
-    def _fetch_missing(self, part: Part, archive: Path | None, selection: Selection) -> None:
+    def _fetch_missing(self, part: Part, selection: Selection) -> None:
         """Fetches the missing files of a part, without a request if there are none."""
-        manifest = self.folder.manifest
+        manifest, archive = self.folder.manifest, self._archive_of(part)
         paths: frozenset[PurePosixPath] | None = None
         if selection in manifest.done.get(part.name, []) or manifest.is_whole(part.name):
             missing = [path for path in manifest.of_part(part.name) if not self.folder.has(path)]
@@ -178,10 +168,9 @@ class _Job:
         (new / "splits").mkdir()
         unpacked = []
         for name, text in texts.items():
-            data = text.encode()
-            (new / "splits" / name).write_bytes(data)
-            sha256 = hashlib.sha256(data).hexdigest()
-            unpacked.append(Unpacked(PurePosixPath("splits", name), name, len(data), sha256))
+            path, data = PurePosixPath("splits", name), text.encode()
+            (new / path).write_bytes(data)
+            unpacked.append(Unpacked(path, name, len(data), hashlib.sha256(data).hexdigest()))
         self.folder.complete_incoming(new)
         self.folder.add(unpacked, SourceRecord(part=part, url=MADE_LISTS))
         self.folder.finish(part, Selection())
@@ -200,6 +189,8 @@ class _Job:
 
     def _archive_of(self, part: Part) -> Path | None:
         """The user's archive of a part; for a set of several parts, a file in the given folder."""
+        if part in self.dataset.splits:
+            return self.settings.splits_archive
         archive = self.settings.archive
         if archive is None or len(self.dataset.videos) == 1:
             return archive
@@ -207,10 +198,8 @@ class _Job:
             if (archive / source.file_name).is_file():
                 return archive / source.file_name
         wanted = ", ".join(other.sources[0].file_name for other in self.dataset.videos)
-        raise DataError(
-            f"{archive}: has no {part.sources[0].file_name}. {self.dataset.name} has several archives: "
-            f"give the folder that holds them ({wanted})."
-        )
+        advice = f"{self.dataset.name} has several archives: give the folder that holds them ({wanted})."
+        raise DataError(f"{archive}: has no {part.sources[0].file_name}. {advice}")
 
     def _remove_archives(self) -> None:
         if self.settings.keep_archive:
