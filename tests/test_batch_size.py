@@ -57,7 +57,7 @@ def test_a_global_batch_that_cannot_be_cut_evenly_is_refused(changes, words):
 
 
 def test_a_global_batch_says_how_much_is_accumulated():
-    with pytest.raises(ValueError, match="--gradient-accumulation-steps 2: it follows from"):
+    with pytest.raises(ValueError, match="--gradient-accumulation-steps 2: --global-batch-size sets it"):
         settings(global_batch_size=8, gradient_accumulation_steps=2)
 
 

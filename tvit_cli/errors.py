@@ -1,4 +1,4 @@
-"""The errors that a user can meet, and the exit code of each.
+"""Errors for the user, with their exit codes.
 
     TvitError                  exit code 2: the user can mend it
     ├── SettingsError          a flag, an environment variable, a key of a config file or preset
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 
 class TvitError(Exception):
-    """An error with a message for the user; `exit_code` is what the process ends with."""
+    """An error with a message for the user; `exit_code` is the process's exit code."""
 
     exit_code = 2
 
@@ -49,7 +49,7 @@ class RunError(TvitError):
     exit_code = 1
 
     def __init__(self, message: str, *, by_all: bool = False) -> None:
-        """With `by_all`, every process of a training raises it, so that one of them is enough to say it."""
+        """With `by_all`, every process of a training raises it, and the main process alone prints it."""
         super().__init__(message)
         self.by_all = by_all
 

@@ -1,1 +1,1 @@
-"""What each verb does: one public function per verb, and the parts train and eval are made of."""
+"""The engines: one public function per verb, and the modules of training and evaluation."""

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from tvit_cli.errors import SettingsError
@@ -23,19 +23,18 @@ from tvit_cli.errors import SettingsError
 ENVIRONMENT_PREFIX = "TVIT_"
 # Variables with the prefix that are not settings: the traceback switch, and the test suite's data folder.
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
+PRESETS = resources.files("tvit_cli.settings") / "presets"
 
 S = TypeVar("S", bound="Settings")
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True):
     """Base of a verb's settings: frozen, closed, read by `load`.
 
     A setting in `SERIES` accepts several comma-separated values; the verb runs once per combination.
     """
 
     SERIES: ClassVar[tuple[str, ...]] = ()
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
 
 
 class Facts(TypedDict, total=False):
@@ -79,7 +78,7 @@ def extra(field: FieldInfo) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Values of one source; `template` spells a key of it in an error."""
+    """Values of one source; `template` is the form of its keys in errors."""
 
     name: str
     values: Mapping[str, Any]
@@ -107,7 +106,7 @@ class Loaded(Generic[S]):
 
     def over(self, saved: Path) -> Loaded[S]:
         """Returns the same layers on top of a resumed run's settings, which replace the defaults."""
-        return _merge(type(self.settings), (_config_layer(saved), *self.layers), [])
+        return _merge(type(self.settings), (_read_config(saved), *self.layers), [])
 
 
 def load(
@@ -126,12 +125,9 @@ def load(
     """
     environ = os.environ if environ is None else environ
     typed = {key: environ[variable(key)] for key in cls.model_fields if variable(key) in environ}
-    layers = (
-        _preset_layer(preset),
-        _config_layer(config),
-        _Layer("environment", typed, "{variable}"),
-        _Layer("flag", dict(flags), "{flag}"),
-    )
+    layers = [] if preset is None else [_read_preset(preset)]
+    layers += [] if config is None else [_read_config(config)]
+    layers += [_Layer("environment", typed, "{variable}"), _Layer("flag", flags, "{flag}")]
     models: list[type[Settings]] = [cls, *verbs]
     variables = {variable(key) for model in models for key in model.model_fields} | RESERVED_VARIABLES
     unknown = [
@@ -139,7 +135,7 @@ def load(
         for name in sorted(environ)
         if name.startswith(ENVIRONMENT_PREFIX) and name not in variables
     ]
-    return _merge(cls, layers, unknown)
+    return _merge(cls, tuple(layers), unknown)
 
 
 def flag(key: str) -> str:
@@ -173,8 +169,7 @@ def base_type(field: FieldInfo) -> Any:
 
 def presets() -> tuple[str, ...]:
     """Names of the shipped presets."""
-    folder = resources.files("tvit_cli.settings") / "presets"
-    return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")))
+    return tuple(sorted(p.name.removesuffix(".toml") for p in PRESETS.iterdir() if p.name.endswith(".toml")))
 
 
 def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loaded[S]:
@@ -189,8 +184,7 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
                 continue
             is_none = isinstance(value, str) and value.strip().lower() == "none"
             resets = is_none and is_optional(field) and extra(field).get("resettable") is not False
-            values[key] = None if resets else value
-            origins[key] = layer.name
+            values[key], origins[key] = None if resets else value, layer.name
             spellings[key] = layer.spell(key)
     series: list[S] = []
     for chosen in _combinations(cls, values, spellings, problems):
@@ -198,7 +192,7 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
         try:
             series.append(cls.model_validate(own))
         except ValidationError as error:
-            found = [_describe(e, spellings, own, cls.model_fields) for e in error.errors()]
+            found = [_describe(e, spellings, own, cls) for e in error.errors()]
             problems += [problem for problem in found if problem not in problems]
     if problems:
         raise SettingsError("\n".join(problems))
@@ -211,8 +205,7 @@ def _combinations(
     """All combinations of the values of a series. seed 0,1 split 1 -> [{seed: 0, split: 1}, …]"""
     lists = {}
     for key in cls.SERIES:
-        value = values.get(key)
-        several = value.split(",") if isinstance(value, str) else value
+        several = value.split(",") if isinstance(value := values.get(key), str) else value
         if isinstance(several, list) and len(several) > 1:
             lists[key] = [part.strip() if isinstance(part, str) else part for part in several]
             if twice := {str(part) for part in lists[key] if lists[key].count(part) > 1}:
@@ -220,20 +213,15 @@ def _combinations(
     return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
 
 
-def _preset_layer(name: str | None) -> _Layer:
-    if name is None:
-        return _Layer("preset", {})
-    if name not in presets():
-        raise SettingsError(
-            f"--preset {name}: no such preset.{suggestion(name, presets())} Available: {', '.join(presets())}."
-        )
-    text = (resources.files("tvit_cli.settings") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+def _read_preset(name: str) -> _Layer:
+    if name not in (names := presets()):
+        hint = f"{suggestion(name, names)} Available: {', '.join(names)}."
+        raise SettingsError(f"--preset {name}: no such preset.{hint}")
+    text = (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
     return _Layer(f"preset {name}", _keys(tomllib.loads(text)), f"preset {name}, {{key}}")
 
 
-def _config_layer(path: Path | None) -> _Layer:
-    if path is None:
-        return _Layer("config", {})
+def _read_config(path: Path) -> _Layer:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -254,21 +242,19 @@ def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
-def _describe(
-    error: Any, spellings: Mapping[str, str], values: Mapping[str, Any], fields: Mapping[str, FieldInfo]
-) -> str:
-    """One line for one of pydantic's errors: setting, value, limit."""
+def _describe(error: Any, spellings: Mapping[str, str], values: Mapping[str, Any], cls: type[S]) -> str:
+    """One of pydantic's errors as a line: setting, value, limit."""
     message = str(error["msg"]).removeprefix("Value error, ")
     if not error["loc"]:
         return message[:1].upper() + message[1:]
     key = str(error["loc"][0])
     if error["type"] == "missing":
-        facts = extra(fields[key])
+        facts = extra(cls.model_fields[key])
         return f"{facts['metavar']}: nothing given. For example: {facts['example']}"
     value = values.get(key)
     shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
     hint = ""
     if error["type"] == "literal_error":
-        hint = suggestion(str(value), map(str, typing.get_args(base_type(fields[key]))))
+        hint = suggestion(str(value), map(str, typing.get_args(base_type(cls.model_fields[key]))))
     message = (message[:1].lower() + message[1:]).replace("input should", "it should")
     return f"{spellings.get(key, flag(key))}: {shown}: {message}.{hint}"

@@ -1,10 +1,10 @@
-"""Model card: everything that a prediction depends on, stored beside the weights."""
+"""Model card, stored beside the weights: labels, network, preprocessing, origin and metrics."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 CARD_VERSION = 1
 # Channel statistics of ImageNet in [0, 1], from torchvision's reference training.
@@ -16,10 +16,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ResizeMode = Literal["crop", "squash"]
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(BaseModel, frozen=True, extra="forbid"):
     """Preprocessing of a video: the same in evaluation, prediction and export."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_frames: int = Field(ge=1, description="Frames per clip, one from each segment")
     frame_grid: int | None = Field(default=None, ge=1, description="Evenly spaced frames to sample from")
@@ -40,20 +38,16 @@ class Preprocessing(BaseModel):
         return self
 
 
-class BaseWeights(BaseModel):
+class BaseWeights(BaseModel, frozen=True, extra="forbid"):
     """Origin of the backbone's pretrained weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     revision: str | None = None
     sha256: str | None = None
 
 
-class ModelCard(BaseModel):
+class ModelCard(BaseModel, frozen=True, extra="forbid"):
     """`card.json` of a model folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     card_version: int = CARD_VERSION
     tvit_version: str

@@ -40,7 +40,6 @@ class DownloadSettings(Settings):
             raise ValueError("--verify and --repair: --repair verifies first. Give one of them")
         if (self.verify or self.repair) and (self.classes or self.clips_per_class):
             raise ValueError(
-                "--classes and --clips-per-class select downloads; --verify and --repair check all fetched files. "
-                "Leave one of the two out"
+                "--classes and --clips-per-class: --verify and --repair check all files. Take one kind"
             )
         return self

@@ -7,39 +7,31 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from tvit_cli.settings import types
 from tvit_cli.settings.base import flag, setting
-from tvit_cli.settings.types import (
-    DATA,
-    DATA_TEXT,
-    MODEL,
-    PROCESSES_TEXT,
-    SPLIT_TEXT,
-    InferenceSettings,
-    Pattern,
-)
 
 SCORING = "Scoring"
 
 
-class EvalSettings(InferenceSettings):
+class EvalSettings(types.InferenceSettings):
     """Settings of `tvit eval`."""
 
     # fmt: off
     compare: tuple[Path, Path] | None = setting(None,
-        "Two models on the same videos: paired test and changed predictions", MODEL, metavar="A B",
+        "Two models on the same videos: paired test and changed predictions", types.MODEL, metavar="A B",
         default_text="one model alone")
     subset: Literal["train", "val", "test", "all"] = setting("test",
-        "Videos to score; all: every video, for data other than the training data", DATA)
-    path_to_data: str | None = setting(None, DATA_TEXT, DATA, default_text="the model's training data",
-        metavar="PATH")
-    group_pattern: Pattern | None = setting(None,
-        "Regular expression on file names; its match is the group (one recording)", DATA,
+        "Videos to score; all: every video, for data other than the training data", types.DATA)
+    path_to_data: str | None = setting(None, types.DATA_TEXT, types.DATA,
+        default_text="the model's training data", metavar="PATH")
+    group_pattern: types.Pattern | None = setting(None,
+        "Regular expression on file names; its match is the group (one recording)", types.DATA,
         default_text="as in training", metavar="REGEX")
-    split: int | None = setting(None, SPLIT_TEXT, DATA, ge=1, le=3, default_text="as in training")
-    val_groups: str | None = setting(None, "Groups of the val subset: names, a count, none, or auto", DATA,
-        default_text="as in training", metavar="NAMES|COUNT|none|auto", resettable=False)
-    test_groups: str | None = setting(None, "Groups of the test subset: names, a count, none, or auto", DATA,
-        default_text="as in training", metavar="NAMES|COUNT|none|auto", resettable=False)
+    split: int | None = setting(None, types.SPLIT_TEXT, types.DATA, ge=1, le=3, default_text="as in training")
+    val_groups: str | None = setting(None, "Groups of the val subset: names, a count, none, or auto",
+        types.DATA, default_text="as in training", metavar="NAMES|COUNT|none|auto", resettable=False)
+    test_groups: str | None = setting(None, "Groups of the test subset: names, a count, none, or auto",
+        types.DATA, default_text="as in training", metavar="NAMES|COUNT|none|auto", resettable=False)
     clips_per_video: int = setting(1, "Evenly spaced clips per video; their scores are averaged", SCORING,
         ge=1, le=100)
     crops_per_clip: int = setting(1,
@@ -49,7 +41,7 @@ class EvalSettings(InferenceSettings):
     top_k: int = setting(5, "k of the top-k accuracy", SCORING, ge=1)
     num_workers: int | None = setting(None, "Decoding processes per GPU; 0 decodes in this process", SCORING,
         ge=0, le=256, default_text="from the CPU count")
-    num_processes: int = setting(1, PROCESSES_TEXT, SCORING, ge=1, le=1024)
+    num_processes: int = setting(1, types.PROCESSES_TEXT, SCORING, ge=1, le=1024)
     unreadable: Literal["exclude", "wrong"] = setting("exclude",
         "Unreadable videos: excluded from all metrics, or counted as wrong", SCORING)
     shuffle_frames: bool = setting(False,

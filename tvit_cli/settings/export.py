@@ -25,8 +25,8 @@ class ExportSettings(Settings):
     working_directory: Path = setting(RUNS, "Folder of all runs; without MODEL, its newest model is exported",
         MODEL)
     format: ExportFormat = setting("safetensors",
-        "Weights with network code (safetensors), Hugging Face folder, ONNX, torch.export program "
-        "(.pt2), or LoRA adapter", MODEL, short="-f")
+        "Weights with network code (safetensors), Hugging Face folder, ONNX, torch.export program (.pt2), or "
+        "LoRA adapter", MODEL, short="-f")
     with_preprocessing: bool = setting(False,
         "Includes resizing and normalisation (onnx, torch): uint8 frames in, probabilities out", EXPORT)
     int8: bool = setting(False,
@@ -55,9 +55,7 @@ class ExportSettings(Settings):
         if self.int8 and self.format != "onnx":
             raise ValueError(f"--int8 needs --format onnx, not {self.format}. Leave it out.")
         if self.with_preprocessing and self.format not in ("onnx", "torch"):
-            raise ValueError(
-                f"--with-preprocessing needs --format onnx or torch, not {self.format}. Leave it out."
-            )
+            raise ValueError(f"--with-preprocessing needs --format onnx or torch, not {self.format}")
         if self.private and self.push_to_hub is None:
             raise ValueError("--private needs --push-to-hub. Leave it out.")
         return self

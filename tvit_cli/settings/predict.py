@@ -73,17 +73,16 @@ class PredictSettings(InferenceSettings):
             if path is not None and path.suffix.lower() not in endings:
                 raise ValueError(f"--{name} {path}: its name should end in {' or '.join(endings)}")
         if self.int8 and self.mixed_precision in ("bf16", "fp16"):
-            raise ValueError(
-                f"--int8 and --mixed-precision {self.mixed_precision}: two number formats. Take one of them"
-            )
+            raise ValueError(f"--int8: not with --mixed-precision {self.mixed_precision}. Take one of them")
         if self.int8 and self.explain is not None:
             raise ValueError("--explain needs gradients, which int8 layers lack. Leave out --int8")
-        whole, timeline = ("embeddings", "explain", "top_k"), ("stride", "smoothing", "output")
-        for name in timeline if self.window is None else whole:
+        names, scope = ("embeddings", "explain", "top_k"), "whole videos. Leave out --window"
+        if self.window is None:
+            names, scope = (
+                ("stride", "smoothing", "output"),
+                "timelines. Add --window, for example --window 2s",
+            )
+        for name in names:
             if name in self.model_fields_set and getattr(self, name) is not None:
-                raise ValueError(
-                    f"--{name} applies to timelines. Add --window, for example --window 2s"
-                    if self.window is None
-                    else f"{flag(name)} applies to whole videos. Leave out --window"
-                )
+                raise ValueError(f"{flag(name)} applies to {scope}")
         return self

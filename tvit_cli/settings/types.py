@@ -45,21 +45,15 @@ def _compiles(value: str) -> str:
 
 
 def _count_or_auto(value: Any) -> Any:
-    count = value.strip() if isinstance(value, str) else value
-    if count == "auto":
-        return count
-    if isinstance(count, str) and count.isdecimal():
-        count = int(count)
-    if not isinstance(count, int) or count < 1:
+    count = str(value).strip()
+    if count != "auto" and not (count.isdecimal() and int(count) > 0):
         raise ValueError("it should be a whole number, 1 or more, or auto")
-    return count
+    return count if count == "auto" else int(count)
 
 
 def _is_train_mode(value: str) -> str:
     if not re.fullmatch(r"lora|all|classifier|last-[1-9][0-9]*", value):
-        raise ValueError(
-            "it should be lora, all, classifier, or last-N with a number of blocks, as in last-2"
-        )
+        raise ValueError("it should be lora, all, classifier, or last-N (the last N blocks), as in last-2")
     return value
 
 
@@ -73,7 +67,8 @@ CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
-# Descriptions of settings that several verbs have.
+# Panels and descriptions of settings that several verbs have.
+MODEL, DATA = "Model", "Data"
 MODEL_TEXT = "Model folder, run folder, name on the Hugging Face hub, or checkpoint of the reference"
 DATA_TEXT = "Folder of videos, CSV manifest, or name of a known data set"
 SPLIT_TEXT = "Official split, for data with the three split lists of UCF101"
@@ -84,7 +79,7 @@ PROCESSES_TEXT = "Processes on this machine, one per GPU"
 RUNS = Path("working_directory")
 
 GROUP_PATTERN = r"_g(\d+)_"  # UCF101: v_Archery_g01_c02.avi, clips of one group are cut from one recording
-
+MAX_BAD = "3 or 1%"
 _UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -98,15 +93,11 @@ def seconds(value: Any) -> Any:
     return float(match[1]) * _UNITS[match[2]]
 
 
-MAX_BAD = "3 or 1%"
-_PART = re.compile(r"(\d+)|(\d+(?:\.\d+)?)\s*%")
-
-
 def most_bad(value: str, videos: int) -> int:
     """Unreadable videos that `value` allows of `videos`; `3 or 1%` of 1,000 is 10."""
     most = 0
     for part in value.split(" or "):
-        match = _PART.fullmatch(part.strip())
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", part.strip())
         if match is None or float(match[2] or 0) > 100:
             raise ValueError(f'"{part.strip()}" is neither a count nor a percentage, as in "{MAX_BAD}"')
         most = max(most, int(match[1]) if match[1] else int(float(match[2]) * videos / 100))
@@ -119,8 +110,6 @@ def _is_max_bad(value: str) -> str:
 
 
 MaxBad = Annotated[str, AfterValidator(_is_max_bad)]
-
-MODEL, DATA = "Model", "Data"
 
 
 class DataSettings(Settings):
