@@ -225,6 +225,16 @@ def test_timms_names_give_the_same(name, tmp_path):
     assert model.config.frame_size == 32
 
 
+@pytest.mark.parametrize("absent", ["ls1", "ls2"])
+def test_timm_weights_with_one_of_two_layer_scales_are_refused(absent, tmp_path):
+    folder = as_timm(randomised(dinov2()), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if f".{absent}." not in name}
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"blocks\.0\.{absent}\.gamma is missing"):
+        loaded(folder)
+
+
 def test_timms_positions_may_leave_out_the_class_token(tmp_path):
     image_vit = registers()
     image_vit.embeddings.position_embeddings.data[:, 0] = 0

@@ -32,18 +32,17 @@ class Family:
 
     The network's config is `defaults`, the file's own values (or those in its `section`), then `fixed`; `network`
     derives further values from it and from the tensors. Its keys are those of Hugging Face's ViT, and
-    `extra_tokens`, `pre_norm`.
-
-    `tensors` and `modules` (each a weight and a bias) map stored names, less `prefix`, to parameters of TemporalViT
-    or to one of these, which `pretrained` converts:
+    `extra_tokens`, `pre_norm`. `tensors` and `modules` (each a weight and a bias) map stored names, less `prefix`,
+    to parameters of TemporalViT or to one of these, which `pretrained` converts:
 
         positions      one table: positions of the tokens before the patches, then of the patches
         <layer>.scale  a LayerScale, folded into the layer before it
         <layer>.qkv    queries, keys and values in one layer
 
     `#` stands for a block's number. Of alternatives (`a|b`) the first that block 0 has stored is used, else the
-    last; an empty last one makes the name optional. Names that start with one of `unused` are ignored. `leading`
-    lists possible numbers of rows before the patches' own in the position table. `zeros` are set to 0 if absent.
+    last; an empty last one makes the name optional, those of a block all together. Names that start with one of
+    `unused` are ignored. `leading` lists possible numbers of rows before the patches' own in the position table.
+    `zeros` are set to 0 if absent.
     """
 
     prefix: str
@@ -78,6 +77,9 @@ def expand_names(
         for theirs, ours in modules.items()
         for leaf in ("weight", "bias")
     }
+    optional = {name.removesuffix("|") for name in tensors if "#" in name and name.endswith("|")}
+    if any(name.replace("#", "0") in stored for name in optional):
+        tensors = {name.removesuffix("|") if "#" in name else name: ours for name, ours in tensors.items()}
     names = {}
     for theirs, ours in {**tensors, **leaves}.items():
         *choices, last = theirs.split("|")
@@ -104,15 +106,14 @@ def find_family(config: Config, tensors: Collection[str]) -> Family | None:
 
 
 def _dinov2(config: Config, tensors: Mapping[str, Tensor]) -> Config:
-    width, ratio = config["hidden_size"], config["mlp_ratio"]
-    is_number = isinstance(ratio, int | float) and math.isfinite(ratio)
-    hidden = int(width * ratio) if type(width) is int and is_number else None
-    changes: Config = {"intermediate_size": hidden, "extra_tokens": config["num_register_tokens"]}
-    if config["use_swiglu_ffn"]:
-        # Two thirds, rounded up to a multiple of 8: as many parameters as an MLP without a gate.
-        rounded = None if hidden is None else (int(hidden * 2 / 3) + 7) // 8 * 8
-        changes |= {"intermediate_size": rounded, "hidden_act": "swiglu"}
-    return {**config, **changes}
+    width, ratio, hidden = config["hidden_size"], config["mlp_ratio"], None
+    if type(width) is int and isinstance(ratio, int | float) and math.isfinite(ratio):
+        hidden = int(width * ratio)
+        if config["use_swiglu_ffn"]:
+            # Two thirds, rounded up to a multiple of 8: as many parameters as an MLP without a gate.
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    activation = {"hidden_act": "swiglu"} if config["use_swiglu_ffn"] else {}
+    return config | {"intermediate_size": hidden, "extra_tokens": config["num_register_tokens"]} | activation
 
 
 def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tvit_cli.errors import ModelError, RunError, shorten
-from tvit_cli.files import foreign_files, move_files, remove_own, sha256
+from tvit_cli.files import foreign_files, move_files, remove_own, sha256, sync, sync_folder
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard
 
@@ -48,9 +48,8 @@ def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> No
             card = card.model_copy(update={"weights_sha256": sha256(new / WEIGHTS_FILE)})
             (new / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{folder}: the model cannot be written ({error}). Free some space, or choose another disk."
-        ) from error
+        problem = f"{folder}: the model cannot be written ({error})"
+        raise RunError(f"{problem}. Free some space, or choose another disk.") from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -70,9 +69,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: cannot be read ({error}). The file may be truncated; copy or fetch it again."
-        ) from error
+        problem = f"{path}: cannot be read ({error})"
+        raise ModelError(f"{problem}. The file may be truncated; copy or fetch it again.") from error
 
 
 def tensor_mismatches(saved: Mapping[str, Tensor], own: Mapping[str, Tensor | None]) -> str:
@@ -101,13 +99,10 @@ def load_card(folder: Path) -> ModelCard:
         if (folder / WEIGHTS_FILE).is_file():
             raise _missing_file(path)
         if runs := sorted(card.parents[1] for card in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
-            raise ModelError(
-                f"{folder}: a folder of runs ({shorten([run.name for run in runs])}). Name one, such as {runs[-1]}."
-            )
-        raise ModelError(
-            f"{folder}: no model folder, nor a finished run: {CARD_FILE} is missing. Name a run, or the folder "
-            f"{MODEL_FOLDER} in it."
-        )
+            names = shorten([run.name for run in runs])
+            raise ModelError(f"{folder}: a folder of runs ({names}). Name one, such as {runs[-1]}.")
+        problem = f"{folder}: no model folder, nor a finished run: {CARD_FILE} is missing"
+        raise ModelError(f"{problem}. Name a run, or its folder {MODEL_FOLDER}.")
     try:
         text = path.read_text(encoding="utf-8")
         raw = json.loads(text)
@@ -115,9 +110,10 @@ def load_card(folder: Path) -> ModelCard:
         raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from error
     version = raw.get("card_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > CARD_VERSION:
+        writer = f"tvit {raw.get('tvit_version', '?')}"
         raise ModelError(
-            f"{path}: card version {version}, written by tvit {raw.get('tvit_version', '?')}; this tvit "
-            f"reads up to version {CARD_VERSION}. Upgrade it: python -m pip install --upgrade tvit"
+            f"{path}: card version {version}, written by {writer}; this tvit reads up to version {CARD_VERSION}. "
+            "Upgrade it: python -m pip install --upgrade tvit"
         )
     try:
         return ModelCard.model_validate_json(text)
@@ -152,9 +148,7 @@ def load_model(
     if problems := tensor_mismatches(state, model.state_dict()):
         if (folder / CONFIG_FILE).is_file():
             raise export_not_loadable(str(folder))
-        raise ModelError(
-            f"{path}: {problems}. The weights do not belong to their {CARD_FILE}; copy both again."
-        )
+        raise ModelError(f"{path}: {problems}. The weights do not belong to {CARD_FILE}; copy both again.")
     if verify and sha256(path) != card.weights_sha256:
         raise ModelError(f"{path}: its hash is not the one in {CARD_FILE}. Copy the file again.")
     for name, tensor in state.items():
@@ -166,10 +160,8 @@ def load_model(
 
 def export_not_loadable(name: str) -> ModelError:
     """The error for an export in a format that tvit does not read."""
-    return ModelError(
-        f"{name}: an export of a tvit model for other programs. Name its model folder, or export that with "
-        "--format safetensors."
-    )
+    problem = f"{name}: an export of a tvit model for other programs"
+    return ModelError(f"{problem}. Name its model folder, or export that with --format safetensors.")
 
 
 def find_newest_model(working_directory: Path) -> Path:
@@ -183,10 +175,8 @@ def find_newest_model(working_directory: Path) -> Path:
             with suppress(FileNotFoundError):  # replaced after it was listed
                 written.append((card.stat().st_mtime_ns, card.parent))
     if not written:
-        raise ModelError(
-            f"{working_directory}: no trained model in it. Train one (tvit train --preset quickstart), or "
-            "name a model folder with --model."
-        )
+        next_step = "Train one (tvit train --preset quickstart), or name a model folder with --model."
+        raise ModelError(f"{working_directory}: no trained model in it. {next_step}")
     return max(written)[1]
 
 
@@ -217,7 +207,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
         yield new
         for path in (*new.rglob("*"), new):
-            _sync(path)
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with path.open("rb+") as file:
+                    sync(file.fileno())
         if folder.exists():
             folder.rename(old)
         try:
@@ -226,7 +220,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     finally:
         _clean_up(work, folder)
 
@@ -248,17 +242,5 @@ def _clean_up(work: Path, folder: Path) -> None:
         work.rmdir()
 
 
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _missing_file(path: Path) -> ModelError:
-    return ModelError(
-        f"{path}: this file of the model folder is missing. Copy the folder again, or train again."
-    )
+    return ModelError(f"{path}: this file of the model is missing. Copy the folder again, or train again.")

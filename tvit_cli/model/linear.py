@@ -1,14 +1,11 @@
 """Linear layers: LoRA as one autograd function, and 8-bit layers for CPUs.
 
-Note [Memory of a LoRA layer]. Autograd's own operations for `linear(x) + s * drop(x) A' B'` store the dropped
-input and its mask, each in the input's size and dtype, pass over the output three times, and draw the mask one
-number at a time. This function stores the input (shared by layers that read the same tokens), the r-wide
-product, and a byte per number of the mask. It stores no copy of the frozen weight, which under autocast is cast
-again in the backward pass. The dropped input is computed a few rows at a time, which fits the CPU's cache. A
-layer after a GELU computes the GELU itself and stores its input, so that the GELU's output, four times as wide
-as the tokens, is never stored. Products with one narrow side are computed in the faster order of the CPU's
-matrix kernels: (r, N), as (N, r) takes up to eight times as long. Timings of whole steps, and attempts without
-effect: docs/negative-results.md.
+Note [Memory of a LoRA layer]. Autograd stores the dropped input and its mask, each in the input's size and dtype.
+This function stores the input (shared by layers that read the same tokens), the r-wide product, and a byte per
+number of the mask. Under autocast the frozen weight is cast again in the backward pass. The dropped input is
+computed a few rows at a time, which fits the CPU's cache. A layer after a GELU computes the GELU itself, so that
+its output, four times as wide as the tokens, is never stored. Narrow products are (r, N), as (N, r) takes a CPU up
+to eight times as long. Timings, and attempts without effect: docs/negative-results.md.
 
 Letters: N rows (tokens of all clips), I and O the layer's inputs and outputs, r the rank.
 """
@@ -62,9 +59,8 @@ def lora_linear(
 def draw_mask(count: int, dropout: float, device: torch.device) -> Tensor:
     """`count` independent uint8 numbers: 0 with the probability `dropout`, else 1.
 
-    torch draws Bernoulli numbers one by one on a CPU. Here a random byte drops its number if it is below
-    256 * dropout; geometric gaps drop the share that whole bytes cannot express.
-    0.1 -> bytes below 25 (0.0977), then 1 in 385 of all.
+    On a CPU, faster than torch: a random byte below 256 * dropout drops its number; geometric gaps drop the share
+    that whole bytes cannot express. 0.1 -> bytes below 25 (0.0977), then 1 in 385 of all.
     """
     if device.type != "cpu":
         return torch.empty(count, dtype=torch.uint8, device=device).bernoulli_(1 - dropout)
@@ -165,7 +161,6 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Slices of a few rows on a CPU, of all rows elsewhere."""
     size = max(1, CHUNK // rows.shape[1]) if rows.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], size):
         yield slice(start, start + size)
@@ -192,32 +187,21 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
                 x = x if self.gelu is None else F.gelu(x, approximate=self.gelu)
                 return super().forward(x, *args, **kwargs)
             base, dropout = self.base_layer, self.lora_dropout[name]
-            return lora_linear(
-                x,
-                base.weight,
-                base.bias,
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-                scale=self.scaling[name],
-                dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-                gelu=self.gelu,
-            )
+            weights = (base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
+            share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            return lora_linear(x, *weights, scale=self.scaling[name], dropout=share, gelu=self.gelu)
 
         def _plain_adapter(self, x: Tensor) -> str | None:
             """The only active adapter, or None where `parent` computes."""
-            active = self.active_adapters
-            if (
-                self.disable_adapters
-                or self.merged
-                or len(active) != 1
-                or type(self.base_layer) is not nn.Linear
-                or self.base_layer.weight.requires_grad
-            ):
+            active, base = self.active_adapters, self.base_layer
+            if self.disable_adapters or self.merged or len(active) != 1:
+                return None
+            if type(base) is not nn.Linear or base.weight.requires_grad:
                 return None
             name: str = active[0]
             if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
                 return None
-            dtype = self.base_layer.weight.dtype
+            dtype = base.weight.dtype
             same = self.lora_A[name].weight.dtype == dtype
             return name if same and (x.dtype == dtype or autocast_dtype(x.device) is not None) else None
 
@@ -225,14 +209,11 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
 
 
 # Note [8-bit products]
-# A weight is a whole number times its row's scale; an activation is one times its token's scale, computed in
-# every call, so that no calibration is needed. Sums of whole products are exact. A single scale per tensor
-# (torch.ao's dynamic quantisation, deprecated) is hardly faster and less accurate: a few large activations of a
-# ViT leave few steps for the others. Only Linear layers are quantised, without the classifier, whose cost is
-# negligible; attention products, norms and the patch embedding are not. Compared with bf16 in
-# docs/negative-results.md.
-#
-# On CPUs without VNNI, torch's int8 matmul is about ten times slower than float32, so both are timed first.
+# A weight is a whole number times its row's scale, an activation one times its token's, computed in every call
+# without calibration. Sums of whole products are exact. A single scale per tensor (torch.ao) is hardly faster and
+# less accurate: a few large activations leave few steps for the others. Only Linear layers are quantised, without
+# the classifier, whose cost is negligible. Compared with bf16 in docs/negative-results.md. On CPUs without VNNI,
+# torch's int8 matmul is about ten times slower than float32, so both are timed first.
 
 
 class Int8Linear(nn.Module):
@@ -275,8 +256,8 @@ def is_fast() -> bool:
 
 def to_int8(model: nn.Module, *, exclude: str) -> int:
     """Replaces every Linear layer but the one named by an Int8Linear; returns the number of replaced layers."""
-    linear = {path: part for path, part in model.named_modules() if isinstance(part, nn.Linear)}
-    layers = {path: layer for path, layer in linear.items() if path != exclude}
+    modules = model.named_modules()
+    layers = {path: m for path, m in modules if isinstance(m, nn.Linear) and path != exclude}
     for path, layer in layers.items():
         model.set_submodule(path, Int8Linear(layer))
     return len(layers)

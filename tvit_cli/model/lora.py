@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,6 @@ from tvit_cli.model.linear import lora_layer
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.train import LORA_TARGETS, LoraInit
-
-LoraBias = Literal["none", "lora_only", "all"]
 
 ADAPTER = "default"  # the adapter's name inside PEFT
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -45,7 +43,7 @@ class LoraSpec:
     alpha: float
     dropout: float
     use_rslora: bool
-    bias: LoraBias
+    bias: Literal["none", "lora_only", "all"]
     targets: tuple[str, ...]
     exclude: tuple[str, ...]
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -58,10 +56,9 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     """Attaches adapters to the targets, in place, with first weights from the seed; rank 0 attaches none.
 
     Trainable are then the adapters, the added modules, the classifier (unless it is a target), the excluded
-    layers, and biases: none, those of layers with an adapter (`lora_only`), or all. As in the reference, an
-    excluded layer gets no adapter but trains its own weights. With tubelets the patch embedding is always a
-    target: pretrained, its weights for all frames but one are 0. Initialisations for linear layers alone
-    exclude it.
+    layers (as in the reference), and biases: none, those of layers with an adapter (`lora_only`), or all. With
+    tubelets the patch embedding is always a target, except for initialisations of linear layers alone: pretrained,
+    its weights for all frames but one are 0.
 
     Raises ModelError for an unknown layer, if no layer is left for an adapter, and for a rank or an initialisation
     that a layer cannot have.
@@ -82,7 +79,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     adapted = adapted_layers(model)
     assert sorted(adapted) == sorted(targets), "PEFT adapts the targets, and no other layers"
 
-    own = adapter_names(adapted)
+    own = adapter_names(model)
     model.requires_grad_(False)
     for module in (*model.added_modules().values(), *map(model.get_submodule, excluded)):
         module.requires_grad_(True)
@@ -102,13 +99,9 @@ def resolve_layers(model: TemporalViT, names: Iterable[str], *, option: str) -> 
     are excluded: those are trained in full. Raises ModelError, naming the option, for an unknown name.
     """
     added = tuple(f"{name}." for name in model.added_modules())
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and name.rpartition(".")[2] in LORA_TARGETS
-        and not name.startswith(added)
-    ]
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [n for n, m in model.named_modules() if isinstance(m, kinds) and not n.startswith(added)]
+    layers = [name for name in layers if name.rpartition(".")[2] in LORA_TARGETS]
     chosen: set[str] = set()
     for wanted in names:
         found = [name for name in layers if wanted in (name, name.rpartition(".")[2])]
@@ -131,8 +124,7 @@ def merge(model: TemporalViT) -> None:
         model.set_submodule(name, layer.get_base_layer())
         if getattr(layer, "gelu", None) is not None:
             model.get_submodule(name.rpartition(".")[0]).act = nn.GELU(approximate=layer.gelu)
-    if hasattr(model, "peft_config"):  # left by PEFT
-        del model.peft_config
+    vars(model).pop("peft_config", None)  # left by PEFT
 
 
 @torch.no_grad()
@@ -153,8 +145,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model with the adapter in a folder, loaded by PEFT."""
     from peft import PeftModel
 
-    loaded: nn.Module = PeftModel.from_pretrained(model, folder)
-    return loaded
+    return PeftModel.from_pretrained(model, folder)  # type: ignore[no-any-return]
 
 
 def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -> None:
@@ -174,8 +165,7 @@ def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
-    ours = own_layer()
-    if ours is not None:
+    if (ours := own_layer()) is not None:
         config._register_custom_module({nn.Linear: ours})
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
         torch.default_generator.manual_seed(seed)
@@ -220,23 +210,19 @@ def _by_layer(
     for name in sorted(pattern, key=lambda name: "." in name):  # full names win
         layers = [layer for layer in resolve_layers(model, [name], option=option) if layer in targets]
         if not layers:
-            raise ModelError(
-                f"{option}: {name!r} gets no adapter. Add it to {flag('lora_target_modules')}, or leave it out."
-            )
+            add = f"Add it to {flag('lora_target_modules')}, or leave it out."
+            raise ModelError(f"{option}: {name!r} gets no adapter. {add}")
         values.update(dict.fromkeys(layers, pattern[name]))
     return values
 
 
 def _check_init(model: TemporalViT, spec: LoraSpec, ranks: Mapping[str, int]) -> None:
-    """Raises ModelError for a layer that `spec.init` cannot initialise."""
     option = f"--lora-init {spec.init}"
     for name, rank in ranks.items() if spec.init in LINEAR_ONLY else ():
-        layer = model.get_submodule(name)
+        layer, targets = model.get_submodule(name), flag("lora_target_modules")
         if not isinstance(layer, nn.Linear):
-            raise ModelError(
-                f"{option}: {name} is a convolution; it initialises linear layers alone. Leave {name} out of "
-                f"{flag('lora_target_modules')}, or use --lora-init default."
-            )
+            problem = f"{option}: {name} is a convolution; it initialises linear layers alone"
+            raise ModelError(f"{problem}. Leave {name} out of {targets}, or use --lora-init default.")
         most = min(layer.in_features, layer.out_features)
         if spec.init in FROM_WEIGHTS and rank > most:
             key = name if name in spec.rank_pattern else name.rpartition(".")[2]
@@ -250,18 +236,14 @@ def _check_init(model: TemporalViT, spec: LoraSpec, ranks: Mapping[str, int]) ->
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Layers with an adapter (PEFT's `LoraLayer`), recognised by `base_layer` without importing PEFT."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "base_layer", None), nn.Module)
-    }
+    return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)}
 
 
-def adapter_names(adapted: Mapping[str, nn.Module]) -> set[str]:
+def adapter_names(model: nn.Module) -> set[str]:
     """Full names of the adapters' tensors, without those of their base layers."""
     return {
         f"{layer}.{name}"
-        for layer, module in adapted.items()
+        for layer, module in adapted_layers(model).items()
         for name in module.state_dict()
         if not name.startswith("base_layer.")
     }
@@ -281,15 +263,15 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
         attach(model, spec, seed=seed)
         return
     model.requires_grad_(mode == "all")
-    for part in (model.pool, model.feature_norm, model.classifier):
-        part.requires_grad_(True)
+    trained: list[nn.Module] = [model.pool, model.feature_norm, model.classifier]
     if mode.startswith("last-"):
         count = int(mode.removeprefix("last-"))
         if count > len(model.blocks):
             raise ModelError(f"--train {mode}: the model has {len(model.blocks)} blocks. Give fewer, or all.")
         # All added modules: beside image weights they start neutral, and frozen, the model would ignore time.
-        for part in (*model.blocks[-count:], model.norm, model.summary, *model.added_modules().values()):
-            part.requires_grad_(True)
+        trained += [*model.blocks[-count:], model.norm, model.summary, *model.added_modules().values()]
+    for part in trained:
+        part.requires_grad_(True)
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -313,8 +295,8 @@ def start_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors of `trainable_tensors` into the model.
 
-    With those of `start_tensors` among them, the base weights are recomputed for these. Raises ModelError, with the
-    model unchanged, when names or shapes differ.
+    With those of `start_tensors` among them, recomputes the base weights for these. Raises ModelError, with the
+    model unchanged, if names or shapes differ.
     """
     starts = start_tensors(model) if any(name.startswith("start/") for name in tensors) else {}
     layers = {name: layer for name, layer in adapted_layers(model).items() if starts}
@@ -331,9 +313,9 @@ def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def copy_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Copies saved tensors into those of a run. Raises ModelError, with nothing copied, if they do not match."""
     if problems := tensor_mismatches(tensors, own):
+        options = "--train, --lora-rank, --lora-target-modules"
         raise ModelError(
-            f"The saved weights do not fit the model: {problems}. Use the settings of their run (--train, "
-            "--lora-rank, --lora-target-modules)."
+            f"The saved weights do not fit: {problems}. Use the settings of their run ({options})."
         )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
@@ -341,15 +323,14 @@ def copy_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
 
 def trainable_report(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters, adapters included: (trainable, total)."""
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return trainable, sum(weight.numel() for weight in model.parameters())
+    counts = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(n for n, is_trainable in counts if is_trainable), sum(n for n, _ in counts)
 
 
 def bare_state_dict(model: TemporalViT) -> dict[str, Tensor]:
     """The state dict of the model without its adapters, with plain names; it shares the model's memory."""
-    own = adapter_names(adapted_layers(model))
-    state = model.state_dict()
-    return {plain_name(name): tensor for name, tensor in state.items() if name not in own}
+    own = adapter_names(model)
+    return {plain_name(name): weight for name, weight in model.state_dict().items() if name not in own}
 
 
 def plain_name(name: str) -> str:
@@ -362,16 +343,14 @@ def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str
 
     Fully trained modules are stored under `modules_to_save`. `backbone` is the location of the bare model.
     """
-    adapters = adapter_names(adapted_layers(model))
-    trained = trainable_tensors(model)
+    adapters, trained = adapter_names(model), trainable_tensors(model)
     whole: list[str] = []  # the outermost modules that are trained in full, without an adapter
     for name, module in model.named_modules():
         names = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
         is_inside = any(name.startswith(f"{outer}.") for outer in whole)
         if names and names <= trained.keys() and not is_inside and not adapters & names:
             whole.append(name)
-    records: Any = model.peft_config  # set by PEFT
-    config = copy.copy(records[ADAPTER])
+    config = copy.copy(cast(Any, model.peft_config)[ADAPTER])  # set by PEFT
     config.target_modules = {prefix + name for name in adapted_layers(model)}
     config.modules_to_save = [prefix + name for name in whole]
     config.base_model_name_or_path = backbone
@@ -379,7 +358,7 @@ def save_adapter(model: TemporalViT, folder: Path, *, prefix: str, backbone: str
     config.inference_mode = True
     config.save_pretrained(folder)
     tensors = {}
-    for name in [*trained, *(name for name in adapters if name not in trained)]:
+    for name in dict.fromkeys([*trained, *adapters]):
         stored = name.replace(f".{ADAPTER}", "") if name in adapters else name
         stored = stored.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         tensors[f"base_model.model.{prefix}{stored}"] = model.get_parameter(name).detach().contiguous()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvit_cli.errors import ModelError
 from tvit_cli.model import families
 from tvit_cli.model.families import FAMILIES, POSITIONS, TIMM, Channels, Config, Family
 from tvit_cli.model.folder import CONFIG_FILE, export_not_loadable, load_config
@@ -28,20 +27,11 @@ from tvit_cli.settings.card import IMAGENET_MEAN
 
 __all__ = ["LoadReport", "PretrainedConfig", "load_pretrained", "read_config", "resolve_weights"]
 
-NETWORK = (  # fields of ViTConfig that the weights fix
-    "width", "depth", "num_heads", "mlp_width", "patch_size", "norm_eps", "activation", "qkv_bias",
-    "extra_tokens", "pre_norm",
-)  # fmt: skip
 SCHEME = ("attention", "temporal_depth", "temporal_index")  # fields that fix the temporal modules
 
 ACTIVATIONS = {  # Hugging Face's name -> ours
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swiglu": "swiglu",
+    **{name: name for name in ("gelu", "quick_gelu", "relu", "silu", "swiglu")},
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
 }
 SIZES = {  # field of ViTConfig -> key of Hugging Face's config
     "width": "hidden_size",
@@ -51,6 +41,8 @@ SIZES = {  # field of ViTConfig -> key of Hugging Face's config
     "patch_size": "patch_size",
     "extra_tokens": "extra_tokens",
 }
+NETWORK = (*SIZES, "norm_eps", "activation", "qkv_bias", "pre_norm")  # fields that the weights fix
+Notes = dict[str, None]  # an ordered set of notes for the user
 EXTRA_POSITIONS = "positions.extra_positions"  # added to positions.extra
 
 
@@ -90,44 +82,36 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
 
     Raises ModelError for an unsupported family, for invalid values, and for weights that a card does not belong to.
     """
+    origin = (source.name, source.revision, source.sha256)
     if source.is_ours:
         card, config = load_config(source.folder)
         if source.sha256 != card.weights_sha256:
-            raise ModelError(
-                f"{source.name}: the weights are not those of the card beside them. Copy both again."
-            )
+            raise source.error("the weights are not those of the card beside them. Copy both again.")
         network = {key: getattr(config, key) for key in NETWORK}
         mean, std = card.preprocessing.mean, card.preprocessing.std
-        return PretrainedConfig(
-            source.name, source.revision, source.sha256, config.frame_size, network, mean, std
-        )
+        return PretrainedConfig(*origin, config.frame_size, network, mean, std)
     family, stored = _family(source)
     raw = family.config(source.read_json(CONFIG_FILE), stored)
     if family is FAMILIES[TIMM] and raw["num_attention_heads"] is None:
-        raise ModelError(
-            f"{source.name}: the number of attention heads is not known for width {raw['hidden_size']}. Give it in "
+        raise source.error(
+            f"the number of attention heads is not known for width {raw['hidden_size']}. Give it in "
             f'{CONFIG_FILE} beside the weights, as in "model_args": {{"num_heads": 8}}.'
         )
     if raw["num_channels"] != 3:
-        raise ModelError(f"{source.name}: num_channels is {raw['num_channels']!r}; frames of a video have 3.")
-    activation = ACTIVATIONS.get(str(raw["hidden_act"]))
-    if activation is None:
-        known = ", ".join(ACTIVATIONS)
-        raise ModelError(f"{source.name}: hidden_act is {raw['hidden_act']!r}; tvit supports {known}.")
+        raise source.error(f"num_channels is {raw['num_channels']!r}; frames of a video have 3.")
+    if (activation := str(raw["hidden_act"])) not in ACTIVATIONS:
+        raise source.error(f"hidden_act is {raw['hidden_act']!r}; tvit supports {', '.join(ACTIVATIONS)}.")
     norm_eps = raw["layer_norm_eps"]
     if not isinstance(norm_eps, float | int) or norm_eps <= 0:
-        raise ModelError(f"{source.name}: layer_norm_eps is {norm_eps!r}; it must be a number above 0.")
+        raise source.error(f"layer_norm_eps is {norm_eps!r}; it must be a number above 0.")
     mean, std, notes = _normalisation(source, family)
     network = {
         **{k: whole_number(source, raw, key, least=int(k != "extra_tokens")) for k, key in SIZES.items()},
         "norm_eps": float(norm_eps),
-        "activation": activation,
+        "activation": ACTIVATIONS[activation],
         **{key: bool(raw[key]) for key in ("qkv_bias", "pre_norm")},
     }
-    image_size = whole_number(source, raw, "image_size")
-    return PretrainedConfig(
-        source.name, source.revision, source.sha256, image_size, network, mean, std, notes
-    )
+    return PretrainedConfig(*origin, whole_number(source, raw, "image_size"), network, mean, std, notes)
 
 
 @torch.no_grad()
@@ -143,34 +127,36 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     config = read_config(source)
     for key, expected in config.network.items():
         if (ours := getattr(model.config, key)) != expected:
-            raise ModelError(f"{source.name}: {key} is {expected}, and {ours} in the model. Make them equal.")
+            raise source.error(f"{key} is {expected}, and {ours} in the model. Make them equal.")
     if source.is_ours:
         return _load_trained(model, source)
     parameters = dict(model.named_parameters())
     family, stored = _family(source)
     names = families.expand_names(family.tensors, family.modules, config.network["depth"], stored)
-    names = {theirs: ours for theirs, ours in names.items() if _has_parameter(ours, parameters)}
+    # Without qkv_bias, q, k and v have weights alone.
+    own = {POSITIONS, *parameters}
+    names = {
+        theirs: ours
+        for theirs, ours in names.items()
+        if ours.replace(".scale", ".weight").replace(".qkv.", ".q.") in own
+    }
     unused = tuple(name for name in stored if name.startswith(family.unused))
     check_match(source, {n: stored[n] for n in stored if n not in unused}, dict.fromkeys(names))
 
     filled: set[str] = set()
     later: dict[str, Tensor] = {}
-    notes = dict.fromkeys(config.notes)  # an ordered set
+    notes = dict.fromkeys(config.notes)
     for theirs, name in names.items():
         tensor = check_tensor(source, theirs, stored[theirs])
-        if tensor.dtype != model.norm.weight.dtype:
-            notes[f"weights converted from {tensor.dtype} to {model.norm.weight.dtype}"] = None
-            tensor = tensor.to(model.norm.weight.dtype)
+        tensor = _converted(tensor, model.norm.weight.dtype, notes)
         for ours, value in _convert(source, family, name, tensor, model.config, notes).items():
             parameter = parameters.get(ours)
             shape: tuple[int, ...] = (model.config.width,) if parameter is None else tuple(parameter.shape)
             if ours == EXTRA_POSITIONS:
                 shape = (1, model.config.extra_tokens, model.config.width)
             if value.shape != shape:
-                raise ModelError(
-                    f"{source.name}: {theirs} has the shape {tuple(tensor.shape)}, not {shape} as its "
-                    f"{CONFIG_FILE} implies. Fetch both files again."
-                )
+                actual = f"{theirs} has the shape {tuple(tensor.shape)}"
+                raise source.error(f"{actual}, not {shape} as in its {CONFIG_FILE}. Fetch both again.")
             if parameter is None:
                 later[ours] = value
             else:
@@ -191,7 +177,6 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
 
 
 def _load_trained(model: TemporalViT, source: WeightsSource) -> LoadReport:
-    """Copies the weights of a model folder, interpolated to another frame size and number of times."""
     (_, theirs), ours = load_config(source.folder), model.config
     stored = dict(TemporalViT(theirs, initialise=False).named_parameters())
     check_match(source, source.tensors, stored)
@@ -203,21 +188,25 @@ def _load_trained(model: TemporalViT, source: WeightsSource) -> LoadReport:
         copies = {}  # temporal attention was trained, too
     prefixes = tuple(f"{module}." for module in excluded)
     filled = [n for n in stored if n in parameters and n not in copies and not n.startswith(prefixes)]
-    notes: dict[str, None] = {}  # an ordered set
+    notes: Notes = {}
     for name in stored:
         tensor = check_tensor(source, name, source.tensors[name])
         if name in filled:
-            parameter = parameters[name]
-            if tensor.dtype != parameter.dtype:
-                notes[f"weights converted from {tensor.dtype} to {parameter.dtype}"] = None
-            parameter.copy_(_resize(source, name, tensor.to(parameter.dtype), theirs, ours, notes))
+            tensor = _converted(tensor, parameters[name].dtype, notes)
+            parameters[name].copy_(_resize(source, name, tensor, theirs, ours, notes))
     new = _copy_parameters(parameters, copies, set(filled), notes)
     unused = tuple(name for name in stored if name not in filled)
     return LoadReport(len(filled), new, unused, tuple(notes))
 
 
+def _converted(tensor: Tensor, dtype: torch.dtype, notes: Notes) -> Tensor:
+    if tensor.dtype != dtype:
+        notes[f"weights converted from {tensor.dtype} to {dtype}"] = None
+    return tensor.to(dtype)
+
+
 def _copy_parameters(
-    parameters: Mapping[str, Tensor], copies: Mapping[str, str], filled: Set[str], notes: dict[str, None]
+    parameters: Mapping[str, Tensor], copies: Mapping[str, str], filled: Set[str], notes: Notes
 ) -> tuple[str, ...]:
     """Copies parameters within a model (copy -> original); returns names of those neither filled nor copies."""
     for copy, original in copies.items():
@@ -227,11 +216,8 @@ def _copy_parameters(
     return tuple(name for name in parameters if name not in filled and name not in copies)
 
 
-def _inflate(patches: Tensor, tubelet_size: int, notes: dict[str, None]) -> Tensor:
-    """Patch weights of single frames for tubelets of several, (D, C, p, p) -> (D, t*C, p, p).
-
-    ViViT's central-frame initialisation (arXiv:2103.15691): zeros for all frames but one.
-    """
+def _inflate(patches: Tensor, tubelet_size: int, notes: Notes) -> Tensor:
+    """Central-frame initialisation, zeros for other frames: (D, C, p, p) -> (D, t*C, p, p)."""
     centre = tubelet_size // 2
     notes[f"patch embedding: on frame {centre + 1} of each tubelet of {tubelet_size}"] = None
     frames = [torch.zeros_like(patches)] * tubelet_size
@@ -240,19 +226,13 @@ def _inflate(patches: Tensor, tubelet_size: int, notes: dict[str, None]) -> Tens
 
 
 def _resize(
-    source: WeightsSource,
-    name: str,
-    tensor: Tensor,
-    theirs: ViTConfig,
-    ours: ViTConfig,
-    notes: dict[str, None],
+    source: WeightsSource, name: str, tensor: Tensor, theirs: ViTConfig, ours: ViTConfig, notes: Notes
 ) -> Tensor:
-    """A tensor for a model of another frame size, number of times, or tubelet size."""
     if name == "patch_embed.weight" and theirs.tubelet_size != ours.tubelet_size:
         if theirs.tubelet_size > 1:
-            raise ModelError(
-                f"{source.name}: its tubelets are of {theirs.tubelet_size} frames, those of the model of "
-                f"{ours.tubelet_size}. Give {flag('tubelet_size')} {theirs.tubelet_size}."
+            size, ours_too = theirs.tubelet_size, f"those of the model of {ours.tubelet_size}"
+            raise source.error(
+                f"its tubelets are of {size} frames, {ours_too}. Give {flag('tubelet_size')} {size}."
             )
         return _inflate(tensor, ours.tubelet_size, notes)
     if name == "positions.spatial" and theirs.grid != ours.grid:
@@ -267,37 +247,27 @@ def _resize(
 
 
 def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
-    """The family of the weights, and its tensors less the family's prefix."""
     config = source.read_json(CONFIG_FILE)
     family = families.find_family(config, source.tensors)
     if config.get("model_type") == families.REFERENCE:
-        raise ModelError(
-            f"{source.name}: a trained video classifier, not an image ViT. Evaluate it with tvit eval --model "
-            f"{source.name}, or train from an image ViT such as google/vit-base-patch16-224."
+        raise source.error(
+            f"a trained video classifier, not an image ViT. Evaluate it: tvit eval --model {source.name}. "
+            "To train, name an image ViT such as google/vit-base-patch16-224."
         )
     if config.get("model_type") == families.EXPORTED:
         raise export_not_loadable(source.name)
     if family is None:
         known = ", ".join(name for name in FAMILIES if name != TIMM)
-        problem = f"no {CONFIG_FILE} beside it names a model_type"
-        if "model_type" in config:
-            problem = f"its model_type is {config['model_type']!r}"
-        raise ModelError(f"{source.name}: {problem}; tvit reads {known}, and weights with timm's names.")
+        absent = f"no {CONFIG_FILE} beside it names a model_type"
+        problem = f"its model_type is {config['model_type']!r}" if "model_type" in config else absent
+        raise source.error(f"{problem}; tvit reads {known}, and weights with timm's names.")
     stored: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         short = name.removeprefix(family.prefix)
         if short in stored:
-            raise ModelError(f"{source.name}: {short} is stored twice. Fetch the weights again.")
+            raise source.error(f"{short} is stored twice. Fetch the weights again.")
         stored[short] = tensor
     return family, stored
-
-
-def _has_parameter(name: str, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the model has the parameters of a name; without qkv_bias, q, k and v have weights alone."""
-    layer, _, leaf = name.rpartition(".")
-    if leaf == "scale":
-        return f"{layer}.weight" in parameters
-    return name == POSITIONS or name in parameters or name.replace(".qkv.", ".q.") in parameters
 
 
 def whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1) -> int:
@@ -306,7 +276,7 @@ def whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1
     if isinstance(value, list) and value and value.count(value[0]) == len(value):  # [224, 224]
         value = value[0]
     if type(value) is not int or value < least:
-        raise ModelError(f"{source.name}: {key} is {value!r}; it must be a whole number, {least} or more.")
+        raise source.error(f"{key} is {value!r}; it must be a whole number, {least} or more.")
     return value
 
 
@@ -317,12 +287,9 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
     if not written and isinstance(timm := source.read_json(CONFIG_FILE).get("pretrained_cfg"), dict):
         mean, std, file_name = timm.get("mean", family.mean), timm.get("std", family.std), CONFIG_FILE
     elif not written:
-        whose = "ImageNet" if family.mean == IMAGENET_MEAN else "CLIP"
-        note = (
-            f"no {PREPROCESSOR_FILE}: frames are normalised with {whose}'s mean and std; put it beside "
-            "weights that have others"
-        )
-        return family.mean, family.std, (note,)
+        values = f"{'ImageNet' if family.mean == IMAGENET_MEAN else 'CLIP'}'s mean and std"
+        note = f"no {PREPROCESSOR_FILE}: frames are normalised with {values}"
+        return family.mean, family.std, (f"{note}; put it beside weights that have others",)
     if written.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), ()
     try:
@@ -332,20 +299,15 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
     except (TypeError, ValueError, OverflowError):
         is_valid = False
     if not is_valid:
-        raise ModelError(
-            f"{source.name}: image_mean {mean} and image_std {std} in {file_name} must be three finite numbers "
-            "each, the second above 0. Fetch the file again."
+        raise source.error(
+            f"image_mean {mean} and image_std {std} in {file_name} must be three finite numbers each, the second "
+            "above 0. Fetch the file again."
         )
     return levels, deviations, ()
 
 
 def _convert(
-    source: WeightsSource,
-    family: Family,
-    name: str,
-    tensor: Tensor,
-    config: ViTConfig,
-    notes: dict[str, None],
+    source: WeightsSource, family: Family, name: str, tensor: Tensor, config: ViTConfig, notes: Notes
 ) -> dict[str, Tensor]:
     """Our parameters from one stored tensor: positions and fused layers are split, patch weights inflated."""
     if name == "patch_embed.weight" and config.tubelet_size > 1:
@@ -361,7 +323,7 @@ def _convert(
 
 
 def _split_positions(
-    source: WeightsSource, family: Family, table: Tensor, config: ViTConfig, notes: dict[str, None]
+    source: WeightsSource, family: Family, table: Tensor, config: ViTConfig, notes: Notes
 ) -> dict[str, Tensor]:
     """Positions of the class token, of the extra tokens, and of the patches, on the model's grid."""
     rows = table.shape[-2] if table.dim() > 1 and table.shape[-1] == config.width else 0
@@ -370,10 +332,8 @@ def _split_positions(
         if grid and table.numel() == (leading + grid**2) * config.width:
             break
     else:
-        raise ModelError(
-            f"{source.name}: positions of the shape {tuple(table.shape)} are no square grid. "
-            "Use a ViT of square pictures with a class token."
-        )
+        problem = f"positions of the shape {tuple(table.shape)} are no square grid"
+        raise source.error(f"{problem}. Use a ViT of square pictures with a class token.")
     table = table.reshape(1, rows, config.width)
     own, spatial = table[:, :leading], table[:, leading:]  # (1, tokens before the patches, D), (1, P, D)
     if grid != config.grid:

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 import tvit_cli
-from tvit_cli.errors import ModelError
 from tvit_cli.model.families import EXPORTED, REFERENCE, Config, block_names, expand_names
-from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, export_not_loadable
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, export_not_loadable
 from tvit_cli.model.pretrained import whole_number
 from tvit_cli.model.weights import MERGED_FILE, WeightsSource, check_match, check_tensor
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
@@ -92,16 +91,14 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
     labels, notes = _named_labels(source, written, config.num_classes), []
     labels_are_guessed = labels is None
     if labels is None:
-        note = f"The weights do not name their {config.num_classes} classes: "
-        if config.num_classes == len(UCF101):
-            labels, note = UCF101, note + "UCF101's are assumed, in sorted order."
-        else:
+        labels, assumption = UCF101, "UCF101's are assumed, in sorted order."
+        if config.num_classes != len(UCF101):
             labels = tuple(f"class {n}" for n in range(config.num_classes))
-            note += (
+            assumption = (
                 "they are numbered in the sorted order of their training folders. "
                 f'"id2label" in a {CONFIG_FILE} beside the weights names them.'
             )
-        notes.append(note)
+        notes.append(f"The weights do not name their {config.num_classes} classes: {assumption}")
     if assumed := [f'"{key}": {json.dumps(value)}' for key, value in DEFAULTS.items() if key not in given]:
         notes.append(
             f"The weights leave values open, and the reference's defaults are assumed: {', '.join(assumed)}. A "
@@ -122,38 +119,30 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
 
 def _named_labels(source: WeightsSource, written: Config, count: int) -> tuple[str, ...] | None:
     """The config's class names; None without names or with transformers' placeholders, LABEL_0 …"""
-    named = written.get("id2label")
-    if named is None:
-        return None
-    if isinstance(named, dict) and all(re.fullmatch(r"LABEL_\d+", str(name)) for name in named.values()):
+    named = written.get("id2label", {})
+    names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+    if named is None or (isinstance(named, dict) and all(re.fullmatch(r"LABEL_\d+", n) for n in names)):
         return None
     keys = [str(number) for number in range(count)]
-    if not isinstance(named, dict) or set(named) != set(keys) or len(set(map(str, named.values()))) < count:
-        raise ModelError(
-            f"{source.name}: id2label in {CONFIG_FILE} must have a different name for each class, 0 to "
-            f"{count - 1}. Correct it, or remove it."
-        )
+    if not isinstance(named, dict) or set(named) != set(keys) or len(names) < count:
+        rule = f"must have a different name for each class, 0 to {count - 1}"
+        raise source.error(f"id2label in {CONFIG_FILE} {rule}. Correct it, or remove it.")
     return tuple(str(named[key]) for key in keys)
 
 
 def _stored(source: WeightsSource, written: Config) -> dict[str, Tensor]:
-    """The tensors less their prefix. Raises ModelError if they are not the reference's."""
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors.items()}
     kind = written.get("model_type", REFERENCE if "patch_embd.conv.weight" in stored else None)
     if kind == EXPORTED:
         raise export_not_loadable(source.name)
     if kind != REFERENCE:
-        raise ModelError(
-            f"{source.name}: no trained video model: its model_type is {kind!r}, and no {CARD_FILE} of tvit is "
-            f"beside {WEIGHTS_FILE}. Train an image ViT with tvit train --hf-model-name {source.name}."
-        )
+        problem = f"no trained video model: its model_type is {kind!r}, and it has no {CARD_FILE} of tvit"
+        raise source.error(f"{problem}. Train an image ViT: tvit train --hf-model-name {source.name}")
     if len(stored) < len(source.tensors):
-        raise ModelError(f"{source.name}: a tensor is stored twice. Fetch the weights again.")
+        raise source.error("a tensor is stored twice. Fetch the weights again.")
     if any(".lora_" in name for name in stored):
-        raise ModelError(
-            f"{source.name}: a checkpoint with unmerged adapters, whose alpha is unknown. Use the {MERGED_FILE} of "
-            "the same training."
-        )
+        problem = "a checkpoint with unmerged adapters, whose alpha is unknown"
+        raise source.error(f"{problem}. Use the {MERGED_FILE} of the same training.")
     return stored
 
 
@@ -179,26 +168,23 @@ def _config_from_shapes(stored: Mapping[str, Tensor]) -> Config:
 def _config(source: WeightsSource, raw: Config) -> ViTConfig:
     for key, supported in (("pooling", "cls"), ("in_channels", 3)):
         if raw[key] != supported:
-            raise ModelError(f"{source.name}: {key} is {raw[key]!r}; tvit supports {supported!r} alone.")
+            raise source.error(f"{key} is {raw[key]!r}; tvit supports {supported!r} alone.")
     sizes: Config = {ours: whole_number(source, raw, theirs) for ours, theirs in SIZES.items()}
     if sizes["width"] % 2:
-        raise ModelError(f"{source.name}: embd_dim is {sizes['width']}; sinusoids need an even one.")
+        raise source.error(f"embd_dim is {sizes['width']}; sinusoids need an even one.")
     if sizes["frame_size"] > SCALE_TO:
-        raise ModelError(
-            f"{source.name}: img_wh is {sizes['frame_size']}; tvit supports up to {SCALE_TO}, above which the "
-            "reference pads frames with black."
-        )
+        limit = f"tvit supports up to {SCALE_TO}, above which the reference pads frames with black"
+        raise source.error(f"img_wh is {sizes['frame_size']}; {limit}.")
     mlp_width = whole_number(source, raw, "mlp_factor") * sizes["width"]
     try:
         return ViTConfig(**sizes, mlp_width=mlp_width, norm_eps=1e-5, temporal_index="token")
     except ValueError as error:
-        raise ModelError(f"{source.name}: {error}. Correct the {CONFIG_FILE} beside the weights.") from error
+        raise source.error(f"{error}. Correct the {CONFIG_FILE} beside the weights.") from error
 
 
 def _state(
     source: WeightsSource, raw: Config, stored: Mapping[str, Tensor], model: TemporalViT
 ) -> dict[str, Tensor]:
-    """All of the model's tensors: the stored ones under our names, and the sinusoids."""
     config, expected = model.config, model.state_dict()
     tensors = {"cls_token": "positions.class_token", "patch_embd.conv.weight": "patch_embed.weight"}
     if raw["patch_embd_bias"]:

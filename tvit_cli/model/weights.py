@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -16,18 +17,8 @@ from torch import Tensor
 
 from tvit_cli.errors import ModelError, shorten
 from tvit_cli.files import sha256
-from tvit_cli.model.folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    MODEL_FOLDER,
-    PARITY_FILE,
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    export_not_loadable,
-    is_finite,
-    read_tensors,
-    tensor_mismatches,
-)
+from tvit_cli.model import folder as model_folder
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, MODEL_FOLDER, PARITY_FILE, WEIGHTS_FILE
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,6 +35,10 @@ class WeightsSource:
     folder: Path
     files: tuple[Path, ...]
     revision: str | None = None
+
+    def error(self, problem: str) -> ModelError:
+        """An error about these weights, which begins with their name."""
+        return ModelError(f"{self.name}: {problem}")
 
     @property
     def is_model_folder(self) -> bool:
@@ -68,9 +63,9 @@ class WeightsSource:
         try:
             values = json.loads((self.folder / file_name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deep
-            raise ModelError(f"{self.name}: {file_name} cannot be read ({error}). Fetch it again.") from error
+            raise self.error(f"{file_name} cannot be read ({error}). Fetch it again.") from error
         if not isinstance(values, dict):
-            raise ModelError(f"{self.name}: {file_name} holds no JSON object. Fetch it again.")
+            raise self.error(f"{file_name} holds no JSON object. Fetch it again.")
         return values
 
     @cached_property
@@ -78,9 +73,9 @@ class WeightsSource:
         """All stored tensors by name, memory-mapped. Raises ModelError."""
         tensors: dict[str, Tensor] = {}
         for path in self.files:
-            found = read_tensors(path)
+            found = model_folder.read_tensors(path)
             if twice := found.keys() & tensors.keys():
-                raise ModelError(f"{self.name}: {min(twice)} is stored twice. Fetch the weights again.")
+                raise self.error(f"{min(twice)} is stored twice. Fetch the weights again.")
             tensors |= found
         return tensors
 
@@ -92,14 +87,12 @@ def resolve_weights(name: str) -> WeightsSource:
     that ends in .safetensors is always a file. Raises ModelError for a name that is none of them, for a repository
     that is neither cached nor reachable, for a folder without config or safetensors, and for a pickle.
     """
-    path = Path(name).expanduser()
-    try:
+    path, exists = Path(name).expanduser(), False
+    with suppress(OSError):  # the name is too long for a file
         exists = path.exists()
-    except OSError:  # the name is too long for a file
-        exists = False
-    if not exists and path.suffix == SUFFIX:
-        raise ModelError(f"{name}: no such file. Check the path.")
     if not exists:
+        if path.suffix == SUFFIX:
+            raise ModelError(f"{name}: no such file. Check the path.")
         folder = _fetch(name)
         return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
     if path.is_dir():
@@ -148,41 +141,35 @@ def _fetch(name: str) -> Path:
     except HFValidationError as error:
         raise ModelError(f"{name}: no such folder, and not a valid name of a hub repository.") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{name}: no such folder, and no such public repository on the Hugging Face hub. Check the "
-            "spelling; for a private or gated one log in: hf auth login"
-        ) from error
+        problem = f"{name}: no such folder, and no such public repository on the Hugging Face hub"
+        raise ModelError(f"{problem}. Check the name; for a private or gated one: hf auth login") from error
     except LocalEntryNotFoundError as error:
-        paths = [
-            path for path in Path(constants.HF_HUB_CACHE).glob("models--*") if any(path.glob("snapshots/*"))
-        ]
+        paths = {path.parents[1] for path in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")}
         cached = sorted(path.name.removeprefix("models--").replace("--", "/", 1) for path in paths)
+        models = f"holds {shorten(cached)}" if cached else f"({constants.HF_HUB_CACHE}) holds no models"
         raise ModelError(
             f"{name}: no such folder, not in the Hugging Face cache, and the hub cannot be reached. Connect once "
             f"to fetch it, or name a folder with {CONFIG_FILE}, {PREPROCESSOR_FILE} and {WEIGHTS_FILE}. The cache "
-            + (f"holds {shorten(cached)}." if cached else f"({constants.HF_HUB_CACHE}) holds no models.")
+            f"{models}."
         ) from error
     except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
-        raise ModelError(
-            f"{name}: cannot be fetched from the Hugging Face hub ({error}). Try again."
-        ) from error
+        problem = f"cannot be fetched from the Hugging Face hub ({error})"
+        raise ModelError(f"{name}: {problem}. Try again.") from error
 
 
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
-    if (folder / SETTINGS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+    if (folder / model_folder.SETTINGS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{name}: a run without a model, which is written at its end. Name another.")
     if not any((folder / file_name).is_file() for file_name in (CONFIG_FILE, CARD_FILE)):
         if runs := sorted(path.parent.parent.name for path in folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}")):
             raise ModelError(f"{name}: a folder of runs ({shorten(runs)}). Name one of them.")
         raise ModelError(f"{name}: {CONFIG_FILE} is missing. Copy it from the source of the weights.")
-    if not (folder / INDEX_FILE).is_file():
-        files: tuple[Path, ...] = (folder / WEIGHTS_FILE,)
-        next_step = _how_to_convert(name)
-    else:
-        files, next_step = _shards(name, folder), f"{INDEX_FILE} lists them; fetch them."
+    has_index = (folder / INDEX_FILE).is_file()
+    files = _shards(name, folder) if has_index else (folder / WEIGHTS_FILE,)
     if absent := [path.name for path in files if not path.is_file()]:
         if (folder / PARITY_FILE).is_file():
-            raise export_not_loadable(name)
+            raise model_folder.export_not_loadable(name)
+        next_step = f"{INDEX_FILE} lists them; fetch them." if has_index else _how_to_convert(name)
         raise ModelError(f"{name}: {shorten(absent)} missing. {next_step}")
     return files
 
@@ -200,27 +187,23 @@ def _shards(name: str, folder: Path) -> tuple[Path, ...]:
 
 
 def _how_to_convert(name: str) -> str:
-    target = PurePath(name).name + "-safetensors"
-    return (
-        "Convert a pickle (.bin) once, in Python: from transformers import AutoModel; "
-        f"AutoModel.from_pretrained({name!r}).save_pretrained({target!r})"
-    )
+    call = f"AutoModel.from_pretrained({name!r}).save_pretrained({PurePath(name).name + '-safetensors'!r})"
+    return f"Convert a pickle (.bin) once, in Python: from transformers import AutoModel; {call}"
 
 
 def check_match(source: WeightsSource, saved: Mapping[str, Tensor], own: Mapping[str, Tensor | None]) -> None:
     """Raises ModelError unless names and shapes are those of `own`, where None stands for any shape."""
-    if problems := tensor_mismatches(saved, own):
+    if problems := model_folder.tensor_mismatches(saved, own):
         config_file = CARD_FILE if source.is_ours else CONFIG_FILE
-        raise ModelError(
-            f"{source.name}: {problems}. The weights do not fit the network in their {config_file}: fetch both, "
-            "or use a plain ViT."
+        raise source.error(
+            f"{problems}. The weights do not fit their {config_file}: fetch both, or use a plain ViT."
         )
 
 
 def check_tensor(source: WeightsSource, name: str, tensor: Tensor) -> Tensor:
     """The tensor. Raises ModelError where it is quantised or not finite."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ModelError(f"{source.name}: {name} is {tensor.dtype}. Use weights that are not quantised.")
-    if not is_finite(tensor):
-        raise ModelError(f"{source.name}: {name} holds NaN or infinite numbers. Fetch the weights again.")
+        raise source.error(f"{name} is {tensor.dtype}. Use weights that are not quantised.")
+    if not model_folder.is_finite(tensor):
+        raise source.error(f"{name} holds NaN or infinite numbers. Fetch the weights again.")
     return tensor

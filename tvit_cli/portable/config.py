@@ -9,12 +9,6 @@ from typing import Any
 ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
-CHOICES = {
-    "activation": ACTIVATIONS,
-    "attention": ATTENTIONS,
-    "pool": POOLS,
-    "temporal_index": ("frame", "token"),
-}
 DIVISORS = {"frame_size": "patch_size", "n_frames": "tubelet_size", "width": "num_heads"}
 TEMPORAL_DEPTH = 2
 
@@ -23,11 +17,11 @@ TEMPORAL_DEPTH = 2
 class ViTConfig:
     """Shape of a temporal ViT. Raises ValueError for invalid values and for values that contradict each other.
 
-    `mlp_width` None becomes four times the width. `temporal_depth` None becomes TEMPORAL_DEPTH with factorized
-    attention, the only scheme with temporal blocks. `n_frames` and `frame_size` set the sizes of the temporal and
-    spatial embeddings, which are interpolated for other clips. `extra_tokens` follow the class token. `pre_norm`
-    is a LayerNorm before the first block. `temporal_index` numbers the rows of the temporal embedding by frame, or
-    by token as the reference implementation does. `feature_norm` standardises features before the classifier.
+    `mlp_width` None becomes four times the width, `temporal_depth` None TEMPORAL_DEPTH with factorized attention.
+    `n_frames` and `frame_size` set the sizes of the temporal and spatial embeddings, which are interpolated for
+    other clips. `extra_tokens` follow the class token. `pre_norm` is a LayerNorm before the first block.
+    `temporal_index` numbers the rows of the temporal embedding by frame, or by token as the reference does.
+    `feature_norm` standardises features before the classifier.
     """
 
     num_classes: int
@@ -63,25 +57,21 @@ class ViTConfig:
             if value % divisor:
                 below = value // divisor * divisor
                 nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
-                raise ValueError(
-                    f"{name} {value} is not a multiple of {divisor_name} {divisor}; use {nearest}"
-                )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = ", ".join(choices)
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {known}")
+                problem = f"{name} {value} is not a multiple of {divisor_name} {divisor}"
+                raise ValueError(f"{problem}; use {nearest}")
+        indices = ("frame", "token")
+        known = {"activation": ACTIVATIONS, "attention": ATTENTIONS, "pool": POOLS, "temporal_index": indices}
+        for name, choices in known.items():
+            if (choice := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} {choice!r} is not known; use one of {', '.join(choices)}")
         if self.temporal_index == "token" and self.attention != "joint":
             raise ValueError(f"temporal_index token needs attention joint, not {self.attention}")
         if self.attention == "space" and self.tubelet_size > 1:
-            raise ValueError(
-                f"tubelet_size {self.tubelet_size} depends on the order of frames, which attention space ignores; "
-                "use tubelet_size 1, or another attention"
-            )
+            problem = f"tubelet_size {self.tubelet_size} depends on the order of frames"
+            raise ValueError(f"{problem}, attention space does not; use tubelet_size 1, or another attention")
         if self.temporal_depth is not None and self.attention != "factorized":
-            raise ValueError(
-                f"temporal_depth {self.temporal_depth}: attention {self.attention} has no temporal blocks; "
-                "leave it out, or use attention factorized"
-            )
+            problem = f"{self.temporal_depth}: attention {self.attention} has no temporal blocks"
+            raise ValueError(f"temporal_depth {problem}; leave it out, or use attention factorized")
 
     @property
     def grid(self) -> int:
@@ -118,7 +108,7 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     kind = annotation.removesuffix(" | None")
     if value is None and kind != annotation:
         return
-    least = 0 if name == "extra_tokens" else 1
+    least = int(name != "extra_tokens")
     is_valid, wanted = {
         "int": (type(value) is int and value >= least, f"a whole number, {least} or more"),
         "float": (isinstance(value, int | float) and value > 0, "a number above 0"),

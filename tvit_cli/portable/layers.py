@@ -18,10 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ViTConfig
 
-INIT_STD = 0.02  # of the truncated normal; ViT's official code (arXiv:2010.11929) draws positions with it
-MIN_DEVIATION = 0.1  # of a feature, relative to the mean deviation of all features
-ROUNDING = 1e-5  # relative; the batch size alone changes a clip's float32 features by up to 1e-6
-
 
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of each group."""
@@ -193,10 +189,8 @@ class TemporalEmbedding(AddedModule):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T', P, D) -> (B, T', P, D)."""
-        n_times = patches.shape[1]
-        if n_times == self.embedding.shape[1]:
-            return patches + self.embedding
-        return patches + resize_temporal(self.embedding, n_times)
+        is_own = patches.shape[1] == self.embedding.shape[1]
+        return patches + (self.embedding if is_own else resize_temporal(self.embedding, patches.shape[1]))
 
     def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
         if from_scratch:
@@ -241,10 +235,7 @@ class Gate(AddedModule):
 
 
 class TemporalEncoder(AddedModule):
-    """Blocks over one vector per frame, then their mean: ViViT's model 2 without its second class token.
-
-    Source: arXiv:2103.15691.
-    """
+    """Blocks over one vector per frame, then a mean: ViViT's model 2 (arXiv:2103.15691), no second class token."""
 
     has_linear_layers = True
 
@@ -263,17 +254,13 @@ class TemporalEncoder(AddedModule):
         return tokens.mean(dim=(1, 2))
 
     def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
-        if not from_scratch:
-            for block in self.temporal_blocks:
-                for last in ("attention.proj", "mlp.fc2"):
-                    nn.init.zeros_(block.get_submodule(last).get_parameter("weight"))
+        for block in () if from_scratch else self.temporal_blocks:
+            for last in ("attention.proj", "mlp.fc2"):
+                nn.init.zeros_(block.get_submodule(last).get_parameter("weight"))
 
 
 class FeatureNorm(AddedModule):
-    """Standardises features with a learned shift and scale, which `fit` initialises.
-
-    Source: data-dependent initialisation, ActNorm, arXiv:1807.03039.
-    """
+    """Standardises features with a learned shift and scale, which `fit` initialises (ActNorm, arXiv:1807.03039)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -293,18 +280,18 @@ class FeatureNorm(AddedModule):
         """Takes mean and deviation of features, (clips, D); near-constant features are not amplified."""
         deviation = features.std(dim=0, correction=0)  # (D,)
         self.shift.copy_(features.mean(dim=0))
-        # Otherwise all clips are the same one, which gives no estimate of the deviation.
-        if deviation.mean() > ROUNDING * features.abs().mean():
-            self.scale.copy_(1 / deviation.clamp_min(MIN_DEVIATION * float(deviation.mean())))
+        # Otherwise all clips are the same one: the batch size alone changes float32 features by up to 1e-6.
+        if deviation.mean() > 1e-5 * features.abs().mean():
+            self.scale.copy_(1 / deviation.clamp_min(0.1 * float(deviation.mean())))
 
 
 def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> None:
-    """Draws normal numbers of std 0.02 within two deviations, by the inverse of their distribution function.
+    """Draws normal numbers of std 0.02, as ViT's official code, within two deviations by their inverse CDF.
 
     `nn.init.trunc_normal_` takes longer, and its numbers differ between torch versions.
     """
     within = math.erf(2 / math.sqrt(2))
-    parameter.uniform_(-within, within, generator=generator).erfinv_().mul_(INIT_STD * math.sqrt(2))
+    parameter.uniform_(-within, within, generator=generator).erfinv_().mul_(0.02 * math.sqrt(2))
 
 
 def run_block(block: nn.Module, *inputs: Any, **options: Any) -> Tensor:

@@ -32,13 +32,9 @@ def frames_to_input(
     1 right or bottom. `squash` scales the whole frame to S x S. With `scale_to`, larger than S, both scale to that
     size before S x S pixels are cut. `flip` mirrors left and right.
     """
-    side = frame_size if scale_to is None else scale_to
-    height, width = clip.shape[2:]
+    height = width = side = frame_size if scale_to is None else scale_to
     if resize == "crop":
-        short = min(height, width)
-        height, width = round(height * side / short), round(width * side / short)
-    else:
-        height, width = side, side
+        height, width = (round(length * side / min(clip.shape[2:])) for length in clip.shape[2:])
     pixels = resize_frames(to_device(clip, device), (height, width))
     top, left = int((height - frame_size) * position), int((width - frame_size) * position)
     view = pixels[:, :, top : top + frame_size, left : left + frame_size]
@@ -53,10 +49,8 @@ def resize_frames(clip: Tensor, size: tuple[int, int]) -> Tensor:
     """Antialiased bilinear, (T, C, H, W) -> (T, C, *size); on a CPU in uint8, channels last, which is faster."""
     if tuple(clip.shape[2:]) == size:
         return clip
-    if clip.device.type == "cpu":
-        clip = clip.contiguous(memory_format=torch.channels_last)
-    else:
-        clip = clip.float()
+    is_cpu = clip.device.type == "cpu"
+    clip = clip.contiguous(memory_format=torch.channels_last) if is_cpu else clip.float()
     return F.interpolate(clip, size=size, mode="bilinear", antialias=True)
 
 

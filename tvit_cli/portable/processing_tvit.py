@@ -57,15 +57,13 @@ class TvitVideoProcessor(VideoProcessorMixin):
 
     def _clip(self, video: Any) -> Tensor:
         if isinstance(video, str | PathLike):
-            frames = read_clip(
-                video, n_frames=self.n_frames, short_side=self.scale_to, frame_grid=self.frame_grid
-            )
+            grid = self.frame_grid
+            frames = read_clip(video, n_frames=self.n_frames, short_side=self.scale_to, frame_grid=grid)
         else:
             stacked = np.stack([np.asarray(frame) for frame in video])
             if stacked.dtype != np.uint8 or stacked.ndim != 4 or stacked.shape[3] != 3:
-                raise ValueError(
-                    f"frames must be uint8 (frames, H, W, 3), not {stacked.dtype} {stacked.shape}"
-                )
+                actual = f"{stacked.dtype} {stacked.shape}"
+                raise ValueError(f"frames must be uint8 (frames, H, W, 3), not {actual}")
             frames = stacked[segment_indices(len(stacked), self.n_frames, grid=self.frame_grid)]
         return frames_to_input(
             torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2),
@@ -81,6 +79,5 @@ def _listed(videos: Any) -> list[Any]:
     if isinstance(videos, str | PathLike) or getattr(videos, "ndim", 5) == 4:
         return [videos]
     videos = list(videos)
-    # A list of pictures.
-    is_one_video = not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (2, 3)
-    return [videos] if is_one_video else videos
+    is_picture = not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (2, 3)
+    return [videos] if is_picture else videos

@@ -21,7 +21,6 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 # (epoch, video index): seeds the sampling and augmentation of a clip. A clip that is read again in one epoch gets
 # the number of an epoch after the last, so that it differs from the first reading.
 Key = tuple[int, int]
-
 CENTRE = 0.5  # of a segment: the offset of evaluation
 
 
@@ -42,18 +41,14 @@ def segment_indices(
         return [kept[position] for position in segment_indices(len(kept), n_frames, offsets)]
     if frame_count < 1 or n_frames < 1:
         raise ValueError(f"{n_frames} frames cannot be chosen from {frame_count}")
-    if offsets is None:
-        offsets = [CENTRE] * n_frames
+    offsets = [CENTRE] * n_frames if offsets is None else offsets
     if len(offsets) != n_frames or not all(0 <= offset < 1 for offset in offsets):
         raise ValueError(f"{n_frames} offsets in [0, 1) are needed, not {list(offsets)}")
     if frame_count < n_frames:
         return [min(index, frame_count - 1) for index in range(n_frames)]
-    indices = []
-    for segment, offset in enumerate(offsets):
-        index = int((segment + offset) * frame_count / n_frames)
-        last = -(-(segment + 1) * frame_count // n_frames) - 1  # of the segment; rounding may exceed it
-        indices.append(min(index, last))
-    return indices
+    last = [-(-end * frame_count // n_frames) - 1 for end in range(1, n_frames + 1)]  # of each segment
+    # Rounding may exceed the last.
+    return [min(int((n + offset) * frame_count / n_frames), last[n]) for n, offset in enumerate(offsets)]
 
 
 def clip_offsets(clips: int) -> list[float]:
@@ -66,10 +61,8 @@ def grid_indices(frame_count: int, grid: int) -> list[int]:
     return segment_indices(frame_count, min(grid, frame_count))
 
 
-# Without FULL_CHR_H_INT swscale converts to RGB through truncating tables: white becomes 253.
-PLANE_SCALING = (
-    Interpolation.BILINEAR | Interpolation.BITEXACT
-)  # between YUV formats of one matrix: no tables
+# Between YUV formats of one matrix. To RGB, without FULL_CHR_H_INT, swscale uses truncating tables: white is 253.
+PLANE_SCALING = Interpolation.BILINEAR | Interpolation.BITEXACT
 SCALING = PLANE_SCALING | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 _MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> matrix for swscale
@@ -79,7 +72,6 @@ _MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> matrix for swscale
     7: Colorspace.SMPTE240M,
     **dict.fromkeys((9, 10), Colorspace.BT2020),  # 10 with constant luminance
 }
-_HD_HEIGHT = 720  # from this height on, players take BT.709 for streams without a matrix
 
 # Raised on damaged files by FFmpeg and by PyAV itself: an IndexError for a stream that appears late.
 _DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
@@ -91,8 +83,8 @@ def matrix_of(frame: VideoFrame) -> Colorspace:
 
 
 def matrix_by_height(height: int) -> Colorspace:
-    """The colour matrix of a picture that names none."""
-    return Colorspace.ITU601 if height < _HD_HEIGHT else Colorspace.ITU709
+    """The colour matrix of a picture that names none: players take BT.709 from 720 lines on."""
+    return Colorspace.ITU601 if height < 720 else Colorspace.ITU709
 
 
 def read_clip(
@@ -134,10 +126,9 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
         streams[0].codec_context.thread_count = 1  # with more, the remains of a damaged picture vary
         packets = container.demux(streams[0])
         while True:
-            try:
+            packet = None
+            with suppress(*_DAMAGED):  # the file is truncated
                 packet = next(packets, None)
-            except _DAMAGED:
-                packet = None  # the file is truncated
             frames: list[VideoFrame] = []
             with suppress(*_DAMAGED):
                 frames = streams[0].decode(packet)

@@ -1,8 +1,8 @@
 """The temporal Vision Transformer: patches, positions, attention schemes, pooling, classifier.
 
-A clip is split into tubelets (patches over a few frames), and each tubelet becomes a token. Tokens get temporal and
-spatial embeddings and attend to each other in groups: the whole clip, or each frame. Pooling turns each group into
-one vector, by default its class token; a summary of the groups is classified.
+Each tubelet of a clip (a patch over a few frames) becomes a token. Tokens get temporal and spatial embeddings and
+attend to each other in groups: the whole clip, or each frame. Pooling turns each group into one vector, by default
+its class token; a summary of the groups is classified.
 
 Letters: B clips, T frames, C channels, H W pixels, t frames per tubelet, T' = T/t, p pixels along a patch,
 P patches per frame, G groups (1 or T'), N tokens of a group, Q query tokens, D width, A heads, K classes.
@@ -34,8 +34,6 @@ from .layers import (
 )
 
 __all__ = ["Positions", "TemporalViT", "ViTConfig", "build_model", "init_layer", "resize_grid"]
-
-CLASSIFIER_SCALE = 0.01  # of Xavier's: the first loss is close to log(K), whatever the features are
 
 
 class ClassToken(nn.Module):
@@ -125,12 +123,10 @@ class Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {  # by ViTConfig.attention
-    # ViViT's model 1, arXiv:2103.15691
-    "joint": Scheme(WholeClip, Block, has_embedding=True),
+    "joint": Scheme(WholeClip, Block, has_embedding=True),  # ViViT's model 1, arXiv:2103.15691
     "divided": Scheme(nn.Identity, DividedBlock, has_embedding=True, attends_over_time=True),
     "factorized": Scheme(nn.Identity, Block, has_encoder=True),
-    # Baseline without access to the order of frames.
-    "space": Scheme(nn.Identity, Block),
+    "space": Scheme(nn.Identity, Block),  # baseline without access to the order of frames
 }
 
 
@@ -222,10 +218,8 @@ class TemporalViT(nn.Module):
             self.patch_embed = nn.Conv2d(n_channels, width, kernel_size=patch_size, stride=patch_size)
             n_times = config.n_frames // config.tubelet_size
             self.temporal = embedding(n_times, width) if scheme.has_embedding else nn.Identity()
-            dropping = (
-                TokenDrop(token_drop, aligned=scheme.attends_over_time) if token_drop else nn.Identity()
-            )
-            self.positions = Positions(config, scheme.grouping(), dropping)
+            drop = TokenDrop(token_drop, aligned=scheme.attends_over_time) if token_drop else nn.Identity()
+            self.positions = Positions(config, scheme.grouping(), drop)
             self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(
                 scheme.block(config, drop_path * number / max(1, depth - 1)) for number in range(depth)
@@ -252,8 +246,7 @@ class TemporalViT(nn.Module):
         n_clips, n_frames, n_channels, height, width = clips.shape
         tubelet_size, patch_size = self.config.tubelet_size, self.config.patch_size
         tubelets = clips.reshape(-1, tubelet_size * n_channels, height, width)  # (B*T', t*C, H, W)
-        patches = self.patch_embed(tubelets)  # (B*T', D, H/p, W/p)
-        patches = patches.flatten(2).transpose(1, 2)  # (B*T', P, D)
+        patches = self.patch_embed(tubelets).flatten(2).transpose(1, 2)  # (B*T', P, D)
         patches = patches.reshape(n_clips, n_frames // tubelet_size, *patches.shape[1:])  # (B, T', P, D)
         grid = (height // patch_size, width // patch_size)
         tokens = self.pre_norm(self.positions(self.temporal(patches), grid))  # (B, G, N, D)
@@ -280,32 +273,24 @@ class TemporalViT(nn.Module):
 
     def copied_parameters(self) -> dict[str, str]:
         """Parameters that start as copies of pretrained ones: temporal attention's of spatial attention's."""
-        names = [name for name, _ in self.blocks.named_parameters(prefix="blocks")]
-        originals = (
-            n.replace(".temporal.norm.", ".norm1.").replace(".temporal.attention.", ".attention.")
-            for n in names
-        )
-        return {name: original for name, original in zip(names, originals, strict=True) if name != original}
+        names = (name for name, _ in self.blocks.named_parameters(prefix="blocks"))
+        parts = ((".temporal.norm.", ".norm1."), (".temporal.attention.", ".attention."))
+        return {n: n.replace(copy, original) for n in names for copy, original in parts if copy in n}
 
     @torch.no_grad()
     def reset_parameters(
-        self,
-        *,
-        generator: torch.Generator | None = None,
-        truncated_normal_weights: bool = False,
-        from_scratch: bool = True,
+        self, *, generator: torch.Generator | None = None, truncated: bool = False, from_scratch: bool = True
     ) -> None:
         """Draws all parameters anew.
 
         Linear and convolution layers get Xavier's uniform weights and zero biases, as in ViT's official code, or
-        with `truncated_normal_weights` a truncated normal of std 0.02. Without `from_scratch` the classifier starts
-        small and added modules start neutral. From scratch, a small classifier would only slow down the layers
-        before it (docs/negative-results.md).
+        with `truncated` a truncated normal of std 0.02. Without `from_scratch` added modules start
+        neutral, and the classifier starts small, which from scratch slows down training (docs/negative-results.md).
         """
         for module in self.modules():
-            init_layer(module, generator, truncated=truncated_normal_weights)
-        if not (truncated_normal_weights or from_scratch):
-            self.classifier.weight.mul_(CLASSIFIER_SCALE)
+            init_layer(module, generator, truncated=truncated)
+        if not (truncated or from_scratch):
+            self.classifier.weight.mul_(0.01)  # the first loss is close to log(K), whatever the features are
         for position in self.positions.parameters():
             truncated_normal(position, generator)
         for module in self.modules():
@@ -318,9 +303,8 @@ class TemporalViT(nn.Module):
             raise ValueError(f"clips have the shape {shape}; it must be (B, T, {config.num_channels}, H, W)")
         n_frames, _, height, width = shape[1:]
         if not height or not width or height % config.patch_size or width % config.patch_size:
-            raise ValueError(
-                f"frames have {height} x {width} pixels; both must be multiples of patch_size {config.patch_size}"
-            )
+            rule = f"both must be multiples of patch_size {config.patch_size}"
+            raise ValueError(f"frames have {height} x {width} pixels; {rule}")
         if not n_frames or n_frames % config.tubelet_size:
             raise ValueError(
                 f"clips have {n_frames} frames, no multiple of tubelet_size {config.tubelet_size}"
@@ -328,21 +312,14 @@ class TemporalViT(nn.Module):
 
 
 def build_model(
-    config: ViTConfig,
-    *,
-    seed: int,
-    truncated_normal: bool = False,
-    from_scratch: bool,
-    drop_path: float = 0.0,
-    token_drop: float = 0.0,
+    config: ViTConfig, *, seed: int, truncated_normal: bool = False, from_scratch: bool, **dropping: float
 ) -> TemporalViT:
-    """A model whose parameters depend on the seed alone; the global random state is neither used nor changed."""
-    model = TemporalViT(config, initialise=False, drop_path=drop_path, token_drop=token_drop)
-    model.reset_parameters(
-        generator=torch.Generator().manual_seed(seed),
-        truncated_normal_weights=truncated_normal,
-        from_scratch=from_scratch,
-    )
+    """A model whose parameters depend on the seed alone, not on the global random state, which stays as it is.
+
+    `dropping` are `drop_path` and `token_drop` of TemporalViT.
+    """
+    model, generator = TemporalViT(config, initialise=False, **dropping), torch.Generator().manual_seed(seed)
+    model.reset_parameters(generator=generator, truncated=truncated_normal, from_scratch=from_scratch)
     return model
 
 
