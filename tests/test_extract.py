@@ -354,7 +354,7 @@ def test_the_time_limit_is_what_a_lost_video_is_measured_by(data, monkeypatch):
     reasons = list(run(data, time_limit=7, max_bad="100%").unreadable.values())
     assert "longer than 7 seconds (--time-limit)" in reasons[0]
     assert all("crashed" in reason for reason in reasons[1:])
-    scans = check(settings(data, check=True, time_limit=9), silent).scans
+    scans = check(settings(data, check=True, time_limit=9), silent)
     assert "longer than 9 seconds (--time-limit)" in scans[0].problem
     assert asked == [7, 9]
 
@@ -373,14 +373,15 @@ def test_check_tells_what_files_hold_and_writes_nothing(data):
     (data / "run" / "v_run_g00_c01.avi").write_bytes(b"")
     cut = data / "walk" / "v_walk_g00_c01.avi"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    result = check(settings(data, check=True), silent)
-    assert len(result.scans) == 2 * GROUPS
-    assert [scan.path.name for scan in result.unreadable] == ["v_run_g00_c01.avi"]
-    assert "empty" in result.unreadable[0].problem
-    good = next(scan for scan in result.scans if scan.path.name == "v_run_g01_c01.avi")
+    scans = check(settings(data, check=True), silent)
+    assert len(scans) == 2 * GROUPS
+    unreadable = [scan for scan in scans if not scan.is_readable]
+    assert [scan.path.name for scan in unreadable] == ["v_run_g00_c01.avi"]
+    assert "empty" in unreadable[0].problem
+    good = next(scan for scan in scans if scan.path.name == "v_run_g01_c01.avi")
     assert (good.codec, good.width, good.height, good.frames, good.rate) == ("mpeg4", 192, 150, 14, 25)
     assert (round(good.seconds, 3), good.rotation, good.problem) == (0.56, 0, "")
-    broken = next(scan for scan in result.scans if scan.path == cut)
+    broken = next(scan for scan in scans if scan.path == cut)
     assert broken.problem == f"truncated or damaged: {count_frames(cut)} of 14 frames decode"
     assert not (data / "frames").exists()
 

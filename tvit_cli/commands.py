@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tvit_cli.console import Console
-    from tvit_cli.results import CheckResult, DryRun, SeriesResult
+    from tvit_cli.results import DryRun, Scan, SeriesResult
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
@@ -79,22 +79,22 @@ def extract(loaded: Loaded[ExtractSettings], console: Console) -> None:
     console.print(f"Frame store: {result.folder}")
 
 
-def _print_check(console: Console, result: CheckResult, *, as_json: bool) -> None:
+def _print_check(console: Console, scans: Sequence[Scan], *, as_json: bool) -> None:
     if as_json:
-        for scan in result.scans:
+        for scan in scans:
             console.json_line({**asdict(scan), "path": str(scan.path)})
     else:
         rows = []
-        for s in result.scans:
+        for s in scans:
             size = f"{s.width}x{s.height}" if s.is_readable else ""
             rate = f"{s.rate:.2f}" if s.rate else ""
             rows.append((s.path, s.codec, size, s.frames, f"{s.seconds:.2f}", rate, s.rotation, s.problem))
         console.table(["video", "codec", "size", "frames", "seconds", "fps", "rotation", "problem"], rows)
-    total = plural(len(result.scans), "video")
-    if bad := len(result.unreadable):
+    total = plural(len(scans), "video")
+    if bad := sum(not scan.is_readable for scan in scans):
         raise RunError(f"{bad} of {total} cannot be read.")
     if not as_json:
-        console.print(f"{len(result.scans)} of {total} can be read.")
+        console.print(f"{len(scans)} of {total} can be read.")
 
 
 def train(loaded: Loaded[TrainSettings], console: Console) -> None:

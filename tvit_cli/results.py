@@ -102,19 +102,7 @@ class Scan:
     rate: float | None = None  # frames per second; None: the file has no time stamps
     rotation: int = 0  # degrees counter-clockwise
     problem: str = ""
-    is_readable: bool = True
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Scans of all files of a data set, sorted by name."""
-
-    scans: tuple[Scan, ...]
-
-    @property
-    def unreadable(self) -> tuple[Scan, ...]:
-        """Files without a decodable frame."""
-        return tuple(scan for scan in self.scans if not scan.is_readable)
+    is_readable: bool = True  # a frame decodes
 
 
 @dataclass(frozen=True)

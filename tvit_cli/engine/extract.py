@@ -39,7 +39,7 @@ from tvit_cli.engine.dataset import find_or_make_data
 from tvit_cli.engine.distributed import default_worker_count, map_in_order, preserve_process_count
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import check_folder, file_lock, is_writable
-from tvit_cli.results import CheckResult, ExtractResult, Note, Progress, Report, Scan
+from tvit_cli.results import ExtractResult, Note, Progress, Report, Scan
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.types import most_bad
 
@@ -114,15 +114,15 @@ def extract(
     )
 
 
-def check(settings: ExtractSettings, report: Report) -> CheckResult:
-    """Decodes every video to its end and reports its properties and faults; writes nothing."""
+def check(settings: ExtractSettings, report: Report) -> tuple[Scan, ...]:
+    """Decodes every video to its end and returns properties and faults, sorted by name; writes nothing."""
     layout, _ = _read_data(settings, report)
     paths = [video.path for video in layout.videos]
     scans: list[Scan] = []
     for scan in _map(settings, scan_video, paths, failure=_unreadable):
         scans.append(scan)
         report(Progress("checking", len(scans), len(paths)))
-    return CheckResult(tuple(scans))
+    return tuple(scans)
 
 
 def scan_video(path: Path) -> Scan:

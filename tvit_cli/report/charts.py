@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from tvit_cli.errors import plural
 from tvit_cli.report.drawing import (
-    BOTTOM,
     HEIGHT,
     LABEL_SIZE,
     TITLE_SIZE,
@@ -77,7 +76,7 @@ def curves_chart(
     if mark is not None and first <= mark[0] <= last:
         x, y = axes.place(mark[0], high)
         half = text_width(mark[1], LABEL_SIZE) / 2
-        shapes.append(Line([(x, y), (x, HEIGHT - BOTTOM)], "dim", dashed=True))
+        shapes.append(Line([(x, y), axes.place(mark[0], low)], "dim", dashed=True))
         shapes.append(Text((min(x, WIDTH - half), y - 5), mark[1], "dim", LABEL_SIZE, "middle"))
     for curve, runs in sorted(kept, key=lambda pair: not pair[0].faint):
         width, opacity = (1.2, 0.55) if curve.faint else (2.2, 1.0)

@@ -24,9 +24,6 @@ from tvit_cli.report.drawing import Box, Drawing, Line, Shape, Text, rgb, text_w
 from tvit_cli.results import Timeline
 from tvit_cli.settings.card import Preprocessing
 
-SHARE, LEAST = 18, 10  # letters of a caption: the picture's height over SHARE, and at least LEAST pixels
-BACKGROUND = 0.35  # brightness of the picture behind a caption
-
 Picture = NDArray[np.uint8]
 
 
@@ -36,7 +33,7 @@ def draw_caption(picture: Picture, text: str) -> Picture:
     letters = caption_mask(text, height, width)  # (h, w) in [0, 1]
     rows, columns = letters.shape
     out = picture.copy()
-    corner = out[height - rows :, :columns].astype(np.float32) * BACKGROUND
+    corner = out[height - rows :, :columns].astype(np.float32) * 0.35  # a darker background
     out[height - rows :, :columns] = corner + letters[..., None] * (255 - corner)
     return out
 
@@ -44,7 +41,7 @@ def draw_caption(picture: Picture, text: str) -> Picture:
 @lru_cache(maxsize=64)
 def caption_mask(text: str, height: int, width: int) -> NDArray[np.float32]:
     """Coverage of each pixel by the letters, with a margin around them; no larger than the picture."""
-    size = max(LEAST, height // SHARE)
+    size = max(10, height // 18)
     while True:
         font = ImageFont.load_default(size)
         margin = max(2, round(size / 3))
@@ -56,11 +53,6 @@ def caption_mask(text: str, height: int, width: int) -> NDArray[np.float32]:
     mask = Image.new("L", (min(wide, width), min(tall, height)))
     ImageDraw.Draw(mask).text((margin - left, margin - top), text, fill=255, font=font)
     return np.asarray(mask, np.float32) / np.float32(255)
-
-
-MOST_FRAMES = 16  # of one strip
-FRAME_SIDE = 128  # pixels of a frame in a strip, at most
-JPEG_QUALITY = 85
 
 
 @dataclass
@@ -82,9 +74,9 @@ class Samples:
 
 
 def film_strip(clip: Tensor, preprocessing: Preprocessing) -> str:
-    """A normalised clip (T, C, S, S) as one row of frames: a JPEG in a data URI."""
-    pixels = to_pixels(spread(clip, MOST_FRAMES), preprocessing)
-    side = min(FRAME_SIDE, pixels.shape[-1])
+    """A normalised clip (T, C, S, S) as a row of at most 16 frames of 128 pixels: a JPEG in a data URI."""
+    pixels = to_pixels(spread(clip, 16), preprocessing)
+    side = min(128, pixels.shape[-1])
     if side < pixels.shape[-1]:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     gap = torch.full((len(pixels), 3, side, 2), 128, dtype=torch.uint8)
@@ -107,7 +99,7 @@ def spread(clip: Tensor, most: int) -> Tensor:
 
 def jpeg_uri(picture: Tensor) -> str:
     """A picture uint8 (H, W, 3) as a data URI."""
-    data = simplejpeg.encode_jpeg(picture.numpy(), quality=JPEG_QUALITY, colorspace="RGB")
+    data = simplejpeg.encode_jpeg(picture.numpy(), quality=85, colorspace="RGB")
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
@@ -126,8 +118,6 @@ def _png(image: Image.Image) -> bytes:
 
 SIDE, FRAME_GAP, MARGIN = 112, 4, 12  # units of the drawing
 HEAD, BARS, FOOT = 30, 44, 24
-DIM = 0.25  # brightness of a patch without relevance
-LEAST_WIDTH = 760  # of the sheet: the verdict is a long sentence
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,7 @@ def relevance_png(
 ) -> bytes:
     """PNG of all frames of a clip (T, C, S, S), and below them the relevance of their patches."""
     count = len(clip)
-    width = max(LEAST_WIDTH, 2 * MARGIN + count * SIDE + (count - 1) * FRAME_GAP)
+    width = max(760, 2 * MARGIN + count * SIDE + (count - 1) * FRAME_GAP)  # the verdict is a long sentence
     bottom = HEAD + 2 * SIDE + FRAME_GAP + BARS
     height = bottom + FOOT + MARGIN
     lefts = [MARGIN + number * (SIDE + FRAME_GAP) for number in range(count)]
@@ -162,7 +152,7 @@ def relevance_png(
     for left, picture, brightness in zip(lefts, pixels, patch_brightness(explanation.relevance), strict=True):
         frame = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
         light = np.asarray(Image.fromarray(brightness).resize(size, Image.Resampling.NEAREST))
-        shown = np.asarray(frame) * (DIM + (1 - DIM) * light[..., None])
+        shown = np.asarray(frame) * (0.25 + 0.75 * light[..., None])
         sheet.paste(frame, (left * SCALE, HEAD * SCALE))
         below = (left * SCALE, (HEAD + SIDE + FRAME_GAP) * SCALE)
         sheet.paste(Image.fromarray(shown.astype(np.uint8)), below)
@@ -179,33 +169,29 @@ WIDTH = 1000.0
 STRIP, LANE, GAP = 72.0, 22.0, 6.0  # heights
 RIGHT, BOTTOM = 24.0, 26.0
 LABEL_SIZE = 12.0
-MOST_LANES = 10  # labels with the most time; others are not drawn
-MOST_COLUMNS = 400  # of a lane; more are not visible
 
 
 def timeline_png(timeline: Timeline, *, dark: bool = False) -> bytes:
-    """PNG of a timeline, 2000 pixels wide: opacity in a lane is the label's smoothed score, bars are segments."""
-    left = 16 + max(text_width(label, LABEL_SIZE) for label in lanes(timeline))
-    image = _sheet(timeline_drawing(timeline, left=left), dark)
+    """PNG of a timeline, 2000 pixels wide: opacity in a lane is the label's smoothed score, bars are segments.
+
+    The 10 labels with the most time have lanes.
+    """
+    time: defaultdict[str, float] = defaultdict(float)
+    for segment in timeline.segments:
+        time[segment.label] += segment.end - segment.start
+    kept = sorted(time, key=lambda label: -time[label])[:10]
+    lanes = [label for label in time if label in kept]  # in the order of their first segments
+    left = 16 + max(text_width(label, LABEL_SIZE) for label in lanes)
+    image = _sheet(_timeline_drawing(timeline, lanes, left), dark)
     size = (round(STRIP * SCALE), round((WIDTH - left - RIGHT) * SCALE))
     strip = _film(timeline, *size, background=rgb("grid", dark=dark))
     image.paste(Image.fromarray(strip), (round(left * SCALE), round(GAP * SCALE)))
     return _png(image)
 
 
-def lanes(timeline: Timeline) -> list[str]:
-    """The labels that get a lane, in the order of their first segments."""
-    time: defaultdict[str, float] = defaultdict(float)
-    for segment in timeline.segments:
-        time[segment.label] += segment.end - segment.start
-    kept = sorted(time, key=lambda label: -time[label])[:MOST_LANES]
-    return [label for label in time if label in kept]
-
-
-def timeline_drawing(timeline: Timeline, *, left: float) -> Drawing:
+def _timeline_drawing(timeline: Timeline, lanes: Sequence[str], left: float) -> Drawing:
     """The lanes and the axis, with space for the strip of frames."""
-    shown = lanes(timeline)
-    height = STRIP + 2 * GAP + LANE * len(shown) + BOTTOM
+    height = STRIP + 2 * GAP + LANE * len(lanes) + BOTTOM
     across = (WIDTH - left - RIGHT) / timeline.seconds
     bottom = height - BOTTOM
     shapes: list[Shape] = []
@@ -214,31 +200,23 @@ def timeline_drawing(timeline: Timeline, *, left: float) -> Drawing:
             x = left + time * across
             shapes.append(Line([(x, STRIP + 2 * GAP), (x, bottom)], "grid"))
             shapes.append(Text((x, bottom + 16), clock(time), "dim", LABEL_SIZE, "middle"))
-    for number, label in enumerate(shown):
+    for number, label in enumerate(lanes):
         top = STRIP + 2 * GAP + number * LANE
         shapes.append(Text((left - 8, top + 15), label, "ink", LABEL_SIZE, "end"))
-        column = timeline.labels.index(label)
+        scores = timeline.smoothed[:, timeline.labels.index(label)]
         first = 0
-        for part in timeline.parts():
-            values = _columns(timeline.smoothed[first : first + part.cells, column], len(timeline.smoothed))
-            first += part.cells
-            begin, width = left + part.start * across, (part.end - part.start) * across / len(values)
-            shapes += [
-                Box((begin + n * width, top + 3), width, LANE - 10, "one", opacity=0.45 * float(value))
-                for n, value in enumerate(values)
-                if value >= 0.01
-            ]
-        shapes += [
-            Box(
-                (left + segment.start * across, top + LANE - 7),
-                max(1.0, (segment.end - segment.start) * across - 1),
-                4,
-                "one",
-                title=f"{label} {clock(segment.start)} to {clock(segment.end)}",
-            )
-            for segment in timeline.segments
-            if segment.label == label
-        ]
+        for span in timeline.parts():
+            values = _columns(scores[first : first + span.cells], len(scores))
+            first += span.cells
+            begin, width = left + span.start * across, (span.end - span.start) * across / len(values)
+            for n, value in enumerate(values):
+                if value >= 0.01:
+                    corner, opacity = (begin + n * width, top + 3), 0.45 * float(value)
+                    shapes.append(Box(corner, width, LANE - 10, "one", opacity))
+        for segment in timeline.segments:
+            if segment.label == label:
+                width = max(1.0, (segment.end - segment.start) * across - 1)
+                shapes.append(Box((left + segment.start * across, top + LANE - 7), width, 4, "one"))
     return Drawing(f"Timeline of {timeline.video}", WIDTH, height, shapes)
 
 
@@ -252,8 +230,8 @@ def clock(seconds: float) -> str:
 
 
 def _columns(values: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
-    """Means over groups of neighbours, whose size reduces `cells` values to at most MOST_COLUMNS."""
-    group = -(-cells // MOST_COLUMNS)
+    """Means over groups of neighbours, whose size reduces `cells` values to at most 400: more are not visible."""
+    group = -(-cells // 400)
     starts = np.arange(0, len(values), group)
     counts = np.minimum(starts + group, len(values)) - starts
     return np.asarray(np.add.reduceat(values, starts) / counts)

@@ -144,9 +144,7 @@ def _headline(result: TrainResult) -> list[Tile]:
 def _setting_rows(settings: TrainSettings) -> list[tuple[tuple[str, str, str], bool]]:
     """((Option, value, default), whether they differ) of each setting."""
     fields = TrainSettings.model_fields
-    defaults = TrainSettings.model_construct(
-        **{name: info.get_default(call_default_factory=True) for name, info in fields.items()}
-    ).model_dump(mode="json")
+    defaults = TrainSettings.model_construct().model_dump(mode="json")
     rows = []
     for name, value in settings.model_dump(mode="json").items():
         default = extra(fields[name]).get("default_text") or defaults[name]
