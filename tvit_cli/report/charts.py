@@ -74,20 +74,20 @@ def curves_chart(
     if len(kept) > 1:
         shapes += legend([(c.name, c.role) for c, _ in kept], [c.name for c, _ in kept if c.faint])
     if mark is not None and first <= mark[0] <= last:
-        x, y = axes.place(mark[0], high)
+        x, y = axes.position(mark[0], high)
         half = text_width(mark[1], LABEL_SIZE) / 2
-        shapes.append(Line([(x, y), axes.place(mark[0], low)], "dim", dashed=True))
+        shapes.append(Line([(x, y), axes.position(mark[0], low)], "dim", dashed=True))
         shapes.append(Text((min(x, WIDTH - half), y - 5), mark[1], "dim", LABEL_SIZE, "middle"))
     for curve, runs in sorted(kept, key=lambda pair: not pair[0].faint):
         width, opacity = (1.2, 0.55) if curve.faint else (2.2, 1.0)
         for run in runs:
             if len(run) > 1:
-                places = [axes.place(x, y) for x, y in run]
-                shapes.append(Line(places, curve.role, width, opacity=opacity))
+                positions = [axes.position(x, y) for x, y in run]
+                shapes.append(Line(positions, curve.role, width, opacity=opacity))
         if not curve.faint or all(len(run) == 1 for run in runs):
             radius = 2.6 if sum(map(len, runs)) <= MOST_DOTS else 1.1
             shapes += [
-                Dot(axes.place(x, y), radius, curve.role, f"{x_name} {x:g}: {curve.name} {show(y)}")
+                Dot(axes.position(x, y), radius, curve.role, f"{x_name} {x:g}: {curve.name} {show(y)}")
                 for run in runs
                 for x, y in run
             ]
@@ -183,8 +183,8 @@ def reliability_chart(bins: Sequence[Bin]) -> Drawing:
         role: Role = "bad" if b.confidence > b.accuracy else "three"
         shapes.append(_bar(axes, b, (0, low), "one", text))
         shapes.append(_bar(axes, b, (low, high), role, text, opacity=0.75))
-    shapes.append(Line([axes.place(0, 0), axes.place(1, 1)], "dim", 1.4, dashed=True))
-    shapes += [Dot(axes.place(b.confidence, b.accuracy), 2.6, "ink") for b in bins]
+    shapes.append(Line([axes.position(0, 0), axes.position(1, 1)], "dim", 1.4, dashed=True))
+    shapes += [Dot(axes.position(b.confidence, b.accuracy), 2.6, "ink") for b in bins]
     return Drawing("Reliability: accuracy of predictions by their confidence", WIDTH, HEIGHT, shapes)
 
 
@@ -220,8 +220,8 @@ def _hundredths(value: float) -> str:
 
 def _bar(axes: Axes, b: Bin, ends: tuple[float, float], role: Role, title: str, opacity: float = 0.9) -> Box:
     inset = 0.06 * (b.high - b.low)  # a gap between neighbours
-    left, top = axes.place(b.low + inset, ends[1])
-    right, bottom = axes.place(b.high - inset, ends[0])
+    left, top = axes.position(b.low + inset, ends[1])
+    right, bottom = axes.position(b.high - inset, ends[0])
     return Box((left, top), right - left, bottom - top, role, opacity, title)
 
 
@@ -270,8 +270,7 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
         shapes.append(Text((margin - 7, base), names[true], "ink", size, "end"))
         shapes.append(Text((base, margin - 7), names[true], "ink", size, turned=True))
         for column, predicted in enumerate(labels):
-            videos = counts.get((true, predicted), 0)
-            if not videos:
+            if not (videos := counts.get((true, predicted), 0)):
                 continue
             opacity = round(0.18 + 0.82 * (videos / totals[true]) ** 0.7, 2)
             x = margin + column * cell

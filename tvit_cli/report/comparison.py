@@ -12,17 +12,7 @@ from tvit_cli.report.charts import Row, confusion_chart, rows_chart, shown_class
 from tvit_cli.report.drawing import Drawing, Role
 from tvit_cli.report.evaluation import MOST_STRIPS, Strip, class_bars, matrix, metric_name, strips
 from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
-from tvit_cli.results import (
-    RESAMPLES,
-    ClassScore,
-    Comparison,
-    EvalResult,
-    Pair,
-    SeriesResult,
-    VideoPrediction,
-)
-
-MOST_ROWS = 40  # of the classes that changed
+from tvit_cli.results import RESAMPLES, ClassScore, Comparison, EvalResult, Pair, SeriesResult
 
 
 def write_comparison_report(result: Comparison, context: Context) -> Path:
@@ -34,11 +24,11 @@ def write_comparison_report(result: Comparison, context: Context) -> Path:
 
 
 def comparison_drawings(result: Comparison) -> dict[str, Drawing | None]:
-    """The drawing of a comparison by file name; None if no class changed."""
+    """The drawing of a comparison by file name: at most 40 classes that changed; None if no class did."""
     changed = [(label, counts) for label, counts in _per_class(result).items() if counts[1] != counts[2]]
     changed.sort(key=lambda item: ((item[1][2] - item[1][1]) / item[1][0], item[0]))
-    if len(changed) > MOST_ROWS:
-        changed = changed[: MOST_ROWS // 2] + changed[-MOST_ROWS // 2 :]
+    if len(changed) > 40:
+        changed = changed[:20] + changed[-20:]
     rows = []
     for label, (videos, first, second) in changed:
         a, b = first / videos, second / videos
@@ -57,6 +47,8 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
     first, second = result.first, result.second
     gained, lost = len(result.gained), len(result.lost)
     both = sum(a.is_right and b.is_right for a, b in result.pairs)
+    shared = [warning for warning in first.warnings if warning in second.warnings]
+    each = [("First", w) for w in first.warnings] + [("Second", w) for w in second.warnings]
     is_same = first.name == second.name
     names = (str(first.model), str(second.model)) if is_same else (first.name, second.name)
     return render(
@@ -64,7 +56,7 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
         context,
         result=result,
         names=names,
-        warnings=_warnings(first, second),
+        warnings=shared + [f"{which}: {warning}" for which, warning in each if warning not in shared],
         tiles=_headline(result, names, both),
         draws=RESAMPLES,
         metrics=[
@@ -97,13 +89,6 @@ def _per_class(result: Comparison) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _warnings(first: EvalResult, second: EvalResult) -> list[str]:
-    """Warnings of both models, then those of one."""
-    both = [warning for warning in first.warnings if warning in second.warnings]
-    each = [("First", w) for w in first.warnings] + [("Second", w) for w in second.warnings]
-    return both + [f"{which}: {warning}" for which, warning in each if warning not in both]
-
-
 def _headline(result: Comparison, names: tuple[str, str], both: int) -> list[Tile]:
     gained, lost = len(result.gained), len(result.lost)
     remark = "one group: no interval"
@@ -122,18 +107,18 @@ def _headline(result: Comparison, names: tuple[str, str], both: int) -> list[Til
 def _pair_strips(pairs: Sequence[Pair], second: EvalResult) -> list[dict[str, Any]]:
     """Strips of the most confident predictions, of clips as the second model received them."""
     rows: list[Strip] = []
-    for pair in sorted(pairs, key=lambda pair: -_score(pair[0]) - _score(pair[1]))[:MOST_STRIPS]:
-        predictions = [answer.predicted or "unreadable" for answer in pair]
+    for pair in sorted(pairs, key=lambda pair: -sum(_confidence(pair)))[:MOST_STRIPS]:
+        video, predictions = pair[1].video, [answer.predicted or "unreadable" for answer in pair]
         scores: list[tuple[str, float, Role]] = [
-            (f"{which}: {name}", _score(answer), "good" if name == answer.video.label else "bad")
-            for which, name, answer in zip(("first", "second"), predictions, pair, strict=True)
+            (f"{which}: {name}", score, "good" if name == video.label else "bad")
+            for which, name, score in zip(("first", "second"), predictions, _confidence(pair), strict=True)
         ]
-        rows.append((pair[1].video, predictions, scores))
+        rows.append((video, predictions, scores))
     return strips(second, rows)
 
 
-def _score(answer: VideoPrediction) -> float:
-    return max(answer.scores, default=0.0)
+def _confidence(pair: Pair) -> list[float]:
+    return [max(answer.scores, default=0.0) for answer in pair]
 
 
 def _shown(name: str, value: float, digits: int, sign: str = "") -> str:
@@ -152,7 +137,7 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
     mistakes = sorted(mistakes, key=lambda m: (-m[2], m[:2]))[:10]
     confusion = confusion_chart(shown_classes(labels, counts), counts)
     drawings = {"runs": _runs_chart(result), "confusion": confusion}
-    per_class = _class_scores([answer for own in results for answer in own.answers])
+    per_class = _class_scores(results)
     rows = [[run, *(_shown(n, found[n], 3) for n in result.summary)] for run, found in result.runs.items()]
     spread = [" ± ".join(_shown(name, v, 3) for v in pair) for name, pair in result.summary.items()]
     page = render(
@@ -183,8 +168,9 @@ def _runs_chart(result: SeriesResult) -> Drawing:
     return rows_chart(title, rows, mark=result.summary["video_top1"][0])
 
 
-def _class_scores(answers: Sequence[VideoPrediction]) -> dict[str, ClassScore]:
+def _class_scores(results: Sequence[EvalResult]) -> dict[str, ClassScore]:
     """Scores of the classes that have videos, sorted by name."""
+    answers = [answer for result in results for answer in result.answers]
     videos = Counter(answer.video.label for answer in answers)
     right = Counter(answer.predicted for answer in answers if answer.is_right)
     predicted = Counter(answer.predicted for answer in answers)

@@ -165,7 +165,7 @@ class Axes:
     y: tuple[float, float]
     top: float = TOP
 
-    def place(self, x: float, y: float) -> Point:
+    def position(self, x: float, y: float) -> Point:
         """Position of a data point on the sheet."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
@@ -183,12 +183,12 @@ class Axes:
         """The title, a line for each tick of y, and the labels of both axes."""
         shapes: list[Shape] = [Text((4, 20), title, size=TITLE_SIZE, bold=True)]
         for y in y_ticks:
-            height = self.place(self.x[1], y)[1]
+            height = self.position(self.x[1], y)[1]
             shapes.append(Line([(LEFT, height), (WIDTH - RIGHT, height)], "grid"))
             shapes.append(Text((LEFT - 7, height + 4), show_y(y), "dim", LABEL_SIZE, "end"))
         for x in x_ticks:
             if self.x[0] <= x <= self.x[1]:
-                at = self.place(x, self.y[0])[0]
+                at = self.position(x, self.y[0])[0]
                 shapes.append(Text((at, HEIGHT - BOTTOM + 17), show_x(x), "dim", LABEL_SIZE, "middle"))
         middle = (LEFT + WIDTH - RIGHT) / 2
         return [*shapes, Text((middle, HEIGHT - 5), x_name, "dim", LABEL_SIZE, "middle")]

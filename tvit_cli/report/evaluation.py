@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.data.layout import Video
-from tvit_cli.report.charts import (
-    MOST_CLASSES,
-    class_chart,
-    confidence_chart,
-    confusion_chart,
-    coverage_chart,
-    reliability_chart,
-    shown_classes,
-    worst_first,
-)
+from tvit_cli.report import charts
 from tvit_cli.report.drawing import Drawing, Role
 from tvit_cli.report.film import film_strip
 from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
@@ -38,11 +29,13 @@ def write_evaluation_report(result: EvalResult, context: Context) -> Path:
 def evaluation_drawings(result: EvalResult) -> dict[str, Drawing]:
     """Drawings of an evaluation by file name."""
     found = {
-        "confusion": confusion_chart(shown_classes(result.labels, result.counts), result.counts),
-        "per_class": class_chart(dict(class_bars(result.per_class))),
-        "reliability": reliability_chart(result.calibration),
-        "confidence": confidence_chart(result.calibration),
-        "coverage": coverage_chart([(max(a.scores), a.is_right) for a in result.answers if a.scores]),
+        "confusion": charts.confusion_chart(
+            charts.shown_classes(result.labels, result.counts), result.counts
+        ),
+        "per_class": charts.class_chart(dict(class_bars(result.per_class))),
+        "reliability": charts.reliability_chart(result.calibration),
+        "confidence": charts.confidence_chart(result.calibration),
+        "coverage": charts.coverage_chart([(max(a.scores), a.is_right) for a in result.answers if a.scores]),
     }
     return {name: drawing for name, drawing in found.items() if drawing is not None}
 
@@ -107,20 +100,20 @@ def matrix(
     labels: Sequence[str], counts: Counts, confused: Sequence[tuple[str, str, int]], drawing: Drawing
 ) -> dict[str, Any]:
     """Values of the template's confusion matrix: its drawing, and the most frequent mistakes."""
-    shown = len(shown_classes(labels, counts))
+    shown = len(charts.shown_classes(labels, counts))
     return {
         "drawing": drawing,
         "is_narrow": drawing.width < MOST_BESIDE,
         "shown": shown,
         "classes": len(labels),
-        "which": "the most mistakes" if shown == MOST_CLASSES else "a video or a prediction",
+        "which": "the most mistakes" if shown == charts.MOST_CLASSES else "a video or a prediction",
         "confused": confused,
     }
 
 
 def class_bars(per_class: Mapping[str, ClassScore]) -> list[tuple[str, tuple[int, int]]]:
     """(Label, (videos, correct)) of each class, the worst first."""
-    return worst_first({label: (score.videos, score.right) for label, score in per_class.items()})
+    return charts.worst_first({label: (score.videos, score.right) for label, score in per_class.items()})
 
 
 def _answer_strips(result: EvalResult, answers: Sequence[VideoPrediction]) -> list[dict[str, Any]]:

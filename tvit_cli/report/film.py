@@ -57,15 +57,14 @@ def caption_mask(text: str, height: int, width: int) -> NDArray[np.float32]:
 
 @dataclass
 class Samples:
-    """The first training clips of a run, each with a caption, on the CPU."""
+    """The first six training clips of a run, each with a caption, on the CPU."""
 
-    wanted: int = 6
     clips: list[tuple[Tensor, str]] = field(default_factory=list)  # (T, C, S, S) float32, normalised
 
     @property
     def are_wanted(self) -> bool:
         """Whether there are too few yet."""
-        return len(self.clips) < self.wanted
+        return len(self.clips) < 6
 
     def offer(self, clip: Tensor, caption: str) -> None:
         """Keeps a copy of a clip (T, C, S, S) if more are wanted."""

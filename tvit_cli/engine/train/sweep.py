@@ -61,10 +61,8 @@ def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Rep
 
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
     """Mean and sample standard deviation of the metrics that all runs have. 0.8, 0.9 -> (0.85, 0.0707…)"""
-    shared = [name for name in runs[0] if all(name in run for run in runs)]
-    columns = {name: [run[name] for run in runs] for name in shared}
-    deviations = {name: statistics.stdev(v) if len(runs) > 1 else 0.0 for name, v in columns.items()}
-    return {name: (statistics.fmean(values), deviations[name]) for name, values in columns.items()}
+    columns = {n: [run[n] for run in runs] for n in runs[0] if all(n in run for run in runs)}
+    return {n: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for n, v in columns.items()}
 
 
 def write_summary(result: SeriesResult) -> None:
