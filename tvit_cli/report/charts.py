@@ -242,8 +242,9 @@ def shown_classes(labels: Sequence[str], counts: Counts) -> list[str]:
 def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
     """Confusion matrix: true classes in rows, predictions in columns; opacity is the share of the row.
 
-    `labels` are the classes to show; a row's share is of all its predictions, those in other columns included.
+    Of `labels`, `shown_classes` are drawn; a row's share is of all its predictions, hidden columns included.
     """
+    labels = shown_classes(labels, counts)
     cell = min(64.0, max(9.0, min(900, 300 + 12 * len(labels)) / len(labels)))
     size = min(13.0, max(7.5, cell * 0.8))
     names = _short_names(labels)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.errors import plural
-from tvit_cli.report.charts import Row, confusion_chart, rows_chart, shown_classes
+from tvit_cli.report.charts import Row, confusion_chart, rows_chart
 from tvit_cli.report.drawing import Drawing, Role
 from tvit_cli.report.evaluation import MOST_STRIPS, Strip, class_bars, matrix, metric_name, strips
 from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
@@ -135,7 +135,7 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
         counts.update(own.counts)
     mistakes = [(true, predicted, n) for (true, predicted), n in counts.items() if true != predicted]
     mistakes = sorted(mistakes, key=lambda m: (-m[2], m[:2]))[:10]
-    confusion = confusion_chart(shown_classes(labels, counts), counts)
+    confusion = confusion_chart(labels, counts)
     drawings = {"runs": _runs_chart(result), "confusion": confusion}
     per_class = _class_scores(results)
     rows = [[run, *(_shown(n, found[n], 3) for n in result.summary)] for run, found in result.runs.items()]

@@ -118,12 +118,14 @@ def style_sheet() -> str:
 
 
 def _element(shape: Shape) -> str:
+    value = getattr(shape, "opacity", 1)
+    opacity = "" if value == 1 else f' opacity="{_n(value)}"'
     if isinstance(shape, Line):
         points = " ".join(f"{_n(x)},{_n(y)}" for x, y in shape.points)
         dashes = ' stroke-dasharray="4 4"' if shape.dashed else ""
         return (
             f'<polyline class="s-{shape.role}" points="{points}" fill="none" stroke-linejoin="round" '
-            f'stroke-linecap="round" stroke-width="{_n(shape.width)}"{dashes}{_opacity(shape.opacity)}/>'
+            f'stroke-linecap="round" stroke-width="{_n(shape.width)}"{dashes}{opacity}/>'
         )
     x, y = map(_n, shape.at)
     colour = f'class="f-{shape.role}"'
@@ -137,14 +139,10 @@ def _element(shape: Shape) -> str:
     if isinstance(shape, Dot):
         tag, where = "circle", f'cx="{x}" cy="{y}" r="{_n(shape.radius)}"'
     else:
-        size = f'width="{_n(shape.width)}" height="{_n(shape.height)}"{_opacity(shape.opacity)}'
+        size = f'width="{_n(shape.width)}" height="{_n(shape.height)}"{opacity}'
         tag, where = "rect", f'x="{x}" y="{y}" {size}'
     title = f"><title>{escape(shape.title)}</title></{tag}>" if shape.title else "/>"
     return f"<{tag} {colour} {where}{title}"
-
-
-def _opacity(value: float) -> str:
-    return "" if value == 1 else f' opacity="{_n(value)}"'
 
 
 def _n(value: float) -> str:

@@ -29,9 +29,7 @@ def write_evaluation_report(result: EvalResult, context: Context) -> Path:
 def evaluation_drawings(result: EvalResult) -> dict[str, Drawing]:
     """Drawings of an evaluation by file name."""
     found = {
-        "confusion": charts.confusion_chart(
-            charts.shown_classes(result.labels, result.counts), result.counts
-        ),
+        "confusion": charts.confusion_chart(result.labels, result.counts),
         "per_class": charts.class_chart(dict(class_bars(result.per_class))),
         "reliability": charts.reliability_chart(result.calibration),
         "confidence": charts.confidence_chart(result.calibration),

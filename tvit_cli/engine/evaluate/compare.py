@@ -25,13 +25,9 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """
     assert settings.compare is not None
     group = join_process_group(settings.device)
+    runs, precision = settings.working_directory, settings.mixed_precision
     models = [  # both are opened before the first is scored: errors come early
-        open_trained(
-            model,
-            working_directory=settings.working_directory,
-            device=group.device,
-            mixed_precision=settings.mixed_precision,
-        )
+        open_trained(model, working_directory=runs, device=group.device, mixed_precision=precision)
         for model in settings.compare
     ]
     models[1] = models[1].spelt_as(models[0].card.labels)
