@@ -66,10 +66,8 @@ def check_members(
     `limits`. `packed_bytes` is the size of the archive itself.
     """
     if problem := next(_problems(members, packed_bytes, limits), None):
-        raise DataError(
-            f"{archive}: {problem}. Nothing was unpacked; take the archive from another source, "
-            "or unpack it yourself if you trust it."
-        )
+        advice = "take the archive from another source, or unpack it yourself if you trust it"
+        raise DataError(f"{archive}: {problem}. Nothing was unpacked; {advice}.")
 
 
 def _problems(members: Sequence[Member], packed_bytes: int, limits: Limits) -> Iterator[str]:

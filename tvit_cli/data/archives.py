@@ -17,33 +17,28 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Final, Literal, cast
+from typing import IO, Any, Final, Literal
 
 from tvit_cli import files
 from tvit_cli.data import rar
 from tvit_cli.data.archive_safety import LIMITS, Kind, Limits, Member, check_members, kind_of_mode
 from tvit_cli.errors import DataError, RunError
-from tvit_cli.files import size_text
 from tvit_cli.results import Progress, Report, silent
 
 ArchiveKind = Literal["zip", "tar", "rar"]
-# Target path, by index, of each member to unpack.
-Plan = Callable[[Sequence[Member]], Mapping[int, PurePosixPath]]
+Targets = dict[int, PurePosixPath]  # target path of each member to unpack, by its index
+Plan = Callable[[Sequence[Member]], Targets]
 
 CHUNK_BYTES: Final = 256 * 1024
 ENTRY_BYTES: Final = 200  # generous mean of a ZIP directory entry; bounds the directory in memory
 HEADER_BYTES: Final = 1024**2  # limit of one tar header with its PAX records, which tarfile reads whole
 _WORK: Final = re.compile(r"(tree|raw)/.+|raw\.txt")
 # First bytes and reader of compressed tars. ucf101-subset's "tar.gz" is a plain tar.
-COMPRESSED: Final[dict[bytes, Callable[[Path, str], object]]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
+COMPRESSED: Final[dict[bytes, Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _FORMAT_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error)
 DAMAGED: Final = (*_FORMAT_ERRORS, EOFError, NotImplementedError, ValueError)
 
@@ -75,7 +70,7 @@ def detect_kind(path: Path) -> ArchiveKind:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         shown = head[:24].decode("latin-1").strip()
-        hint = " The server sent a page in its place." if head.lstrip()[:1] == b"<" else ""
+        hint = " The server sent a page, not the file." if head.lstrip()[:1] == b"<" else ""
         raise DataError(f"{path}: is no ZIP, tar or RAR archive (it starts with {shown!r}).{hint}") from error
     return "tar"
 
@@ -85,8 +80,7 @@ def unpack(
 ) -> list[Unpacked]:
     """Unpacks an archive to the new folder `target`; without a `plan`, all files under their own names.
 
-    Raises DataError if the archive is damaged or unsafe, RunError if the disk is too small. `target` is
-    made only on success.
+    Raises DataError for a damaged or unsafe archive, RunError if the disk is too small; no `target` is left then.
     """
     temporary = target.with_name(f".{target.name}.unpacking")
     files.remove_work(temporary, _WORK)
@@ -240,9 +234,8 @@ class _Tar:
         with self._path.open("rb") as file:
             head = file.read(6)
         opener = next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), Path.open)
-        stream = cast(IO[bytes], opener(self._path, "rb"))
         with (
-            _Bounded(stream, self._path, HEADER_BYTES) as bounded,
+            _Bounded(opener(self._path, "rb"), self._path, HEADER_BYTES) as bounded,
             tarfile.open(fileobj=bounded, mode="r:", errorlevel=2) as tar,
         ):
             yield tar
@@ -270,10 +263,11 @@ class _Bounded(io.RawIOBase):
         self._file, self._path, self._limit = file, path, limit
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or size < 0:
-            size = self._limit
+        size = self._limit if size is None or size < 0 else size
         if size > self._limit:
-            found = f"its directory or a header has {size_text(size)}, limit {size_text(self._limit)}"
+            found = (
+                f"its directory or a header has {files.size_text(size)}, limit {files.size_text(self._limit)}"
+            )
             raise DataError(f"{self._path}: {found}. Nothing was unpacked; take another source.")
         return self._file.read(size)
 

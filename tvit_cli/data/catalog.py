@@ -1,4 +1,4 @@
-"""Known data sets: archives, sizes, hashes, licences, and the target path of each archive member.
+"""Data sets for download: archives, sizes, hashes, licences, and the target path of each archive member.
 
 `bytes` and `sha256` are None if unpublished; the values of the received file are then recorded.
 """
@@ -15,7 +15,7 @@ from typing import Final, Literal
 from urllib.parse import unquote, urlsplit
 
 from tvit_cli.data.archive_safety import Member, normalized_name
-from tvit_cli.data.archives import ArchiveKind
+from tvit_cli.data.archives import ArchiveKind, Targets
 from tvit_cli.data.dataset_folder import Selection
 from tvit_cli.data.layout import SUBSETS, VIDEO_SUFFIXES
 from tvit_cli.data.split_files import group_of
@@ -203,11 +203,9 @@ def target_path(
     return PurePosixPath("videos", *subset, names.of_class(folders[-1]), names.of_file(member.name))
 
 
-def target_paths(
-    members: Sequence[Member], layout: Layout, *, part: str, names: CanonicalNames
-) -> dict[int, PurePosixPath]:
+def target_paths(members: Sequence[Member], layout: Layout, *, part: str, names: CanonicalNames) -> Targets:
     """Target path of each member of the data set by index. Raises DataError if there is none, or two are equal."""
-    paths: dict[int, PurePosixPath] = {}
+    paths: Targets = {}
     members_of: dict[str, str] = {}
     for member in members:
         if path := target_path(member.path, layout, part=part, names=names):
@@ -253,8 +251,7 @@ def take_clips(paths: Iterable[PurePosixPath], count: int) -> set[PurePosixPath]
     for by_group in folders.values():
         groups = [by_group[name] for name in sorted(by_group)]
         if count < len(groups):
-            taken.update(groups[index * len(groups) // count][0] for index in range(count))
-        else:
-            rounds = zip_longest(*groups)  # one clip of each group in turn
-            taken.update([path for paths in rounds for path in paths if path is not None][:count])
+            groups = [groups[index * len(groups) // count] for index in range(count)]
+        rounds = zip_longest(*groups)  # one clip of each group in turn
+        taken.update([path for paths in rounds for path in paths if path is not None][:count])
     return taken

@@ -117,8 +117,7 @@ class DatasetFolder:
     own: Final = re.compile(rf"({'|'.join(FOLDERS)})/.+")  # files of a working folder
 
     def __init__(self, path: Path, dataset: str) -> None:
-        self.path = path
-        self.incoming = path / ".incoming"
+        self.path, self.incoming, self.archives = path, path / ".incoming", path / "archives"
         self.manifest = _load(path, dataset)
         self.damaged: set[str] = set()
         self.added = 0
@@ -168,18 +167,16 @@ class DatasetFolder:
         return self.incoming
 
     def new_incoming(self) -> Path:
-        """A new empty folder; `complete_incoming` turns it into the incoming one."""
+        """A new empty folder for `add`."""
         new = self.incoming.with_name(f"{self.incoming.name}.unpacking")
         files.remove_work(new, self.own)
         new.mkdir(parents=True)
         return new
 
-    def complete_incoming(self, new: Path) -> None:
-        """Renames a completely filled folder to the incoming one."""
-        files.rename(new, self.clear_incoming())
-
-    def add(self, unpacked: Sequence[Unpacked], source: SourceRecord) -> None:
-        """Lists the incoming files in the manifest and moves them. See Note [Complete files only]."""
+    def add(self, unpacked: Sequence[Unpacked], source: SourceRecord, new: Path | None = None) -> None:
+        """Lists the incoming files, or those in `new`, and moves them. See Note [Complete files only]."""
+        if new is not None:
+            files.rename(new, self.clear_incoming())
         sources = self.manifest.sources
         if source not in sources:
             sources.append(source)

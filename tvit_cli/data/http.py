@@ -110,7 +110,7 @@ class Response(AbstractContextManager["Response"]):
         try:
             return self._raw.read1(size)
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise TransientError(f"connection lost ({_reason(error)})") from error
+            raise _failure("connection lost", error) from error
 
     def __exit__(self, *_: object) -> None:
         self._raw.close()
@@ -118,7 +118,10 @@ class Response(AbstractContextManager["Response"]):
 
 @dataclass(frozen=True)
 class Http:
-    """HTTP client. `trust` replaces the system's certificates; a context without verification is refused."""
+    """HTTP client. `trust` replaces the certificates of the system (if it has none: of certifi).
+
+    A context without verification is refused.
+    """
 
     trust: ssl.SSLContext | None = None
     timeout: float = 30.0  # seconds without a byte
@@ -126,7 +129,13 @@ class Http:
 
     @cached_property
     def _trust(self) -> ssl.SSLContext:
-        trust = self.trust or _system_trust()
+        trust, paths = self.trust or ssl.create_default_context(), ssl.get_default_verify_paths()
+        has_roots = trust.cert_store_stats()["x509_ca"] or paths.cafile or paths.capath
+        if self.trust is None and not has_roots:  # python.org's Python on macOS
+            with suppress(ImportError):
+                import certifi
+
+                trust.load_verify_locations(certifi.where())
         if trust.verify_mode is not ssl.CERT_REQUIRED or not trust.check_hostname:
             raise ValueError("an SSL context without certificate verification is never used")
         return trust
@@ -169,13 +178,7 @@ class Http:
                 timeout=self.timeout,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            cause = _root_cause(error)
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                message = (
-                    f"its TLS certificate does not verify ({cause.verify_message}); verification is required"
-                )
-                raise PermanentError(message) from error
-            raise TransientError(f"no connection ({_reason(error)})") from error
+            raise _failure("no connection", error) from error
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """Connections to a host, or to the proxy that the environment names for it."""
@@ -189,27 +192,13 @@ class Http:
         return urllib3.ProxyManager(proxy, proxy_headers=proxy_headers, ssl_context=self._trust)
 
 
-def _system_trust() -> ssl.SSLContext:
-    """The system's certificates; certifi's if this Python was built without any (python.org on macOS)."""
-    context = ssl.create_default_context()
-    paths = ssl.get_default_verify_paths()
-    if not context.cert_store_stats()["x509_ca"] and not paths.cafile and not paths.capath:
-        with suppress(ImportError):
-            import certifi
-
-            context.load_verify_locations(certifi.where())
-    return context
-
-
-def _root_cause(error: BaseException) -> BaseException:
+def _failure(event: str, error: BaseException) -> PermanentError | TransientError:
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    cause = _root_cause(error)
-    return str(cause).strip() or type(cause).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = f"its TLS certificate does not verify ({error.verify_message}); verification stays on"
+        return PermanentError(reason)
+    return TransientError(f"{event} ({str(error).strip() or type(error).__name__})")
 
 
 @dataclass(frozen=True)
@@ -351,23 +340,21 @@ class Download:
             files.rename(part.path, self.target)
             part.origin_path.unlink(missing_ok=True)
             return Fetched(url, size, sha256, self.sha256 is not None, self._received, part.origin.etag)
-        was_mixed = part.is_mixed
+        mixed = TransientError(f"{mismatch}, assembled from several responses")
+        failure = mixed if part.is_mixed else PermanentError(mismatch)  # See Note [Resuming a partial file]
         part.discard()
-        if was_mixed:  # See Note [Resuming a partial file]
-            raise TransientError(f"{mismatch}, assembled from several responses")
-        raise PermanentError(mismatch)
+        raise failure
 
     def _receive(self, url: str, part: _PartialFile) -> None:
-        """One request for the bytes after the partial file, appended as they arrive."""
+        validator = part.origin.validator if part.origin.url == url else None
         is_too_long = self.size is not None and part.length > self.size
-        is_proven = part.origin.url == url and part.origin.validator is not None
         # See Note [Resuming a partial file].
-        if part.length == 0 or is_too_long or not (is_proven or self.sha256):
+        if part.length == 0 or is_too_long or not (validator or self.sha256):
             part.discard()
         if part.length and part.length == (self.size or part.origin.total):
             return
         headers = {"Range": f"bytes={part.length}-"} if part.length else {}
-        if part.length and part.origin.url == url and (validator := part.origin.validator):
+        if part.length and validator:
             headers["If-Range"] = validator
         with self.http.open(url, headers) as response:
             total = self._check_response(url, response, part)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -29,14 +30,12 @@ class RarError(Exception):
     """An archive that a reader cannot read."""
 
 
+@dataclass(frozen=True)
 class Rar:
-    """An open RAR and its members."""
+    """An open RAR. `extract` writes members to an empty folder and raises RarError."""
 
     members: list[Member]
-
-    def extract(self, chosen: Sequence[Member], folder: Path) -> None:
-        """Extracts members to an empty folder. Raises RarError."""
-        raise NotImplementedError
+    extract: Callable[[Sequence[Member], Path], None]
 
     def read(self, chosen: Sequence[Member], folder: Path) -> Iterator[tuple[Member, Path]]:
         """Chosen members as plain files below the new folder. Raises RarError."""
@@ -64,7 +63,6 @@ def find_reader() -> Reader | None:
 
 
 def find_pybit7z() -> Reader | None:
-    """pybit7z if installed."""
     return _open_pybit7z if importlib.util.find_spec("pybit7z") else None
 
 
@@ -81,10 +79,8 @@ def require_reader() -> Reader:
     """Returns the reader. Raises DataError if there is none; call it before a download."""
     if reader := find_reader():
         return reader
-    raise DataError(
-        "This Python and the PATH have no reader of RAR archives. To unpack RAR, install the extra: "
-        'python -m pip install "tvit[rar]" (or put 7-Zip\'s 7zz on the PATH).'
-    )
+    advice = 'Install the extra: python -m pip install "tvit[rar]" (or put 7-Zip\'s 7zz on the PATH).'
+    raise DataError(f"This Python and the PATH have no reader of RAR archives. {advice}")
 
 
 @contextmanager
@@ -101,59 +97,51 @@ def open_rar(path: Path, limits: Limits) -> Iterator[Rar]:
 def _open_pybit7z(path: Path, limits: Limits) -> Iterator[Rar]:
     import pybit7z  # an extra
 
+    def extract(chosen: Sequence[Member], folder: Path) -> None:
+        limit = sum(member.size for member in members)
+        reader.set_progress_callback(lambda done: done <= limit)  # False stops the extraction
+        reader.extract_to(str(folder), [member.index for member in chosen])
+
     form = pybit7z.FormatRar5 if _is_rar5(path) else pybit7z.FormatRar
     with pybit7z.lib7zip_context() as library:
         try:
-            yield _Pybit7z(pybit7z.BitArchiveReader(library, str(path), form), limits)
+            reader = pybit7z.BitArchiveReader(library, str(path), form)
+            count = min(
+                reader.items_count(), limits.members + 1
+            )  # one more than allowed, so that it is refused
+            members = [_pybit7z_member(index, reader.item_at(index)) for index in range(count)]
+            yield Rar(members, extract)
         except pybit7z.BitException as error:
             raise RarError(str(error)) from error
 
 
-class _Pybit7z(Rar):
-    def __init__(self, reader: Any, limits: Limits) -> None:
-        self._reader = reader
-        count = min(reader.items_count(), limits.members + 1)  # one more than allowed, so that it is refused
-        self.members = [self._member(index) for index in range(count)]
+def _pybit7z_member(index: int, item: Any) -> Member:
+    from pybit7z import BitProperty
 
-    def extract(self, chosen: Sequence[Member], folder: Path) -> None:
-        limit = sum(member.size for member in self.members)
-        self._reader.set_progress_callback(lambda done: done <= limit)  # False stops the extraction
-        self._reader.extract_to(str(folder), [member.index for member in chosen])
-
-    def _member(self, index: int) -> Member:
-        from pybit7z import BitProperty
-
-        item = self._reader.item_at(index)
-        attributes = item.attributes()
-        has_mode = bool(attributes & UNIX_MODE)
-        kind = kind_of_mode(attributes >> 16 if has_mode else 0, folder=item.is_dir())
-        links = (BitProperty.SymLink, BitProperty.HardLink, BitProperty.CopyLink)
-        is_link = any(item.item_property(link).is_string() for link in links)
-        if is_link or (attributes & REPARSE_POINT and not has_mode):
-            kind = "link"
-        return Member(index, item.path(), item.size(), kind, encrypted=item.is_encrypted())
+    attributes = item.attributes()
+    has_mode = bool(attributes & UNIX_MODE)
+    kind = kind_of_mode(attributes >> 16 if has_mode else 0, folder=item.is_dir())
+    links = (BitProperty.SymLink, BitProperty.HardLink, BitProperty.CopyLink)
+    is_link = any(item.item_property(link).is_string() for link in links)
+    if is_link or (attributes & REPARSE_POINT and not has_mode):
+        kind = "link"
+    return Member(index, item.path(), item.size(), kind, encrypted=item.is_encrypted())
 
 
 def _open_program(program: str, path: Path, _: Limits) -> AbstractContextManager[Rar]:
-    return nullcontext(_Program(program, path))
+    def call(verb: str, *switches: str) -> bytes:
+        form = "-tRar5" if _is_rar5(path) else "-tRar"
+        return _run([program, verb, "-p-", form, *switches, "--", str(path)])
 
-
-class _Program(Rar):
-    def __init__(self, program: str, path: Path) -> None:
-        self._program, self._path = program, path
-        self._form = "-tRar5" if _is_rar5(path) else "-tRar"
-        self.members = _listed_members(self._call("l", "-slt", "-ba", "-sccUTF-8"))
-
-    def extract(self, chosen: Sequence[Member], folder: Path) -> None:
+    def extract(chosen: Sequence[Member], folder: Path) -> None:
         names = folder.with_name(f"{folder.name}.txt")
         names.write_text("".join(f"{member.name}\n" for member in chosen), encoding="utf-8")
         try:  # -spd: no wildcards in names
-            self._call("x", "-y", "-spd", "-scsUTF-8", f"-i@{names}", f"-o{folder}")
+            call("x", "-y", "-spd", "-scsUTF-8", f"-i@{names}", f"-o{folder}")
         finally:
             names.unlink()
 
-    def _call(self, verb: str, *switches: str) -> bytes:
-        return _run([self._program, verb, "-p-", self._form, *switches, "--", str(self._path)])
+    return nullcontext(Rar(_listed_members(call("l", "-slt", "-ba", "-sccUTF-8")), extract))
 
 
 def _run(command: list[str]) -> bytes:

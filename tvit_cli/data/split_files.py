@@ -46,9 +46,9 @@ def read_manifest(path: Path, *, subsets: Mapping[str, str]) -> list[Row]:
     columns = [name.strip().lower() for name in header]
     for required in ("path", "label"):
         if required not in columns:
+            found = f'no column "{required}". The header has {", ".join(columns) or "nothing"}'
             raise DataError(
-                f'{path}, line 1: no column "{required}". The header has {", ".join(columns) or "nothing"}; '
-                "a manifest has path, label and optionally subset, group."
+                f"{path}, line 1: {found}; a manifest has path and label (optional: subset, group)."
             )
     records = [(number, dict(zip(columns, cells, strict=False))) for number, cells in lines if any(cells)]
     with_subset = any(record.get("subset") for _, record in records)

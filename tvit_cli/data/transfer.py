@@ -23,7 +23,7 @@ from tvit_cli.results import Note, Progress, Report
 
 TAIL_BYTES: Final = 32 * 1024  # the end record with a short comment, and the directory of a small archive
 GAP_BYTES: Final = 16 * 1024  # largest gap between members that is read to save a request
-WINDOW_BYTES: Final = 16 * 1024**2  # largest request, which is held in memory
+WINDOW_BYTES: Final = 16 * 1024**2  # largest request, buffered in memory
 LOCAL_HEADER_BYTES: Final = 30  # APPNOTE 4.3.7, without name and extra field
 EXTRA_BYTES: Final = 256  # for the local extra field, whose length only the local header has
 WHOLE_BYTES: Final = 512 * 1024**2  # up to this size, an archive is fetched whole even for a few members
@@ -92,7 +92,6 @@ class RangeFile(io.RawIOBase):
         return body
 
     def _request(self, span: str, body: bytearray) -> None:
-        """Appends the bytes of one Range request to `body` as they arrive."""
         with self._http.open(self.url, {"Range": span}) as response:
             if response.status == OK:
                 raise PermanentError("ignores Range, so single members cannot be read from it")
@@ -169,11 +168,6 @@ class Transfer:
     listed: list[PurePosixPath] = field(default_factory=list)
     received: int = 0
 
-    @property
-    def archives(self) -> Path:
-        """Folder of fetched archives."""
-        return self.folder.path / "archives"
-
     def fetch(self, request: PartRequest, archive: Path | None) -> None:
         """Adds the requested files from the user's archive, else from the first source that serves them.
 
@@ -202,7 +196,7 @@ class Transfer:
         self.report(Note(f"{url}: {error}"))
 
     def _from_source(self, request: PartRequest, source: Source, reasons: list[tuple[str, str]]) -> None:
-        archive = self.archives / source.file_name
+        archive = self.folder.archives / source.file_name
         is_partial = request.paths is not None or not request.selection.is_whole
         if is_partial and source.kind == "zip" and not archive.exists():
             for url in source.urls:
@@ -214,10 +208,8 @@ class Transfer:
                     self._failed(url, error, reasons)
         size = source.bytes or self.dataset.unpacked_bytes or 0
         if not request.selection.is_whole and size > WHOLE_BYTES and not archive.exists():
-            raise DataError(
-                f"a {source.kind.upper()} of {files.size_text(size)} is too large for a few clips; leave out "
-                "--classes and --clips-per-class to fetch it whole"
-            )
+            found = f"a {source.kind.upper()} of {files.size_text(size)} is too large for a few clips"
+            raise DataError(f"{found}; leave out --classes and --clips-per-class to fetch it whole")
         self._from_archive(request, source, archive)
 
     def _from_members(self, request: PartRequest, source: Source, url: str) -> bool:
@@ -250,8 +242,7 @@ class Transfer:
                         unpacked.append(archives.Unpacked(path, member.name, member.size, sha256))
                         done += member.size
                         self.report(Progress(f"fetch {part}", done, need, "bytes"))
-                    self.folder.complete_incoming(new)
-                    self.folder.add(unpacked, record)
+                    self.folder.add(unpacked, record, new)
             return True
         finally:
             self.received += remote.file.received
@@ -281,10 +272,10 @@ class Transfer:
         sha256 = files.sha256(archive, progress=lambda done, total: self.report(check(done, total)))
         source = next((one for one in sources if one.sha256 == sha256), None)
         if source is None and all(one.sha256 for one in sources):
-            known = " or ".join(f"{one.sha256} ({one.file_name})" for one in sources)
+            expected = " or ".join(f"{one.sha256} ({one.file_name})" for one in sources)
+            found = f"has sha256 {sha256}, {self.dataset.name} has {expected}: damaged or another version"
             raise DataError(
-                f"{archive}: has sha256 {sha256}, {self.dataset.name} has {known}. The file is damaged or another "
-                "version. Fetch it again, or unpack it and pass the folder to `tvit train`."
+                f"{archive}: {found}. Fetch it again, or unpack it and give `tvit train` the folder."
             )
         similar = source or next((one for one in sources if one.kind == kind), sources[0])
         record = SourceRecord(part=request.part.name, url=str(archive), bytes=archive.stat().st_size)
@@ -295,10 +286,8 @@ class Transfer:
         plan, target = partial(self._plan, request, layout), self.folder.clear_incoming()
         self.folder.add(archives.unpack(archive, target, plan=plan, report=self.report), record)
 
-    def _plan(
-        self, request: PartRequest, layout: Layout, members: Sequence[Member]
-    ) -> dict[int, PurePosixPath]:
-        """Target paths of the requested members that the folder lacks, by index."""
+    def _plan(self, request: PartRequest, layout: Layout, members: Sequence[Member]) -> archives.Targets:
+        """Targets of the requested members that the folder lacks."""
         paths = target_paths(members, layout, part=request.part.name, names=self.names)
         if layout != "lists":
             self.listed.extend(paths.values())

@@ -171,8 +171,7 @@ class _Job:
             path, data = PurePosixPath("splits", name), text.encode()
             (new / path).write_bytes(data)
             unpacked.append(Unpacked(path, name, len(data), hashlib.sha256(data).hexdigest()))
-        self.folder.complete_incoming(new)
-        self.folder.add(unpacked, SourceRecord(part=part, url=MADE_LISTS))
+        self.folder.add(unpacked, SourceRecord(part=part, url=MADE_LISTS), new)
         self.folder.finish(part, Selection())
         self.transfer.report(Note(f"{error}\nSo the split lists were {MADE_LISTS}."))
 
@@ -204,7 +203,7 @@ class _Job:
     def _remove_archives(self) -> None:
         if self.settings.keep_archive:
             return
-        archives = self.transfer.archives
+        archives = self.folder.archives
         for part in self.dataset.splits + self.dataset.videos:
             for source in part.sources:
                 files.remove_files(archives, fetch_files(archives / source.file_name))
