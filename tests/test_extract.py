@@ -284,7 +284,7 @@ def test_quality_decides_the_size(data, tmp_path):
 def test_a_folder_of_other_files_is_not_written_into(data, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match="holds other files"):
+    with pytest.raises(DataError, match="contains other files"):
         run(data, output=tmp_path / "mine", overwrite=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

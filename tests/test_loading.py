@@ -20,6 +20,7 @@ from tiny import make_clips, make_pretrained
 from tvit_cli import cli
 from tvit_cli.data import clips
 from tvit_cli.data.clips import ClipDataset, ClipItem, load_batches, worker_errors
+from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import Video
 from tvit_cli.errors import DataError, RunError
@@ -59,6 +60,7 @@ def readers():
 def test_threads_give_the_batches_of_a_store_in_their_order(workers, videos, store, monkeypatch):
     # the most they can disturb each other
     monkeypatch.setattr("tvit_cli.data.framestore.MOST_OPEN_SHARDS", 1)
+    store = FrameStore(store.folder)
     assert len(shard_paths(store.folder)) > 1
     alone = list(load_batches(dataset(videos, store), KEYS, workers=0))
     assert [batch.indices.tolist() for batch in alone] == [[i for _, i in keys] for keys in KEYS]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from tvit_cli.data.framestore_format import (
-    CRC,
-    FOLDER,
-    FRAME,
-    INDEX,
-    NO_GROUP,
-    read_header,
-    read_table,
-)
+from tvit_cli.data import framestore_format as form
 from tvit_cli.data.layout import SUBSETS, Layout, Video, is_store
 from tvit_cli.data.video import Clip, Frames
 from tvit_cli.errors import DataError, VideoError
@@ -38,26 +30,24 @@ class FrameStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.header = read_header(folder)
+        self.header = form.read_header(folder)
         command = self.header.command(folder)
         try:
-            self._index = read_table(folder / INDEX)
+            self._index = form.read_table(folder / form.INDEX)
         except FileNotFoundError as error:
-            raise DataError(
-                f"{folder}: the frame store is not finished (no {INDEX}). Go on with `{command}`."
-            ) from error
+            raise DataError(f"{folder}: unfinished frame store, no {form.INDEX}. Run `{command}`.") from error
         except OSError as error:
-            raise DataError(f"{folder / INDEX}: cannot be read ({error.strerror}).") from error
-        for name, expected in self._index.facts["shards"]:
-            path = folder / name
+            raise DataError(f"{folder / form.INDEX}: cannot be read ({error.strerror}).") from error
+        shards = {folder / name: size for name, size in self._index.facts["shards"]}
+        for path, expected in shards.items():
             size = path.stat().st_size if path.exists() else None
             if size != expected:
                 fault = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
                 raise DataError(f"{path}: this shard of the frame store {fault}. Run `{command}`.")
         self.parameters = self.header.parameters
         self.unreadable: dict[str, str] = self._index.facts["unreadable"]  # video -> reason
-        self._open: OrderedDict[int, _File] = OrderedDict()  # the most recently used last
-        self._lock = threading.Lock()
+        paths = tuple(shards)  # not `self`: a cycle would keep files open
+        self._open_shard = lru_cache(MOST_OPEN_SHARDS)(lambda number: _File(paths[number]))
 
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
         return FrameStore, (self.folder,)
@@ -80,7 +70,7 @@ class FrameStore:
         videos = []
         for index, clip in enumerate(self._index.clips):
             name, number = self.name(index), int(clip["group"])
-            group = None if number == NO_GROUP else groups[number]
+            group = None if number == form.NO_GROUP else groups[number]
             videos.append(Video(root / name, name, labels[clip["label"]], SUBSETS[clip["subset"]], group))
         return Layout(root, labels, tuple(videos), (f"Read from the frame store {self.folder}.",))
 
@@ -124,40 +114,27 @@ class FrameStore:
             reason = f"{name}: not in the frame store {self.folder}. Add it with `{command}`."
             raise VideoError(self.unreadable.get(name) or reason)
         row = self._index.clips[index]
-        file = self._shard(int(row["shard"]))
-        again = f"make the record again with `{self.header.command(self.folder, '--repair')}`."
+        file = self._open_shard(int(row["shard"]))
+        again = f"Make the record again with `{self.header.command(self.folder, '--repair')}`."
         try:
             frames = _read_frame_rows(file, row)
             chosen = nearest(frames["index"], choose(int(row["frame_count"])))
             jpegs = _read_jpegs(file, row, frames, chosen)
             pixels = _decode(jpegs, chosen, int(row["height"]), int(row["width"]), short_side)
         except ValueError as error:
-            raise VideoError(
-                f"{name}: its record in {file.path} is damaged ({error}). To repair it, {again}"
-            ) from error
+            raise VideoError(f"{name}: its record in {file.path} is damaged ({error}). {again}") from error
         except OSError as error:
-            raise VideoError(
-                f"{name}: {file.path} cannot be read there ({error.strerror}). Check the disk, then {again}"
-            ) from error
+            reason = f"{file.path} cannot be read ({error.strerror}). Check the disk."
+            raise VideoError(f"{name}: {reason} {again}") from error
         indices, seconds = frames["index"][chosen].tolist(), frames["pts_seconds"][chosen].tolist()
         return Clip(pixels, tuple(indices), tuple(seconds), int(row["frame_count"]))
-
-    def _shard(self, number: int) -> _File:
-        with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-            else:
-                self._open[number] = _File(self.folder / self._index.facts["shards"][number][0])
-                if len(self._open) > MOST_OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            return self._open[number]
 
 
 def find_store(root: Path) -> Path | None:
     """The finished store beside the videos of a folder or manifest; the folder itself if it is one."""
     base = root if root.is_dir() else root.parent
-    for folder in (base, base / FOLDER):
-        if is_store(folder) and (folder / INDEX).is_file():
+    for folder in (base, base / form.FOLDER):
+        if is_store(folder) and (folder / form.INDEX).is_file():
             return folder
     return None
 
@@ -196,10 +173,8 @@ class _File:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise DataError(
-                f"{path}: this shard of the frame store cannot be opened ({error.strerror}). "
-                "Run `tvit extract` again to repair it."
-            ) from error
+            reason = f"this shard of the frame store cannot be opened ({error.strerror})"
+            raise DataError(f"{path}: {reason}. Run `tvit extract` again to repair it.") from error
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -220,11 +195,11 @@ class _File:
 
 def _read_frame_rows(file: _File, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The rows of FRAME at the start of a record. Raises ValueError if they are damaged."""
-    size = int(row["stored"]) * FRAME.itemsize
-    head = file.read(int(row["offset"]), size + CRC.size)
-    if CRC.unpack(head[size:])[0] != zlib.crc32(head[:size]):
+    size = int(row["stored"]) * form.FRAME.itemsize
+    head = file.read(int(row["offset"]), size + form.CRC.size)
+    if form.CRC.unpack(head[size:])[0] != zlib.crc32(head[:size]):
         raise ValueError("the checksum of its list of frames differs")
-    return np.frombuffer(head[:size], FRAME)
+    return np.frombuffer(head[:size], form.FRAME)
 
 
 def _read_jpegs(
@@ -234,7 +209,7 @@ def _read_jpegs(
     ends = np.cumsum(frames["bytes"], dtype=np.int64)
     starts = ends - frames["bytes"]
     first = int(starts[min(chosen)])
-    body = int(row["offset"]) + frames.nbytes + CRC.size
+    body = int(row["offset"]) + frames.nbytes + form.CRC.size
     span = file.read(body + first, int(ends[max(chosen)]) - first)
     jpegs = {n: span[int(starts[n]) - first : int(ends[n]) - first] for n in dict.fromkeys(chosen)}
     for n, jpeg in jpegs.items():

@@ -56,9 +56,8 @@ CLIP = np.dtype(
 )
 CRC = struct.Struct("<I")
 TRAILER = struct.Struct("<Q8s")
-_TABLE = struct.Struct(
-    "<8sIIQQQ"
-)  # magic, version, CRC-32 of the rest, bytes of facts, clips, bytes of names
+# Magic, version, CRC-32 of the rest, bytes of facts, clips, bytes of names.
+_TABLE = struct.Struct("<8sIIQQQ")
 _TABLE_MAGIC, _SHARD_MAGIC = b"tvit tbl", b"tvit end"
 _BLOCK = 1 << 20  # bytes per read in the checksum test: tables may be larger than memory
 
@@ -72,8 +71,8 @@ class Parameters:
     short_side: int  # pixels; larger frames are scaled down to it
 
     def __str__(self) -> str:
-        count, side = self.frames_per_video, self.short_side
-        return f"{count} frames per video, short side up to {side}, quality {self.quality}"
+        frames = f"{self.frames_per_video} frames per video"
+        return f"{frames}, short side up to {self.short_side}, quality {self.quality}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +105,21 @@ def write_header(folder: Path, header: Header) -> None:
 def read_header(folder: Path) -> Header:
     """Reads `store.json`. Raises DataError if it is missing, damaged, or of a later version."""
     path = folder / STORE_HEADER
-    again = "make the store again with `tvit extract --overwrite`."
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["version"] > VERSION:
             raise DataError(
                 f"{path}: the frame store has version {fields['version']}, this tvit reads up to {VERSION}. "
-                f"Update tvit, or {again}"
+                "Update tvit, or make the store again with `tvit extract --overwrite`."
             )
         return Header(Parameters(**fields["parameters"]), fields["data"])
     except FileNotFoundError as error:
         raise DataError(
-            f"{folder}: no frame store (no {STORE_HEADER} in it). Make one with `tvit extract`."
+            f"{folder}: no frame store (no {STORE_HEADER}). Make one with `tvit extract`."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a frame store's header ({type(error).__name__}: {error}). "
-            f"{again.capitalize()}"
-        ) from error
+        reason = f"not the header of a frame store ({type(error).__name__}: {error})"
+        raise DataError(f"{path}: {reason}. Make the store again with `tvit extract --overwrite`.") from error
 
 
 @dataclass(frozen=True)
@@ -163,12 +159,10 @@ def make_table(facts: Mapping[str, Any], clips: npt.NDArray[Any], keys: list[byt
 def write_table(file: BinaryIO, table: Table) -> None:
     """Appends a table to a file."""
     facts = json.dumps(table.facts).encode("ascii")
-    body = (facts, table.clips.tobytes(), table.ends.astype("<u8").tobytes(), table.names.tobytes())
-    crc = 0
-    for part in body:
-        crc = zlib.crc32(part, crc)
+    arrays = table.clips.tobytes() + table.ends.astype("<u8").tobytes() + table.names.tobytes()
+    crc = zlib.crc32(arrays, zlib.crc32(facts))
     file.write(_TABLE.pack(_TABLE_MAGIC, VERSION, crc, len(facts), len(table), table.names.size))
-    file.writelines(body)
+    file.write(facts + arrays)
 
 
 def read_table(path: Path, *, start: int = 0, end: int | None = None) -> Table:
@@ -233,6 +227,4 @@ def to_key(name: str) -> bytes:
 
 
 def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"{path}: this file of the frame store is damaged: {reason}. Run `tvit extract` again to repair it."
-    )
+    return DataError(f"{path}: damaged file of a frame store: {reason}. Run `tvit extract` to repair it.")

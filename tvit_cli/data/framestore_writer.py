@@ -7,28 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from tvit_cli.data.framestore_format import (
-    CLIP,
-    CRC,
-    FRAME,
-    INDEX,
-    NO_GROUP,
-    SHARD,
-    Parameters,
-    Table,
-    make_table,
-    read_shard_table,
-    to_key,
-    write_shard_end,
-    write_table,
-)
+from tvit_cli.data import framestore_format as form
 from tvit_cli.data.layout import SUBSETS, Layout
 from tvit_cli.data.video import Planes, read_frames
 from tvit_cli.errors import DataError, RunError, VideoError
@@ -49,7 +34,7 @@ class Packed:
     row: npt.NDArray[Any]  # () of CLIP
 
 
-def pack_video(path: Path, parameters: Parameters) -> Packed:
+def pack_video(path: Path, parameters: form.Parameters) -> Packed:
     """Decodes a video once and packs the frames of its grid. Raises VideoError."""
     try:
         source = path.stat()
@@ -63,13 +48,10 @@ def pack_video(path: Path, parameters: Parameters) -> Packed:
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror}).") from error
     jpegs = clip.frames
-    frames = np.zeros(len(jpegs), FRAME)
-    frames["crc32"] = [zlib.crc32(jpeg) for jpeg in jpegs]
-    frames["bytes"] = [len(jpeg) for jpeg in jpegs]
-    frames["index"], frames["pts_seconds"] = clip.indices, clip.pts_seconds
-    head = frames.tobytes()
-    record = b"".join([head, CRC.pack(zlib.crc32(head)), *jpegs])
-    row = np.zeros((), CLIP)
+    frames = zip(map(zlib.crc32, jpegs), map(len, jpegs), clip.indices, clip.pts_seconds, strict=True)
+    head = np.array(list(frames), form.FRAME).tobytes()
+    record = b"".join([head, form.CRC.pack(zlib.crc32(head)), *jpegs])
+    row = np.zeros((), form.CLIP)
     row["bytes"], row["stored"], row["frame_count"] = len(record), len(jpegs), clip.frame_count
     row["height"], row["width"] = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
     row["source_bytes"], row["source_mtime_ns"] = source.st_size, source.st_mtime_ns
@@ -118,9 +100,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._failed:
             self._complete()
         if self._file is not None:
@@ -139,7 +119,7 @@ class ShardWriter:
             row["offset"] = self._file.tell()
             self._file.write(packed.record)
         self._rows.append(row)
-        self._keys.append(to_key(name))
+        self._keys.append(form.to_key(name))
         self.bytes += len(packed.record)
 
     @property
@@ -150,7 +130,7 @@ class ShardWriter:
         if self._file is None:
             return
         with self._write_errors():
-            write_shard_end(self._file, make_table({}, np.array(self._rows, CLIP), self._keys))
+            form.write_shard_end(self._file, form.make_table({}, np.array(self._rows, form.CLIP), self._keys))
             _publish(self._file, self._folder / f"shard-{self._number:05d}-{self._rank:02d}.frames")
         self._file, self._rows, self._keys = None, [], []
         self._number += 1
@@ -161,15 +141,12 @@ class ShardWriter:
             yield
         except OSError as error:
             self._failed = True
-            raise RunError(
-                f"{self._folder}: the frame store could not be written ({error.strerror}). Complete shards are "
-                "kept. Free space and repeat this command."
-            ) from error
+            raise _write_error(self._folder, error, " Complete shards are kept.") from error
 
 
 def shard_paths(folder: Path) -> list[Path]:
     """The complete shards, oldest first: a later record of a clip replaces an earlier one."""
-    shards = (path for path in folder.iterdir() if SHARD.fullmatch(path.name)) if folder.is_dir() else ()
+    shards = (path for path in folder.iterdir() if form.SHARD.fullmatch(path.name)) if folder.is_dir() else ()
     return sorted(shards, key=lambda path: (_number(path), path.name))
 
 
@@ -177,31 +154,30 @@ def shard_paths(folder: Path) -> list[Path]:
 class Contents:
     """All complete shards of a store, whether or not the index lists them."""
 
-    shards: tuple[Path, ...]
-    tables: tuple[Table, ...]
-    rows: Mapping[bytes, tuple[int, int]]  # a name's key -> shard and row of its latest record
+    tables: Mapping[Path, form.Table]  # by shard, oldest first
+    rows: Mapping[bytes, tuple[Path, int]]  # a name's key -> shard and row of its latest record
 
     def row(self, name: str) -> npt.NDArray[Any] | None:
         """The latest row of a video."""
-        found = self.rows.get(to_key(name))
+        found = self.rows.get(form.to_key(name))
         return None if found is None else self.tables[found[0]].clips[found[1]]
 
     def shard(self, name: str) -> Path:
         """The shard of that row."""
-        return self.shards[self.rows[to_key(name)][0]]
+        return self.rows[form.to_key(name)][0]
 
 
 def read_contents(folder: Path) -> tuple[Contents, list[DataError]]:
     """Reads the tables of all shards; the errors are those of damaged shards, which are left out."""
-    found: list[tuple[Path, Table]] = []
+    tables: dict[Path, form.Table] = {}
     damaged: list[DataError] = []
     for path in shard_paths(folder):
         try:
-            found.append((path, read_shard_table(path)))
+            tables[path] = form.read_shard_table(path)
         except DataError as error:
             damaged.append(error)
-    rows = {table.key(row): (n, row) for n, (_, table) in enumerate(found) for row in range(len(table))}
-    return Contents(tuple(path for path, _ in found), tuple(table for _, table in found), rows), damaged
+    rows = {table.key(row): (path, row) for path, table in tables.items() for row in range(len(table))}
+    return Contents(tables, rows), damaged
 
 
 def write_index(folder: Path, layout: Layout, unreadable: Mapping[str, str]) -> int:
@@ -212,26 +188,26 @@ def write_index(folder: Path, layout: Layout, unreadable: Mapping[str, str]) -> 
     """
     contents, _ = read_contents(folder)
     videos = sorted(
-        (to_key(video.name), video)
+        (form.to_key(video.name), video)
         for video in layout.videos
-        if to_key(video.name) in contents.rows and video.name not in unreadable
+        if form.to_key(video.name) in contents.rows and video.name not in unreadable
     )
     groups = sorted({video.group for _, video in videos if video.group is not None})
-    label_numbers = {label: number for number, label in enumerate(layout.labels)}
-    group_numbers = {group: number for number, group in enumerate(groups)}
-    live = sorted({contents.rows[key][0] for key, _ in videos})
-    clips = np.zeros(len(videos), CLIP)
+    labels = {label: number for number, label in enumerate(layout.labels)}
+    group_numbers = {group: number for number, group in enumerate(groups)} | {None: form.NO_GROUP}
+    used = {contents.rows[key][0] for key, _ in videos}
+    shards = {path: number for number, path in enumerate(path for path in contents.tables if path in used)}
+    clips = np.zeros(len(videos), form.CLIP)
     for i, (key, video) in enumerate(videos):
         shard, row = contents.rows[key]
         clips[i] = contents.tables[shard].clips[row]
-        clips[i]["shard"] = live.index(shard)
-        clips[i]["label"] = label_numbers[video.label]
-        clips[i]["group"] = NO_GROUP if video.group is None else group_numbers[video.group]
+        clips[i]["shard"], clips[i]["label"] = shards[shard], labels[video.label]
+        clips[i]["group"] = group_numbers[video.group]
         clips[i]["subset"] = SUBSETS.index(video.subset)
     facts = {
         "labels": list(layout.labels),
         "groups": groups,
-        "shards": [[contents.shards[n].name, contents.shards[n].stat().st_size] for n in live],
+        "shards": [[path.name, path.stat().st_size] for path in shards],
         "unreadable": dict(unreadable),
         "unreadable_bytes": {
             video.name: video.path.stat().st_size
@@ -239,19 +215,21 @@ def write_index(folder: Path, layout: Layout, unreadable: Mapping[str, str]) -> 
             if video.name in unreadable and video.path.exists()
         },
     }
-    temporary = folder / f".{INDEX}.part"
+    temporary = folder / f".{form.INDEX}.part"
     try:
         with temporary.open("wb") as file:
-            write_table(file, make_table(facts, clips, [key for key, _ in videos]))
-            _publish(file, folder / INDEX)
+            form.write_table(file, form.make_table(facts, clips, [key for key, _ in videos]))
+            _publish(file, folder / form.INDEX)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{folder / INDEX}: could not be written ({error.strerror}). Free space and repeat this command."
-        ) from error
-    for n in set(range(len(contents.shards))) - set(live):
-        contents.shards[n].unlink()
+        raise _write_error(folder / form.INDEX, error) from error
+    for path in contents.tables.keys() - used:
+        path.unlink()
     return len(videos)
+
+
+def _write_error(path: Path, error: OSError, kept: str = "") -> RunError:
+    return RunError(f"{path}: cannot be written ({error.strerror}).{kept} Free space, then run it again.")
 
 
 def _publish(file: BinaryIO, target: Path) -> None:

@@ -12,27 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from tvit_cli.data import framestore_format as form
+from tvit_cli.data import framestore_writer as store
 from tvit_cli.data.framestore import check_record
-from tvit_cli.data.framestore_format import (
-    FOLDER,
-    INDEX,
-    TEMPORARY,
-    Header,
-    Parameters,
-    read_header,
-    to_key,
-    write_header,
-)
-from tvit_cli.data.framestore_writer import (
-    Contents,
-    Packed,
-    ShardWriter,
-    is_unchanged,
-    pack_video,
-    read_contents,
-    shard_paths,
-    write_index,
-)
 from tvit_cli.data.layout import Layout, Video, is_store, read_layout, split_choice
 from tvit_cli.data.video import COUNT_SLACK, count_frames, probe
 from tvit_cli.engine.dataset import find_or_make_data
@@ -43,7 +25,6 @@ from tvit_cli.results import ExtractResult, Note, Progress, Report, Scan
 from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.types import most_bad
 
-J = TypeVar("J")
 R = TypeVar("R")
 
 
@@ -64,23 +45,22 @@ def extract(
     if the disk is full, or, after the index is written, for more than `max_bad` unreadable videos.
     """
     layout, data = _read_data(settings, report)
-    folder = (layout.root / FOLDER) if settings.output is None else settings.output.expanduser()
+    folder = (layout.root / form.FOLDER) if settings.output is None else settings.output.expanduser()
     check_folder("--output", folder)
     began = time.perf_counter()
-    parameters = Parameters(settings.frames_per_video, settings.quality, settings.short_side)
+    parameters = form.Parameters(settings.frames_per_video, settings.quality, settings.short_side)
     with _lock(folder) if rank == 0 else nullcontext():
         if rank == 0:
-            header = Header(parameters, str(data.absolute()))
+            header = form.Header(parameters, str(data.absolute()))
             _prepare(folder, header, layout, report, overwrite=settings.overwrite)
         wait_for_all()
 
-        contents, _ = read_contents(folder)
+        contents, _ = store.read_contents(folder)
         own = layout.videos[rank::processes]
         missing = [video for video in own if not _is_done(contents, video, settings, report)]
         unreadable: dict[str, str] = {}
-        with ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib << 20) as writer:
-            paths = [video.path for video in missing]
-            results = _map(settings, partial(_pack, parameters), paths, failure=lambda path, reason: reason)
+        with store.ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib << 20) as writer:
+            results = _map(settings, partial(_pack, parameters), missing, failure=lambda path, reason: reason)
             for done, (video, packed) in enumerate(zip(missing, results, strict=True), start=1):
                 if isinstance(packed, str):
                     unreadable[video.name] = packed
@@ -97,7 +77,7 @@ def extract(
             for path in files:
                 reasons |= json.loads(path.read_text(encoding="utf-8"))
                 path.unlink()
-            write_index(folder, layout, dict(sorted(reasons.items())))
+            store.write_index(folder, layout, dict(sorted(reasons.items())))
             if len(reasons) > (most := most_bad(settings.max_bad, len(layout.videos))):
                 raise RunError(
                     f"{layout.root}: {len(reasons)} of {len(layout.videos)} videos cannot be read; --max-bad "
@@ -117,11 +97,10 @@ def extract(
 def check(settings: ExtractSettings, report: Report) -> tuple[Scan, ...]:
     """Decodes every video to its end and returns properties and faults, sorted by name; writes nothing."""
     layout, _ = _read_data(settings, report)
-    paths = [video.path for video in layout.videos]
     scans: list[Scan] = []
-    for scan in _map(settings, scan_video, paths, failure=_unreadable):
+    for scan in _map(settings, scan_video, layout.videos, failure=_unreadable):
         scans.append(scan)
-        report(Progress("checking", len(scans), len(paths)))
+        report(Progress("checking", len(scans), len(layout.videos)))
     return tuple(scans)
 
 
@@ -169,27 +148,27 @@ def _lock(folder: Path) -> AbstractContextManager[bool]:
 
 
 def _map(
-    settings: ExtractSettings, work: Callable[[J], R], jobs: Sequence[J], failure: Callable[[J, str], R]
+    settings: ExtractSettings,
+    work: Callable[[Path], R],
+    videos: Sequence[Video],
+    failure: Callable[[Path, str], R],
 ) -> Iterator[R]:
-    """`work` of each job in worker processes; `failure(job, reason)` if a worker crashes or is too slow."""
+    """`work(path)` of each video in worker processes; `failure(path, reason)` if one crashes or is too slow."""
 
-    def lost(job: J, too_long: bool) -> R:
-        if too_long:
-            reason = (
-                f"decoding took longer than {settings.time_limit} seconds (--time-limit). Encode it again"
-            )
-        else:
-            reason = "the decoder crashed on it. The file may be damaged; encode it again"
-        return failure(job, reason)
+    def lost(path: Path, too_long: bool) -> R:
+        slow = f"decoding took longer than {settings.time_limit} seconds (--time-limit). Encode it again"
+        crash = "the decoder crashed on it. The file may be damaged; encode it again"
+        return failure(path, slow if too_long else crash)
 
     workers = default_worker_count(spare=0) if settings.num_workers is None else settings.num_workers
-    return map_in_order(work, jobs, workers=workers, lost=lost, seconds=settings.time_limit)
+    paths = [video.path for video in videos]
+    return map_in_order(work, paths, workers=workers, lost=lost, seconds=settings.time_limit)
 
 
-def _pack(parameters: Parameters, path: Path) -> Packed | str:
+def _pack(parameters: form.Parameters, path: Path) -> store.Packed | str:
     """A packed video, or the reason why it is unreadable."""
     try:
-        return pack_video(path, parameters)
+        return store.pack_video(path, parameters)
     except VideoError as error:
         return str(error).removeprefix(f"{path}: ")
 
@@ -198,9 +177,9 @@ def _unreadable(path: Path, reason: str) -> Scan:
     return Scan(path, problem=reason, is_readable=False)
 
 
-def _is_done(contents: Contents, video: Video, settings: ExtractSettings, report: Report) -> bool:
+def _is_done(contents: store.Contents, video: Video, settings: ExtractSettings, report: Report) -> bool:
     row = contents.row(video.name)
-    if row is None or not is_unchanged(video.path, row):
+    if row is None or not store.is_unchanged(video.path, row):
         return False
     if settings.repair and (problem := check_record(contents.shard(video.name), row)):
         report(Note(f"extracted again: {video.name}: {problem}", "warning"))
@@ -208,56 +187,50 @@ def _is_done(contents: Contents, video: Video, settings: ExtractSettings, report
     return True
 
 
-def _prepare(folder: Path, header: Header, layout: Layout, report: Report, *, overwrite: bool) -> None:
+def _prepare(folder: Path, header: form.Header, layout: Layout, report: Report, *, overwrite: bool) -> None:
     """Writes the header, and removes the remains of an interrupted or replaced store."""
     is_new = not is_store(folder)
     if is_new and folder.exists() and any(folder.iterdir()):
-        raise DataError(
-            f"{folder}: holds other files and is no frame store. Give another folder with --output."
-        )
+        raise DataError(f"{folder}: contains other files, no frame store. Choose another folder by --output.")
     if not is_new and overwrite:
         # The index goes first: a store without it is unfinished, and no reader opens it.
-        (folder / INDEX).unlink(missing_ok=True)
-        for path in shard_paths(folder):
+        (folder / form.INDEX).unlink(missing_ok=True)
+        for path in store.shard_paths(folder):
             path.unlink()
     elif not is_new:
-        found = read_header(folder)
+        found = form.read_header(folder)
         if found.parameters != header.parameters:
-            raise DataError(
-                f"{folder}: this frame store was made with {found.parameters}, not {header.parameters}. "
-                "Replace it with --overwrite, or make another with --output FOLDER."
-            )
-        if _is_of_other_data(found, header, layout, folder):
-            raise DataError(
-                f"{folder}: this frame store was made from {found.data}; videos of {header.data} would replace "
-                "those. Make another with --output FOLDER, or replace it with --overwrite."
-            )
+            fault = f"with {found.parameters}, not {header.parameters}"
+        elif _is_of_other_data(found, header, layout, folder):
+            fault = f"from {found.data}; videos of {header.data} would replace those"
+        else:
+            fault = ""
+        if fault:
+            again = "Make another with --output FOLDER, or replace it with --overwrite."
+            raise DataError(f"{folder}: this frame store was made {fault}. {again}")
     try:
-        write_header(folder, header)
+        form.write_header(folder, header)
     except OSError as error:
         raise RunError(f"{folder}: the frame store cannot be made here ({error.strerror}).") from error
-    contents, damaged = read_contents(folder)
+    contents, damaged = store.read_contents(folder)
     for error_of_shard in damaged:
         report(Note(str(error_of_shard), "warning"))
-    unfinished = {path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)}
-    for path in unfinished | (set(shard_paths(folder)) - set(contents.shards)):
+    unfinished = {path for path in folder.iterdir() if form.TEMPORARY.fullmatch(path.name)}
+    for path in unfinished | (set(store.shard_paths(folder)) - contents.tables.keys()):
         path.unlink()
 
 
-def _is_of_other_data(found: Header, header: Header, layout: Layout, folder: Path) -> bool:
+def _is_of_other_data(found: form.Header, header: form.Header, layout: Layout, folder: Path) -> bool:
     """Whether a store has clips of other data that still exists; a store copied with its videos has not."""
-
-    def folder_of(data: Path) -> Path:
-        return data.resolve() if data.is_dir() else data.resolve().parent
-
     before, now = Path(found.data), Path(header.data)
     try:
         if not before.exists() or before.resolve() == now.resolve():
             return False
     except OSError:  # no permission
         return False
-    same_folder = folder_of(before) == folder_of(now)
+    folders = [data.resolve() if data.is_dir() else data.resolve().parent for data in (before, now)]
+    same_folder = folders[0] == folders[1]
     if folder.resolve().parent == layout.root.resolve() and not same_folder:  # a copy
         return False
-    wanted = {to_key(video.name) for video in layout.videos}
-    return not (same_folder and wanted.issuperset(read_contents(folder)[0].rows))
+    wanted = {form.to_key(video.name) for video in layout.videos}
+    return not (same_folder and wanted.issuperset(store.read_contents(folder)[0].rows))
