@@ -265,7 +265,7 @@ def test_repair_finds_a_flipped_bit_and_packs_that_clip_anew(data, expected):
 
 def test_other_parameters_are_refused_unless_told_to_overwrite(data):
     folder = run(data).folder
-    with pytest.raises(DataError, match=r"made with 12 frames per video.*--overwrite, or .*--output"):
+    with pytest.raises(DataError, match=r"made with 12 frames per video.*--output FOLDER, or .*--overwrite"):
         run(data, frames_per_video=4)
     assert len(FrameStore(folder)) == 2 * GROUPS
     assert run(data, frames_per_video=4, quality=50, short_side=60, overwrite=True).videos == 2 * GROUPS

@@ -300,7 +300,7 @@ def test_a_missing_shard_or_index_or_header_is_a_data_error(own_store):
         FrameStore(folder)
     moved.rename(shard)
     (folder / "index.frames").unlink()
-    with pytest.raises(DataError, match=r"not finished .*Go on with `tvit extract"):
+    with pytest.raises(DataError, match=r"unfinished .*Run `tvit extract"):
         FrameStore(folder)
     (folder / "store.json").unlink()
     with pytest.raises(DataError, match="no frame store"):

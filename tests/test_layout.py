@@ -180,14 +180,14 @@ def test_groups_whose_names_hold_commas_are_held_out_by_a_tuple_of_names(tmp_pat
     before = ("run/a, b.avi", "run/d.avi")
     left = read_layout(root, group_pattern="$^", test_groups=before, val_groups=())
     assert left.held_out["test"] == ("run/d.avi",)
-    assert "1 of the 2 groups that were held out as test are gone: run/a, b.avi." in left.notes
+    assert "1 of 2 groups held out as test are gone: run/a, b.avi." in left.notes
 
 
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
         *(
-            ({"val": typed}, r'--val-groups ".*": names no group\. To hold none out, say none')
+            ({"val": typed}, r'--val-groups ".*": names no group\. To hold none out, give none')
             for typed in (",", " , ", "")
         ),
         ({"test": "03", "val": "03"}, '--val-groups: no group "03" in train'),

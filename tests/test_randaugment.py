@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data import augment as module
-from tvit_cli.data.augment import OPERATIONS, randaugment
+from tvit_cli.data.augment import OPERATIONS, Augmentation, Kind, draw_generator, randaugment
 
 SIZE = 20
 FILL = torch.tensor([10.0, 128.0, 250.0])
@@ -188,9 +188,10 @@ def test_what_moves_a_frame_never_mirrors_it():
             assert (steps > 0).sum() > 4 * (steps < 0).sum(), name
 
 
-def go(pixels, index=0, **changes):
-    facts = {"operations": 2, "magnitude": 9.0, "fill": FILL, "seed": 0, "epoch": 0, **changes}
-    return randaugment(pixels, index=index, **facts)
+def go(pixels, index=0, *, operations=2, magnitude=9.0, seed=0, epoch=0):
+    how = Augmentation(randaugment=operations, randaugment_magnitude=magnitude)
+    generator = draw_generator(seed, Kind.RANDAUGMENT, epoch, index)
+    return randaugment(pixels, how, fill=FILL, generator=generator)
 
 
 def test_a_still_clip_stays_still():

@@ -276,7 +276,7 @@ def test_randaugment_precedes_jitter_and_keeps_the_other_draws(monkeypatch):
     off = train(clips, keys)
     assert not torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
     seen = []
-    monkeypatch.setattr(augment, "randaugment", lambda pixels, **how: seen.append(pixels) or pixels)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(augment, "randaugment", lambda pixels, *args, **how: seen.append(pixels) or pixels)  # type: ignore[func-returns-value]
     assert torch.equal(train(clips, keys, replace(Augmentation(), randaugment=2)), off)
     assert all(pixels.dtype == torch.uint8 and pixels.shape == (4, 3, SIZE, SIZE) for pixels in seen)
 

@@ -46,10 +46,9 @@ _RGB_TO_YIQ = torch.tensor(  # NTSC; rows I and Q sum to zero, so that their rot
 _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
 
 # Note [Erased pixels]
-# The erased box is 0, which after normalisation is the mean colour of the backbone's training data. The paper also
-# fills with noise, slightly better for images. Noise for a clip would either be one texture for all frames, which
-# stands still whatever the motion, or flicker; drawn on the device it would differ between devices. A measured gain
-# would change this.
+# The erased box is 0, after normalisation the mean colour of the backbone's training data. The paper also fills
+# with noise, slightly better for images. In a clip it would stand still or flicker, and differ between devices. A
+# measured gain would change this.
 
 
 class Kind(IntEnum):
@@ -144,15 +143,8 @@ def train_transform(
         if draw.flip:
             pixels = pixels.flip(3)
         if augmentation.randaugment:
-            pixels = randaugment(
-                pixels,
-                operations=augmentation.randaugment,
-                magnitude=augmentation.randaugment_magnitude,
-                fill=fill,
-                seed=seed,
-                epoch=epoch,
-                index=index,
-            )
+            drawn = draw_generator(seed, Kind.RANDAUGMENT, epoch, index)
+            pixels = randaugment(pixels, augmentation, fill=fill, generator=drawn)
         _jitter(pixels, draw, out)
         normalise(out, preprocessing.mean, preprocessing.std)
         if augmentation.random_erasing:
@@ -171,20 +163,10 @@ def eval_transform(
 ) -> Tensor:
     """A deterministic view of each clip by `frames_to_input`, B times uint8 (T, C, H, W) -> (B, T, C, S, S)."""
     size = preprocessing.frame_size
+    how = preprocessing.model_dump(include={"frame_size", "resize", "mean", "std", "scale_to"})
     batch = torch.empty(len(clips), *clips[0].shape[:2], size, size, device=device)
     for out, clip in zip(batch, clips, strict=True):
-        frames_to_input(
-            clip,
-            frame_size=size,
-            resize=preprocessing.resize,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            device=device,
-            scale_to=preprocessing.scale_to,
-            position=position,
-            flip=flip,
-            out=out,
-        )
+        frames_to_input(clip, **how, device=device, position=position, flip=flip, out=out)
     return batch
 
 
@@ -266,9 +248,8 @@ def _jitter(pixels: Tensor, draw: _Draw, out: Tensor) -> None:
     cos, sin = math.cos(2 * math.pi * draw.hue), math.sin(2 * math.pi * draw.hue)
     rotation = torch.tensor([[1, 0, 0], [0, cos, sin], [0, -sin, cos]], dtype=torch.float64)
     hue = _YIQ_TO_RGB @ rotation @ _RGB_TO_YIQ  # close to a rotation of HSV's hue (red to green), but linear
-    saturation = draw.saturation * torch.eye(3, dtype=torch.float64) + (1 - draw.saturation) * LUMA.expand(
-        3, 3
-    )
+    one = torch.eye(3, dtype=torch.float64)
+    saturation = draw.saturation * one + (1 - draw.saturation) * LUMA.expand(3, 3)
     matrix = constant_like(hue @ saturation * draw.contrast * draw.brightness, out)
     torch.bmm(matrix.expand(frames, 3, 3), pixels.flatten(2), out=out.view(frames, 3, -1))
     mean_grey = constant_like(LUMA, out) @ pixels.mean(dim=(0, 2, 3))
@@ -292,22 +273,20 @@ def _erase(pixels: Tensor, probability: float, generator: np.random.Generator) -
 
 
 def randaugment(
-    pixels: Tensor, *, operations: int, magnitude: float, fill: Tensor, seed: int, epoch: int, index: int
+    pixels: Tensor, augmentation: Augmentation, *, fill: Tensor, generator: np.random.Generator
 ) -> Tensor:
-    """Applies random operations in sequence to a clip, uint8 (T, C, S, S), drawn from (seed, epoch, index).
+    """Applies random operations in sequence to a clip, uint8 (T, C, S, S); the magnitude's sign is drawn, too.
 
-    `magnitude` is 0 to 10; its sign is drawn, too. `fill` (C,) is the colour, 0..255, of pixels from outside the
-    frame.
+    `fill` (C,) is the colour, 0..255, of pixels from outside the frame.
     """
-    generator = draw_generator(seed, Kind.RANDAUGMENT, epoch, index)
     if pixels.is_floating_point():
         pixels = pixels.round().to(torch.uint8)
     pixels = pixels.contiguous()
-    names = list(OPERATIONS)
-    for _ in range(operations):
-        name = names[generator.integers(len(names))]
+    operations = list(OPERATIONS.values())
+    for _ in range(augmentation.randaugment):
+        operation = operations[generator.integers(len(operations))]
         sign = 1 if generator.random() < 0.5 else -1
-        pixels = OPERATIONS[name](pixels, sign * magnitude / _LARGEST, fill)
+        pixels = operation(pixels, sign * augmentation.randaugment_magnitude / _LARGEST, fill)
     return pixels
 
 
@@ -397,9 +376,7 @@ def _warp(pixels: Tensor, to_x: list[float], to_y: list[float], fill: Tensor) ->
     for out, frames in zip(warped.chunk(pieces), pixels.chunk(pieces), strict=True):
         offset = frames.float() - outside  # padding with 0 becomes `fill`
         frame_grid = grid.expand(len(offset), -1, -1, -1)
-        sampled = F.grid_sample(
-            offset, frame_grid, mode="bilinear", padding_mode="zeros", align_corners=False
-        )
+        sampled = F.grid_sample(offset, frame_grid, align_corners=False)  # bilinear, padded with zeros
         out.copy_(_rounded(sampled.add_(outside)))
     return warped
 

@@ -33,19 +33,15 @@ from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.portable.reading import Key, clip_offsets, segment_indices
 
 # Note [Threads for frame stores]
-# A clip of 18 frames of 320x240 is 4 MB. Between processes it costs the kernel a thousand fresh pages of shared
-# memory, which take longer than decoding its JPEGs: 15 ms of CPU time per clip with worker processes, 6 ms with
-# threads (docs/negative-results.md). libjpeg-turbo, zlib and the file system release Python's lock, so threads
-# run in parallel, and no shared memory can run out. Videos are decoded by processes: FFmpeg may crash on a
-# damaged file, which must not end a training.
-_PREFETCH = 2  # batches per worker, as in torch's DataLoader
+# Between processes, a clip of 18 frames of 320x240 (4 MB) costs a thousand fresh pages of shared memory: 15 ms of
+# CPU time per clip, 6 ms with threads (docs/negative-results.md). libjpeg-turbo, zlib and the file system release
+# Python's lock, so threads run in parallel. Videos are decoded by processes: FFmpeg may crash on a damaged file.
 
 # Note [Small shared memory]
-# Docker gives a container 64 MB of /dev/shm, less than two workers prefetch. torch moves tensors there in a
-# thread of the worker's queue, where an error is printed and lost, and the main process waits forever. So a
-# worker moves its batch itself, where errors are raised, and uses at most half of the free bytes: the rest is for
-# semaphores and other workers. A batch that does not fit becomes a temporary file. An error in the queue's thread
-# is sent instead of the batch.
+# Docker gives a container 64 MB of /dev/shm. torch moves tensors there in a thread of the worker's queue, where an
+# error is printed and lost, and the main process waits forever. So a worker moves its batch itself and uses at
+# most half of the free bytes: the rest is for semaphores and other workers. A batch that does not fit becomes a
+# temporary file. An error in the queue's thread is sent instead of the batch.
 _SHARED_MEMORY = Path("/dev/shm")
 _SECONDS_TO_END = 5  # before worker processes are killed
 
@@ -77,9 +73,8 @@ class ClipBatch:
 
     def pin_memory(self) -> ClipBatch:
         """The batch in page-locked memory; torch's DataLoader calls this by name."""
-        pinned = {
-            name: getattr(self, name).pin_memory() for name in ("labels", "epochs", "indices", "weights")
-        }
+        names = ("labels", "epochs", "indices", "weights")
+        pinned = {name: getattr(self, name).pin_memory() for name in names}
         return replace(self, clips=[clip.pin_memory() for clip in self.clips], **pinned)
 
 
@@ -175,13 +170,10 @@ def load_batches(
     Raises DataError if a frame store cannot be read; see `worker_errors` for processes that die.
     """
     global _is_waiting
-    made: Generator[ClipBatch, None, None]
-    if workers and dataset.store is None:
-        made = _by_processes(dataset, batches, workers, pin_memory)
-    elif workers:
-        made = _by_threads(dataset, batches, workers, pin_memory)
-    else:
-        made = (_read(dataset, pin_memory, keys) for keys in batches)
+    made = (_read(dataset, pin_memory, keys) for keys in batches)
+    if workers:
+        start = _by_processes if dataset.store is None else _by_threads
+        made = start(dataset, batches, workers, pin_memory)
     with closing(made):
         while True:
             _is_waiting = True
@@ -235,10 +227,10 @@ def _by_threads(
     begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
     pool = ThreadPoolExecutor(workers, "clips", initializer=begin)
     keys_left = iter(batches)
-    begun: deque[Future[ClipBatch]] = deque()
+    begun: deque[Future[ClipBatch]] = deque()  # two per worker, as in torch's DataLoader
     try:
         while True:
-            while len(begun) < _PREFETCH * workers and (keys := next(keys_left, None)) is not None:
+            while len(begun) < 2 * workers and (keys := next(keys_left, None)) is not None:
                 begun.append(pool.submit(_read, dataset, pin_memory, keys))
             if not begun:
                 return
@@ -273,8 +265,6 @@ def _by_processes(
 
 @dataclass(frozen=True)
 class _BatchFile:
-    """A batch in a temporary file."""
-
     path: Path
 
     def load(self) -> ClipBatch:
@@ -326,8 +316,7 @@ def _begin_worker(worker: int) -> None:
         number, data = entry
         if isinstance(data, ExceptionWrapper):  # the error itself cannot be sent
             os._exit(1)
-        raised = (type(error), error, error.__traceback__)
-        where = f"in DataLoader worker process {worker}"
+        raised, where = (type(error), error, error.__traceback__), f"in DataLoader worker process {worker}"
         queue.put((number, ExceptionWrapper(raised, where)))  # type: ignore[no-untyped-call]
 
     multiprocessing.queues.Queue._on_queue_feeder_error = send  # type: ignore[attr-defined]

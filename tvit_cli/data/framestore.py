@@ -45,6 +45,8 @@ class FrameStore:
                 fault = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
                 raise DataError(f"{path}: this shard of the frame store {fault}. Run `{command}`.")
         self.parameters = self.header.parameters
+        # The name of a clip by its index (clips are sorted by name), and the reverse (None if it is absent).
+        self.name, self.find = self._index.name, self._index.find
         self.unreadable: dict[str, str] = self._index.facts["unreadable"]  # video -> reason
         paths = tuple(shards)  # not `self`: a cycle would keep files open
         self._open_shard = lru_cache(MOST_OPEN_SHARDS)(lambda number: _File(paths[number]))
@@ -54,14 +56,6 @@ class FrameStore:
 
     def __len__(self) -> int:
         return len(self._index)
-
-    def name(self, index: int) -> str:
-        """The name of a clip; clips are in the order of their names."""
-        return self._index.name(index)
-
-    def find(self, name: str) -> int | None:
-        """The index of a clip, None if the store does not have it."""
-        return self._index.find(name)
 
     def layout(self) -> Layout:
         """Labels, subsets and groups at the time of extraction, for data whose videos are gone."""
@@ -124,7 +118,7 @@ class FrameStore:
         except ValueError as error:
             raise VideoError(f"{name}: its record in {file.path} is damaged ({error}). {again}") from error
         except OSError as error:
-            reason = f"{file.path} cannot be read ({error.strerror}). Check the disk."
+            reason = f"{file.path} cannot be read there ({error.strerror}). Check the disk."
             raise VideoError(f"{name}: {reason} {again}") from error
         indices, seconds = frames["index"][chosen].tolist(), frames["pts_seconds"][chosen].tolist()
         return Clip(pixels, tuple(indices), tuple(seconds), int(row["frame_count"]))

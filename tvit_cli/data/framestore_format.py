@@ -118,7 +118,7 @@ def read_header(folder: Path) -> Header:
             f"{folder}: no frame store (no {STORE_HEADER}). Make one with `tvit extract`."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"not the header of a frame store ({type(error).__name__}: {error})"
+        reason = f"cannot be read as a frame store's header ({type(error).__name__}: {error})"
         raise DataError(f"{path}: {reason}. Make the store again with `tvit extract --overwrite`.") from error
 
 

@@ -18,9 +18,8 @@ from tvit_cli.settings.base import suggestion
 from tvit_cli.settings.types import DataSettings
 
 SUBSETS = ("train", "val", "test")  # in the order of a frame store's numbers
-_ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {
-    name: name for name in SUBSETS
-}
+_ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+_ALIASES |= {name: name for name in SUBSETS}
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
     ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
@@ -147,10 +146,10 @@ def read_layout(
     if (root / "splits" / CLASS_LIST).is_file():
         videos = _follow_lists(videos, root / "splits", choice.get("split", 1), notes)
     videos = _give_groups(videos, choice["group_pattern"], notes)
-    has_subsets = any(video.subset != "train" for video in videos)
-    videos, test = _hold_out(videos, "test", choice["test_groups"], automatic=not has_subsets, notes=notes)
-    has_val = any(video.subset == "val" for video in videos)
-    videos, val = _hold_out(videos, "val", choice["val_groups"], automatic=not has_val, notes=notes)
+    one_subset = all(video.subset == "train" for video in videos)
+    videos, test = _hold_out(videos, "test", choice["test_groups"], automatic=one_subset, notes=notes)
+    no_val = all(video.subset != "val" for video in videos)
+    videos, val = _hold_out(videos, "val", choice["val_groups"], automatic=no_val, notes=notes)
     layout = Layout(
         root=root if root.is_dir() else root.parent,
         labels=tuple(sorted({video.label for video in videos})),
@@ -161,10 +160,10 @@ def read_layout(
     if need_training:
         _check_trainable(layout, root)
     if need_test and not layout.subset("test"):
-        raise DataError(
-            f"{root}: no test subset. Add a folder test/<class>/, or hold groups out of train with "
-            "--test-groups (names or a count)."
+        ways = (
+            "Add a folder test/<class>/, or hold groups out of train with --test-groups (names or a count)."
         )
+        raise DataError(f"{root}: no test subset. {ways}")
     return layout
 
 
@@ -208,9 +207,8 @@ def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list
         others = sorted(set(_visible(folder)) - set(paths))
         if not paths:
             found = f"only {_shorten(path.name for path in others)}" if others else "nothing"
-            raise DataError(
-                f"{folder}: a class folder without videos; it contains {found}. Remove it, or add videos."
-            )
+            fault = f"a class folder without videos; it contains {found}"
+            raise DataError(f"{folder}: {fault}. Remove it, or add videos.")
         ignored += len(others)
         videos += [
             Video(path, printable(path.relative_to(root).as_posix()), printable(folder.name), subset, None)
@@ -268,17 +266,17 @@ def _follow_lists(videos: list[Video], lists: Path, split: int, notes: list[str]
 def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Video]:
     """Derives each group from the file name, unless a manifest has it."""
     expression = re.compile(pattern)
+    key = "group" if "group" in expression.groupindex else min(1, expression.groups)
     result: list[Video] = []
     for video in videos:
         match = expression.search(printable(video.path.name)) if video.group is None else None
-        key = "group" if "group" in expression.groupindex else min(1, expression.groups)
         result.append(video if match is None else replace(video, group=match[key]))
     if alone := sum(video.group is None for video in result):
-        which = f"{alone} of {len(videos)} videos do" if alone < len(videos) else "No video"
+        some = f"{alone} of {len(videos)} videos do not match"
+        fault = f'{some if alone < len(videos) else "No video matches"} the group pattern "{pattern}"'
         notes.append(
-            f'{which} {"not match" if alone < len(videos) else "matches"} the group pattern "{pattern}"; each such '
-            "video is a group of its own. Clips cut from one recording would leak from train into val and test: "
-            "give --group-pattern."
+            f"{fault}; each such video is a group of its own. Clips cut from one recording would leak from train "
+            "into val and test: give --group-pattern."
         )
     return result
 
@@ -310,8 +308,7 @@ def _choose_groups(
     if isinstance(wanted, tuple):  # held out before; some may be gone
         if gone := [group for group in wanted if group not in train]:
             notes.append(
-                f"{len(gone)} of the {len(wanted)} groups that were held out as {subset} are gone: "
-                f"{_shorten(gone)}."
+                f"{len(gone)} of {len(wanted)} groups held out as {subset} are gone: {_shorten(gone)}."
             )
         return [group for group in wanted if group in train]
     wanted = wanted.strip()
@@ -325,14 +322,12 @@ def _choose_groups(
     if wanted.isdecimal() and wanted == str(int(wanted)):  # 4 is a count, 04 a name as in UCF101
         groups = _spread(train, int(wanted))
         if len(groups) < int(wanted):
-            raise DataError(
-                f"--{subset}-groups {wanted}: train has {len(train)} groups, of which {len(groups)} can be "
-                "held out so that each class keeps a training video."
-            )
+            most = f"{len(groups)} can be held out so that each class keeps a training video"
+            raise DataError(f"--{subset}-groups {wanted}: train has {len(train)} groups, of which {most}.")
         return groups
     groups = [name.strip() for name in wanted.split(",") if name.strip()]
     if not groups:
-        raise DataError(f'--{subset}-groups "{wanted}": names no group. To hold none out, say none.')
+        raise DataError(f'--{subset}-groups "{wanted}": names no group. To hold none out, give none.')
     for group in groups:
         if group not in train:
             raise DataError(
@@ -359,13 +354,10 @@ def _spread(train: Mapping[str, Counter[str]], count: int) -> list[str]:
 
 def _check_trainable(layout: Layout, root: Path) -> None:
     if len(layout.labels) < 2:
-        raise DataError(
-            f'{root}: one class only ("{layout.labels[0]}"). A classifier needs two or more, each in a folder.'
-        )
+        only = f'one class only ("{layout.labels[0]}")'
+        raise DataError(f"{root}: {only}. A classifier needs two or more, each in a folder.")
     trained = {video.label for video in layout.subset("train")}
     for subset in ("val", "test"):
         if missing := sorted({video.label for video in layout.subset(subset)} - trained):
-            raise DataError(
-                f"{root}: {_shorten(missing)} in {subset}, but no video of that class in train. Add one, or "
-                "hold out other groups."
-            )
+            fault = f"{_shorten(missing)} in {subset}, but no video of that class in train"
+            raise DataError(f"{root}: {fault}. Add one, or hold out other groups.")

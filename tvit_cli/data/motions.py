@@ -2,12 +2,10 @@
 
 Note [Reversed pairs]
 Every clip has a reversed copy in the opposite class (`v_MoveLeft_g03_c02.avi` and `v_MoveRight_g03_c02.avi`).
-So no property of unordered frames (position, appearance, speed, frequency of a frame) distinguishes the classes,
-and a model without temporal order cannot exceed an accuracy of 0.5 within a pair. The encoder must not reveal the
-order either: every frame is a key frame at one fixed quantiser, hence coded independently of its neighbours, and
-the reversed copy decodes to exactly the same pixels. Predicted frames (P, B) or a target bit rate would break this.
-So would some sampling: 24 frames make 8 segments of 3, whose centres are the same frames in both clips. Of 16
-frames, the later one of each 2 would be chosen, which shows the object farther on its path.
+So a model without temporal order cannot exceed an accuracy of 0.5 within a pair. The encoder must not reveal the
+order either: every frame is a key frame at one fixed quantiser, so both copies decode to the same pixels; predicted
+frames (P, B) or a target bit rate would break this. So would some sampling: 24 frames make 8 segments of 3, whose
+centres are the same frames in both clips. Of 16 frames, the later one of each 2 would be chosen.
 """
 
 from __future__ import annotations
@@ -107,23 +105,22 @@ def make_motions(
     counts = {subset: len(numbers) * clips_per_group * len(CLASSES) for subset, numbers in GROUPS.items()}
     total = sum(counts.values())
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{root.name}-", dir=root.parent, ignore_cleanup_errors=True
-    ) as folder:
+    prefix = f".{root.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent, ignore_cleanup_errors=True) as folder:
         temporary = Path(folder)
         boxes: dict[str, list[list[float]]] = {}
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        pool = ThreadPoolExecutor(max(1, workers))
+        try:
             jobs = [
                 pool.submit(_make_group, temporary / subset, group, seed, clips_per_group, frame_size, frames)
                 for group, subset in groups.items()
             ]
-            try:
-                for job in as_completed(jobs):
-                    boxes.update(job.result())
-                    if progress is not None:
-                        progress(len(boxes), total)
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for job in as_completed(jobs):
+                boxes.update(job.result())
+                if progress is not None:
+                    progress(len(boxes), total)
+        finally:
+            pool.shutdown(cancel_futures=True)
         record = {"version": VERSION, "seed": seed, "classes": CLASSES, "clips": counts}
         record |= {"frames": frames, "frame_size": frame_size}
         (temporary / "boxes.json").write_text(json.dumps(boxes, sort_keys=True), encoding="utf-8")
@@ -186,10 +183,8 @@ def _path(generator: np.random.Generator, name: str, size: int, frames: int) -> 
     angle = np.full(frames, generator.uniform(0, 2 * math.pi), np.float32)
     travel = np.zeros(2, np.float32)  # x, y
     arm = 0.0  # distance from the pivot to the object
-    if name == "MoveRight":
-        travel[0] = generator.uniform(0.35, 0.5) * size
-    elif name == "MoveDown":
-        travel[1] = generator.uniform(0.35, 0.5) * size
+    if name in ("MoveRight", "MoveDown"):
+        travel[int(name == "MoveDown")] = generator.uniform(0.35, 0.5) * size
     elif name == "Grow":
         radius *= generator.uniform(2.0, 2.8) ** swing
     elif name == "TurnClockwise":
@@ -219,12 +214,11 @@ def _make_scene(generator: np.random.Generator, group: int, size: int) -> Scene:
         np.sin(waves * along + 2 * np.sin(waves / 3 * across)),  # ripples
     )[group % 3]
     mix = 0.5 + 0.14 * pattern + 0.45 * _noise(generator, side, 4) + 0.25 * _noise(generator, side, 13)
+    dark = generator.uniform(0.3, 0.45)
+    shift, light = generator.uniform(-0.1, 0.1), generator.uniform(0.6, 0.75)
     tones = [
         colorsys.hsv_to_rgb((hue + shift) % 1, generator.uniform(0.15, 0.4), value)
-        for shift, value in (
-            (0.0, generator.uniform(0.3, 0.45)),
-            (generator.uniform(-0.1, 0.1), generator.uniform(0.6, 0.75)),
-        )
+        for shift, value in ((0.0, dark), (shift, light))
     ]
     background = tones[0] + np.clip(mix, 0, 1)[..., None] * np.subtract(tones[1], tones[0])
     # Blue to red is dark, orange to cyan is light: the parts differ at any hue.
@@ -262,11 +256,8 @@ def _draw(ground: Floats, scene: Scene, path: ObjectPath) -> tuple[Floats, NDArr
     shadow = np.pad(whole, ((0, 0), (down, 0), (right, 0)), mode="edge")[:, :size, :size]
     canvas = ground * (1 - 0.4 * np.clip(0.5 - (shadow - rim) / (3 * rim), 0, 1)[:, None])  # (N, 3, S, S)
     step = np.empty_like(canvas)
-    for distance, colour in (
-        (whole - rim, np.full(3, 0.97, np.float32)),
-        (parts[1], scene.body),
-        (parts[0], scene.accent),
-    ):
+    layers = ((whole - rim, np.full(3, 0.97, np.float32)), (parts[1], scene.body), (parts[0], scene.accent))
+    for distance, colour in layers:
         np.subtract(colour[:, None, None], canvas, out=step)
         step *= np.clip(0.5 - distance, 0, 1)[:, None]
         canvas += step

@@ -37,23 +37,17 @@ T = TypeVar("T")
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
 URL_TIMEOUT = 30.0  # seconds
 ASSUMED_RATE = 25.0  # frames per second, of files without any usable time
-MOST_SHOWN = (
-    10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold has it
-)
+MOST_SHOWN = 10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold
 
-# Raised on damaged files by FFmpeg, and by PyAV itself: IndexError for a stream that appears after the header,
-# UnicodeDecodeError for names, OverflowError for numbers.
+# On damaged files PyAV itself raises IndexError (a late stream), UnicodeDecodeError (names) and OverflowError.
 DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
 
 # Note [Frame count]
-# A header's frame count, the number of packets and the number of frames that decode are three numbers.
-# UCF101's XviD files pack B-frames and promise up to two frames more than come out; a broken packet costs
-# one as well. `choose` needs the true count, which only decoding to the end gives. So one pass keeps the frames
-# that `choose` selects for the packet count and for up to COUNT_SLACK fewer, and the true count picks among them;
-# if it is further off, a second pass is made. The packets are counted before the first is decoded, and kept in
-# memory meanwhile; those of a larger file are read twice. Seeking was rejected: AVI's index is unreliable for
-# frames, and with a key frame every 300 it decodes as much. With a known count, decoding stops after the last
-# chosen frame.
+# Fewer frames may decode than there are packets: up to two in UCF101's XviD files with packed B-frames, and one for
+# each broken packet. `choose` needs the true count, which only decoding to the end gives. So one pass keeps the
+# frames that `choose` selects for the packet count and for up to COUNT_SLACK fewer; if it is further off, a second
+# pass is made. Packets are counted first and kept in memory; those of a larger file are read twice. Seeking was
+# rejected: AVI's index is unreliable for frames, and with a key frame every 300 it decodes as much.
 COUNT_SLACK = 3
 _PACKET_BYTES = 64 << 20  # size of the largest file whose packets are kept
 
@@ -114,28 +108,24 @@ class KeptFrames:
         self._width, self._height = round(first.width * target / short), round(first.height * target / short)
         self._turns = _quarter_turns(first)
         self._reformatter = VideoReformatter()
-        self._frames: dict[int, av.VideoFrame] = {}
+        self.frames: dict[int, av.VideoFrame] = {}  # by index
 
     def keep(self, index: int, frame: av.VideoFrame) -> None:
         """Keeps the frame of that index."""
         # Frames that are scaled down a lot are kept scaled: decoded 4K frames would fill the memory.
         if 8 * self._width * self._height < frame.width * frame.height:
             frame = self._convert(frame, "rgb24")
-        self._frames[index] = frame
-
-    def has(self, indices: Sequence[int]) -> bool:
-        """Whether all of these were kept."""
-        return self._frames.keys() >= set(indices)
+        self.frames[index] = frame
 
     def rgb(self, indices: Sequence[int]) -> Frames:
         """RGB, uint8 (T, H, W, 3), rotated as the file states."""
-        pictures = {index: self.upright(self._frames[index]) for index in dict.fromkeys(indices)}
+        pictures = {index: self.upright(self.frames[index]) for index in dict.fromkeys(indices)}
         return np.stack([pictures[index] for index in indices])
 
     def planes(self, indices: Sequence[int]) -> Iterator[Planes]:
         """Planes rotated as the file states; converted through RGB only if rotated."""
         for index in indices:
-            frame = self._frames[index]
+            frame = self.frames[index]
             how: dict[str, Any] = {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.JPEG}
             if self._turns:  # at odd sizes, the smaller U and V cannot be rotated by themselves
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(self.upright(frame)), format="rgb24")
@@ -147,7 +137,7 @@ class KeptFrames:
     def seconds(self, indices: Sequence[int], rate: Fraction | None) -> tuple[float, ...]:
         """Presentation times; from the rate if they are missing or, with packed B-frames, out of order."""
         distinct = list(dict.fromkeys(indices))
-        times = [self._frames[index].time for index in distinct]
+        times = [self.frames[index].time for index in distinct]
         if None in times or any(earlier >= later for earlier, later in pairwise(times)):
             times = [index / float(rate or ASSUMED_RATE) for index in distinct]
         at = dict(zip(distinct, times, strict=True))
@@ -230,10 +220,9 @@ def _video_stream(path: Location, container: InputContainer) -> VideoStream:
     # FFmpeg reads a song's cover as a video stream of one picture.
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        kinds = sorted({"a picture" if s.type == "video" else s.type for s in container.streams})
-        raise VideoError(
-            f"{path}: no video in this file, only {' and '.join(kinds) or 'an empty container'}."
-        )
+        kinds = {"a picture" if s.type == "video" else s.type for s in container.streams}
+        found = " and ".join(sorted(kinds)) or "an empty container"
+        raise VideoError(f"{path}: no video in this file, only {found}.")
     if streams[0].codec_context is None:
         raise VideoError(f"{path}: this build of FFmpeg has no decoder for its video stream.")
     return streams[0]
@@ -274,20 +263,18 @@ def count_packets(path: Location) -> int:
         return sum(map(_is_shown, demux(path, container, stream)))
 
 
-def count_frames(path: Path) -> int:
-    """Number of frames that decode. Raises VideoError."""
+def count_frames(path: Path, most: int | None = None) -> int:
+    """Number of frames that decode, at least 1; reads no further than `most` of them. Raises VideoError."""
     with open_video(path) as (container, stream):
-        count = sum(1 for _ in _decode(stream, demux(path, container, stream)))
+        count = sum(1 for _ in islice(_decode(stream, demux(path, container, stream)), most))
     if count == 0:
         raise _no_frame_error(path)
     return count
 
 
 def _no_frame_error(path: Location) -> VideoError:
-    return VideoError(
-        f"{path}: 0 frames decoded out of {count_packets(path)} packets. The file may be truncated, damaged or "
-        "encrypted."
-    )
+    decoded = f"0 frames decoded out of {count_packets(path)} packets"
+    return VideoError(f"{path}: {decoded}. The file may be truncated, damaged or encrypted.")
 
 
 def probe(path: Path) -> VideoInfo:
@@ -300,11 +287,10 @@ def probe(path: Path) -> VideoInfo:
     packets = hidden = 0
     with open_video(path) as (container, stream):
         for packet in demux(path, container, stream):
-            if packet is not None and packet.size > 0 and packet.is_discard:
-                hidden += 1
-            elif packet is not None and packet.size > 0:
+            hidden += packet is not None and packet.size > 0 and packet.is_discard
+            if packet is not None and _is_shown(packet):
                 packets += 1
-                if (time := packet.pts if packet.pts is not None else packet.dts) is not None:
+                if (time := packet.dts if packet.pts is None else packet.pts) is not None:
                     times.append(time)
             if first is None:
                 first = next(_decode(stream, [packet]), None)
@@ -322,9 +308,7 @@ def probe(path: Path) -> VideoInfo:
 
 def decode_first(path: Path) -> None:
     """Decodes the first frame and reads no further. Raises VideoError, `<path>: <reason>`, if there is none."""
-    with open_video(path) as (container, stream):
-        if next(_decode(stream, demux(path, container, stream)), None) is None:
-            raise _no_frame_error(path)
+    count_frames(path, 1)
 
 
 def read_clip(
@@ -378,7 +362,7 @@ def read_frames(
                 raise _no_frame_error(path)
             frame_count = counts[0] if decoded == stop else decoded
             indices = tuple(choose(frame_count))
-            if kept.has(indices):
+            if kept.frames.keys() >= set(indices):
                 seconds = kept.seconds(indices, stream.average_rate)
                 return Clip(convert(kept, indices), indices, seconds, frame_count)
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
@@ -421,11 +405,10 @@ def _with_starts(frames: Iterable[av.VideoFrame], default: float) -> Iterator[tu
         after = None if following is None else following.time
         if at <= start:
             at = start + default
-        elif at - start > MOST_SHOWN:
-            if after is not None and after < frame.time:
-                at = start + step
-        else:
+        elif at - start <= MOST_SHOWN:
             step = at - start
+        elif after is not None and after < frame.time:
+            at = start + step
         yield frame, at
         start = at
 

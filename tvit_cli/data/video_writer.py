@@ -19,11 +19,8 @@ from tvit_cli.files import atomic_write
 from tvit_cli.portable.reading import SCALING, matrix_by_height
 
 TICKS = 60_000  # per second; MPEG-4 takes at most 65,535, and usual rates divide this one
-_CODECS = {  # the first available one is used
-    "libx264": {"crf": "20", "preset": "fast"},
-    "mpeg4": {"qmin": "3", "qmax": "3"},
-}
-_LAST = {"flags": "+frame_duration"}  # otherwise the last frame lasts one tick
+# The first available one is used.
+_CODECS = {"libx264": {"crf": "20", "preset": "fast"}, "mpeg4": {"qmin": "3", "qmax": "3"}}
 
 
 def write_video(
@@ -49,9 +46,8 @@ def write_video(
     quality = {"qmin": str(quantiser), "qmax": str(quantiser)} if codec == "mpeg4" else {}
     reformatter = VideoReformatter()
     with _open_output(path, {"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(
-            codec, rate=rate, options={"flags": "+bitexact", **quality, **(options or {})}
-        )
+        how = {"flags": "+bitexact", **quality, **(options or {})}
+        stream = container.add_stream(codec, rate=rate, options=how)
         assert isinstance(stream, VideoStream), f"{codec} is no video codec"
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
         stream.codec_context.thread_count = 1  # threads split a frame, which changes the bytes
@@ -67,7 +63,7 @@ class VideoWriter:
 
     def __init__(self, container: OutputContainer) -> None:
         self._container = container
-        self._stream: VideoStream | None = None
+        self.stream: VideoStream | None = None
         self._last = -1  # tick of the newest frame
         self._reformatter = VideoReformatter()
 
@@ -77,24 +73,20 @@ class VideoWriter:
         An odd last row or column is left out.
         """
         height, width = (size - size % 2 for size in picture.shape[:2])  # chroma has half the size
-        if self._stream is None:
+        if self.stream is None:
             name = next(codec for codec in _CODECS if codec in av.codecs_available)
-            stream = self._container.add_stream(name, rate=Fraction(TICKS), options=_CODECS[name] | _LAST)
+            options = _CODECS[name] | {"flags": "+frame_duration"}  # otherwise the last frame lasts one tick
+            stream = self._container.add_stream(name, rate=Fraction(TICKS), options=options)
             assert isinstance(stream, VideoStream)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.time_base = Fraction(1, TICKS)
-            self._stream = stream
+            self.stream = stream
         frame = _to_yuv(self._reformatter, picture[:height, :width], "yuv420p")
         # MP4 refuses two frames on one tick: the later one moves to the next tick.
         frame.pts, frame.time_base = max(round(start * TICKS), self._last + 1), Fraction(1, TICKS)
         frame.duration = max(round(end * TICKS) - frame.pts, 1)
         self._last = frame.pts
-        self._container.mux(self._stream.encode(frame))
-
-    def finish(self) -> None:
-        """Flushes the encoder."""
-        if self._stream is not None:
-            self._container.mux(self._stream.encode(None))
+        self._container.mux(self.stream.encode(frame))
 
 
 @contextmanager
@@ -103,7 +95,8 @@ def video_writer(path: Path) -> Iterator[VideoWriter]:
     with _open_output(path, {}) as container:
         writer = VideoWriter(container)
         yield writer
-        writer.finish()
+        if writer.stream is not None:
+            container.mux(writer.stream.encode(None))
 
 
 def _to_yuv(reformatter: VideoReformatter, picture: Frames, pixel_format: str) -> av.VideoFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -28,9 +27,6 @@ CHECKED = ".checked.json"  # hidden: not a class
 DATA_DIRECTORY = Path("data")
 DEFAULT_NAME = "ucf101"
 MOTIONS = "motions"
-MAX_FRAMES = 2**32 - 1  # of a video in a frame store
-
-_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,10 @@ def open_dataset(
     for name, reason in unreadable.items():
         report(Note(f"set aside: {name}: {reason}", "warning"))
     source = DataSource(root, layout, unreadable, store)
-    if need_training:
-        trained = {video.label for video in source.readable("train")}
-        for label in layout.labels:
-            if label not in trained:
-                raise DataError(
-                    f"{layout.root}: no readable training video of class {label}. Repair or remove the class, or "
-                    "hold fewer groups out."
-                )
+    missing = sorted(set(layout.labels) - {video.label for video in source.readable("train")})
+    if need_training and missing:
+        fault = f"no readable training video of class {missing[0]}"
+        raise DataError(f"{layout.root}: {fault}. Repair or remove the class, or hold fewer groups out.")
     return source
 
 
@@ -127,10 +119,8 @@ def find_data(path_to_data: str | None) -> Path:
         if len(known) == 1:
             return DATA_DIRECTORY / known[0]
         found = f"{DATA_DIRECTORY}/ holds {', '.join(known)}" if known else f"{DATA_DIRECTORY}/ is empty"
-        raise DataError(
-            f"No data set chosen: {found}. Name one with --path-to-data PATH, or fetch one: "
-            f"tvit download {DEFAULT_NAME}."
-        )
+        fetch = f"Name one with --path-to-data PATH, or fetch one: tvit download {DEFAULT_NAME}."
+        raise DataError(f"No data set chosen: {found}. {fetch}")
     path = Path(path_to_data).expanduser()
     if path.exists():
         return path
@@ -196,26 +186,20 @@ def _usable_store(
         )
         if has_videos:
             return None
-        raise DataError(
-            f"{root}: has too few frames, and its videos are gone. Restore them, then extract again."
-        )
+        raise DataError(f"{root}: too few frames, and the videos are gone. Restore them, then extract again.")
     report(Note(f"Frames are read from {folder} ({store.parameters}), not from the videos."))
     if small := store.smaller_than(clip.frame_size):
         warn(
             f"{small} of its {len(store)} videos have {size} pixels and are scaled up: the model takes "
             f"{clip.frame_size}. Replace it with `{command}`."
         )
-    if clip.frame_grid not in (None, stored) and store.short_of(MAX_FRAMES):
+    if clip.frame_grid not in (None, stored) and store.short_of(2**32 - 1):  # some frames are not stored
         warn(f"--frame-grid {clip.frame_grid} takes the nearest of its {stored} frames per video.")
     return store
 
 
 def unreadable_videos(
-    videos: Sequence[Video],
-    folder: Path,
-    *,
-    workers: int,
-    progress: Callable[[int, int], None] | None = None,
+    videos: Sequence[Video], folder: Path, *, workers: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, str]:
     """`check_videos` of videos that are new or changed since the last check: name -> reason.
 
@@ -237,7 +221,7 @@ def unreadable_videos(
     reasons = check_videos(changed, workers=workers, progress=progress) if changed else {}
     new = {v.name: now[v.name] for v in changed if v.name in now and v.name not in reasons}
     with suppress(OSError):
-        if new and folder.stat().st_mode & _WRITABLE:  # root could write to a read-only folder
+        if new and folder.stat().st_mode & 0o222:  # root could write to a read-only folder
             with atomic_write(path) as temporary:
                 text = json.dumps({"decoder": decoder, "videos": {**cached, **new}})
                 temporary.write_text(text, encoding="utf-8")

@@ -79,10 +79,10 @@ def extract(
                 path.unlink()
             store.write_index(folder, layout, dict(sorted(reasons.items())))
             if len(reasons) > (most := most_bad(settings.max_bad, len(layout.videos))):
+                fault = f"{len(reasons)} of {len(layout.videos)} videos cannot be read"
                 raise RunError(
-                    f"{layout.root}: {len(reasons)} of {len(layout.videos)} videos cannot be read; --max-bad "
-                    f"{settings.max_bad} allows {most}. The others are in the frame store. Repair or remove the "
-                    "unreadable ones, then repeat this command."
+                    f"{layout.root}: {fault}; --max-bad {settings.max_bad} allows {most}. The others are in the "
+                    "frame store. Repair or remove the unreadable ones, then repeat this command."
                 )
     return ExtractResult(
         folder=folder,
@@ -166,7 +166,6 @@ def _map(
 
 
 def _pack(parameters: form.Parameters, path: Path) -> store.Packed | str:
-    """A packed video, or the reason why it is unreadable."""
     try:
         return store.pack_video(path, parameters)
     except VideoError as error:
@@ -198,13 +197,11 @@ def _prepare(folder: Path, header: form.Header, layout: Layout, report: Report, 
         for path in store.shard_paths(folder):
             path.unlink()
     elif not is_new:
-        found = form.read_header(folder)
+        found, fault = form.read_header(folder), ""
         if found.parameters != header.parameters:
             fault = f"with {found.parameters}, not {header.parameters}"
         elif _is_of_other_data(found, header, layout, folder):
             fault = f"from {found.data}; videos of {header.data} would replace those"
-        else:
-            fault = ""
         if fault:
             again = "Make another with --output FOLDER, or replace it with --overwrite."
             raise DataError(f"{folder}: this frame store was made {fault}. {again}")
