@@ -196,8 +196,7 @@ def _failure(event: str, error: BaseException) -> PermanentError | TransientErro
     while cause := error.__cause__ or error.__context__:
         error = cause
     if isinstance(error, ssl.SSLCertVerificationError):
-        reason = f"its TLS certificate does not verify ({error.verify_message}); verification stays on"
-        return PermanentError(reason)
+        return PermanentError(f"its TLS certificate does not verify ({error.verify_message}), as required")
     return TransientError(f"{event} ({str(error).strip() or type(error).__name__})")
 
 

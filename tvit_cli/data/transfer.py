@@ -274,9 +274,7 @@ class Transfer:
         if source is None and all(one.sha256 for one in sources):
             expected = " or ".join(f"{one.sha256} ({one.file_name})" for one in sources)
             found = f"has sha256 {sha256}, {self.dataset.name} has {expected}: damaged or another version"
-            raise DataError(
-                f"{archive}: {found}. Fetch it again, or unpack it and give `tvit train` the folder."
-            )
+            raise DataError(f"{archive}: {found}. Fetch it again, or give `tvit train` the unpacked folder.")
         similar = source or next((one for one in sources if one.kind == kind), sources[0])
         record = SourceRecord(part=request.part.name, url=str(archive), bytes=archive.stat().st_size)
         record.sha256, record.verified = sha256, source is not None
