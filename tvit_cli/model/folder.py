@@ -53,11 +53,8 @@ def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> No
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the user's default permissions; safetensors itself writes private files.
-
-    Raises OSError or SafetensorError.
-    """
-    path.touch()
+    """Writes a safetensors file with the user's default permissions. Raises OSError or SafetensorError."""
+    path.touch()  # safetensors itself writes private files
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
     path.chmod(mode)
@@ -165,10 +162,7 @@ def export_not_loadable(name: str) -> ModelError:
 
 
 def find_newest_model(working_directory: Path) -> Path:
-    """The newest of the model folders `<experiment>/model` and `<experiment>/<any>/model`.
-
-    Raises ModelError if there is none.
-    """
+    """The newest model folder `<experiment>/model` or `<experiment>/<any>/model`. Raises ModelError without one."""
     written = []
     for depth in ("*", "*/*"):
         for card in working_directory.glob(f"{depth}/{MODEL_FOLDER}/{CARD_FILE}"):

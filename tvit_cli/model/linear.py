@@ -217,10 +217,7 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
 
 
 class Int8Linear(nn.Module):
-    """Linear layer with int8 products, without a gradient: (..., in) float32 -> (..., out) float32.
-
-    See Note [8-bit products].
-    """
+    """Linear layer with int8 products, no gradient: float32 (..., in) -> (..., out). See Note [8-bit products]."""
 
     weight: Tensor  # int8 (in, out)
     scale: Tensor  # float32 (out,)

@@ -129,23 +129,13 @@ def merge(model: TemporalViT) -> None:
 
 @torch.no_grad()
 def merged_state_dict(model: TemporalViT) -> dict[str, Tensor]:
-    """The state dict after `merge`, bit for bit, without changing the model.
-
-    Layers without an adapter share the model's memory: write or copy them before the next step.
-    """
+    """The state dict after `merge`, bit for bit; layers without an adapter share the unchanged model's memory."""
     merged = bare_state_dict(model)
     for name, layer in adapted_layers(model).items():
         copied = copy.deepcopy(layer)
         copied.merge()
         merged[f"{name}.weight"] = copied.get_base_layer().weight.detach()
     return merged
-
-
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapter in a folder, loaded by PEFT."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, folder)  # type: ignore[no-any-return]
 
 
 def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -> None:
@@ -182,10 +172,7 @@ def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -
 
 @functools.cache
 def own_layer() -> type[nn.Module] | None:
-    """Our LoRA class for `nn.Linear`; None if this version of PEFT does not accept it, and computes slower itself.
-
-    The hook is private to PEFT, so it is tried on a small layer.
-    """
+    """Our LoRA class for `nn.Linear`; None if PEFT's private hook, tried on a small layer, does not accept it."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 

@@ -60,10 +60,7 @@ class PretrainedConfig:
     notes: tuple[str, ...] = ()
 
     def vit_config(self, *, frame_size: int | None = None, **shape: Any) -> ViTConfig:
-        """Config of a temporal ViT for these weights, by default at their own frame size.
-
-        `shape` holds the other fields of ViTConfig. Raises ValueError for values that contradict each other.
-        """
+        """Config for these weights, by default at their frame size; `shape`: other fields. Raises ValueError."""
         return ViTConfig(frame_size=frame_size or self.image_size, **shape, **self.network)
 
 
@@ -143,7 +140,9 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     unused = tuple(name for name in stored if name.startswith(family.unused))
     check_match(source, {n: stored[n] for n in stored if n not in unused}, dict.fromkeys(names))
 
-    filled: set[str] = set()
+    filled = set(family.zeros)
+    for name in filled:
+        parameters[name].zero_()
     later: dict[str, Tensor] = {}
     notes = dict.fromkeys(config.notes)
     for theirs, name in names.items():
@@ -169,9 +168,6 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
             layer = name.removesuffix(".scale")
             parameters[f"{layer}.weight"].mul_(value.unsqueeze(1))
             parameters[f"{layer}.bias"].mul_(value)
-    for name in set(family.zeros) - filled:
-        parameters[name].zero_()
-        filled.add(name)
     new = _copy_parameters(parameters, model.copied_parameters(), filled, notes)
     return LoadReport(len(names), new, unused, tuple(notes))
 

@@ -107,9 +107,8 @@ def resolve_weights(name: str) -> WeightsSource:
 def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
     """The weights at a path or under a name on the hub; None if neither is likely.
 
-    A file counts as weights, a folder by its config.json or checkpoint_merged.safetensors, and OWNER/NAME as a name
-    on the hub unless a folder OWNER exists or would be the working directory. Raises ModelError as
-    `resolve_weights` does.
+    A file counts as weights, a folder by its config.json or checkpoint_merged.safetensors, OWNER/NAME as a hub name
+    unless a folder OWNER exists or would be the working directory. Raises ModelError as `resolve_weights` does.
     """
     if path.is_dir():
         published = (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()

@@ -200,10 +200,7 @@ class TemporalEmbedding(AddedModule):
 
 
 class TokenIndexedEmbedding(TemporalEmbedding):
-    """Temporal embedding indexed by the patch's number in the clip (modulo T') instead of its frame's.
-
-    Reproduces a mistake of the reference implementation, for weights that were trained with it.
-    """
+    """Temporal embedding indexed by the patch's number in the clip, modulo T', a mistake of the reference."""
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T', P, D) -> (B, T', P, D)."""

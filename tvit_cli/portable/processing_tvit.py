@@ -53,7 +53,11 @@ class TvitVideoProcessor(VideoProcessorMixin):
         processors (`num_frames`, `do_sample_frames`, `return_tensors`) are accepted and ignored. Raises ValueError
         for frames of another type or shape.
         """
-        return BatchFeature({"pixel_values": torch.stack([self._clip(v) for v in _listed(videos)])})
+        is_one = isinstance(videos, str | PathLike) or getattr(videos, "ndim", 5) == 4
+        videos = [videos] if is_one else list(videos)
+        if not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (2, 3):
+            videos = [videos]  # the pictures of one video
+        return BatchFeature({"pixel_values": torch.stack([self._clip(video) for video in videos])})
 
     def _clip(self, video: Any) -> Tensor:
         if isinstance(video, str | PathLike):
@@ -73,11 +77,3 @@ class TvitVideoProcessor(VideoProcessorMixin):
             std=self.image_std,
             scale_to=self.scale_to,
         )
-
-
-def _listed(videos: Any) -> list[Any]:
-    if isinstance(videos, str | PathLike) or getattr(videos, "ndim", 5) == 4:
-        return [videos]
-    videos = list(videos)
-    is_picture = not isinstance(videos[0], str | PathLike) and np.ndim(videos[0]) in (2, 3)
-    return [videos] if is_picture else videos

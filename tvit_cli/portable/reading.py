@@ -1,7 +1,4 @@
-"""Frame sampling and decoding with PyAV: the frames of a clip, as evaluation and exports read them.
-
-Letters: T frames, H W pixels.
-"""
+"""Frame sampling and decoding with PyAV: the T frames of H x W pixels that evaluation and exports read."""
 
 from __future__ import annotations
 

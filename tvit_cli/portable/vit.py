@@ -66,8 +66,8 @@ class MeanPatch(nn.Module):
 class AttentivePool(AddedModule):
     """Attention pooling: for each head's channels, a mean of all tokens weighted by a learned query.
 
-    A single learned query needs no key layer (it would fold into the query), and the classifier replaces the value
-    layer. It starts as the plain mean, also from scratch. Compare arXiv:1810.00825, section 3.2.
+    A key layer would fold into the query, and the classifier replaces the value layer. It starts as the plain mean,
+    also from scratch. Compare arXiv:1810.00825, section 3.2.
     """
 
     n_queries = None
@@ -131,7 +131,7 @@ SCHEMES: dict[str, Scheme] = {  # by ViTConfig.attention
 
 
 class TokenDrop(nn.Module):
-    """Drops a random share of each group's patches in training mode (PatchDropout, arXiv:2208.07220).
+    """PatchDropout (arXiv:2208.07220): in training mode, drops a random share of each group's patches.
 
     `aligned` drops the same patches in all groups of a clip, for blocks that attend over time.
     """
@@ -154,8 +154,7 @@ class TokenDrop(nn.Module):
 class Positions(nn.Module):
     """Adds the spatial embedding, groups the patches, and prepends class token and extra tokens to each group.
 
-    Extra tokens are DINOv2's registers or DeiT's distillation token. The embedding is interpolated for frames of
-    another size.
+    Extra tokens: DINOv2's registers or DeiT's distillation token. Other frame sizes: the embedding is interpolated.
     """
 
     def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: nn.Module) -> None:
@@ -181,10 +180,7 @@ class Positions(nn.Module):
 
 
 def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
-    """Positions of a square grid interpolated bicubically, (1, P, D) -> (1, P of the new grid, D).
-
-    With align_corners False, as in transformers.
-    """
+    """Interpolates a square grid bicubically as transformers does, (1, P, D) -> (1, P of the new grid, D)."""
     side = round(positions.shape[1] ** 0.5)
     picture = positions.transpose(1, 2).reshape(1, -1, side, side)  # (1, D, side, side)
     picture = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
@@ -195,11 +191,9 @@ class TemporalViT(nn.Module):
     """Classifies clips of normalised frames, (B, T, C, H, W) float -> logits (B, K).
 
     With pretrained weights, before training, frame-wise schemes give the mean over times of the image ViT's class
-    token; `joint` gives it for one frame. `initialise=False` leaves all parameters uninitialised.
-
-    Three options belong to a training, not to the config. `drop_path` is the last block's probability; it rises
-    linearly from 0 in the first, as in DeiT (arXiv:2012.12877). `token_drop` is the share of patches dropped in
-    training mode. `run_block` calls a block: set to `recompute_block`, it is gradient checkpointing.
+    token; `joint` gives it for one frame. `initialise=False` leaves all parameters uninitialised. `drop_path` is of
+    the last block; it rises linearly from 0 in the first, as in DeiT (arXiv:2012.12877). `token_drop` is the share
+    of patches dropped in training. `run_block` calls a block: `recompute_block` is gradient checkpointing.
     """
 
     run_block: Callable[..., Tensor]
@@ -210,8 +204,7 @@ class TemporalViT(nn.Module):
         super().__init__()
         self.config = config
         self.run_block = run_block
-        scheme = SCHEMES[config.attention]
-        width, depth, patch_size = config.width, config.depth, config.patch_size
+        scheme, width, patch_size = SCHEMES[config.attention], config.width, config.patch_size
         embedding = TokenIndexedEmbedding if config.temporal_index == "token" else TemporalEmbedding
         with _SkipInit():
             n_channels = config.tubelet_size * config.num_channels
@@ -221,8 +214,9 @@ class TemporalViT(nn.Module):
             drop = TokenDrop(token_drop, aligned=scheme.attends_over_time) if token_drop else nn.Identity()
             self.positions = Positions(config, scheme.grouping(), drop)
             self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+            last = max(1, config.depth - 1)
             self.blocks = nn.ModuleList(
-                scheme.block(config, drop_path * number / max(1, depth - 1)) for number in range(depth)
+                scheme.block(config, drop_path * n / last) for n in range(config.depth)
             )
             self.norm = nn.LayerNorm(width, eps=config.norm_eps)
             self.pool = POOLING[config.pool](config)
@@ -268,8 +262,8 @@ class TemporalViT(nn.Module):
     def added_modules(self) -> dict[str, AddedModule]:
         """The outermost modules, by name, with no counterpart in an image ViT."""
         found = {name: module for name, module in self.named_modules() if isinstance(module, AddedModule)}
-        inner = [name for name in found if any(name.startswith(f"{outer}.") for outer in found)]
-        return {name: module for name, module in found.items() if name not in inner}
+        prefixes = tuple(f"{name}." for name in found)
+        return {name: module for name, module in found.items() if not name.startswith(prefixes)}
 
     def copied_parameters(self) -> dict[str, str]:
         """Parameters that start as copies of pretrained ones: temporal attention's of spatial attention's."""

@@ -65,7 +65,9 @@ def write(job: Job, folder: Path) -> None:
 
 def load(folder: Path) -> AbstractContextManager[Predictor]:
     """The adapter, attached by PEFT to the backbone that transformers loads."""
-    return huggingface.load(folder / BACKBONE, lambda model: lora.load_adapter(model, folder).eval())
+    from peft import PeftModel
+
+    return huggingface.load(folder / BACKBONE, lambda model: PeftModel.from_pretrained(model, folder).eval())
 
 
 def _settings(job: Job) -> TrainSettings:
