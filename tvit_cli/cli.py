@@ -11,9 +11,10 @@ import sys
 import threading
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
 
@@ -71,9 +72,8 @@ tvit export --format onnx --with-preprocessing"""),
 
 def settings_model(verb: str) -> type[Settings]:
     """Settings model of a verb, imported late. train -> TrainSettings"""
-    module = importlib.import_module(f"tvit_cli.settings.{verb}")
-    model: type[Settings] = getattr(module, f"{verb.title()}Settings")
-    return model
+    model = getattr(importlib.import_module(f"tvit_cli.settings.{verb}"), f"{verb.title()}Settings")
+    return cast("type[Settings]", model)
 
 
 def build_app(arguments: Sequence[str] | None = None) -> typer.Typer:
@@ -103,9 +103,8 @@ def build_app(arguments: Sequence[str] | None = None) -> typer.Typer:
 
 # Note [Options of the typed verb only]
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# A verb's options are made from its pydantic model, and importing pydantic takes longer than the rest of
-# `tvit --help`. A verb therefore has options only if its name is among the typed words; the others are listed with
-# their one line of help. Shell completion builds every verb.
+# Importing pydantic takes longer than the rest of `tvit --help`. Therefore only verbs among the typed words get
+# options from their settings models; the others have one line of help. Shell completion builds every verb.
 
 
 def _print_version(is_requested: bool) -> None:
@@ -162,9 +161,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 # Note [Waiting threads sleep]
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# By default, OpenMP threads spin on their cores between two operations. They then block the decoding processes
-# that the model waits for: on 2 busy cores, an epoch of the quickstart took 87 s spinning and 12 s sleeping
-# (docs/negative-results.md). Torch reads the variable on import.
+# By default, OpenMP threads spin between two operations and block the decoding processes: on 2 busy cores, an
+# epoch of the quickstart took 87 s spinning, 12 s sleeping (docs/negative-results.md). Torch reads it on import.
 
 
 def _fail(error: TvitError, code: int) -> None:
@@ -179,9 +177,8 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 # Note [Options are text]
 # ~~~~~~~~~~~~~~~~~~~~~~~
-# Typer receives every option but a switch as text; pydantic alone converts and checks it. Typer would stop at
-# the first bad value and would not check the environment and config files. One validation sees all layers and
-# reports all errors.
+# Typer receives every option but a switch as text; pydantic alone converts and checks it. Its one validation sees
+# all layers and reports all errors; Typer would stop at the first, and not check variables and config files.
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -202,11 +199,9 @@ def _command(name: str) -> Callable[..., None]:
 
     annotations = {k: _annotation(k, f, is_series=k in model.SERIES) for k, f in model.model_fields.items()}
     annotations |= _common(with_preset=name == "train")
-    keyword = inspect.Parameter.KEYWORD_ONLY
     defaults = dict.fromkeys(annotations) | {"verbose": False, "quiet": False}
-    parameters = [
-        inspect.Parameter(k, keyword, default=defaults[k], annotation=annotations[k]) for k in annotations
-    ]
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    parameters = [parameter(k, default=defaults[k], annotation=a) for k, a in annotations.items()]
     body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     body.__annotations__ = dict(annotations)
     return body
@@ -215,10 +210,9 @@ def _command(name: str) -> Callable[..., None]:
 def describe(field: FieldInfo, *, is_series: bool = False) -> str:
     """Help of an option: description, range and default. Choices are in the metavar."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    limits = [f"{words[w]} {getattr(m, w)}" for m in field.metadata for w in words if hasattr(m, w)]
+    limits = ", ".join(f"{words[w]} {getattr(m, w)}" for m in field.metadata for w in words if hasattr(m, w))
     series = "; several, as in 1,2,3, run one after the other" if is_series else ""
-    facts = "; ".join([*([", ".join(limits)] if limits else []), f"default {default(field)}"])
-    return f"{field.description}{series} ({facts})"
+    return f"{field.description}{series} ({limits}{'; ' if limits else ''}default {default(field)})"
 
 
 def default(field: FieldInfo) -> str:
@@ -241,8 +235,7 @@ def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
     metavar: str | None = facts.get("metavar")
     if facts.get("positional"):
         argument = typer.Argument(help=field.description, metavar=metavar, show_default=False)
-        is_one = kind in (str, Path)
-        return Annotated[str | None, argument] if is_one else Annotated[list[str] | None, argument]
+        return Annotated[str | None if kind in (str, Path) else list[str] | None, argument]
     names = [facts.get("flag") or flag(key), *([facts["short"]] if "short" in facts else [])]
     text: Any = str
     choices: tuple[str, ...] = ()
@@ -262,21 +255,16 @@ def _annotation(key: str, field: FieldInfo, *, is_series: bool) -> Any:
 
 
 def _common(*, with_preset: bool) -> dict[str, Any]:
-    """Options that every verb has, and --preset."""
     from tvit_cli.settings.base import presets
 
     panel, names = "Everywhere", presets()
-    config = "Settings from a TOML file or a run's settings.json."
-    preset = f"Named set of settings: {', '.join(names)}."
-    options = {
-        "config": Annotated[str | None, _option(["--config"], config, panel, "FILE")],
-        "verbose": Annotated[bool, _option(["--verbose", "-v"], "Prints details.", panel)],
-        "quiet": Annotated[
-            bool, _option(["--quiet", "-q"], "Prints results, warnings and errors only.", panel)
-        ],
-        "preset": Annotated[str | None, _option(["--preset"], preset, panel, "NAME", names)],
-    }
-    return {key: option for key, option in options.items() if with_preset or key != "preset"}
+    config = _option(["--config"], "Settings from a TOML file or a run's settings.json.", panel, "FILE")
+    verbose = _option(["--verbose", "-v"], "Prints details.", panel)
+    quiet = _option(["--quiet", "-q"], "Prints results, warnings and errors only.", panel)
+    preset = _option(["--preset"], f"Named set of settings: {', '.join(names)}.", panel, "NAME", names)
+    options: dict[str, Any] = {"config": Annotated[str | None, config]}
+    options |= {"verbose": Annotated[bool, verbose], "quiet": Annotated[bool, quiet]}
+    return options | ({"preset": Annotated[str | None, preset]} if with_preset else {})
 
 
 def _option(

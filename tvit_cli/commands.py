@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
 
-COUNTS = ("videos", "unreadable")  # metrics that are whole numbers
-
 
 def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
     """Fetches, verifies or repairs a data set, or lists the known ones."""
@@ -34,26 +32,20 @@ def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
     from tvit_cli.engine.dataset import make_demo_data
 
     if loaded.settings.list_sets:
-        sizes = ("?" if d.bytes is None else size_text(d.bytes) for d in engine.known_datasets())
-        rows = [
-            (d.name, d.classes, f"{d.clips:,}", size, d.licence, d.title)
-            for d, size in zip(engine.known_datasets(), sizes, strict=True)
-        ]
+        rows = []
+        for d in engine.known_datasets():
+            size = "?" if d.bytes is None else size_text(d.bytes)
+            rows.append((d.name, d.classes, f"{d.clips:,}", size, d.licence, d.title))
         console.table(["name", "classes", "clips", "download", "licence", "title"], rows)
         return
     with console:
-        result = engine.download(
-            loaded.settings,
-            makers={"motions": lambda folder: make_demo_data(folder, console.report)},
-            report=console.report,
-        )
+        makers = {"motions": lambda folder: make_demo_data(folder, console.report)}
+        result = engine.download(loaded.settings, makers=makers, report=console.report)
     for difference in result.differences:
         console.warn(f"{difference.path}: {difference.kind}: {difference.detail}")
     if count := len(result.differences):
-        raise RunError(
-            f"{result.folder}: {plural(count, 'difference')} from the manifest. "
-            f"Repair them: tvit download {result.name} --repair"
-        )
+        repair = f"tvit download {result.name} --repair"
+        raise RunError(f"{result.folder}: {plural(count, 'difference')} from the manifest. Repair: {repair}")
     console.print(
         f"{result.folder}: {plural(result.videos, 'video')} of {plural(result.classes, 'class')}; "
         f"{plural(result.new_files, 'new file')}, {size_text(result.bytes_received)} fetched."
@@ -124,14 +116,12 @@ def train(loaded: Loaded[TrainSettings], console: Console) -> None:
         return
     result = console.run(engine.train, settings)
     if best := result.best:
-        console.print(
-            f"Best epoch {result.best_epoch}: validation top-1 {best['val_video_top1']:.3f} "
-            f"(loss {best['val_loss']:.3f})."
-        )
+        scores = f"validation top-1 {best['val_video_top1']:.3f} (loss {best['val_loss']:.3f})"
+        console.print(f"Best epoch {result.best_epoch}: {scores}.")
     if result.test is not None:
-        metrics = result.test.metrics
-        videos = plural(round(metrics["videos"]), "test video")
-        console.print(f"Test top-1 {metrics['video_top1']:.3f} on {videos}, none of them used in training.")
+        top1, videos = (result.test.metrics[name] for name in ("video_top1", "videos"))
+        count = plural(round(videos), "test video")
+        console.print(f"Test top-1 {top1:.3f} on {count}, none of them used in training.")
     _print_report(console, result.report)
     model = result.model
     console.next_steps(model, [f"tvit predict VIDEO --model {model}", f"tvit eval --model {model}"])
@@ -139,10 +129,8 @@ def train(loaded: Loaded[TrainSettings], console: Console) -> None:
 
 def _print_settings(console: Console, loaded: Loaded[TrainSettings]) -> None:
     series = [settings.model_dump(mode="json", exclude={"show_settings"}) for settings in loaded.series]
-    rows = [
-        (name, ",".join(dict.fromkeys(json.dumps(values[name]) for values in series)), loaded.origins[name])
-        for name in series[0]
-    ]
+    shown = {name: dict.fromkeys(json.dumps(values[name]) for values in series) for name in series[0]}
+    rows = [(name, ",".join(values), loaded.origins[name]) for name, values in shown.items()]
     console.table(["setting", "value", "from"], rows)
 
 
@@ -153,7 +141,7 @@ def _print_plan(console: Console, plan: DryRun) -> None:
     terms = ("weights", "gradients", "moments", "average", "workspace")
     parts = [f"{name} {size_text(getattr(memory, name))}" for name in terms if getattr(memory, name)]
     parts.append(f"{plural(clips, 'clip')} × {size_text(memory.activations_per_clip)}")
-    step_flops = plan.pass_flops * plan.clips_per_step
+    step_flops = f"{plan.pass_flops * plan.clips_per_step / 1e12:,.3f} TFLOP per step"
     rows = {
         "run": plan.folder,
         "data": plan.data,
@@ -163,8 +151,7 @@ def _print_plan(console: Console, plan: DryRun) -> None:
         "batch": plan.batch,
         "steps": f"{plural(plan.epochs, 'epoch')} of {plan.steps_per_epoch}",
         "evaluated clip": f"{plan.forward_flops / 1e9:,.2f} GFLOP, forward",
-        "trained clip": f"{plan.pass_flops / 1e9:,.2f} GFLOP, forward and backward; {step_flops / 1e12:,.3f} TFLOP "
-        "per step",
+        "trained clip": f"{plan.pass_flops / 1e9:,.2f} GFLOP, forward and backward; {step_flops}",
         "memory": f"{size_text(memory.needed(clips))} of {size_text(plan.available)}: {' + '.join(parts)}",
         "step": f"{plan.seconds_per_step:.3g} s, {plan.data_wait:.0%} of it waiting for data",
         "validation": duration(plan.validation_seconds),
@@ -229,10 +216,10 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
     if result.confused:
         console.table(["most confused", "predicted as", "videos"], result.confused)
         console.print("")
-    metrics = [
-        (name, f"{value:.{0 if name in COUNTS else 4}f}", _interval(result.intervals.get(name)))
-        for name, value in result.metrics.items()
-    ]
+    metrics = []
+    for name, value in result.metrics.items():
+        digits = 0 if name in ("videos", "unreadable") else 4
+        metrics.append((name, f"{value:.{digits}f}", _interval(result.intervals.get(name))))
     console.table(["metric", result.subset, "95 % interval"], metrics)
     speed = result.metrics["videos"] / result.seconds
     console.print(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
@@ -269,12 +256,18 @@ def _compare(settings: EvalSettings, console: Console) -> None:
 
 def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
     """Labels videos and prints a table, JSON lines or CSV. Raises RunError if some could not be read."""
-    from tvit_cli.console import read_list
     from tvit_cli.engine import predict as engine
 
     settings = loaded.settings
     if "-" in settings.paths:
-        settings = settings.model_copy(update={"paths": _with_list(settings.paths, read_list())})
+        listed = [line for text in sys.stdin if (line := text.rstrip("\r\n"))]
+        if not listed:
+            raise DataError(
+                "-: stdin is empty. Give a path per line: find clips -name '*.mp4' | tvit predict -"
+            )
+        first = settings.paths.index("-")
+        others = [path for path in settings.paths[first:] if path != "-"]
+        settings = settings.model_copy(update={"paths": (*settings.paths[:first], *listed, *others)})
     if settings.window is not None:
         _timelines(settings, console)
         return
@@ -283,7 +276,7 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
         for p in result.predictions:
             labels = [{"label": label, "score": score} for label, score in p.labels]
             console.json_line(
-                {"video": p.video} | ({"error": p.error} if p.error else {"predictions": labels})
+                {"video": p.video, **({"error": p.error} if p.error else {"predictions": labels})}
             )
     elif settings.csv:
         rows: list[tuple[object, ...]] = []
@@ -302,7 +295,6 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
 
 
 def _timelines(settings: PredictSettings, console: Console) -> None:
-    """Prints the segments of each video's timeline."""
     from tvit_cli.engine.predict import predict_timelines
 
     results = console.run(predict_timelines, settings)
@@ -311,13 +303,10 @@ def _timelines(settings: PredictSettings, console: Console) -> None:
     columns = ["video", "start", "end", "label", "score"]
     if settings.json_lines:
         for r in results:
-            value: dict[str, object] = {"video": r.video}
-            if r.timeline is None:
-                value["error"] = r.error
-            else:
-                segments = [asdict(segment) for segment in r.timeline.segments]
-                value |= {"seconds": r.timeline.seconds, "segments": segments}
-            console.json_line(value)
+            value: dict[str, object] = {"error": r.error}
+            if t := r.timeline:
+                value = {"seconds": t.seconds, "segments": [asdict(segment) for segment in t.segments]}
+            console.json_line({"video": r.video, **value})
     elif settings.csv:
         rows: list[tuple[object, ...]] = [
             (video, f"{s.start:.3f}", f"{s.end:.3f}", s.label, s.score, "") for video, s in found
@@ -330,19 +319,7 @@ def _timelines(settings: PredictSettings, console: Console) -> None:
     _raise_failures(console, failed, len(results), [reason for r in results for reason in r.unwritten])
 
 
-def _with_list(paths: tuple[str, ...], listed: list[str]) -> tuple[str, ...]:
-    """Replaces the first `-` by the paths of stdin and removes the others."""
-    if not listed:
-        raise DataError(
-            "-: stdin is empty. Give one path per line: find clips -name '*.mp4' | tvit predict -"
-        )
-    first = paths.index("-")
-    return (*paths[:first], *listed, *(path for path in paths[first:] if path != "-"))
-
-
-def _raise_failures(
-    console: Console, failed: Mapping[str, str], videos: int, unwritten: Sequence[str]
-) -> None:
+def _raise_failures(console: Console, failed: dict[str, str], videos: int, unwritten: Sequence[str]) -> None:
     for name, error in failed.items():
         console.warn(f"{name}: {error}")
     unread = [f"{len(failed)} of {plural(videos, 'video')} could not be read."] if failed else []

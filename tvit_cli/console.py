@@ -35,9 +35,8 @@ def print_error(error: BaseException) -> None:
     """Prints an error's message on stderr; one that all processes raise is printed by the main process only."""
     if isinstance(error, RunError) and error.by_all and not _is_main_process():
         return
-    RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[bold red]error:[/] {escape(str(error))}"
-    )
+    console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(str(error))}")
 
 
 def _is_main_process() -> bool:
@@ -53,19 +52,12 @@ def duration(seconds: float) -> str:
 
 
 class _Bars(progress.Progress):
-    """Progress bars above one line of facts, cut to the width of the terminal."""
-
     facts = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.tasks and self.facts:
             yield Text(self.facts, style="dim", overflow="ellipsis", no_wrap=True)
-
-
-def read_list() -> list[str]:
-    """Non-empty lines of stdin."""
-    return [line for text in sys.stdin if (line := text.rstrip("\r\n"))]
 
 
 class Console:
@@ -143,7 +135,7 @@ class Console:
         table = Table(box=None, pad_edge=False, header_style="bold")
         cells = [[str(cell) for cell in row] for row in rows]
         for number, column in enumerate(columns):
-            are_numbers = all(not row[number] or row[number][0].isdigit() for row in cells)
+            are_numbers = all(row[number][:1].isdigit() or not row[number] for row in cells)
             table.add_column(column, justify="right" if are_numbers else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(escape, row))
@@ -171,19 +163,15 @@ class Console:
 
     def next_steps(self, path: Path, commands: Iterable[str]) -> None:
         """Prints the path of a model and the commands that use it; a quiet console prints the path only."""
-        if self._verbosity == "quiet":
-            self.print(str(path))
-            return
-        self._out.print(f"The model is in [bold]{escape(str(path))}[/]. Next:")
-        for command in commands:
-            self._out.print(f"  [bold cyan]{escape(command)}[/]")
+        shown = [f"The model is in [bold]{escape(str(path))}[/]. Next:"]
+        shown += [f"  [bold cyan]{escape(command)}[/]" for command in commands]
+        self._out.print(escape(str(path)) if self._verbosity == "quiet" else "\n".join(shown))
 
     def _print_progress(self, markup: str) -> None:
         if self._verbosity != "quiet":
             self._err.print(markup)
 
     def _line(self, text: str) -> None:
-        """Prints a line of progress at intervals where there is no live display."""
         now = time.monotonic()
         if not self._is_live and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
@@ -207,6 +195,6 @@ class Console:
         if "val_loss" in m:
             name = "val (EMA)" if "ema_decay" in m else "val"
             text += f"  │ {name} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
-        text += f"  │ {m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
-        text += f", {m['data_wait']:.0%} waiting for data"
+        speed = f"{m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
+        text += f"  │ {speed}, {m['data_wait']:.0%} waiting for data"
         self._print_progress(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))

@@ -1,13 +1,4 @@
-"""Errors for the user, with their exit codes.
-
-    TvitError                  exit code 2: the user can mend it
-    ├── SettingsError          a flag, an environment variable, a key of a config file or preset
-    ├── DataError              a data folder, a manifest, a split
-    │   └── VideoError         one video that cannot be read
-    ├── ModelError             pretrained weights, a model folder, a target module
-    ├── CheckpointError        a checkpoint that cannot be resumed
-    └── RunError               exit code 1: the machine or the run failed (disk full, part of the work failed)
-        └── Interrupted        stopped by a signal; carries that signal's exit code
+"""Errors for the user: exit code 2 for mistakes that the user can mend, 1 for failures of the machine or the run.
 
 Messages name the thing, the value, the limit and the next step.
 """
@@ -24,7 +15,7 @@ class TvitError(Exception):
 
 
 class SettingsError(TvitError):
-    """A setting that cannot be used."""
+    """A flag, environment variable, or key of a config file or preset that cannot be used."""
 
 
 class DataError(TvitError):
@@ -36,7 +27,7 @@ class VideoError(DataError):
 
 
 class ModelError(TvitError):
-    """Weights or a model folder that cannot be used."""
+    """Pretrained weights, a model folder or a target module that cannot be used."""
 
 
 class CheckpointError(TvitError):
@@ -44,7 +35,7 @@ class CheckpointError(TvitError):
 
 
 class RunError(TvitError):
-    """The machine or the run failed; nothing that the user typed was wrong."""
+    """A failure of the machine or the run, such as a full disk or a part of the work that failed."""
 
     exit_code = 1
 
@@ -55,7 +46,7 @@ class RunError(TvitError):
 
 
 class Interrupted(RunError):
-    """Stopped by a signal after the state was saved."""
+    """A stop by a signal after the state was saved; `exit_code` is the signal's."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message, by_all=True)

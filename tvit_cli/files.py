@@ -91,14 +91,14 @@ def file_lock(lock: Path, busy: str, *, inherited: bool = True) -> Iterator[bool
     Raises RunError with the text `busy` if another process holds the lock, or if the file cannot be made.
     """
     with _open_lock(lock) as file:
-        is_held = True
+        has_locks = True
         try:
             _lock(file.fileno(), inherited)
         except OSError as error:
             if error.errno not in LOCKLESS:
                 raise RunError(busy) from error
-            is_held = False
-        yield is_held
+            has_locks = False
+        yield has_locks
 
 
 def _open_lock(lock: Path) -> BinaryIO:
@@ -108,9 +108,8 @@ def _open_lock(lock: Path) -> BinaryIO:
     except OSError as error:
         if lock.is_file():  # a read-only file can be locked as well
             return lock.open("rb")
-        raise RunError(
-            f"{lock.parent}: cannot be written ({error.strerror}). Choose another folder."
-        ) from error
+        text = f"{lock.parent}: cannot be written ({error.strerror}). Choose another folder."
+        raise RunError(text) from error
 
 
 if sys.platform == "win32":
@@ -174,7 +173,7 @@ def move_files(source: Path, target: Path, names: list[str]) -> None:
 def remove_work(folder: Path, own: re.Pattern[str]) -> None:
     """Removes a working folder if it exists and `own` matches the relative paths of all its files.
 
-    Raises DataError for foreign files or anything but a folder in its place; nothing is removed then.
+    Raises DataError for foreign files, or if `folder` is a link or a file; nothing is removed then.
     """
     if not os.path.lexists(folder):
         return
@@ -194,11 +193,9 @@ def require_free(folder: Path, need: int, *, purpose: str) -> None:
     """Raises RunError if fewer than `need` bytes and a reserve are free."""
     have = free_bytes(folder)
     if need + SPARE_BYTES > have:
-        raise RunError(
-            f"{folder}: {purpose} needs {size_text(need)}, {size_text(have)} are free "
-            f"({size_text(SPARE_BYTES)} are kept in reserve). Free {size_text(need + SPARE_BYTES - have)}, "
-            "or name a folder on another disk with --data-directory."
-        )
+        space = f"{size_text(have)} are free ({size_text(SPARE_BYTES)} are kept in reserve)"
+        advice = f"Free {size_text(need + SPARE_BYTES - have)}, or take another disk (--data-directory)."
+        raise RunError(f"{folder}: {purpose} needs {size_text(need)}, {space}. {advice}")
 
 
 @contextmanager
@@ -209,31 +206,27 @@ def disk_full_errors(folder: Path, *, purpose: str, need: Callable[[], int]) -> 
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise RunError(
-            f"{folder}: disk full while {purpose} ({error.strerror}); {size_text(need())} more are needed. "
-            "Free them and run the same command again: it resumes here."
-        ) from error
+        reason = f"disk full while {purpose} ({error.strerror}); {size_text(need())} more are needed"
+        raise RunError(f"{folder}: {reason}. Free them and run the same command again to resume.") from error
 
 
 def size_text(size: float) -> str:
     """A size with its unit. 6960400115 -> "6.96 GB"."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size:.0f} bytes"
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u), (1, ""))
+    return f"{size / unit:.3g} {name}" if name else f"{size:.0f} bytes"
 
 
 def check_folder(option: str, given: Path, folder: Path | None = None) -> None:
-    """Raises DataError if a file lies in the place of `folder` or of a parent.
+    """Raises DataError if `folder` or a parent is a file.
 
     `given` is the value of `option`; `folder` is the same or lies below it.
     """
     with suppress(PermissionError):  # writing will report it
         nearest = _nearest(folder or given)
         if not nearest.is_dir():
-            where = "" if nearest == given else f"{nearest} "
+            file = "" if nearest == given else f"{nearest} "
             raise DataError(
-                f"{option} {given}: {where}is a file, not a folder. Name another folder, or move the file away."
+                f"{option} {given}: {file}is a file, not a folder. Move it, or name another folder."
             )
 
 
@@ -241,10 +234,8 @@ def check_writable(option: str, given: Path, folder: Path) -> None:
     """`check_folder`, and DataError without write permission."""
     check_folder(option, given, folder)
     if not is_writable(folder):
-        raise DataError(
-            f"{option} {given}: no write permission in {_nearest(folder).absolute()}. Name another folder, or ask "
-            "for access."
-        )
+        parent = _nearest(folder).absolute()
+        raise DataError(f"{option} {given}: no write permission in {parent}. Name another folder.")
 
 
 def is_writable(folder: Path) -> bool:
@@ -273,5 +264,5 @@ def collect_errors(errors: list[str]) -> Iterator[None]:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
+    """The folder or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())

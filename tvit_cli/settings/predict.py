@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from tvit_cli.settings.base import flag, setting
 from tvit_cli.settings.types import MODEL, InferenceSettings, seconds
 
-OUTPUT, TIMELINE, FILES = "Output", "Timelines of long videos", "Files"
+labels, timeline = (partial(setting, panel=p) for p in ("Output", "Timelines of long videos"))
+files = partial(setting, None, panel="Files", default_text="nothing is written", metavar="FILE")
 
 # A string, because a Path collapses the two slashes of a URL. A file name may begin with a blank.
 Named = Annotated[
@@ -21,7 +23,6 @@ Named = Annotated[
 ]
 Seconds = Annotated[float | None, BeforeValidator(seconds)]
 SHORTEST = 0.001  # seconds, a thousand times the resolution at which times are compared
-NOTHING = "nothing is written"
 
 ENDINGS = {"embeddings": (".safetensors",), "explain": (".png",), "annotate": (".mp4", ".mov", ".mkv")}
 
@@ -37,31 +38,27 @@ class PredictSettings(InferenceSettings):
         "int8 matrix products on CPUs where they are faster (up to 2 times); scores differ slightly", MODEL,
         flag="--int8")
 
-    top_k: int = setting(5, "Labels per video", OUTPUT, ge=1)
-    json_lines: bool = setting(False, "Prints one JSON object per video", OUTPUT, flag="--json")
-    csv: bool = setting(False, "Prints CSV: one row per label, or per segment of a timeline", OUTPUT,
-        flag="--csv")
+    top_k: int = labels(5, "Labels per video", ge=1)
+    json_lines: bool = labels(False, "Prints one JSON object per video", flag="--json")
+    csv: bool = labels(False, "Prints CSV: one row per label, or per segment of a timeline", flag="--csv")
 
-    window: Seconds = setting(None,
-        "Length of a sliding window, such as 2s or 500ms; segments of each video are shown", TIMELINE,
-        ge=SHORTEST, metavar="SECONDS", default_text="off: the whole video is one clip")
-    stride: Seconds = setting(None, "Interval between the starts of two windows", TIMELINE, ge=SHORTEST,
+    window: Seconds = timeline(None,
+        "Length of a sliding window, such as 2s or 500ms; segments of each video are shown", ge=SHORTEST,
+        metavar="SECONDS", default_text="off: the whole video is one clip")
+    stride: Seconds = timeline(None, "Interval between the starts of two windows", ge=SHORTEST,
         metavar="SECONDS", default_text="a quarter of the window")
-    smoothing: float = setting(2.0,
+    smoothing: float = timeline(2.0,
         "Transition penalty of the Viterbi smoothing in log-odds, halved at shot boundaries; 0 disables",
-        TIMELINE, ge=0)
-    output: Path | None = setting(None,
-        "Folder of each timeline's windows (timeline.csv) and chart (timeline.png)", TIMELINE,
-        default_text=NOTHING)
+        ge=0)
+    output: Path | None = timeline(None,
+        "Folder of each timeline's windows (timeline.csv) and chart (timeline.png)",
+        default_text="nothing is written")
 
-    embeddings: Path | None = setting(None,
-        "Writes one embedding per video to a .safetensors file, for search and clustering", FILES,
-        default_text=NOTHING, metavar="FILE")
-    explain: Path | None = setting(None,
-        "Writes integrated gradients of the top label for one video, with a deletion test, to a PNG", FILES,
-        default_text=NOTHING, metavar="FILE")
-    annotate: Path | None = setting(None, "Writes one video with its labels drawn in, to .mp4, .mov or .mkv",
-        FILES, default_text=NOTHING, metavar="FILE")
+    embeddings: Path | None = files(
+        "Writes one embedding per video to a .safetensors file, for search and clustering")
+    explain: Path | None = files(
+        "Writes integrated gradients of the top label for one video, with a deletion test, to a PNG")
+    annotate: Path | None = files("Writes one video with its labels drawn in, to .mp4, .mov or .mkv")
     # fmt: on
 
     @model_validator(mode="after")
