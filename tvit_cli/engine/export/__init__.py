@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -12,18 +12,17 @@ from safetensors import SafetensorError
 
 import tvit_cli
 from tvit_cli.engine.export import adapter, huggingface, onnx, pytorch
-from tvit_cli.engine.export.formats import Format, Job, write_json
+from tvit_cli.engine.export.formats import Format, Job
 from tvit_cli.engine.export.model_card import README_FILE, readme
 from tvit_cli.engine.export.parity import Parity, check_parity, reference
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError, shorten
-from tvit_cli.files import foreign_files, sha256
+from tvit_cli.files import files_below, foreign_files, sha256, write_json
 from tvit_cli.model.folder import PARITY_FILE, own_files, replace_folder
 from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.export import ExportFormat, ExportSettings
 
 LOGIN = "Log in with a token that may write (https://huggingface.co/settings/tokens): hf auth login"
-REFUSED = (401, 403)  # HTTP: unauthorized, forbidden
 
 FORMATS: dict[ExportFormat, Format] = {
     "safetensors": pytorch.SAFETENSORS,
@@ -69,20 +68,20 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
                 form.write(job, folder)
                 parity = check_parity(form, folder, expected, settings)
                 (folder / README_FILE).write_text(readme(job, form, parity), encoding="utf-8")
-                files = sorted(path for path in folder.rglob("*") if path.is_file())
                 record = {
                     "format": settings.format,
                     "with_preprocessing": settings.with_preprocessing,
                     "int8": settings.int8,
-                    **parity.to_dict(),
+                    **asdict(parity),
+                    "passed": parity.passed,
                     "weights_sha256": trained.card.weights_sha256,
                     "tvit": tvit_cli.__version__,
                     "python": platform.python_version(),
                     "machine": platform.machine(),
                     "packages": {name: metadata.version(name) for name in form.packages},
-                    "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+                    "files": {name: sha256(folder / name) for name in files_below(folder)},
                 }
-                write_json(folder / PARITY_FILE, record)
+                write_json(folder / PARITY_FILE, record, indent=2)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"{output}: the export cannot be written ({error}). Free some space, or choose another --output."
@@ -91,29 +90,27 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     if settings.push_to_hub is not None:
         report(Note(f"Uploading to {settings.push_to_hub}"))
         url = publish(output, settings.push_to_hub, private=settings.private)
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    size = sum((output / name).stat().st_size for name in files_below(output))
     return ExportResult(output, size, parity, url)
 
 
 def _check_output(output: Path, settings: ExportSettings) -> None:
     """Raises SettingsError for a folder that is not free and may not be replaced."""
     if output.resolve() == Path.cwd():
-        raise SettingsError(f"--output {output}: is the current directory. Name a folder in it.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        reason = "is the current directory. Name a folder in it."
+    elif not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / PARITY_FILE).is_file():
-        raise SettingsError(f"{output}: exists and is no export. Name another folder with --output.")
-    if output.is_symlink():
-        raise SettingsError(f"{output}: is a link. Name its target, or another folder, with --output.")
-    if foreign := foreign_files(output, own_files(output)):
-        raise SettingsError(
-            f"{output}: holds files that tvit did not write: {shorten(foreign)}. Move them away, or name another "
-            "folder with --output."
-        )
-    if not settings.overwrite:
-        raise SettingsError(
-            f"{output}: an export is there already. Replace it with --overwrite, or name another --output."
-        )
+    elif not (output / PARITY_FILE).is_file():
+        reason = "exists and is no export. Name another folder with --output."
+    elif output.is_symlink():
+        reason = "is a link. Name its target, or another folder, with --output."
+    elif foreign := foreign_files(output, own_files(output)):
+        reason = f"has files that tvit did not write: {shorten(foreign)}. Move them away, or name another --output."
+    elif not settings.overwrite:
+        reason = "an export is there already. Replace it with --overwrite, or name another --output."
+    else:
+        return
+    raise SettingsError(f"{output}: {reason}")
 
 
 def check_login() -> None:
@@ -160,13 +157,13 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
     if is_public:
         raise RunError(
             f"--private: {repository} is a public repository, so nothing was uploaded. The export is complete in "
-            f"{folder}. Make the repository private (Settings on its page), name another, or leave out --private."
+            f"{folder}. Make the repository private on its page, name another, or leave out --private."
         )
     return str(url)
 
 
 def _is_refused(error: Exception) -> bool:
-    return getattr(getattr(error, "response", None), "status_code", None) in REFUSED
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
 
 
 def _one_line(error: Exception) -> str:

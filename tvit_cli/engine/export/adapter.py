@@ -17,9 +17,7 @@ from tvit_cli.settings.base import load as load_settings
 from tvit_cli.settings.train import TrainSettings
 
 BACKBONE = "backbone"
-OTHERWISE = (
-    "A model folder holds merged weights only. Name the run's folder, or export with another --format."
-)
+OTHERWISE = "A model folder has merged weights only. Name the run's folder, or export with another --format."
 
 
 def check(job: Job) -> None:
@@ -34,10 +32,10 @@ def check(job: Job) -> None:
         raise ModelError(
             f"{job.trained.folder}: trained with {how}, so there is no adapter. Export it with another --format."
         )
-    if not list_checkpoints(job.trained.run / settings.checkpoint_dir):
+    folder = job.trained.run / settings.checkpoint_dir
+    if not list_checkpoints(folder):
         raise ModelError(
-            f"{job.trained.run / settings.checkpoint_dir}: no checkpoint there. The adapter is in the checkpoints "
-            f"of its run. {OTHERWISE}"
+            f"{folder}: no checkpoint there. The adapter is in the checkpoints of its run. {OTHERWISE}"
         )
 
 

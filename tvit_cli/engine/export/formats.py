@@ -6,14 +6,13 @@ Letters: B clips, T frames, H W pixels, S the side of the model's frame, O outpu
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from types import ModuleType
@@ -33,11 +32,6 @@ from tvit_cli.settings.export import ExportSettings
 
 PORTABLE = Path(tvit_cli.__file__).parent / "portable"
 SOURCE = "source"  # package of the network's source files in an export
-MACHINE_SETTINGS = (
-    "working_directory",
-    "resume_from_checkpoint",
-)  # paths of this machine, left out of the card
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
 
 Predictor = Callable[[Path], Tensor]  # one video -> its logits, or log probabilities, (K,)
 
@@ -54,7 +48,8 @@ class Job:
     def card(self) -> ModelCard:
         """The public card: paths of this machine are left out or reduced to their last part."""
         card = self.trained.card
-        settings = {key: value for key, value in card.settings.items() if key not in MACHINE_SETTINGS}
+        left_out = ("working_directory", "resume_from_checkpoint")
+        settings = {key: value for key, value in card.settings.items() if key not in left_out}
         for key, public in (("path_to_data", _last_part), ("hf_model_name", _public_name)):
             if settings.get(key):
                 settings[key] = public(settings[key])
@@ -84,37 +79,26 @@ class Format:
 
 
 def _public_name(name: str) -> str:
-    """A hub name unchanged; the last part of a path."""
-    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else _last_part(name)
+    is_on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists()
+    return name if is_on_hub else _last_part(name)
 
 
 def _last_part(path: str) -> str:
     return PureWindowsPath(Path(path).resolve()).name  # splits at either slash
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes indented JSON. Raises OSError."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def suppress_logs() -> Iterator[None]:
     """Suppresses logs below errors, warnings, and progress bars of transformers where it is loaded."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    transformers = sys.modules.get("transformers.utils.logging")
-    if transformers is not None and not transformers.is_progress_bar_enabled():
-        transformers = None
-    if transformers is not None:
-        transformers.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-        if transformers is not None:
-            transformers.enable_progress_bar()
+    with ExitStack() as after, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        transformers = sys.modules.get("transformers.utils.logging")
+        if transformers is not None and transformers.is_progress_bar_enabled():
+            after.callback(transformers.enable_progress_bar)
+            transformers.disable_progress_bar()
+        yield
 
 
 def copy_source(folder: Path, *, package: bool = True) -> None:
@@ -149,14 +133,29 @@ def read_frames(source: Callable[[str], ModuleType], video: Path, facts: dict[st
     return frames[None]
 
 
+@contextmanager
+def graph_predictor(
+    folder: Path,
+    facts: dict[str, Any],
+    model: Callable[[Tensor], Tensor],
+    preprocess: Callable[[Tensor], Tensor] | None,
+) -> Iterator[Predictor]:
+    """Exported graphs on frames read by the export's own `reading.py`; without `preprocess`, it is in the model."""
+    with import_source(folder) as source:
+
+        def predict(video: Path) -> Tensor:
+            frames = torch.from_numpy(read_frames(source, video, facts))
+            return model(frames)[0].log() if preprocess is None else model(preprocess(frames))[0]
+
+        yield predict
+
+
 # Note [Bit-exact preprocessing without a resize operator]
 # On a CPU, torch resizes uint8 with weights rounded to 16 bits and rounds to uint8 after each axis. ONNX has no
-# such operator, and a difference of one grey level changes a logit by up to a hundred times the parity limit. All
-# values are integers, so a product with the matrix of these weights, in float64, gives the same bits; a test
-# compares them over many sizes. The number of fractional bits depends on the largest weight of all outputs,
-# including those outside the crop: they are computed up to an aspect ratio of MAX_ASPECT.
+# such operator, and one grey level changes a logit by up to a hundred times the parity limit. A product with the
+# matrix of these integer weights, in float64, gives the same bits. The number of fractional bits depends on the
+# largest weight, also outside the crop: weights are computed up to an aspect ratio of MAX_ASPECT.
 MAX_ASPECT = 4
-WEIGHT_BITS = 15  # below 2**15: int16
 MAX_PRECISION = 22
 
 
@@ -172,14 +171,13 @@ class PreprocessingGraph(nn.Module):
         self.size = preprocessing.frame_size
         self.scale_to = preprocessing.scale_to
         self.crops = preprocessing.resize == "crop"
-        mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(3, 1, 1)
-        std = torch.tensor(preprocessing.std, dtype=torch.float64).view(3, 1, 1)
+        moments = (preprocessing.mean, preprocessing.std)
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in moments)
         self.register_buffer("powers", 2.0 ** torch.arange(MAX_PRECISION + 2, dtype=torch.float64))
         self.register_buffer("shift", (255 * mean).float())
         self.register_buffer("scale", (1 / (255 * std)).float())
 
     def forward(self, frames: Tensor) -> Tensor:
-        """(B, T, H, W, 3) -> (B, T, 3, S, S)."""
         height, width = frames.shape[2:4]
         rows = torch.arange(height, dtype=torch.float64)  # (H,)
         columns = torch.arange(width, dtype=torch.float64)  # (W,)
@@ -194,15 +192,15 @@ class PreprocessingGraph(nn.Module):
     def _weights(self, inputs: Tensor, short: Tensor) -> tuple[Tensor, Tensor]:
         """Integer weights (S, I) of the outputs inside the crop, and their power of two."""
         count = inputs[-1] + 1
-        full = torch.full_like(count, self.scale_to)
-        if self.crops:
-            full = (count * self.scale_to / short).round()
+        full = (
+            (count * self.scale_to / short).round() if self.crops else torch.full_like(count, self.scale_to)
+        )
         outputs = torch.arange(self.size, dtype=torch.float64)
         every = torch.arange(MAX_ASPECT * self.scale_to, dtype=torch.float64)
         largest = _triangles(every.clamp(max=full - 1), inputs, count, full).max()
         first = ((full - self.size) / 2).floor()
         kept = _triangles(first + outputs, inputs, count, full)
-        fits = (0.5 + largest * self.powers[1:-1]).floor() < 2**WEIGHT_BITS
+        fits = (0.5 + largest * self.powers[1:-1]).floor() < 2**15  # int16
         power = self.powers.index_select(0, fits.sum().reshape(1))  # (1,)
         return (kept * power + 0.5).floor(), power
 
@@ -232,14 +230,12 @@ class EndToEndGraph(nn.Module):
         self.model = model
 
     def forward(self, frames: Tensor) -> Tensor:
-        """(B, T, H, W, 3) -> (B, K)."""
         scores: Tensor = self.model(self.preprocessing(frames)).softmax(1)
         return scores
 
 
 FRAMES, PIXELS, LOGITS, SCORES = "frames", "pixel_values", "logits", "scores"
 EXAMPLE_CLIPS = 2  # tracing specialises a size of 1
-EXAMPLE_FRAME = (56, 72)  # height and width
 
 
 @dataclass(frozen=True)
@@ -256,7 +252,7 @@ class Graph:
 def graphs(job: Job) -> dict[str, Graph]:
     """The graphs to trace by file name: model and preprocessing, or one graph of both."""
     facts, model = job.trained.card.preprocessing, job.trained.model
-    frames = torch.zeros(EXAMPLE_CLIPS, facts.n_frames, *EXAMPLE_FRAME, 3, dtype=torch.uint8)
+    frames = torch.zeros(EXAMPLE_CLIPS, facts.n_frames, 56, 72, 3, dtype=torch.uint8)
     any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if job.settings.with_preprocessing:
         return {"model": Graph(EndToEndGraph(facts, model).eval(), frames, any_size, FRAMES, SCORES)}

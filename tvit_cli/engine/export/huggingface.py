@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.formats import Format, Job, Predictor, copy_source, suppress_logs, write_json
+from tvit_cli.engine.export.formats import Format, Job, Predictor, copy_source, suppress_logs
 from tvit_cli.errors import ModelError
+from tvit_cli.files import write_json
 from tvit_cli.model.families import EXPORTED
 from tvit_cli.model.folder import CONFIG_FILE, WEIGHTS_FILE, save_tensors
 from tvit_cli.settings.card import ModelCard
 
-PROCESSOR_FILE = "video_preprocessor_config.json"
 PREFIX = "network."  # TvitForVideoClassification.network is the TemporalViT
 MIN_TRANSFORMERS = 5  # major version; the pipelines of earlier ones sample frames themselves
 
@@ -62,16 +62,14 @@ def write_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> N
     processor = {
         "auto_map": {"AutoVideoProcessor": "processing_tvit.TvitVideoProcessor"},
         "video_processor_type": "TvitVideoProcessor",
-        "n_frames": facts.n_frames,
-        "frame_grid": facts.frame_grid,
-        "frame_size": facts.frame_size,
-        "resize": facts.resize,
-        "scale_to": facts.scale_to,
+        **{
+            key: getattr(facts, key) for key in ("n_frames", "frame_grid", "frame_size", "resize", "scale_to")
+        },
         "image_mean": facts.mean,
         "image_std": facts.std,
     }
-    write_json(folder / CONFIG_FILE, config)
-    write_json(folder / PROCESSOR_FILE, processor)
+    write_json(folder / CONFIG_FILE, config, indent=2)
+    write_json(folder / "video_preprocessor_config.json", processor, indent=2)
     copy_source(folder, package=False)
 
 
@@ -89,7 +87,7 @@ def load(folder: Path, change: Any = None) -> Iterator[Predictor]:
         def predict(video: Path) -> Tensor:
             found = classify(str(video), top_k=len(labels), function_to_apply="none")
             by_label = {entry["label"]: entry["score"] for entry in found}
-            return torch.tensor([by_label[labels[index]] for index in range(len(labels))])
+            return torch.tensor([by_label[label] for _, label in sorted(labels.items())])
 
         yield predict
 

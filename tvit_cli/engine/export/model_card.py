@@ -30,10 +30,10 @@ OUTSIDE = (
 def readme(job: Job, form: Format, parity: Parity) -> str:
     """README.md: metadata for the Hugging Face hub, usage, metrics, parity, provenance."""
     card, settings = job.card, job.settings
-    header = [f"library_name: {form.library}", "pipeline_tag: video-classification", "tags:"]
-    header += ["- tvit", "- video-classification"]
+    header = f"library_name: {form.library}\npipeline_tag: video-classification\n"
+    header += "tags:\n- tvit\n- video-classification\n"
     if card.base is not None and "/" in card.base.name:  # a name on the hub, not a folder's
-        header.append(f"base_model: {card.base.name}")
+        header += f"base_model: {card.base.name}\n"
     inside = settings.with_preprocessing
     page = resources.files("tvit_cli.engine.export") / "use" / f"{settings.format}.md"
     usage = Template(page.read_text(encoding="utf-8")).substitute(
@@ -44,7 +44,7 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
     metrics = _metrics(job)
     quantised = " Its weights are int8." if settings.int8 else ""
     parts = [
-        "\n".join(["---", *header, "---", ""]),
+        f"---\n{header}---\n",
         f"# {job.trained.run.resolve().name} ({settings.format})\n\nA temporal Vision Transformer that classifies "
         f"videos into {len(card.labels)} classes: {shorten(card.labels, most=12)}. "
         f"Trained with tvit {card.tvit_version}.\n",
@@ -69,7 +69,7 @@ def _input(facts: Preprocessing) -> str:
     )
     if facts.resize == "crop" or facts.scale_to > facts.frame_size:
         how += f" and {size} cropped from the centre"
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (facts.mean, facts.std))
+    mean, std = (", ".join(map("{:g}".format, values)) for values in (facts.mean, facts.std))
     return (
         f"{facts.n_frames} frames{grid}, the middle one of each of {facts.n_frames} equal shares of the video, in "
         f"RGB; {how} (bilinear, antialiased, in 8 bits); divided by 255, then normalised with mean {mean} and "

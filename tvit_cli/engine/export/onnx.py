@@ -1,36 +1,26 @@
-"""`--format onnx`: graphs for ONNX Runtime and other programs that read ONNX."""
+"""`--format onnx`: formats.graphs for ONNX Runtime and other programs that read ONNX."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tvit_cli.engine.export.formats import (
-    FRAMES,
-    Format,
-    Graph,
-    Job,
-    Predictor,
-    copy_source,
-    graphs,
-    import_source,
-    read_frames,
-    suppress_logs,
-)
+from tvit_cli.engine.export import formats
+from tvit_cli.engine.export.formats import Format, Job
 from tvit_cli.errors import ModelError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPSET = 20
-LARGEST_FILE = (
-    1_900_000_000  # bytes of weights; protobuf is limited to 2 GiB, larger weights go to a second file
-)
+LARGEST_FILE = 1_900_000_000  # bytes; protobuf is limited to 2 GiB, and larger weights go to a second file
+INPUTS = {
+    formats.FRAMES: "uint8 (B, T, H, W, 3), RGB as decoded",
+    formats.PIXELS: "float32 (B, T, 3, S, S), resized and normalised",
+}
 SAMPLING = (
     "The frame in the middle of each of n_frames equal shares of the video: of N frames, share s gives frame "
     "floor((s + 1/2) N / n_frames). With fewer frames than n_frames: all, then the last again. With frame_grid G: "
@@ -40,8 +30,7 @@ SAMPLING = (
 
 def check(job: Job) -> None:
     """Raises ModelError where a package is missing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         are = "is" if len(missing) == 1 else "are"
         raise ModelError(
             f"--format onnx needs {', '.join(missing)}, which {are} not installed. "
@@ -54,21 +43,16 @@ def write(job: Job, folder: Path) -> None:
     import onnx
 
     card = job.trained.card
-    for name, graph in graphs(job).items():
+    for name, graph in formats.graphs(job).items():
         path = folder / f"{name}.onnx"
         _trace(graph, path)
         if job.settings.int8 and name == "model":
             _quantise(path)
-        kind = (
-            "uint8 (B, T, H, W, 3), RGB as decoded"
-            if graph.input_name == FRAMES
-            else "float32 (B, T, 3, S, S), resized and normalised"
-        )
         properties = {
             "labels": json.dumps(card.labels, ensure_ascii=False),
             "preprocessing": card.preprocessing.model_dump_json(),
             "sampling": SAMPLING,
-            "input": f"{graph.input_name}: {kind}",
+            "input": f"{graph.input_name}: {INPUTS[graph.input_name]}",
             "output": graph.output_name,
             "tvit_version": card.tvit_version,
             "weights_sha256": card.weights_sha256,
@@ -77,36 +61,36 @@ def write(job: Job, folder: Path) -> None:
         onnx.helper.set_model_props(model, properties)
         onnx.save(model, path)
     job.write_card(folder)
-    copy_source(folder)
+    formats.copy_source(folder)
 
 
-@contextmanager
-def load(folder: Path) -> Iterator[Predictor]:
-    """The exported graphs in ONNX Runtime, on frames read by the export's own `reading.py`."""
-    model = _session(folder / "model.onnx")
-    facts = json.loads(model.get_modelmeta().custom_metadata_map["preprocessing"])
+def load(folder: Path) -> AbstractContextManager[formats.Predictor]:
+    """The exported formats.graphs in ONNX Runtime, on frames read by the export's own `reading.py`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+
+    def graph(path: Path) -> tuple[dict[str, str], Callable[[Tensor], Tensor]]:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        facts = session.get_modelmeta().custom_metadata_map
+        return facts, lambda values: torch.from_numpy(session.run(None, {name: values.numpy()})[0])
+
+    facts, model = graph(folder / "model.onnx")
     outside = folder / "preprocessing.onnx"
-    preprocess = _session(outside) if outside.is_file() else None
-    with import_source(folder) as source:
-
-        def predict(video: Path) -> Tensor:
-            clips = read_frames(source, video, facts)
-            if preprocess is not None:
-                (clips,) = preprocess.run(None, {preprocess.get_inputs()[0].name: clips})
-            output = torch.from_numpy(model.run(None, {model.get_inputs()[0].name: clips})[0][0])
-            return output.log() if preprocess is None else output
-
-        yield predict
+    preprocess = graph(outside)[1] if outside.is_file() else None
+    return formats.graph_predictor(folder, json.loads(facts["preprocessing"]), model, preprocess)
 
 
-def _trace(graph: Graph, path: Path) -> None:
+def _trace(graph: formats.Graph, path: Path) -> None:
     weights = sum(tensor.nbytes for tensor in graph.module.state_dict().values())
-    with suppress_logs():
+    with formats.suppress_logs():
         program = torch.onnx.export(
             graph.module,
             (graph.example,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=20,
             input_names=[graph.input_name],
             output_names=[graph.output_name],
             dynamic_shapes=(graph.dynamic,),
@@ -123,7 +107,7 @@ def _quantise(path: Path) -> None:
 
     model = onnx.load(path)
     del model.graph.value_info[:]  # shapes that contradict those of the quantised graph
-    with suppress_logs():
+    with formats.suppress_logs():
         quantize_dynamic(
             model,
             path,
@@ -132,14 +116,6 @@ def _quantise(path: Path) -> None:
             weight_type=QuantType.QInt8,
             reduce_range=True,  # 7 bits: sums of 8 overflow on processors without VNNI
         )
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 FORMAT = Format(

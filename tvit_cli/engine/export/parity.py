@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 
 CLIPS = 20
-NOISE_CLIPS = 8
 LOGIT_LIMIT = 1e-4
 INT8_AGREEMENT = 0.95
 
@@ -58,10 +56,6 @@ class Parity:
         """Whether both are within their limits."""
         near = self.logit_limit is None or self.max_logit_difference <= self.logit_limit
         return near and self.top1_agreement >= self.agreement_limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entries of parity.json."""
-        return {**asdict(self), "passed": self.passed}
 
 
 @contextmanager
@@ -93,12 +87,11 @@ def check_parity(form: Format, folder: Path, expected: Reference, settings: Expo
             logits = torch.stack([predict(video) for video in expected.videos]).double()
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"--format {settings.format}: the parity check broke off, so nothing was written: a file cannot be "
+            f"--format {settings.format}: the parity check broke off, and nothing was written: a file cannot be "
             f"read ({error}). Check the disk, then export again."
         ) from error
     wanted = expected.logits.double()
-    if settings.with_preprocessing:
-        wanted = wanted.log_softmax(1)
+    wanted = wanted.log_softmax(1) if settings.with_preprocessing else wanted
     parity = Parity(
         clips=expected.source,
         videos=len(expected.videos),
@@ -135,9 +128,9 @@ def _dataset_clips(job: Job) -> tuple[str, list[Path]]:
 
 
 def _noise_clips(folder: Path, facts: Preprocessing) -> list[Path]:
-    """Videos of moving coarse noise, larger than the model's frames."""
+    """Videos of moving coarse noise, each larger than the model's frames."""
     height, width = 2 * (facts.frame_size // 2) + 16, 2 * (facts.frame_size * 5 // 8) + 16
-    paths = [folder / f"noise-{seed}.avi" for seed in range(NOISE_CLIPS)]
+    paths = [folder / f"noise-{seed}.avi" for seed in range(8)]
     for seed, path in enumerate(paths):
         coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         picture = np.kron(coarse, np.ones((-(-height // 8), -(-width // 8), 1), dtype=np.uint8))

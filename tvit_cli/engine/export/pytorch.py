@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,20 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from tvit_cli.engine.export.formats import (
-    Format,
-    Job,
-    Predictor,
-    copy_source,
-    graphs,
-    import_source,
-    read_frames,
-)
+from tvit_cli.engine.export import formats
+from tvit_cli.engine.export.formats import Format, Job, Predictor
 from tvit_cli.files import sha256
 from tvit_cli.model.folder import CARD_FILE, WEIGHTS_FILE, save_tensors
-
-MODEL_FILE = "model.pt2"
-PREPROCESSING_FILE = "preprocessing.pt2"
 
 
 def write_weights(job: Job, folder: Path) -> None:
@@ -34,7 +24,7 @@ def write_weights(job: Job, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in job.trained.model.state_dict().items()}
     save_tensors(state, folder / WEIGHTS_FILE, {"format": "pt"})
     job.write_card(folder, weights_sha256=sha256(folder / WEIGHTS_FILE))
-    copy_source(folder)
+    formats.copy_source(folder)
 
 
 @contextmanager
@@ -43,13 +33,13 @@ def load_weights(folder: Path) -> Iterator[Predictor]:
     card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
     facts = card["preprocessing"]
     how = {key: facts[key] for key in ("frame_size", "resize", "scale_to", "mean", "std")}
-    with import_source(folder) as source:
+    with formats.import_source(folder) as source:
         config = source("config").ViTConfig.from_dict(card["model"])
         model = source("vit").TemporalViT(config, initialise=False).eval()
         model.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
 
         def predict(video: Path) -> Tensor:
-            (frames,) = torch.from_numpy(read_frames(source, video, facts)).permute(0, 1, 4, 2, 3)
+            (frames,) = torch.from_numpy(formats.read_frames(source, video, facts)).permute(0, 1, 4, 2, 3)
             clip = source("preprocessing").frames_to_input(frames, **how)
             logits: Tensor = model(clip[None])[0]
             return logits
@@ -59,11 +49,11 @@ def load_weights(folder: Path) -> Iterator[Predictor]:
 
 def write_programs(job: Job, folder: Path) -> None:
     """Writes model.pt2, preprocessing.pt2 unless it is inside the model, card.json and the package `source`."""
-    for name, graph in graphs(job).items():
+    for name, graph in formats.graphs(job).items():
         traced = torch.export.export(graph.module, (graph.example,), dynamic_shapes=(graph.dynamic,))
         save_program(traced, folder / f"{name}.pt2")
     job.write_card(folder)
-    copy_source(folder)
+    formats.copy_source(folder)
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
@@ -73,21 +63,14 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-@contextmanager
-def load_programs(folder: Path) -> Iterator[Predictor]:
+def load_programs(folder: Path) -> AbstractContextManager[Predictor]:
     """The exported programs, on frames read by the export's own `reading.py`."""
     facts = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))["preprocessing"]
-    model = torch.export.load(folder / MODEL_FILE).module()
-    is_outside = (folder / PREPROCESSING_FILE).is_file()
-    preprocess = torch.export.load(folder / PREPROCESSING_FILE).module() if is_outside else None
-    with import_source(folder) as source:
-
-        def predict(video: Path) -> Tensor:
-            frames = torch.from_numpy(read_frames(source, video, facts))
-            output: Tensor = model(frames)[0].log() if preprocess is None else model(preprocess(frames))[0]
-            return output
-
-        yield predict
+    outside = folder / "preprocessing.pt2"
+    preprocess = torch.export.load(outside).module() if outside.is_file() else None
+    return formats.graph_predictor(
+        folder, facts, torch.export.load(folder / "model.pt2").module(), preprocess
+    )
 
 
 SAFETENSORS = Format(write_weights, load_weights, packages=("torch", "safetensors"), library="pytorch")
