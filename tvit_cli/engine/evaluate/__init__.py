@@ -11,18 +11,7 @@ import torch
 from tvit_cli.data.layout import Video, match_labels
 from tvit_cli.engine.dataset import ClipFormat, data_name, find_data, open_dataset, video_root
 from tvit_cli.engine.distributed import worker_count
-from tvit_cli.engine.evaluate.metrics import (
-    Outcomes,
-    calibration_bins,
-    calibration_error,
-    class_table,
-    confusion_matrix,
-    macro_f1,
-    mean_class_accuracy,
-    metric_intervals,
-    most_confused,
-    video_metrics,
-)
+from tvit_cli.engine.evaluate import metrics
 from tvit_cli.engine.evaluate.scoring import Scores, Views, clips_to_score, score
 from tvit_cli.engine.evaluate.selection import choose_split, find_bias, is_training_data
 from tvit_cli.engine.launch import ProcessGroup, join_process_group
@@ -62,8 +51,7 @@ def evaluate(
     preprocessing = trained.card.preprocessing
     if settings.crops_per_clip > 1 and preprocessing.resize == "squash":
         raise SettingsError(
-            f"--crops-per-clip {settings.crops_per_clip}: this model squashes whole frames to a square, which has "
-            "one crop. Leave it out."
+            f"--crops-per-clip {settings.crops_per_clip}: this model squashes whole frames, one crop. Leave it out."
         )
     views = Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
     choice = choose_split(settings, trained.card)
@@ -82,10 +70,8 @@ def evaluate(
     bias, leaks = find_bias(settings, trained, source)
     for warning in (*bias, *leaks):
         report(Note(warning, "warning"))
-    shuffle_seed = settings.seed if settings.shuffle_frames else None
-    clips = clips_to_score(
-        videos, labels, preprocessing, views=views, shuffle_seed=shuffle_seed, store=source.store
-    )
+    seed = settings.seed if settings.shuffle_frames else None
+    clips = clips_to_score(videos, labels, preprocessing, views=views, shuffle_seed=seed, store=source.store)
     started = time.perf_counter()
     scores = score(
         trained.model,
@@ -104,11 +90,9 @@ def evaluate(
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
+    warnings = (*trained.notes, *bias, *leaks)
     result = replace(
-        _result(settings, trained, videos, scores, seconds),
-        clips=clips,
-        warnings=(*trained.notes, *bias, *leaks),
-        leaks=leaks,
+        _result(settings, trained, videos, scores, seconds), clips=clips, warnings=warnings, leaks=leaks
     )
     facts: dict[str, object] = {
         "data": str(source.root),
@@ -117,7 +101,7 @@ def evaluate(
         **choice,
         "views": asdict(views),
         "unreadable_videos": settings.unreadable,
-        "warnings": list(result.warnings),
+        "warnings": list(warnings),
         "leaks": list(leaks),
     }
     if group.is_main:
@@ -166,23 +150,18 @@ def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSet
 def _result(
     settings: EvalSettings, trained: Trained, videos: tuple[Video, ...], scores: Scores, seconds: float
 ) -> EvalResult:
-    """Metrics and predictions, without clips, warnings and report."""
     labels = trained.card.labels
     top_k = min(settings.top_k, len(labels))
-    notes = []
-    if settings.top_k > top_k:
-        notes.append(
-            f"--top-k {settings.top_k}: the model has {len(labels)} classes, so top-{top_k} is shown."
-        )
-    metrics = video_metrics(scores.logits, scores.labels, top_k=top_k)
+    note = f"--top-k {settings.top_k}: the model has {len(labels)} classes, so top-{top_k} is shown."
+    values = metrics.video_metrics(scores.logits, scores.labels, top_k=top_k)
     if scores.view_ranks.shape[1] > 1:
         for k in sorted({1, top_k}):
-            metrics[f"clip_top{k}"] = (scores.view_ranks <= k).double().mean().item()
+            values[f"clip_top{k}"] = (scores.view_ranks <= k).double().mean().item()
     rows = scores.logits.double().softmax(1)
     confidence, predicted = rows.max(1)
     right = predicted == scores.labels
-    metrics["calibration_error"] = calibration_error(confidence, right)
-    confusion = confusion_matrix(predicted, scores.labels, len(labels))
+    values["calibration_error"] = metrics.calibration_error(confidence, right)
+    confusion = metrics.confusion_matrix(predicted, scores.labels, len(labels))
     answers = {
         index: VideoPrediction(videos[index], labels[int(row.argmax())], tuple(row.tolist()))
         for index, row in zip(scores.indices.tolist(), rows, strict=True)
@@ -193,20 +172,18 @@ def _result(
             unread[labels.index(videos[index].label)] += 1
             answers[index] = VideoPrediction(videos[index], error=reason)
         # Loss and calibration error remain those of the readable videos.
-        share = metrics["videos"] / (metrics["videos"] + len(scores.errors))
-        metrics |= {k: v * share for k, v in metrics.items() if k.startswith(("video_top", "clip_top"))}
-        metrics["videos"] += len(scores.errors)
-    table = class_table(confusion, unread)
-    metrics |= {"mean_class_accuracy": mean_class_accuracy(table), "macro_f1": macro_f1(table)}
-    metrics["unreadable"] = float(len(scores.errors))
+        share = values["videos"] / (values["videos"] + len(scores.errors))
+        values |= {k: v * share for k, v in values.items() if k.startswith(("video_top", "clip_top"))}
+        values["videos"] += len(scores.errors)
+    table = metrics.class_table(confusion, unread)
+    values |= {"mean_class_accuracy": metrics.mean_class_accuracy(table), "macro_f1": metrics.macro_f1(table)}
+    values["unreadable"] = float(len(scores.errors))
     counted = tuple(answers[index] for index in sorted(answers))
     return EvalResult(
-        metrics=metrics,
-        intervals=metric_intervals(_outcomes(counted, labels, top_k), top_k=top_k),
+        metrics=values,
+        intervals=metrics.metric_intervals(_outcomes(counted, labels, top_k), top_k=top_k),
         per_class={label: row for label, row in zip(labels, table, strict=True) if row.videos},
-        confused=tuple(
-            (labels[true], labels[other], count) for true, other, count in most_confused(confusion)
-        ),
+        confused=tuple((labels[i], labels[j], count) for i, j, count in metrics.most_confused(confusion)),
         answers=counted,
         labels=labels,
         unreadable={videos[index].name: reason for index, reason in scores.errors.items()},
@@ -215,15 +192,15 @@ def _result(
         model=trained.folder,
         name=trained.name,
         output=settings.output or results_folder(settings, trained),
-        notes=tuple(notes),
-        calibration=tuple(calibration_bins(confidence, right)),
+        notes=(note,) if settings.top_k > top_k else (),
+        calibration=tuple(metrics.calibration_bins(confidence, right)),
     )
 
 
-def _outcomes(answers: tuple[VideoPrediction, ...], labels: tuple[str, ...], top_k: int) -> Outcomes:
+def _outcomes(answers: tuple[VideoPrediction, ...], labels: tuple[str, ...], top_k: int) -> metrics.Outcomes:
     position = {label: number for number, label in enumerate(labels)}
     own = [position[answer.video.label] for answer in answers]
-    return Outcomes(
+    return metrics.Outcomes(
         labels=own,
         predicted=[position[answer.predicted] if answer.predicted else None for answer in answers],
         in_top_k=[

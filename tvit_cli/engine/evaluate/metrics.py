@@ -20,11 +20,9 @@ from torch.nn import functional as F
 
 from tvit_cli.results import BINS, RESAMPLES, Bin, ClassScore, Interval
 
-LEVEL = 0.95
 _CHUNK = 100  # resamples in memory at once
 
 Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,9 @@ def metric_intervals(outcomes: Outcomes, *, top_k: int, seed: int = 0) -> dict[s
             error / max(1.0, predictions.sum()),
         ]
 
-    def statistics(weights: Floats) -> Floats:
-        return np.array([metrics(weight[groups]) for weight in weights]).T
-
     names = ("video_top1", f"video_top{top_k}", "mean_class_accuracy", "macro_f1", "calibration_error")
-    return dict(zip(names, _bootstrap(count, statistics, seed), strict=True))
+    found = _bootstrap(count, lambda draws: np.array([metrics(draw[groups]) for draw in draws]).T, seed)
+    return dict(zip(names, found, strict=True))
 
 
 def difference_interval(
@@ -104,7 +100,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / outcomes)
 
 
-def _group_numbers(groups: Sequence[str]) -> Integers:
+def _group_numbers(groups: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
 
@@ -112,11 +108,9 @@ def _bootstrap(groups: int, statistics: Callable[[Floats], Floats], seed: int) -
     """Percentile intervals of S statistics; `statistics` maps group counts (draws, groups) to (S, draws)."""
     generator = np.random.default_rng(seed)
     shares = np.full(groups, 1 / groups)
-    parts = [
-        statistics(generator.multinomial(groups, shares, size=_CHUNK).astype(np.float64))
-        for _ in range(RESAMPLES // _CHUNK)
-    ]
-    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    draws = (generator.multinomial(groups, shares, size=_CHUNK) for _ in range(RESAMPLES // _CHUNK))
+    parts = [statistics(counts.astype(np.float64)) for counts in draws]
+    ends = [(1 - 0.95) / 2, (1 + 0.95) / 2]
     rows = [np.quantile(values, ends).tolist() for values in np.concatenate(parts, axis=1)]
     return [(low, high) for low, high in rows]
 
@@ -130,9 +124,8 @@ class Tally:
     @classmethod
     def zeros(cls, device: torch.device) -> Tally:
         """An empty tally on a device, in float32 on MPS, which has no float64."""
-        return cls(
-            torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        )
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        return cls(torch.zeros(3, dtype=precision, device=device))
 
     def add(self, logits: Tensor, losses: Tensor, labels: Tensor, weights: Tensor) -> None:
         """Adds a batch: logits (B, K), losses (B,), labels (B,), weights (B,) 1 or 0."""
@@ -216,7 +209,7 @@ def calibration_bins(confidence: Tensor, right: Tensor) -> list[Bin]:
     found = []
     for n in sorted(set(number.tolist())):
         inside = number == n
-        means = confidence.double()[inside].mean().item(), right.double()[inside].mean().item()
+        means = (values.double()[inside].mean().item() for values in (confidence, right))
         found.append(Bin(n / BINS, (n + 1) / BINS, int(inside.sum()), *means))
     return found
 

@@ -78,9 +78,9 @@ class ScoredClips:
             return None
         clips = item.frames.chunk(self.views.clips_per_video)
         positions = [position for position, mirrored in self.views.crops if not mirrored]
-        middle, position = clips[len(clips) // 2], positions[len(positions) // 2]
+        middle, at = clips[len(clips) // 2], positions[len(positions) // 2]
         pre, cpu = self.preprocessing, torch.device("cpu")
-        return eval_transform([middle], preprocessing=pre, device=cpu, position=position)[0]
+        return eval_transform([middle], preprocessing=pre, device=cpu, position=at)[0]
 
 
 def clips_to_score(
@@ -127,7 +127,8 @@ def score(
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     own = batches[group.rank :: group.processes]
     total, done = sum(map(len, own)), 0
-    pin_memory = group.device.type == "cuda"
+    device, pre = group.device, clips.preprocessing
+    pin_memory = device.type == "cuda"
     loaded = load_batches(clips.dataset, own, workers=min(workers, len(own)), pin_memory=pin_memory)
     was_training = model.training
     model.eval()
@@ -136,14 +137,8 @@ def score(
         for batch in loaded:
             outputs = []
             for views in zip(*(c.chunk(clips.views.clips_per_video) for c in batch.clips), strict=True):
-                for position, flip in clips.views.crops:
-                    frames = eval_transform(
-                        views,
-                        preprocessing=clips.preprocessing,
-                        device=group.device,
-                        position=position,
-                        flip=flip,
-                    )
+                for at, flip in clips.views.crops:
+                    frames = eval_transform(views, preprocessing=pre, device=device, position=at, flip=flip)
                     with autocast():
                         outputs.append(model(frames))
             logits = torch.stack([output.float() for output in outputs]).cpu()  # (views, B, K)
@@ -165,15 +160,10 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
     """Scores of several batches or ranks as one, sorted by video."""
     errors = {index: reason for part in parts for index, reason in part.errors.items()}
     rows = [part for part in parts if len(part.indices)] or parts[:1]
-    indices = torch.cat([part.indices for part in rows])
-    order = indices.argsort()
-    return Scores(
-        indices[order],
-        torch.cat([part.logits for part in rows])[order],
-        torch.cat([part.labels for part in rows])[order],
-        torch.cat([part.view_ranks for part in rows])[order],
-        errors,
-    )
+    names = ("indices", "logits", "labels", "view_ranks")
+    columns = {name: torch.cat([getattr(part, name) for part in rows]) for name in names}
+    order = columns["indices"].argsort()
+    return Scores(**{name: column[order] for name, column in columns.items()}, errors=errors)
 
 
 def unlabelled_video(location: Location, trained: Trained) -> Video:

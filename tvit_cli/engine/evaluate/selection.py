@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tvit_cli.data.layout import SplitChoice, Video, read_layout
 from tvit_cli.engine.dataset import DataSource, find_data, video_root
@@ -47,10 +47,8 @@ def find_leaks(videos: Sequence[Video]) -> tuple[str, ...]:
                 if other.subset != video.subset:
                     twins.append(f"{other.name} = {video.name}")
     if twins:
-        names = shorten(twins, most=12)
-        leaks.append(
-            f"Data leakage: {len(twins)} videos are in two subsets, byte for byte ({names}). {_EFFECT}"
-        )
+        text = f"{len(twins)} videos are in two subsets, byte for byte ({shorten(twins, most=12)})"
+        leaks.append(f"Data leakage: {text}. {_EFFECT}")
     return tuple(leaks)
 
 
@@ -72,12 +70,8 @@ def choose_split(settings: EvalSettings, card: ModelCard) -> SplitChoice:
             return groups
         return card.settings.get(name, TrainSettings.model_fields[name].default)
 
-    return SplitChoice(
-        group_pattern=chosen("group_pattern"),
-        val_groups=chosen("val_groups"),
-        test_groups=chosen("test_groups"),
-        split=chosen("split"),
-    )
+    names = ("group_pattern", "val_groups", "test_groups", "split")
+    return cast(SplitChoice, {name: chosen(name) for name in names})
 
 
 def is_training_data(card: ModelCard, root: Path) -> bool:

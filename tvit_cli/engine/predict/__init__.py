@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -144,10 +144,9 @@ class Model:
         classes = len(self.labels)
         predictions: list[Prediction] = []
         for index, location in enumerate(locations):
-            best = []
+            best: list[tuple[str, float]] = []
             if index in rows:
-                probabilities = rows[index][:classes].double().softmax(0)
-                values, order = probabilities.sort(descending=True, stable=True)
+                values, order = rows[index][:classes].double().softmax(0).sort(descending=True, stable=True)
                 best = [(self.labels[i], v) for i, v in zip(order.tolist(), values.tolist(), strict=True)]
             error = scores.errors.get(index, "")
             predictions.append(Prediction(str(location), tuple(best[:top_k]), error))
@@ -252,14 +251,12 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         with collect_errors(errors):
             explanation = model.explain(locations[0])
             model.write_explanation(settings.explain, explanation)
-            report(
-                Note(
-                    f"{settings.explain}: {explanation.label}: {explanations.verdict(explanation.deletion)}."
-                )
-            )
+            verdict = explanations.verdict(explanation.deletion)
+            report(Note(f"{settings.explain}: {explanation.label}: {verdict}."))
     if settings.annotate is not None and not predictions[0].error:
         whole = Segment(0.0, timelines.WHOLE, *predictions[0].labels[0])
-        _annotate(settings.annotate, locations[0], [whole], errors, report)
+        with collect_errors(errors):
+            timelines.annotate(settings.annotate, locations[0], [whole], report)
     return PredictResult(tuple(predictions), tuple(errors))
 
 
@@ -300,16 +297,15 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
             text = f"lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s"
             report(Note(f"{location}: {text}, so it is one clip.", "warning"))
         if len(timeline.spans) > 1:
-            text = (
-                f"gaps of more than {MOST_SHOWN:g} s in the time stamps; windows and segments leave them out"
-            )
+            text = f"gaps of more than {MOST_SHOWN:g} s in the time stamps are in no window or segment"
             report(Note(f"{location}: {text}.", "warning"))
         errors: list[str] = []
         if settings.output is not None:
             with collect_errors(errors):
                 timelines.write_timeline(settings.output / name, timeline)
         if settings.annotate is not None:
-            _annotate(settings.annotate, location, timeline.segments, errors, report)
+            with collect_errors(errors):
+                timelines.annotate(settings.annotate, location, timeline.segments, report)
         results.append(TimelineResult(str(location), timeline, unwritten=tuple(errors)))
     if settings.output is not None and not any(result.unwritten for result in results):
         report(Note(f"Written to {settings.output}"))
@@ -346,8 +342,7 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
 def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model: Path) -> None:
     """Writes `features`, (V, D) float32, with the videos' `names` (a JSON list) and the model in the metadata.
 
-    A video that was named twice has two rows. Raises RunError where the file cannot be written; an older file then
-    stays.
+    A video that was named twice has two rows. Raises RunError where the file cannot be written; an older one stays.
     """
     names, rows = zip(*embeddings, strict=True)
     metadata = {"names": json.dumps(names, ensure_ascii=False), "model": str(model)}
@@ -355,21 +350,14 @@ def write_embeddings(path: Path, embeddings: Sequence[tuple[str, Tensor]], model
         save_tensors({"features": torch.stack(rows)}, temporary, metadata)
 
 
-def _annotate(
-    path: Path, location: Location, segments: Sequence[Segment], errors: list[str], report: Report
-) -> None:
-    with collect_errors(errors):
-        timelines.annotate(path, location, segments, report)
-        report(Note(f"Annotated video written to {path}"))
-
-
 def folder_names(locations: Sequence[Location]) -> Iterator[str]:
     """Folder name of each video: its name without suffix, numbered if it is taken."""
     taken: set[str] = set()
     for location in locations:
         path = PurePosixPath(urlsplit(location).path) if isinstance(location, str) else Path(location)
-        stem = path.stem.strip(".") or "video"  # a URL may end in ..
-        numbered = (f"{stem}-{number}" for number in count(2))
-        name = next(name for name in chain([stem], numbered) if name not in taken)
+        name = stem = path.stem.strip(".") or "video"  # a URL may end in ..
+        numbers = count(2)
+        while name in taken:
+            name = f"{stem}-{next(numbers)}"
         taken.add(name)
         yield name

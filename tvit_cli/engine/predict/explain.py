@@ -3,14 +3,11 @@
 Letters: T frames, C channels, S the side of a frame, p pixels along a patch, P patches along a frame.
 
 Note [Integrated gradients]
-Attention rollout (arXiv:2005.00928) and gradient-weighted attention (arXiv:2103.15679) multiply attention matrices
-from block to block. They ignore paths without a softmax (MLPs, gates), and need own rules for each scheme of
-temporal attention. Integrated gradients (arXiv:1703.01365) treat the model as a whole: the gradient of the label's
-log probability is averaged on the straight path from a blank clip to the clip, and multiplied by their difference.
-By construction this works for any scheme and pooling, and it is complete: the relevance of all patches sums to
-log p(clip) - log p(blank). The blank is the clip's own mean colour. On the demo motions its strongest patch lay on
-the moving object more often than with four other blanks, and deleting the patches of attention maps lowered the
-score less than deleting random patches (docs/negative-results.md).
+Integrated gradients (arXiv:1703.01365) average the gradient of the label's log probability on the straight path
+from a blank clip to the clip. They fit any attention scheme and pooling, and the relevance of all patches sums to
+log p(clip) - log p(blank). Attention rollout (arXiv:2005.00928) and gradient-weighted attention (arXiv:2103.15679)
+ignore paths without a softmax; deleting their patches lowered the score less than deleting random ones. A blank of
+the clip's mean colour located moving objects better than four others (docs/negative-results.md).
 """
 
 from __future__ import annotations
@@ -29,10 +26,8 @@ from tvit_cli.errors import ModelError, VideoError
 from tvit_cli.files import Location
 
 STEPS = 16  # on the path from blank to clip
-AT_ONCE = 4  # steps in one pass
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of all patches, deleted together
 RANDOM_ORDERS = 19  # the smallest p-value is 1 / 20
-SEED = 0  # of the random orders: the result depends on the clip alone
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,8 @@ def explain(trained: Trained, location: Location, label: str | None = None) -> E
     card, model = trained.card, trained.model
     if label is not None and label not in card.labels:
         raise ModelError(f"{label}: is no label of {trained.folder}. It has {', '.join(card.labels)}.")
-    item = clips_to_score([unlabelled_video(location, trained)], card.labels, card.preprocessing).dataset[
-        0, 0
-    ]
+    clips = clips_to_score([unlabelled_video(location, trained)], card.labels, card.preprocessing)
+    item = clips.dataset[0, 0]
     if item.error:
         raise VideoError(f"{location}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
@@ -115,12 +109,12 @@ def integrated_gradients(
     total = torch.zeros_like(clip)
     even = (torch.arange(steps, device=clip.device) + 0.5) / steps  # the midpoint rule
     positions, weights = even**3, 3 * even**2 / steps
-    for first in range(0, steps, AT_ONCE):
-        some = slice(first, first + AT_ONCE)
-        on_path = torch.lerp(blank, clip, positions[some].view(-1, 1, 1, 1, 1)).requires_grad_(True)
+    shape = (-1, 1, 1, 1, 1)
+    for position, weight in zip(torch.split(positions, 4), torch.split(weights, 4), strict=True):
+        on_path = torch.lerp(blank, clip, position.view(shape)).requires_grad_(True)
         log_scores = model(on_path).float().log_softmax(1)[:, label]
         (gradient,) = torch.autograd.grad(log_scores.sum(), on_path)
-        total += (gradient * weights[some].view(-1, 1, 1, 1, 1)).sum(0)
+        total += (gradient * weight.view(shape)).sum(0)
     return total * (clip - blank)
 
 
@@ -133,7 +127,7 @@ def by_patch(values: Tensor, patch_size: int) -> Tensor:
 @torch.no_grad()
 def deletion_test(model: nn.Module, clip: Tensor, blank: Tensor, relevance: Tensor, label: int) -> Deletion:
     """Deletes the most relevant patches, and as many random ones, and compares the label's scores."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(0)  # the result depends on the clip alone
     count = relevance.numel()
     orders = [relevance.flatten().argsort(descending=True, stable=True).cpu()]
     orders += [torch.randperm(count, generator=generator) for _ in range(RANDOM_ORDERS)]
@@ -182,9 +176,8 @@ def explanation_png(explanation: Explanation, trained: Trained, *, dark: bool = 
 
 def verdict(deletion: Deletion) -> str:
     """Result of the deletion test in a sentence."""
-    share, relevant, random = (values[-1] for values in (deletion.shares, deletion.relevant, deletion.random))
-    result = "the map is better than chance" if deletion.holds else "the map is no better than chance"
+    shares, p, result = deletion.shares, deletion.p_value, "better" if deletion.holds else "no better"
     return (
-        f"without the {share:.0%} most relevant patches the score is {relevant:.3f}, without random ones "
-        f"{random:.3f} (p = {deletion.p_value:.2f}): {result}"
+        f"without the {shares[-1]:.0%} most relevant patches the score is {deletion.relevant[-1]:.3f}, "
+        f"without random ones {deletion.random[-1]:.3f} (p = {p:.2f}): the map is {result} than chance"
     )

@@ -6,14 +6,13 @@ import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tvit_cli.data.layout import VIDEO_SUFFIXES, is_hidden
 from tvit_cli.errors import DataError, RunError
 from tvit_cli.files import Location, atomic_write
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # at least two letters: C:// is a drive
 
 
 def find_videos(names: Iterable[str | Path]) -> list[Location]:
@@ -59,7 +58,7 @@ def output_file(option: str, path: Path) -> Iterator[Path]:
 def _find(name: str | Path) -> Sequence[Location]:
     if not str(name):
         raise DataError('"": an empty name. Is a variable of the shell not set?')
-    if isinstance(name, str) and _URL.match(name):
+    if isinstance(name, str) and re.match("[A-Za-z][A-Za-z0-9+.-]+://", name):  # C:// is a drive
         try:
             parts = urlsplit(name)
         except ValueError as error:
@@ -77,19 +76,12 @@ def _find(name: str | Path) -> Sequence[Location]:
     if not glob.has_magic(str(path)):
         raise DataError(f"{path}: no such file or folder. Check its name.")
     matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207  # Path.glob: no absolute ones
-    videos = {
-        video: None for match in matches for video in (_videos_below(match) if match.is_dir() else [match])
-    }
-    if not videos:
+    videos = chain.from_iterable(_videos_below(match) if match.is_dir() else [match] for match in matches)
+    if not (found := list(dict.fromkeys(videos))):
         raise DataError(f"{path}: no file matches this pattern. Check it.")
-    return list(videos)
+    return found
 
 
 def _videos_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES
-        and path.is_file()
-        and not is_hidden(path.relative_to(folder))
-    )
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not is_hidden(path.relative_to(folder)))

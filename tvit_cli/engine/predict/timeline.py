@@ -3,17 +3,12 @@
 Letters: W windows, J cells of one stride each, T frames, H W pixels, K classes.
 
 Note [Viterbi smoothing of timelines]
-A timeline is divided into cells as long as the stride. The score of a cell is the mean over the windows that
-overlap it, weighted by the overlap: windows lie symmetrically around a cell, so a boundary is not biased to either
-side. The labels of all cells are the path with the largest sum of log scores minus a penalty for each change of
-label (Viterbi's algorithm). A short run of a third label, such as a window across a boundary that resembles another
-class, costs two changes instead of one. So its cells go to the neighbouring labels, each to the one with the higher
-score. A minimum length of segments would shift such a boundary by half the length of the run. The penalty is
-`smoothing` nats times the windows per cell, because the evidence of one window counts in that many cells.
-
-Confident models leave a boundary uncertain by up to half a window: each window across it shows one side only. A
-change of label is more likely at a shot boundary, so it costs half the penalty there. A shot boundary against the
-scores has no effect, and a video without any is smoothed with the full penalty.
+A cell is one stride of the timeline. Its score is the mean over the windows that overlap it, weighted by overlap.
+The labels are the path with the largest sum of log scores minus a penalty for each change of label (Viterbi's
+algorithm). The penalty is `smoothing` nats times the windows per cell, as one window counts in that many cells.
+A short run of a third label at a boundary costs two changes, so its cells go to the neighbouring labels; a minimum
+length of segments would shift the boundary. Confident models leave a boundary uncertain by up to half a window, and
+labels change more often at shot boundaries, so a change costs half the penalty there.
 """
 
 from __future__ import annotations
@@ -42,24 +37,20 @@ from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, VideoError
 from tvit_cli.files import Location
 from tvit_cli.portable.reading import CENTRE, segment_indices
-from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
+from tvit_cli.results import Note, Report, Segment, Span, Timeline, seconds_done, silent
 
 Scores = NDArray[np.float64]
 T = TypeVar("T")
 
-TIMELINE_FILE, PICTURE_FILE = "timeline.csv", "timeline.png"
 TOLERANCE = 1e-6  # seconds; times are sums of fractions
 WHOLE = float("inf")  # end of a segment of the whole video
 MAX_PICTURES = 48  # of a timeline; beyond, every second one is dropped
-MIN_SCORE = 1e-6  # before the logarithm: no single cell outweighs all others
-BOUNDARY_PENALTY = 0.5  # of the full penalty, at shot boundaries
 
 # On held-out demo motions, whose clips all end with a cut, 1 % of the cuts lie below this ratio, and no other step
 # above it (docs/benchmarks.md).
 MIN_RATIO = 1.5  # of the difference at a cut to the largest of its neighbours
 MIN_DIFFERENCE = 4.0  # of 255; below it are still pictures with noise
 NEIGHBOURS = 2  # on either side; flashes and repeated frames are no cuts
-COMPARED_SIDE = 64  # pixels compared along the short side
 
 
 @dataclass
@@ -77,7 +68,7 @@ class ShotBoundaries:
 
             def picture(frame: TimedFrame = frame) -> Frames:
                 shown = frame.picture()
-                step = max(1, min(shown.shape[:2]) // COMPARED_SIDE)
+                step = max(1, min(shown.shape[:2]) // 64)  # compares about 64 pixels along the short side
                 small = shown[::step, ::step].copy()
                 if self._last is not None:
                     self.times.append((self._last_end + frame.start) / 2)
@@ -194,25 +185,21 @@ def smooth(scores: Scores, *, window: float, stride: float, cells: int) -> Score
 def transition_penalties(penalty: float, *, cells: int, stride: float, cuts: Sequence[float]) -> Scores:
     """Penalty (J,) of a change of label at the start of each cell, lower at the nearest to each shot boundary."""
     penalties = np.full(cells, penalty)
-    for time in cuts:
-        nearest = math.floor(time / stride + 0.5)
-        if nearest < cells:
-            penalties[nearest] = BOUNDARY_PENALTY * penalty
+    nearest = [math.floor(time / stride + 0.5) for time in cuts]
+    penalties[[cell for cell in nearest if cell < cells]] = 0.5 * penalty
     return penalties
 
 
 def viterbi_path(scores: Scores, *, penalties: Scores) -> list[int]:
     """Labels (J,) with the largest sum of log scores (J, K) minus the penalties (J,) of label changes."""
-    gains = np.log(np.maximum(scores, MIN_SCORE))
+    gains = np.log(np.maximum(scores, 1e-6))  # so that no single cell outweighs all others
     best = gains[0]
     came_from = np.empty(scores.shape, np.int64)
     stays = np.arange(scores.shape[1])
     for cell in range(1, len(gains)):
-        other = int(best.argmax())
-        changed = best[other] - penalties[cell]
-        changes = changed > best
-        came_from[cell] = np.where(changes, other, stays)
-        best = np.where(changes, changed, best) + gains[cell]
+        changed = best.max() - penalties[cell]
+        came_from[cell] = np.where(changed > best, best.argmax(), stays)
+        best = np.where(changed > best, changed, best) + gains[cell]
     path = [int(best.argmax())]
     for cell in range(len(gains) - 1, 0, -1):
         path.append(int(came_from[cell, path[-1]]))
@@ -236,13 +223,13 @@ def find_segments(
     inside = [cut - start for cut in cuts if start <= cut < end]
     penalties = transition_penalties(penalty, cells=len(smoothed), stride=stride, cuts=inside)
     segments = []
-    first = 0
-    for label, run in groupby(viterbi_path(smoothed, penalties=penalties)):
-        last = first + len(list(run))
-        until = end if last == len(smoothed) else start + last * stride
-        score = float(smoothed[first:last, label].mean())
-        segments.append(Segment(start + first * stride, until, labels[label], score))
-        first = last
+    for label, run in groupby(
+        enumerate(viterbi_path(smoothed, penalties=penalties)), key=lambda cell: cell[1]
+    ):
+        cells = [cell for cell, _ in run]
+        until = end if cells[-1] + 1 == len(smoothed) else start + (cells[-1] + 1) * stride
+        score = float(smoothed[cells, label].mean())
+        segments.append(Segment(start + cells[0] * stride, until, labels[label], score))
     return tuple(segments)
 
 
@@ -293,16 +280,14 @@ def make_timeline(
     if rows:
         scores = np.concatenate(rows)
         cells: list[Scores] = []
-        first = 0
+        penalty = smoothing * max(1.0, window / stride)
         for start, end in clock.spans:
-            count = bisect_left(starts, end) - bisect_left(starts, start - TOLERANCE)
-            if not count:
+            first, last = bisect_left(starts, start - TOLERANCE), bisect_left(starts, end)
+            if first == last:
                 continue
-            spans.append(Span(start, end, count, max(1, math.ceil((end - start - TOLERANCE) / stride))))
-            own = scores[first : first + count]
-            first += count
-            cells.append(smooth(own, window=window, stride=stride, cells=spans[-1].cells))
-            penalty = smoothing * max(1.0, window / stride)
+            count = max(1, math.ceil((end - start - TOLERANCE) / stride))
+            spans.append(Span(start, end, last - first, count))
+            cells.append(smooth(scores[first:last], window=window, stride=stride, cells=count))
             segments += find_segments(
                 cells[-1], labels, stride=stride, penalty=penalty, end=end, start=start, cuts=cuts.found()
             )
@@ -355,7 +340,7 @@ def write_timeline(folder: Path, timeline: Timeline) -> None:
     from tvit_cli.report.film import timeline_png  # imports PIL
 
     picture = timeline_png(timeline)
-    table, image = folder / TIMELINE_FILE, folder / PICTURE_FILE
+    table, image = folder / "timeline.csv", folder / "timeline.png"
     with output_file("--output", image) as drawn, output_file("--output", table) as written:
         drawn.write_bytes(picture)
         with written.open("w", encoding="utf-8", newline="") as file:
@@ -378,14 +363,15 @@ def annotate(path: Path, location: Location, segments: Sequence[Segment], report
     if isinstance(location, Path) and path.exists() and path.samefile(location):
         raise DataError(f"--annotate {path}: is the video itself. Name another file.")
     with video_writer(path) as writer:
-        number = 0
+        remaining = deque(segments)
         for frame in iter_frames(location):
-            while number < len(segments) - 1 and frame.start >= segments[number].end - TOLERANCE:
-                number += 1
-            segment = segments[number]
+            while len(remaining) > 1 and frame.start >= remaining[0].end - TOLERANCE:
+                remaining.popleft()
+            segment = remaining[0]
             picture = frame.picture()
             if segment.start - TOLERANCE <= frame.start < segment.end:  # else it lies between two gaps
                 picture = draw_caption(picture, f"{segment.label}  {segment.score:.2f}")
             writer.write(picture, frame.start, frame.end)
             if round(frame.end) > round(frame.start):
                 report(seconds_done("seconds written", frame.end, frame.length))
+    report(Note(f"Annotated video written to {path}"))
