@@ -49,11 +49,10 @@ def evaluate(
     for note in trained.notes:
         report(Note(note, "warning"))
     preprocessing = trained.card.preprocessing
-    if settings.crops_per_clip > 1 and preprocessing.resize == "squash":
-        raise SettingsError(
-            f"--crops-per-clip {settings.crops_per_clip}: this model squashes whole frames, one crop. Leave it out."
-        )
-    views = Views(settings.clips_per_video, settings.crops_per_clip, settings.flip)
+    if (crops := settings.crops_per_clip) > 1 and preprocessing.resize == "squash":
+        text = "this model squashes whole frames to a square, which has one crop. Leave it out."
+        raise SettingsError(f"--crops-per-clip {crops}: {text}")
+    views = Views(settings.clips_per_video, crops, settings.flip)
     choice = choose_split(settings, trained.card)
     source = open_dataset(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
@@ -66,7 +65,17 @@ def evaluate(
     labels = trained.card.labels
     source = replace(source, layout=match_labels(source.layout, labels))
     videos = source.layout.subset(settings.subset)
-    _check_labels(videos, trained, settings)
+    if not videos:
+        raise DataError(
+            f"--subset {settings.subset}: the data has no such videos. "
+            f"Hold groups out for it with --{settings.subset}-groups, or choose another --subset."
+        )
+    if unknown := sorted({video.label for video in videos} - set(labels)):
+        raise DataError(
+            f"{len(unknown)} classes of the data are unknown to the model ({shorten(unknown, most=12)}). "
+            f"It has {len(labels)}: {shorten(labels, most=12)}."
+            + (" Use data with all of its classes, or name them." if trained.labels_are_guessed else "")
+        )
     bias, leaks = find_bias(settings, trained, source)
     for warning in (*bias, *leaks):
         report(Note(warning, "warning"))
@@ -132,21 +141,6 @@ def _subset_name(settings: EvalSettings) -> str:
     return settings.subset + ("-shuffled" if settings.shuffle_frames else "")
 
 
-def _check_labels(videos: tuple[Video, ...], trained: Trained, settings: EvalSettings) -> None:
-    if not videos:
-        raise DataError(
-            f"--subset {settings.subset}: the data has no such videos. "
-            f"Hold groups out for it with --{settings.subset}-groups, or choose another --subset."
-        )
-    labels = trained.card.labels
-    if unknown := sorted({video.label for video in videos} - set(labels)):
-        raise DataError(
-            f"{len(unknown)} classes of the data are unknown to the model ({shorten(unknown, most=12)}). "
-            f"It has {len(labels)}: {shorten(labels, most=12)}."
-            + (" Use data with all of its classes, or name them." if trained.labels_are_guessed else "")
-        )
-
-
 def _result(
     settings: EvalSettings, trained: Trained, videos: tuple[Video, ...], scores: Scores, seconds: float
 ) -> EvalResult:
@@ -179,9 +173,21 @@ def _result(
     values |= {"mean_class_accuracy": metrics.mean_class_accuracy(table), "macro_f1": metrics.macro_f1(table)}
     values["unreadable"] = float(len(scores.errors))
     counted = tuple(answers[index] for index in sorted(answers))
+    position = {label: number for number, label in enumerate(labels)}
+    own = [position[answer.video.label] for answer in counted]
+    outcomes = metrics.Outcomes(
+        labels=own,
+        predicted=[position[answer.predicted] if answer.predicted else None for answer in counted],
+        in_top_k=[
+            bool(answer.scores) and sum(s >= answer.scores[label] for s in answer.scores) <= top_k
+            for answer, label in zip(counted, own, strict=True)
+        ],
+        confidence=[max(answer.scores, default=0.0) for answer in counted],
+        groups=[answer.video.unit for answer in counted],
+    )
     return EvalResult(
         metrics=values,
-        intervals=metrics.metric_intervals(_outcomes(counted, labels, top_k), top_k=top_k),
+        intervals=metrics.metric_intervals(outcomes, top_k=top_k),
         per_class={label: row for label, row in zip(labels, table, strict=True) if row.videos},
         confused=tuple((labels[i], labels[j], count) for i, j, count in metrics.most_confused(confusion)),
         answers=counted,
@@ -194,19 +200,4 @@ def _result(
         output=settings.output or results_folder(settings, trained),
         notes=(note,) if settings.top_k > top_k else (),
         calibration=tuple(metrics.calibration_bins(confidence, right)),
-    )
-
-
-def _outcomes(answers: tuple[VideoPrediction, ...], labels: tuple[str, ...], top_k: int) -> metrics.Outcomes:
-    position = {label: number for number, label in enumerate(labels)}
-    own = [position[answer.video.label] for answer in answers]
-    return metrics.Outcomes(
-        labels=own,
-        predicted=[position[answer.predicted] if answer.predicted else None for answer in answers],
-        in_top_k=[
-            bool(answer.scores) and sum(s >= answer.scores[label] for s in answer.scores) <= top_k
-            for answer, label in zip(answers, own, strict=True)
-        ],
-        confidence=[max(answer.scores, default=0.0) for answer in answers],
-        groups=[answer.video.unit for answer in answers],
     )

@@ -41,7 +41,7 @@ def metric_intervals(outcomes: Outcomes, *, top_k: int, seed: int = 0) -> dict[s
 
     A class without videos in a resample is left out of its means.
     """
-    groups = _group_numbers(outcomes.groups)
+    groups = np.unique(np.asarray(outcomes.groups), return_inverse=True)[1]
     count = int(groups.max()) + 1
     if count < 2:
         return {}
@@ -80,7 +80,7 @@ def difference_interval(
 ) -> Interval | None:
     """95 % interval of the second model's accuracy minus the first's on the same videos; None for one group."""
     gain = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    numbers = _group_numbers(groups)
+    numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
     sums = np.bincount(numbers, weights=gain)
     videos = np.bincount(numbers).astype(np.float64)
     if len(sums) < 2:
@@ -96,12 +96,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """
     trials, fewer = only_first + only_second, min(only_first, only_second)
     tail: int = sum(math.comb(trials, k) for k in range(fewer + 1))
-    outcomes: int = 2**trials
-    return min(1.0, 2 * tail / outcomes)
-
-
-def _group_numbers(groups: Sequence[str]) -> npt.NDArray[np.int64]:
-    return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+    return min(1.0, float(2 * tail / 2**trials))
 
 
 def _bootstrap(groups: int, statistics: Callable[[Floats], Floats], seed: int) -> list[Interval]:

@@ -95,31 +95,25 @@ def find_bias(
     """
     videos = source.layout.subset(settings.subset)
     before = _training_subsets(settings, trained.card, source)
-    train, val = (
-        [v.name for v in videos if before and before.get(v.name) == name] for name in ("train", "val")
-    )
+    subsets = before or {}
+    train, val = ([v.name for v in videos if subsets.get(v.name) == name] for name in ("train", "val"))
     bias: list[str] = []
     leaks: tuple[str, ...] = ()
+    biased = "the metrics are optimistically biased"
     if settings.subset in ("train", "all"):
         if train:
-            bias.append(
-                f"The model was trained on {_count(train, videos)}: the metrics are optimistically biased "
-                "(training accuracy)."
-            )
+            bias.append(f"The model was trained on {_count(train, videos)}: {biased} (training accuracy).")
     else:
         leaks = find_leaks(source.layout.videos)
         if train:
             trained_on = (
                 f"Data leakage: {len(train)} of the {len(videos)} {settings.subset} videos were trained on (such "
-                f"as {train[0]}): the subsets of the training were others. Keep --split, --val-groups, "
-                "--test-groups and --group-pattern as in training."
+                f"as {train[0]}). Keep --split, --val-groups, --test-groups and --group-pattern as in training."
             )
             leaks = (trained_on, *leaks)
     if val:
-        count = _count(val, videos)
-        bias.append(
-            f"{count[0].upper()}{count[1:]} were used for model selection: the metrics are optimistically biased."
-        )
+        text = f"{_count(val, videos)} were used for model selection: {biased}."
+        bias.append(text[0].upper() + text[1:])
     if before is None and trained.results is not None:
         bias.append("The model's training videos are unknown: scored videos may be among them.")
     elif before is None and settings.subset != "test":
@@ -129,9 +123,8 @@ def find_bias(
     if settings.shuffle_frames:
         bias.append("The frames of each clip were shuffled (ablation): accuracy without temporal order.")
     if trained.labels_are_guessed and trained.card.labels == source.layout.labels:
-        bias.append(
-            f"The model's classes are assumed to be the {len(trained.card.labels)} of the data, sorted."
-        )
+        count = len(trained.card.labels)
+        bias.append(f"The model's classes are assumed to be the {count} of the data, sorted.")
     return tuple(bias), leaks
 
 

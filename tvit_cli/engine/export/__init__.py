@@ -69,9 +69,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
                 parity = check_parity(form, folder, expected, settings)
                 (folder / README_FILE).write_text(readme(job, form, parity), encoding="utf-8")
                 record = {
-                    "format": settings.format,
-                    "with_preprocessing": settings.with_preprocessing,
-                    "int8": settings.int8,
+                    **settings.model_dump(include={"format", "with_preprocessing", "int8"}),
                     **asdict(parity),
                     "passed": parity.passed,
                     "weights_sha256": trained.card.weights_sha256,
@@ -95,7 +93,6 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
 
 
 def _check_output(output: Path, settings: ExportSettings) -> None:
-    """Raises SettingsError for a folder that is not free and may not be replaced."""
     if output.resolve() == Path.cwd():
         reason = "is the current directory. Name a folder in it."
     elif not output.exists() or (output.is_dir() and not any(output.iterdir())):

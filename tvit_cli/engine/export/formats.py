@@ -191,12 +191,10 @@ class PreprocessingGraph(nn.Module):
 
     def _weights(self, inputs: Tensor, short: Tensor) -> tuple[Tensor, Tensor]:
         """Integer weights (S, I) of the outputs inside the crop, and their power of two."""
-        count = inputs[-1] + 1
-        full = (
-            (count * self.scale_to / short).round() if self.crops else torch.full_like(count, self.scale_to)
-        )
+        count, to = inputs[-1] + 1, self.scale_to
+        full = (count * to / short).round() if self.crops else torch.full_like(count, to)
         outputs = torch.arange(self.size, dtype=torch.float64)
-        every = torch.arange(MAX_ASPECT * self.scale_to, dtype=torch.float64)
+        every = torch.arange(MAX_ASPECT * to, dtype=torch.float64)
         largest = _triangles(every.clamp(max=full - 1), inputs, count, full).max()
         first = ((full - self.size) / 2).floor()
         kept = _triangles(first + outputs, inputs, count, full)
@@ -221,21 +219,7 @@ def _triangles(outputs: Tensor, inputs: Tensor, count: Tensor, full: Tensor) -> 
     return weights / weights.sum(1, keepdim=True)
 
 
-class EndToEndGraph(nn.Module):
-    """Preprocessing, model and softmax: uint8 frames (B, T, H, W, 3) -> probabilities (B, K)."""
-
-    def __init__(self, preprocessing: Preprocessing, model: nn.Module) -> None:
-        super().__init__()
-        self.preprocessing = PreprocessingGraph(preprocessing)
-        self.model = model
-
-    def forward(self, frames: Tensor) -> Tensor:
-        scores: Tensor = self.model(self.preprocessing(frames)).softmax(1)
-        return scores
-
-
 FRAMES, PIXELS, LOGITS, SCORES = "frames", "pixel_values", "logits", "scores"
-EXAMPLE_CLIPS = 2  # tracing specialises a size of 1
 
 
 @dataclass(frozen=True)
@@ -252,12 +236,15 @@ class Graph:
 def graphs(job: Job) -> dict[str, Graph]:
     """The graphs to trace by file name: model and preprocessing, or one graph of both."""
     facts, model = job.trained.card.preprocessing, job.trained.model
-    frames = torch.zeros(EXAMPLE_CLIPS, facts.n_frames, 56, 72, 3, dtype=torch.uint8)
+    preprocessing = PreprocessingGraph(facts).eval()
+    clips = 2  # tracing specialises a size of 1
+    frames = torch.zeros(clips, facts.n_frames, 56, 72, 3, dtype=torch.uint8)
     any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if job.settings.with_preprocessing:
-        return {"model": Graph(EndToEndGraph(facts, model).eval(), frames, any_size, FRAMES, SCORES)}
-    pixels = torch.zeros(EXAMPLE_CLIPS, facts.n_frames, 3, facts.frame_size, facts.frame_size)
+        whole = nn.Sequential(preprocessing, model, nn.Softmax(1)).eval()  # -> probabilities (B, K)
+        return {"model": Graph(whole, frames, any_size, FRAMES, SCORES)}
+    pixels = torch.zeros(clips, facts.n_frames, 3, facts.frame_size, facts.frame_size)
     return {
         "model": Graph(model, pixels, {0: Dim.DYNAMIC}, PIXELS, LOGITS),
-        "preprocessing": Graph(PreprocessingGraph(facts).eval(), frames, any_size, FRAMES, PIXELS),
+        "preprocessing": Graph(preprocessing, frames, any_size, FRAMES, PIXELS),
     }

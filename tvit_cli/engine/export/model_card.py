@@ -17,13 +17,10 @@ from tvit_cli.settings.card import ModelCard, Preprocessing
 README_FILE = "README.md"
 SHOWN_METRICS = ("video_top1", "video_top5", "mean_class_accuracy", "macro_f1", "calibration_error", "videos")
 NO_METRICS = "Not measured: no validation subset, and `tvit eval` has not been run.\n"
-INSIDE = (
-    "`model.{suffix}` takes decoded frames, uint8 (B, T, H, W, 3) of any size, any number of clips, and returns "
-    "probabilities."
-)
+FRAMES_TEXT = "decoded frames, uint8 (B, T, H, W, 3) of any size, any number of clips,"
+INSIDE = f"`model.{{suffix}}` takes {FRAMES_TEXT} and returns probabilities."
 OUTSIDE = (
-    "`preprocessing.{suffix}` converts decoded frames, uint8 (B, T, H, W, 3) of any size, to the input of "
-    "`model.{suffix}`, which returns logits; any number of clips."
+    f"`preprocessing.{{suffix}}` turns {FRAMES_TEXT} into the input of `model.{{suffix}}`; it returns logits."
 )
 
 
@@ -41,7 +38,17 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
         preprocess="" if inside else form.preprocess,
         input=FRAMES if inside else PIXELS,
     )
-    metrics = _metrics(job)
+    subsets = {
+        "val": {name.removeprefix("val_"): value for name, value in card.metrics.items()}
+    }  # in training
+    for path in sorted(job.trained.run.glob(f"eval/*/{METRICS_FILE}")):
+        subsets[path.parent.name] = read_metrics(path.parent)
+    metrics = [
+        (subset, name, f"{values[name]:.0f}" if name == "videos" else f"{values[name]:.4f}")
+        for subset, values in subsets.items()
+        for name in SHOWN_METRICS
+        if name in values
+    ]
     quantised = " Its weights are int8." if settings.int8 else ""
     parts = [
         f"---\n{header}---\n",
@@ -61,34 +68,17 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
 
 def _input(facts: Preprocessing) -> str:
     grid = "" if facts.frame_grid is None else f" (of {facts.frame_grid} evenly spaced ones)"
-    size = f"{facts.frame_size} x {facts.frame_size}"
-    how = (
-        f"the short side scaled to {facts.scale_to} pixels"
-        if facts.resize == "crop"
-        else f"the whole frame scaled to {facts.scale_to} x {facts.scale_to} pixels"
-    )
-    if facts.resize == "crop" or facts.scale_to > facts.frame_size:
-        how += f" and {size} cropped from the centre"
+    size, to, crops = facts.frame_size, facts.scale_to, facts.resize == "crop"
+    how = f"the short side scaled to {to}" if crops else f"the whole frame scaled to {to} x {to}"
+    how += " pixels"
+    if crops or to > size:
+        how += f" and {size} x {size} cropped from the centre"
     mean, std = (", ".join(map("{:g}".format, values)) for values in (facts.mean, facts.std))
     return (
         f"{facts.n_frames} frames{grid}, the middle one of each of {facts.n_frames} equal shares of the video, in "
         f"RGB; {how} (bilinear, antialiased, in 8 bits); divided by 255, then normalised with mean {mean} and "
         f"standard deviation {std}.\n"
     )
-
-
-def _metrics(job: Job) -> list[tuple[str, str, str]]:
-    """Subset, name and value: of the validation in training, then of every evaluation of the run."""
-    card = job.trained.card
-    subsets = {"val": {name.removeprefix("val_"): value for name, value in card.metrics.items()}}
-    for path in sorted(job.trained.run.glob(f"eval/*/{METRICS_FILE}")):
-        subsets[path.parent.name] = read_metrics(path.parent)
-    return [
-        (subset, name, f"{values[name]:.0f}" if name == "videos" else f"{values[name]:.4f}")
-        for subset, values in subsets.items()
-        for name in SHOWN_METRICS
-        if name in values
-    ]
 
 
 def _provenance(card: ModelCard) -> list[tuple[str, str]]:

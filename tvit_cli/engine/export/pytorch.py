@@ -68,9 +68,8 @@ def load_programs(folder: Path) -> AbstractContextManager[Predictor]:
     facts = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))["preprocessing"]
     outside = folder / "preprocessing.pt2"
     preprocess = torch.export.load(outside).module() if outside.is_file() else None
-    return formats.graph_predictor(
-        folder, facts, torch.export.load(folder / "model.pt2").module(), preprocess
-    )
+    model = torch.export.load(folder / "model.pt2").module()
+    return formats.graph_predictor(folder, facts, model, preprocess)
 
 
 SAFETENSORS = Format(write_weights, load_weights, packages=("torch", "safetensors"), library="pytorch")

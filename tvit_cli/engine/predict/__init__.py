@@ -257,6 +257,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         whole = Segment(0.0, timelines.WHOLE, *predictions[0].labels[0])
         with collect_errors(errors):
             timelines.annotate(settings.annotate, locations[0], [whole], report)
+            report(Note(f"Annotated video written to {settings.annotate}"))
     return PredictResult(tuple(predictions), tuple(errors))
 
 
@@ -306,6 +307,7 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
         if settings.annotate is not None:
             with collect_errors(errors):
                 timelines.annotate(settings.annotate, location, timeline.segments, report)
+                report(Note(f"Annotated video written to {settings.annotate}"))
         results.append(TimelineResult(str(location), timeline, unwritten=tuple(errors)))
     if settings.output is not None and not any(result.unwritten for result in results):
         report(Note(f"Written to {settings.output}"))
@@ -319,9 +321,7 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
     """
     device = pick_device(settings.device)
     if settings.int8 and device.type != "cpu":
-        raise SettingsError(
-            f"--int8: runs on CPUs only, and the device is {device.type}. Leave it out, or take --device cpu."
-        )
+        raise SettingsError(f"--int8: runs on CPUs only, the device is {device.type}. Choose --device cpu.")
     trained = open_trained(
         settings.model,
         working_directory=settings.working_directory,

@@ -34,10 +34,8 @@ def find_video(name: str | Path) -> Location:
 
 def require_single_video(option: str, path: Path | None, locations: Sequence[Location]) -> None:
     """Raises DataError for an option of a single video when several are given."""
-    if path is not None and len(locations) > 1:
-        raise DataError(
-            f"--{option} {path}: takes one video, and {len(locations)} are named. Name one, or leave it out."
-        )
+    if path is not None and (count := len(locations)) > 1:
+        raise DataError(f"--{option} {path}: takes one video, {count} are named. Name one, or leave it out.")
 
 
 @contextmanager

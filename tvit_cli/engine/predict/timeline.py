@@ -6,9 +6,8 @@ Note [Viterbi smoothing of timelines]
 A cell is one stride of the timeline. Its score is the mean over the windows that overlap it, weighted by overlap.
 The labels are the path with the largest sum of log scores minus a penalty for each change of label (Viterbi's
 algorithm). The penalty is `smoothing` nats times the windows per cell, as one window counts in that many cells.
-A short run of a third label at a boundary costs two changes, so its cells go to the neighbouring labels; a minimum
-length of segments would shift the boundary. Confident models leave a boundary uncertain by up to half a window, and
-labels change more often at shot boundaries, so a change costs half the penalty there.
+A short run of a third label costs two changes; a minimum length of segments would shift the boundary instead.
+Models leave a boundary uncertain by up to half a window, so a change at a shot boundary costs half the penalty.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, VideoError
 from tvit_cli.files import Location
 from tvit_cli.portable.reading import CENTRE, segment_indices
-from tvit_cli.results import Note, Report, Segment, Span, Timeline, seconds_done, silent
+from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
 
 Scores = NDArray[np.float64]
 T = TypeVar("T")
@@ -96,8 +95,7 @@ class Window:
     start: float
     pictures: list[Frames] = field(default_factory=list)
 
-    def frames(self) -> Frames:
-        """uint8 (T, H, W, 3)."""
+    def frames(self) -> Frames:  # uint8 (T, H, W, 3)
         return np.stack(self.pictures)
 
 
@@ -106,8 +104,7 @@ def frame_positions(n_frames: int, grid: int | None) -> list[float]:
 
     With a grid, positions on the grid, as in `segment_indices`. 4 frames -> 1/8, 3/8, 5/8, 7/8.
     """
-    if grid is None:
-        return [(segment + CENTRE) / n_frames for segment in range(n_frames)]
+    grid = grid or n_frames
     return [(position + CENTRE) / grid for position in segment_indices(grid, n_frames)]
 
 
@@ -223,13 +220,13 @@ def find_segments(
     inside = [cut - start for cut in cuts if start <= cut < end]
     penalties = transition_penalties(penalty, cells=len(smoothed), stride=stride, cuts=inside)
     segments = []
-    for label, run in groupby(
-        enumerate(viterbi_path(smoothed, penalties=penalties)), key=lambda cell: cell[1]
-    ):
-        cells = [cell for cell, _ in run]
-        until = end if cells[-1] + 1 == len(smoothed) else start + (cells[-1] + 1) * stride
-        score = float(smoothed[cells, label].mean())
-        segments.append(Segment(start + cells[0] * stride, until, labels[label], score))
+    first = 0
+    for label, run in groupby(viterbi_path(smoothed, penalties=penalties)):
+        last = first + len(list(run))
+        until = end if last == len(smoothed) else start + last * stride
+        score = float(smoothed[first:last, label].mean())
+        segments.append(Segment(start + first * stride, until, labels[label], score))
+        first = last
     return tuple(segments)
 
 
@@ -316,11 +313,9 @@ def make_timeline(
 
 @dataclass
 class _Clock:
-    """Seconds decoded so far, the video's length, and its spans without gaps between frames."""
-
-    now: float = 0.0
+    now: float = 0.0  # seconds decoded so far
     length: float | None = None
-    spans: list[tuple[float, float]] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)  # without gaps between frames
 
     def watch(self, frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
         for frame in frames:
@@ -374,4 +369,3 @@ def annotate(path: Path, location: Location, segments: Sequence[Segment], report
             writer.write(picture, frame.start, frame.end)
             if round(frame.end) > round(frame.start):
                 report(seconds_done("seconds written", frame.end, frame.length))
-    report(Note(f"Annotated video written to {path}"))
