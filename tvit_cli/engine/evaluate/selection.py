@@ -38,15 +38,10 @@ def find_leaks(videos: Sequence[Video]) -> tuple[str, ...]:
             f"Data leakage: train, val and test share {len(shared)} groups ({shorten(shared, most=12)}), {clips} "
             f"videos of val and test. {_EFFECT}"
         )
-    twins = []
-    for same_size in by_size.values():
-        first: dict[str, Video] = {}
-        if len({video.subset for video in same_size}) > 1:
-            for video in same_size:
-                other = first.setdefault(sha256(video.path), video)
-                if other.subset != video.subset:
-                    twins.append(f"{other.name} = {video.name}")
-    if twins:
+    first: dict[str, Video] = {}
+    candidates = [v for same in by_size.values() if len({v.subset for v in same}) > 1 for v in same]
+    pairs = [(first.setdefault(sha256(video.path), video), video) for video in candidates]
+    if twins := [f"{a.name} = {b.name}" for a, b in pairs if a.subset != b.subset]:
         text = f"{len(twins)} videos are in two subsets, byte for byte ({shorten(twins, most=12)})"
         leaks.append(f"Data leakage: {text}. {_EFFECT}")
     return tuple(leaks)
@@ -89,10 +84,7 @@ def is_training_data(card: ModelCard, root: Path) -> bool:
 def find_bias(
     settings: EvalSettings, trained: Trained, source: DataSource
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Warnings on the scored videos: optimistic bias and assumptions, and data leakage.
-
-    On training videos (subset train or all), leakage between the subsets is none.
-    """
+    """Warnings on optimistic bias and assumptions, and on data leakage (none for subsets train and all)."""
     videos = source.layout.subset(settings.subset)
     before = _training_subsets(settings, trained.card, source)
     subsets = before or {}
@@ -135,8 +127,7 @@ def _training_subsets(settings: EvalSettings, card: ModelCard, source: DataSourc
     before = choose_split(EvalSettings(), card)
     layout = source.layout
     if choose_split(settings, card) != before:
-        videos = video_root(source.root)
-        if videos is None:
+        if (videos := video_root(source.root)) is None:
             return None
         try:
             layout = read_layout(videos, **before)

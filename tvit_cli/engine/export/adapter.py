@@ -17,14 +17,11 @@ from tvit_cli.settings.base import load as load_settings
 from tvit_cli.settings.train import TrainSettings
 
 BACKBONE = "backbone"
-OTHERWISE = "A model folder has merged weights only. Name the run's folder, or export with another --format."
+OTHERWISE = "The adapter is in the checkpoints of its run. Name the run's folder, or choose another --format."
 
 
 def check(job: Job) -> None:
-    """Raises ModelError for a model without an adapter, or a run without a checkpoint.
-
-    Raises SettingsError for a run of another tvit version with settings unknown to this one.
-    """
+    """Raises ModelError without an adapter or a checkpoint, SettingsError for settings of another tvit version."""
     huggingface.check(job)
     settings = _settings(job)
     if settings.train != "lora" or settings.lora_rank == 0:
@@ -34,9 +31,7 @@ def check(job: Job) -> None:
         )
     folder = job.trained.run / settings.checkpoint_dir
     if not list_checkpoints(folder):
-        raise ModelError(
-            f"{folder}: no checkpoint there. The adapter is in the checkpoints of its run. {OTHERWISE}"
-        )
+        raise ModelError(f"{folder}: no checkpoint there. {OTHERWISE}")
 
 
 def write(job: Job, folder: Path) -> None:
@@ -71,7 +66,7 @@ def load(folder: Path) -> AbstractContextManager[Predictor]:
 def _settings(job: Job) -> TrainSettings:
     path = job.trained.run / SETTINGS_FILE
     if not path.is_file():
-        raise ModelError(f"{path}: missing. The adapter is in the checkpoints of its run. {OTHERWISE}")
+        raise ModelError(f"{path}: missing. {OTHERWISE}")
     return load_settings(TrainSettings, flags={}, config=path, environ={}).settings
 
 

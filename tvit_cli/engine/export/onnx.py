@@ -31,10 +31,9 @@ SAMPLING = (
 def check(job: Job) -> None:
     """Raises ModelError where a package is missing."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        are = "is" if len(missing) == 1 else "are"
+        names = ", ".join(missing)
         raise ModelError(
-            f"--format onnx needs {', '.join(missing)}, which {are} not installed. "
-            'Install it: python -m pip install "tvit[onnx]"'
+            f'--format onnx needs {names}, which this environment lacks. Run: python -m pip install "tvit[onnx]"'
         )
 
 
@@ -48,6 +47,7 @@ def write(job: Job, folder: Path) -> None:
         _trace(graph, path)
         if job.settings.int8 and name == "model":
             _quantise(path)
+        model = onnx.load(path, load_external_data=False)
         properties = {
             "labels": json.dumps(card.labels, ensure_ascii=False),
             "preprocessing": card.preprocessing.model_dump_json(),
@@ -57,7 +57,6 @@ def write(job: Job, folder: Path) -> None:
             "tvit_version": card.tvit_version,
             "weights_sha256": card.weights_sha256,
         }
-        model = onnx.load(path, load_external_data=False)
         onnx.helper.set_model_props(model, properties)
         onnx.save(model, path)
     job.write_card(folder)

@@ -31,13 +31,7 @@ LOGIT_LIMIT = 1e-4
 INT8_AGREEMENT = 0.95
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Videos, a description of their source, and the trained model's logits (videos, K)."""
-
-    source: str
-    videos: tuple[Path, ...]
-    logits: Tensor
+Reference = tuple[str, list[Path], Tensor]  # source of the videos, videos, the model's logits (videos, K)
 
 
 @dataclass(frozen=True)
@@ -73,28 +67,27 @@ def reference(job: Job) -> Iterator[Reference]:
         scores = score_locations(job.trained, paths)
         if not len(scores.indices):
             raise RunError(f"{source}: none of the {len(paths)} clips can be read. Name others with --clips.")
-        yield Reference(source, tuple(paths[i] for i in scores.indices.tolist()), scores.logits)
+        yield source, [paths[i] for i in scores.indices.tolist()], scores.logits
 
 
 def check_parity(form: Format, folder: Path, expected: Reference, settings: ExportSettings) -> Parity:
-    """Compares an export, loaded from its folder, with the reference.
+    """Compares an export, loaded from its folder, with the reference; probabilities by their logarithms.
 
-    Probabilities are compared by their logarithms. Raises RunError where a limit is exceeded, or where the
-    export or a clip cannot be read.
+    Raises RunError where a limit is exceeded, or where the export or a clip cannot be read.
     """
+    source, videos, wanted = expected
     try:
         with form.load(folder) as predict, torch.inference_mode():
-            logits = torch.stack([predict(video) for video in expected.videos]).double()
+            logits = torch.stack([predict(video) for video in videos]).double()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"--format {settings.format}: the parity check broke off, and nothing was written: a file cannot be "
             f"read ({error}). Check the disk, then export again."
         ) from error
-    wanted = expected.logits.double()
-    wanted = wanted.log_softmax(1) if settings.with_preprocessing else wanted
+    wanted = wanted.double().log_softmax(1) if settings.with_preprocessing else wanted.double()
     parity = Parity(
-        clips=expected.source,
-        videos=len(expected.videos),
+        clips=source,
+        videos=len(videos),
         max_logit_difference=(logits - wanted).abs().max().item(),
         top1_agreement=(logits.argmax(1) == wanted.argmax(1)).double().mean().item(),
         logit_limit=None if settings.int8 else LOGIT_LIMIT,

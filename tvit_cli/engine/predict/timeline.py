@@ -145,10 +145,7 @@ def sliding_windows(
 
 
 def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
-    """The same items, made by a thread at most `depth` of them ahead, and its exceptions.
-
-    The thread ends with the last item, or when the generator is closed.
-    """
+    """The items and exceptions of a thread at most `depth` items ahead, which ends when the generator is closed."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         pending: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(depth))
@@ -328,10 +325,7 @@ class _Clock:
 
 
 def write_timeline(folder: Path, timeline: Timeline) -> None:
-    """Writes timeline.csv, a row per window with the scores of all classes, and timeline.png.
-
-    Raises RunError where they cannot be written; older files then stay.
-    """
+    """Writes timeline.csv (scores of each window) and timeline.png. Raises RunError; older files then stay."""
     from tvit_cli.report.film import timeline_png  # imports PIL
 
     picture = timeline_png(timeline)
