@@ -121,7 +121,10 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     ended, errors = command()
     assert (ended, signal.getsignal(getattr(signal, name))) == (code, before)
     checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000003"
-    assert f"Stopped by {name} after step 3 of 24; all is saved. Resume with:" in errors
+    assert (
+        f"Stopped by {name.replace('SIGINT', 'Ctrl-C')} after step 3 of 24; all is saved. Resume with:"
+        in errors
+    )
     assert errors.rstrip().endswith(f"tvit train --resume-from-checkpoint {checkpoint}")
     monkeypatch.undo()
     assert command("--resume-from-checkpoint", str(checkpoint))[0] == 0

@@ -65,7 +65,7 @@ def test_other_scheme_at_start_and_ineffective_settings_are_noted(trained, clips
     ("changes", "error", "words"),
     [
         ({"lora_target_modules": "qq"}, ModelError, "patch_embed"),
-        ({"lora_rank_pattern": {"fc1": 2}}, ModelError, "--lora-target-modules too"),
+        ({"lora_rank_pattern": {"fc1": 2}}, ModelError, "Add it to --lora-target-modules"),
         ({"lora_init": "pissa", "lora_target_modules": "patch_embed"}, ModelError, "is a convolution"),
         ({"train": "last-9"}, ModelError, "--train last-9: the model has"),
         ({"img_size": 33}, ModelError, "--img-size 33 is not a multiple"),

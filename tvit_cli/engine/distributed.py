@@ -1,7 +1,4 @@
-"""Collectives between ranks, processes on this machine, and pools of worker processes.
-
-Note [Out of memory] says why gradients are summed here and not by DistributedDataParallel.
-"""
+"""Collectives between ranks (see Note [Out of memory]), processes on this machine, pools of worker processes."""
 
 from __future__ import annotations
 
@@ -44,8 +41,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], accelerator: Accele
     """Sums each parameter's gradient over all ranks; a gradient that is None must be None on all ranks."""
     if accelerator.num_processes == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for bucket in _buckets(gradients):
+    for bucket in _buckets(parameter.grad for parameter in parameters if parameter.grad is not None):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         for gradient, total in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
@@ -57,12 +53,11 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
-        fits = size + gradient.nbytes <= BUCKET_BYTES
-        if bucket and not (fits and gradient.dtype == bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
         size += gradient.nbytes
+        if bucket and (size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], gradient.nbytes
+        bucket.append(gradient)
     if bucket:
         yield bucket
 
@@ -85,8 +80,7 @@ def all_reduce_min(value: int, accelerator: Accelerator) -> int:
 def _all_reduce(values: list[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
     tensor = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(tensor, operation, group=None if dist.get_backend() == "gloo" else _cpu_group())
-    reduced: list[int] = tensor.tolist()
-    return reduced
+    return [int(value) for value in tensor]
 
 
 @functools.cache
@@ -143,15 +137,14 @@ def map_in_order(
 ) -> Iterator[R]:
     """`work(job)` of each job, in order, in `workers` processes; with 0 workers in this process.
 
-    `work` is an importable function. A job that kills its process (a decoder that crashes, a picture too large for
-    memory) gives `lost(job, False)`; one that takes longer than `seconds` (a decoder that hangs) gives
-    `lost(job, True)`. The others continue. The limit needs workers and SIGALRM, which Windows lacks.
+    `work` is an importable function. A job that kills its process (by a crash, or for lack of memory) gives
+    `lost(job, False)`, one that exceeds `seconds` gives `lost(job, True)`; the others continue. The limit needs
+    workers and SIGALRM, which Windows lacks.
     """
     if workers == 0:
         yield from map(work, jobs)
         return
-    waiting = deque(jobs)
-    started: deque[tuple[J, Future[R]]] = deque()
+    waiting, started = deque(jobs), deque[tuple[J, Future[R]]]()
     pool = _pool(min(workers, len(jobs)))
     try:
         while waiting or started:
@@ -210,10 +203,10 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _init_worker() -> None:
     """Ignores Ctrl-C, which the parent handles, and ends with the parent, which cannot stop workers once killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def end_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None, "a worker has a parent"
         parent.join()
         os._exit(1)
 

@@ -20,21 +20,16 @@ from torch.distributed import DistError
 
 from tvit_cli.data.clips import is_waiting
 from tvit_cli.engine.distributed import all_reduce_max, preserve_process_count
-from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError
+from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError, plural
 from tvit_cli.settings.types import MixedPrecision
 
 if TYPE_CHECKING:  # importing Accelerate takes longer than labelling a few videos
     from accelerate import Accelerator
 
 Precision = Literal["no", "bf16", "fp16"]
-Handlers = dict[int, Any]  # signal number -> handler
-
 FAST_BF16 = (8, 0)  # CUDA compute capability of the first tensor cores with bfloat16 (Ampere white paper)
-EXIT_CODES = {
-    "SIGINT": 130,
-    "SIGTERM": 143,
-    "SIGUSR1": 75,
-}  # 75: EX_TEMPFAIL, which queues take for "requeue"
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75}  # 75: EX_TEMPFAIL, "requeue" for job queues
+HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none
 SECONDS_TO_GET_BATCH = 5  # limit of the wait for a batch after a stop signal
 SECONDS_TO_BE_ENDED = 3  # a launcher checks for dead processes several times a second
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -55,8 +50,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind in has if has[kind]))
     if not has.get(name, True):
         raise ModelError(
-            f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
-            "Take --device cpu, or install a PyTorch build for your GPU."
+            f"--device {name}: PyTorch {torch.__version__} finds none here. Take --device cpu, or install a build "
+            "of PyTorch for your GPU."
         )
     return torch.device(name)
 
@@ -64,9 +59,8 @@ def pick_device(name: str) -> torch.device:
 def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
     """The number format of a setting on a device. See Note [Mixed precision].
 
-    Turns TF32 off for float32 convolutions on CUDA: its 10 bits of mantissa are PyTorch's default there.
-
-    Raises SettingsError for fp16 on a CPU: Accelerate would silently compute in float32.
+    Turns TF32 off for float32 convolutions on CUDA: its 10 bits of mantissa are PyTorch's default there. Raises
+    SettingsError for fp16 on a CPU: Accelerate would silently compute in float32.
     """
     if given == "fp16" and device.type == "cpu":
         raise SettingsError("--mixed-precision fp16: not supported on a CPU. Take bf16, or no.")
@@ -88,10 +82,9 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 # Note [Mixed precision]
 # ~~~~~~~~~~~~~~~~~~~~~~
-# `auto` is bfloat16 on GPUs with hardware for it, and float32 elsewhere. bfloat16 has float32's range, so no run
-# needs loss scaling or overflows. On CPUs it is slower, or a fifth faster with AVX512-BF16
-# (docs/negative-results.md): not enough to change the numbers unasked. float16 on older GPUs was rejected as a
-# default: it is fast there, but its range is small, and an overflow ends a run after hours. `fp16` selects it.
+# `auto` is bfloat16 on GPUs with hardware for it, else float32. bfloat16 has float32's range, so no run needs loss
+# scaling or overflows. On CPUs it is slower, or a fifth faster with AVX512-BF16 (docs/negative-results.md).
+# float16 on older GPUs is no default: it is fast, but an overflow of its small range ends a run after hours.
 
 
 def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Accelerator:
@@ -114,16 +107,14 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     except NotImplementedError as error:  # GPUs without peer-to-peer communication in the installed driver
         raise SettingsError(f"Accelerate will not start here: {error}") from error
     except DistError as error:
-        address = (
-            f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', '?')}"
-        )
+        host, port = os.environ.get("MASTER_ADDR", "this machine"), os.environ.get("MASTER_PORT", "?")
         reason = f"{str(error).splitlines()[0]}. Check MASTER_ADDR, and that every machine can reach it."
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             reason = (
                 "the port is in use. Set MASTER_PORT (torchrun --master-port, accelerate launch "
                 "--main_process_port) to a free one, or let --num-processes choose it."
             )
-        raise RunError(f"The processes could not connect at {address}: {reason}") from error
+        raise RunError(f"The processes could not connect at {host}, port {port}: {reason}") from error
 
 
 def _refuse_sharding(device: torch.device) -> None:
@@ -131,15 +122,13 @@ def _refuse_sharding(device: torch.device) -> None:
 
     for name, variable in SHARDING.items():
         if parse_flag_from_env(variable):
+            on_cpu = "Accelerate silently ignores it on a CPU"
             reason = (
-                "Accelerate silently ignores it on a CPU"
-                if device.type == "cpu"
-                else "a checkpoint holds whole tensors, and it shards them"
+                on_cpu if device.type == "cpu" else "it shards tensors, and a checkpoint holds whole ones"
             )
             raise SettingsError(
                 f"{variable}={os.environ[variable]}: {name} is not supported: {reason}. Remove it from "
-                "Accelerate's config: each process then holds the whole model. To save memory: "
-                "--per-gpu-batch-size auto, --gradient-checkpointing."
+                "Accelerate's config. To save memory: --per-gpu-batch-size auto, --gradient-checkpointing."
             )
 
 
@@ -150,8 +139,8 @@ def _refuse_shared_gpus(device: torch.device) -> None:
     has_its_own = device.type == "cuda" and gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     if processes > gpus and not has_its_own:
         raise SettingsError(
-            f"{processes} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: each process needs one "
-            f"of its own. Take --num-processes {gpus}, or --device cpu."
+            f"{processes} processes on a machine with {plural(gpus, 'GPU')}: each process needs one of its own. "
+            f"Take --num-processes {gpus}, or --device cpu."
         )
 
 
@@ -169,9 +158,13 @@ def lost_rank_errors() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_BE_ENDED)
-        raise RunError(
-            f"Another process of this training has ended, so this one ends, too. {RESUME_LATEST}"
-        ) from error
+        reason = "Another process of this training has ended, so this one ends, too."
+        raise RunError(f"{reason} {RESUME_LATEST}") from error
+
+
+def signal_text(name: str) -> str:
+    """The name of a signal for users. SIGINT -> Ctrl-C"""
+    return "Ctrl-C" if name == "SIGINT" else name
 
 
 class ImmediateStop:
@@ -179,11 +172,10 @@ class ImmediateStop:
 
     def __init__(self, advice: str = "") -> None:
         self.advice = advice
-        self._before: Handlers = {}
+        self._before: dict[int, Any] = {}  # signal number -> handler
 
     def __enter__(self) -> Self:
-        # Only the main thread can set handlers.
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
             numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
@@ -194,7 +186,7 @@ class ImmediateStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Interrupted(f"Stopped by {name}. {self.advice}", exit_code=EXIT_CODES[name])
+        raise Interrupted(f"Stopped by {signal_text(name)}. {self.advice}", exit_code=EXIT_CODES[name])
 
 
 class StopSignals(ImmediateStop):
@@ -208,12 +200,12 @@ class StopSignals(ImmediateStop):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        if self._before and hasattr(signal, "setitimer"):
+        if self._before and HAS_TIMER:
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_waiting)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._before and hasattr(signal, "setitimer"):
+        if self._before and HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
         super().__exit__(kind, error, trace)
         if error is None and self.received:
@@ -231,43 +223,34 @@ class StopSignals(ImmediateStop):
         if name == "SIGINT" and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = name
-        if hasattr(signal, "setitimer"):
+        if HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_GET_BATCH, 1)
 
     def _stop_waiting(self, number: int, frame: FrameType | None) -> None:
         if is_waiting() and self.received:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            error = Interrupted(
-                f"Stopped by {self.received} while waiting for videos. {RESUME_LATEST}",
-                exit_code=EXIT_CODES[self.received],
-            )
+            text = f"Stopped by {signal_text(self.received)} while waiting for videos. {RESUME_LATEST}"
+            error = Interrupted(text, exit_code=EXIT_CODES[self.received])
             error.by_all = False  # other ranks may be waiting for this one
             raise error
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank, world size, device and all-gather of this process.
-
-    `gather` returns the objects of all ranks, in the order of their ranks.
-    """
+    """Rank, world size, device and all-gather of this process."""
 
     rank: int
     processes: int
     device: torch.device
-    gather: Callable[[Any], list[Any]]
+    gather: Callable[[Any], list[Any]]  # returns the objects of all ranks, in the order of their ranks
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> ProcessGroup:
         """The process group of an Accelerator."""
         from accelerate.utils import gather_object
 
-        return cls(
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.device,
-            lambda own: list(gather_object([own])),
-        )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        return cls(rank, processes, accelerator.device, lambda own: list(gather_object([own])))
 
     @property
     def is_main(self) -> bool:
@@ -298,9 +281,7 @@ def exit_with_launcher() -> None:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         os._exit(1)
 
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # torchrun, `accelerate launch` and `run_local_processes` are parents
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, `accelerate launch` and `run_local_processes`
         threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
@@ -317,11 +298,9 @@ def run_local_processes(count: int, arguments: Sequence[str], *, resumes: bool) 
     for name in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print their own errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    optional: dict[str, Any] = {  # not in every PyTorch
-        "signals_to_handle": ",".join((*EXIT_CODES, "SIGHUP")),
-        "shutdown_timeout": SECONDS_TO_SAVE,
-    }
-    known = {field.name for field in fields(LaunchConfig)}
+    signals = ",".join((*EXIT_CODES, "SIGHUP"))
+    optional: dict[str, Any] = {"signals_to_handle": signals, "shutdown_timeout": SECONDS_TO_SAVE}
+    supported = {field.name for field in fields(LaunchConfig)}  # depends on PyTorch's version
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -331,7 +310,7 @@ def run_local_processes(count: int, arguments: Sequence[str], *, resumes: bool) 
         rdzv_endpoint="localhost:0",  # a free port, so that several trainings on one machine stay apart
         max_restarts=0,
         monitor_interval=0.1,
-        **{name: value for name, value in optional.items() if name in known},
+        **{name: value for name, value in optional.items() if name in supported},
     )
     try:
         elastic_launch(config, sys.executable)("-m", "tvit_cli", *arguments)

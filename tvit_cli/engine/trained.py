@@ -76,19 +76,17 @@ def open_trained(
 ) -> Trained:
     """Loads a model folder, or that of a run's folder; without one, the newest of the working directory.
 
-    `given` may also be a name on the Hugging Face hub, or a model of the reference implementation: a folder, a file
-    or a name. `verify` compares the weights of a model folder with the hash in its card. Raises ModelError for a
-    missing or incomplete model, SettingsError for a precision that the device lacks.
+    `given` may also be a name on the Hugging Face hub, or a model of the reference implementation. `verify`
+    compares a model folder's weights with the hash in its card. Raises ModelError for a missing or incomplete
+    model, SettingsError for a precision that the device lacks.
     """
     precision = resolve_precision(mixed_precision, device)
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / MODEL_FOLDER / CARD_FILE).is_file():
         folder = folder / MODEL_FOLDER
-    results = None
-    local = folder
+    results, local = None, folder
     if not (folder / CARD_FILE).is_file():
-        # They import huggingface_hub.
-        from tvit_cli.model.reference import load_reference
+        from tvit_cli.model.reference import load_reference  # imports huggingface_hub
         from tvit_cli.model.weights import find_weights, weights_name
 
         if source := find_weights(folder, working_directory):
@@ -104,10 +102,9 @@ def open_trained(
 
 def run_name(model: Path) -> str:
     """The name of a model folder: its run, in a series with the series' name; without a run, its own name."""
-    folder = model.absolute()
-    if folder.name != MODEL_FOLDER:
-        return folder.name
-    run = folder.parent
+    run = model.absolute().parent
+    if model.absolute().name != MODEL_FOLDER:
+        return model.absolute().name
     return f"{run.parent.name}/{run.name}" if is_series_run(run.name) else run.name
 
 

@@ -16,8 +16,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and verified."""
+    """A verified checkpoint."""
 
     path: Path
     state: State
@@ -102,12 +102,11 @@ def save_checkpoint(
         with suppress(OSError):
             remove_own(work, CHECKPOINT_FILES)
         reason = "the disk is full" if error.errno in FULL else str(error)
-        kept = list_checkpoints(folder)
-        advice = (
-            f"{kept[-1].name} is still whole; free some space, then use --resume-from-checkpoint latest."
-            if kept
-            else "Free some space, then start again."
-        )
+        advice = "Free some space, then start again."
+        if kept := list_checkpoints(folder):
+            advice = (
+                f"{kept[-1].name} is still whole; free some space, then use --resume-from-checkpoint latest."
+            )
         raise RunError(f"{final}: the checkpoint could not be written: {reason}. {advice}") from error
     return final
 
@@ -117,41 +116,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError that names the file that is missing, damaged or cannot be read.
     """
-    file = path / STATE_FILE
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+    with _read_errors(path / STATE_FILE, f"{path}: no checkpoint ({STATE_FILE} is missing)."):
+        raw = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         digest = raw["sha256"].pop(STATE_FILE)
         if _digest(raw) != digest:
             raise ValueError("another sha256")
         hashes = raw.pop("sha256")
         state = State(**{**raw, "tally": tuple(raw["tally"])})
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no checkpoint ({STATE_FILE} is missing).") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {_RESUME_EARLIER}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged ({error}). {_RESUME_EARLIER}") from error
-    read = {
-        name: _read(path / f"{name}.safetensors", hashes)
-        for name in ("trainable", "optimizer", "best", "ema")
-        if name in ("trainable", "optimizer") or f"{name}.safetensors" in hashes
-    }
+    read: dict[str, dict[str, Tensor]] = {}
+    for name in ("trainable", "optimizer", "best", "ema"):
+        file = path / f"{name}.safetensors"
+        if name in ("trainable", "optimizer") or file.name in hashes:
+            with _read_errors(file, f"{file}: missing. {_RESUME_EARLIER}"):
+                data = file.read_bytes()
+                if hashlib.sha256(data).hexdigest() != hashes.get(file.name):
+                    raise ValueError(f"{len(data)} bytes, another sha256")
+                read[name] = load_tensors(data)
     return Checkpoint(path, state, read["trainable"], read["optimizer"], read.get("best"), read.get("ema"))
 
 
-def _read(file: Path, hashes: Mapping[str, str]) -> dict[str, Tensor]:
+@contextmanager
+def _read_errors(file: Path, missing: str) -> Iterator[None]:
+    """Turns errors of reading a file into a CheckpointError, with the message `missing` if there is none."""
     try:
-        data = file.read_bytes()
-        if hashlib.sha256(data).hexdigest() != hashes.get(file.name):
-            raise CheckpointError(f"{file}: damaged ({len(data)} bytes, another sha256). {_RESUME_EARLIER}")
-        tensors: dict[str, Tensor] = load_tensors(data)
+        yield
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing. {_RESUME_EARLIER}") from None
+        raise CheckpointError(missing) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {_RESUME_EARLIER}") from error
-    except SafetensorError as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{file}: damaged ({error}). {_RESUME_EARLIER}") from error
-    return tensors
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -179,8 +173,8 @@ def prune_checkpoints(folder: Path, keep: int, *, newest: int) -> None:
     before its files are removed, so a half-removed one never counts as complete. Foreign files keep their path.
     """
     every = list_checkpoints(folder)
-    abandoned = [path for path in every if _step(path) > newest]
-    for path in [*abandoned, *every[: len(every) - len(abandoned)][:-keep]]:
+    kept = [path for path in every if _step(path) <= newest]
+    for path in [*every[len(kept) :], *kept[:-keep]]:
         with suppress(OSError):
             removed = path.rename(_removal_path(path))
             remove_own(removed, CHECKPOINT_FILES)
@@ -196,28 +190,24 @@ def find_checkpoint(folder: Path, name: str) -> Path:
 
     Raises CheckpointError if there is none.
     """
-    known = list_checkpoints(folder)
+    found = list_checkpoints(folder)
     if name == "latest":
-        if not known:
-            raise CheckpointError(
-                f"{folder}: no checkpoint to resume from. Leave --resume-from-checkpoint out."
-            )
-        return known[-1]
+        if not found:
+            text = f"{folder}: no checkpoint to resume from. Leave --resume-from-checkpoint out."
+            raise CheckpointError(text)
+        return found[-1]
     for path in (folder / name, Path(name)):
         if (path / STATE_FILE).is_file():
             return path
-    names = ", ".join(p.name for p in known) or "none"
+    names = ", ".join(p.name for p in found) or "none"
     raise CheckpointError(f"--resume-from-checkpoint {name}: no such checkpoint. In {folder}: {names}.")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: "exp_avg/blocks.0…" -> tensor."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{kind}/{names[parameter]}": value
-        for parameter, values in optimizer.state.items()
-        for kind, value in values.items()
-    }
+    states = optimizer.state.items()
+    return {f"{kind}/{names[p]}": value for p, values in states for kind, value in values.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -225,13 +215,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        parameter = parameters.get(name)
-        if parameter is None:
+        if (parameter := parameters.get(name)) is None:
             raise CheckpointError(f"optimizer.safetensors: {name or key} is no parameter of this model.")
         if value.ndim and value.shape != parameter.shape:
-            raise CheckpointError(
-                f"optimizer.safetensors: {key} has the shape {tuple(value.shape)}, not {tuple(parameter.shape)}."
-            )
+            shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
+            raise CheckpointError(f"optimizer.safetensors: {key} has the shape {shapes}.")
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
 

@@ -55,18 +55,15 @@ def check_fingerprint(before: dict[str, Any], now: dict[str, Any]) -> None:
     if not (lines := _differences(before, now)):
         return
     lines.append("Resume with the run's own settings, or start a new run.")
-    if before.get("frames") != now["frames"]:
-        lines.append(
-            "The run was trained on videos: move the frame store away until it has ended."
-            if before.get("frames") == "videos"
-            else "The run was trained on a frame store: make the store as it was with `tvit extract`."
-        )
-    if before.get("processes") != now["processes"]:
-        lines.append(f"It needs {before.get('processes')} processes: set --num-processes, or the launcher.")
-    differences = "\n".join(lines)
-    raise CheckpointError(
-        f"The checkpoint was written with other settings, and resuming would mix two runs:\n{differences}"
-    )
+    frames, processes = before.get("frames"), before.get("processes")
+    if frames == "videos" and now["frames"] != "videos":
+        lines.append("The run was trained on videos: move the frame store away until it has ended.")
+    elif frames != now["frames"]:
+        lines.append("The run was trained on a frame store: make the store as it was with `tvit extract`.")
+    if processes != now["processes"]:
+        lines.append(f"It needs {processes} processes: set --num-processes, or the launcher.")
+    heading = "The checkpoint was written with other settings, and resuming would mix two runs:"
+    raise CheckpointError("\n".join([heading, *lines]))
 
 
 def check_finished_settings(folder: Path, settings: TrainSettings, processes: int) -> TrainSettings:
@@ -82,18 +79,15 @@ def check_finished_settings(folder: Path, settings: TrainSettings, processes: in
     settings = reuse_batch_settings(settings, before, processes)
     if lines := _differences(before, result_settings(settings)):
         runs = [path for path in folder.parent.iterdir() if is_series_run(path.name)]
-        differences = "\n".join(lines)
-        raise SettingsError(
-            f"{folder} is finished and was trained with other settings:\n{differences}\n{choices_beside(*runs)}"
-        )
+        heading = f"{folder} is finished and was trained with other settings:"
+        raise SettingsError("\n".join([heading, *lines, choices_beside(*runs)]))
     return settings
 
 
 def check_ranks_agree(fingerprints: Sequence[Mapping[str, object]]) -> None:
     """Raises RunError if a rank has other settings or other files than rank 0: their plans would differ."""
-    first = fingerprints[0]
     for rank, own in enumerate(fingerprints):
-        if differing := [name for name in first if own[name] != first[name]]:
+        if differing := [name for name, value in fingerprints[0].items() if own[name] != value]:
             raise RunError(
                 f"Process {rank} differs from process 0 ({', '.join(differing)}). Start all processes with the "
                 "same settings and the same files, and let a running `tvit extract` end first.",
@@ -102,14 +96,10 @@ def check_ranks_agree(fingerprints: Sequence[Mapping[str, object]]) -> None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"  {flag(key) if key in TrainSettings.model_fields else key}: "
-        f"{_short_text(before.get(key))} -> {_short_text(value)}"
-        for key, value in now.items()
-        if before.get(key) != value
-    ]
+    def short(value: Any) -> str:
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        return text if len(text) <= 60 else text[:57] + "…"
 
-
-def _short_text(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    names = {key: flag(key) if key in TrainSettings.model_fields else key for key in now}
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    return [f"  {names[key]}: {short(before.get(key))} -> {short(value)}" for key, value in changed.items()]

@@ -19,7 +19,7 @@ from torch import Tensor
 from tvit_cli.data.clips import ClipBatch, ClipDataset, load_batches, worker_errors
 from tvit_cli.engine.distributed import all_reduce_gradients, any_rank, worker_count
 from tvit_cli.engine.evaluate.metrics import Tally, class_counts, video_metrics
-from tvit_cli.engine.launch import EXIT_CODES, StopSignals
+from tvit_cli.engine.launch import EXIT_CODES, StopSignals, signal_text
 from tvit_cli.engine.train.batches import BatchKeys, MicroBatch, make_inputs, short_side
 from tvit_cli.engine.train.checkpoint import (
     Checkpoint,
@@ -256,7 +256,9 @@ def _stop(loop: Loop, signal: str) -> NoReturn:
     # A checkpoint that exists is not written again: it would be missing for a moment.
     is_saved = loop.saved_step == loop.step
     path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else save(loop)
-    done = f"Stopped by {signal} after step {loop.step} of {loop.plan.total_steps}; all is saved."
+    done = (
+        f"Stopped by {signal_text(signal)} after step {loop.step} of {loop.plan.total_steps}; all is saved."
+    )
     raise Interrupted(f"{done} {how_to_resume(path)}", exit_code=EXIT_CODES[signal])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,6 @@ from tvit_cli.settings.train import DEFAULT_MICRO_BATCH, TrainSettings
 
 MOMENTS = 2  # of AdamW: means of each gradient and of its square (arXiv:1711.05101)
 CPU_SHARE = 0.5  # of the free memory; the rest is for loader workers and the page cache
-CGROUPS = Path("/sys/fs/cgroup")  # version 2: docs.kernel.org/admin-guide/cgroup-v2.html
-OWN_CGROUP = Path("/proc/self/cgroup")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,10 +51,7 @@ def memory_model(model: nn.Module, peak_of: Callable[[int], int], *, averages: b
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
-    """Peak bytes of tensors while `work` runs, beyond those that exist before.
-
-    Off CUDA the tensors are counted, without those that an operation allocates and frees internally.
-    """
+    """Peak bytes of tensors while `work` runs, beyond earlier ones; off CUDA, without those within operations."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -76,8 +72,8 @@ def free_bytes(device: torch.device, processes: int = 1) -> int:
     return int(CPU_SHARE * free_host_bytes() / processes)
 
 
-def free_host_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
-    """Free bytes of main memory within the limits of the machine, the container and the job."""
+def free_host_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Free bytes of main memory within the limits of machine, container and job (docs.kernel.org, cgroup-v2)."""
     free = int(psutil.virtual_memory().available)
     try:
         lines = own.read_text().splitlines()
@@ -103,7 +99,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak: int = 0
         self._live = 0
-        self._known: dict[int, weakref.finalize[Any, Any]] = {}
+        self._counted: dict[int, weakref.finalize[Any, Any]] = {}
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,14 +114,14 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
+        if key not in self._counted:
             self._live += size
             self.peak = max(self.peak, self._live)
-            self._known[key] = weakref.finalize(storage, self._free, key, size)
+            self._counted[key] = weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._live -= size
-        del self._known[key]
+        del self._counted[key]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -134,38 +130,26 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 # Messages of errors without a class of their own: of PyTorch's allocators (c10/core/impl/alloc_cpu.cpp,
 # aten/src/ATen/mps/MPSAllocator.mm), and of CUDA's libraries, which allocate beside PyTorch.
-OUT_OF_MEMORY_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "MPS backend out of memory",
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|(MPS backend|CUDA error:|CUDA driver error:) out of memory"
+    "|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 )
 
 # Note [Out of memory]
 # ~~~~~~~~~~~~~~~~~~~~
-# A step that does not fit is discarded on all ranks and repeated with half the micro-batch. Its clips are the same
-# (engine/train/batches.py), so its update is that of a run with this micro-batch from the start. That includes
-# dropout, which is seeded for each pass. The micro-batch is in every later checkpoint.
-#
-# No rank may wait in a collective while another has failed, so there is none in a pass. Gradients are summed once
-# per step, after all ranks have reported success (engine/distributed.py). DistributedDataParallel sums them within
-# the last backward pass and was rejected: a rank that fails there leaves the others waiting until a timeout. Its
-# gain is communication hidden behind the backward pass: none with LoRA (2 MB of gradients for ViT-B), 340 MB per
-# step with `--train all`. It also keeps a second copy of the gradients. A measurement of `--train all` over slow
-# links could change this decision.
-#
-# Not covered: memory that runs out in the optimizer's update, in validation, or in the machine itself, which kills
-# a process. Those end the run with an error, and the last checkpoint is whole.
+# A step that does not fit is discarded on all ranks and repeated with half the micro-batch, which later checkpoints
+# record. Its clips and its dropout are the same (engine/train/batches.py), and so is its update.
+# No rank may wait in a collective while another has failed, so gradients are summed after all ranks have reported
+# success. DistributedDataParallel sums them within the last backward pass and was rejected: a rank that fails there
+# leaves the others waiting until a timeout, and it keeps a second copy of the gradients. It would hide the
+# communication of 340 MB per step with `--train all` on ViT-B, and of 2 MB with LoRA.
+# Memory that runs out in the update, in validation or in the machine itself ends the run; its checkpoint is whole.
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error reports that a device or the machine has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
+    is_message = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    return is_message or isinstance(error, torch.OutOfMemoryError)
 
 
 class Attempt:
@@ -206,26 +190,22 @@ def out_of_memory_errors(settings: TrainSettings, device: torch.device) -> Itera
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise RunError(
-            f"Out of memory: {str(error).splitlines()[0]} {memory_advice(settings, device)}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"Out of memory: {reason} {memory_advice(settings, device)}") from error
 
 
 def memory_advice(settings: TrainSettings, device: torch.device) -> str:
     """Settings that would need less memory, those with the least effect on the result first."""
-    ways = []
-    if not settings.gradient_checkpointing:
-        ways.append("--gradient-checkpointing (the result stays the same)")
-    if device.type == "cuda" and settings.mixed_precision == "no":
-        ways.append("--mixed-precision bf16")
-    if settings.n_frames > 1:
-        ways.append(f"fewer frames than --n-frames {settings.n_frames}")
-    ways.append(f"smaller frames than --img-size {settings.img_size}")
-    if settings.hf_model_name is None:
-        ways.append("a smaller --width or --depth")
-    elif settings.train == "all":
-        ways.append("--train lora")
-    return f"To need less: {'; '.join(ways)}."
+    is_scratch = settings.hf_model_name is None
+    ways = {
+        "--gradient-checkpointing (the result stays the same)": not settings.gradient_checkpointing,
+        "--mixed-precision bf16": device.type == "cuda" and settings.mixed_precision == "no",
+        f"fewer frames than --n-frames {settings.n_frames}": settings.n_frames > 1,
+        f"smaller frames than --img-size {settings.img_size}": True,
+        "a smaller --width or --depth": is_scratch,
+        "--train lora": settings.train == "all" and not is_scratch,
+    }
+    return f"To need less: {'; '.join(way for way, applies in ways.items() if applies)}."
 
 
 def global_batch(settings: TrainSettings, processes: int) -> int:
@@ -241,11 +221,9 @@ def global_batch(settings: TrainSettings, processes: int) -> int:
     unit = processes * (1 if micro == "auto" else micro)
     if settings.global_batch_size % unit:
         below = settings.global_batch_size // unit * unit
-        factors = (
-            f"{processes} processes" if micro == "auto" else f"{processes} × --per-gpu-batch-size {micro}"
-        )
+        factor = "processes" if micro == "auto" else f"× --per-gpu-batch-size {micro}"
         raise SettingsError(
-            f"--global-batch-size {settings.global_batch_size}: no multiple of {factors}. "
+            f"--global-batch-size {settings.global_batch_size}: no multiple of {processes} {factor}. "
             f"Take {f'{below} or ' if below else ''}{below + unit}."
         )
     return settings.global_batch_size
@@ -261,12 +239,8 @@ def resolve_batch(
     clips = global_batch(settings, processes)
     if settings.per_gpu_batch_size != "auto":
         return settings, clips
-    found = {
-        "per_gpu_batch_size": find(clips // processes),
-        "gradient_accumulation_steps": 1,
-        "global_batch_size": clips,
-    }
-    return settings.model_copy(update=found), clips
+    found = {"per_gpu_batch_size": find(clips // processes), "gradient_accumulation_steps": 1}
+    return settings.model_copy(update={**found, "global_batch_size": clips}), clips
 
 
 def reuse_batch_settings(settings: TrainSettings, before: Mapping[str, Any], processes: int) -> TrainSettings:
@@ -283,10 +257,8 @@ def largest_that_fits(
 
     Divisors that need more than `free` bytes by the model are skipped; `fits` tries the others, the largest first.
     """
-    for clips in range(share, 0, -1):
-        if share % clips == 0 and model.needed(clips) - model.weights <= free and fits(clips):
-            return clips
-    return None
+    divisors = (clips for clips in range(share, 0, -1) if share % clips == 0)
+    return next((n for n in divisors if model.needed(n) - model.weights <= free and fits(n)), None)
 
 
 def find_micro_batch(
@@ -299,7 +271,7 @@ def find_micro_batch(
     device = accelerator.device
     probe = Probe(built, model, accelerator, averages=settings.ema_decay is not None)
     if (terms := Attempt().run(probe.memory_model)) is None:  # two clips are too many to measure
-        found = 1 if probe.fits(1) else None
+        found: int | None = int(probe.fits(1))
     else:
         # Overcommitment on a CPU does not fail at once but kills the process later: the model alone decides.
         fits = probe.fits if device.type != "cpu" else lambda clips: True
@@ -316,15 +288,12 @@ def find_micro_batch(
 
 @dataclass(frozen=True)
 class Probe:
-    """Memory measurements with forward and backward passes of blank clips.
-
-    `model` is the compiled model of `built`, or its own; `averages`: with a moving average of the weights.
-    """
+    """Memory measurements with forward and backward passes of blank clips."""
 
     built: Built
-    model: nn.Module
+    model: nn.Module  # that of `built`, or compiled from it
     accelerator: Accelerator
-    averages: bool = False
+    averages: bool = False  # whether there is a moving average of the weights
 
     def memory_model(self) -> MemoryModel:
         """The memory terms of a training step of this model on this device."""
@@ -341,8 +310,7 @@ class Probe:
     def fits(self, clips: int) -> bool:
         """Whether a pass of this many clips fits, beside the optimizer's moments and the average."""
         trainable = [p for p in self.built.model.parameters() if p.requires_grad]
-        attempt = Attempt()
-        copies = MOMENTS + self.averages
+        attempt, copies = Attempt(), MOMENTS + self.averages
         others = attempt.run(lambda: [torch.empty_like(p) for p in trainable for _ in range(copies)])
         attempt.run(self.run, self.model, clips)
         del others
@@ -353,9 +321,8 @@ class Probe:
     def run(self, model: nn.Module, clips: int) -> None:
         """One forward and backward pass of this many clips; adds to the gradients."""
         size, frames = self.built.preprocessing.frame_size, self.built.preprocessing.n_frames
-        device = self.accelerator.device
-        batch = torch.zeros(clips, frames, 3, size, size, device=device)
-        labels = torch.zeros(clips, dtype=torch.long, device=device)
+        batch = torch.zeros(clips, frames, 3, size, size, device=self.accelerator.device)
+        labels = torch.zeros(clips, dtype=torch.long, device=self.accelerator.device)
         model.train()
         with self.accelerator.autocast():
             logits = model(batch)

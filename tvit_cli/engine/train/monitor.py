@@ -22,6 +22,14 @@ from tvit_cli.errors import RunError
 from tvit_cli.settings.train import TrainSettings
 
 SECONDS_BETWEEN_REPORTS = 0.2  # reading the loss synchronises with the device, so not at every step
+MOST_NAMES = 8  # clips named in an error
+
+# Note [Data wait]
+# ~~~~~~~~~~~~~~~~
+# On a CPU the loop itself computes, so the model waits while the loop waits for its next batch. A GPU has a queue,
+# and the loop may wait while the GPU still works: there only the time with an empty queue counts. An event is
+# recorded when the loop begins to wait, another when the batch arrives. The time between them on the GPU is the
+# time that it was idle. Events are read once they have completed, so nothing is synchronised.
 
 
 class Clock:
@@ -29,12 +37,10 @@ class Clock:
 
     def __init__(self, make_event: Callable[[], Any] | None = None) -> None:
         """`make_event` makes a marker in a device's stream, such as `torch.cuda.Event`."""
-        self.started = time.perf_counter()
-        self.clips = 0
+        self.started, self.clips = time.perf_counter(), 0
         self._make_event = make_event
         self._waits: deque[tuple[Any, Any]] = deque()
-        self._reported = 0.0
-        self._waited = 0.0
+        self._reported = self._waited = 0.0
         self.wait_started()
 
     @classmethod
@@ -49,8 +55,7 @@ class Clock:
 
     def wait_ended(self) -> None:
         """Marks the arrival of the batch."""
-        arrival = self._record()
-        if arrival is not None:
+        if (arrival := self._record()) is not None:
             self._waits.append((self._work_ends, arrival))
         else:
             self._waited += time.perf_counter() - self._waiting_since
@@ -79,30 +84,15 @@ class Clock:
         return event
 
 
-# Note [Data wait]
-# ~~~~~~~~~~~~~~~~
-# On a CPU the loop itself computes, so the model waits exactly while the loop waits for its next batch. A GPU has
-# a queue: the loop runs ahead of it and may wait for a batch while the GPU still works on the last one. There the
-# time counts in which the queue was empty. An event is recorded when the loop begins to wait, another when the
-# batch arrives. The time between the two on the GPU is zero while it has work, else the time that it was idle.
-# Events are read only once they have completed, so nothing is synchronised.
-
-
-MOST_NAMES = 8  # clips named in the message
-
-
 @dataclass(frozen=True)
 class BadClip:
-    """A clip with a loss that is not finite: its step, its index in the training videos, its loss.
-
-    `mixed_with` is the index of its mixup or CutMix partner, if it has one.
-    """
+    """A clip with a loss that is not finite."""
 
     step: int
-    index: int
+    index: int  # in the training videos
     loss: float
     step_clips: int
-    mixed_with: int | None = None
+    mixed_with: int | None = None  # the index of its mixup or CutMix partner
 
 
 @dataclass
@@ -147,23 +137,19 @@ def loss_error(
     bad: Sequence[BadClip], names: Sequence[str], settings: TrainSettings, precision: str, checkpoints: Path
 ) -> RunError:
     """The error for clips with a loss that is not finite; `names` are those of all training videos."""
-    lines = []
+    clips = bad[0].step_clips
+    lines = [f"Step {bad[0].step + 1}: the loss of {len(bad)} of its {clips} clips is not finite:"]
     for clip in bad[:MOST_NAMES]:
         mixed = "" if clip.mixed_with is None else f", mixed with {names[clip.mixed_with]}"
         lines.append(f"  {names[clip.index]}{mixed}: {clip.loss}")
     if len(bad) > MOST_NAMES:
         lines.append(f"  and {len(bad) - MOST_NAMES} more")
-    clips = bad[0].step_clips
     hint = "All clips of the step: the run diverged. " if len(bad) == clips else "Check these clips first. "
-    heading = f"Step {bad[0].step + 1}: the loss of {len(bad)} of its {clips} clips is not finite:"
-    return divergence_error("\n".join([heading, *lines, hint]), settings, precision, checkpoints)
+    return divergence_error("\n".join([*lines, hint]), settings, precision, checkpoints)
 
 
 def divergence_error(problem: str, settings: TrainSettings, precision: str, checkpoints: Path) -> RunError:
-    """The error for numbers that are not finite: the problem, the last checkpoint, and settings to change.
-
-    `precision` is the number format in use.
-    """
+    """The error for numbers that are not finite; `precision` is the number format in use."""
     kept = list_checkpoints(checkpoints)
     state = f"The last good checkpoint is {kept[-1]}." if kept else "No checkpoint had been written yet."
     changes = [f"a smaller --learning-rate (it is {settings.learning_rate:g})", "a longer --warmup-epochs"]
@@ -179,7 +165,6 @@ def divergence_error(problem: str, settings: TrainSettings, precision: str, chec
 
 def non_finite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors with a NaN or an infinity. Synchronises with the device, once."""
-    if not tensors:
-        return []
-    flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    return [name for name, finite in zip(tensors, flags, strict=True) if not finite]
+    flags = [tensor.isfinite().all() for tensor in tensors.values()]
+    finite = torch.stack(flags).tolist() if flags else []
+    return [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]

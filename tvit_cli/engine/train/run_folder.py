@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tvit_cli.engine.dataset import data_name, find_data
 from tvit_cli.engine.evaluate.files import METRICS_FILE
+from tvit_cli.engine.train import trackers
 from tvit_cli.engine.train.checkpoint import CHECKPOINT_FILES, find_checkpoint, list_checkpoints
-from tvit_cli.engine.train.trackers import METRICS_FILE as RECORDS_FILE
-from tvit_cli.engine.train.trackers import PER_CLASS_FILE, TENSORBOARD_FOLDER
 from tvit_cli.errors import CheckpointError, RunError, SettingsError, shorten
 from tvit_cli.files import file_lock, files_below, foreign_files, remove_files
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, own_files
@@ -21,16 +20,7 @@ from tvit_cli.settings.train import TrainSettings
 LOCK_FILE = ".lock"
 TEST = Path("eval", "test")  # evaluation of the test subset
 # Entries that a training writes into its folder before its first checkpoint.
-_FIRST_FILES = {
-    SETTINGS_FILE,
-    LOCK_FILE,
-    RECORDS_FILE,
-    PER_CLASS_FILE,
-    TENSORBOARD_FOLDER,
-    "wandb",
-    "wandb-id",
-}
-_BUSY = "another training is busy in it. Wait for it to end."
+_FIRST_FILES = {SETTINGS_FILE, LOCK_FILE, *trackers.FILES}
 _TAKEN = "another training has just taken this name. Start again, or set another name with --experiment-name."
 _PAGE = r"""(report|comparison)\.(html|writing)
     |plots/(loss|accuracy|learning_rate|confusion|per_class|reliability|confidence|coverage
@@ -47,15 +37,12 @@ _OWN_FILES = rf"""(?x)
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its folder of checkpoints, and the checkpoint to resume from, if any.
-
-    A run that `begins_again` has a folder of a training that ended before its first checkpoint.
-    """
+    """A run's folder, its folder of checkpoints, and the checkpoint to resume from, if any."""
 
     folder: Path
     checkpoints: Path
     resume_from: Path | None
-    begins_again: bool = False
+    begins_again: bool = False  # in the folder of a training that ended before its first checkpoint
 
     @property
     def model(self) -> Path:
@@ -80,15 +67,13 @@ def choose_run(settings: TrainSettings) -> Run:
         return Run(folder, checkpoints, None)
     if settings.experiment_name is not None and _has_no_checkpoint(folder):
         return Run(folder, checkpoints, None, begins_again=True)
-    known = list_checkpoints(checkpoints)
+    found = list_checkpoints(checkpoints)
     is_scored = not settings.test_at_end or (folder / TEST / METRICS_FILE).is_file()
-    if (folder / MODEL_FOLDER).exists() and (is_scored or not known):
-        raise SettingsError(f"--experiment-name {name}: {folder} is finished. {choices_beside(folder)}")
-    if not known:
-        raise SettingsError(
-            f"--experiment-name {name}: {checkpoints} holds no checkpoint. {choices_beside(folder)}"
-        )
-    return Run(folder, checkpoints, known[-1])
+    is_finished = (folder / MODEL_FOLDER).exists() and (is_scored or not found)
+    if is_finished or not found:
+        reason = f"{folder} is finished" if is_finished else f"{checkpoints} holds no checkpoint"
+        raise SettingsError(f"--experiment-name {name}: {reason}. {choices_beside(folder)}")
+    return Run(folder, checkpoints, found[-1])
 
 
 def choices_beside(*folders: Path) -> str:
@@ -106,8 +91,7 @@ def why_not_replaced(folder: Path) -> str:
         return f"{folder} is a link, and links are not followed"
     if _is_new(folder):
         return ""
-    own = _own_files(folder)
-    if own is None:
+    if (own := _own_files(folder)) is None:
         return f"{folder} is not the folder of a run, and holds {shorten(files_below(folder)) or 'other folders'}"
     foreign = foreign_files(folder, own)
     return f"{folder} holds files that tvit did not write: {shorten(foreign)}" if foreign else ""
@@ -119,10 +103,8 @@ def check_replaceable(folder: Path, settings: TrainSettings) -> None:
         raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name, or move them away.")
     name = settings.hf_model_name
     if name and Path(name).expanduser().absolute().resolve().is_relative_to(folder.absolute().resolve()):
-        raise SettingsError(
-            f"--overwrite: {folder} holds the weights to start from, --hf-model-name {name}. Take another "
-            "--experiment-name."
-        )
+        reason = f"{folder} holds the weights to start from, --hf-model-name {name}"
+        raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name.")
 
 
 def experiment_name(settings: TrainSettings) -> str:
@@ -159,9 +141,8 @@ def find_run(settings: TrainSettings) -> Run:
         folders = [*root.glob("*/"), *root.glob("*/*/")]  # the second are runs of a series
         latest = {p: found[-1] for p in folders if (found := list_checkpoints(p / settings.checkpoint_dir))}
         if not latest:
-            raise CheckpointError(
-                f"{root}: no run with a checkpoint to resume from. Leave --resume-from-checkpoint out."
-            )
+            text = f"{root}: no run with a checkpoint to resume from. Leave --resume-from-checkpoint out."
+            raise CheckpointError(text)
         folder = max(latest, key=lambda path: latest[path].stat().st_mtime)
     checkpoints = folder / settings.checkpoint_dir
     return Run(folder, checkpoints, find_checkpoint(checkpoints, which))
@@ -186,9 +167,8 @@ def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None
             f"{run.folder}: was begun and has no checkpoint, and there are no locks here to exclude that another "
             "training is busy in it. Take another --experiment-name, or replace it with --overwrite."
         )
-    text = settings.model_dump_json(
-        exclude={"resume_from_checkpoint", "overwrite", "show_settings"}, indent=1
-    )
+    excluded = {"resume_from_checkpoint", "overwrite", "show_settings"}
+    text = settings.model_dump_json(exclude=excluded, indent=1) + "\n"
     path = run.folder / SETTINGS_FILE
     try:
         if run.resume_from is None:
@@ -196,17 +176,16 @@ def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None
                 check_replaceable(run.folder, settings)
                 _remove_own_files(run.folder)
             with path.open("x", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.write(text)
         else:
             temporary = path.with_suffix(".writing")
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
     except FileExistsError:
         raise SettingsError(f"{run.folder}: {_TAKEN}") from None
     except OSError as error:
-        raise RunError(
-            f"{run.folder}: cannot be written ({error.strerror}). Free some space, or set --working-directory."
-        ) from error
+        advice = "Free some space, or set --working-directory."
+        raise RunError(f"{run.folder}: cannot be written ({error.strerror}). {advice}") from error
 
 
 def run_lock(run: Run) -> AbstractContextManager[bool]:
@@ -215,8 +194,8 @@ def run_lock(run: Run) -> AbstractContextManager[bool]:
     Loader workers do not inherit the lock: they may outlive a killed process by seconds. Raises RunError if another
     process holds it, or if the folder cannot be made.
     """
-    busy = f"{run.folder}: {_BUSY if run.resume_from else _TAKEN}"
-    return file_lock(run.folder / LOCK_FILE, busy, inherited=False)
+    busy = "another training is busy in it. Wait for it to end." if run.resume_from else _TAKEN
+    return file_lock(run.folder / LOCK_FILE, f"{run.folder}: {busy}", inherited=False)
 
 
 def _is_new(folder: Path) -> bool:
@@ -225,10 +204,9 @@ def _is_new(folder: Path) -> bool:
 
 def _has_no_checkpoint(folder: Path) -> bool:
     """Whether the training of a folder was killed before its first checkpoint and left nothing of value."""
+    others = [path for path in folder.iterdir() if path.name not in _FIRST_FILES]
     return not why_not_replaced(folder) and all(
-        path.name in _FIRST_FILES
-        or (path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir()))
-        for path in folder.iterdir()
+        path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir()) for path in others
     )
 
 

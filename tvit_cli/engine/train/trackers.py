@@ -18,6 +18,7 @@ from tvit_cli.results import Note, Report
 METRICS_FILE = "metrics.jsonl"
 PER_CLASS_FILE = "val_per_class.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+FILES = (METRICS_FILE, PER_CLASS_FILE, TENSORBOARD_FOLDER, "wandb", "wandb-id")  # in the run's folder
 
 
 class Trackers:
@@ -40,8 +41,7 @@ class Trackers:
 
     def open_wandb(self, *, name: str, config: dict[str, Any], report: Report) -> None:
         """Opens or resumes the W&B run of an experiment, offline without a login. Raises RunError."""
-        folder = self._folder
-        if folder is None:
+        if (folder := self._folder) is None:
             return
         import wandb
 
@@ -65,10 +65,10 @@ class Trackers:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.Error as error:
-            raise RunError(
-                f"--log-wandb: W&B could not be reached ({error}). Set WANDB_MODE=offline and upload the run later "
-                "with `wandb sync`, or leave --log-wandb out."
-            ) from error
+            advice = (
+                "Set WANDB_MODE=offline and upload the run later with `wandb sync`, or leave --log-wandb out."
+            )
+            raise RunError(f"--log-wandb: W&B could not be reached ({error}). {advice}") from error
 
     def open_tensorboard(self, step: int) -> None:
         """Opens TensorBoard's log in the run; records of an earlier process after `step` are hidden."""
@@ -85,16 +85,14 @@ class Trackers:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._append(METRICS_FILE, clean)
-        named = {
-            f"{record['kind']}/{k}": v
-            for k, v in record.items()
-            if isinstance(v, int | float) and k != "step"
-        }
+        step, kind = record["step"], record["kind"]
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        named = {f"{kind}/{name}": value for name, value in numbers.items()}
         if self._wandb is not None:
-            self._wandb.log(named, step=record["step"])
+            self._wandb.log(named, step=step)
         if self._tensorboard is not None:
             for name, value in named.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+                self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
 
     def log_per_class(self, step: int, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -125,10 +123,8 @@ class Trackers:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise RunError(
-                f"{path}: cannot be written ({error.strerror}). Free some space, then resume from the last "
-                "checkpoint with --resume-from-checkpoint latest."
-            ) from error
+            advice = "Free some space, then use --resume-from-checkpoint latest."
+            raise RunError(f"{path}: cannot be written ({error.strerror}). {advice}") from error
 
     def _read(self, name: str) -> Iterator[dict[str, Any]]:
         """The records of a file up to a line that a kill or a full disk has cut off."""
@@ -144,7 +140,5 @@ class Trackers:
 def require_tensorboard() -> None:
     """Raises SettingsError if TensorBoard's package is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise SettingsError(
-            "--log-tensorboard: the package tensorboard is not installed. Install it with "
-            "`pip install 'tvit[tensorboard]'`."
-        )
+        install = "pip install 'tvit[tensorboard]'"
+        raise SettingsError(f"--log-tensorboard: tensorboard is not installed. Install it with `{install}`.")
