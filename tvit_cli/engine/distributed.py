@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], accelerator: Accele
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in order, in lists of one dtype and of at most BUCKET_BYTES (or a single tensor)."""
+    """Lists of gradients of one dtype and of at most BUCKET_BYTES (or a single tensor)."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
@@ -84,10 +84,9 @@ def _all_reduce(values: list[int], operation: dist.ReduceOp.RedOpType) -> list[i
 
 
 @functools.cache
-def _cpu_group() -> dist.ProcessGroup:
+def _cpu_group() -> Any:
     """All ranks over gloo: numbers that are on the CPU do not wait for a GPU's queue."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
-    return group
+    return dist.new_group(backend="gloo")
 
 
 def shutdown(*, graceful: bool) -> None:

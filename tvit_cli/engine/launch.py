@@ -68,9 +68,8 @@ def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
         torch.backends.cudnn.allow_tf32 = False
     if given != "auto":
         return given
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FAST_BF16:
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FAST_BF16
+    return "bf16" if is_fast and torch.cuda.is_bf16_supported() else "no"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -146,10 +145,7 @@ def _refuse_shared_gpus(device: torch.device) -> None:
 
 @contextmanager
 def lost_rank_errors() -> Iterator[None]:
-    """Turns a broken connection to another rank into a RunError.
-
-    The launcher reports why that rank ended, and ends this one; so this one waits a little first.
-    """
+    """Turns a broken connection to another rank into a RunError, once the launcher had time to report the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -176,13 +172,16 @@ class ImmediateStop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
-            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+            own = {getattr(signal, k): v for k, v in self._handlers().items() if hasattr(signal, k)}
+            self._before = {number: signal.signal(number, handler) for number, handler in own.items()}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _handlers(self) -> dict[str, Any]:
+        return dict.fromkeys(EXIT_CODES, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -198,11 +197,8 @@ class StopSignals(ImmediateStop):
 
     received: str | None = None
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        if self._before and HAS_TIMER:
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_waiting)
-        return self
+    def _handlers(self) -> dict[str, Any]:
+        return {**super()._handlers(), "SIGALRM": self._stop_waiting}
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._before and HAS_TIMER:
@@ -259,10 +255,7 @@ class ProcessGroup:
 
 
 def join_process_group(device: str) -> ProcessGroup:
-    """The process group that torchrun, `accelerate launch` or `--num-processes` started; else this process alone.
-
-    Raises ModelError if this machine has no such device.
-    """
+    """The process group of the launcher, else this process alone. Raises ModelError for a missing device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ProcessGroup(0, 1, pick_device(device), lambda own: [own])
     return ProcessGroup.of(make_accelerator(device=device, mixed_precision="no"))

@@ -21,19 +21,17 @@ from tvit_cli.settings.types import MixedPrecision
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode on its device, its card, and its folder.
-
-    For a model that tvit did not train, or one from the hub, `folder` is the given file, folder or hub name,
-    `results` the folder for its results, and `notes` the assumptions made; its labels may be guessed.
-    """
+    """A model in evaluation mode on its device, its card, and its folder."""
 
     model: TemporalViT
     card: ModelCard
-    folder: Path
+    folder: (
+        Path  # of a model that tvit did not train, or one from the hub: the given file, folder or hub name
+    )
     device: torch.device
-    results: Path | None = None
+    results: Path | None = None  # the folder for the results of such a model
     labels_are_guessed: bool = False
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # the assumptions made
     precision: Precision = "no"
 
     def autocast(self) -> AbstractContextManager[Any]:

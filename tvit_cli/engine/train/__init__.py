@@ -7,7 +7,9 @@ import shlex
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,12 +26,7 @@ from tvit_cli.engine.launch import ImmediateStop, ProcessGroup, lost_rank_errors
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
 from tvit_cli.engine.train.build import build, compile_errors, compile_model
 from tvit_cli.engine.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
-from tvit_cli.engine.train.fingerprint import (
-    check_ranks_agree,
-    data_fingerprint,
-    digest,
-    result_settings,
-)
+from tvit_cli.engine.train.fingerprint import check_ranks_agree, data_fingerprint, digest, result_settings
 from tvit_cli.engine.train.loop import fit, how_to_resume, restore
 from tvit_cli.engine.train.memory import (
     find_micro_batch,
@@ -130,28 +127,22 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
 
 
 def _check_data(settings: TrainSettings, source: DataSource, report: Report) -> None:
-    """Raises DataError for more unreadable videos than --max-bad, or with --strict for data leakage.
-
-    Raises SettingsError for --patience without a validation subset.
-    """
     videos = source.layout.videos
     most = most_bad(settings.max_bad, len(videos))
     if len(source.unreadable) > most:
-        raise DataError(
-            f"{source.layout.root}: {len(source.unreadable)} of {len(videos)} videos cannot be read, and "
-            f'--max-bad "{settings.max_bad}" allows {most}. Repair or remove them (see tvit extract --check), '
-            "or allow more."
-        )
+        counts = f"{len(source.unreadable)} of {len(videos)} videos cannot be read"
+        limit = f'--max-bad "{settings.max_bad}" allows {most}'
+        advice = "Repair or remove them (see tvit extract --check), or allow more."
+        raise DataError(f"{source.layout.root}: {counts}, and {limit}. {advice}")
     leaks = find_leaks(videos)
     if leaks and settings.strict:
         raise DataError(f"{source.layout.root}: " + " ".join(leaks))
     for leak in leaks:
         report(Note(leak, "warning"))
     if settings.patience is not None and not source.readable("val"):
-        raise SettingsError(
-            f"--patience {settings.patience}: {source.root} has no validation subset to compare epochs on. Hold "
-            "groups out for it with --val-groups, or leave --patience out."
-        )
+        reason = f"{source.root} has no validation subset to compare epochs on"
+        advice = "Hold out groups with --val-groups, or leave --patience out."
+        raise SettingsError(f"--patience {settings.patience}: {reason}. {advice}")
 
 
 def _make_loop(
@@ -166,24 +157,14 @@ def _make_loop(
         built.model.run_block = recompute_block
     model = compile_model(built.model, accelerator.device) if settings.compile else built.model
     with compile_errors(settings.compile):
-        settings, global_batch = resolve_batch(
-            settings,
-            accelerator.num_processes,
-            find=lambda share: find_micro_batch(share, built, model, settings, accelerator),
-        )
+        find = partial(find_micro_batch, built=built, model=model, settings=settings, accelerator=accelerator)
+        settings, global_batch = resolve_batch(settings, accelerator.num_processes, find=find)
     assert settings.per_gpu_batch_size != "auto"
-    groups = parameter_groups(
-        built.model,
-        weight_decay=settings.weight_decay,
-        bias_weight_decay=settings.bias_weight_decay,
-        norm_weight_decay=settings.norm_weight_decay,
-        layer_decay=settings.layer_decay,
-        temporal_rate=settings.temporal_share(),
-    )
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    optimizer = adamw(
-        groups, learning_rate=settings.learning_rate, betas=betas, epsilon=settings.adam_epsilon
-    )
+    shared = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay")
+    decays: dict[str, Any] = {name: getattr(settings, name) for name in shared}
+    groups = parameter_groups(built.model, temporal_rate=settings.temporal_share(), **decays)
+    rate, betas = settings.learning_rate, (settings.adam_beta1, settings.adam_beta2)
+    optimizer = adamw(groups, learning_rate=rate, betas=betas, epsilon=settings.adam_epsilon)
     classes = {label: number for number, label in enumerate(labels)}
     targets = tuple(classes[video.label] for video in source.readable("train"))
     plan = BatchPlan(
@@ -326,15 +307,13 @@ def write_report(loop: Loop, result: TrainResult) -> Path | None:
     if not result.epochs or not loop.accelerator.is_main_process or (result.problem and not kept):
         return None
     model = shlex.quote(str(result.model))
-    commands = [
-        ("Label videos", f"tvit predict VIDEO --model {model}"),
-        ("Score the test subset", f"tvit eval --model {model}"),
-    ]
+    commands = {
+        "Label videos": f"predict VIDEO --model {model}",
+        "Score the test subset": f"eval --model {model}",
+    }
     if result.problem:
-        commands = [("Resume", f"tvit train --resume-from-checkpoint {shlex.quote(str(kept[-1]))}")]
-    context = Context(plan_facts(loop), commands, loop.device)
-    return write_page(
-        result.run,
-        lambda: write_training_report(result, loop.settings, loop.samples, loop.built.preprocessing, context),
-        loop.report,
-    )
+        commands = {"Resume": f"train --resume-from-checkpoint {shlex.quote(str(kept[-1]))}"}
+    lines = [(title, f"tvit {command}") for title, command in commands.items()]
+    context, preprocessing = Context(plan_facts(loop), lines, loop.device), loop.built.preprocessing
+    write = partial(write_training_report, result, loop.settings, loop.samples, preprocessing, context)
+    return write_page(result.run, write, loop.report)

@@ -4,12 +4,10 @@ The clips of a step (an optimizer update, over all processes and micro-batches) 
 the step's position in it only. So the update is the same for any micro-batch size and number of processes.
 
 Note [Partners]
-    Mixup and CutMix give each clip a partner. Image trainers take it from the micro-batch; then the update would
-    change with the batch size and the number of processes. A partner drawn from all videos would cost the decoding
-    of a second video for each clip. Here clips are paired in the order of the step, which is random, so a partner
-    is as random as a drawn one. Pairs are assigned to one process and one micro-batch, so both are decoded and
-    transformed once. A clip with its partner elsewhere (odd batch sizes, the last clip of an odd step) brings it
-    along as an `extra` key. The mixing ratio is drawn for each clip from (seed, epoch, index).
+    Partners for mixup and CutMix from within the micro-batch would make the update depend on its size; partners
+    drawn from all videos would double the decoding. So clips are paired in the random order of the step, and a pair
+    is assigned to one micro-batch of one process. A clip whose partner is elsewhere (odd batch sizes, the last clip
+    of an odd step) has it as an `extra` key. The mixing ratio is drawn for each clip from (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from torch import Tensor
 from tvit_cli.data.augment import Augmentation, Mixing, mix, train_transform
 from tvit_cli.data.clips import ClipBatch
 from tvit_cli.engine.train.optim import Targets
+from tvit_cli.errors import plural
 from tvit_cli.portable.preprocessing import to_device
 from tvit_cli.portable.reading import Key
 from tvit_cli.settings.card import Preprocessing
@@ -63,17 +62,16 @@ def balanced_order(labels: Sequence[int], generator: np.random.Generator) -> lis
 class MicroBatch:
     """The clips of one process in one forward pass.
 
-    The first `real` of `keys` count. A process with none left decodes a clip of the step again, with weight 0, so
-    that all processes take the same number of forward passes. With mixing, `partners` holds for each of `keys` the
-    index of its partner in `keys + extra`, else nothing.
+    A process with no clip left decodes one of the step again, with weight 0, so that all processes take the same
+    number of forward passes.
     """
 
     epoch: int
     step: int
     keys: tuple[Key, ...]
     extra: tuple[Key, ...]
-    partners: tuple[int, ...]
-    real: int
+    partners: tuple[int, ...]  # with mixing, for each of `keys` the index of its partner in `keys + extra`
+    real: int  # number of `keys` that count, the first ones
     step_clips: int  # of all processes
     ends_step: bool
     ends_epoch: bool
@@ -81,24 +79,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The micro-batches of one of `processes` processes.
-
-    `batch_size` is the micro-batch of a process, `global_batch` the clips of a step. `balance` holds the class of
-    every clip; an epoch then has equally many of each class (`balanced_order`). With `pairs` each clip has a
-    partner: see Note [Partners]. `repeats` is a divisor of `global_batch`: each clip is in its step that many
-    times (repeated augmentation), each time under a key of its own.
-    """
+    """The micro-batches of one of `processes` processes."""
 
     clips: int
-    batch_size: int
-    global_batch: int
+    batch_size: int  # clips of a micro-batch
+    global_batch: int  # clips of a step
     processes: int
     rank: int
     epochs: int
     seed: int
-    balance: tuple[int, ...] | None = None
-    pairs: bool = False
-    repeats: int = 1
+    balance: tuple[int, ...] | None = None  # classes of the clips, for epochs in `balanced_order`
+    pairs: bool = False  # whether clips have partners: see Note [Partners]
+    repeats: int = 1  # repeated augmentation, under one key each; a divisor of `global_batch`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,11 +112,8 @@ class BatchPlan:
         return replace(self, batch_size=self.batch_size // 2)
 
     def __str__(self) -> str:
-        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        return (
-            f"global batch {self.global_batch} = {processes} × {self.batch_size} clips × "
-            f"{self.accumulation} accumulation"
-        )
+        factors = f"{plural(self.processes, 'process')} × {self.batch_size} clips × {self.accumulation}"
+        return f"global batch {self.global_batch} = {factors} accumulation"
 
     def micro_batches(self, first_step: int = 0) -> Iterator[MicroBatch]:
         """All micro-batches from step `first_step`, counted from 0, to the end of the last epoch."""
@@ -159,16 +148,16 @@ class BatchPlan:
         unit = 2 if self.pairs and self.batch_size % 2 == 0 else 1  # clips assigned to a process together
         for number in range(passes):
             shared = range(number * per_pass, min((number + 1) * per_pass, len(keys)))
-            own = [place for n, place in enumerate(shared) if n // unit % self.processes == self.rank]
+            own = [i for n, i in enumerate(shared) if n // unit % self.processes == self.rank]
             read = own or [0]
-            partners = [_partner(place, len(keys)) for place in own] or [0] if self.pairs else []
+            partners = [_partner(i, len(keys)) for i in own] or [0] if self.pairs else []
             extra = sorted(set(partners) - set(read))
             last = number == passes - 1
             yield MicroBatch(
                 epoch=epoch,
                 step=step,
-                keys=tuple(keys[place] for place in read),
-                extra=tuple(keys[place] for place in extra),
+                keys=tuple(keys[i] for i in read),
+                extra=tuple(keys[i] for i in extra),
                 partners=tuple((read + extra).index(partner) for partner in partners),
                 real=len(own),
                 step_clips=len(keys),
@@ -177,10 +166,10 @@ class BatchPlan:
             )
 
 
-def _partner(place: int, clips: int) -> int:
+def _partner(index: int, clips: int) -> int:
     """The other clip of a pair; of an odd number of clips, the last joins the pair before. 0 1 2 -> 1 0 1"""
-    other = place ^ 1
-    return other if other < clips else max(place - 1, 0)
+    other = index ^ 1
+    return other if other < clips else max(index - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -212,13 +201,12 @@ def make_inputs(
     Unreadable clips and those beyond `planned.real` have weight 0. A clip with an unreadable partner is not mixed.
     """
     shared = {field.name for field in fields(Augmentation)} & TrainSettings.model_fields.keys()
+    own = {name: getattr(settings, name) for name in shared}
     clips = train_transform(
         batch.clips,
         batch.epochs,
         batch.indices,
-        augmentation=Augmentation(
-            crop_scale=(settings.crop_scale_min, 1.0), **{name: getattr(settings, name) for name in shared}
-        ),
+        augmentation=Augmentation(crop_scale=(settings.crop_scale_min, 1.0), **own),
         preprocessing=preprocessing,
         seed=settings.seed,
         device=device,

@@ -30,20 +30,14 @@ from tvit_cli.settings.train import SCRATCH_SHAPE, TrainSettings
 
 # torch.compile's default compilers, unless CXX names another (torch/_inductor/config.py, cpp.cxx).
 COMPILERS = {"darwin": "clang++", "win32": "cl"}
-# The flags of the fields of a ViTConfig, for its error messages.
-FLAGS = {
-    field.name: flag(field.name) for field in fields(ViTConfig) if field.name in TrainSettings.model_fields
-}
-FLAGS["frame_size"] = "--img-size"
 CHOSEN_SHAPE = ("n_frames", "tubelet_size", "attention", "pool", "temporal_depth", "feature_norm")
 MOST_CLIPS = 256
 
 # Note [Compiled shapes]
 # ~~~~~~~~~~~~~~~~~~~~~~
 # Passes have at most three sizes: the micro-batch, the remainder at an epoch's end, and one clip on a rank without
-# any of the remainder. Each is compiled once, with its sizes as constants (`dynamic=False`); a graph for any size
-# would slow down every pass. Validation is not compiled: it runs the plain model, which shares its parameters with
-# the compiled one, so names in checkpoints and in the model folder are the plain ones.
+# a share of it. Each is compiled once (`dynamic=False`); a graph for any size would slow down every pass.
+# Validation runs the plain model, which shares its parameters with the compiled one.
 
 
 @dataclass(frozen=True)
@@ -69,12 +63,8 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
     The result depends on the settings alone, not on the global random generator. Raises ModelError.
     """
     source = None if settings.hf_model_name is None else resolve_weights(settings.hf_model_name)
-    preprocessing = Preprocessing(
-        n_frames=settings.n_frames,
-        frame_grid=settings.frame_grid,
-        frame_size=settings.img_size,
-        resize=settings.resize,
-    )
+    own = {name: getattr(settings, name) for name in ("n_frames", "frame_grid", "resize")}
+    preprocessing = Preprocessing(frame_size=settings.img_size, **own)
     shape: dict[str, Any] = {"num_classes": num_classes, "frame_size": settings.img_size}
     shape |= {key: getattr(settings, key) for key in CHOSEN_SHAPE}
     try:
@@ -87,14 +77,15 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
             config = pretrained.vit_config(**shape)
     except ValueError as error:
         # Numbers that the pretrained weights determine have no flag.
-        flags = {name: FLAGS[name] for name in FLAGS if source is None or name not in SCRATCH_SHAPE}
+        names = TrainSettings.model_fields.keys() - (SCRATCH_SHAPE if source is not None else ())
+        flags = {field.name: flag(field.name) for field in fields(ViTConfig) if field.name in names}
+        flags["frame_size"] = "--img-size"
         sentence = re.sub(r"\b\w+\b", lambda word: flags.get(word[0], word[0]), str(error))
         raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error
     if settings.drop_path and config.depth == 1:
-        raise ModelError(
-            f"--drop-path {settings.drop_path:g}: it rises from 0 in the first block, and this model has no other. "
-            "Leave it out, or take a deeper model."
-        )
+        reason = "it rises from 0 in the first block, and this model has no other"
+        advice = "Leave it out, or take a deeper model."
+        raise ModelError(f"--drop-path {settings.drop_path:g}: {reason}. {advice}")
     model = build_model(
         config,
         seed=settings.seed,
@@ -124,23 +115,18 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
 
 
 def _warnings(settings: TrainSettings, model: TemporalViT, source: WeightsSource | None) -> Iterator[str]:
-    """Warnings of settings without effect, and of weights that cannot learn."""
     if source is None and settings.train != "all":
         yield f"--train {settings.train}: the frozen weights of a model from scratch stay random."
     if source is not None and not source.is_ours:
         temporal = [weight for part in model.added_modules().values() for weight in part.parameters()]
         if not all(weight.requires_grad for weight in temporal):
-            yield (
-                f"--train {settings.train}: temporal modules stay at zero, so the model cannot know the order of "
-                "frames. Train them with --train lora or last-1."
-            )
+            text = "temporal modules stay at zero, so the model cannot know the order of frames"
+            yield f"--train {settings.train}: {text}. Train them with --train lora or last-1."
         patches = model.patch_embed.named_parameters()
         is_frozen = not any(p.requires_grad for name, p in patches if not name.endswith("bias"))
         if model.config.tubelet_size > 1 and is_frozen:
-            yield (
-                f"The model uses one frame of each tubelet of {settings.tubelet_size}: the weights of the others "
-                "stay at zero. Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
-            )
+            text = f"The model uses one frame of each tubelet of {settings.tubelet_size}: the others have no weights."
+            yield f"{text} Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
     if source is not None and source.is_ours:
         theirs = ViTConfig.from_dict(load_card(source.folder).model)
         differing = [name for name in SCHEME if getattr(theirs, name) != getattr(model.config, name)]
@@ -165,14 +151,10 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
     """
     compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise SettingsError(
-            "--compile: PyTorch needs Triton on GPUs. Install triton, or leave --compile out."
-        )
+        raise SettingsError("--compile: PyTorch needs Triton on GPUs. Install it, or leave --compile out.")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise SettingsError(
-            f"--compile: PyTorch needs a C++ compiler, and there is no {compiler}. Install one, set CXX, or "
-            "leave --compile out."
-        )
+        advice = "Install one, set CXX, or leave --compile out."
+        raise SettingsError(f"--compile: PyTorch needs a C++ compiler; {compiler} is missing. {advice}")
     torch.compiler.reset()  # graphs of an earlier run of a series count towards a limit of eight
     return cast(nn.Module, torch.compile(model, dynamic=False))
 
@@ -191,9 +173,8 @@ def compile_errors(is_compiled: bool) -> Iterator[None]:
     except (TorchDynamoException, InductorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__  # origin and message
-        raise RunError(
-            f"--compile: PyTorch could not compile the model: {reason}. Leave --compile out."
-        ) from error
+        text = f"--compile: PyTorch could not compile the model: {reason}. Leave --compile out."
+        raise RunError(text) from error
 
 
 def clips_to_standardise(videos: Sequence[Video]) -> list[Video]:

@@ -35,11 +35,11 @@ from tvit_cli.engine.train.memory import Attempt, memory_advice
 from tvit_cli.engine.train.monitor import Clock, non_finite_names
 from tvit_cli.engine.train.optim import Targets, clip_losses, loss_share, set_rates
 from tvit_cli.engine.train.state import Loop
-from tvit_cli.errors import Interrupted, RunError, shorten
+from tvit_cli.errors import Interrupted, RunError, plural, shorten
 from tvit_cli.model.lora import load_trainable, start_tensors, trainable_tensors
 from tvit_cli.results import EpochDone, Note, StepDone
 
-RECORDS_PER_EPOCH = 20  # lines of kind "step" in metrics.jsonl
+RECORDS_PER_EPOCH = 20  # of kind "step" in metrics.jsonl
 
 
 @worker_errors()
@@ -102,9 +102,8 @@ def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tenso
     with loop.accelerator.autocast():
         logits = loop.model(clips)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    losses = clip_losses(
-        logits, targets, class_weights=loop.class_weights, label_smoothing=settings.label_smoothing
-    )
+    smoothing = settings.label_smoothing
+    losses = clip_losses(logits, targets, class_weights=loop.class_weights, label_smoothing=smoothing)
     loss = loss_share(losses, targets, step_clips=planned.step_clips)
     loop.accelerator.backward(loss)
     loop.watch.add(planned, losses)
@@ -134,9 +133,8 @@ def end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
     loss, right, clips = loop.accelerator.reduce(loop.tally.sums, reduction="sum").tolist()
     loop.tally = Tally.zeros(loop.device)
     if not clips:
-        raise RunError(
-            f"Epoch {epoch + 1}: no training video could be read. Is the disk still there?", by_all=True
-        )
+        text = f"Epoch {epoch + 1}: no training video could be read. Check that the disk is still mounted."
+        raise RunError(text, by_all=True)
     throughput = clock.facts()
     metrics: dict[str, float] = {
         "train_loss": loss / clips,
@@ -162,17 +160,14 @@ def end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
 
 
 def _validate(loop: Loop) -> dict[str, float]:
-    """Metrics of the val subset; empty without one."""
-    videos = loop.source.readable("val")
-    if not videos:
+    if not (videos := loop.source.readable("val")):
         return {}
     scores = loop.score(videos, "validating")
     for index, reason in scores.errors.items():
         loop.report_unreadable(videos[index].name, reason)
     if not len(scores.indices):
-        raise RunError(
-            f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read.", by_all=True
-        )
+        text = f"{loop.source.layout.root}: none of the {len(videos)} val videos can be read."
+        raise RunError(text, by_all=True)
     metrics = video_metrics(scores.logits, scores.labels, top_k=loop.settings.top_k)
     if not math.isfinite(metrics["loss"]):
         raise loop.divergence_error(f"the validation loss is {metrics['loss']}.")
@@ -247,9 +242,8 @@ def how_to_resume(checkpoint: Path) -> str:
 
 def _save_is_due(loop: Loop) -> bool:
     steps, minutes = loop.settings.save_every_steps, loop.settings.save_every_minutes
-    if steps and loop.step % steps == 0:
-        return True
-    return minutes is not None and time.monotonic() - loop.saved_at >= 60 * minutes
+    is_late = minutes is not None and time.monotonic() - loop.saved_at >= 60 * minutes
+    return is_late or bool(steps and loop.step % steps == 0)
 
 
 def _stop(loop: Loop, signal: str) -> NoReturn:
@@ -297,21 +291,14 @@ def _halve_micro_batch(loop: Loop) -> None:
     """Discards the current step and repeats it with half the micro-batch. See Note [Out of memory]."""
     loop.optimizer.zero_grad()
     loop.watch.drop(loop.step)
-    before = loop.plan.batch_size
-    if before == 1:
-        raise RunError(
-            f"Step {loop.step + 1}: out of memory with a single clip per forward pass. "
-            f"{memory_advice(loop.settings, loop.device)}",
-            by_all=True,
-        )
-    loop.plan = loop.plan.halved()
-    loop.report(
-        Note(
-            f"Step {loop.step + 1}: out of memory with {before} clips per forward pass. From here on there are "
-            f"{loop.plan.batch_size}, and updates are the same: {loop.plan}.",
-            "warning",
-        )
+    text = (
+        f"Step {loop.step + 1}: out of memory with {plural(loop.plan.batch_size, 'clip')} per forward pass."
     )
+    if loop.plan.batch_size == 1:
+        raise RunError(f"{text} {memory_advice(loop.settings, loop.device)}", by_all=True)
+    loop.plan = loop.plan.halved()
+    smaller = f"From here on there are {loop.plan.batch_size}, and updates are the same: {loop.plan}."
+    loop.report(Note(f"{text} {smaller}", "warning"))
 
 
 def _seed_dropout(loop: Loop, planned: MicroBatch) -> None:
@@ -322,7 +309,6 @@ def _seed_dropout(loop: Loop, planned: MicroBatch) -> None:
 
 
 def _keep_samples(loop: Loop, planned: MicroBatch, batch: ClipBatch, clips: Tensor, targets: Targets) -> None:
-    """Keeps augmented clips with captions for the report."""
     videos = [loop.source.readable("train")[index] for index in batch.indices.tolist()]
     names = [f"{video.label} · {video.path.name}" for video in videos]
     for i in targets.weights.nonzero().flatten().tolist():

@@ -1,7 +1,4 @@
-"""Loss, optimizer parameter groups, and learning-rate schedule.
-
-Pure functions of tensors. Letters: B clips, K classes.
-"""
+"""Loss, optimizer parameter groups, and learning-rate schedule. Letters: B clips, K classes."""
 
 from __future__ import annotations
 
@@ -39,8 +36,8 @@ class Targets:
 def clip_losses(logits: Tensor, targets: Targets, *, class_weights: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy in nats of each clip, times the weight of its class: logits (B, K), weights (K,) -> (B,).
 
-    For a mixed clip, the mean over both labels by their shares. With equal class weights this is the cross-entropy
-    against the mixed, then smoothed target.
+    For a mixed clip, the mean over both labels by their shares: with equal class weights, the cross-entropy against
+    the mixed, then smoothed target.
     """
 
     def weighted_loss(labels: Tensor) -> Tensor:
@@ -64,8 +61,7 @@ EMBEDDINGS = frozenset(
     {"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra", "shift", "scale"}
 )
 MAGNITUDES = "lora_magnitude_vector"  # DoRA's magnitudes: decay would pull them to zero
-# Pretrained layers before the first block. The temporal embedding is not among them: it starts at zero, so it has
-# no pretrained values for a small learning rate to protect.
+# Pretrained layers before the first block; without the temporal embedding, which starts at zero.
 STEM = frozenset({"patch_embed", "positions", "pre_norm"})
 
 
@@ -84,26 +80,21 @@ def parameter_groups(
     positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
     that of `layer_scale`; for temporal modules it is `temporal_rate` if they are layers, else 1.
     """
-    temporal = {
-        f"{path}.": temporal_rate if part.has_linear_layers else 1.0
-        for path, part in model.added_modules().items()
-    }
+    added = model.added_modules().items()
+    temporal = {f"{path}.": temporal_rate if part.has_linear_layers else 1.0 for path, part in added}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for path, module in model.named_modules():
-        scale = next(
-            (scale for prefix, scale in temporal.items() if f"{path}.".startswith(prefix)),
-            layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay),
-        )
+        own = layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay)
+        scale = next((rate for prefix, rate in temporal.items() if f"{path}.".startswith(prefix)), own)
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
             if isinstance(module, NORMS):
                 decays = norm_weight_decay
             elif name == "bias":
                 decays = bias_weight_decay
             else:
                 decays = name not in EMBEDDINGS and MAGNITUDES not in path.split(".")
-            groups.setdefault((decays, scale), []).append(parameter)
+            if parameter.requires_grad:
+                groups.setdefault((decays, scale), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}
         for (decays, scale), parameters in groups.items()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tvit_cli.engine.dataset import data_name, find_data
 from tvit_cli.engine.evaluate.files import METRICS_FILE
-from tvit_cli.engine.train import trackers
 from tvit_cli.engine.train.checkpoint import CHECKPOINT_FILES, find_checkpoint, list_checkpoints
+from tvit_cli.engine.train.trackers import FILES as TRACKER_FILES
 from tvit_cli.errors import CheckpointError, RunError, SettingsError, shorten
 from tvit_cli.files import file_lock, files_below, foreign_files, remove_files
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, own_files
@@ -20,7 +20,7 @@ from tvit_cli.settings.train import TrainSettings
 LOCK_FILE = ".lock"
 TEST = Path("eval", "test")  # evaluation of the test subset
 # Entries that a training writes into its folder before its first checkpoint.
-_FIRST_FILES = {SETTINGS_FILE, LOCK_FILE, *trackers.FILES}
+_FIRST_FILES = {SETTINGS_FILE, LOCK_FILE, *TRACKER_FILES}
 _TAKEN = "another training has just taken this name. Start again, or set another name with --experiment-name."
 _PAGE = r"""(report|comparison)\.(html|writing)
     |plots/(loss|accuracy|learning_rate|confusion|per_class|reliability|confidence|coverage
@@ -53,9 +53,8 @@ class Run:
 def choose_run(settings: TrainSettings) -> Run:
     """Chooses the folder that a training writes to; `write_settings` makes it later.
 
-    A named experiment is resumed if it is not finished or not yet scored on the test subset. Without a checkpoint
-    it begins again. Raises SettingsError if it is finished or no run, unless --overwrite is set; CheckpointError if
-    there is no checkpoint to resume from.
+    A named experiment that is not finished and scored is resumed; without a checkpoint it begins again. Raises
+    SettingsError if it is finished or no run, unless --overwrite is set, CheckpointError for a missing checkpoint.
     """
     if settings.resume_from_checkpoint is not None:
         return find_run(settings)
@@ -163,10 +162,9 @@ def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None
     be busy in a run that begins again; RunError if the folder cannot be written.
     """
     if run.begins_again and not is_alone and not settings.overwrite:
-        raise SettingsError(
-            f"{run.folder}: was begun and has no checkpoint, and there are no locks here to exclude that another "
-            "training is busy in it. Take another --experiment-name, or replace it with --overwrite."
-        )
+        reason = "there are no locks here to exclude that another training is busy in it"
+        advice = "Take another --experiment-name, or replace it with --overwrite."
+        raise SettingsError(f"{run.folder} has no checkpoint, and {reason}. {advice}")
     excluded = {"resume_from_checkpoint", "overwrite", "show_settings"}
     text = settings.model_dump_json(exclude=excluded, indent=1) + "\n"
     path = run.folder / SETTINGS_FILE

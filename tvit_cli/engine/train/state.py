@@ -37,10 +37,7 @@ STANDARDISE_BATCH = 8  # fixed, so that the last bits depend neither on the micr
 
 
 class WeightAverage:
-    """Exponential moving average (EMA) of a model's trainable tensors, on their device and in their dtype.
-
-    The two matrices of an adapter are averaged separately, not their product.
-    """
+    """Exponential moving average of a model's trainable tensors; an adapter's matrices are averaged separately."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights = trainable_tensors(model)
@@ -48,10 +45,7 @@ class WeightAverage:
         self._decay = decay
 
     def decay_at(self, step: int) -> float:
-        """The decay of update `step`, counted from 0; small at first, to forget the initial weights.
-
-        min(decay, (1 + step) / (10 + step)), as in TensorFlow: 0.1 . 0.18 . 0.25 … and 0.9 at step 80.
-        """
+        """The decay of update `step`, counted from 0; small at first, as in TensorFlow: 0.1 . 0.18 . 0.25 …"""
         return min(self._decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
@@ -120,8 +114,7 @@ class Loop:
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
+        return torch.device(self.accelerator.device)
 
     @property
     def patience_exceeded(self) -> bool:
@@ -157,10 +150,7 @@ class Loop:
     def score(
         self, videos: Sequence[Video], task: str, *, model: nn.Module | None = None, batch_size: int = 0
     ) -> Scores:
-        """Scores videos with one view, shared among the ranks; every rank gets all scores.
-
-        `model` and `batch_size` default to the current model and the micro-batch.
-        """
+        """Scores videos with one view, by default with this model, on all ranks; every rank gets all scores."""
         labels, store = self.source.layout.labels, self.source.store
         return score(
             model or self.plain_model,
@@ -176,16 +166,13 @@ class Loop:
         """Raises RunError that names the clips with a non-finite loss since the last check; a collective."""
         if bad := self.watch.check(self.accelerator):
             names = [video.name for video in self.source.readable("train")]
-            raise loss_error(
-                bad, names, self.settings, self.accelerator.mixed_precision, self.run.checkpoints
-            )
+            precision = self.accelerator.mixed_precision
+            raise loss_error(bad, names, self.settings, precision, self.run.checkpoints)
 
     def divergence_error(self, problem: str) -> RunError:
         """The error for numbers that are not finite."""
-        precision = self.accelerator.mixed_precision
-        return divergence_error(
-            f"Step {self.step}: {problem} ", self.settings, precision, self.run.checkpoints
-        )
+        text, precision = f"Step {self.step}: {problem} ", self.accelerator.mixed_precision
+        return divergence_error(text, self.settings, precision, self.run.checkpoints)
 
     def report_unreadable(self, name: str, reason: str) -> None:
         """Warns of an unreadable video, once per process."""
@@ -195,10 +182,9 @@ class Loop:
 
 
 # Note [Feature mean]
-# The clips of one data set look alike to a pretrained network. On Weizmann, the mean of DINOv2-S features over all
-# clips is 2.0, and their deviation from it 1.1 (both as root mean squares). The classifier's gradient is mostly
-# along the mean: each step raises or lowers the score of a class for all clips at once, and the adapters learn from
-# that noise. Without the mean they learn faster and better: docs/negative-results.md.
+# The clips of one data set look alike to a pretrained network: on Weizmann, the mean of DINOv2-S features is 2.0,
+# and their deviation from it 1.1 (root mean squares). So the classifier's gradient is mostly along the mean, and
+# the adapters learn from that noise. Without the mean they learn faster and better: docs/negative-results.md.
 
 
 def standardise_features(loop: Loop) -> None:

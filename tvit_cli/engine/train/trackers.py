@@ -50,8 +50,7 @@ class Trackers:
             mode = "offline"
             text = "W&B: not logged in, so this run is recorded offline. Log in with `wandb login`, then upload it"
             report(Note(f"{text} with `wandb sync {folder / 'wandb'}/offline-run-*`.", "warning"))
-        id_file = folder / "wandb-id"
-        if not id_file.exists():
+        if not (id_file := folder / "wandb-id").exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         try:
             self._wandb = wandb.init(
@@ -65,9 +64,7 @@ class Trackers:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.Error as error:
-            advice = (
-                "Set WANDB_MODE=offline and upload the run later with `wandb sync`, or leave --log-wandb out."
-            )
+            advice = "Set WANDB_MODE=offline and upload later with `wandb sync`, or leave --log-wandb out."
             raise RunError(f"--log-wandb: W&B could not be reached ({error}). {advice}") from error
 
     def open_tensorboard(self, step: int) -> None:
