@@ -69,18 +69,17 @@ def any_rank(value: bool, accelerator: Accelerator) -> bool:
 
 def all_reduce_max(values: list[int], accelerator: Accelerator) -> list[int]:
     """The element-wise maximum over all ranks."""
-    return _all_reduce(values, dist.ReduceOp.MAX) if accelerator.num_processes > 1 else values
+    if accelerator.num_processes == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.int64)
+    group = None if dist.get_backend() == "gloo" else _cpu_group()
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    return [int(value) for value in tensor]
 
 
 def all_reduce_min(value: int, accelerator: Accelerator) -> int:
     """The minimum over all ranks."""
-    return _all_reduce([value], dist.ReduceOp.MIN)[0] if accelerator.num_processes > 1 else value
-
-
-def _all_reduce(values: list[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
-    tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, operation, group=None if dist.get_backend() == "gloo" else _cpu_group())
-    return [int(value) for value in tensor]
+    return -all_reduce_max([-value], accelerator)[0]
 
 
 @functools.cache

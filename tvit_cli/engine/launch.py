@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -34,12 +34,7 @@ SECONDS_TO_GET_BATCH = 5  # limit of the wait for a batch after a stop signal
 SECONDS_TO_BE_ENDED = 3  # a launcher checks for dead processes several times a second
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 60  # limit for a stopped process to finish its step and write its checkpoint
-# Libraries that shard a model across ranks, and the variables by which `accelerate launch` requests them.
-SHARDING = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
+SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")  # libraries that shard a model across ranks
 RESUME_LATEST = "Resume from the last checkpoint with --resume-from-checkpoint latest."
 
 
@@ -70,13 +65,6 @@ def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
         return given
     is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FAST_BF16
     return "bf16" if is_fast and torch.cuda.is_bf16_supported() else "no"
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to a number format."""
-    if precision == "no":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 # Note [Mixed precision]
@@ -119,12 +107,12 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
 def _refuse_sharding(device: torch.device) -> None:
     from accelerate.utils import parse_flag_from_env
 
-    for name, variable in SHARDING.items():
+    for name in SHARDING:
+        variable = f"ACCELERATE_USE_{name.upper().replace('-', '_')}"  # set by `accelerate launch`
         if parse_flag_from_env(variable):
-            on_cpu = "Accelerate silently ignores it on a CPU"
-            reason = (
-                on_cpu if device.type == "cpu" else "it shards tensors, and a checkpoint holds whole ones"
-            )
+            reason = "it shards tensors, and a checkpoint holds whole ones"
+            if device.type == "cpu":
+                reason = "Accelerate silently ignores it on a CPU"
             raise SettingsError(
                 f"{variable}={os.environ[variable]}: {name} is not supported: {reason}. Remove it from "
                 "Accelerate's config. To save memory: --per-gpu-batch-size auto, --gradient-checkpointing."
@@ -281,8 +269,7 @@ def exit_with_launcher() -> None:
 def run_local_processes(count: int, arguments: Sequence[str], *, resumes: bool) -> int:
     """Runs `python -m tvit_cli <arguments>` in `count` processes of one group; returns their exit code.
 
-    SIGINT, SIGTERM and SIGUSR1 are forwarded, and each process saves and stops as a single one would. If one fails,
-    the others are ended. Raises RunError if the first to fail was killed.
+    Stop signals are forwarded. If one process fails, the others are ended; RunError if the first was killed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tvit_cli.data.layout import matching_label
-from tvit_cli.engine.launch import Precision, autocast, resolve_precision
+from tvit_cli.engine.launch import Precision, resolve_precision
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
@@ -36,7 +36,9 @@ class Trained:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast to the model's precision."""
-        return autocast(self.precision, self.device)
+        if self.precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
 
     @property
     def name(self) -> str:

@@ -21,6 +21,7 @@ from tvit_cli.engine.dataset import ClipFormat, DataSource, open_dataset
 from tvit_cli.engine.distributed import broadcast_weights
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import write_page
+from tvit_cli.engine.evaluate.metrics import Tally
 from tvit_cli.engine.evaluate.selection import find_leaks
 from tvit_cli.engine.launch import ImmediateStop, ProcessGroup, lost_rank_errors, make_accelerator
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
@@ -42,7 +43,6 @@ from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
-from tvit_cli.model.lora import load_trainable, trainable_report
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
 from tvit_cli.results import EvalResult, Note, Report, TrainingStarts, TrainResult, silent
@@ -193,6 +193,7 @@ def _make_loop(
         trackers=Trackers(run.folder if accelerator.is_main_process else None),
         report=report,
         class_weights=torch.tensor(weights, dtype=torch.float32, device=accelerator.device),
+        tally=Tally.zeros(accelerator.device),
     )
 
 
@@ -221,7 +222,6 @@ def _open_run(loop: Loop, *, is_alone: bool) -> None:
 
 
 def _finish(loop: Loop) -> TrainResult:
-    """Writes the model folder of the best epoch, and scores the test subset with --test-at-end."""
     settings, layout = loop.settings, loop.source.layout
     result = training_result(loop)
     if loop.step < loop.plan.total_steps:
@@ -229,7 +229,7 @@ def _finish(loop: Loop) -> TrainResult:
         text = f"Stopped early: epoch {result.best_epoch} is the best, and none was better {epochs}."
         loop.report(Note(text))
     best = loop.validated_tensors() if loop.best_tensors is None else loop.best_tensors
-    load_trainable(loop.plain_model, best)
+    lora.load_trainable(loop.plain_model, best)
     if loop.accelerator.is_main_process:
         card = ModelCard(
             tvit_version=tvit_cli.__version__,
@@ -291,7 +291,7 @@ def training_result(loop: Loop, *, problem: str = "") -> TrainResult:
         per_class=loop.trackers.per_class(loop.best_step),
         videos=videos,
         unreadable={**source.unreadable, **loop.unreadable},
-        parameters=trainable_report(loop.plain_model),
+        parameters=lora.trainable_report(loop.plain_model),
         problem=problem,
     )
 

@@ -12,7 +12,6 @@ Note [Partners]
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -181,11 +180,6 @@ class BatchKeys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         return ([*batch.keys, *batch.extra] for batch in self.plan.micro_batches(self.first_step))
-
-
-def short_side(settings: TrainSettings) -> int:
-    """Short side of decoded frames in pixels: the smallest random crop still has the model's resolution."""
-    return math.ceil(settings.img_size / math.sqrt(settings.crop_scale_min))
 
 
 def make_inputs(

@@ -19,7 +19,6 @@ from tvit_cli.data.layout import Video
 from tvit_cli.errors import ModelError, RunError, SettingsError
 from tvit_cli.model import lora
 from tvit_cli.model.folder import load_card
-from tvit_cli.model.lora import set_trainable, trainable_report
 from tvit_cli.model.pretrained import NETWORK, SCHEME, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
@@ -106,10 +105,10 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
     renamed = {"targets": "target_modules", "exclude": "exclude_modules"}
     names = {field.name: f"lora_{renamed.get(field.name, field.name)}" for field in fields(lora.LoraSpec)}
     spec = lora.LoraSpec(**{name: getattr(settings, setting) for name, setting in names.items()})
-    set_trainable(model, settings.train, spec, seed=settings.seed)
+    lora.set_trainable(model, settings.train, spec, seed=settings.seed)
     for warning in _warnings(settings, model, source):
         report(Note(warning, "warning"))
-    trainable, total = trainable_report(model)
+    trainable, total = lora.trainable_report(model)
     report(Note(f"{total:,} parameters, {trainable:,} of them trainable ({trainable / total:.1%})."))
     return Built(model, config, preprocessing, base)
 
@@ -125,8 +124,9 @@ def _warnings(settings: TrainSettings, model: TemporalViT, source: WeightsSource
         patches = model.patch_embed.named_parameters()
         is_frozen = not any(p.requires_grad for name, p in patches if not name.endswith("bias"))
         if model.config.tubelet_size > 1 and is_frozen:
-            text = f"The model uses one frame of each tubelet of {settings.tubelet_size}: the others have no weights."
-            yield f"{text} Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
+            text = f"The model uses one frame of each tubelet of {settings.tubelet_size}"
+            advice = "Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
+            yield f"{text}: the weights of the others stay at zero. {advice}"
     if source is not None and source.is_ours:
         theirs = ViTConfig.from_dict(load_card(source.folder).model)
         differing = [name for name in SCHEME if getattr(theirs, name) != getattr(model.config, name)]

@@ -104,9 +104,8 @@ def save_checkpoint(
         reason = "the disk is full" if error.errno in FULL else str(error)
         advice = "Free some space, then start again."
         if kept := list_checkpoints(folder):
-            advice = (
-                f"{kept[-1].name} is still whole; free some space, then use --resume-from-checkpoint latest."
-            )
+            whole = f"{kept[-1].name} is still whole"
+            advice = f"{whole}; free some space, then use --resume-from-checkpoint latest."
         raise RunError(f"{final}: the checkpoint could not be written: {reason}. {advice}") from error
     return final
 

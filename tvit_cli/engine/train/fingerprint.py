@@ -88,11 +88,9 @@ def check_ranks_agree(fingerprints: Sequence[Mapping[str, object]]) -> None:
     """Raises RunError if a rank has other settings or other files than rank 0: their plans would differ."""
     for rank, own in enumerate(fingerprints):
         if differing := [name for name, value in fingerprints[0].items() if own[name] != value]:
-            raise RunError(
-                f"Process {rank} differs from process 0 ({', '.join(differing)}). Start all processes with the "
-                "same settings and the same files, and let a running `tvit extract` end first.",
-                by_all=True,
-            )
+            text = f"Process {rank} differs from process 0 ({', '.join(differing)})."
+            advice = "Start all with the same settings and files, and let a running `tvit extract` end first."
+            raise RunError(f"{text} {advice}", by_all=True)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from tvit_cli.data.clips import ClipBatch, ClipDataset, load_batches, worker_err
 from tvit_cli.engine.distributed import all_reduce_gradients, any_rank, worker_count
 from tvit_cli.engine.evaluate.metrics import Tally, class_counts, video_metrics
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals, signal_text
-from tvit_cli.engine.train.batches import BatchKeys, MicroBatch, make_inputs, short_side
+from tvit_cli.engine.train.batches import BatchKeys, MicroBatch, make_inputs
 from tvit_cli.engine.train.checkpoint import (
     Checkpoint,
     State,
@@ -36,7 +36,7 @@ from tvit_cli.engine.train.monitor import Clock, non_finite_names
 from tvit_cli.engine.train.optim import Targets, clip_losses, loss_share, set_rates
 from tvit_cli.engine.train.state import Loop
 from tvit_cli.errors import Interrupted, RunError, plural, shorten
-from tvit_cli.model.lora import load_trainable, start_tensors, trainable_tensors
+from tvit_cli.model.lora import copy_tensors, load_trainable, start_tensors, trainable_tensors
 from tvit_cli.results import EpochDone, Note, StepDone
 
 RECORDS_PER_EPOCH = 20  # of kind "step" in metrics.jsonl
@@ -222,7 +222,7 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> None:
     load_trainable(loop.plain_model, checkpoint.trainable)
     load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
     if loop.ema is not None:
-        loop.ema.load(checkpoint.ema or {})
+        copy_tensors(checkpoint.ema or {}, loop.ema.tensors)
     if loop.accelerator.scaler is not None and state.scaler:
         loop.accelerator.scaler.load_state_dict(state.scaler)
     loop.step = state.step
@@ -250,10 +250,8 @@ def _stop(loop: Loop, signal: str) -> NoReturn:
     # A checkpoint that exists is not written again: it would be missing for a moment.
     is_saved = loop.saved_step == loop.step
     path = checkpoint_path(loop.run.checkpoints, loop.step) if is_saved else save(loop)
-    done = (
-        f"Stopped by {signal_text(signal)} after step {loop.step} of {loop.plan.total_steps}; all is saved."
-    )
-    raise Interrupted(f"{done} {how_to_resume(path)}", exit_code=EXIT_CODES[signal])
+    done = f"after step {loop.step} of {loop.plan.total_steps}; all is saved. {how_to_resume(path)}"
+    raise Interrupted(f"Stopped by {signal_text(signal)} {done}", exit_code=EXIT_CODES[signal])
 
 
 def remaining_batches(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], None, None]:
@@ -269,31 +267,28 @@ def remaining_batches(loop: Loop) -> Generator[tuple[MicroBatch, ClipBatch], Non
 
 def _batches(loop: Loop) -> Iterator[ClipBatch]:
     """The clips of all remaining steps in one pass, so that workers prefetch across epochs."""
+    settings = loop.settings
     dataset = ClipDataset(
         loop.source.readable("train"),
         loop.source.layout.labels,
-        n_frames=loop.settings.n_frames,
-        short_side=short_side(loop.settings),
-        seed=loop.settings.seed,
+        n_frames=settings.n_frames,
+        # The smallest random crop still has the model's resolution.
+        short_side=math.ceil(settings.img_size / math.sqrt(settings.crop_scale_min)),
+        seed=settings.seed,
         training=True,
         store=loop.source.store,
-        grid=loop.settings.frame_grid,
+        grid=settings.frame_grid,
     )
-    return load_batches(
-        dataset,
-        BatchKeys(loop.plan, loop.step),
-        workers=worker_count(loop.settings.num_workers),
-        pin_memory=loop.device.type == "cuda",
-    )
+    keys, workers = BatchKeys(loop.plan, loop.step), worker_count(settings.num_workers)
+    return load_batches(dataset, keys, workers=workers, pin_memory=loop.device.type == "cuda")
 
 
 def _halve_micro_batch(loop: Loop) -> None:
     """Discards the current step and repeats it with half the micro-batch. See Note [Out of memory]."""
     loop.optimizer.zero_grad()
     loop.watch.drop(loop.step)
-    text = (
-        f"Step {loop.step + 1}: out of memory with {plural(loop.plan.batch_size, 'clip')} per forward pass."
-    )
+    clips = plural(loop.plan.batch_size, "clip")
+    text = f"Step {loop.step + 1}: out of memory with {clips} per forward pass."
     if loop.plan.batch_size == 1:
         raise RunError(f"{text} {memory_advice(loop.settings, loop.device)}", by_all=True)
     loop.plan = loop.plan.halved()

@@ -32,10 +32,9 @@ R = TypeVar("R")
 
 
 def memory_model(model: nn.Module, peak_of: Callable[[int], int], *, averages: bool = False) -> MemoryModel:
-    """The memory terms of a training step, with a moving average of the weights if `averages`.
+    """The memory terms of a training step; `averages`: with a moving average of the weights.
 
-    `peak_of(n)` returns the peak bytes of a forward and backward pass of n clips, beyond existing gradients. One
-    clip and two are measured: memory is linear in the number of clips.
+    `peak_of(n)`: peak bytes of the passes of n clips, beyond existing gradients; measured for 1 and 2, as linear.
     """
     trainable = _bytes(p for p in model.parameters() if p.requires_grad)
     one, two = peak_of(1), peak_of(2)
@@ -209,10 +208,9 @@ def memory_advice(settings: TrainSettings, device: torch.device) -> str:
 
 
 def global_batch(settings: TrainSettings, processes: int) -> int:
-    """Clips per update: --global-batch-size, else micro-batch × accumulation × processes.
+    """Clips per update: --global-batch-size, else micro-batch (for `auto` the default) × accumulation × processes.
 
-    An automatic micro-batch counts as the default one. Raises SettingsError for a --global-batch-size that cannot
-    be divided evenly.
+    Raises SettingsError for a --global-batch-size that cannot be divided evenly.
     """
     micro = settings.per_gpu_batch_size
     if settings.global_batch_size is None:
@@ -278,11 +276,8 @@ def find_micro_batch(
         found = largest_that_fits(share, terms, free=free_bytes(device, local_processes()), fits=fits)
     smallest = all_reduce_min(found or 0, accelerator)
     if not smallest:
-        raise RunError(
-            f"--per-gpu-batch-size auto: not even one clip fits into the memory of {device}. "
-            f"{memory_advice(settings, device)}",
-            by_all=True,
-        )
+        text = f"--per-gpu-batch-size auto: not even one clip fits into the memory of {device}."
+        raise RunError(f"{text} {memory_advice(settings, device)}", by_all=True)
     return smallest
 
 

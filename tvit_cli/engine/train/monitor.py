@@ -116,9 +116,8 @@ class LossWatch:
         A collective: all processes call it and get the same result. Synchronises with the device.
         """
         recent, self._recent = self._recent, []
-        finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
-        if recent:
-            finite = torch.cat([losses for _, losses in recent]).isfinite().all()
+        every = [losses for _, losses in recent] or [torch.zeros(1, device=accelerator.device)]
+        finite = torch.cat(every).isfinite().all()
         if not accelerator.reduce((~finite).float(), reduction="sum").item():
             return []
         own = []

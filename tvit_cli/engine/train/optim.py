@@ -76,9 +76,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups of equal weight decay and equal `rate_scale` (see `set_rates`).
 
-    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`. Learned tokens,
-    positions, the shift and scale of standardised features and DoRA's magnitudes are never decayed. The scale is
-    that of `layer_scale`; for temporal modules it is `temporal_rate` if they are layers, else 1.
+    Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; EMBEDDINGS and DoRA's
+    magnitudes never decay. The scale is that of `layer_scale`, for temporal layers `temporal_rate`, for other
+    temporal modules 1.
     """
     added = model.added_modules().items()
     temporal = {f"{path}.": temporal_rate if part.has_linear_layers else 1.0 for path, part in added}

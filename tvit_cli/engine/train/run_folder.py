@@ -156,10 +156,10 @@ def saved_settings(run: Run) -> Path:
 
 
 def write_settings(run: Run, settings: TrainSettings, *, is_alone: bool) -> None:
-    """Makes the run's folder and writes its settings, which --config can read.
+    """Writes the run's settings, which --config can read; `is_alone`: the run is locked (`run_lock`).
 
-    `is_alone`: the run is locked (`run_lock`). Raises SettingsError if another training has taken the name, or may
-    be busy in a run that begins again; RunError if the folder cannot be written.
+    Raises SettingsError if another training has taken the name, or may be busy in a run that begins again; RunError
+    if the folder cannot be written.
     """
     if run.begins_again and not is_alone and not settings.overwrite:
         reason = "there are no locks here to exclude that another training is busy in it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from tvit_cli.engine.train.optim import learning_rate_at
 from tvit_cli.engine.train.run_folder import Run
 from tvit_cli.engine.train.trackers import Trackers
 from tvit_cli.errors import DataError, RunError
-from tvit_cli.model.lora import copy_tensors, trainable_tensors
+from tvit_cli.model.lora import trainable_tensors
 from tvit_cli.portable.layers import FeatureNorm
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.report.film import Samples
@@ -53,10 +53,6 @@ class WeightAverage:
         """Moves the average towards the weights after update `step`, counted from 0."""
         weight = 1 - self.decay_at(step)
         torch._foreach_lerp_(list(self.tensors.values()), list(self._weights.values()), weight)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Loads a saved average. Raises ModelError for other names or shapes."""
-        copy_tensors(tensors, self.tensors)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -90,10 +86,10 @@ class Loop:
     trackers: Trackers
     report: Report
     class_weights: Tensor  # (K,) float32, in the training loss
+    tally: Tally
     ema: WeightAverage | None = None
 
     step: int = 0
-    tally: Tally = field(init=False)
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     best_tensors: dict[str, Tensor] | None = None
@@ -102,9 +98,6 @@ class Loop:
     samples: Samples = field(default_factory=Samples)
     saved_step: int = 0  # step and time of the last checkpoint that this process wrote
     saved_at: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.tally = Tally.zeros(self.device)
 
     @property
     def plain_model(self) -> TemporalViT:
@@ -124,12 +117,9 @@ class Loop:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, before the factors of parameter groups."""
-        return learning_rate_at(
-            step,
-            peak=self.settings.learning_rate,
-            warmup_steps=round(self.settings.warmup() * self.plan.steps_per_epoch),
-            total_steps=self.plan.total_steps,
-        )
+        peak, total = self.settings.learning_rate, self.plan.total_steps
+        warmup = round(self.settings.warmup() * self.plan.steps_per_epoch)
+        return learning_rate_at(step, peak=peak, warmup_steps=warmup, total_steps=total)
 
     def validated_tensors(self) -> dict[str, Tensor]:
         """The tensors that are validated and kept: the trainable ones, or their average with --ema-decay."""

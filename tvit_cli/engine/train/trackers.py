@@ -83,8 +83,7 @@ class Trackers:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._append(METRICS_FILE, clean)
         step, kind = record["step"], record["kind"]
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        named = {f"{kind}/{name}": value for name, value in numbers.items()}
+        named = {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._wandb is not None:
             self._wandb.log(named, step=step)
         if self._tensorboard is not None:
