@@ -45,8 +45,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind in has if has[kind]))
     if not has.get(name, True):
         raise ModelError(
-            f"--device {name}: PyTorch {torch.__version__} finds none here. Take --device cpu, or install a build "
-            "of PyTorch for your GPU."
+            f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
+            "Take --device cpu, or install a PyTorch build for your GPU."
         )
     return torch.device(name)
 
