@@ -76,8 +76,8 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
             config = pretrained.vit_config(**shape)
     except ValueError as error:
         # Numbers that the pretrained weights determine have no flag.
-        names = TrainSettings.model_fields.keys() - (SCRATCH_SHAPE if source is not None else ())
-        flags = {field.name: flag(field.name) for field in fields(ViTConfig) if field.name in names}
+        settable = TrainSettings.model_fields.keys() - (SCRATCH_SHAPE if source is not None else ())
+        flags = {field.name: flag(field.name) for field in fields(ViTConfig) if field.name in settable}
         flags["frame_size"] = "--img-size"
         sentence = re.sub(r"\b\w+\b", lambda word: flags.get(word[0], word[0]), str(error))
         raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error
