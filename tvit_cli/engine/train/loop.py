@@ -36,7 +36,7 @@ from tvit_cli.engine.train.monitor import Clock, non_finite_names
 from tvit_cli.engine.train.optim import Targets, clip_losses, loss_share, set_rates
 from tvit_cli.engine.train.state import Loop
 from tvit_cli.errors import Interrupted, RunError, plural, shorten
-from tvit_cli.model.lora import copy_tensors, load_trainable, start_tensors, trainable_tensors
+from tvit_cli.model.lora import load_trainable, start_tensors, trainable_tensors
 from tvit_cli.results import EpochDone, Note, StepDone
 
 RECORDS_PER_EPOCH = 20  # of kind "step" in metrics.jsonl
@@ -222,7 +222,7 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> None:
     load_trainable(loop.plain_model, checkpoint.trainable)
     load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
     if loop.ema is not None:
-        copy_tensors(checkpoint.ema or {}, loop.ema.tensors)
+        loop.ema.load(checkpoint.ema or {})
     if loop.accelerator.scaler is not None and state.scaler:
         loop.accelerator.scaler.load_state_dict(state.scaler)
     loop.step = state.step

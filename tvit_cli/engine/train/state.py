@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from tvit_cli.engine.train.optim import learning_rate_at
 from tvit_cli.engine.train.run_folder import Run
 from tvit_cli.engine.train.trackers import Trackers
 from tvit_cli.errors import DataError, RunError
-from tvit_cli.model.lora import trainable_tensors
+from tvit_cli.model.lora import copy_tensors, trainable_tensors
 from tvit_cli.portable.layers import FeatureNorm
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.report.film import Samples
@@ -53,6 +53,10 @@ class WeightAverage:
         """Moves the average towards the weights after update `step`, counted from 0."""
         weight = 1 - self.decay_at(step)
         torch._foreach_lerp_(list(self.tensors.values()), list(self._weights.values()), weight)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Loads a saved average. Raises ModelError for other names or shapes."""
+        copy_tensors(tensors, self.tensors)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
