@@ -231,7 +231,6 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 
 def _compare(settings: EvalSettings, console: Console) -> None:
-    """Prints the accuracy difference of two models, its test, and the videos that only one has right."""
     from tvit_cli.engine.evaluate.compare import compare
 
     result = console.run(compare, settings)

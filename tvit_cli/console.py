@@ -22,11 +22,6 @@ from tvit_cli.errors import RunError
 from tvit_cli.files import size_text
 from tvit_cli.results import EpochDone, Event, Note, Progress, Report, StepDone, TrainingStarts
 
-UNWRAPPED = 10_000  # columns
-FRAMES_PER_SECOND = 2  # of a live display; each takes some milliseconds of a core that computes
-SECONDS_BETWEEN_LINES = 60.0  # without a live display
-
-Verbosity = Literal["quiet", "normal", "verbose"]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -66,11 +61,11 @@ class Console:
     A context manager that shows progress bars; without a terminal it prints a plain line per minute instead.
     """
 
-    def __init__(self, verbosity: Verbosity = "normal") -> None:
+    def __init__(self, verbosity: Literal["quiet", "normal", "verbose"] = "normal") -> None:
         self._verbosity = verbosity
         self._is_main = _is_main_process()
         # Lines in a file or pipe are not wrapped, so that they can be searched.
-        width = None if sys.stdout.isatty() else UNWRAPPED
+        width = None if sys.stdout.isatty() else 10_000
         self._out = RichConsole(highlight=False, soft_wrap=True, width=width, quiet=not self._is_main)
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not self._is_main)
         self._is_live = self._err.is_terminal and verbosity != "quiet"
@@ -84,7 +79,7 @@ class Console:
             progress.TimeRemainingColumn(),
             console=self._err,
             transient=True,
-            refresh_per_second=FRAMES_PER_SECOND,
+            refresh_per_second=2,  # a refresh takes some milliseconds of a core that computes
             disable=not self._is_live,
         )
         self._tasks: dict[str, progress.TaskID] = {}
@@ -173,7 +168,7 @@ class Console:
 
     def _line(self, text: str) -> None:
         now = time.monotonic()
-        if not self._is_live and now - self._last_line >= SECONDS_BETWEEN_LINES:
+        if not self._is_live and now - self._last_line >= 60:
             self._last_line = now
             self._print_progress(escape(text))
 

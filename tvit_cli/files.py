@@ -264,5 +264,4 @@ def collect_errors(errors: list[str]) -> Iterator[None]:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())

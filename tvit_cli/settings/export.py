@@ -14,7 +14,6 @@ from tvit_cli.settings.types import MODEL, MODEL_TEXT, RUNS
 EXPORT = "Export"
 
 ExportFormat = Literal["safetensors", "huggingface", "onnx", "torch", "adapter"]
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a first check of the form; the hub checks the name
 
 
 class ExportSettings(Settings):
@@ -46,7 +45,7 @@ class ExportSettings(Settings):
     @field_validator("push_to_hub")
     @classmethod
     def _is_a_repository(cls, name: str | None) -> str | None:
-        if name is not None and not REPOSITORY.fullmatch(name):
+        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # the hub checks the name itself
             raise ValueError("it should be USER/NAME, as in ada/fencing")
         return name
 
