@@ -51,7 +51,7 @@ def test_a_compiler_gives_the_numbers_of_the_plain_module():
 def test_without_a_compiler_compilation_is_refused_in_a_sentence(trained, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
-        SettingsError, match=r"--compile: PyTorch needs a C\+\+ compiler, and there is no no-such-compiler"
+        SettingsError, match=r"--compile: PyTorch needs a C\+\+ compiler; no-such-compiler is missing"
     ):
         trained(compile=True)
     assert not list(tmp_path.iterdir())

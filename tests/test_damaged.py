@@ -99,7 +99,7 @@ def reads_all(data, model, tmp_path, videos):
     result = predict_timelines(PredictSettings(paths=(str(data),), model=model, device="cpu", window=0.2))
     assert len(result) == videos and not any(t.error for t in result)
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
-    assert len(checked.scans) == videos and not any(scan.problem for scan in checked.scans)
+    assert len(checked) == videos and not any(scan.problem for scan in checked)
     store = tmp_path / "store"
     stored = extract(ExtractSettings(path_to_data=str(data), output=store, num_workers=0), lambda event: None)
     assert stored.videos == videos and not stored.unreadable
@@ -140,7 +140,7 @@ def test_any_error_of_the_reader_names_one_video(failing, data, model, tmp_path)
     (result,) = predict_timelines(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
     assert failing in result.error
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
-    assert [scan.path.name for scan in checked.unreadable] == [bad.name]
+    assert [scan.path.name for scan in checked if scan.problem] == [bad.name]
     how = {"path_to_data": str(data), "output": tmp_path / "store", "num_workers": 0}
     stored = extract(ExtractSettings(**how, max_bad="1"), lambda event: None)
     assert stored.videos == 18 and list(stored.unreadable) == [f"Red/{bad.name}"]

@@ -528,7 +528,9 @@ def test_a_file_in_the_place_of_the_data_directory_is_called_one(tmp_path, name,
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     where = "" if given == taken else f"{taken} "
-    assert said.startswith(f"error: --data-directory {given}: {where}is a file, not a folder. Name")
+    assert said.startswith(
+        f"error: --data-directory {given}: {where}is a file, not a folder. Move it, or name"
+    )
     assert taken.read_text() == "notes"
 
 

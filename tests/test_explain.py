@@ -127,7 +127,7 @@ def test_the_verb_writes_a_strip_of_one_video(folder, tmp_path):
     predict(settings, lambda event: notes.append(str(event)))
     assert Image.open(io.BytesIO(out.read_bytes())).size[0] >= 2 * 4 * 112
     assert any("without random ones" in note for note in notes)
-    with pytest.raises(DataError, match="takes one video, and 2 are named"):
+    with pytest.raises(DataError, match="takes one video, 2 are named"):
         predict(settings.model_copy(update={"paths": settings.paths * 2}))
 
 

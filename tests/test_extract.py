@@ -427,7 +427,7 @@ def test_every_odd_file_is_told_apart(real_data):
 def test_a_file_in_the_place_of_the_store_is_called_one(source, tmp_path, below):
     (tmp_path / "frames").write_text("notes")
     given = tmp_path / "frames" / below
-    with pytest.raises(DataError, match=f"--output {given}: .*is a file, not a folder. Name an"):
+    with pytest.raises(DataError, match=f"--output {given}: .*is a file, not a folder. Move it, or name an"):
         extract(settings(source, output=given), silent)
     assert (tmp_path / "frames").read_text() == "notes"
 

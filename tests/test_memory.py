@@ -263,7 +263,9 @@ def test_a_resumed_run_takes_the_micro_batch_that_had_been_found_to_fit(trained,
 
 def test_out_of_memory_with_one_clip_ends_with_advice(trained, monkeypatch):
     small_card(monkeypatch, 0)
-    words = "out of memory with a single clip.*--gradient-checkpointing.*--n-frames 4.*--img-size 32"
+    words = (
+        "out of memory with 1 clip per forward pass.*--gradient-checkpointing.*--n-frames 4.*--img-size 32"
+    )
     with pytest.raises(RunError, match=words):
         trained()
 

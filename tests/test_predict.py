@@ -66,7 +66,7 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):
     assert typed == [whole[0], half[0]]
     explained = tvit_cli.load_model(trained.model, device="cpu", mixed_precision="bf16").explain(clip)
     assert explained.score == pytest.approx(half[0], rel=1e-6)
-    with pytest.raises(SettingsError, match="--int8 and --mixed-precision bf16"):
+    with pytest.raises(SettingsError, match="--int8: not with --mixed-precision bf16"):
         load(PredictSettings, flags={"paths": ["a.mp4"], "int8": True, "mixed_precision": "bf16"}, environ={})
 
 

@@ -173,9 +173,9 @@ def test_two_processes_agree_on_all_of_it(trained, tmp_path, clips, pretrained):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"train": "classifier", "drop_path": 0.1}, "--drop-path 0.1: with --train classifier no block learns"),
-        ({"train": "classifier", "layer_decay": 0.9}, "--layer-decay 0.9: with --train classifier no block learns"),
-        ({"class_weights": "balanced", "balanced_sampling": True}, "Take one of them"),
+        ({"train": "classifier", "drop_path": 0.1}, "--drop-path 0.1: --train classifier trains no block"),
+        ({"train": "classifier", "layer_decay": 0.9}, "--layer-decay 0.9: --train classifier trains no block"),
+        ({"class_weights": "balanced", "balanced_sampling": True}, "--class-weights balanced and --balanced-sampling .*Take one"),
         ({"drop_path": 1}, "--drop-path: 1: it should be less than 1"),
         ({"drop_path": -0.1}, "--drop-path: -0.1: it should be greater than or equal to 0"),
         ({"ema_decay": 1}, "--ema-decay: 1: it should be less than 1"),
