@@ -8,8 +8,7 @@ import pytest
 
 from tvit_cli import console as module
 from tvit_cli.console import Console, print_error
-from tvit_cli.errors import RunError
-from tvit_cli.files import size_text
+from tvit_cli.errors import RunError, size_text
 from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
 
 LONG = "a/" * 80 + "clip.avi"

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from tvit_cli.errors import DataError, RunError, plural
-from tvit_cli.files import size_text
-from tvit_cli.results import silent
+from tvit_cli.errors import DataError, RunError, plural, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +53,7 @@ def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
 def extract(loaded: Loaded[ExtractSettings], console: Console) -> None:
     """Writes a frame store and prints its size, or prints the results of `--check`."""
     from tvit_cli.engine import extract as engine
+    from tvit_cli.results import silent
 
     settings = loaded.settings
     if settings.check:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rich import progress
 from rich.console import Console as RichConsole
@@ -18,9 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tvit_cli.errors import RunError
-from tvit_cli.files import size_text
-from tvit_cli.results import EpochDone, Event, Note, Progress, Report, StepDone, TrainingStarts
+from tvit_cli.errors import RunError, size_text
+
+if TYPE_CHECKING:
+    from tvit_cli.results import EpochDone, Event, Report
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -99,6 +100,8 @@ class Console:
 
     def report(self, event: Event) -> None:
         """Prints one event of an engine."""
+        from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts  # 10 ms at start-up
+
         match event:
             case Note(level="warning"):
                 self.warn(event.text)

@@ -64,3 +64,9 @@ def plural(value: int, noun: str) -> str:
     """A number with its noun. 1, group -> 1 group; 3, class -> 3 classes; 1200, video -> 1,200 videos"""
     ending = "" if value == 1 else "es" if noun.endswith("s") else "s"
     return f"{value:,} {noun}{ending}"
+
+
+def size_text(size: float) -> str:
+    """A size with its unit. 6960400115 -> "6.96 GB"."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u), (1, ""))
+    return f"{size / unit:.3g} {name}" if name else f"{size:.0f} bytes"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
-from tvit_cli.errors import DataError, RunError, VideoError, shorten
+from tvit_cli.errors import DataError, RunError, VideoError, shorten, size_text
 
 Location: TypeAlias = Path | str  # a file, or the URL of a stream
 SPARE_BYTES: Final = 64 * 1024**2  # kept free for the rest of the system
@@ -71,6 +70,8 @@ def rename(source: Path, target: Path) -> None:
 
 def sha256(path: Path, *, progress: Callable[[int, int], None] | None = None) -> str:
     """SHA-256 of a file, 64 hexadecimal digits; `progress` gets (bytes done, bytes in all). Raises OSError."""
+    import hashlib  # 3 ms at start-up
+
     with path.open("rb") as file:
         if progress is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -208,12 +209,6 @@ def disk_full_errors(folder: Path, *, purpose: str, need: Callable[[], int]) -> 
             raise
         reason = f"disk full while {purpose} ({error.strerror}); {size_text(need())} more are needed"
         raise RunError(f"{folder}: {reason}. Free them and run the same command again to resume.") from error
-
-
-def size_text(size: float) -> str:
-    """A size with its unit. 6960400115 -> "6.96 GB"."""
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u), (1, ""))
-    return f"{size / unit:.3g} {name}" if name else f"{size:.0f} bytes"
 
 
 def check_folder(option: str, given: Path, folder: Path | None = None) -> None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from tvit_cli.errors import DataError
-from tvit_cli.files import size_text
+from tvit_cli.errors import DataError, size_text
 
 Kind = Literal["file", "dir", "link", "special"]
 

@@ -26,7 +26,7 @@ from typing import IO, Any, Final, Literal
 from tvit_cli import files
 from tvit_cli.data import rar
 from tvit_cli.data.archive_safety import LIMITS, Kind, Limits, Member, check_members, kind_of_mode
-from tvit_cli.errors import DataError, RunError
+from tvit_cli.errors import DataError, RunError, size_text
 from tvit_cli.results import Progress, Report, silent
 
 ArchiveKind = Literal["zip", "tar", "rar"]
@@ -265,9 +265,7 @@ class _Bounded(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         size = self._limit if size is None or size < 0 else size
         if size > self._limit:
-            found = (
-                f"its directory or a header has {files.size_text(size)}, limit {files.size_text(self._limit)}"
-            )
+            found = f"its directory or a header has {size_text(size)}, limit {size_text(self._limit)}"
             raise DataError(f"{self._path}: {found}. Nothing was unpacked; take another source.")
         return self._file.read(size)
 

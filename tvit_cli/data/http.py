@@ -26,7 +26,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 
 from tvit_cli import __version__, files
-from tvit_cli.errors import RunError
+from tvit_cli.errors import RunError, size_text
 from tvit_cli.results import Note, Progress, Report, silent
 
 T = TypeVar("T")
@@ -323,7 +323,7 @@ class Download:
                 self.report(Note(f"{url}: {failure}"))
         advice = "Try again later, or give a file that you already have with --archive."
         if part.length:
-            advice += f" {files.size_text(part.length)} are kept in {part.path} for the next run."
+            advice += f" {size_text(part.length)} are kept in {part.path} for the next run."
         raise MirrorsFailed(self.target.name, reasons, advice=advice)
 
     def _attempt(self, url: str, part: _PartialFile) -> Fetched:

@@ -18,7 +18,7 @@ from tvit_cli.data.archive_safety import LIMITS, Member, check_members
 from tvit_cli.data.catalog import CanonicalNames, Dataset, Layout, Part, Source, choose, target_paths
 from tvit_cli.data.dataset_folder import DatasetFolder, Selection, SourceRecord
 from tvit_cli.data.http import OK, Download, Http, MirrorsFailed, PermanentError, TransientError, is_fetched
-from tvit_cli.errors import DataError
+from tvit_cli.errors import DataError, size_text
 from tvit_cli.results import Note, Progress, Report
 
 TAIL_BYTES: Final = 32 * 1024  # the end record with a short comment, and the directory of a small archive
@@ -208,7 +208,7 @@ class Transfer:
                     self._failed(url, error, reasons)
         size = source.bytes or self.dataset.unpacked_bytes or 0
         if not request.selection.is_whole and size > WHOLE_BYTES and not archive.exists():
-            found = f"a {source.kind.upper()} of {files.size_text(size)} is too large for a few clips"
+            found = f"a {source.kind.upper()} of {size_text(size)} is too large for a few clips"
             raise DataError(f"{found}; leave out --classes and --clips-per-class to fetch it whole")
         self._from_archive(request, source, archive)
 
