@@ -6,7 +6,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +29,7 @@ class Page:
     wrong_range: bool = False  # answers 206 with other bytes than asked for
     ignore_if_range: bool = False
     no_length: bool = False
+    raw: Iterable[bytes] | None = None  # bytes sent in place of any answer, `seconds_per_chunk` apart
 
 
 class Server:
@@ -70,6 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._short(404, {})
         elif status is not None:
             self._short(*status)
+        elif page.raw is not None:
+            for piece in page.raw:
+                self.wfile.write(piece)
+                time.sleep(page.seconds_per_chunk)
         elif page.redirect is not None:
             self._short(302, {"Location": page.redirect})
         else:

@@ -10,7 +10,7 @@ from tvit_cli.data.video_writer import video_writer
 from tvit_cli.engine.predict import explain
 from tvit_cli.engine.predict.timeline import write_timeline
 from tvit_cli.errors import RunError
-from tvit_cli.files import atomic_write
+from tvit_cli.files import atomic_write, disk_full_errors
 from tvit_cli.results import Segment, Timeline
 
 
@@ -83,3 +83,11 @@ def test_a_video_that_a_disk_has_no_room_for_leaves_nothing(tmp_path):
         for number, picture in enumerate(pictures):
             writer.write(picture, number / 5, (number + 1) / 5)
     assert not any(tmp_path.iterdir())
+
+
+def test_full_disk_names_no_negative_size(tmp_path):
+    with (
+        pytest.raises(RunError, match="; more space is needed"),
+        disk_full_errors(tmp_path, purpose="fetching", need=lambda: -209711104),
+    ):
+        raise OSError(errno.ENOSPC, "No space left")

@@ -17,7 +17,7 @@ from tvit_cli import files
 from tvit_cli.data.http import Download, Http, MirrorsFailed, PermanentError, Retry, TransientError
 from tvit_cli.data.transfer import RangeFile, RemoteZip
 from tvit_cli.errors import RunError
-from tvit_cli.results import Progress
+from tvit_cli.results import Note, Progress
 
 BODY = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -204,6 +204,80 @@ def test_retry_after_is_honoured_up_to_a_bound(server, tmp_path):
         get([far], tmp_path / "far")
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        "302 Found\r\nLocation: http://[::1",
+        "302 Found\r\nLocation: http://localhost:99999999/a",
+        "503 Busy\r\nRetry-After: " + "9" * 5000,
+        "200 OK\r\nContent-Length: " + "9" * 9999,
+        "200 OK\r\nContent-Length: " + "9" * 18,
+    ],
+    ids=["location", "port", "retry-after", "length of 9,999 digits", "length of 18 digits"],
+)
+def test_malformed_header_leads_to_the_next_mirror(server, tmp_path, head):
+    bad = server.add("/bad", b"", raw=[f"HTTP/1.1 {head}\r\n\r\n".encode()])
+    good = server.add("/good", BODY)
+    done = get([bad, good], tmp_path / "a")
+    assert (done.url, done.sha256) == (good, SHA256)
+
+
+@pytest.mark.parametrize(
+    ("start", "repeated"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", b"Trailer: x\r\n"),
+    ],
+)
+def test_flood_of_headers_ends_the_attempt(server, tmp_path, start, repeated):
+    url = server.add("/a", b"", raw=[start, repeated * 50_000, b"\r\n"])
+    with pytest.raises(MirrorsFailed, match="more than"):
+        get([url], tmp_path / "a", http=quick(attempts=1))
+
+
+def test_server_of_a_few_bytes_a_second_is_too_slow(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tvit_cli.data.http.PATIENCE", 0.5)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n"
+    slow = {"seconds_per_chunk": 0.03}
+    body = server.add("/body", b"", raw=[head, *[b"x"] * 60], **slow)
+    headers = server.add("/headers", b"", raw=[bytes([byte]) for byte in head] + [b"x" * 60], **slow)
+    with pytest.raises(MirrorsFailed) as caught:
+        get([body, headers], tmp_path / "a", http=quick(attempts=1))
+    reasons = [reason for _, reason in caught.value.reasons]
+    assert "too slow" in reasons[0] and "headers or trailers not complete" in reasons[1]
+
+
+def test_server_of_one_byte_per_connection_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tvit_cli.data.http.LEAST_RATE", 10**9)
+    url = server.add("/a", BODY, cut_after=1)
+    with pytest.raises(MirrorsFailed, match=r"\(3 attempts\)"):
+        get([url], tmp_path / "a", http=quick(attempts=3))
+    assert len(server.requests) == 3
+
+
+def test_file_of_unknown_size_is_not_read_until_the_disk_is_full(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tvit_cli.data.http.UNDECLARED_BYTES", 100_000)
+    url = server.add("/a", BODY, no_length=True)
+    with pytest.raises(MirrorsFailed, match="sends more than the 100000 bytes allowed"):
+        get([url], tmp_path / "a", sha256=SHA256)
+    assert names(tmp_path) == set()
+
+
+def test_cut_file_is_not_whole_after_a_416_of_its_length(server, tmp_path):
+    url = server.add("/a", BODY, cut_after=90_000, cuts=1)
+    with pytest.raises(MirrorsFailed):
+        get([url], tmp_path / "a", http=quick(attempts=1))
+    server.pages["/a"].statuses = [(416, {"Content-Range": "bytes */90000"})]
+    assert get([url], tmp_path / "a").sha256 == SHA256
+
+
+def test_retries_are_shown_as_they_happen(server, tmp_path):
+    events = []
+    url = server.add("/a", BODY, statuses=[(503, {})])
+    get([url], tmp_path / "a", report=events.append)
+    assert events[0] == Note(f"{url}: HTTP 503 Service Unavailable; attempt 2 of 6 in 1 s")
+
+
 def test_back_off_doubles_up_to_its_bound():
     waits = []
     retry = Retry(attempts=9, first_seconds=1, most_seconds=5, sleep=waits.append, jitter=lambda: 0.0)
@@ -379,6 +453,12 @@ def test_large_directory_and_no_zip_are_refused(server, tmp_path):
     file = RangeFile(server.add("/b", BODY), quick(), most_read=1000)
     with pytest.raises(PermanentError, match="at once, limit 1000"):
         file.read(2000)
+
+
+def test_range_longer_than_requested_is_not_read(server):
+    head = b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/1000000\r\nContent-Length: 1000000\r\n\r\n"
+    file = RangeFile(server.add("/a", b"", raw=[head, bytes(1_000_000)]), quick())
+    assert file.received == 32 * 1024
 
 
 def test_zip64_directory_is_read(server, tmp_path, monkeypatch):

@@ -207,8 +207,9 @@ def disk_full_errors(folder: Path, *, purpose: str, need: Callable[[], int]) -> 
     except OSError as error:
         if error.errno not in FULL:
             raise
-        reason = f"disk full while {purpose} ({error.strerror}); {size_text(need())} more are needed"
-        raise RunError(f"{folder}: {reason}. Free them and run the same command again to resume.") from error
+        amount = f"{size_text(left)} more are needed" if (left := need()) > 0 else "more space is needed"
+        reason = f"disk full while {purpose} ({error.strerror}); {amount}"
+        raise RunError(f"{folder}: {reason}. Free space and run the same command again to resume.") from error
 
 
 def check_folder(option: str, given: Path, folder: Path | None = None) -> None:

@@ -9,9 +9,12 @@ several responses and has a wrong hash is fetched once more from the same URL be
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
 import random
 import re
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +35,10 @@ from tvit_cli.results import Note, Progress, Report, silent
 T = TypeVar("T")
 OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 200, 206, 416
 CHUNK_BYTES: Final = 256 * 1024
+HEADER_BYTES: Final = 256 * 1024  # limit of headers, interim responses and trailers, which http.client lacks
+UNDECLARED_BYTES: Final = 2 * 1024**3  # limit of a file whose size neither the caller nor the server states
+PATIENCE: Final = 60.0  # seconds until the headers are complete; also the window of LEAST_RATE
+LEAST_RATE: Final = 1000  # bytes per second; a slower attempt has failed
 MAX_REDIRECTS: Final = 10
 # RFC 9110 and 6585: the same request may succeed later.
 TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -62,25 +69,28 @@ class MirrorsFailed(RunError):
 class Retry:
     """Exponential back-off with jitter; honours Retry-After up to a limit."""
 
-    attempts: int = 6  # in a row without a new byte
+    attempts: int = 6  # in a row, each below LEAST_RATE
     first_seconds: float = 1.0
     most_seconds: float = 30.0
     most_retry_after: float = 120.0
     sleep: Callable[[float], None] = time.sleep
     jitter: Callable[[], float] = random.random  # in [0, 1); varies the delay by ± 25 %
 
-    def run(self, step: Callable[[], T], received: Callable[[], int]) -> T:
+    def run(
+        self, step: Callable[[], T], received: Callable[[], int], url: str = "", report: Report = silent
+    ) -> T:
         """Repeats `step` on TransientError; `received` returns the bytes so far. Raises PermanentError."""
-        most, attempt = received(), 0
+        most, attempt, since = received(), 0, time.monotonic()
         while True:
             try:
                 return step()
             except TransientError as failure:
-                attempt = 1 if received() > most else attempt + 1
-                most = max(most, received())
-                self.wait(attempt, failure)
+                now = time.monotonic()
+                attempt = 1 if received() - most > LEAST_RATE * (now - since) else attempt + 1
+                most, since = max(most, received()), now
+                self.wait(attempt, failure, url, report)
 
-    def wait(self, attempt: int, failure: TransientError) -> None:
+    def wait(self, attempt: int, failure: TransientError, url: str = "", report: Report = silent) -> None:
         """Waits before the next attempt. Raises PermanentError after the last one, or if the wait is too long."""
         if attempt >= self.attempts:
             raise PermanentError(f"{failure} ({attempt} attempts)")
@@ -88,7 +98,9 @@ class Retry:
         after, limit = failure.after or 0, self.most_retry_after
         if after > limit:
             raise PermanentError(f"{failure}, asks to wait {after:.0f} s (limit {limit:.0f} s)")
-        self.sleep(max(seconds, after))
+        seconds = max(seconds, after)
+        report(Note(f"{url}: {failure}; attempt {attempt + 1} of {self.attempts} in {seconds:.0f} s"))
+        self.sleep(seconds)
 
 
 class Response(AbstractContextManager["Response"]):
@@ -99,21 +111,72 @@ class Response(AbstractContextManager["Response"]):
         self.status = raw.status
         self.etag = raw.headers.get("ETag")
         self.last_modified = raw.headers.get("Last-Modified")
-        length = re.fullmatch("[0-9]+", raw.headers.get("Content-Length", ""))
-        self.length = int(length[0]) if length else None
+        length = re.fullmatch("([0-9]+)", raw.headers.get("Content-Length", ""))
         span = re.fullmatch(r"bytes (?:([0-9]+)-.*|\*)/(?:([0-9]+)|\*)", raw.headers.get("Content-Range", ""))
-        self.start = int(span[1]) if span and span[1] else None
-        self.total = int(span[2]) if span and span[2] else None
+        # 19 digits exceed any disk, and int() refuses thousands of them.
+        self.length = int(length[1][:19]) if length else None
+        self.start = int(span[1][:19]) if span and span[1] else None
+        self.total = int(span[2][:19]) if span and span[2] else None
+        self._since, self._received = time.monotonic(), 0
 
     def read(self, size: int) -> bytes:
         """The next bytes as they arrive: at most `size`, none at the end. Raises TransientError."""
+        now = time.monotonic()
+        if (seconds := now - self._since) > PATIENCE:
+            if self._received < LEAST_RATE * seconds:
+                raise TransientError(f"{self._received} bytes in {seconds:.0f} s, too slow")
+            self._since, self._received = now, 0
         try:
-            return self._raw.read1(size)
+            chunk = self._raw.read1(size)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise _failure("connection lost", error) from error
+        self._received += len(chunk)
+        return chunk
 
     def __exit__(self, *_: object) -> None:
         self._raw.close()
+
+
+class _BoundedFile(io.RawIOBase):
+    """The bytes of a connection, with limits in bytes and time that `allow` renews."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__()
+        self._raw = raw
+        self.allow(0)
+
+    def allow(self, size: int) -> None:
+        """Allows `size` bytes of the body, and headers, within PATIENCE."""
+        self._left, self._deadline = size + HEADER_BYTES, time.monotonic() + PATIENCE
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._left <= 0:
+            raise OSError(f"headers or trailers of more than {HEADER_BYTES} bytes")
+        if time.monotonic() > self._deadline:
+            raise OSError(f"headers or trailers not complete after {PATIENCE:.0f} s")
+        count = self._raw.readinto(buffer)
+        self._left -= count or 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _BoundedResponse(http.client.HTTPResponse):
+    """A response whose headers, and each read of whose body, are bounded in bytes and time."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._bounded = _BoundedFile(self.fp.detach())
+        self.fp = io.BufferedReader(self._bounded)
+
+    def read1(self, n: int = -1) -> bytes:
+        self._bounded.allow(max(0, n))
+        return super().read1(n)
 
 
 @dataclass(frozen=True)
@@ -149,20 +212,25 @@ class Http:
             raw.close()
             message = f"HTTP {raw.status} {raw.reason}"
             if raw.status in TRANSIENT:
-                with suppress(urllib3.exceptions.InvalidHeader):
-                    raise TransientError(message, after=urllib3.Retry().get_retry_after(raw))
+                with suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+                    after = urllib3.Retry().get_retry_after(raw) or 0
+                    raise TransientError(message, after=min(after, 1e6))
                 raise TransientError(message)
             if not (location := raw.get_redirect_location()):
                 raise PermanentError(message)
-            scheme, target = urlsplit(url).scheme, urljoin(url, location)
-            if scheme == "https" and urlsplit(target).scheme != "https":
-                raise PermanentError(f"redirects from https to {urlsplit(target).scheme}: {target}")
+            try:
+                target = urljoin(url, location)
+                scheme = urlsplit(target).scheme
+            except ValueError as error:
+                raise PermanentError(f"redirects to {location[:200]!r}, which is no URL ({error})") from error
+            if urlsplit(url).scheme == "https" and scheme != "https":
+                raise PermanentError(f"redirects from https to {scheme}: {target}")
             url = target
         raise PermanentError(f"{message} more than {MAX_REDIRECTS} times")
 
     def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         if urlsplit(url).scheme not in ("http", "https"):
-            raise PermanentError(f"its URL {url} is neither http nor https")
+            raise PermanentError(f"its URL {url[:200]} is neither http nor https")
         # An idle connection may be closed by the server at any time.
         always = {"User-Agent": f"tvit/{__version__}", "Accept-Encoding": "identity", "Connection": "close"}
         try:
@@ -177,6 +245,8 @@ class Http:
                 enforce_content_length=False,
                 timeout=self.timeout,
             )
+        except (urllib3.exceptions.LocationValueError, UnicodeError) as error:
+            raise PermanentError(f"malformed URL ({str(error)[:200]})") from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise _failure("no connection", error) from error
 
@@ -185,11 +255,17 @@ class Http:
         parts = urlsplit(url)
         proxy = getproxies().get(parts.scheme)
         if not proxy or proxy_bypass(parts.netloc):
-            return urllib3.PoolManager(ssl_context=self._trust)
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        login = urllib3.util.parse_url(proxy).auth
-        proxy_headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
-        return urllib3.ProxyManager(proxy, proxy_headers=proxy_headers, ssl_context=self._trust)
+            manager = urllib3.PoolManager(ssl_context=self._trust)
+        else:
+            proxy = proxy if "://" in proxy else f"http://{proxy}"
+            login = urllib3.util.parse_url(proxy).auth
+            proxy_headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
+            manager = urllib3.ProxyManager(proxy, proxy_headers=proxy_headers, ssl_context=self._trust)
+        pool = manager.connection_from_url(url)  # the one that urlopen will take
+        pool.ConnectionCls = type(
+            "BoundedConnection", (pool.ConnectionCls,), {"response_class": _BoundedResponse}
+        )
+        return manager
 
 
 def _failure(event: str, error: BaseException) -> PermanentError | TransientError:
@@ -317,7 +393,8 @@ class Download:
         reasons: list[tuple[str, str]] = []
         for url in urls:
             try:
-                return self.http.retry.run(partial(self._attempt, url, part), lambda: part.length)
+                attempt = partial(self._attempt, url, part)
+                return self.http.retry.run(attempt, lambda: part.length, url, self.report)
             except PermanentError as failure:
                 reasons.append((url, str(failure)))
                 self.report(Note(f"{url}: {failure}"))
@@ -363,10 +440,11 @@ class Download:
     def _check_response(self, url: str, response: Response, part: _PartialFile) -> int | None:
         """Total bytes of the file as the response declares; `part` is emptied if the response starts at 0."""
         if response.status == RANGE_NOT_SATISFIABLE:
-            if part.length and response.total == part.length:
+            if self.sha256 and part.length and response.total == part.length:
+                part.is_mixed = True  # the hash decides
                 return part.length
             part.discard()
-            raise TransientError("has fewer bytes than were received before; starting over")
+            raise TransientError("has no bytes beyond those received before; starting over")
         if response.status == PARTIAL_CONTENT:
             total = response.total
             is_same = part.origin.url != url or part.origin.is_same_file(response)
@@ -381,31 +459,40 @@ class Download:
             total = response.length
         if self.size is not None and total is not None and total != self.size:
             raise PermanentError(f"offers {total} bytes, {self.size} are expected")
-        need = (total or self.size or 0) - part.length
-        files.require_free(self.target.parent, need, purpose=f"fetching {self.target.name}")
+        need = max(0, (total or self.size or 0) - part.length)
+        try:
+            files.require_free(self.target.parent, need, purpose=f"fetching {self.target.name}")
+        except RunError as error:
+            if self.size is not None:
+                raise
+            raise PermanentError(str(error)) from error  # another server may declare another size
         if part.length == 0 or part.origin.url == url:
             part.origin = _Origin(url, response.etag, response.last_modified, total)
             files.write_json(part.origin_path, asdict(part.origin))
         return total
 
     def _append_body(self, response: Response, part: _PartialFile, total: int | None) -> None:
-        length, limit = part.length, total or self.size
+        length, expected = part.length, total or self.size
         folder, purpose = self.target.parent, f"fetching {self.target.name}"
-        self._progress(length, limit)
+        limit = expected or min(
+            UNDECLARED_BYTES, length + max(0, files.free_bytes(folder) - files.SPARE_BYTES)
+        )
+        self._progress(length, expected)
         with (
-            files.disk_full_errors(folder, purpose=purpose, need=lambda: (limit or 0) - part.length),
+            files.disk_full_errors(folder, purpose=purpose, need=lambda: (expected or 0) - part.length),
             part.path.open("ab", buffering=0) as file,
         ):
             while chunk := response.read(CHUNK_BYTES):
                 self._received += len(chunk)
                 length += len(chunk)
-                if limit is not None and length > limit:
+                if length > limit:
                     part.discard()
-                    raise PermanentError(f"sends more than the {limit} bytes expected")
+                    reason = "expected" if expected else "allowed for a file of unknown size"
+                    raise PermanentError(f"sends more than the {limit} bytes {reason}")
                 rest = memoryview(chunk)
                 while rest:  # an unbuffered file may write less
                     rest = rest[file.write(rest) :]
-                self._progress(length, limit)
+                self._progress(length, expected)
             files.sync(file.fileno())
         if total is not None and length < total:
             raise TransientError(f"connection cut at {length} of {total} bytes")

@@ -19,7 +19,7 @@ from tvit_cli.data.catalog import CanonicalNames, Dataset, Layout, Part, Source,
 from tvit_cli.data.dataset_folder import DatasetFolder, Selection, SourceRecord
 from tvit_cli.data.http import OK, Download, Http, MirrorsFailed, PermanentError, TransientError, is_fetched
 from tvit_cli.errors import DataError, size_text
-from tvit_cli.results import Note, Progress, Report
+from tvit_cli.results import Note, Progress, Report, silent
 
 TAIL_BYTES: Final = 32 * 1024  # the end record with a short comment, and the directory of a small archive
 GAP_BYTES: Final = 16 * 1024  # largest gap between members that is read to save a request
@@ -38,10 +38,16 @@ class RangeFile(io.RawIOBase):
     """
 
     def __init__(
-        self, url: str, http: Http, *, size: int | None = None, most_read: int = WINDOW_BYTES
+        self,
+        url: str,
+        http: Http,
+        *,
+        size: int | None = None,
+        most_read: int = WINDOW_BYTES,
+        report: Report = silent,
     ) -> None:
         super().__init__()
-        self.url, self._http, self._most_read = url, http, most_read
+        self.url, self._http, self._most_read, self._report = url, http, most_read, report
         self._position = self._prefetch_end = self.received = 0
         self.etag: str | None = None
         self.size = -1
@@ -84,14 +90,16 @@ class RangeFile(io.RawIOBase):
         def request() -> None:
             if start is None:
                 body.clear()
-                self._request(f"bytes=-{TAIL_BYTES}", body)
-            while start is not None and start + len(body) < stop:
-                self._request(f"bytes={start + len(body)}-{stop - 1}", body)
+                self._request(f"bytes=-{TAIL_BYTES}", TAIL_BYTES, body)
+            while start is not None and (left := stop - start - len(body)) > 0:
+                self._request(f"bytes={stop - left}-{stop - 1}", left, body)
 
-        self._http.retry.run(request, lambda: 0 if start is None else len(body))
+        retry = self._http.retry
+        retry.run(request, lambda: 0 if start is None else len(body), self.url, self._report)
         return body
 
-    def _request(self, span: str, body: bytearray) -> None:
+    def _request(self, span: str, most: int, body: bytearray) -> None:
+        """Appends the bytes of a range to `body`, at most `most`."""
         with self._http.open(self.url, {"Range": span}) as response:
             if response.status == OK:
                 raise PermanentError("ignores Range, so single members cannot be read from it")
@@ -101,12 +109,12 @@ class RangeFile(io.RawIOBase):
                 self.size, self.etag = response.total, response.etag
             if response.total != self.size or response.etag != self.etag:
                 raise PermanentError("the file has changed on the server while it was read")
-            left = WINDOW_BYTES if response.length is None else response.length
+            left = most if response.length is None else min(most, response.length)
             while left and (chunk := response.read(min(left, archives.CHUNK_BYTES))):
                 body += chunk
                 left -= len(chunk)
                 self.received += len(chunk)
-            if left and (response.length is not None or left == WINDOW_BYTES):
+            if left and (response.length is not None or left == most):
                 raise TransientError(f"connection cut {left} bytes before the end")
 
 
@@ -116,8 +124,17 @@ class RemoteZip:
     Raises PermanentError if the directory cannot be read by Range requests.
     """
 
-    def __init__(self, url: str, *, http: Http, size: int | None = None, most_directory: int) -> None:
-        self.file = RangeFile(url, http, size=size, most_read=max(most_directory, WINDOW_BYTES))
+    def __init__(
+        self,
+        url: str,
+        *,
+        http: Http,
+        size: int | None = None,
+        most_directory: int,
+        report: Report = silent,
+    ) -> None:
+        most_read = max(most_directory, WINDOW_BYTES)
+        self.file = RangeFile(url, http, size=size, most_read=most_read, report=report)
         try:
             self._zip = zipfile.ZipFile(self.file)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
@@ -138,7 +155,11 @@ class RemoteZip:
         for run in runs:
             self.file.prefetch(run[0].header_offset, self._end(run[-1]))
             for info in run:
-                with self._zip.open(info) as file:
+                try:
+                    opened = self._zip.open(info)
+                except OSError as error:
+                    raise zipfile.BadZipFile(f"its directory is wrong ({error})") from error
+                with opened as file:
                     yield info, file
 
     def _end(self, info: zipfile.ZipInfo) -> int:
@@ -215,7 +236,9 @@ class Transfer:
     def _from_members(self, request: PartRequest, source: Source, url: str) -> bool:
         """Reads single members; False if most are requested, so that the whole archive is faster."""
         most_directory = archives.max_directory_bytes(LIMITS)
-        remote = RemoteZip(url, http=self.http, size=source.bytes, most_directory=most_directory)
+        remote = RemoteZip(
+            url, http=self.http, size=source.bytes, most_directory=most_directory, report=self.report
+        )
         try:
             members = archives.zip_members(remote.infos)
             check_members(members, archive=url, packed_bytes=remote.file.size)
