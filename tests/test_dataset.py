@@ -98,3 +98,8 @@ def test_a_folder_that_may_not_be_written_to_is_no_fault_and_left_alone(videos, 
     monkeypatch.setattr(Path, "replace", full)
     assert list(check(videos, tmp_path)) == ["run/bad_g01_.avi"]
     assert {path.name for path in tmp_path.iterdir()} == {"run", "walk"}
+
+
+def test_new_clips_of_the_demo_set_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "make_motions", lambda root, **_: 1600)
+    assert dataset.make_demo_data(tmp_path / "motions", lambda event: None) == 1600

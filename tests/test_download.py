@@ -281,6 +281,15 @@ def test_given_archive_is_used_without_a_request_for_it(world):
     assert world.landed() == VIDEOS and world.server.requests == [] and path.exists()
 
 
+def test_given_archive_does_not_wait_for_the_lists(world):
+    waits = []
+    path = world.root / "mine.bin"
+    path.write_bytes(world.flat_zip())
+    world.server.add("/lists.zip", b"", statuses=[(503, {})] * 9)
+    result = world.run(archive=path, http=Http(timeout=5, retry=Retry(sleep=waits.append)))
+    assert waits == [] and result.sources[-1].url.startswith("made from the file names")
+
+
 def test_given_archive_with_another_hash_is_refused_with_both(world):
     (world.root / "mine.zip").write_bytes(world.flat_zip() + b"x")
     known = world.dataset.videos[0].sources[0].sha256
@@ -380,7 +389,8 @@ def test_set_that_is_made_is_made(world):
     with pytest.raises(DataError, match="is generated"):
         world.run()
     made = []
-    assert world.run(makers={"mini": made.append}).videos == len(VIDEOS) and made == [world.folder]
+    result = world.run(makers={"mini": lambda folder: made.append(folder) or 18})
+    assert (result.videos, result.new_files, made) == (len(VIDEOS), 18, [world.folder])
     for option in ({"classes": ["A"]}, {"clips_per_class": 1}, {"verify": True}, {"keep_archive": True}):
         with pytest.raises(SettingsError, match=r"mini is generated, .* has no effect\. Leave it out"):
             world.run(makers={"mini": made.append}, **option)

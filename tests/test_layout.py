@@ -441,3 +441,20 @@ def test_default_data_set_is_the_only_one_or_ucf101(tmp_path, monkeypatch):
         find_data(None)
     place(tmp_path / "data" / "ucf101", {"run": ["a.avi"]})
     assert find_data(None) == Path("data/ucf101")
+
+
+def test_failed_download_is_no_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed = tmp_path / "data" / "weizmann"
+    (failed / "archives").mkdir(parents=True)
+    (failed / "archives" / ".bend.zip.lock").touch()
+    (failed / ".incoming").mkdir()
+    (failed / ".incoming" / "a.avi").touch()
+    place(tmp_path / "data" / "mine", {"run": ["a.avi"]})
+    assert find_data(None) == Path("data/mine")
+    for name, fault in (
+        ("weizmann", "no such folder or file"),
+        ("data/weizmann", "no videos in this folder"),
+    ):
+        with pytest.raises(DataError, match=f"{fault}.*Fetch it: tvit download weizmann"):
+            find_data(name)

@@ -16,7 +16,15 @@ import av
 from tvit_cli.data.catalog import CATALOG
 from tvit_cli.data.framestore import FrameStore, find_store
 from tvit_cli.data.framestore_format import read_header
-from tvit_cli.data.layout import Layout, SplitChoice, Video, is_store, read_layout
+from tvit_cli.data.layout import (
+    VIDEO_SUFFIXES,
+    Layout,
+    SplitChoice,
+    Video,
+    is_hidden,
+    is_store,
+    read_layout,
+)
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.video import decode_first
 from tvit_cli.errors import DataError, VideoError
@@ -111,8 +119,7 @@ def find_or_make_data(path_to_data: str | None, report: Report) -> Path:
 def find_data(path_to_data: str | None) -> Path:
     """The chosen folder or manifest; None chooses data/ucf101, or the only data set in data/."""
     folders = [p for p in DATA_DIRECTORY.glob("*/") if not p.name.startswith(".")]
-    # A failed download leaves a folder with a lock only.
-    known = sorted(p.name for p in folders if any(not inside.name.startswith(".") for inside in p.iterdir()))
+    known = sorted(folder.name for folder in folders if _has_videos(folder))
     if path_to_data is None:
         if DEFAULT_NAME in known:
             return DATA_DIRECTORY / DEFAULT_NAME
@@ -122,15 +129,26 @@ def find_data(path_to_data: str | None) -> Path:
         fetch = f"Name one with --path-to-data PATH, or fetch one: tvit download {DEFAULT_NAME}."
         raise DataError(f"No data set chosen: {found}. {fetch}")
     path = Path(path_to_data).expanduser()
-    if path.exists():
+    can_fetch = path.name in {dataset.name for dataset in CATALOG}
+    if path.exists() and (not can_fetch or path.is_file() or _has_videos(path)):
         return path
     if path.parent == Path() and not path.suffix and path.name in (*known, MOTIONS):
         return DATA_DIRECTORY / path.name
     if path.name == MOTIONS and path.absolute().parent == DATA_DIRECTORY.absolute():
         return path
     others = f" Under {DATA_DIRECTORY}/: {', '.join(known)}." if known else ""
-    fetch = f" Fetch it: tvit download {path.name}." if path.name in (d.name for d in CATALOG) else ""
-    raise DataError(f"--path-to-data {path_to_data}: no such folder or file.{others}{fetch}")
+    fetch = f" Fetch it: tvit download {path.name}." if can_fetch else ""
+    fault = "no videos in this folder" if path.exists() else "no such folder or file"
+    raise DataError(f"--path-to-data {path_to_data}: {fault}.{others}{fetch}")
+
+
+def _has_videos(folder: Path) -> bool:
+    """Whether a folder is a frame store or has videos as deep as a layout does; a failed download has neither."""
+    return is_store(folder) or any(
+        path.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(path.relative_to(folder))
+        for pattern in ("*", "*/*", "*/*/*", "*/*/*/*")
+        for path in folder.glob(pattern)
+    )
 
 
 def data_name(root: Path) -> str:
@@ -146,15 +164,16 @@ def video_root(root: Path) -> Path | None:
     return source if source.exists() else None
 
 
-def make_demo_data(root: Path, report: Report) -> None:
-    """Makes the demo data set unless it is complete."""
-    if not is_motions(root):
-        report(Note(f"Making the demo data set in {root} (8 classes that differ in the order of frames)."))
-        make_motions(
-            root,
-            workers=os.cpu_count() or 1,
-            progress=lambda done, total: report(Progress("making clips", done, total)),
-        )
+def make_demo_data(root: Path, report: Report) -> int:
+    """Makes the demo data set unless it is complete; returns the number of new clips."""
+    if is_motions(root):
+        return 0
+    report(Note(f"Making the demo data set in {root} (8 classes that differ in the order of frames)."))
+    return make_motions(
+        root,
+        workers=os.cpu_count() or 1,
+        progress=lambda done, total: report(Progress("making clips", done, total)),
+    )
 
 
 def _usable_store(
