@@ -111,6 +111,12 @@ TAR_OF_2 = functools.partial(write_tar, entries=[Entry("x", bytes(512)), Entry("
         (lambda path: write_tar(path, [Entry("x\udce4.avi")]), "control character"),
         (lambda path: write_zip(path, [Entry("x.avi\0.exe")]), "in its name"),
         (lambda path: write_zip(path, [Entry("a\\..\\x")]), "in its name"),
+        (lambda path: write_zip(path, [Entry("")]), "has no name"),
+        (lambda path: write_tar(path, [Entry(".")]), "has no name"),
+        (
+            lambda path: patched(ZIP_CRC, path, lambda data: data[:-6] + b"\xff\xff\xff\0" + data[-2:]),
+            "is damaged .*outside of the file",
+        ),
         (lambda path: write_zip(path, [Entry("null", b"", DEVICE)]), "neither a file nor a folder"),
         (lambda path: write_tar(path, [Entry("null", b"", DEVICE)]), "neither a file nor a folder"),
         (lambda path: patched(TAR_OF_2, path, lambda data: data[:1024]), "no end mark"),

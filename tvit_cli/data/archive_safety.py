@@ -75,6 +75,8 @@ def _problems(members: Sequence[Member], packed_bytes: int, limits: Limits) -> I
     used: dict[str, tuple[str, Kind]] = {}
     for member in members:
         reason = BAD_KINDS.get(member.kind, "is encrypted" if member.encrypted else None)
+        if member.kind == "file" and not member.path.parts:  # such as "."
+            reason = "has no name"
         reason = _bad_name(member.name) or reason or _bad_size(member, limits) or _collision(member, used)
         if reason:
             yield f"member {member.name[:200]!r} {reason}"

@@ -8,6 +8,7 @@ leaves only the temporary folder, which the next one removes.
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -146,7 +147,7 @@ def zip_members(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:
             index=index,
             name=info.orig_filename,  # `filename` is cut at a NUL
             size=info.file_size,
-            kind=kind_of_mode(info.external_attr >> 16, folder=info.is_dir()),
+            kind=kind_of_mode(info.external_attr >> 16, folder=info.filename.endswith("/")),
             packed=info.compress_size,
             encrypted=bool(info.flag_bits & 1),
         )
@@ -270,7 +271,13 @@ class _Bounded(io.RawIOBase):
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, OverflowError) as error:
+            if getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
+                raise
+            # Without errno: the archive is damaged, not the disk.
+            raise OSError(f"it refers to the offset {offset}, outside of the file") from error
 
     def close(self) -> None:
         self._file.close()
