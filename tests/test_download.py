@@ -342,7 +342,7 @@ def test_hostile_archive_of_a_mirror_writes_nothing(world):
 def test_videos_of_somebody_else_are_not_touched(world):
     (world.folder / "videos").mkdir(parents=True)
     (world.folder / "videos" / "mine.avi").write_bytes(b"mine")
-    with pytest.raises(DataError, match="did not put there"):
+    with pytest.raises(DataError, match=r"did not put there.*`tvit train --path-to-data .*videos`"):
         world.run()
     assert world.landed() == {"mine.avi": b"mine"}
 

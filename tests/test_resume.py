@@ -179,3 +179,15 @@ def test_processes_that_see_different_videos_do_not_start():
     check_ranks_agree([own, own])
     with pytest.raises(RunError, match=r"Process 1 differs from process 0 \(training videos\)"):
         check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])
+
+
+def test_a_run_folder_is_resumed_from_its_latest_checkpoint(trained, tmp_path):
+    first = trained(epochs=2, experiment_name="mine")
+    trained(experiment_name="newer")
+    shutil.rmtree(first.model)
+    ended = tvit("train", "--resume-from-checkpoint", first.run)
+    assert ended.code == 0, ended.err
+    assert (first.model / "card.json").is_file()
+    shutil.rmtree(first.run / "checkpoints")
+    ended = tvit("train", "--resume-from-checkpoint", first.run)
+    assert ended.code == 2 and f"{first.run / 'checkpoints'}: no checkpoint to resume from" in ended.err

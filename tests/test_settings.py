@@ -255,3 +255,16 @@ def test_temporal_layers_learn_slowly_only_beside_pretrained_adapters():
     assert share() == 0.1
     assert share(train="all") == share(hf_model_name=None, train="all") == 1.0
     assert share(temporal_rate=0.3) == 0.3
+
+
+def test_values_of_a_preset_yield_to_those_that_contradict_them():
+    loaded = read(preset="quickstart", flags={"epochs": "1"})
+    assert (loaded.settings.epochs, loaded.settings.warmup_epochs) == (1, None)
+    assert loaded.origins["warmup_epochs"] == "default" and loaded.settings.learning_rate == 1.5e-3
+    assert read(preset="quickstart", environ={"TVIT_N_FRAMES": "7"}).settings.tubelet_size == 1
+    named = read(preset="quickstart", flags={"hf_model_name": "some/vit"}).settings
+    assert (named.hf_model_name, named.width, named.patch_size) == ("some/vit", None, None)
+    with pytest.raises(SettingsError, match="--warmup-epochs 2: it should be at most --epochs 1"):
+        read(preset="quickstart", flags={"epochs": "1", "warmup_epochs": "2"})
+    with pytest.raises(SettingsError, match="--repeats 3: it should divide the 32 clips per GPU"):
+        read(preset="quickstart", flags={"repeats": "3"})

@@ -9,6 +9,7 @@ fetches those that the manifest lists and the disk lacks.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -156,9 +157,8 @@ class DatasetFolder:
         """Raises DataError if `videos` holds files and no manifest lists any."""
         videos = self.path / "videos"
         if not self.manifest.files and videos.is_dir() and any(videos.iterdir()):
-            advice = (
-                f"Use them as they are (`tvit train {videos}`), or move them away and repeat this command."
-            )
+            command = f"tvit train --path-to-data {shlex.quote(str(videos))}"
+            advice = f"Use them as they are (`{command}`), or move them away and repeat this command."
             raise DataError(f"{videos}: holds files that `tvit download` did not put there. {advice}")
 
     def clear_incoming(self) -> Path:

@@ -1,4 +1,7 @@
-"""Settings models, read in layers: flags > environment > config file > preset > defaults."""
+"""Settings models, read in layers: flags > environment > config file > preset > defaults.
+
+Settings of a preset that contradict a setting of a higher layer are left out.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import difflib
 import itertools
 import json
 import os
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
@@ -23,6 +28,7 @@ from tvit_cli.errors import SettingsError
 ENVIRONMENT_PREFIX = "TVIT_"
 # Variables with the prefix that are not settings: the traceback switch, and the test suite's data folder.
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
+PYTHON_NAMES = {"batch_size": "per_gpu_batch_size"}  # arguments of the Python API with shorter names
 PRESETS = resources.files("tvit_cli.settings") / "presets"
 
 S = TypeVar("S", bound="Settings")
@@ -138,6 +144,14 @@ def load(
     return _merge(cls, tuple(layers), unknown)
 
 
+def check_arguments(cls: type[S], required: Mapping[str, Any], **given: Any) -> S:
+    """Settings from arguments of the Python API, named as such in errors. Raises SettingsError."""
+    layers = [
+        _Layer("argument", {PYTHON_NAMES.get(name, name): value}, name) for name, value in given.items()
+    ]
+    return _merge(cls, (_Layer("required", required), *layers), []).settings
+
+
 def flag(key: str) -> str:
     """Option name of a setting. lora_rank -> --lora-rank"""
     return "--" + key.replace("_", "-")
@@ -173,6 +187,7 @@ def presets() -> tuple[str, ...]:
 
 
 def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loaded[S]:
+    before = list(problems)
     values: dict[str, Any] = {}
     origins = dict.fromkeys(cls.model_fields, "default")
     spellings: dict[str, str] = {}
@@ -194,9 +209,31 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
         except ValidationError as error:
             found = [_describe(e, spellings, own, cls) for e in error.errors()]
             problems += [problem for problem in found if problem not in problems]
+    if yielding := _yielding(problems, origins):
+        with suppress(SettingsError):
+            return _merge(cls, tuple(_without(layer, yielding) for layer in layers), before)
     if problems:
         raise SettingsError("\n".join(problems))
     return Loaded(tuple(series), origins, layers)
+
+
+def _yielding(problems: Iterable[str], origins: Mapping[str, str]) -> set[str]:
+    """Settings of a preset that contradict a setting of a higher layer: a problem names both by their flags."""
+    found: set[str] = set()
+    for line in itertools.chain.from_iterable(map(str.splitlines, problems)):
+        words = set(re.findall(r"--[a-z][a-z0-9-]*", line))
+        named = {key for key in origins if flag(key) in words}
+        preset = {key for key in named if origins[key].startswith("preset ")}
+        if any(origins[key] != "default" for key in named - preset):
+            found |= preset
+    return found
+
+
+def _without(layer: _Layer, keys: set[str]) -> _Layer:
+    """A preset without some keys; other layers as they are."""
+    if not layer.name.startswith("preset "):
+        return layer
+    return replace(layer, values={key: value for key, value in layer.values.items() if key not in keys})
 
 
 def _combinations(

@@ -198,8 +198,8 @@ class TrainSettings(types.DataSettings):
         "Replaces the run of that name; refused where it holds files that tvit did not write",
         resume_safe=True)
     resume_from_checkpoint: str | None = checkpoints(None,
-        "Checkpoint to resume from: latest, a name, or a path", resume_safe=True, reference="None",
-        metavar="NAME|PATH|latest")
+        "Checkpoint to resume from: latest, a name, or the path of a checkpoint or run folder", resume_safe=True,
+        reference="None", metavar="NAME|PATH|latest")
     # fmt: on
 
     @field_validator("experiment_name", "checkpoint_dir")

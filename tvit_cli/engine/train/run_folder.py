@@ -122,13 +122,16 @@ def next_name(root: Path, data: str) -> str:
 
 
 def find_run(settings: TrainSettings) -> Run:
-    """The run of `--resume-from-checkpoint`: at a path, of the named experiment, or the newest.
+    """The run of `--resume-from-checkpoint`: a run folder, at a path, of the named experiment, or the newest.
 
     Raises CheckpointError if there is none.
     """
     which = settings.resume_from_checkpoint
     assert which is not None
     path, root = Path(which), settings.working_directory
+    if (path / SETTINGS_FILE).is_file():
+        checkpoints = path.absolute() / settings.checkpoint_dir
+        return Run(checkpoints.parent, checkpoints, find_checkpoint(checkpoints, "latest"))
     if path.is_dir() and len(path.parts) > 1:
         checkpoints = path.absolute().parent
         return Run(checkpoints.parent, checkpoints, find_checkpoint(checkpoints, path.name))
