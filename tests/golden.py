@@ -83,7 +83,8 @@ def _measure_run(name: str) -> dict[str, Any]:
     words = f"{RUNS[name]} {_COMMON.replace('DATA', data)} --working-directory runs --experiment-name {name}"
     _run("train", *words.split())
     run = Path("runs") / name
-    _run("eval", "--model", run, "--device", "cpu", "--num-workers", 0, "--clips-per-video", 2, "--flip")
+    views = ("--clips-per-video", 2, "--flip", "--output", run / "eval" / "test")
+    _run("eval", "--model", run, "--device", "cpu", "--num-workers", 0, *views)
     clips = sorted(Path("colours").rglob("*_g0[12]_*.avi"))
     said = _run("predict", *clips, "--model", run, "--device", "cpu", "--json")
     film = _run("predict", clips[0], "--model", run, "--device", "cpu", "--json", "--window", "0.1")

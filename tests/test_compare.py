@@ -9,6 +9,7 @@ from pages import Page
 from tiny import SCRATCH, make_clips, run
 
 from tvit_cli.data.layout import read_layout
+from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
@@ -67,7 +68,8 @@ def test_videos_with_differing_true_classes_are_not_compared(trained, tmp_path):
         compared(trained.model, other, output=tmp_path / "out")
 
 
-def test_models_without_a_video_in_common_are_not_compared(trained, tmp_path):
+def test_models_on_different_data_are_refused_before_scoring(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("tvit_cli.engine.evaluate.score", lambda *a, **k: pytest.fail("was scored"))
     elsewhere = make_clips(tmp_path / "colours", groups=4)
     other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(elsewhere))
     with pytest.raises(SettingsError, match="not scored on the same videos"):
@@ -85,16 +87,17 @@ def test_the_page_says_which_of_the_compared_videos_could_not_be_read(trained, t
     assert "videos7, of which 1 could not be read and count as wrong, of 2 groups" in measured(wrong)
 
 
-def test_two_models_whose_results_would_share_a_folder_each_get_their_own(trained, tmp_path):
-    models = [copy_of(trained, tmp_path / "models" / name) for name in ("before", "after")]
-    result = compared(*models)
-    shared = tmp_path / "models" / "eval" / "test"
-    assert (result.first.output, result.second.output) == (shared / "A", shared / "B")
-    for output, model in zip((shared / "A", shared / "B"), models, strict=True):
+def test_a_comparison_leaves_the_results_of_eval_alone(trained, tmp_path):
+    evaluated = evaluate(EvalSettings(model=trained.model, num_workers=0, device="cpu")).output
+    before = {path.name: path.stat().st_mtime_ns for path in evaluated.iterdir()}
+    other = copy_of(trained, tmp_path / "models" / "before")
+    result = compared(other, trained.model)
+    assert result.output == trained.run / "eval" / "test-vs-before"
+    assert (result.first.output, result.second.output) == (result.output / "A", result.output / "B")
+    for output, model in zip((result.output / "A", result.output / "B"), (other, trained.model), strict=True):
         assert json.loads((output / "metrics.json").read_text())["model"] == str(model)
-    assert result.output == shared and (shared / "comparison.json").is_file()
-    apart = compared(models[0], trained.model)
-    assert apart.first.output == shared and apart.output == trained.run / "eval" / "test"
+    assert (result.output / "comparison.json").is_file()
+    assert {path.name: path.stat().st_mtime_ns for path in evaluated.iterdir()} == before
 
 
 def test_two_models_behind_one_folder_by_two_paths_each_get_their_own(trained, tmp_path):

@@ -462,3 +462,28 @@ def test_a_comparison_on_one_group_has_no_interval(trained, tmp_path):
     assert compare(own).interval is None
     several = own.model_copy(update={"subset": "train", "output": tmp_path / "train"})
     assert compare(several).interval is not None
+
+
+def test_every_way_to_measure_has_a_folder_of_its_own(trained):
+    own = evaluate(settings(trained))
+    before = (own.output / "metrics.json").read_bytes()
+    views = {"clips_per_video": 2, "crops_per_clip": 3}
+    for name, changes in {
+        "test-2x3": views,
+        "test-2x3-flip": {**views, "flip": True},
+        "test-shuffled-seed1": {"shuffle_frames": True, "seed": 1},
+        "test-split2": {"split": 2},
+        "test-unreadable-wrong": {"unreadable": "wrong"},
+    }.items():
+        assert evaluate(settings(trained, **changes)).output == own.output.with_name(name)
+    assert (own.output / "metrics.json").read_bytes() == before
+
+
+def test_eval_names_the_results_that_it_replaces(trained, tmp_path):
+    said = []
+    for _ in range(2):
+        said.append([])
+        evaluate(settings(trained, output=tmp_path / "out"), said[-1].append)
+    first, second = ([e.text for e in events if isinstance(e, Note)] for events in said)
+    text = f"Replaces the results in {tmp_path / 'out'}. To keep them, name another folder with --output."
+    assert text not in first and text in second

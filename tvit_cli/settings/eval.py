@@ -48,7 +48,7 @@ class EvalSettings(types.InferenceSettings):
         "Shuffles frames in time (ablation): accuracy without temporal order", SCORING)
     seed: int = setting(0, "Seed of --shuffle-frames", SCORING, ge=0, lt=2**31)
     output: Path | None = setting(None, "Folder of the results", SCORING,
-        default_text="eval/<subset> in the run folder, with -<data> for other data")
+        default_text="eval/<subset> in the run folder, with views and other data, as in test-5x3-weizmann")
     # fmt: on
 
     @model_validator(mode="after")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from tvit_cli.data.layout import Video, match_labels
-from tvit_cli.engine.dataset import ClipFormat, data_name, find_data, open_dataset, video_root
+from tvit_cli.data.layout import SplitChoice, Video, match_labels
+from tvit_cli.engine.dataset import ClipFormat, DataSource, data_name, find_data, open_dataset, video_root
 from tvit_cli.engine.distributed import worker_count
 from tvit_cli.engine.evaluate import metrics
 from tvit_cli.engine.evaluate.scoring import Scores, Views, clips_to_score, score
@@ -22,30 +22,51 @@ from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction
 from tvit_cli.settings.eval import EvalSettings
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A model, with its classes spelt as in the data, and the videos to score."""
+
+    trained: Trained
+    source: DataSource
+    choice: SplitChoice
+    videos: tuple[Video, ...]
+
+
 def evaluate(
     settings: EvalSettings,
     report: Report = silent,
     group: ProcessGroup | None = None,
-    trained: Trained | None = None,
+    selection: Selection | None = None,
 ) -> EvalResult:
     """Scores a model folder on a subset and writes metrics.json, scores.csv, confusion.csv and report.html.
 
     Labels, frame size, sampling and normalisation come from the model folder. Unreadable videos are reported, and
     left out or counted as wrong. All ranks share the videos and get the result; callers that have joined the
-    process `group` or opened the model pass them. Raises ModelError, DataError, SettingsError for views that the
+    process `group` or selected the videos pass them. Raises ModelError, DataError, SettingsError for views that the
     preprocessing does not allow, or RunError when no video can be read.
     """
     group = group or join_process_group(settings.device)
     report = report if group.is_main else silent
-    trained = trained or open_trained(
-        settings.model,
-        working_directory=settings.working_directory,
-        device=group.device,
-        mixed_precision=settings.mixed_precision,
+    trained = (
+        open_trained(
+            settings.model,
+            working_directory=settings.working_directory,
+            device=group.device,
+            mixed_precision=settings.mixed_precision,
+        )
+        if selection is None
+        else selection.trained
     )
     report(Note(f"Model: {trained.folder}"))
+    output = settings.output or results_folder(settings, trained)
     if group.is_main:
-        check_results_folder(settings, trained)
+        from tvit_cli.engine.evaluate.files import METRICS_FILE, write_report, write_result  # imports PIL
+
+        check_writable("--output", output, output)
+        if (output / METRICS_FILE).exists():
+            report(
+                Note(f"Replaces the results in {output}. To keep them, name another folder with --output.")
+            )
     for note in trained.notes:
         report(Note(note, "warning"))
     preprocessing = trained.card.preprocessing
@@ -53,34 +74,15 @@ def evaluate(
         text = "this model squashes whole frames to a square, which has one crop. Leave it out."
         raise SettingsError(f"--crops-per-clip {crops}: {text}")
     views = Views(settings.clips_per_video, crops, settings.flip)
-    choice = choose_split(settings, trained.card)
-    source = open_dataset(
-        settings.path_to_data or trained.card.settings.get("path_to_data"),
-        report,
-        clip=ClipFormat(preprocessing.n_frames, preprocessing.scale_to, preprocessing.frame_grid),
-        need_training=False,
-        **choice,
-    )
-    trained = trained.named_by(source.layout.labels)
-    labels = trained.card.labels
-    source = replace(source, layout=match_labels(source.layout, labels))
-    videos = source.layout.subset(settings.subset)
-    if not videos:
-        raise DataError(
-            f"--subset {settings.subset}: the data has no such videos. "
-            f"Hold groups out for it with --{settings.subset}-groups, or choose another --subset."
-        )
-    if unknown := sorted({video.label for video in videos} - set(labels)):
-        raise DataError(
-            f"{len(unknown)} classes of the data are unknown to the model ({shorten(unknown, most=12)}). "
-            f"It has {len(labels)}: {shorten(labels, most=12)}."
-            + (" Use data with all of its classes, or name them." if trained.labels_are_guessed else "")
-        )
+    selection = selection or select_videos(settings, trained, report)
+    trained, source, videos = selection.trained, selection.source, selection.videos
     bias, leaks = find_bias(settings, trained, source)
     for warning in (*bias, *leaks):
         report(Note(warning, "warning"))
     seed = settings.seed if settings.shuffle_frames else None
-    clips = clips_to_score(videos, labels, preprocessing, views=views, shuffle_seed=seed, store=source.store)
+    clips = clips_to_score(
+        videos, trained.card.labels, preprocessing, views=views, shuffle_seed=seed, store=source.store
+    )
     started = time.perf_counter()
     scores = score(
         trained.model,
@@ -107,34 +109,61 @@ def evaluate(
         "data": str(source.root),
         "frames": "videos" if source.store is None else "frame store",
         "mixed_precision": trained.precision,
-        **choice,
+        **selection.choice,
         "views": asdict(views),
         "unreadable_videos": settings.unreadable,
         "warnings": list(warnings),
         "leaks": list(leaks),
     }
     if group.is_main:
-        from tvit_cli.engine.evaluate.files import write_report, write_result  # imports PIL
-
         write_result(result, facts)
         result = replace(result, report=write_report(result, settings, trained, facts, group, report))
     return result
 
 
+def select_videos(settings: EvalSettings, trained: Trained, report: Report) -> Selection:
+    """Opens the data and selects the videos of the subset. Raises DataError."""
+    preprocessing, choice = trained.card.preprocessing, choose_split(settings, trained.card)
+    source = open_dataset(
+        settings.path_to_data or trained.card.settings.get("path_to_data"),
+        report,
+        clip=ClipFormat(preprocessing.n_frames, preprocessing.scale_to, preprocessing.frame_grid),
+        need_training=False,
+        **choice,
+    )
+    trained = trained.named_by(source.layout.labels)
+    labels = trained.card.labels
+    source = replace(source, layout=match_labels(source.layout, labels))
+    videos = source.layout.subset(settings.subset)
+    if not videos:
+        raise DataError(
+            f"--subset {settings.subset}: the data has no such videos. "
+            f"Hold groups out for it with --{settings.subset}-groups, or choose another --subset."
+        )
+    if unknown := sorted({video.label for video in videos} - set(labels)):
+        raise DataError(
+            f"{len(unknown)} classes of the data are unknown to the model ({shorten(unknown, most=12)}). "
+            f"It has {len(labels)}: {shorten(labels, most=12)}."
+            + (" Use data with all of its classes, or name them." if trained.labels_are_guessed else "")
+        )
+    return Selection(trained, source, choice, videos)
+
+
 def results_folder(settings: EvalSettings, trained: Trained) -> Path:
-    """Default folder of a model's results; those on other data have its name at the end."""
-    name = _subset_name(settings)
+    """Default folder of a model's results, named by the subset, the views, and data other than the model's own."""
+    name, clips, crops = _subset_name(settings), settings.clips_per_video, settings.crops_per_clip
+    if settings.shuffle_frames and settings.seed:
+        name += f"-seed{settings.seed}"
+    name += f"-{clips}x{crops}" if clips * crops > 1 else ""
+    name += "-flip" if settings.flip else ""
+    if settings.split not in (None, trained.card.settings.get("split")):
+        name += f"-split{settings.split}"
+    name += "-unreadable-wrong" if settings.unreadable == "wrong" else ""
     if settings.path_to_data is not None and trained.card.settings.get("path_to_data") is not None:
         root = find_data(settings.path_to_data)
         if not is_training_data(trained.card, root):
             name += f"-{data_name(video_root(root) or root)}"
     return trained.run / "eval" / name
-
-
-def check_results_folder(settings: EvalSettings, trained: Trained) -> None:
-    """Raises DataError where results cannot be written, before anything is scored."""
-    folder = settings.output or results_folder(settings, trained)
-    check_writable("--output", folder, folder)
 
 
 def _subset_name(settings: EvalSettings) -> str:

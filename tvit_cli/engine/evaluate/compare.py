@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tvit_cli.engine.evaluate import check_results_folder, evaluate, results_folder
+from tvit_cli.engine.evaluate import Selection, evaluate, results_folder, select_videos
 from tvit_cli.engine.evaluate.files import reproduce_command, write_json, write_page
 from tvit_cli.engine.evaluate.metrics import difference_interval, mcnemar
 from tvit_cli.engine.launch import join_process_group
 from tvit_cli.engine.trained import open_trained
-from tvit_cli.errors import SettingsError
+from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.files import check_writable
 from tvit_cli.report.comparison import write_comparison_report
 from tvit_cli.report.html import Context
 from tvit_cli.results import Comparison, EvalResult, Pair, Report, silent
@@ -19,29 +20,34 @@ from tvit_cli.settings.eval import EvalSettings
 def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """Evaluates both models of `--compare` with the same settings, and compares their predictions.
 
-    Each model's results go where its own evaluation puts them, the comparison beside the second's. With `--output`,
-    or if both have the same folder, they go to its subfolders A and B, and the comparison beside those. Raises the
-    errors of `evaluate`, and SettingsError if the models were not scored on the same videos and labels.
+    The comparison goes to eval/<subset>-vs-<first model> in the second model's run, or to `--output`; the models'
+    results go to its subfolders A and B. Raises the errors of `evaluate`, and SettingsError if the models would not
+    be scored on the same videos and labels.
     """
     assert settings.compare is not None
     group = join_process_group(settings.device)
+    report = report if group.is_main else silent
     runs, precision = settings.working_directory, settings.mixed_precision
     models = [  # both are opened before the first is scored: errors come early
         open_trained(model, working_directory=runs, device=group.device, mixed_precision=precision)
         for model in settings.compare
     ]
     models[1] = models[1].spelt_as(models[0].card.labels)
-    folders = [results_folder(settings, trained) for trained in models]
-    shared = settings.output
-    if shared is None and folders[0].resolve() == folders[1].resolve():
-        shared = folders[0]
-    each = []
-    for letter, model, trained in zip("AB", settings.compare, models, strict=True):
-        output = None if shared is None else shared / letter
-        each.append(settings.model_copy(update={"model": model, "output": output, "compare": None}))
-        if group.is_main:
-            check_results_folder(each[-1], trained)
-    first, second = (evaluate(own, report, group, trained) for own, trained in zip(each, models, strict=True))
+    folder = results_folder(settings, models[1])
+    output = settings.output or folder.with_name(f"{folder.name}-vs-{models[0].name.replace('/', '-')}")
+    if group.is_main:
+        check_writable("--output", output, output)
+    selections = [select_videos(settings, trained, report) for trained in models]
+    _check_same_videos(*selections)
+    first, second = (
+        evaluate(
+            settings.model_copy(update={"model": model, "output": output / letter, "compare": None}),
+            report,
+            group,
+            selection,
+        )
+        for letter, model, selection in zip("AB", settings.compare, selections, strict=True)
+    )
     pairs = _pairs(first, second)
     right = [(a.is_right, b.is_right) for a, b in pairs]
     comparison = Comparison(
@@ -50,7 +56,7 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
         pairs,
         difference_interval([a for a, _ in right], [b for _, b in right], [a.video.unit for a, _ in pairs]),
         p_value=mcnemar(right.count((True, False)), right.count((False, True))),
-        output=shared or second.output,
+        output=output,
     )
     if not group.is_main:
         return comparison
@@ -61,17 +67,26 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     return replace(comparison, report=page)
 
 
+def _check_same_videos(first: Selection, second: Selection) -> None:
+    labels = {video.path: video.label for video in second.videos}
+    shared = [video for video in first.videos if video.path in labels]
+    problem = "" if shared else "the models are not scored on the same videos"
+    for video in shared:
+        if video.label != labels[video.path]:
+            problem = f"{video.label} for the first model and {labels[video.path]} for the second"
+            problem = f"{video.name} has the label {problem}"
+            break
+    if problem:
+        models = f"--compare {first.trained.folder} {second.trained.folder}"
+        raise SettingsError(f"{models}: {problem}. Name the data for both with --path-to-data.")
+
+
 def _pairs(first: EvalResult, second: EvalResult) -> tuple[Pair, ...]:
     others = {answer.video.path: answer for answer in second.answers}
     pairs = tuple((a, others[a.video.path]) for a in first.answers if a.video.path in others)
-    problems = [] if pairs else ["the models were not scored on the same videos"]
-    for a, b in pairs:
-        if a.video.label != b.video.label:
-            labels = f"{a.video.label} for the first model and {b.video.label} for the second"
-            problems.append(f"{a.video.name} has the label {labels}")
-    if problems:
+    if not pairs:
         models = f"--compare {first.model} {second.model}"
-        raise SettingsError(f"{models}: {problems[0]}. Name the data for both with --path-to-data.")
+        raise RunError(f"{models}: no video could be read for both models. Check the videos.")
     return pairs
 
 

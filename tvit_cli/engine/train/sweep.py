@@ -35,8 +35,8 @@ def series_models(folder: Path | None) -> dict[str, Path]:
 def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
     """Evaluates every model of a series, each on the data and split of its own training.
 
-    summary.json and a page go to eval/<subset> in the series' folder (eval/<subset>-<data> on other data), or to
-    `--output`. Raises the errors of `evaluate`.
+    summary.json and a page go to eval/<subset> in the series' folder (see `results_folder`), or to `--output`.
+    Raises the errors of `evaluate`.
     """
     assert settings.model is not None
     group = join_process_group(settings.device)
