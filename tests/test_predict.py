@@ -2,16 +2,19 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import entry
 import numpy as np
 import pytest
 import torch
@@ -23,7 +26,9 @@ from safetensors.torch import load_file
 import tvit_cli
 from tvit_cli import cli, commands
 from tvit_cli.console import Console
-from tvit_cli.engine.predict import predict, predict_timelines, write_embeddings
+from tvit_cli.data.clips import _later_interrupt
+from tvit_cli.engine.evaluate import scoring
+from tvit_cli.engine.predict import predict, predict_timelines, timeline, write_embeddings
 from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
 from tvit_cli.model import linear
@@ -467,3 +472,59 @@ def test_memory_that_runs_out_is_no_mistake_of_ours(trained, clip, monkeypatch, 
         cli.run(["predict", str(clip), "--model", str(trained.model)])
     assert stopped.value.code == 1
     assert capsys.readouterr().err.strip() == "error: Out of memory."
+
+
+def test_python_arguments_are_checked_as_on_the_command_line(trained, clip):
+    model = tvit_cli.load_model(trained.model, device="cpu")
+    with pytest.raises(DataError, match="ndarray: neither a path nor a URL"):
+        model.predict(np.zeros((4, 32, 32, 3), np.uint8))
+    with pytest.raises(SettingsError, match="device: gpu: it should be 'auto', 'cpu', 'cuda' or 'mps'"):
+        tvit_cli.load_model(trained.model, device="gpu")
+    with pytest.raises(SettingsError, match="top_k: 0: it should be greater than or equal to 1"):
+        model.predict(clip, top_k=0)
+    with pytest.raises(SettingsError, match=r"^batch_size: 0: it should be greater"):
+        model.embed([clip], batch_size=0)
+    for name, value in (("window", 0), ("window", -2), ("stride", 0), ("smoothing", -1)):
+        with pytest.raises(SettingsError, match=f"^{name}: {value}: it should be greater than or equal to 0"):
+            model.timeline(clip, **{name: value})
+
+
+def test_predict_many_takes_one_name_without_a_list(trained, clip):
+    model = tvit_cli.load_model(trained.model, device="cpu")
+    for name in (clip, str(clip)):
+        assert [found.video for found in model.predict_many(name)] == [str(clip)]
+    assert len(model.predict_many(str(clip.parent))) == 6
+
+
+@pytest.mark.parametrize("window", [[], ["--window", "0.1"]])
+def test_ctrl_c_prints_the_answers_so_far_and_exits_130(trained, clip, monkeypatch, window):
+    module = timeline if window else scoring
+    really, calls = module.eval_transform, itertools.count(1)
+
+    def interrupted(*arguments, **keywords):
+        if next(calls) > 2:
+            raise KeyboardInterrupt
+        return really(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "eval_transform", interrupted)
+    model = ("--model", trained.model, "--device", "cpu", "--per-gpu-batch-size", "64" if window else "2")
+    ended = entry.tvit("predict", clip.parent, *model, "--json", *window)
+    found = [json.loads(line)["video"] for line in ended.out.splitlines()]
+    done = 2 if window else 4
+    assert found == [str(path) for path in sorted(clip.parent.iterdir())[:done]]
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert f"Stopped by Ctrl-C: {done} of 6 videos have an answer." in ended.err
+    opened = tvit_cli.load_model(trained.model, device="cpu")
+    with pytest.raises(KeyboardInterrupt):  # in Python it is not caught
+        opened.timeline(clip, window=0.1) if window else opened.predict_many([clip])
+
+
+def test_ctrl_c_while_decoding_processes_start_comes_after_it():
+    order, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), _later_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            order.append("started")
+        assert order == ["started"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

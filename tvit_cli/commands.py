@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from tvit_cli.errors import DataError, RunError, plural, size_text
+from tvit_cli.errors import DataError, Interrupted, RunError, plural, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tvit_cli.console import Console
-    from tvit_cli.results import DryRun, Scan, SeriesResult
+    from tvit_cli.results import DryRun, Report, Scan, SeriesResult
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tvit_cli.settings.extract import ExtractSettings
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
+
+R = TypeVar("R")
 
 
 def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
@@ -269,7 +271,7 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
     if settings.window is not None:
         _timelines(settings, console)
         return
-    result = console.run(engine.predict, settings)
+    result, stop = _until_stopped(console, engine.predict, settings)
     if settings.json_lines:
         for p in result.predictions:
             labels = [{"label": label, "score": score} for label, score in p.labels]
@@ -289,13 +291,25 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
     ]:
         console.table(["video", "label", "score"], shown)
     failed = {p.video: p.error for p in result.predictions if p.error}
-    _raise_failures(console, failed, len(result.predictions), result.unwritten)
+    _raise_failures(console, failed, len(result.predictions), result.unwritten, stop)
+
+
+def _until_stopped(
+    console: Console, work: Callable[[PredictSettings, Report], R], settings: PredictSettings
+) -> tuple[R, Interrupted | None]:
+    """The result of a prediction, and the stop that ended it early, if any."""
+    try:
+        return console.run(work, settings), None
+    except Interrupted as stop:
+        if stop.result is None:
+            raise
+        return stop.result, stop
 
 
 def _timelines(settings: PredictSettings, console: Console) -> None:
     from tvit_cli.engine.predict import predict_timelines
 
-    results = console.run(predict_timelines, settings)
+    results, stop = _until_stopped(console, predict_timelines, settings)
     found = [(r.video, s) for r in results if r.timeline for s in r.timeline.segments]
     failed = {r.video: r.error for r in results if r.error}
     columns = ["video", "start", "end", "label", "score"]
@@ -314,12 +328,23 @@ def _timelines(settings: PredictSettings, console: Console) -> None:
     elif found:
         shown = [(v, f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}") for v, s in found]
         console.table(columns, shown)
-    _raise_failures(console, failed, len(results), [reason for r in results for reason in r.unwritten])
+    unwritten = [reason for r in results for reason in r.unwritten]
+    _raise_failures(console, failed, len(results), unwritten, stop)
 
 
-def _raise_failures(console: Console, failed: dict[str, str], videos: int, unwritten: Sequence[str]) -> None:
+def _raise_failures(
+    console: Console,
+    failed: dict[str, str],
+    videos: int,
+    unwritten: Sequence[str],
+    stop: Interrupted | None,
+) -> None:
     for name, error in failed.items():
         console.warn(f"{name}: {error}")
+    if stop is not None:
+        for reason in unwritten:
+            console.warn(reason)
+        raise stop
     unread = [f"{len(failed)} of {plural(videos, 'video')} could not be read."] if failed else []
     if problems := [*unwritten, *unread]:
         raise RunError("\n".join(problems))

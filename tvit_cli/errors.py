@@ -6,6 +6,7 @@ Messages name the thing, the value, the limit and the next step.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class TvitError(Exception):
@@ -46,11 +47,11 @@ class RunError(TvitError):
 
 
 class Interrupted(RunError):
-    """A stop by a signal after the state was saved; `exit_code` is the signal's."""
+    """A stop by a signal after the state was saved; `exit_code` is the signal's, `result` that of the work done."""
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
+    def __init__(self, message: str, *, exit_code: int, result: Any = None) -> None:
         super().__init__(message, by_all=True)
-        self.exit_code = exit_code
+        self.exit_code, self.result = exit_code, result
 
 
 def shorten(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:

@@ -254,7 +254,8 @@ def _by_processes(
     )
     iterator: Any = None
     try:
-        iterator = iter(loader)
+        with _later_interrupt():
+            iterator = iter(loader)
         for batch in iterator:
             yield batch.load() if isinstance(batch, _BatchFile) else batch
     finally:
@@ -302,6 +303,22 @@ def _free_shared_memory() -> float:
         return float(shutil.disk_usage(_SHARED_MEMORY).free)
     except OSError:
         return float("inf")
+
+
+@contextmanager
+def _later_interrupt() -> Iterator[None]:
+    """Holds Ctrl-C back while worker processes start: a worker that does not ignore it yet prints a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _begin_worker(worker: int) -> None:

@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind in has if has[kind]))
-    if not has.get(name, True):
+    if not has.get(name.partition(":")[0], True):
         raise ModelError(
             f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
             "Take --device cpu, or install a PyTorch build for your GPU."

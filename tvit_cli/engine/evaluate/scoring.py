@@ -6,7 +6,7 @@ Letters: V videos, B clips, T frames, C channels, H W pixels, S the side of a fr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,8 +117,11 @@ def score(
     workers: int,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Callable[[int, int], None] | None = None,
+    may_stop: bool = False,
 ) -> Scores:
     """Scores all clips; ranks take turns by batch, and each gets all scores.
+
+    With `may_stop` (one rank only), the scores so far are returned after a KeyboardInterrupt.
 
     The batches, and so the logits, are the same for any number of processes: the last bits of a row depend on
     the rows computed together with it.
@@ -133,7 +136,8 @@ def score(
     was_training = model.training
     model.eval()
     parts: list[Scores] = []
-    with worker_errors(), torch.inference_mode(), closing(loaded):
+    stops = (KeyboardInterrupt,) if may_stop else ()
+    with suppress(*stops), worker_errors(), torch.inference_mode(), closing(loaded):
         for batch in loaded:
             outputs = []
             for views in zip(*(c.chunk(clips.views.clips_per_video) for c in batch.clips), strict=True):
@@ -181,6 +185,7 @@ def score_locations(
     batch_size: int = 1,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    may_stop: bool = False,
 ) -> Scores:
     """Scores files and URLs; with `features`, each row of logits is (K + D,), see `WithFeatures`."""
     videos = [unlabelled_video(location, trained) for location in locations]
@@ -192,6 +197,7 @@ def score_locations(
         workers=workers,
         autocast=trained.autocast,
         progress=progress,
+        may_stop=may_stop,
     )
 
 

@@ -21,18 +21,19 @@ from tvit_cli.engine.predict import timeline as timelines
 from tvit_cli.engine.predict.explain import Explanation
 from tvit_cli.engine.predict.paths import find_video, find_videos, output_file, require_single_video
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import SettingsError, VideoError
+from tvit_cli.errors import Interrupted, SettingsError, VideoError, plural
 from tvit_cli.files import Location, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
 from tvit_cli.results import Note, Progress, Report, Segment, Timeline, seconds_done, silent
-from tvit_cli.settings.base import flag
+from tvit_cli.settings.base import check_arguments, flag
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import ENDINGS, PredictSettings
 from tvit_cli.settings.types import MixedPrecision
 
 VIDEOS_PER_WORKER = 16  # for fewer, starting a worker takes longer than decoding them in this process
 BATCH_SIZE = 8  # clips in one forward pass
+ANY_VIDEO = {"paths": ("video",)}  # where the settings are checked without their videos
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Model:
     ) -> list[Prediction]:
         """Returns one Prediction per file, URL, or video of a folder or pattern; with errors of unreadable ones.
 
-        Raises DataError for a name of no video.
+        One name may be given without a list. Raises DataError for a name of no video, SettingsError for a bad
+        argument.
         """
         return self.predict_and_embed(
             videos, top_k=top_k, batch_size=batch_size, progress=progress, embeds=False
@@ -125,12 +127,15 @@ class Model:
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int, int], None] | None = None,
         embeds: bool = True,
+        may_stop: bool = False,
     ) -> tuple[list[Prediction], list[Tensor | None]]:
         """Returns `predict_many`, and from the same pass the embedding (D,) of each video.
 
-        An embedding is None for an unreadable video, and for all with `embeds` False. Raises DataError for a name
-        of no video.
+        An embedding is None for an unreadable video, and for all with `embeds` False. With `may_stop`, Ctrl-C ends
+        the work, and only the videos before it have an answer. Raises DataError for a name of no video,
+        SettingsError for a bad argument.
         """
+        check_arguments(PredictSettings, ANY_VIDEO, top_k=top_k, batch_size=batch_size)
         locations = find_videos(videos)
         scores = score_locations(
             self._trained,
@@ -139,18 +144,20 @@ class Model:
             batch_size=batch_size,
             workers=min(default_worker_count(), len(locations) // VIDEOS_PER_WORKER),
             progress=progress,
+            may_stop=may_stop,
         )
         rows = dict(zip(scores.indices.tolist(), scores.logits, strict=True))
         classes = len(self.labels)
         predictions: list[Prediction] = []
-        for index, location in enumerate(locations):
+        done = sorted({*rows, *scores.errors})  # all videos, unless the work was stopped
+        for index in done:
             best: list[tuple[str, float]] = []
             if index in rows:
                 values, order = rows[index][:classes].double().softmax(0).sort(descending=True, stable=True)
                 best = [(self.labels[i], v) for i, v in zip(order.tolist(), values.tolist(), strict=True)]
             error = scores.errors.get(index, "")
-            predictions.append(Prediction(str(location), tuple(best[:top_k]), error))
-        embeddings = [rows[i][classes:] if embeds and i in rows else None for i in range(len(locations))]
+            predictions.append(Prediction(str(locations[index]), tuple(best[:top_k]), error))
+        embeddings = [rows[i][classes:] if embeds and i in rows else None for i in done]
         return predictions, embeddings
 
     def embed(self, videos: Sequence[str | Path], *, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -192,8 +199,16 @@ class Model:
         """Returns segments of a long video, from windows of `window` seconds every `stride` (default: a quarter).
 
         `progress` gets the seconds done and, where the file names it, the length. Memory is bounded by a window.
-        Raises VideoError for an unreadable video.
+        Raises VideoError for an unreadable video, SettingsError for a bad argument.
         """
+        check_arguments(
+            PredictSettings,
+            ANY_VIDEO,
+            window=window,
+            stride=stride,
+            smoothing=smoothing,
+            batch_size=batch_size,
+        )
         return timelines.make_timeline(
             self._trained,
             find_video(video),
@@ -206,14 +221,16 @@ class Model:
 
 
 def load_model(path: str | Path, *, device: str = "auto", mixed_precision: MixedPrecision = "auto") -> Model:
-    """Opens a model folder, or the folder of its run, on a device: auto, cpu, cuda or mps.
+    """Opens a model folder, or the folder of its run, on a device: auto, cpu, cuda (cuda:1 is the second) or mps.
 
     `mixed_precision` auto computes in bf16 on GPUs that support it. Raises ModelError for an incomplete folder, or
-    a device that the machine does not have.
+    a device that the machine does not have, SettingsError for a bad argument.
     """
+    kind = str(device).partition(":")[0]
+    check_arguments(PredictSettings, ANY_VIDEO, device=kind, mixed_precision=mixed_precision)
     runs = PredictSettings.model_fields["working_directory"].default
     trained = open_trained(
-        Path(path), working_directory=runs, device=pick_device(device), mixed_precision=mixed_precision
+        Path(path), working_directory=runs, device=pick_device(str(device)), mixed_precision=mixed_precision
     )
     return Model(trained)
 
@@ -222,7 +239,8 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
     """Labels videos, preprocessed as in the model's evaluation.
 
     Unreadable videos and output files that cannot be written are in the result. Raises DataError for a path that
-    does not exist, a folder without videos, or an output file without a valid location, ModelError for the model.
+    does not exist, a folder without videos, or an output file without a valid location, ModelError for the model,
+    Interrupted with the result so far after Ctrl-C.
     """
     locations = find_videos(settings.paths)
     require_single_video("explain", settings.explain, locations)
@@ -240,6 +258,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         batch_size=settings.per_gpu_batch_size,
         progress=lambda done, total: report(Progress("reading videos", done, total)),
         embeds=settings.embeddings is not None,
+        may_stop=True,
     )
     errors: list[str] = []
     embedded = [(p.video, row) for p, row in zip(predictions, embeddings, strict=True) if row is not None]
@@ -247,6 +266,8 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         with collect_errors(errors):
             write_embeddings(settings.embeddings, embedded, model.folder)
             report(Note(f"{len(embedded)} embeddings written to {settings.embeddings}"))
+    if len(predictions) < len(locations):
+        raise _stopped(PredictResult(tuple(predictions), tuple(errors)), len(predictions), len(locations))
     if settings.explain is not None and not predictions[0].error:
         with collect_errors(errors):
             explanation = model.explain(locations[0])
@@ -264,7 +285,8 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
 def predict_timelines(settings: PredictSettings, report: Report = silent) -> tuple[TimelineResult, ...]:
     """Makes a timeline of each video in turn and writes it to the output folder where one is given.
 
-    Raises DataError for a name of no video or an output file without a valid location, ModelError for the model.
+    Raises DataError for a name of no video or an output file without a valid location, ModelError for the model,
+    Interrupted with the results so far after Ctrl-C.
     """
     assert settings.window is not None
     locations = find_videos(settings.paths)
@@ -275,7 +297,7 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
         for name in names:
             check_writable("--output", settings.output, settings.output / name)
     model = open_model(settings, report)
-    results = []
+    results: list[TimelineResult] = []
     for location, name in zip(locations, names, strict=True):
         unit = f"seconds of {location}" if len(locations) > 1 else "seconds of the video"
 
@@ -291,6 +313,8 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
                 batch_size=settings.per_gpu_batch_size,
                 progress=progress,
             )
+        except KeyboardInterrupt:
+            raise _stopped(tuple(results), len(results), len(locations)) from None
         except VideoError as error:
             results.append(TimelineResult(str(location), error=str(error).removeprefix(f"{location}: ")))
             continue
@@ -312,6 +336,11 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
     if settings.output is not None and not any(result.unwritten for result in results):
         report(Note(f"Written to {settings.output}"))
     return tuple(results)
+
+
+def _stopped(result: object, done: int, videos: int) -> Interrupted:
+    text = f"Stopped by Ctrl-C: {done} of {plural(videos, 'video')} {'has' if videos == 1 else 'have'} an answer."
+    return Interrupted(text, exit_code=130, result=result)
 
 
 def open_model(settings: PredictSettings, report: Report) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ from tvit_cli.errors import DataError, RunError
 from tvit_cli.files import Location, atomic_write
 
 
-def find_videos(names: Iterable[str | Path]) -> list[Location]:
+def find_videos(names: Iterable[str | Path] | Path) -> list[Location]:
     """Files and URLs as given; the videos of folders and patterns, sorted.
 
     `**` in a pattern matches any number of folders. A file whose name looks like a pattern is that file.
-    Raises DataError for a name without a video.
+    A name that is not in a list counts as a list of one. Raises DataError for a name without a video.
     """
+    names = [names] if isinstance(names, str | Path) else names
     return [location for name in names for location in _find(name)]
 
 
@@ -54,6 +56,8 @@ def output_file(option: str, path: Path) -> Iterator[Path]:
 
 
 def _find(name: str | Path) -> Sequence[Location]:
+    if not isinstance(name, str | os.PathLike):  # a caller in Python
+        raise DataError(f"{type(name).__name__}: neither a path nor a URL. Give the name of a video file.")
     if not str(name):
         raise DataError('"": an empty name. Is a variable of the shell not set?')
     if isinstance(name, str) and re.match("[A-Za-z][A-Za-z0-9+.-]+://", name):  # C:// is a drive
