@@ -6,6 +6,7 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+from entry import run_python
 from tiny import SCRATCH, make_clips, make_pretrained, run, settings
 
 from tvit_cli.engine.train import trackers as module
@@ -170,3 +171,25 @@ def test_steps_and_epochs_have_curves_of_their_own_in_wandb(tmp_path):
     for kind, loss in (("step", 1.0), ("epoch", 2.0)):
         trackers.log({"kind": kind, "step": 3, "train_loss": loss})
     assert logged == [{"step/train_loss": 1.0, "at": 3}, {"epoch/train_loss": 2.0, "at": 3}]
+
+
+def test_wandb_project_entity_group_and_tags_are_respected(tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tvit_cli.engine.train.trackers import Trackers\n"
+        "trackers = Trackers(Path(sys.argv[1]))\n"
+        "trackers.open_wandb(name='mine', config={}, report=print)\n"
+        "run = trackers._wandb\n"
+        "print(run.project, run.entity, run.group, *run.tags)\n"
+        "trackers.close()\n"
+    )
+    own = {
+        "WANDB_PROJECT": "gestures",
+        "WANDB_ENTITY": "lab",
+        "WANDB_RUN_GROUP": "night",
+        "WANDB_TAGS": "a,b",
+    }
+    for variables, answer in ((own, "gestures lab night a b"), ({}, "tvit")):
+        (tmp_path / answer).mkdir()
+        ended = run_python("-c", code, tmp_path / answer, WANDB_MODE="offline", **variables)
+        assert ended.code == 0 and ended.out.startswith(answer), ended

@@ -54,7 +54,8 @@ class Trackers:
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         try:
             self._wandb = wandb.init(
-                project="tvit",
+                project=os.environ.get("WANDB_PROJECT")
+                or "tvit",  # wandb itself reads entity, group and tags
                 name=name,
                 id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
