@@ -23,4 +23,6 @@ def main(folder: str, *videos: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python examples/python_api.py MODEL VIDEO [VIDEO …]")
     main(*sys.argv[1:])

@@ -11,6 +11,9 @@ import sys
 from peft import PeftModel
 from transformers import pipeline
 
+if len(sys.argv) < 3:
+    print("usage: python use_adapter.py EXPORT VIDEO...", file=sys.stderr)
+    sys.exit(2)
 folder, *videos = sys.argv[1:]
 classify = pipeline("video-classification", model=f"{folder}/backbone", trust_remote_code=True)
 classify.model = PeftModel.from_pretrained(classify.model, folder).eval()

@@ -10,6 +10,9 @@ import sys
 
 from transformers import pipeline
 
+if len(sys.argv) < 3:
+    print("usage: python use_huggingface.py EXPORT VIDEO...", file=sys.stderr)
+    sys.exit(2)
 folder, *videos = sys.argv[1:]
 classify = pipeline("video-classification", model=folder, trust_remote_code=True)
 

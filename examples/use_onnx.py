@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+if len(sys.argv) < 3:
+    print("usage: python use_onnx.py EXPORT VIDEO...", file=sys.stderr)
+    sys.exit(2)
 folder, *videos = map(Path, sys.argv[1:])
 for name, expected in json.loads((folder / "parity.json").read_text(encoding="utf-8"))["files"].items():
     if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:

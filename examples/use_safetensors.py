@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+if len(sys.argv) < 3:
+    print("usage: python use_safetensors.py EXPORT VIDEO...", file=sys.stderr)
+    sys.exit(2)
 folder, *videos = map(Path, sys.argv[1:])
 sys.path.insert(0, str(folder))
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+if len(sys.argv) < 3:
+    print("usage: python use_torch.py EXPORT VIDEO...", file=sys.stderr)
+    sys.exit(2)
 folder, *videos = map(Path, sys.argv[1:])
 sys.path.insert(0, str(folder))
 

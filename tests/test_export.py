@@ -730,3 +730,9 @@ def test_portable_imports_itself_and_four_packages():
                 assert node.level == 1 and node.module in files, name
             elif isinstance(node, ast.ImportFrom):
                 assert str(node.module).split(".")[0] in allowed, name
+
+
+@pytest.mark.parametrize("name", ["use_onnx.py", "use_torch.py", "use_safetensors.py"])
+def test_an_example_without_arguments_shows_its_usage(name):
+    ended = run_python(ROOT / "examples" / name)
+    assert (ended.code, ended.out, ended.err) == (2, "", f"usage: python {name} EXPORT VIDEO...\n")
