@@ -132,3 +132,14 @@ def test_an_error_that_all_processes_raise_is_said_once(monkeypatch, capsys):
         print_error(RunError("diverged", by_all=True))
     print_error(RunError("own"))
     assert capsys.readouterr().err == "error: diverged\nerror: own\n"
+
+
+def test_the_second_run_of_a_series_has_a_display_of_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Console() as console:
+        for step in (2, 1):
+            console.report(TrainingStarts({}, 1, 2, 0))
+            assert console._bars.facts == ""
+            console.report(StepDone(1, step, 1.0, 0.5, 1e-4, 9.0, 0.0))
+        (task,) = console._bars.tasks
+        assert task.completed == 1 and not task.finished

@@ -116,6 +116,9 @@ class Console:
             case TrainingStarts():
                 for name, fact in event.facts.items():
                     self._print_progress(f"[dim]{name:>8}[/]  {escape(fact)}")
+                if (earlier := self._tasks.pop("training", None)) is not None:  # of the series' run before
+                    self._bars.remove_task(earlier)
+                self._bars.facts = ""
                 self._bar("training", event.first_step, event.epochs * event.steps_per_epoch)
             case StepDone():
                 self._bars.facts = (
