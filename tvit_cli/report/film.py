@@ -116,12 +116,15 @@ def _png(image: Image.Image) -> bytes:
 
 
 SIDE, FRAME_GAP, MARGIN = 112, 4, 12  # units of the drawing
-HEAD, BARS, FOOT = 30, 44, 24
+HEAD, BARS, FOOT, LINE = 30, 44, 24, 16
 
 
 @dataclass(frozen=True)
 class ExplanationStrip:
-    """Relevance (T, P, P) of the patches of a clip, each frame's share (T,), a title and a verdict."""
+    """Relevance (T, P, P) of the patches of a clip, each frame's share (T,), a title and a verdict.
+
+    The verdict has a line for each part before a semicolon.
+    """
 
     title: str
     verdict: str
@@ -134,9 +137,10 @@ def relevance_png(
 ) -> bytes:
     """PNG of all frames of a clip (T, C, S, S), and below them the relevance of their patches."""
     count = len(clip)
-    width = max(760, 2 * MARGIN + count * SIDE + (count - 1) * FRAME_GAP)  # the verdict is a long sentence
+    width = max(760, 2 * MARGIN + count * SIDE + (count - 1) * FRAME_GAP)  # the verdict has long lines
     bottom = HEAD + 2 * SIDE + FRAME_GAP + BARS
-    height = bottom + FOOT + MARGIN
+    verdict = explanation.verdict.split("; ")
+    height = bottom + FOOT + MARGIN + LINE * (len(verdict) - 1)
     lefts = [MARGIN + number * (SIDE + FRAME_GAP) for number in range(count)]
     shapes: list[Shape] = [Text((MARGIN, 20), explanation.title, size=14, bold=True)]
     most = max(*explanation.frames, 1e-12)
@@ -144,7 +148,8 @@ def relevance_png(
         tall = (BARS - 18) * share / most
         shapes.append(Box((left, bottom - tall), SIDE, tall, "one"))
         shapes.append(Text((left + SIDE / 2, bottom - tall - 3), f"{share:.0%}", "dim", 11, "middle"))
-    shapes.append(Text((MARGIN, height - MARGIN - 2), explanation.verdict, "dim", 11.5))
+    for number, line in enumerate(reversed(verdict)):
+        shapes.append(Text((MARGIN, height - MARGIN - 2 - LINE * number), line, "dim", 11.5))
     sheet = _sheet(Drawing(explanation.title, width, height, shapes), dark)
     pixels = to_pixels(clip, preprocessing).permute(0, 2, 3, 1).numpy()  # (T, S, S, C)
     size = (SIDE * SCALE, SIDE * SCALE)

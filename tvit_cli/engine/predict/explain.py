@@ -28,6 +28,7 @@ from tvit_cli.files import Location
 STEPS = 16  # on the path from blank to clip
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of all patches, deleted together
 RANDOM_ORDERS = 19  # the smallest p-value is 1 / 20
+WEAK = 0.05  # mean difference of the label's score, below which a map is called weakly better than chance
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class Deletion:
     relevant: tuple[float, ...]
     random: tuple[float, ...]  # mean over the orders
     p_value: float  # share of the orders, with that of the relevance, that lower the score as much
+
+    @property
+    def effect(self) -> float:
+        """Mean difference of the score between random deletions and those of the most relevant patches."""
+        return (sum(self.random) - sum(self.relevant)) / len(self.shares)
+
+    @property
+    def beaten(self) -> float:
+        """Share of the random orders that lower the score less than the order of relevance."""
+        return 1 - (self.p_value * (1 + RANDOM_ORDERS) - 1) / RANDOM_ORDERS
 
     @property
     def holds(self) -> bool:
@@ -176,8 +187,12 @@ def explanation_png(explanation: Explanation, trained: Trained, *, dark: bool = 
 
 def verdict(deletion: Deletion) -> str:
     """Result of the deletion test in a sentence."""
-    shares, p, result = deletion.shares, deletion.p_value, "better" if deletion.holds else "no better"
+    result = "no better than chance"
+    if deletion.holds:
+        is_weak = deletion.effect < WEAK
+        result = f"weakly better than chance (below {WEAK:g})" if is_weak else "better than chance"
     return (
-        f"without the {shares[-1]:.0%} most relevant patches the score is {deletion.relevant[-1]:.3f}, "
-        f"without random ones {deletion.random[-1]:.3f} (p = {p:.2f}): the map is {result} than chance"
+        f"without the {deletion.shares[-1]:.0%} most relevant patches the score is {deletion.relevant[-1]:.3f}, "
+        f"without random ones {deletion.random[-1]:.3f}; mean difference {deletion.effect:.3f}, "
+        f"{deletion.beaten:.0%} of random orders beaten (p = {deletion.p_value:.2f}): the map is {result}"
     )
