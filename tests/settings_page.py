@@ -7,7 +7,7 @@ from documents import ROOT, program, settings_of
 from typer.core import TyperArgument
 
 PAGE = ROOT / "docs" / "settings.md"
-EVERYWHERE = ("help", "config", "verbose", "quiet", "preset")
+EVERYWHERE = ("help", "help_all", "config", "verbose", "quiet", "preset", "model_argument")
 HEAD = """# Settings
 
 Every option of every command, generated from the settings (`python tests/settings_page.py > docs/settings.md`).
@@ -16,7 +16,8 @@ A value comes from, in this order: a flag, a `TVIT_*` environment variable (`--l
 `--config FILE` (TOML, or a run's `settings.json`; keys with underscores or hyphens), `--preset NAME`
 (`tvit train` only), the default. Unknown names are errors with a suggestion, and all errors of a call are reported at
 once. `tvit train --show-settings` prints every value with its origin. A switch has a `--no-` form. `none` resets an
-optional value. Every command has `--help`, `--config FILE`, `--verbose` (`-v`) and `--quiet` (`-q`).
+optional value. Every command has `--help` (the essential options), `--help-all`, `--config FILE`, `--verbose` (`-v`) and
+`--quiet` (`-q`). `tvit eval` and `tvit export` take the model as an argument, too: `tvit eval MODEL`.
 
 *Reference* is the default of
 [the system that tvit re-implements](https://github.com/detker/Temporal-Vision-Transformer-LoRA) where it differs.

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from documents import program
 from entry import run_python
+from entry import tvit as call
 from tiny import make_clips
 
 from tvit_cli import cli
-from tvit_cli.settings.base import flag
+from tvit_cli.settings.base import SYNONYMS, flag
 from tvit_cli.settings.train import TrainSettings
 
 
@@ -17,18 +19,106 @@ def tvit(*arguments, cwd=None, **environ):
     return run_python("-m", "tvit_cli", *arguments, cwd=cwd, **{"COLUMNS": "200", "NO_COLOR": "1", **environ})
 
 
-def test_help_of_train_shows_every_setting_with_its_default_and_range():
-    text = tvit("train", "--help").out
+def test_help_all_of_train_shows_every_setting_with_its_default_and_range():
+    text = tvit("train", "--help-all").out
     for name, field in TrainSettings.model_fields.items():
         assert flag(name) in text, name
-        assert f"default {cli.default(field)}" in " ".join(text.replace("│", " ").split()), name
-    assert "at least 0, at most 1024; default 8" in text
+        assert f"default {cli.default(field)}" in " ".join(text.split()), name
+    assert "at least 0, at most 1024; default 8" in " ".join(text.split())
     for panel in ("LoRA", "Optimisation", "Augmentation", "Checkpoints", "Everywhere"):
-        assert f"─ {panel} ─" in text
+        assert panel in text.splitlines()
+
+
+def test_help_of_train_fits_one_screen_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call("train", "--help").out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 80
+    assert 12 <= sum(line.startswith("  --") for line in lines) <= 18
+    assert len(lines[lines.index("EXAMPLES") + 1 :]) == 3
+    assert any("--help-all" in line for line in lines)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_no_option_name_is_cut_at_80_columns(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = call(verb, "--help-all").out
+    assert max(map(len, text.splitlines())) <= 80
+    for option in program().commands[verb].params:
+        names = [*option.opts, *option.secondary_opts] if option.param_type_name == "option" else []
+        assert {*names, option.metavar or names[0]} <= {word.rstrip(",.;") for word in text.split()} | {"A B"}
+
+
+@pytest.mark.parametrize("verb", ["download", "export"])
+def test_help_of_a_verb_with_few_options_shows_all(verb):
+    assert call(verb, "--help").out == call(verb, "--help-all").out
+
+
+def test_help_of_the_program_starts_own_videos_in_three_commands(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip() for line in call("--help").out.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith("YOUR OWN VIDEOS"))
+    assert [line.split()[:2] for line in lines[start + 1 : start + 4]] == [
+        ["tvit", "train"], ["tvit", "eval"], ["tvit", "predict"],
+    ]  # fmt: skip
+    assert max(map(len, lines)) <= 80 and "--preset quickstart" in lines[-1]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["--version"], ["train", "--epcohs", "3"]]
+    ("line", "names"),
+    [
+        ("train --lr 1e-3", ["--lr", "--learning-rate"]),
+        ("train --batch_size 4", ["--batch-size", "--global-batch-size or --per-gpu-batch-size"]),
+        ("eval --batch-size 4", ["--batch-size", "--per-gpu-batch-size"]),
+        ("train --model vit", ["--model", "--hf-model-name"]),
+        ("train --data videos", ["--data", "--path-to-data"]),
+        ("predict --data videos", ["--data", "VIDEO"]),
+        ("train videos", ["videos", "--path-to-data videos"]),
+        ("infer clip.avi", ["infer", "predict"]),
+        ("trian", ["trian", "train"]),
+        ("eval --subset validation", ["--subset", "validation", "Did you mean val?"]),
+        ("train --colour-space rgb", ["--colour-space", "tvit train --help-all"]),
+        ("train --epochs", ["--epochs: requires an argument", "tvit train --help-all"]),
+    ],
+)
+def test_names_of_other_programs_are_suggested_by_meaning(line, names):
+    ended = call(*line.split())
+    assert ended.code == 2 and not ended.out
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    for name in names:
+        assert name in ended.err
+
+
+def test_a_config_file_with_another_programs_name_gets_a_suggestion(tmp_path):
+    (tmp_path / "other.toml").write_text("lr = 0.1\n")
+    assert "Did you mean learning_rate?" in call("train", "--config", tmp_path / "other.toml").err
+
+
+def test_every_suggestion_by_meaning_is_a_setting():
+    keys = {p.name for verb in program().commands.values() for p in verb.params}
+    assert {key for found in SYNONYMS.values() for key in found} <= keys
+
+
+@pytest.mark.parametrize(("verb", "function"), [("eval", "evaluate"), ("export", "export")])
+def test_a_model_is_an_option_or_an_argument(verb, function, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.commands, function, lambda loaded, console: seen.append(loaded.settings.model))
+    for words in (["--model", "mine"], ["-m", "mine"], ["mine"]):
+        assert call(verb, *words).code == 0
+    assert list(map(str, seen)) == ["mine"] * 3
+    twice = call(verb, "mine", "--model", "yours")
+    assert twice.code == 2 and "MODEL mine and --model yours" in twice.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--help-all"],
+        ["--version"],
+        ["train", "--epcohs", "3"],
+        ["infer"],
+    ],
 )
 def test_help_and_bad_flags_load_neither_torch_nor_transformers(arguments):
     code = (

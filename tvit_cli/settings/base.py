@@ -30,6 +30,36 @@ ENVIRONMENT_PREFIX = "TVIT_"
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
 PYTHON_NAMES = {"batch_size": "per_gpu_batch_size"}  # arguments of the Python API with shorter names
 PRESETS = resources.files("tvit_cli.settings") / "presets"
+# Names of other programs and the settings of the same meaning; a verb suggests those that it has.
+SYNONYMS = {
+    "lr": ("learning_rate",),
+    **dict.fromkeys(("batch_size", "bs", "batch"), ("global_batch_size", "per_gpu_batch_size")),
+    **dict.fromkeys(("model", "model_name", "backbone", "pretrained", "weights"), ("hf_model_name", "model")),
+    **dict.fromkeys(("checkpoint", "ckpt"), ("resume_from_checkpoint", "model")),
+    "resume": ("resume_from_checkpoint",),
+    **dict.fromkeys(
+        ("data", "dataset", "data_dir", "data_path", "data_root"), ("path_to_data", "paths", "name")
+    ),
+    **dict.fromkeys(("input", "video", "videos"), ("paths", "path_to_data", "clips")),
+    **dict.fromkeys(("out", "output_dir", "out_dir", "save_dir"), ("output", "working_directory")),
+    **dict.fromkeys(("name", "run_name"), ("experiment_name",)),
+    **dict.fromkeys(("resolution", "image_size", "size"), ("img_size", "short_side")),
+    **dict.fromkeys(("frames", "num_frames", "clip_length"), ("n_frames", "frames_per_video")),
+    **dict.fromkeys(("workers", "jobs"), ("num_workers",)),
+    **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node"), ("num_processes",)),
+    **dict.fromkeys(("amp", "fp16", "bf16", "precision"), ("mixed_precision",)),
+    **dict.fromkeys(("gpu", "cuda", "cpu"), ("device",)),
+    **dict.fromkeys(("rank", "r"), ("lora_rank",)),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout", "drop_path"),
+    "wd": ("weight_decay",),
+    "warmup": ("warmup_epochs",),
+    **dict.fromkeys(("accumulation_steps", "grad_accum"), ("gradient_accumulation_steps",)),
+    **dict.fromkeys(("clip_grad", "grad_clip"), ("max_grad_norm",)),
+    "early_stopping": ("patience",),
+    "freeze": ("train",),
+    "fold": ("split",),
+}
 
 S = TypeVar("S", bound="Settings")
 
@@ -56,6 +86,7 @@ class Facts(TypedDict, total=False):
     positional: bool  # an argument instead of an option
     example: str  # command shown when a positional setting is missing
     resettable: bool  # True: `none` is in the metavar; False: `none` is a value of its own
+    essential: bool  # shown by --help; --help-all shows all settings
 
 
 def setting(
@@ -162,11 +193,16 @@ def variable(key: str) -> str:
     return ENVIRONMENT_PREFIX + key.upper()
 
 
-def suggestion(word: str, names: Iterable[str], *, most: int = 1) -> str:
-    """A question with the most similar names, ignoring case, after a space; "" without a similar one."""
-    by_folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(word.casefold(), by_folded, n=most)
-    return f" Did you mean {' or '.join(by_folded[name] for name in near)}?" if near else ""
+def suggestion(word: str, names: Iterable[str], *, most: int = 1, meant: Iterable[str] = ()) -> str:
+    """A question with the names that are meant, else the most similar, after a space; "" without one.
+
+    Similar ignores case; a name that the word begins with is similar. validation -> val
+    """
+    by_folded, folded = {name.casefold(): name for name in names}, word.casefold()
+    similar = difflib.get_close_matches(folded, by_folded, n=most)
+    similar = similar or [name for name in by_folded if len(name) > 2 and folded.startswith(name)][:most]
+    near = list(meant) or [by_folded[name] for name in similar]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def is_optional(field: FieldInfo) -> bool:
@@ -195,7 +231,9 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
         for key, value in layer.values.items():
             field = cls.model_fields.get(key)
             if field is None:
-                problems.append(f"{layer.spell(key)}: unknown setting.{suggestion(key, cls.model_fields)}")
+                meant = [name for name in SYNONYMS.get(key, ()) if name in cls.model_fields]
+                hint = suggestion(key, cls.model_fields, meant=meant)
+                problems.append(f"{layer.spell(key)}: unknown setting.{hint}")
                 continue
             is_none = isinstance(value, str) and value.strip().lower() == "none"
             resets = is_none and is_optional(field) and extra(field).get("resettable") is not False

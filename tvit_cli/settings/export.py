@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from tvit_cli.settings.base import Settings, setting
-from tvit_cli.settings.types import MODEL, MODEL_TEXT, RUNS
+from tvit_cli.settings.types import MODEL, MODEL_TEXT, RUNS, RUNS_TEXT
 
 EXPORT = "Export"
 
@@ -20,9 +20,9 @@ class ExportSettings(Settings):
     """Settings of `tvit export`."""
 
     # fmt: off
-    model: Path | None = setting(None, MODEL_TEXT, MODEL, positional=True, metavar="[MODEL]")
-    working_directory: Path = setting(RUNS, "Folder of all runs; without MODEL, its newest model is exported",
-        MODEL)
+    model: Path | None = setting(None, MODEL_TEXT, MODEL,
+        default_text="the newest under the working directory", short="-m")
+    working_directory: Path = setting(RUNS, RUNS_TEXT, MODEL)
     format: ExportFormat = setting("safetensors",
         "Weights with network code (safetensors), Hugging Face folder, ONNX, torch.export program (.pt2), or "
         "LoRA adapter", MODEL, short="-f")

@@ -17,22 +17,22 @@ class ExtractSettings(DataSettings):
 
     # fmt: off
     output: Path | None = setting(None, "Folder of the frame store", DATA,
-        default_text="frames/ beside the videos, where train and eval find it")
+        default_text="frames/ beside the videos, where train and eval find it", essential=True)
     frames_per_video: int = setting(32, "Evenly spaced frames per video; all frames of a shorter one", FRAMES,
-        ge=1, le=65535)
+        ge=1, le=65535, essential=True)
     quality: int = setting(90, "JPEG quality", FRAMES, ge=1, le=100)
     short_side: int = setting(256, "Short side in pixels; larger frames are scaled down to it", FRAMES, ge=16,
-        le=8192)
+        le=8192, essential=True)
     shard_mib: int = setting(256, "Size of a shard in MiB; an interrupted shard is decoded again", FRAMES,
         ge=1, le=65536)
     num_workers: int | None = setting(None, "Decoding processes; 0 decodes in this process", PROCESSING, ge=0,
-        le=256, default_text="from the CPU count")
+        le=256, default_text="from the CPU count", essential=True)
     time_limit: int = setting(600, "Seconds per video before it counts as unreadable; needs a worker process",
         PROCESSING, ge=1)
-    overwrite: bool = setting(False, "Replaces an existing store", PROCESSING)
+    overwrite: bool = setting(False, "Replaces an existing store", PROCESSING, essential=True)
     repair: bool = setting(False, "Checks the whole store and extracts damaged clips again", PROCESSING)
     check: bool = setting(False, "Decodes every video and reports properties and errors; writes nothing",
-        PROCESSING)
+        PROCESSING, essential=True)
     json_lines: bool = setting(False, "Prints one JSON object per video of --check", PROCESSING,
         flag="--json")
     # fmt: on

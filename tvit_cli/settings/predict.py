@@ -38,13 +38,14 @@ class PredictSettings(InferenceSettings):
         "int8 matrix products on CPUs where they are faster (up to 2 times); scores differ slightly", MODEL,
         flag="--int8")
 
-    top_k: int = labels(5, "Labels per video", ge=1)
-    json_lines: bool = labels(False, "Prints one JSON object per video", flag="--json")
-    csv: bool = labels(False, "Prints CSV: one row per label, or per segment of a timeline", flag="--csv")
+    top_k: int = labels(5, "Labels per video", ge=1, essential=True)
+    json_lines: bool = labels(False, "Prints one JSON object per video", flag="--json", essential=True)
+    csv: bool = labels(False, "Prints CSV: one row per label, or per segment of a timeline", flag="--csv",
+        essential=True)
 
     window: Seconds = timeline(None,
         "Length of a sliding window, such as 2s or 500ms; segments of each video are shown", ge=SHORTEST,
-        metavar="SECONDS", default_text="off: the whole video is one clip")
+        metavar="SECONDS", default_text="off: the whole video is one clip", essential=True)
     stride: Seconds = timeline(None, "Interval between the starts of two windows", ge=SHORTEST,
         metavar="SECONDS", default_text="a quarter of the window")
     smoothing: float = timeline(2.0,
@@ -52,13 +53,16 @@ class PredictSettings(InferenceSettings):
         ge=0)
     output: Path | None = timeline(None,
         "Folder of each timeline's windows (timeline.csv) and chart (timeline.png)",
-        default_text="nothing is written")
+        default_text="nothing is written", essential=True)
 
     embeddings: Path | None = files(
-        "Writes one embedding per video to a .safetensors file, for search and clustering")
+        "Writes one embedding per video to a .safetensors file, for search and clustering",
+        essential=True)
     explain: Path | None = files(
-        "Writes integrated gradients of the top label for one video, with a deletion test, to a PNG")
-    annotate: Path | None = files("Writes one video with its labels drawn in, to .mp4, .mov or .mkv")
+        "Writes integrated gradients of the top label for one video, with a deletion test, to a PNG",
+        essential=True)
+    annotate: Path | None = files("Writes one video with its labels drawn in, to .mp4, .mov or .mkv",
+        essential=True)
     # fmt: on
 
     @model_validator(mode="after")

@@ -38,10 +38,11 @@ class TrainSettings(types.DataSettings):
 
     # fmt: off
     experiment_name: str | None = run(None, "Name of the run folder", resume_safe=True, reference="required",
-        why="no finished run is overwritten by accident", default_text="the first free <data>-<n>")
+        why="no finished run is overwritten by accident", default_text="the first free <data>-<n>",
+        essential=True)
     working_directory: Path = run(types.RUNS, types.RUNS_TEXT, resume_safe=True, reference="required",
         why="one folder for every run")
-    seed: int = run(0, "Seed of every random choice", ge=0, lt=2**31)
+    seed: int = run(0, "Seed of every random choice", ge=0, lt=2**31, essential=True)
     device: types.Device = run("auto", types.DEVICE_TEXT, resume_safe=True)
     num_processes: int = run(1, types.PROCESSES_TEXT, ge=1, le=1024, resume_safe=True)
     log_wandb: bool = run(False, "Logs metrics to Weights & Biases", resume_safe=True, reference="False")
@@ -49,13 +50,15 @@ class TrainSettings(types.DataSettings):
     show_settings: bool = run(False, "Prints all settings with their origins, then exits", resume_safe=True)
     dry_run: bool = run(False,
         "Builds data and model, measures parameters, FLOPs, memory and time per epoch, then exits",
-        resume_safe=True)
-    test_at_end: bool = run(False, "Evaluates the test subset once after training", resume_safe=True)
+        resume_safe=True, essential=True)
+    test_at_end: bool = run(False, "Evaluates the test subset once after training", resume_safe=True,
+        essential=True)
     top_k: int = run(5, "k of the top-k accuracy", ge=1, reference="5")
 
     strict: bool = data(False, "Refuses data leakage: groups or files of train that are also in val or test",
         resume_safe=True)
-    n_frames: int = data(8, "Frames per clip, one per equal segment of the video", ge=1, le=1024, reference="8")
+    n_frames: int = data(8, "Frames per clip, one per equal segment of the video", ge=1, le=1024,
+        reference="8", essential=True)
     frame_grid: int | None = data(None,
         "Samples from this many evenly spaced frames of each video only, as in a frame store", ge=1,
         resettable=True)
@@ -68,7 +71,7 @@ class TrainSettings(types.DataSettings):
 
     hf_model_name: str | None = model("google/vit-base-patch16-224",
         "Pretrained ViT: Hugging Face name, folder (also of a tvit model) or weights file; none: from scratch",
-        reference="required", why="the reference's own backbone", resettable=True)
+        reference="required", why="the reference's own backbone", resettable=True, essential=True)
     width: int | None = model(None, "Token size, from scratch only", ge=1,
         default_text=str(SCRATCH_SHAPE["width"]))
     depth: int | None = model(None, "Number of blocks, from scratch only", ge=1,
@@ -94,8 +97,9 @@ class TrainSettings(types.DataSettings):
         "Trained weights: adapters (lora), everything (all), the classifier with its pooling and "
         "normalisation (classifier), or the last N blocks and all later layers (last-N). lora and last-N "
         "also train temporal modules without pretrained weights; lora also trains the classifier",
-        metavar="lora|all|classifier|last-N", default_text="lora; from scratch all")
-    lora_rank: int = lora(8, "Rank of the adapters; 0 attaches none", ge=0, le=1024, reference="8")
+        metavar="lora|all|classifier|last-N", default_text="lora; from scratch all", essential=True)
+    lora_rank: int = lora(8, "Rank of the adapters; 0 attaches none", ge=0, le=1024, reference="8",
+        essential=True)
     lora_alpha: float = lora(8, "Scale of the adapters: alpha / rank", gt=0, reference="8")
     lora_rank_pattern: types.Pairs[Annotated[int, Field(ge=1, le=1024)]] = lora({},
         "Ranks of single layers by short or full name, as in q=16,blocks.11.mlp.fc1=4", default_text="none",
@@ -117,13 +121,13 @@ class TrainSettings(types.DataSettings):
     lora_exclude_modules: types.NamesOrNone = lora((), "Layers without an adapter, trained in full",
         reference="None", default_text="none")
 
-    epochs: int = optimisation(300, "Passes over the training videos", ge=1, reference="300")
+    epochs: int = optimisation(300, "Passes over the training videos", ge=1, reference="300", essential=True)
     warmup_epochs: float | None = optimisation(None, "Epochs of linear learning-rate warm-up", ge=0,
         reference="30", why="30 of 300; a short run would never leave the warm-up",
         default_text="min(30, epochs / 10)")
     per_gpu_batch_size: types.CountOrAuto = optimisation(DEFAULT_MICRO_BATCH,
         "Clips per GPU in one forward pass, at least 1; auto takes the most that fit", reference="256",
-        why="256 clips of 8 frames need over 100 GB with ViT-B", metavar="INT|auto")
+        why="256 clips of 8 frames need over 100 GB with ViT-B", metavar="INT|auto", essential=True)
     gradient_accumulation_steps: int = optimisation(1, "Forward passes per optimizer step", ge=1,
         reference="1")
     global_batch_size: int | None = optimisation(None,
@@ -132,7 +136,7 @@ class TrainSettings(types.DataSettings):
     gradient_checkpointing: bool = optimisation(False,
         "Recomputes blocks in the backward pass: less memory, more time", resume_safe=True)
     learning_rate: float = optimisation(5e-4, "Peak learning rate of the cosine schedule", gt=0,
-        reference="0.003", why="PEFT starts its adapters smaller, and batches are smaller")
+        reference="0.003", why="PEFT starts its adapters smaller, and batches are smaller", essential=True)
     weight_decay: float = optimisation(0.1, "AdamW's weight decay", ge=0, reference="0.1")
     label_smoothing: float = optimisation(0.0, "Target share spread over all classes", ge=0, lt=1,
         reference="0")
@@ -199,7 +203,7 @@ class TrainSettings(types.DataSettings):
         resume_safe=True)
     resume_from_checkpoint: str | None = checkpoints(None,
         "Checkpoint to resume from: latest, a name, or the path of a checkpoint or run folder", resume_safe=True,
-        reference="None", metavar="NAME|PATH|latest")
+        reference="None", metavar="NAME|PATH|latest", essential=True)
     # fmt: on
 
     @field_validator("experiment_name", "checkpoint_dir")

@@ -118,9 +118,10 @@ class DataSettings(Settings):
     # fmt: off
     path_to_data: str | None = setting(None, DATA_TEXT, DATA, resume_safe=True, reference="required",
         why="`tvit download` puts it there", default_text="ucf101, else the only data set under data/",
-        metavar="PATH")
+        metavar="PATH", essential=True)
     group_pattern: Pattern = setting(GROUP_PATTERN,
-        "Regular expression on file names; its match is the group (one recording)", DATA, metavar="REGEX")
+        "Regular expression on file names; its match is the group (one recording)", DATA, metavar="REGEX",
+        essential=True)
     split: int = setting(1, SPLIT_TEXT, DATA, ge=1, le=3)
     val_groups: str = setting("auto",
         "Validation groups, taken from train: names, a count, none, or auto (15 %)", DATA,
@@ -137,9 +138,9 @@ class InferenceSettings(Settings):
 
     # fmt: off
     model: Path | None = setting(None, MODEL_TEXT, MODEL,
-        default_text="the newest under the working directory", short="-m")
+        default_text="the newest under the working directory", short="-m", essential=True)
     working_directory: Path = setting(RUNS, RUNS_TEXT, MODEL)
-    device: Device = setting("auto", DEVICE_TEXT, MODEL)
+    device: Device = setting("auto", DEVICE_TEXT, MODEL, essential=True)
     mixed_precision: MixedPrecision = setting("auto", PRECISION_TEXT, MODEL)
     per_gpu_batch_size: int = setting(8, "Clips per GPU in one forward pass", MODEL, ge=1)
     # fmt: on
