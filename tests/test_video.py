@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from videos import set_rotation, write_solid_colour
 
 from tvit_cli.data import video
 from tvit_cli.data.layout import VIDEO_SUFFIXES
-from tvit_cli.data.video import count_frames, decode_first, probe, read_clip
+from tvit_cli.data.video import count_frames, decode_first, iter_frames, probe, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.errors import RunError, TvitError, VideoError
+from tvit_cli.portable import reading
 from tvit_cli.portable.reading import segment_indices
 
 Make = Callable[..., Path]
@@ -229,6 +231,37 @@ def test_frames_that_change_size_take_that_of_the_first(tmp_path, make_video, re
     assert clip.frame_count >= 11  # the seam may cost a frame
     numbers = read_numbers(clip.frames)
     assert numbers[:5] + numbers[-6:] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 8000), (8000, 1)])
+def test_a_video_of_8000x1_pixels_is_refused_by_name(height, width, tmp_path, make_video):
+    path = tmp_path / "line.mkv"
+    write_video(path, np.zeros((3, height, width, 3), np.uint8), codec="ffv1", pixel_format="yuv444p")
+    refused = re.escape(f"{path}: frames of {width}x{height} pixels; the long side may be at most 32 times")
+    for read in (probe, count_frames, decode_all, lambda path: list(iter_frames(path, short_side=64))):
+        with pytest.raises(VideoError, match=refused):
+            read(path)
+    with pytest.raises(ValueError, match=refused):
+        reading.read_clip(path, n_frames=2, short_side=64)
+    assert [bool(reading.size_fault(*size)) for size in ((2048, 64), (2049, 64), (0, 0))] == [False, True, False]
+
+
+def test_a_frame_that_becomes_too_large_is_not_decoded(tmp_path, make_video, monkeypatch):
+    small = make_video(tmp_path / "small.ts", frames=6, codec="mpeg2video")
+    large = make_video(tmp_path / "large.ts", frames=6, height=96, width=96, codec="mpeg2video")
+    path = tmp_path / "both.ts"
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    for module in (video, reading):
+        monkeypatch.setattr(module, "MOST_PIXELS", 64 * 48)
+    assert count_frames(path) <= 6 and sum(1 for _ in reading.decoded(path)) <= 6
+    with pytest.raises(VideoError, match="frames of 96x96 pixels; at most 3,072 pixels are read"):
+        count_frames(large)
+
+
+@pytest.mark.real
+def test_the_fault_file_of_8000x1_pixels_is_refused(real_data):
+    with pytest.raises(VideoError, match=r"8000x1\.mkv: frames of 8000x1 pixels"):
+        read_clip(real_data / "faults" / "8000x1.mkv", lambda n: [0], short_side=224)
 
 
 def test_probe_tells_what_a_file_holds(tmp_path, make_video):

@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from tvit_cli.errors import TvitError, VideoError
 from tvit_cli.files import Location
-from tvit_cli.portable.reading import PLANE_SCALING, SCALING, matrix_of
+from tvit_cli.portable.reading import MOST_PIXELS, PLANE_SCALING, SCALING, matrix_of, size_fault
 
 Frames = npt.NDArray[np.uint8]
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
@@ -99,10 +99,11 @@ class KeptFrames:
     """Selected decoded frames of one video, converted on demand.
 
     `first` determines the size of all, since a stream may change its size. Frames wider and higher than
-    `short_side` are scaled down to it, the long side in proportion.
+    `short_side` are scaled down to it, the long side in proportion. Raises VideoError for a size that is refused.
     """
 
-    def __init__(self, first: av.VideoFrame, short_side: int | None) -> None:
+    def __init__(self, path: Location, first: av.VideoFrame, short_side: int | None) -> None:
+        _check_size(path, first.width, first.height)
         short = min(first.width, first.height)
         target = short if short_side is None else min(short, short_side)
         self._width, self._height = round(first.width * target / short), round(first.height * target / short)
@@ -180,6 +181,8 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(url, timeout=timeout, **options) as container:
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = 1  # parallelism is between videos
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            _check_size(path, stream.codec_context.width, stream.codec_context.height)
             yield container, stream
     except (TvitError, AssertionError):
         raise
@@ -192,6 +195,11 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise VideoError(f"{path}: {fault} ({error.strerror}).") from error
     except Exception as error:
         raise VideoError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _check_size(path: Location, width: int, height: int) -> None:
+    if fault := size_fault(width, height):
+        raise VideoError(f"{path}: {fault}")
 
 
 def _check_file(path: Path) -> None:
@@ -296,6 +304,7 @@ def probe(path: Path) -> VideoInfo:
                 first = next(_decode(stream, [packet]), None)
         if first is None:
             raise _no_frame_error(path)
+        _check_size(path, first.width, first.height)
         rate = float(stream.average_rate) if stream.average_rate else None
         if len(times) > 1 and stream.time_base is not None and (span := max(times) - min(times)) > 0:
             rate = (len(times) - 1) / float(span * stream.time_base)
@@ -354,7 +363,7 @@ def read_frames(
             stop = max(wanted) + 1 if frame_count is not None else None
             kept, decoded = None, 0
             for frame in islice(_decode(stream, packets), stop):
-                kept = kept or KeptFrames(frame, short_side)
+                kept = kept or KeptFrames(path, frame, short_side)
                 if decoded in wanted:
                     kept.keep(decoded, frame)
                 decoded += 1
@@ -384,7 +393,7 @@ def iter_frames(path: Location, *, short_side: int | None = None) -> Iterator[Ti
         kept: KeptFrames | None = None
         frames = _with_starts(_decode(stream, demux(path, container, stream)), default)
         for (frame, start), following in _with_next(frames):
-            kept = kept or KeptFrames(frame, short_side)
+            kept = kept or KeptFrames(path, frame, short_side)
             end = start + default if following is None else following[1]
             if end - start > MOST_SHOWN:
                 default = step  # the average rate counts the gap

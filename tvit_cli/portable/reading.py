@@ -70,6 +70,9 @@ _MATRICES = {  # AVColorSpace (libavutil/pixfmt.h) -> matrix for swscale
     **dict.fromkeys((9, 10), Colorspace.BT2020),  # 10 with constant luminance
 }
 
+MOST_PIXELS = 1 << 26  # of a decoded frame: 8192 x 8192
+MOST_RATIO = 32  # of its long side to its short one, which scaling keeps: 16 frames at 224 pixels are 77 MB
+
 # Raised on damaged files by FFmpeg and by PyAV itself: an IndexError for a stream that appears late.
 _DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
 
@@ -84,6 +87,17 @@ def matrix_by_height(height: int) -> Colorspace:
     return Colorspace.ITU601 if height < 720 else Colorspace.ITU709
 
 
+def size_fault(width: int, height: int) -> str:
+    """The reason why frames of this size are refused, and the next step; "" for sizes that are read."""
+    short, long = sorted((width, height))
+    frames = f"frames of {width}x{height} pixels"
+    if width * height > MOST_PIXELS:
+        return f"{frames}; at most {MOST_PIXELS:,} pixels are read. Scale the video down."
+    if 0 < short * MOST_RATIO < long:  # 0: the container does not state it
+        return f"{frames}; the long side may be at most {MOST_RATIO} times the short one. Crop the video."
+    return ""
+
+
 def read_clip(
     path: str | PathLike[str], *, n_frames: int, short_side: int, frame_grid: int | None = None
 ) -> np.ndarray[Any, Any]:
@@ -91,7 +105,7 @@ def read_clip(
 
     Frames larger than `short_side` are scaled down to it in proportion. The video is decoded twice: the frame count
     is exact only after a whole pass. Raises OSError for a missing file or one that is no video, ValueError where
-    no frame can be decoded.
+    no frame can be decoded, or for a size that `size_fault` refuses.
     """
     count = sum(1 for _ in decoded(path))
     if not count:
@@ -102,6 +116,7 @@ def read_clip(
     width, height, turns = 0, 0, 0
     for index, frame in enumerate(islice(decoded(path), chosen[-1] + 1)):
         if index == 0:
+            _check_size(path, frame.width, frame.height)
             short = min(frame.width, frame.height)
             target = min(short, short_side)
             width, height = round(frame.width * target / short), round(frame.height * target / short)
@@ -120,7 +135,10 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             return
-        streams[0].codec_context.thread_count = 1  # with more, the remains of a damaged picture vary
+        context = streams[0].codec_context
+        context.thread_count = 1  # with more, the remains of a damaged picture vary
+        context.options = {"max_pixels": str(MOST_PIXELS)}
+        _check_size(path, context.width, context.height)
         packets = container.demux(streams[0])
         while True:
             packet = None
@@ -132,6 +150,11 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
             yield from frames
             if packet is None:
                 return
+
+
+def _check_size(path: str | PathLike[str], width: int, height: int) -> None:
+    if fault := size_fault(width, height):
+        raise ValueError(f"{path}: {fault}")
 
 
 def _open(path: str) -> InputContainer:
