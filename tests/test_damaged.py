@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import tiny
+from videos import set_matrix
 
 import tvit_cli
 from tvit_cli.data import video
@@ -252,6 +253,20 @@ def test_annotated_frames_between_gaps_carry_only_labels_of_their_own(model, tmp
     plain = read_clip(path, range).frames
     differences = np.abs(pictures.astype(int) - plain).max(axis=(1, 2, 3))
     assert (differences > 40).tolist() == [True] * 50 + [False] + [True] * 50
+
+
+def test_predict_and_check_say_that_a_nan_matrix_is_not_applied(model, tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, np.full((12, 48, 64, 3), 90, np.uint8))
+    set_matrix(path, 0, 0, 0, 0)
+    how = {"paths": (str(path),), "model": model, "device": "cpu"}
+    said = Note(f"{path}: its display matrix is no rotation, so it is shown as stored.", "warning")
+    for run, more in ((predict, {}), (predict_timelines, {"window": 0.2})):
+        events = []
+        run(PredictSettings(**how, **more), events.append)
+        assert events.count(said) == 1
+    scan = scan_video(path)
+    assert scan.is_readable and scan.problem in said.text
 
 
 @pytest.mark.real

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from videos import set_rotation, write_solid_colour
+from videos import set_matrix, set_rotation, write_solid_colour
 
 from tvit_cli.data.framestore_format import CRC, FRAME, Parameters
 from tvit_cli.data.framestore_writer import pack_video
@@ -113,6 +113,13 @@ def test_a_turned_video_is_stored_upright(degrees, short_side, tmp_path):
     assert stored.shape == expected.shape
     assert stored.shape[1] > stored.shape[2]
     assert np.abs(stored - expected).mean() < 2
+
+
+def test_a_mirrored_video_is_stored_as_it_is_shown(tmp_path):
+    path = tmp_path / "video.mp4"
+    write_video(path, ramp(48, 64))
+    set_matrix(path, -1, 0, 0, 1)
+    assert np.abs(stored_frames(path) - ramp(48, 64)[:, :, ::-1].astype(int)).mean() < 3
 
 
 def test_planes_of_frames_scaled_down_a_lot_are_those_of_the_picture(tmp_path):

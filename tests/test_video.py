@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from videos import set_rotation, write_solid_colour
+from videos import set_matrix, set_rotation, write_solid_colour
 
 from tvit_cli.data import video
 from tvit_cli.data.layout import VIDEO_SUFFIXES
@@ -175,6 +175,55 @@ def test_a_turned_picture_is_shown_upright(degrees, tmp_path):
     assert picture.shape == (32, 24, 3)
     top_right, bottom_left = picture[:6, -6:].mean(), picture[-6:, :6].mean()
     assert (top_right > 200, bottom_left > 200) == ((True, False) if degrees == 90 else (False, True))
+
+
+MIRRORED = [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("matrix", [*MIRRORED, (-1, 0, 0, -1), (0, 1, -1, 0), (0, -1, 1, 0), (0, 2, 2, 0)])
+def test_a_mirrored_or_turned_picture_is_shown_as_by_players(matrix, tmp_path):
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    frames[:, :16, :16], frames[:, :16, -16:] = 255, 128  # corners at the top, as stored
+    path = tmp_path / "video.mp4"
+    write_video(path, frames)
+    set_matrix(path, *matrix)
+    a, b, c, d = matrix
+    info = probe(path)
+    assert (info.width, info.height) == ((64, 48) if a else (48, 64))
+    assert info.mirrored == (a * d < b * c) and not info.note
+    picture = read_clip(path, lambda n: segment_indices(n, 1), short_side=24).frames[0]
+    for x, grey in ((-1, 255), (1, 128)):
+        across, down = a * x - c, b * x - d  # of the corner (x, -1)
+        corner = picture[slice(6) if down < 0 else slice(-6, None), slice(6) if across < 0 else slice(-6, None)]
+        assert corner.mean() == pytest.approx(grey, abs=20)
+    assert np.array_equal(reading.read_clip(path, n_frames=1, short_side=24)[0], picture)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "word"),
+    [((0, 0, 0, 0), "is no rotation"), ((0.7071, 0.7071, -0.7071, 0.7071), "turns it by 45°; 0° are applied")],
+)
+def test_a_matrix_that_is_no_quarter_turn_is_upright_and_said(matrix, word, tmp_path, make_video):
+    path = make_video(tmp_path / "video.mp4")
+    stored = decode_all(path)
+    set_matrix(path, *matrix)
+    info = probe(path)
+    assert (info.rotation, info.mirrored) == (0, False) and word in info.note
+    assert np.array_equal(decode_all(path), stored)
+    assert all(word in frame.note for frame in iter_frames(path))
+
+
+@pytest.mark.real
+def test_the_fault_files_with_mirrors_and_nan_are_shown_right(real_data):
+    ways = {"mirrored_matrix": lambda x: x[:, ::-1], "rotate_and_reflect": lambda x: x.swapaxes(0, 1)}
+    for name, as_shown in ways.items():
+        path = real_data / "faults" / f"{name}.mp4"
+        with av.open(str(path)) as container:
+            stored = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+        assert probe(path).mirrored
+        assert np.abs(read_clip(path, lambda n: [0]).frames[0] - as_shown(stored)).mean() < 4
+    info = probe(real_data / "faults" / "nan_matrix.mp4")
+    assert info.rotation == 0 and "is no rotation" in info.note
 
 
 @pytest.mark.parametrize(

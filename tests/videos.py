@@ -27,9 +27,13 @@ def write_solid_colour(
 
 def set_rotation(path: Path, degrees: int) -> None:
     """Writes a rotation (clockwise, 90 or 270) into an MP4's track header."""
-    one, matrix = (1 << 16).to_bytes(4, "big"), bytearray(path.read_bytes())
-    start = matrix.index(one + bytes(12) + one, matrix.index(b"tkhd"))
-    minus, zero, w = (-(1 << 16)).to_bytes(4, "big", signed=True), bytes(4), (1 << 30).to_bytes(4, "big")
-    b, c = (one, minus) if degrees == 90 else (minus, one)
-    matrix[start : start + 36] = zero + b + zero + c + zero + zero + zero + zero + w
-    path.write_bytes(matrix)
+    set_matrix(path, *((0, 1, -1, 0) if degrees == 90 else (0, -1, 1, 0)))
+
+
+def set_matrix(path: Path, a: float, b: float, c: float, d: float) -> None:
+    """Writes a display matrix into an MP4's track header: (x, y), y down, is shown at (ax + cy, bx + dy)."""
+    one, content = (1 << 16).to_bytes(4, "big"), bytearray(path.read_bytes())
+    start = content.index(one + bytes(12) + one, content.index(b"tkhd"))
+    numbers = [*(round(value * (1 << 16)) for value in (a, b, 0, c, d, 0, 0, 0)), 1 << 30]
+    content[start : start + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in numbers)
+    path.write_bytes(content)

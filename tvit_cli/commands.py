@@ -81,7 +81,8 @@ def _print_check(console: Console, scans: Sequence[Scan], *, as_json: bool) -> N
         for s in scans:
             size = f"{s.width}x{s.height}" if s.is_readable else ""
             rate = f"{s.rate:.2f}" if s.rate else ""
-            rows.append((s.path, s.codec, size, s.frames, f"{s.seconds:.2f}", rate, s.rotation, s.problem))
+            turn = f"{s.rotation} mirrored" if s.mirrored else s.rotation
+            rows.append((s.path, s.codec, size, s.frames, f"{s.seconds:.2f}", rate, turn, s.problem))
         console.table(["video", "codec", "size", "frames", "seconds", "fps", "rotation", "problem"], rows)
     total = plural(len(scans), "video")
     if bad := sum(not scan.is_readable for scan in scans):

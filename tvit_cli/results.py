@@ -90,7 +90,7 @@ def silent(event: Event) -> None:
 class Scan:
     """Properties of one video file, decoded to its end; width and height are after rotation.
 
-    `problem` names the damage, "" for none.
+    `problem` names the damage, or a display matrix that is not applied as it is; "" for none.
     """
 
     path: Path
@@ -101,6 +101,7 @@ class Scan:
     seconds: float = 0.0
     rate: float | None = None  # frames per second; None: the file has no time stamps
     rotation: int = 0  # degrees counter-clockwise
+    mirrored: bool = False  # left to right, before the rotation
     problem: str = ""
     is_readable: bool = True  # a frame decodes
 
@@ -384,6 +385,7 @@ class Timeline:
     segments: tuple[Segment, ...]
     pictures: tuple[tuple[float, NDArray[np.uint8]], ...]
     spans: tuple[Span, ...] = ()  # empty: the whole video is one
+    note: str = ""  # on the video's orientation
 
     def parts(self) -> tuple[Span, ...]:
         """The spans; the whole video where it has no gaps."""

@@ -58,6 +58,7 @@ class ClipItem:
     index: int
     weight: float
     error: str
+    note: str = ""  # on the video's orientation
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class ClipBatch:
     indices: Tensor  # int64 (B,)
     weights: Tensor  # float32 (B,); 0 for an unreadable video
     errors: list[tuple[int, str]]  # (index, reason) of unreadable videos
+    notes: list[tuple[int, str]] = field(default_factory=list)  # (index, note) on videos that are read
 
     def pin_memory(self) -> ClipBatch:
         """The batch in page-locked memory; torch's DataLoader calls this by name."""
@@ -129,7 +131,8 @@ class ClipDataset(Dataset[ClipItem]):
         if self.shuffle_frames:
             order = torch.from_numpy(draw_generator(self.seed, Kind.ORDER, index).permutation(self.n_frames))
             frames = frames.view(-1, self.n_frames, *frames.shape[1:])[:, order].flatten(0, 1)
-        return ClipItem(frames.permute(0, 3, 1, 2), label, epoch, index, 1.0, "")  # (clips * T, C, H, W)
+        # (clips * T, C, H, W)
+        return ClipItem(frames.permute(0, 3, 1, 2), label, epoch, index, 1.0, "", clip.note)
 
     def _read(self, epoch: int, index: int) -> Clip[Frames]:
         if self.training:
@@ -157,6 +160,7 @@ def collate(items: Sequence[ClipItem]) -> ClipBatch:
         indices=torch.tensor([item.index for item in items], dtype=torch.int64),
         weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
         errors=[(item.index, item.error) for item in items if item.error],
+        notes=[(item.index, item.note) for item in items if item.note],
     )
 
 

@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from tvit_cli.errors import TvitError, VideoError
 from tvit_cli.files import Location
-from tvit_cli.portable.reading import MOST_PIXELS, PLANE_SCALING, SCALING, matrix_of, size_fault
+from tvit_cli.portable.reading import MOST_PIXELS, PLANE_SCALING, SCALING, matrix_of, orientation_of, size_fault
 
 Frames = npt.NDArray[np.uint8]
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
@@ -64,6 +64,8 @@ class VideoInfo:
     seconds: float
     rate: float | None  # frames per second by the packets' times; None: the file has no times
     rotation: int  # degrees counter-clockwise from the stored to the shown frame
+    mirrored: bool  # left to right, before the rotation
+    note: str  # on a display matrix that is not applied as it is
     promised: int  # frames by the packets, or by the header if that is more; none that an edit list hides
 
 
@@ -75,6 +77,7 @@ class Clip(Generic[F]):
     indices: tuple[int, ...]
     pts_seconds: tuple[float, ...]
     frame_count: int  # of the whole video
+    note: str = ""  # as in VideoInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class TimedFrame:
     end: float
     length: float | None
     picture: Callable[[], Frames]  # converts to uint8 (H, W, 3)
+    note: str = ""  # on the video, as in VideoInfo
 
 
 class Planes(NamedTuple):
@@ -107,7 +111,7 @@ class KeptFrames:
         short = min(first.width, first.height)
         target = short if short_side is None else min(short, short_side)
         self._width, self._height = round(first.width * target / short), round(first.height * target / short)
-        self._turns = _quarter_turns(first)
+        self.orientation = orientation_of(first)
         self._reformatter = VideoReformatter()
         self.frames: dict[int, av.VideoFrame] = {}  # by index
 
@@ -119,16 +123,16 @@ class KeptFrames:
         self.frames[index] = frame
 
     def rgb(self, indices: Sequence[int]) -> Frames:
-        """RGB, uint8 (T, H, W, 3), rotated as the file states."""
+        """RGB, uint8 (T, H, W, 3), in the file's orientation."""
         pictures = {index: self.upright(self.frames[index]) for index in dict.fromkeys(indices)}
         return np.stack([pictures[index] for index in indices])
 
     def planes(self, indices: Sequence[int]) -> Iterator[Planes]:
-        """Planes rotated as the file states; converted through RGB only if rotated."""
+        """Planes in the file's orientation; converted through RGB only if it is not upright."""
         for index in indices:
             frame = self.frames[index]
             how: dict[str, Any] = {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.JPEG}
-            if self._turns:  # at odd sizes, the smaller U and V cannot be rotated by themselves
+            if self.orientation[:2] != (False, 0):  # at odd sizes, U and V cannot be moved by themselves
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(self.upright(frame)), format="rgb24")
                 how |= {"width": frame.width, "height": frame.height}
             if matrix_of(frame) == Colorspace.ITU601:
@@ -145,18 +149,13 @@ class KeptFrames:
         return tuple(at[index] for index in indices)
 
     def upright(self, frame: av.VideoFrame) -> Frames:
-        """RGB of one frame, uint8 (H, W, 3), rotated as the file states."""
-        return np.rot90(self._convert(frame, "rgb24").to_ndarray().astype(np.uint8, copy=False), self._turns)
+        """RGB of one frame, uint8 (H, W, 3), in the file's orientation."""
+        return self.orientation.apply(self._convert(frame, "rgb24").to_ndarray().astype(np.uint8, copy=False))
 
     def _convert(self, frame: av.VideoFrame, form: str, **how: Any) -> av.VideoFrame:
         how = {"width": self._width, "height": self._height, "interpolation": SCALING, **how}
         matrix = matrix_of(frame)
         return self._reformatter.reformat(frame, format=form, src_colorspace=matrix, threads=1, **how)
-
-
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise quarter turns, 0 to 3, from the stored frame to the shown one."""
-    return round(frame.rotation / 90) % 4
 
 
 def _plane_pixels(plane: VideoPlane) -> Frames:
@@ -308,11 +307,11 @@ def probe(path: Path) -> VideoInfo:
         rate = float(stream.average_rate) if stream.average_rate else None
         if len(times) > 1 and stream.time_base is not None and (span := max(times) - min(times)) > 0:
             rate = (len(times) - 1) / float(span * stream.time_base)
-        turns, codec = _quarter_turns(first), stream.codec_context.codec.canonical_name
+        (mirrored, turns, note), codec = orientation_of(first), stream.codec_context.codec.canonical_name
         width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
         promised = max(stream.frames - hidden, packets)
     seconds = packets / (rate or ASSUMED_RATE)
-    return VideoInfo(path, codec, width, height, packets, seconds, rate, 90 * turns, promised)
+    return VideoInfo(path, codec, width, height, packets, seconds, rate, 90 * turns, mirrored, note, promised)
 
 
 def decode_first(path: Path) -> None:
@@ -373,7 +372,7 @@ def read_frames(
             indices = tuple(choose(frame_count))
             if kept.frames.keys() >= set(indices):
                 seconds = kept.seconds(indices, stream.average_rate)
-                return Clip(convert(kept, indices), indices, seconds, frame_count)
+                return Clip(convert(kept, indices), indices, seconds, frame_count, kept.orientation.note)
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
 
 
@@ -399,7 +398,7 @@ def iter_frames(path: Location, *, short_side: int | None = None) -> Iterator[Ti
                 default = step  # the average rate counts the gap
                 end = start + default
             step = end - start
-            yield TimedFrame(start, end, length, partial(kept.upright, frame))
+            yield TimedFrame(start, end, length, partial(kept.upright, frame), kept.orientation.note)
         if kept is None:
             raise _no_frame_error(path)
 

@@ -111,9 +111,9 @@ def scan_video(path: Path) -> Scan:
         frames = count_frames(path)
     except VideoError as error:
         return _unreadable(path, str(error).removeprefix(f"{path}: "))
-    promised = info.pop("promised")
+    promised, note = info.pop("promised"), info.pop("note")
     is_cut = frames < promised - COUNT_SLACK  # intact XviD files lack up to that many, too
-    problem = f"truncated or damaged: {frames} of {promised} frames decode" if is_cut else ""
+    problem = f"truncated or damaged: {frames} of {promised} frames decode" if is_cut else note
     return Scan(**info | {"frames": frames, "problem": problem})
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -98,10 +99,56 @@ def size_fault(width: int, height: int) -> str:
     return ""
 
 
+class Orientation(NamedTuple):
+    """Steps from the stored to the shown frame; `note` says where a display matrix asks for others."""
+
+    mirrored: bool = False  # left to right, before the turns
+    turns: int = 0  # counter-clockwise quarter turns, 0 to 3
+    note: str = ""
+
+    def apply(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Pixels (H, W, 3) as shown, a view."""
+        return np.rot90(pixels[:, ::-1] if self.mirrored else pixels, self.turns)
+
+
+def orientation_of(frame: VideoFrame) -> Orientation:
+    """The orientation by a frame's display matrix, in quarter turns; upright without one.
+
+    A pixel (x, y), y downwards, is shown at (a x + c y, b x + d y): libavutil/display.h, whose angle this is.
+    """
+    a, b, c, d = _display_matrix(frame)
+    across, down = math.hypot(a, c), math.hypot(b, d)
+    if not across or not down:
+        return Orientation(note="its display matrix is no rotation, so it is shown as stored")
+    mirrored = a * d < b * c
+    sign = -1 if mirrored else 1
+    degrees = int(-math.degrees(math.atan2(sign * b / down, sign * a / across)))
+    turns = round(degrees / 90)
+    note = ""
+    if abs(degrees - 90 * turns) > 1:
+        note = f"its display matrix turns it by {abs(degrees)}°; {abs(90 * turns)}° are applied"
+    return Orientation(mirrored, turns % 4, note)
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[float, float, float, float]:
+    try:
+        side_data: Any = frame.side_data
+        stored = side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the type of another entry; it still knows the angle
+        if abs(frame.rotation) > 180:  # NaN as an integer
+            return 0.0, 0.0, 0.0, 0.0
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if stored is None:
+        return 1.0, 0.0, 0.0, 1.0
+    a, b, _, c, d = np.frombuffer(bytes(stored), np.int32, 5).tolist()
+    return a, b, c, d
+
+
 def read_clip(
     path: str | PathLike[str], *, n_frames: int, short_side: int, frame_grid: int | None = None
 ) -> np.ndarray[Any, Any]:
-    """A video's clip as RGB, uint8 (T, H, W, 3), with the file's rotation applied.
+    """A video's clip as RGB, uint8 (T, H, W, 3), in the file's orientation.
 
     Frames larger than `short_side` are scaled down to it in proportion. The video is decoded twice: the frame count
     is exact only after a whole pass. Raises OSError for a missing file or one that is no video, ValueError where
@@ -113,19 +160,19 @@ def read_clip(
     chosen = segment_indices(count, n_frames, grid=frame_grid)
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray[Any, Any]] = {}
-    width, height, turns = 0, 0, 0
+    width, height, orientation = 0, 0, Orientation()
     for index, frame in enumerate(islice(decoded(path), chosen[-1] + 1)):
         if index == 0:
             _check_size(path, frame.width, frame.height)
             short = min(frame.width, frame.height)
             target = min(short, short_side)
             width, height = round(frame.width * target / short), round(frame.height * target / short)
-            turns = round(frame.rotation / 90) % 4
+            orientation = orientation_of(frame)
         if index in chosen:
             picture = reformatter.reformat(
                 frame, width, height, "rgb24", matrix_of(frame), interpolation=SCALING, threads=1
             )
-            pictures[index] = np.rot90(picture.to_ndarray(), turns)
+            pictures[index] = orientation.apply(picture.to_ndarray())
     return np.stack([pictures[index] for index in chosen])
 
 

@@ -101,6 +101,8 @@ def evaluate(
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
+    for index, note in scores.notes.items():
+        report(Note(f"{videos[index].name}: {note}.", "warning"))
     warnings = (*trained.notes, *bias, *leaks)
     result = replace(
         _result(settings, trained, videos, scores, seconds), clips=clips, warnings=warnings, leaks=leaks

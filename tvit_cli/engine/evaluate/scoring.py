@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ ONE_VIEW = Views()
 class Scores:
     """Logits (V, K) float32 and labels (V,) of the readable videos, and the errors of the others.
 
-    `indices` (V,) are the rows' videos, ascending; `errors` maps the index of an unreadable video to the reason.
+    `indices` (V,) are the rows' videos, ascending; `errors` maps the index of an unreadable video to the reason,
+    `notes` that of a readable one to a word on its orientation.
     `view_ranks` (V, views) is the rank of the label in each view. Logits of several views are the logarithm of
     their mean probabilities.
     """
@@ -61,6 +62,7 @@ class Scores:
     labels: Tensor
     view_ranks: Tensor
     errors: dict[int, str]
+    notes: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def score(
             view_ranks = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
             read = batch.weights > 0
             rows = batch.indices[read], mean[read], batch.labels[read], view_ranks[read]
-            parts.append(Scores(*rows, dict(batch.errors)))
+            parts.append(Scores(*rows, dict(batch.errors), dict(batch.notes)))
             done += len(batch.labels)
             if progress is not None:
                 progress(done, total)
@@ -163,11 +165,12 @@ def score(
 def merge_scores(parts: Sequence[Scores]) -> Scores:
     """Scores of several batches or ranks as one, sorted by video."""
     errors = {index: reason for part in parts for index, reason in part.errors.items()}
+    notes = {index: note for part in parts for index, note in part.notes.items()}
     rows = [part for part in parts if len(part.indices)] or parts[:1]
     names = ("indices", "logits", "labels", "view_ranks")
     columns = {name: torch.cat([getattr(part, name) for part in rows]) for name in names}
     order = columns["indices"].argsort()
-    return Scores(**{name: column[order] for name, column in columns.items()}, errors=errors)
+    return Scores(**{name: column[order] for name, column in columns.items()}, errors=errors, notes=notes)
 
 
 def unlabelled_video(location: Location, trained: Trained) -> Video:

@@ -128,6 +128,7 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         embeds: bool = True,
         may_stop: bool = False,
+        report: Report = silent,
     ) -> tuple[list[Prediction], list[Tensor | None]]:
         """Returns `predict_many`, and from the same pass the embedding (D,) of each video.
 
@@ -157,6 +158,8 @@ class Model:
                 best = [(self.labels[i], v) for i, v in zip(order.tolist(), values.tolist(), strict=True)]
             error = scores.errors.get(index, "")
             predictions.append(Prediction(str(locations[index]), tuple(best[:top_k]), error))
+            if note := scores.notes.get(index):
+                report(Note(f"{locations[index]}: {note}.", "warning"))
         embeddings = [rows[i][classes:] if embeds and i in rows else None for i in done]
         return predictions, embeddings
 
@@ -259,6 +262,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         progress=lambda done, total: report(Progress("reading videos", done, total)),
         embeds=settings.embeddings is not None,
         may_stop=True,
+        report=report,
     )
     errors: list[str] = []
     embedded = [(p.video, row) for p, row in zip(predictions, embeddings, strict=True) if row is not None]
@@ -321,6 +325,8 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
         if timeline.window < settings.window:
             text = f"lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s"
             report(Note(f"{location}: {text}, so it is one clip.", "warning"))
+        if timeline.note:
+            report(Note(f"{location}: {timeline.note}.", "warning"))
         if len(timeline.spans) > 1:
             text = f"gaps of more than {MOST_SHOWN:g} s in the time stamps are in no window or segment"
             report(Note(f"{location}: {text}.", "warning"))

@@ -305,6 +305,7 @@ def make_timeline(
         segments=tuple(segments),
         pictures=tuple(pictures),
         spans=tuple(spans),
+        note=clock.note,
     )
 
 
@@ -313,6 +314,7 @@ class _Clock:
     now: float = 0.0  # seconds decoded so far
     length: float | None = None
     spans: list[tuple[float, float]] = field(default_factory=list)  # without gaps between frames
+    note: str = ""
 
     def watch(self, frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
         for frame in frames:
@@ -320,7 +322,7 @@ class _Clock:
             if self.spans and start <= self.now + TOLERANCE:
                 start, _ = self.spans.pop()
             self.spans.append((start, frame.end))
-            self.now, self.length = frame.end, frame.length
+            self.now, self.length, self.note = frame.end, frame.length, frame.note
             yield frame
 
 
