@@ -70,9 +70,11 @@ class VideoWriter:
     def write(self, picture: Frames, start: float, end: float) -> None:
         """Appends a frame, uint8 (H, W, 3), shown from `start` to `end` in seconds.
 
-        An odd last row or column is left out.
+        An odd last row or column is left out; a side of one pixel is doubled, since chroma has half the size.
         """
-        height, width = (size - size % 2 for size in picture.shape[:2])  # chroma has half the size
+        doubled = [2 if size == 1 else 1 for size in picture.shape[:2]]
+        picture = picture.repeat(doubled[0], 0).repeat(doubled[1], 1)
+        height, width = (size - size % 2 for size in picture.shape[:2])
         if self.stream is None:
             name = next(codec for codec in _CODECS if codec in av.codecs_available)
             options = _CODECS[name] | {"flags": "+frame_duration"}  # otherwise the last frame lasts one tick
