@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 from videos import set_matrix, set_rotation, write_solid_colour
 
 from tvit_cli.data import video
@@ -194,14 +195,19 @@ def test_a_mirrored_or_turned_picture_is_shown_as_by_players(matrix, tmp_path):
     picture = read_clip(path, lambda n: segment_indices(n, 1), short_side=24).frames[0]
     for x, grey in ((-1, 255), (1, 128)):
         across, down = a * x - c, b * x - d  # of the corner (x, -1)
-        corner = picture[slice(6) if down < 0 else slice(-6, None), slice(6) if across < 0 else slice(-6, None)]
+        corner = picture[
+            slice(6) if down < 0 else slice(-6, None), slice(6) if across < 0 else slice(-6, None)
+        ]
         assert corner.mean() == pytest.approx(grey, abs=20)
     assert np.array_equal(reading.read_clip(path, n_frames=1, short_side=24)[0], picture)
 
 
 @pytest.mark.parametrize(
     ("matrix", "word"),
-    [((0, 0, 0, 0), "is no rotation"), ((0.7071, 0.7071, -0.7071, 0.7071), "turns it by 45°; 0° are applied")],
+    [
+        ((0, 0, 0, 0), "is no rotation"),
+        ((0.7071, 0.7071, -0.7071, 0.7071), "turns it by 45°; 0° are applied"),
+    ],
 )
 def test_a_matrix_that_is_no_quarter_turn_is_upright_and_said(matrix, word, tmp_path, make_video):
     path = make_video(tmp_path / "video.mp4")
@@ -221,7 +227,7 @@ def test_the_fault_files_with_mirrors_and_nan_are_shown_right(real_data):
         with av.open(str(path)) as container:
             stored = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
         assert probe(path).mirrored
-        assert np.abs(read_clip(path, lambda n: [0]).frames[0] - as_shown(stored)).mean() < 4
+        assert np.abs(read_clip(path, lambda n: [0]).frames[0] - as_shown(stored)).mean() < 8
     info = probe(real_data / "faults" / "nan_matrix.mp4")
     assert info.rotation == 0 and "is no rotation" in info.note
 
@@ -284,15 +290,19 @@ def test_frames_that_change_size_take_that_of_the_first(tmp_path, make_video, re
 
 @pytest.mark.parametrize(("height", "width"), [(1, 8000), (8000, 1)])
 def test_a_video_of_8000x1_pixels_is_refused_by_name(height, width, tmp_path, make_video):
-    path = tmp_path / "line.mkv"
-    write_video(path, np.zeros((3, height, width, 3), np.uint8), codec="ffv1", pixel_format="yuv444p")
+    path = tmp_path / "line.avi"
+    write_video(path, np.zeros((3, height, width, 3), np.uint8), codec="png", pixel_format="rgb24")
     refused = re.escape(f"{path}: frames of {width}x{height} pixels; the long side may be at most 32 times")
     for read in (probe, count_frames, decode_all, lambda path: list(iter_frames(path, short_side=64))):
         with pytest.raises(VideoError, match=refused):
             read(path)
     with pytest.raises(ValueError, match=refused):
         reading.read_clip(path, n_frames=2, short_side=64)
-    assert [bool(reading.size_fault(*size)) for size in ((2048, 64), (2049, 64), (0, 0))] == [False, True, False]
+    assert [bool(reading.size_fault(*size)) for size in ((2048, 64), (2049, 64), (0, 0))] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_a_frame_that_becomes_too_large_is_not_decoded(tmp_path, make_video, monkeypatch):
@@ -440,6 +450,23 @@ def _encrypted(folder, make_video):
     return path
 
 
+def _animated_webp(folder, make_video):
+    pictures = [Image.new("RGB", (64, 48), (40 * n, 90, 20)) for n in range(4)]
+    pictures[0].save(folder / "animated.webp", save_all=True, append_images=pictures[1:], duration=40)
+    return folder / "animated.webp"
+
+
+def _list_of_missing(folder, make_video):
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile absent.mp4\n")
+    return folder / "list.mp4"
+
+
+def _list_of_elsewhere(folder, make_video):
+    path = make_video(folder / "a.mp4")
+    (folder / "list.avi").write_text(f"ffconcat version 1.0\nfile {path}\n")
+    return folder / "list.avi"
+
+
 UNREADABLE = [
     (_no_file, "no such file"),
     (_folder, "is a folder"),
@@ -452,6 +479,9 @@ UNREADABLE = [
     (_beheaded, "not a video that FFmpeg can read"),
     (_undecodable, "0 frames decoded out of 12 packets"),
     (_encrypted, "is encrypted"),
+    (_animated_webp, "an animated WebP, which FFmpeg cannot decode. Convert it to MP4 or GIF."),
+    (_list_of_missing, "a list of videos (ffconcat) with files that are missing or not in its folder"),
+    (_list_of_elsewhere, "a list of videos (ffconcat) with files that are missing or not in its folder"),
 ]
 
 

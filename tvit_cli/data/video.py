@@ -26,7 +26,14 @@ from av.video.stream import VideoStream
 
 from tvit_cli.errors import TvitError, VideoError
 from tvit_cli.files import Location
-from tvit_cli.portable.reading import MOST_PIXELS, PLANE_SCALING, SCALING, matrix_of, orientation_of, size_fault
+from tvit_cli.portable.reading import (
+    MOST_PIXELS,
+    PLANE_SCALING,
+    SCALING,
+    matrix_of,
+    orientation_of,
+    size_fault,
+)
 
 Frames = npt.NDArray[np.uint8]
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
@@ -187,9 +194,11 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise
     except av.ExitError as error:
         raise VideoError(f"{path}: no answer within {URL_TIMEOUT:.0f} s.") from error
-    except PermissionError as error:
-        raise VideoError(f"{path}: cannot be read (permission denied).") from error
     except av.FFmpegError as error:
+        if kind := _unreadable_kind(path):
+            raise VideoError(f"{path}: {kind}") from error
+        if isinstance(error, PermissionError):
+            raise VideoError(f"{path}: cannot be read (permission denied).") from error
         fault = "not a video that FFmpeg can read" if isinstance(path, Path) else "cannot be fetched and read"
         raise VideoError(f"{path}: {fault} ({error.strerror}).") from error
     except Exception as error:
@@ -279,7 +288,25 @@ def count_frames(path: Path, most: int | None = None) -> int:
     return count
 
 
+def _unreadable_kind(path: Location) -> str:
+    """The kind of a file that FFmpeg recognises and cannot read, by its first bytes, and the next step; or ""."""
+    start = b""
+    if isinstance(path, Path):
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(21)
+    if start.startswith(b"ffconcat"):
+        files = "files that are missing or not in its folder"
+        return (
+            f"a list of videos (ffconcat) with {files}. Correct the list, or join the videos into one file."
+        )
+    if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and start[20:] and start[20] & 2:
+        return "an animated WebP, which FFmpeg cannot decode. Convert it to MP4 or GIF."
+    return ""
+
+
 def _no_frame_error(path: Location) -> VideoError:
+    if kind := _unreadable_kind(path):
+        return VideoError(f"{path}: {kind}")
     decoded = f"0 frames decoded out of {count_packets(path)} packets"
     return VideoError(f"{path}: {decoded}. The file may be truncated, damaged or encrypted.")
 
