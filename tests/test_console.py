@@ -1,14 +1,18 @@
 """Terminal output: tables, sizes, plain lines without a terminal."""
 
+import csv
 import io
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from tvit_cli import console as module
 from tvit_cli.console import Console, print_error
 from tvit_cli.errors import RunError, size_text
+from tvit_cli.files import csv_row
 from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
 
 LONG = "a/" * 80 + "clip.avi"
@@ -38,6 +42,44 @@ def test_markup_in_names_is_shown_as_it_is(capsys):
     Console().warn("[bold]x")
     captured = capsys.readouterr()
     assert "[red]clip[/red].avi" in captured.out and "[bold]x" in captured.err
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f\r\u202eiva.avi"
+
+
+def test_escape_sequences_in_names_never_reach_the_terminal(monkeypatch, capsys):
+    with Console() as console:
+        console.table([HOSTILE], [(HOSTILE, "two\nlines")])
+        console.csv(["video"], [(HOSTILE,)])
+        console.json_line({HOSTILE: HOSTILE})
+        console.print(HOSTILE)
+        console.next_steps(Path(HOSTILE), [HOSTILE])
+        console.warn(HOSTILE)
+        console.report(Note(HOSTILE))
+        console.report(TrainingStarts({"data": HOSTILE}, 1, 1, 0))
+        print_error(RunError(f"{HOSTILE}\nsecond line"))
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
+    assert r"a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f\r\u202eiva.avi" in captured.err and "\nsecond line" in captured.err
+    assert r"two\nlines" in captured.out
+    (line,) = [line for line in captured.out.splitlines() if line.startswith("{")]
+    assert json.loads(line) == {HOSTILE: HOSTILE}
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Console() as console:
+        console.report(Progress(f"[red]{HOSTILE}", 1, 2))
+        console._bars.refresh()
+    assert r"[red]a\x1b]0;owned" in terminal.getvalue() and "\x9b" not in terminal.getvalue()
+
+
+def test_names_in_csv_are_no_formulas_and_numbers_stay(capsys):
+    names = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "-1.5e-05", "+2", "a=b", ""]
+    shown = ["'=1+1", "'+cmd|' /C calc'!A0", "'-2+3", "'@SUM(A1)", "'\t=1", "-1.5e-05", "+2", "a=b", ""]
+    assert csv_row([*names, -0.5, 3]) == [*shown, -0.5, 3]
+    Console().csv(["@", "score"], [("=a.avi", -0.5)])
+    assert list(csv.reader(capsys.readouterr().out.splitlines())) == [["'@", "score"], ["'=a.avi", "-0.5"]]
 
 
 def test_quiet_keeps_warnings_and_results_only(capsys):

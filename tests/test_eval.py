@@ -1,6 +1,7 @@
 """`tvit eval`: a model folder scored on a subset."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from tvit_cli.data.video import read_clip
 from tvit_cli.engine.dataset import open_dataset
 from tvit_cli.engine.evaluate import evaluate, scoring
 from tvit_cli.engine.evaluate.compare import compare
+from tvit_cli.engine.evaluate.files import write_result
 from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_card, load_model
@@ -288,6 +290,14 @@ def test_crops_of_squashed_frames_are_refused(trained, tmp_path):
     (folder / "card.json").write_text(json.dumps(card))
     with pytest.raises(SettingsError, match="--crops-per-clip 3: this model squashes whole frames"):
         evaluate(settings(trained, model=folder, crops_per_clip=3))
+
+
+def test_class_names_in_result_files_are_no_formulas(trained, tmp_path):
+    result = evaluate(settings(trained))
+    write_result(dataclasses.replace(result, output=tmp_path, labels=("=1+1", *result.labels[1:])), {})
+    for name in ("scores.csv", "confusion.csv"):
+        header = (tmp_path / name).read_text().splitlines()[0].split(",")
+        assert "'=1+1" in header and "=1+1" not in header
 
 
 def test_two_processes_find_what_one_finds(trained, tmp_path):

@@ -29,6 +29,7 @@ from tvit_cli.engine.predict.timeline import (
     smooth,
     transition_penalties,
     viterbi_path,
+    write_timeline,
 )
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import VideoError
@@ -37,7 +38,7 @@ from tvit_cli.portable.reading import segment_indices
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
-from tvit_cli.results import silent
+from tvit_cli.results import Span, Timeline, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.predict import PredictSettings
@@ -324,6 +325,16 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     save_model(path, model.state_dict(), card)
     return path
+
+
+def test_class_names_in_a_timeline_are_no_formulas(tmp_path, monkeypatch):
+    monkeypatch.setattr("tvit_cli.report.film.timeline_png", lambda timeline: b"")
+    scores = np.array([[0.9, 0.1]])
+    facts = {"segments": (), "pictures": (), "spans": (Span(0.0, 1.0, 1, 1),)}
+    timeline = Timeline("a.avi", ("@run", "walk"), 1.0, 1.0, 1.0, scores, scores, **facts)
+    write_timeline(tmp_path, timeline)
+    header, row = csv.reader((tmp_path / "timeline.csv").read_text().splitlines())
+    assert header[3:] == ["'@run", "walk"] and row == ["0.000", "1.000", "'@run", "0.900000", "0.100000"]
 
 
 def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tvit_cli.errors import RunError, size_text
+from tvit_cli.files import csv_row
 
 if TYPE_CHECKING:
     from tvit_cli.results import EpochDone, Event, Report
@@ -26,13 +28,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Control characters, which a terminal obeys, except tab and line feed; and those that reverse the order of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def _printable(text: str) -> str:
+    r"""Text with its control characters as escapes. An escape character -> \x1b"""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _shown(text: str) -> str:
+    """Printable text in which rich finds no markup."""
+    return escape(_printable(text))
+
 
 def print_error(error: BaseException) -> None:
     """Prints an error's message on stderr; one that all processes raise is printed by the main process only."""
     if isinstance(error, RunError) and error.by_all and not _is_main_process():
         return
     console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(str(error))}")
+    console.print(f"[bold red]error:[/] {_shown(str(error))}")
 
 
 def _is_main_process() -> bool:
@@ -107,7 +122,7 @@ class Console:
                 self.warn(event.text)
             case Note():
                 if event.level == "info" or self._verbosity == "verbose":
-                    self._print_progress(escape(event.text))
+                    self._print_progress(_shown(event.text))
             case Progress():
                 text = size_text if event.unit == "bytes" else "{:,}".format
                 done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
@@ -115,7 +130,7 @@ class Console:
                 self._line(f"{event.task}: {done}{total}")
             case TrainingStarts():
                 for name, fact in event.facts.items():
-                    self._print_progress(f"[dim]{name:>8}[/]  {escape(fact)}")
+                    self._print_progress(f"[dim]{name:>8}[/]  {_shown(fact)}")
                 if (earlier := self._tasks.pop("training", None)) is not None:  # of the series' run before
                     self._bars.remove_task(earlier)
                 self._bars.facts = ""
@@ -134,39 +149,40 @@ class Console:
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
         """Prints a table on stdout; columns of numbers are right-aligned."""
         table = Table(box=None, pad_edge=False, header_style="bold")
-        cells = [[str(cell) for cell in row] for row in rows]
+        cells = [[str(cell).replace("\n", r"\n") for cell in row] for row in rows]
         for number, column in enumerate(columns):
             are_numbers = all(row[number][:1].isdigit() or not row[number] for row in cells)
-            table.add_column(column, justify="right" if are_numbers else "left", overflow="fold")
+            table.add_column(_shown(column), justify="right" if are_numbers else "left", overflow="fold")
         for row in cells:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(_shown, row))
         self._out.print(table)
 
     def json_line(self, value: Mapping[str, object]) -> None:
         """Prints one JSON object on a line of stdout."""
         if self._is_main:
-            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            text = json.dumps(value, ensure_ascii=False)
+            sys.stdout.write(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
     def csv(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
         """Prints a table as CSV on stdout."""
         if self._is_main:
             writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
+            for row in (columns, *rows):
+                writer.writerow(csv_row(_printable(cell) if isinstance(cell, str) else cell for cell in row))
 
     def print(self, text: str) -> None:
         """Prints a line of the result on stdout."""
-        self._out.print(escape(text))
+        self._out.print(_shown(text))
 
     def warn(self, text: str) -> None:
         """Prints a warning on stderr at every verbosity."""
-        self._err.print(f"[yellow]warning:[/] {escape(text)}")
+        self._err.print(f"[yellow]warning:[/] {_shown(text)}")
 
     def next_steps(self, path: Path, commands: Iterable[str]) -> None:
         """Prints the path of a model and the commands that use it; a quiet console prints the path only."""
-        shown = [f"The model is in [bold]{escape(str(path))}[/]. Next:"]
-        shown += [f"  [bold cyan]{escape(command)}[/]" for command in commands]
-        self._out.print(escape(str(path)) if self._verbosity == "quiet" else "\n".join(shown))
+        shown = [f"The model is in [bold]{_shown(str(path))}[/]. Next:"]
+        shown += [f"  [bold cyan]{_shown(command)}[/]" for command in commands]
+        self._out.print(_shown(str(path)) if self._verbosity == "quiet" else "\n".join(shown))
 
     def _print_progress(self, markup: str) -> None:
         if self._verbosity != "quiet":
@@ -176,12 +192,12 @@ class Console:
         now = time.monotonic()
         if not self._is_live and now - self._last_line >= 60:
             self._last_line = now
-            self._print_progress(escape(text))
+            self._print_progress(_shown(text))
 
     def _bar(self, name: str, done: int, total: int | None, facts: str = "") -> None:
         if name not in self._tasks:
             # Steps of an earlier process must not count into the speed, which predicts the time left.
-            self._tasks[name] = self._bars.add_task(name, total=total, completed=done, facts=facts)
+            self._tasks[name] = self._bars.add_task(_shown(name), total=total, completed=done, facts=facts)
         task = self._tasks[name]
         self._bars.update(task, completed=done, facts=facts)
         if total is not None:
@@ -198,4 +214,4 @@ class Console:
             text += f"  │ {name} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
         speed = f"{m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
         text += f"  │ {speed}, {m['data_wait']:.0%} waiting for data"
-        self._print_progress(escape(text) + ("  [bold green]best[/]" if event.is_best else ""))
+        self._print_progress(_shown(text) + ("  [bold green]best[/]" if event.is_best else ""))

@@ -21,6 +21,9 @@ SPARE_BYTES: Final = 64 * 1024**2  # kept free for the rest of the system
 LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # EFBIG: a limit on file sizes
 
+# Text that a spreadsheet would run as a formula; a number with its sign is none.
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?\Z)")
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -45,6 +48,11 @@ def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
         file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
         sync(file.fileno())
     rename(temporary, path)
+
+
+def csv_row(row: Iterable[object]) -> list[object]:
+    """The cells of a row of CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    return [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in row]
 
 
 def sync(descriptor: int) -> None:

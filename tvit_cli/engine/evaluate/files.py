@@ -14,6 +14,7 @@ from typing import Any
 from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, RunError, plural
+from tvit_cli.files import csv_row
 from tvit_cli.report.evaluation import write_evaluation_report
 from tvit_cli.report.html import Context
 from tvit_cli.results import EvalResult, Note, Report
@@ -57,7 +58,7 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
             ("confusion.csv", ("label", *labels), confusion),
         ):
             with (result.output / name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows((header, *rows))
+                csv.writer(file).writerows(map(csv_row, (header, *rows)))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -34,7 +34,7 @@ from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, VideoError
-from tvit_cli.files import Location
+from tvit_cli.files import Location, csv_row
 from tvit_cli.portable.reading import CENTRE, segment_indices
 from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
 
@@ -336,11 +336,11 @@ def write_timeline(folder: Path, timeline: Timeline) -> None:
         drawn.write_bytes(picture)
         with written.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["start", "end", "label", *timeline.labels])
+            writer.writerow(csv_row(["start", "end", "label", *timeline.labels]))
             for start, row in zip(timeline.starts(), timeline.scores, strict=True):
                 times = (f"{time:.3f}" for time in (start, start + timeline.window))
                 best = timeline.labels[int(row.argmax())]
-                writer.writerow([*times, best, *(f"{value:.6f}" for value in row)])
+                writer.writerow(csv_row([*times, best, *(f"{value:.6f}" for value in row)]))
 
 
 def annotate(path: Path, location: Location, segments: Sequence[Segment], report: Report = silent) -> None:
