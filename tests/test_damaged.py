@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import tiny
+from loopback import serving
 from videos import set_matrix
 
 import tvit_cli
@@ -280,3 +281,42 @@ def test_the_gap_of_the_fault_files_makes_no_windows(real_data, model):
     path = real_data / "faults" / "gap_in_timestamps.flv"
     timeline = load_model(model, device="cpu").timeline(path, window=0.2, stride=0.1)
     assert timeline.seconds == pytest.approx(18 / 25, abs=0.01) and len(timeline.scores) == 6
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A video of some hundred kilobytes: more than FFmpeg reads to open it."""
+    path = tmp_path_factory.mktemp("noise") / "noise.avi"
+    write_video(path, np.random.default_rng(0).integers(0, 256, (40, 96, 128, 3)).astype(np.uint8))
+    assert path.stat().st_size > 400_000
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("sent", [3_000, 300_000])
+def test_a_url_that_stalls_is_an_error_and_gives_no_label(noise, sent, monkeypatch):
+    monkeypatch.setattr(video, "URL_TIMEOUT", 1.0)
+    with serving() as server:
+        url = server.add("/a.avi", noise, chunk=sent, seconds_per_chunk=5.0)
+        for read in (lambda: read_clip(url, lambda count: [0]), lambda: list(iter_frames(url))):
+            with pytest.raises(VideoError, match=r"a\.avi: no answer within 1 s.*Try again, or download"):
+                read()
+
+
+def test_a_url_that_breaks_off_is_an_error_and_gives_no_label(noise):
+    with serving() as server:
+        url = server.add("/a.avi", noise, cut_after=300_000)
+        with pytest.raises(VideoError, match=r"a\.avi: the connection broke off after .* kB.*Try again"):
+            read_clip(url, lambda count: [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "said"),
+    [("URL_BYTES", 300_000, "sends more than 300 kB"), ("URL_SECONDS", 0.0, "takes more than 0 min")],
+)
+def test_an_endless_url_is_an_error_and_no_full_memory(noise, name, limit, said, monkeypatch):
+    monkeypatch.setattr(video, name, limit)
+    with serving() as server:
+        url = server.add("/a.avi", noise, no_length=True)
+        for read in (lambda: read_clip(url, lambda count: [0]), lambda: list(iter_frames(url))):
+            with pytest.raises(VideoError, match=rf"a\.avi: {said}.*without an end\? Save a part"):
+                read()

@@ -6,6 +6,7 @@ Every error of FFmpeg and PyAV becomes a VideoError that names the file. Letters
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
-from tvit_cli.errors import TvitError, VideoError
+from tvit_cli.errors import TvitError, VideoError, size_text
 from tvit_cli.files import Location
 from tvit_cli.portable.reading import (
     MOST_PIXELS,
@@ -42,9 +43,14 @@ T = TypeVar("T")
 
 # Protocols that a URL may lead to, such as by a playlist: the network, never local files.
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
-URL_TIMEOUT = 30.0  # seconds
+URL_TIMEOUT = 30.0  # seconds without an answer
+URL_SECONDS = 1800.0  # of waiting for one URL
+URL_BYTES = 1 << 30  # of a URL whose server states no larger size
 ASSUMED_RATE = 25.0  # frames per second, of files without any usable time
 MOST_SHOWN = 10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold
+
+_LOST = "Try again, or download the video first."
+_ENDLESS = "Is it a stream without an end? Save a part of it to a file first."
 
 # On damaged files PyAV itself raises IndexError (a late stream), UnicodeDecodeError (names) and OverflowError.
 DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
@@ -184,7 +190,10 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
         url, protocols, timeout = file_url(path), "file", None
     options: dict[str, Any] = {"metadata_errors": "ignore", "options": {"protocol_whitelist": protocols}}
     try:
+        began = time.monotonic()
         with av.open(url, timeout=timeout, **options) as container:
+            if timeout is not None and time.monotonic() - began >= timeout:
+                raise VideoError(f"{path}: no answer within {timeout:.0f} s. {_LOST}")
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = 1  # parallelism is between videos
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
@@ -193,7 +202,7 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
     except (TvitError, AssertionError):
         raise
     except av.ExitError as error:
-        raise VideoError(f"{path}: no answer within {URL_TIMEOUT:.0f} s.") from error
+        raise VideoError(f"{path}: no answer within {URL_TIMEOUT:.0f} s. {_LOST}") from error
     except av.FFmpegError as error:
         if kind := _unreadable_kind(path):
             raise VideoError(f"{path}: {kind}") from error
@@ -249,14 +258,52 @@ def demux(path: Location, container: InputContainer, stream: VideoStream) -> Ite
 
     Packets of a stream that appears late are skipped; PyAV raises an IndexError for it at the end of the file.
     """
+    packets: Iterator[Packet] = container.demux(stream)
+    if isinstance(path, str):
+        packets = _within_bounds(path, container.size, packets)
     try:
-        for packet in container.demux(stream):
+        for packet in packets:
             # An encrypted frame may decode as noise without an error.
             if packet.has_sidedata("encryption_info"):
                 raise VideoError(f"{path}: the video is encrypted (Common Encryption) and cannot be decoded.")
             yield packet
     except DAMAGED:
         yield None
+
+
+def _within_bounds(url: str, size: int, packets: Iterator[Packet]) -> Iterator[Packet]:
+    """Packets of a URL. Raises VideoError for a lost connection, and beyond the bounds in bytes and time.
+
+    FFmpeg often takes a connection that stalls for the end of the video, so the time of each packet tells.
+    """
+    received, limit, waited = 0, max(URL_BYTES, size), 0.0
+    while True:
+        began = time.monotonic()
+        packet: Packet = None
+        failure: Exception | None = None
+        problem = ""
+        try:
+            packet = next(packets, None)
+        except DAMAGED as error:
+            failure = error
+        seconds = time.monotonic() - began
+        waited += seconds
+        received += 0 if packet is None else packet.size
+        if seconds >= URL_TIMEOUT or isinstance(failure, av.ExitError):
+            problem = f"no answer within {URL_TIMEOUT:.0f} s after {size_text(received)}. {_LOST}"
+        elif isinstance(failure, OSError):
+            problem = f"the connection broke off after {size_text(received)} ({failure.strerror}). {_LOST}"
+        elif received > limit:
+            problem = f"sends more than {size_text(limit)}. {_ENDLESS}"
+        elif waited > URL_SECONDS:
+            problem = f"takes more than {URL_SECONDS / 60:.0f} min to read. {_ENDLESS}"
+        if problem:
+            raise VideoError(f"{url}: {problem}") from failure
+        if failure is not None:
+            raise failure
+        if packet is None:
+            return
+        yield packet
 
 
 def _decode(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
