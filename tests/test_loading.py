@@ -1,6 +1,7 @@
 """Prefetch of batches by threads and processes."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -126,8 +127,30 @@ class Dying(ClipDataset):
 def test_a_process_that_dies_is_an_error_that_says_how_to_go_on(videos):
     data = Dying(videos, LABELS, n_frames=2, short_side=24, seed=0, training=True)
     died = r"process that decodes videos died.*--resume-from-checkpoint latest"
-    with pytest.raises(RunError, match=died), worker_errors():
+    with pytest.raises(RunError, match=died), worker_errors(resumes=True):
         list(load_batches(data, KEYS, workers=1))
+
+
+class Crashing(ClipDataset):
+    """Its third video crashes the decoder."""
+
+    def __getitem__(self, key: Any) -> ClipItem:
+        if key[1] == 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__getitem__(key)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_video_that_crashes_its_decoder_is_unreadable_alone(videos):
+    keys = [[(0, 0), (0, 1)], [(0, 3), (0, 2)], [(0, 1)], [(1, 0)], [(1, 3)], [(1, 1), (1, 3)]]
+    alone = list(load_batches(dataset(videos), keys, workers=0))
+    data = Crashing(videos, LABELS, n_frames=8, short_side=24, seed=0, training=True)
+    together = list(load_batches(data, keys, workers=1, survives=True))
+    assert [batch.indices.tolist() for batch in together] == [[index for _, index in key] for key in keys]
+    assert all(same(a, b) for n, (a, b) in enumerate(zip(alone, together, strict=True)) if n != 1)
+    assert torch.equal(together[1].clips[0], alone[1].clips[0]) and together[1].weights.tolist() == [1, 0]
+    ((index, reason),) = [error for batch in together for error in batch.errors]
+    assert index == 2 and "decodes it died (Segmentation fault)" in reason
 
 
 def test_batches_become_files_where_shared_memory_is_little(videos, monkeypatch, tmp_path):
@@ -233,6 +256,28 @@ def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
         cli.run(words[verb])
     errors = " ".join(capsys.readouterr().err.split())
     assert ended.value.code == 1 and "decodes videos failed" in errors and "--shm-size" in errors
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_one_crash_of_a_decoder_loses_no_other_result(words, verb, monkeypatch, capsys):
+    main, really = os.getpid(), clips.read_clip
+    card = json.loads((Path(words["eval"][2]) / "model" / "card.json").read_text())
+    crashes = f"v_Red_{card['held_out']['val'][0]}_c01.avi"
+
+    def crash(path, *arguments, **keywords):
+        if path.name == crashes and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return really(path, *arguments, **keywords)
+
+    monkeypatch.setattr(clips, "read_clip", crash)
+    monkeypatch.setattr("tvit_cli.engine.predict.default_worker_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        cli.run([*words[verb], *(["--subset", "val"] if verb == "eval" else ["--csv"])])
+    shown = capsys.readouterr()
+    errors = " ".join(shown.err.split())
+    assert f"{crashes}: the process that decodes it died (Segmentation fault)" in errors
+    assert "resume" not in errors and "Blue" in shown.out and "Green" in shown.out
 
 
 HANG = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing.queues
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -14,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -120,10 +121,7 @@ class ClipDataset(Dataset[ClipItem]):
         try:
             clip = self._read(epoch, index)
         except VideoError as error:
-            size = self.n_frames * self.clips_per_video, 3, self.short_side, self.short_side
-            black = torch.zeros(size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-            reason = str(error).removeprefix(f"{video.url or video.path}: ")
-            return ClipItem(black, label, epoch, index, 0.0, reason)
+            return self.unreadable(key, str(error).removeprefix(f"{video.url or video.path}: "))
         self._frame_counts[index] = clip.frame_count
         frames = torch.from_numpy(clip.frames)  # (T * clips, H, W, C): by segment, then by clip
         if self.clips_per_video > 1:
@@ -133,6 +131,13 @@ class ClipDataset(Dataset[ClipItem]):
             frames = frames.view(-1, self.n_frames, *frames.shape[1:])[:, order].flatten(0, 1)
         # (clips * T, C, H, W)
         return ClipItem(frames.permute(0, 3, 1, 2), label, epoch, index, 1.0, "", clip.note)
+
+    def unreadable(self, key: Key, reason: str) -> ClipItem:
+        """Black frames of weight 0 for a video that cannot be read."""
+        epoch, index = key
+        size = self.n_frames * self.clips_per_video, 3, self.short_side, self.short_side
+        black = torch.zeros(size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        return ClipItem(black, self._numbers[self.videos[index].label], epoch, index, 0.0, reason)
 
     def _read(self, epoch: int, index: int) -> Clip[Frames]:
         if self.training:
@@ -165,18 +170,26 @@ def collate(items: Sequence[ClipItem]) -> ClipBatch:
 
 
 def load_batches(
-    dataset: ClipDataset, batches: Iterable[Sequence[Key]], *, workers: int, pin_memory: bool = False
+    dataset: ClipDataset,
+    batches: Iterable[Sequence[Key]],
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    survives: bool = False,
 ) -> Generator[ClipBatch, None, None]:
     """Clips by their keys, batch by batch, in order; 0 workers read on demand in this process.
 
-    The clips do not depend on the number of workers. See Note [Threads for frame stores].
+    The clips do not depend on the number of workers. See Note [Threads for frame stores]. With `survives`, a video
+    whose process dies is unreadable; else the death is an error.
 
     Raises DataError if a frame store cannot be read; see `worker_errors` for processes that die.
     """
     global _is_waiting
     made = (_read(dataset, pin_memory, keys) for keys in batches)
     if workers:
-        start = _by_processes if dataset.store is None else _by_threads
+        start = _by_threads
+        if dataset.store is None:
+            start = _by_surviving_processes if survives else _by_processes
         made = start(dataset, batches, workers, pin_memory)
     with closing(made):
         while True:
@@ -196,10 +209,11 @@ def is_waiting() -> bool:
 
 
 @contextmanager
-def worker_errors() -> Iterator[None]:
+def worker_errors(*, resumes: bool = False) -> Iterator[None]:
     """Turns the death or failure of a decoding process within the block, or function, into a RunError.
 
-    torch raises a death when its signal arrives, anywhere in the main process.
+    `resumes`: the command can resume from a checkpoint. torch raises a death when its signal arrives, anywhere
+    in the main process.
     """
     try:
         yield
@@ -214,8 +228,8 @@ def worker_errors() -> Iterator[None]:
         raise RunError(
             f"A process that decodes videos {'failed' if failed else 'died'}: {reason.rstrip('.')}. "
             "If memory or shared memory ran out: fewer --num-workers (0 decodes in this process), a frame store "
-            "(tvit extract), or in a container more shared memory (docker run --shm-size 2g). "
-            "A training resumes from its last checkpoint with --resume-from-checkpoint latest."
+            "(tvit extract), or in a container more shared memory (docker run --shm-size 2g)."
+            f"{' A training resumes from its last checkpoint with --resume-from-checkpoint latest.' * resumes}"
         ) from error
 
 
@@ -243,8 +257,65 @@ def _by_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _by_processes(
+def _by_surviving_processes(
     dataset: ClipDataset, batches: Iterable[Sequence[Key]], workers: int, pin_memory: bool
+) -> Generator[ClipBatch, None, None]:
+    """`_by_processes`; if one dies, the videos of the batches begun are read by a process each."""
+    left = iter(batches)
+    begun: deque[Sequence[Key]] = deque()
+
+    def drawn() -> Iterator[Sequence[Key]]:
+        for keys in left:
+            begun.append(keys)
+            yield keys
+
+    while True:
+        try:
+            with closing(_by_processes(dataset, drawn(), workers, pin_memory, survives=True)) as made:
+                for batch in made:
+                    begun.popleft()
+                    yield batch
+            return
+        except RuntimeError as error:
+            if not begun or not _is_death(error):
+                raise
+        while begun:
+            batch = _join([_read_apart(dataset, key) for key in begun.popleft()])
+            yield batch.pin_memory() if pin_memory else batch
+
+
+def _is_death(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader worker")
+
+
+def _read_apart(dataset: ClipDataset, key: Key) -> ClipBatch:
+    """One clip, read by a process of its own; if that dies, its video is unreadable."""
+    try:
+        with closing(_by_processes(dataset, [[key]], 1, pin_memory=False)) as made:
+            return next(made)
+    except RuntimeError as error:
+        if not _is_death(error):
+            raise
+        found = re.search(r"signal: ([^.]+)", str(error))
+        reason = f"the process that decodes it died{f' ({found[1]})' if found else ''}"
+        text = f"{reason}. The file may be damaged, or the memory ran out."
+        return collate([dataset.unreadable(key, text)])
+
+
+def _join(batches: Sequence[ClipBatch]) -> ClipBatch:
+    names = ("labels", "epochs", "indices", "weights")
+    columns = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    clips, errors = [c for b in batches for c in b.clips], [e for b in batches for e in b.errors]
+    return ClipBatch(clips=clips, errors=errors, **columns)
+
+
+def _by_processes(
+    dataset: ClipDataset,
+    batches: Iterable[Sequence[Key]],
+    workers: int,
+    pin_memory: bool,
+    *,
+    survives: bool = False,
 ) -> Generator[ClipBatch, None, None]:
     folder = Path(tempfile.mkdtemp(prefix="tvit-"))
     loader: DataLoader[ClipItem] = DataLoader(
@@ -260,8 +331,9 @@ def _by_processes(
     try:
         with _later_interrupt():
             iterator = iter(loader)
-        for batch in iterator:
-            yield batch.load() if isinstance(batch, _BatchFile) else batch
+        with _unsignalled_deaths() if survives else nullcontext():  # torch then notices a death within seconds
+            for batch in iterator:
+                yield batch.load() if isinstance(batch, _BatchFile) else batch
     finally:
         if iterator is not None:
             _end_workers(iterator)
@@ -346,8 +418,6 @@ def _begin_worker(worker: int) -> None:
 def _end_workers(iterator: Any) -> None:
     """Ends the processes of a DataLoader's iterator, and kills the rest after a time: they ignore SIGTERM."""
     workers = list(getattr(iterator, "_workers", ()))
-    is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None  # else torch raises their end
 
     def kill() -> None:
         for worker in workers:
@@ -356,10 +426,21 @@ def _end_workers(iterator: Any) -> None:
     timer = threading.Timer(_SECONDS_TO_END, kill)
     timer.daemon = True
     timer.start()
+    with _unsignalled_deaths():
+        try:
+            iterator._shutdown_workers()
+        finally:
+            timer.cancel()
+            kill()
+
+
+@contextmanager
+def _unsignalled_deaths() -> Iterator[None]:
+    """Keeps torch from raising the end of a worker in the code that runs in the main thread."""
+    is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None
     try:
-        iterator._shutdown_workers()
+        yield
     finally:
-        timer.cancel()
-        kill()
         if is_main:
             signal.signal(signal.SIGCHLD, before)

@@ -134,7 +134,8 @@ def score(
     total, done = sum(map(len, own)), 0
     device, pre = group.device, clips.preprocessing
     pin_memory = device.type == "cuda"
-    loaded = load_batches(clips.dataset, own, workers=min(workers, len(own)), pin_memory=pin_memory)
+    workers = min(workers, len(own))
+    loaded = load_batches(clips.dataset, own, workers=workers, pin_memory=pin_memory, survives=True)
     was_training = model.training
     model.eval()
     parts: list[Scores] = []

@@ -42,7 +42,7 @@ from tvit_cli.results import EpochDone, Note, StepDone
 RECORDS_PER_EPOCH = 20  # of kind "step" in metrics.jsonl
 
 
-@worker_errors()
+@worker_errors(resumes=True)
 def fit(loop: Loop) -> None:
     """Takes the remaining steps of the plan, or stops early with --patience."""
     if loop.patience_exceeded:
