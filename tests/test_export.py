@@ -340,6 +340,21 @@ def test_export_without_parity_is_not_written(trained, tmp_path, monkeypatch, ca
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
 
+def test_a_second_export_to_a_folder_leaves_the_first_whole(trained, tmp_path, monkeypatch):
+    output, form = tmp_path / "plain", engine.FORMATS["safetensors"]
+
+    def write_meanwhile(job, folder):
+        monkeypatch.setitem(engine.FORMATS, "safetensors", form)
+        with pytest.raises(RunError, match=r"plain: another export is writing this folder\. Wait"):
+            export(trained, output)
+        form.write(job, folder)
+
+    meanwhile = dataclasses.replace(form, write=write_meanwhile)
+    monkeypatch.setitem(engine.FORMATS, "safetensors", meanwhile)
+    export(trained, output)
+    assert (output / "parity.json").is_file() and [p.name for p in tmp_path.iterdir()] == ["plain"]
+
+
 @pytest.mark.parametrize("where", ["the clips", "the proof", "the writing"])
 def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(where, trained, tmp_path, monkeypatch):
     def fails(*arguments, **keywords):

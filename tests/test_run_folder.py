@@ -1,6 +1,7 @@
 """Run folders: names, locks, overwriting and old checkpoints."""
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import settings
 
-from tvit_cli.engine.train import run_folder
+from tvit_cli.engine.train import run_folder, set_up
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.run_folder import next_name, run_lock
 from tvit_cli.errors import RunError, SettingsError
@@ -37,6 +38,20 @@ def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained, tm
         SettingsError, match=r"is finished\. Take another name .*or replace it with --overwrite"
     ):
         trained(experiment_name="colours-2")
+
+
+def test_unnamed_trainings_at_once_take_the_next_free_names(trained, tmp_path, monkeypatch):
+    def overtaken(*arguments, **keywords):
+        loop = set_up(*arguments, **keywords)
+        for number in (1, 2):
+            (tmp_path / f"colours-{number}").mkdir()
+        return loop
+
+    monkeypatch.setattr("tvit_cli.engine.train.set_up", overtaken)
+    result = trained(epochs=1)
+    assert result.run.name == "colours-3" and (result.run / "metrics.jsonl").is_file()
+    assert json.loads((result.run / "settings.json").read_text())["experiment_name"] == "colours-3"
+    assert not any((tmp_path / "colours-1").iterdir())
 
 
 def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, tmp_path):

@@ -91,11 +91,11 @@ def sha256(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
 
 
 @contextmanager
-def file_lock(lock: Path, busy: str, *, inherited: bool = True) -> Iterator[bool]:
+def file_lock(lock: Path, busy: str, *, inherited: bool = True, stays: bool = True) -> Iterator[bool]:
     """Holds a lock file until the block or the process ends; yields whether the file system has locks.
 
     Forked processes hold an `inherited` lock, too; the other kind belongs to this process alone. The empty file
-    stays: removing it would let a third process lock a file that a second one waits for.
+    stays, or is removed at the end; one that was removed meanwhile counts as held by another process.
 
     Raises RunError with the text `busy` if another process holds the lock, or if the file cannot be made.
     """
@@ -107,7 +107,14 @@ def file_lock(lock: Path, busy: str, *, inherited: bool = True) -> Iterator[bool
             if error.errno not in LOCKLESS:
                 raise RunError(busy) from error
             has_locks = False
-        yield has_locks
+        if os.fstat(file.fileno()).st_nlink == 0:  # removed since it was opened
+            raise RunError(busy)
+        try:
+            yield has_locks
+        finally:
+            if not stays:
+                with suppress(OSError):
+                    lock.unlink()
 
 
 def _open_lock(lock: Path) -> BinaryIO:

@@ -17,7 +17,7 @@ from tvit_cli.engine.export.model_card import README_FILE, readme
 from tvit_cli.engine.export.parity import Parity, check_parity, reference
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError, shorten
-from tvit_cli.files import files_below, foreign_files, sha256, write_json
+from tvit_cli.files import file_lock, files_below, foreign_files, sha256, write_json
 from tvit_cli.model.folder import PARITY_FILE, own_files, replace_folder
 from tvit_cli.results import Note, Report, silent
 from tvit_cli.settings.export import ExportFormat, ExportSettings
@@ -47,7 +47,8 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     """Writes a model folder in another format, whole or not at all, after a parity check on clips.
 
     Raises ModelError for the model or a missing package, SettingsError where another file is in the way,
-    RunError when the parity check fails (nothing is written then), the disk is full, or the hub refuses.
+    RunError when the parity check fails (nothing is written then), the disk is full, the hub refuses, or another
+    export is writing the folder.
     """
     trained = open_trained(
         settings.model, working_directory=settings.working_directory, device=torch.device("cpu"), verify=True
@@ -58,10 +59,20 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     job = Job(trained, settings, report)
     output = settings.output or trained.run / "export" / settings.format
     _check_output(output, settings)
-    form = FORMATS[settings.format]
-    form.check(job)
+    FORMATS[settings.format].check(job)
     if settings.push_to_hub is not None:
         check_login()
+    busy = f"{output}: another export is writing this folder. Wait for it to end, or name another --output."
+    with file_lock(output.parent / f".{output.name}.lock", busy, stays=False):
+        _check_output(output, settings)  # another export may have ended meanwhile
+        parity, url = _write(job, output)
+    size = sum((output / name).stat().st_size for name in files_below(output))
+    return ExportResult(output, size, parity, url)
+
+
+def _write(job: Job, output: Path) -> tuple[Parity, str | None]:
+    """Writes and checks an export, and uploads it with --push-to-hub; returns its parity and its address."""
+    settings, form = job.settings, FORMATS[job.settings.format]
     with reference(job) as expected:
         try:
             with replace_folder(output) as folder:
@@ -72,7 +83,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
                     **settings.model_dump(include={"format", "with_preprocessing", "int8"}),
                     **asdict(parity),
                     "passed": parity.passed,
-                    "weights_sha256": trained.card.weights_sha256,
+                    "weights_sha256": job.trained.card.weights_sha256,
                     "tvit": tvit_cli.__version__,
                     "python": platform.python_version(),
                     "machine": platform.machine(),
@@ -86,10 +97,9 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
             ) from error
     url = None
     if settings.push_to_hub is not None:
-        report(Note(f"Uploading to {settings.push_to_hub}"))
+        job.report(Note(f"Uploading to {settings.push_to_hub}"))
         url = publish(output, settings.push_to_hub, private=settings.private)
-    size = sum((output / name).stat().st_size for name in files_below(output))
-    return ExportResult(output, size, parity, url)
+    return parity, url
 
 
 def _check_output(output: Path, settings: ExportSettings) -> None:

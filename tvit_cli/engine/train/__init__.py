@@ -37,7 +37,7 @@ from tvit_cli.engine.train.memory import (
     reuse_batch_settings,
 )
 from tvit_cli.engine.train.optim import adamw, parameter_groups
-from tvit_cli.engine.train.run_folder import Run, choose_run, run_lock, write_settings
+from tvit_cli.engine.train.run_folder import Run, choose_run, claim, run_lock, write_settings
 from tvit_cli.engine.train.state import Loop, WeightAverage, standardise_features
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural
@@ -66,6 +66,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     ):
         release_memory()  # of the model of an earlier run of a series
         loop = set_up(settings, report)
+        _claim_name(loop)
         with run_lock(loop.run) if loop.accelerator.is_main_process else nullcontext(False) as is_alone:
             _open_run(loop, is_alone=is_alone)
             try:
@@ -195,6 +196,16 @@ def _make_loop(
         class_weights=torch.tensor(weights, dtype=torch.float32, device=accelerator.device),
         tally=Tally.zeros(accelerator.device),
     )
+
+
+def _claim_name(loop: Loop) -> None:
+    """Gives an unnamed run the next free name if another training has taken its own during the set-up."""
+    is_main = loop.accelerator.is_main_process
+    run: Run = broadcast_object_list([claim(loop.run, loop.settings) if is_main else None])[0]
+    if run != loop.run:
+        loop.report(Note(f"Run: {run.folder}, because another training has just taken {loop.run.folder.name}"))
+        loop.run = run
+        loop.trackers = Trackers(run.folder if is_main else None)
 
 
 def _open_run(loop: Loop, *, is_alone: bool) -> None:

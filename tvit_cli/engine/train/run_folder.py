@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tvit_cli.engine.dataset import data_name, find_data
@@ -31,6 +31,7 @@ _OWN_FILES = rf"""(?x)
     |tensorboard/(.+/)?events\.out\.[^/]+
     |{_PAGE}
     |CHECKPOINTS/\.?step-\d{{6,}}(\.writing|\.removing)?/({CHECKPOINT_FILES.pattern})
+    |export/\.[^/]+\.lock
     |(model|\.model\.writing/(new|old))/(card\.json|model\.safetensors)
     |eval/(.+/)?((metrics|comparison|summary)\.json|(scores|confusion)\.csv|{_PAGE})"""
 
@@ -73,6 +74,25 @@ def choose_run(settings: TrainSettings) -> Run:
         reason = f"{folder} is finished" if is_finished else f"{checkpoints} holds no checkpoint"
         raise SettingsError(f"--experiment-name {name}: {reason}. {choices_beside(folder)}")
     return Run(folder, checkpoints, found[-1])
+
+
+def claim(run: Run, settings: TrainSettings) -> Run:
+    """The run, or with the next free name if another unnamed training has just taken its folder.
+
+    Makes the folder of an unnamed run.
+    """
+    if run.resume_from is not None or settings.experiment_name is not None:
+        return run
+    while True:
+        try:
+            run.folder.mkdir(parents=True)
+        except FileExistsError:
+            folder = settings.working_directory / experiment_name(settings)
+            run = replace(run, folder=folder, checkpoints=folder / settings.checkpoint_dir)
+        except OSError:
+            return run  # `run_lock` names the reason
+        else:
+            return run
 
 
 def choices_beside(*folders: Path) -> str:
