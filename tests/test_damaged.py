@@ -292,13 +292,16 @@ def noise(tmp_path_factory):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("sent", [3_000, 300_000])
-def test_a_url_that_stalls_is_an_error_and_gives_no_label(noise, sent, monkeypatch):
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [(3_000, "cannot be fetched"), (300_000, "no answer within 1 s.*Try again, or download")],
+)
+def test_a_url_that_stalls_is_an_error_and_gives_no_label(noise, sent, said, monkeypatch):
     monkeypatch.setattr(video, "URL_TIMEOUT", 1.0)
     with serving() as server:
         url = server.add("/a.avi", noise, chunk=sent, seconds_per_chunk=5.0)
         for read in (lambda: read_clip(url, lambda count: [0]), lambda: list(iter_frames(url))):
-            with pytest.raises(VideoError, match=r"a\.avi: no answer within 1 s.*Try again, or download"):
+            with pytest.raises(VideoError, match=rf"a\.avi: .*{said}"):
                 read()
 
 
@@ -316,7 +319,7 @@ def test_a_url_that_breaks_off_is_an_error_and_gives_no_label(noise):
 def test_an_endless_url_is_an_error_and_no_full_memory(noise, name, limit, said, monkeypatch):
     monkeypatch.setattr(video, name, limit)
     with serving() as server:
-        url = server.add("/a.avi", noise, no_length=True)
+        url = server.add("/a.avi", noise, no_length=True, ranges=False)
         for read in (lambda: read_clip(url, lambda count: [0]), lambda: list(iter_frames(url))):
             with pytest.raises(VideoError, match=rf"a\.avi: {said}.*without an end\? Save a part"):
                 read()

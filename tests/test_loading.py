@@ -150,7 +150,7 @@ def test_a_video_that_crashes_its_decoder_is_unreadable_alone(videos):
     assert all(same(a, b) for n, (a, b) in enumerate(zip(alone, together, strict=True)) if n != 1)
     assert torch.equal(together[1].clips[0], alone[1].clips[0]) and together[1].weights.tolist() == [1, 0]
     ((index, reason),) = [error for batch in together for error in batch.errors]
-    assert index == 2 and "decodes it died (Segmentation fault)" in reason
+    assert index == 2 and "decodes it died." in reason
 
 
 def test_batches_become_files_where_shared_memory_is_little(videos, monkeypatch, tmp_path):
@@ -263,7 +263,7 @@ def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
 def test_one_crash_of_a_decoder_loses_no_other_result(words, verb, monkeypatch, capsys):
     main, really = os.getpid(), clips.read_clip
     card = json.loads((Path(words["eval"][2]) / "model" / "card.json").read_text())
-    crashes = f"v_Red_{card['held_out']['val'][0]}_c01.avi"
+    crashes = f"v_Red_g{card['held_out']['val'][0]}_c01.avi"
 
     def crash(path, *arguments, **keywords):
         if path.name == crashes and os.getpid() != main:
@@ -276,7 +276,7 @@ def test_one_crash_of_a_decoder_loses_no_other_result(words, verb, monkeypatch, 
         cli.run([*words[verb], *(["--subset", "val"] if verb == "eval" else ["--csv"])])
     shown = capsys.readouterr()
     errors = " ".join(shown.err.split())
-    assert f"{crashes}: the process that decodes it died (Segmentation fault)" in errors
+    assert f"{crashes}: the process that decodes it died." in errors
     assert "resume" not in errors and "Blue" in shown.out and "Green" in shown.out
 
 

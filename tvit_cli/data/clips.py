@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing.queues
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -296,9 +295,7 @@ def _read_apart(dataset: ClipDataset, key: Key) -> ClipBatch:
     except RuntimeError as error:
         if not _is_death(error):
             raise
-        found = re.search(r"signal: ([^.]+)", str(error))
-        reason = f"the process that decodes it died{f' ({found[1]})' if found else ''}"
-        text = f"{reason}. The file may be damaged, or the memory ran out."
+        text = "the process that decodes it died. The file may be damaged, or the memory ran out."
         return collate([dataset.unreadable(key, text)])
 
 
@@ -331,7 +328,8 @@ def _by_processes(
     try:
         with _later_interrupt():
             iterator = iter(loader)
-        with _unsignalled_deaths() if survives else nullcontext():  # torch then notices a death within seconds
+        # Without the signal, torch notices a death within seconds, while it waits for a batch.
+        with _unsignalled_deaths() if survives else nullcontext():
             for batch in iterator:
                 yield batch.load() if isinstance(batch, _BatchFile) else batch
     finally:

@@ -264,7 +264,7 @@ def demux(path: Location, container: InputContainer, stream: VideoStream) -> Ite
     try:
         for packet in packets:
             # An encrypted frame may decode as noise without an error.
-            if packet.has_sidedata("encryption_info"):
+            if packet is not None and packet.has_sidedata("encryption_info"):
                 raise VideoError(f"{path}: the video is encrypted (Common Encryption) and cannot be decoded.")
             yield packet
     except DAMAGED:

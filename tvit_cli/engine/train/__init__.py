@@ -203,7 +203,7 @@ def _claim_name(loop: Loop) -> None:
     is_main = loop.accelerator.is_main_process
     run: Run = broadcast_object_list([claim(loop.run, loop.settings) if is_main else None])[0]
     if run != loop.run:
-        loop.report(Note(f"Run: {run.folder}, because another training has just taken {loop.run.folder.name}"))
+        loop.report(Note(f"Run: {run.folder}; another training has just taken {loop.run.folder.name}"))
         loop.run = run
         loop.trackers = Trackers(run.folder if is_main else None)
 
