@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tvit_cli.data import layout as layout_module
 from tvit_cli.data.layout import match_labels, read_layout
 from tvit_cli.engine.dataset import check_videos, find_data
 from tvit_cli.errors import DataError
@@ -36,6 +37,13 @@ def ucf101(root, *, groups=25, clips=2, classes=("Archery", "Bowling")):
 
 def groups_of(layout, subset):
     return sorted({str(video.group) for video in layout.subset(subset)})
+
+
+def test_group_pattern_that_would_never_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout_module, "MOST_SECONDS", 1.0)
+    place(tmp_path, {"walk": ["a" * 60 + "!.avi"], "run": ["b.avi"]})
+    with pytest.raises(DataError, match=r'--group-pattern "\(a\+\)\+\$": matching 2 file names takes more'):
+        read(tmp_path, pattern="(a+)+$")
 
 
 # Folders

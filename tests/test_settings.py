@@ -1,5 +1,7 @@
 """Settings: layers, bounds and error messages."""
 
+import os
+
 import pytest
 
 from tvit_cli.errors import SettingsError
@@ -181,6 +183,33 @@ def test_a_config_file_that_is_no_table_is_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(SettingsError, match=words):
         read(config=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.json", "[" * 100_000, "is not JSON"),
+        ("c.toml", "a = " + "[" * 100_000, "is not TOML"),
+        ("c.toml", "#" * (2**20 + 1), r"1,048,577 bytes, more than the 1,048,576 of a config file"),
+    ],
+    ids=["deep JSON", "deep TOML", "large TOML"],
+)
+def test_config_files_too_deep_or_too_large_are_refused(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        read(config=tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_as_config_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "c.toml")
+    with pytest.raises(SettingsError, match="is no regular file"):
+        read(config=tmp_path / "c.toml")
+
+
+def test_a_group_pattern_nested_too_deep_is_no_regular_expression():
+    with pytest.raises(SettingsError, match=r"--group-pattern: .*it is not a regular expression"):
+        read(flags={"group_pattern": "(" * 20_000 + ")" * 20_000})
 
 
 def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path):

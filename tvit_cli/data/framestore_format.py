@@ -117,7 +117,7 @@ def read_header(folder: Path) -> Header:
         raise DataError(
             f"{folder}: no frame store (no {STORE_HEADER}). Make one with `tvit extract`."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"cannot be read as a frame store's header ({type(error).__name__}: {error})"
         raise DataError(f"{path}: {reason}. Make the store again with `tvit extract --overwrite`.") from error
 

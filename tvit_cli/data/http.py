@@ -307,7 +307,7 @@ def _beside(target: Path, end: str) -> Path:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file is missing or damaged."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         value = json.loads(path.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else {}
     return {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +17,7 @@ from typing import NotRequired, TypedDict, Unpack, cast
 from tvit_cli.data.split_files import CLASS_LIST, parse_split_lists, read_manifest
 from tvit_cli.errors import DataError, shorten
 from tvit_cli.settings.base import suggestion
-from tvit_cli.settings.types import DataSettings
+from tvit_cli.settings.types import GROUP_PATTERN, DataSettings
 
 SUBSETS = ("train", "val", "test")  # in the order of a frame store's numbers
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -28,6 +30,10 @@ VIDEO_SUFFIXES = frozenset({
 # fmt: on
 AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
 _shorten = partial(shorten, most=12)
+
+# `re` has no time limit and cannot be stopped, so a pattern is tried in a process of its own.
+MOST_SECONDS = 10.0
+TRIAL = "import json, re, sys; pattern, names = json.load(sys.stdin); [re.search(pattern, n) for n in names]"
 
 STORE_HEADER, STORE_FORMAT = "store.json", "tvit frame store"
 
@@ -119,10 +125,12 @@ def is_hidden(path: Path) -> bool:
 def is_store(folder: Path) -> bool:
     """Whether a folder is a frame store, finished or not; other programs may write a store.json as well."""
     path = folder / STORE_HEADER
+    if not path.is_file():
+        return False
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return path.is_file()  # damaged: read_header raises the error
+    except (OSError, ValueError, RecursionError):
+        return True  # damaged: read_header raises the error
     return isinstance(header, dict) and header.get("format") == STORE_FORMAT
 
 
@@ -264,7 +272,9 @@ def _follow_lists(videos: list[Video], lists: Path, split: int, notes: list[str]
 
 
 def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Video]:
-    """Derives each group from the file name, unless a manifest has it."""
+    """Derives each group from the file name, unless a manifest has it. Raises DataError for a slow pattern."""
+    if pattern != GROUP_PATTERN:
+        _try_pattern(pattern, [printable(video.path.name) for video in videos if video.group is None])
     expression = re.compile(pattern)
     key = "group" if "group" in expression.groupindex else min(1, expression.groups)
     result: list[Video] = []
@@ -279,6 +289,16 @@ def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Vi
             "into val and test: give --group-pattern."
         )
     return result
+
+
+def _try_pattern(pattern: str, names: list[str]) -> None:
+    trial = partial(subprocess.run, text=True, check=False, stderr=subprocess.DEVNULL)
+    try:
+        trial([sys.executable, "-I", "-c", TRIAL], input=json.dumps([pattern, names]), timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        fault = f"matching {len(names)} file names takes more than {MOST_SECONDS:g} s"
+        advice = "Give one without nested repeats, as in (a+)+."
+        raise DataError(f'--group-pattern "{pattern}": {fault}. {advice}') from error
 
 
 def _hold_out(

@@ -143,7 +143,7 @@ def is_motions(root: Path) -> bool:
         return bool(record["version"] == VERSION) and all(
             len(list((root / subset).glob("*/*.avi"))) == count for subset, count in record["clips"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False  # no record, or another program's
 
 

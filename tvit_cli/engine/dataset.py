@@ -227,7 +227,7 @@ def unreadable_videos(
     """
     path, decoder = folder / CHECKED, f"PyAV {av.__version__}"
     cached: dict[str, list[int]] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: all videos are checked
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # no cache: all are checked
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["decoder"] == decoder:
             cached = dict(content["videos"])

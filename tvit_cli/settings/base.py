@@ -29,6 +29,7 @@ ENVIRONMENT_PREFIX = "TVIT_"
 # Variables with the prefix that are not settings: the traceback switch, and the test suite's data folder.
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
 PYTHON_NAMES = {"batch_size": "per_gpu_batch_size"}  # arguments of the Python API with shorter names
+MOST_BYTES = 2**20  # of a config file
 PRESETS = resources.files("tvit_cli.settings") / "presets"
 # Names of other programs and the settings of the same meaning; a verb suggests those that it has.
 SYNONYMS = {
@@ -298,6 +299,11 @@ def _read_preset(name: str) -> _Layer:
 
 def _read_config(path: Path) -> _Layer:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise SettingsError(f"--config {path}: is no regular file. Name a TOML or JSON file.")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            limit = f"{size:,} bytes, more than the {MOST_BYTES:,} of a config file"
+            raise SettingsError(f"--config {path}: {limit}. Name a smaller one.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SettingsError(f"--config {path}: no such file.") from None
@@ -305,7 +311,7 @@ def _read_config(path: Path) -> _Layer:
         raise SettingsError(f"--config {path}: cannot be read ({error}).") from error
     try:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: nested too deep
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SettingsError(f"--config {path}: is not {kind}: {error}.") from error
     if not isinstance(values, dict):

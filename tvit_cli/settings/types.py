@@ -39,7 +39,7 @@ def _pairs(value: Any) -> Any:
 def _compiles(value: str) -> str:
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"it is not a regular expression: {error}") from error
     return value
 

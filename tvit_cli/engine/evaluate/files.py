@@ -84,7 +84,7 @@ def read_metrics(output: Path) -> dict[str, float]:
     try:
         metrics = json.loads(path.read_text("utf-8"))["metrics"]
         return {str(name): float(value) for name, value in metrics.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: no metrics can be read ({type(error).__name__}: {error}). "
             f"Run the evaluation again, or remove {output}."

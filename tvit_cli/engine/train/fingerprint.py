@@ -74,7 +74,7 @@ def check_finished_settings(folder: Path, settings: TrainSettings, processes: in
     path = folder / SETTINGS_FILE
     try:
         before = {**_DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: cannot be read ({error}). Remove {folder}.") from error
     settings = reuse_batch_settings(settings, before, processes)
     if lines := _differences(before, result_settings(settings)):

@@ -238,7 +238,7 @@ def _own_files(folder: Path) -> re.Pattern[str] | None:
         saved = json.loads(text) if text else {"path_to_data": "", "checkpoint_dir": "checkpoints"}
         saved["path_to_data"]  # every run has it
         pattern = _OWN_FILES.replace("CHECKPOINTS", re.escape(saved["checkpoint_dir"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     for export in (folder / "export").glob("*/"):
         if not export.is_symlink():
