@@ -12,8 +12,8 @@ import simplejpeg
 import torch
 from pages import Page, trouble_in_chromium
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tiny import COLOURS, SCRATCH, make_clips, run
+from safetensors.torch import load_file
+from tiny import COLOURS, SCRATCH, change_weights, make_clips, run
 
 from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.engine.evaluate import evaluate
@@ -456,11 +456,10 @@ def series(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("series") / "people"
     for seed in (0, 1):
         shutil.copytree(trained.model, folder / f"seed{seed}-split1" / "model")
-    path = folder / "seed1-split1" / "model" / "model.safetensors"
-    weights = load_file(path)
-    for name in ("classifier.weight", "classifier.bias"):
-        weights[name] = weights[name].roll(1, 0)
-    save_file(weights, path, metadata={"format": "pt"})
+    second = folder / "seed1-split1" / "model"
+    weights = load_file(second / "model.safetensors")
+    names = ("classifier.weight", "classifier.bias")
+    change_weights(second, **{name: weights[name].roll(1, 0) for name in names})
     return folder
 
 

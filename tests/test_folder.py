@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import change_weights
 
 from tvit_cli.errors import ModelError, RunError
 from tvit_cli.model import folder as folder_module
@@ -62,7 +63,7 @@ def test_a_loaded_model_is_ready_to_predict_and_can_be_trained_on(folder):
     assert not model.training
     model(torch.zeros(1, 4, 3, 16, 16)).sum().backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
-    again, _ = load_model(folder, verify=True)  # the file is mapped, never written
+    again, _ = load_model(folder)  # the file is mapped, never written
     assert not torch.equal(again.classifier.bias, model.classifier.bias)
 
 
@@ -98,7 +99,7 @@ def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder):
     (folder / "notes").mkdir()
     (folder / "notes" / "thesis.txt").write_text("mine")
     save_model(folder, trained(seed=1).state_dict(), CARD)
-    model, _ = load_model(folder, verify=True)
+    model, _ = load_model(folder)
     assert torch.equal(model.classifier.weight, trained(seed=1).classifier.weight)
     assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors", "notes"]
     assert (folder / "notes" / "thesis.txt").read_text() == "mine"
@@ -151,7 +152,7 @@ def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(folder, 
     with pytest.raises(RunError, match=r"model: the model cannot be written \(.*No space left"):
         save_model(folder, trained(seed=1).state_dict(), CARD)
     monkeypatch.undo()
-    model, _ = load_model(folder, verify=True)
+    model, _ = load_model(folder)
     assert torch.equal(model.classifier.weight, trained().classifier.weight)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -248,18 +249,18 @@ def test_weights_that_are_not_finite_are_refused_with_their_name(folder, value):
     edit_weights(folder, **{"norm.weight": spoilt})
     with pytest.raises(ModelError, match=r"model\.safetensors: norm\.weight holds NaN or infinite numbers"):
         load_model(folder)
-    edit_weights(folder, **{"norm.weight": torch.full((16,), torch.finfo(torch.float32).max)})
+    change_weights(folder, **{"norm.weight": torch.full((16,), torch.finfo(torch.float32).max)})
     load_model(folder)  # finite, though their sum is not
 
 
 def test_an_export_for_other_programs_is_called_what_it_is(folder):
     said = r"model: an export of a tvit model for other programs.*Name its model folder"
     (folder / "config.json").write_text("{}")
-    load_model(folder, verify=True)  # what else lies there does not make it one
+    load_model(folder)  # what else lies there does not make it one
     weights = load_file(folder / "model.safetensors")
     save_file({f"network.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors")
     with pytest.raises(ModelError, match=said):
-        load_model(folder, verify=True)
+        load_model(folder)
     (folder / "config.json").unlink()
     (folder / "model.safetensors").unlink()
     (folder / "parity.json").write_text("{}")
@@ -267,11 +268,55 @@ def test_an_export_for_other_programs_is_called_what_it_is(folder):
         load_model(folder)
 
 
-def test_changed_weights_are_found_on_request(folder):
-    edit_weights(folder, **{"norm.bias": torch.ones(16)})
-    load_model(folder)
+def test_one_flipped_bit_in_the_weights_is_refused(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-4] ^= 1  # the lowest bit of the last number
+    (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match=r"its hash is not the one in card\.json"):
-        load_model(folder, verify=True)
+        load_model(folder)
+
+
+CLIPS = {"n_frames": 4, "frame_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("network", "preprocessing", "sentence"),
+    [
+        ({"depth": 20_000}, {}, "model: 20000 blocks for .* tensors"),
+        ({"attention": "factorized", "temporal_depth": 20_000}, {}, "model: 20002 blocks for"),
+        ({"width": 2 * 10**12}, {}, "model: its sizes are too large"),
+        ({"n_frames": 10**30}, {}, "model: its sizes are too large"),
+        ({"n_frames": 10**5}, {"n_frames": 10**5}, "a clip of 100000 frames .* at most"),
+        ({"frame_size": 8192}, {"frame_size": 8192}, "frames of 8192 x 8192 pixels .* at most"),
+        ({}, {"scale_to": 10**6}, "frames of 1000000 x 1000000 pixels .* at most"),
+        ({"n_frames": 10**5}, {}, r"temporal\.embedding has the shape \(1, 4, 1, 16\), not \(1, 100000"),
+        ({}, {"frame_size": 20}, "patch_size 8 does not divide frame_size 20 of the preprocessing"),
+        ({"tubelet_size": 2}, {"n_frames": 3}, "tubelet_size 2 does not divide n_frames 3"),
+        ({"num_channels": 4}, {}, "num_channels is 4; frames of a video have 3"),
+    ],
+)
+def test_hostile_sizes_are_refused_before_a_network_is_built(
+    folder, network, preprocessing, sentence, monkeypatch
+):
+    edit_card(folder, model={**CONFIG.to_dict(), **network}, preprocessing={**CLIPS, **preprocessing})
+    made = []
+    build = folder_module.TemporalViT
+    monkeypatch.setattr(folder_module, "TemporalViT", lambda *a, **k: made.append(build(*a, **k)) or made[0])
+    with pytest.raises(ModelError, match=sentence):
+        load_model(folder)
+    assert all(parameter.is_meta for model in made for parameter in model.parameters())
+
+
+def test_integer_weights_are_refused_by_name(folder):
+    change_weights(folder, **{"norm.bias": torch.ones(16, dtype=torch.int32)})
+    with pytest.raises(ModelError, match=r"norm\.bias is torch\.int32, not torch\.float32"):
+        load_model(folder)
+
+
+def test_card_version_as_text_is_refused(folder):
+    edit_card(folder, card_version="2")
+    with pytest.raises(ModelError, match=r"card\.json: card_version: .* valid integer"):
+        load_model(folder)
 
 
 def test_the_newest_model_is_found_below_a_working_directory(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from entry import run_python
 from loopback import serving
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import change_weights
 
 import tvit_cli
 from tvit_cli import cli, commands
 from tvit_cli.console import Console
 from tvit_cli.data.clips import _later_interrupt
-from tvit_cli.engine.evaluate import scoring
+from tvit_cli.engine.evaluate import evaluate, scoring
 from tvit_cli.engine.predict import predict, predict_timelines, timeline, write_embeddings
 from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, VideoError
@@ -35,6 +37,7 @@ from tvit_cli.model import linear
 from tvit_cli.model.folder import load_model
 from tvit_cli.results import Note, Progress, silent
 from tvit_cli.settings.base import load
+from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.predict import PredictSettings
 
 
@@ -50,6 +53,29 @@ def clip(trained):
 
 def tvit(trained, *arguments):
     return run_python("-m", "tvit_cli", "predict", *arguments, cwd=trained.run.parents[1], COLUMNS="200")
+
+
+def test_scores_that_overflow_are_an_error_and_never_nan(trained, clip, tmp_path):
+    shutil.copytree(trained.model, tmp_path / "model")
+    huge = {"classifier.weight": torch.full((3, 16), 3e38), "norm.weight": torch.full((16,), 1e30)}
+    change_weights(tmp_path / "model", **huge)
+    data = trained.run.parents[1] / "colours"
+    said = rf"{re.escape(str(tmp_path / 'model'))}: the weights overflow: scores are NaN or infinite"
+    ended = tvit(trained, clip, "--model", tmp_path / "model", "--json", "--device", "cpu")
+    assert ended.code == 2 and not ended.out and re.search(said, ended.err)
+    model = tvit_cli.load_model(tmp_path / "model", device="cpu")
+    for ask in (
+        lambda: model.timeline(clip, window=0.1),
+        lambda: model.explain(clip),
+        lambda: model.embed([clip]),
+        lambda: evaluate(
+            EvalSettings(
+                model=tmp_path / "model", path_to_data=str(data), subset="all", num_workers=0, device="cpu"
+            )
+        ),
+    ):
+        with pytest.raises(ModelError, match=said):
+            ask()
 
 
 def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):

@@ -1,5 +1,6 @@
 """Tiny data and models, short training runs, and readers of their results."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,6 +92,15 @@ def make_model(folder: Path, labels: Sequence[str]) -> Path:
     )  # fmt: skip
     save_model(folder, build_model(config, seed=0, from_scratch=True).state_dict(), card)
     return folder
+
+
+def change_weights(folder: Path, **changes: torch.Tensor) -> None:
+    """Other tensors in a model folder, with their hash on the card."""
+    path, card = folder / "model.safetensors", folder / "card.json"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file({**tensors, **changes}, path, metadata={"format": "pt"})
+    facts = {**json.loads(card.read_text()), "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    card.write_text(json.dumps(facts))
 
 
 def settings(**changes: Any) -> TrainSettings:

@@ -6,7 +6,10 @@ Messages name the thing, the value, the limit and the next step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class TvitError(Exception):
@@ -59,6 +62,12 @@ def shorten(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
     every = list(names)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return separator.join(every[:most]) + more
+
+
+def validation_text(error: ValidationError, whole: str) -> str:
+    """The first four of pydantic's errors in a line, as "depth: Input should be …"; `whole` names the value."""
+    faults = (f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}" for fault in error.errors())
+    return shorten(faults, 4, "; ")
 
 
 def plural(value: int, noun: str) -> str:

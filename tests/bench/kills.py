@@ -338,7 +338,7 @@ def look(run: Path, before: Sequence[str], *, saved: bool) -> None:
     for path in left:
         load_checkpoint(path)
     if (run / "model").exists():
-        load_model(run / "model", verify=True)
+        load_model(run / "model")
     newest = max(map(_step, before), default=0)
     _must(newest <= max((_step(p.name) for p in left), default=0), f"lost: {before} -> {left}")
     _must(bool(left) or not saved, "stopped by a signal, and nothing was saved")

@@ -301,7 +301,7 @@ def _read_apart(dataset: ClipDataset, key: Key) -> ClipBatch:
 
 def _join(batches: Sequence[ClipBatch]) -> ClipBatch:
     names = ("labels", "epochs", "indices", "weights")
-    columns = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    columns: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     clips, errors = [c for b in batches for c in b.clips], [e for b in batches for e in b.errors]
     return ClipBatch(clips=clips, errors=errors, **columns)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tvit_cli.data.layout import matching_label
 from tvit_cli.engine.launch import Precision, resolve_precision
+from tvit_cli.errors import ModelError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
@@ -39,6 +41,15 @@ class Trained:
         if self.precision == "no":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def check_scores(self, logits: Tensor) -> None:
+        """Raises ModelError if the softmax of a row of logits (V, K) is NaN: the weights overflow."""
+        if not bool(logits.amax(1).isfinite().all()):
+            lower = "" if self.precision == "no" else "use --mixed-precision no, or "
+            problem = f"{self.folder}: the weights overflow: scores are NaN or infinite"
+            raise ModelError(
+                f"{problem} (precision {self.precision}). To go on, {lower}train the model again."
+            )
 
     @property
     def name(self) -> str:
@@ -71,14 +82,12 @@ def open_trained(
     *,
     working_directory: Path,
     device: torch.device,
-    verify: bool = False,
     mixed_precision: MixedPrecision = "no",
 ) -> Trained:
     """Loads a model folder, or that of a run's folder; without one, the newest of the working directory.
 
-    `given` may also be a name on the Hugging Face hub, or a model of the reference implementation. `verify`
-    compares a model folder's weights with the hash in its card. Raises ModelError for a missing or incomplete
-    model, SettingsError for a precision that the device lacks.
+    `given` may also be a name on the Hugging Face hub, or a model of the reference implementation. Raises
+    ModelError for a missing, incomplete or damaged model, SettingsError for a precision that the device lacks.
     """
     precision = resolve_precision(mixed_precision, device)
     folder = find_newest_model(working_directory) if given is None else given
@@ -96,7 +105,7 @@ def open_trained(
                 found = load_reference(source)
                 model, guessed = found.model.to(device), found.labels_are_guessed
                 return Trained(model, found.card, folder, device, results, guessed, found.notes, precision)
-    model, card = load_model(local, device=device, verify=verify)
+    model, card = load_model(local, device=device)
     return Trained(model.eval(), card, folder, device, results, precision=precision)
 
 

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvit_cli.errors import ModelError, RunError, shorten
+from tvit_cli.errors import ModelError, RunError, shorten, validation_text
 from tvit_cli.files import foreign_files, move_files, remove_own, sha256, sync, sync_folder
+from tvit_cli.portable.config import DIVISORS
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
-from tvit_cli.settings.card import CARD_VERSION, ModelCard
+from tvit_cli.settings.card import CARD_VERSION, ModelCard, Preprocessing
 
 MODEL_FOLDER = "model"  # of a run
 SETTINGS_FILE = "settings.json"  # of a run
@@ -30,6 +31,9 @@ CARD_FILE = "card.json"
 CONFIG_FILE = "config.json"  # beside weights in transformers' format, tvit's exports among them
 WEIGHTS_FILE = "model.safetensors"
 PARITY_FILE = "parity.json"  # the comparison of an export with its model
+# Limits of a clip; 128 frames of 518 x 518 pixels in patches of 14 are below them.
+MOST_VALUES = 2**27  # before the crop, in all channels
+MOST_TOKENS = 2**18
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
@@ -115,42 +119,80 @@ def load_card(folder: Path) -> ModelCard:
     try:
         return ModelCard.model_validate_json(text)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'card'}: {fault['msg']}" for fault in error.errors()]
-        raise ModelError(f"{path}: {'; '.join(faults)}. Copy the folder again.") from error
+        raise ModelError(f"{path}: {validation_text(error, 'card')}. Copy the folder again.") from error
 
 
 def load_config(folder: Path) -> tuple[ModelCard, ViTConfig]:
-    """The card of a model folder and its network. Raises ModelError as `load_card`, and for an invalid network."""
+    """The card of a model folder and its network.
+
+    Raises ModelError as `load_card`, for an invalid network, and for clips that do not fit it or are too large.
+    """
     card = load_card(folder)
     try:
-        return card, ViTConfig.from_dict(card.model)
+        config = ViTConfig.from_dict(card.model)
+        _check_clips(card.preprocessing, config)
+        return card, config
     except ValueError as error:
         raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
 
 
-def load_model(
-    folder: Path, *, device: torch.device | str = "cpu", verify: bool = False
-) -> tuple[TemporalViT, ModelCard]:
+def _check_clips(preprocessing: Preprocessing, config: ViTConfig) -> None:
+    """Raises ValueError if the network cannot take the clips, or if they exceed MOST_VALUES or MOST_TOKENS."""
+    for name in ("n_frames", "frame_size"):
+        value, divisor = getattr(preprocessing, name), getattr(config, DIVISORS[name])
+        if value % divisor:
+            raise ValueError(
+                f"{DIVISORS[name]} {divisor} does not divide {name} {value} of the preprocessing"
+            )
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels is {config.num_channels}; frames of a video have 3")
+    frames, side = preprocessing.n_frames, preprocessing.scale_to
+    tokens = frames // config.tubelet_size * (preprocessing.frame_size // config.patch_size) ** 2
+    if 3 * frames * side**2 > MOST_VALUES or tokens > MOST_TOKENS:
+        limits = f"at most {MOST_VALUES:,} values and {MOST_TOKENS:,} patches"
+        raise ValueError(
+            f"a clip of {frames} frames of {side} x {side} pixels has {tokens} patches; {limits}"
+        )
+
+
+def empty_model(card: Path, config: ViTConfig, weights: Mapping[str, Tensor]) -> TemporalViT:
+    """The network on the meta device, which takes no memory.
+
+    Raises ModelError for a network with more blocks than there are weights, or with sizes that overflow.
+    """
+    blocks = config.depth + (config.temporal_depth or 0)
+    if blocks > len(weights):
+        raise ModelError(f"{card}: model: {blocks} blocks for {len(weights)} tensors. Copy the folder again.")
+    try:
+        with torch.device("meta"):
+            return TemporalViT(config, initialise=False)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ModelError(f"{card}: model: its sizes are too large. Copy the folder again.") from error
+
+
+def load_model(folder: Path, *, device: torch.device | str = "cpu") -> tuple[TemporalViT, ModelCard]:
     """The model, ready to predict (`eval()`), with its card.
 
-    On the CPU the weights are memory-mapped. `verify` compares their hash with the card's. Raises ModelError for a
-    folder that is incomplete, damaged or inconsistent, and for weights that are not finite.
+    On the CPU the weights are memory-mapped. Raises ModelError for a folder that is incomplete, damaged or
+    inconsistent, for weights that are not finite, and for another hash than the card's.
     """
     card, config = load_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise export_not_loadable(str(folder)) if (folder / PARITY_FILE).is_file() else _missing_file(path)
-    model = TemporalViT(config, initialise=False)
     state = read_tensors(path)
+    model = empty_model(folder / CARD_FILE, config, state)
     if problems := tensor_mismatches(state, model.state_dict()):
         if (folder / CONFIG_FILE).is_file():
             raise export_not_loadable(str(folder))
         raise ModelError(f"{path}: {problems}. The weights do not belong to {CARD_FILE}; copy both again.")
-    if verify and sha256(path) != card.weights_sha256:
-        raise ModelError(f"{path}: its hash is not the one in {CARD_FILE}. Copy the file again.")
     for name, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise ModelError(f"{path}: {name} is {tensor.dtype}, not torch.float32. Copy the file again.")
         if not is_finite(tensor):
             raise ModelError(f"{path}: {name} holds NaN or infinite numbers. Copy the file or train again.")
+    if sha256(path) != card.weights_sha256:
+        raise ModelError(f"{path}: its hash is not the one in {CARD_FILE}. Copy the file again.")
     model.load_state_dict(state, assign=True)
     return model.to(device).eval(), card
 
@@ -180,7 +222,7 @@ def own_files(folder: Path) -> re.Pattern[str]:
     if (folder / PARITY_FILE).is_file():
         try:
             names = {PARITY_FILE, *json.loads((folder / PARITY_FILE).read_text(encoding="utf-8"))["files"]}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             names = set()  # not tvit's
     return re.compile("|".join([r"(.+/)?__pycache__/[^/]+\.pyc", *map(re.escape, sorted(names))]))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tvit_cli.model import families
 from tvit_cli.model.families import FAMILIES, POSITIONS, TIMM, Channels, Config, Family
-from tvit_cli.model.folder import CONFIG_FILE, export_not_loadable, load_config
+from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, empty_model, export_not_loadable, load_config
 from tvit_cli.model.weights import (
     PREPROCESSOR_FILE,
     WeightsSource,
@@ -84,6 +84,8 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         card, config = load_config(source.folder)
         if source.sha256 != card.weights_sha256:
             raise source.error("the weights are not those of the card beside them. Copy both again.")
+        own = empty_model(source.folder / CARD_FILE, config, source.tensors).state_dict()
+        check_match(source, source.tensors, own)  # before a network of these sizes is built
         network = {key: getattr(config, key) for key in NETWORK}
         mean, std = card.preprocessing.mean, card.preprocessing.std
         return PretrainedConfig(*origin, config.frame_size, network, mean, std)

@@ -49,7 +49,7 @@ class BaseWeights(BaseModel, frozen=True, extra="forbid"):
 class ModelCard(BaseModel, frozen=True, extra="forbid"):
     """`card.json` of a model folder."""
 
-    card_version: int = CARD_VERSION
+    card_version: int = Field(default=CARD_VERSION, ge=1, strict=True)
     tvit_version: str
     labels: tuple[str, ...]
     model: dict[str, Any]

@@ -98,6 +98,7 @@ def evaluate(
         raise RunError(
             f"{source.layout.root}: none of the {len(videos)} {settings.subset} videos can be read. Check them."
         )
+    trained.check_scores(scores.logits)
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))

@@ -191,9 +191,12 @@ def score_locations(
     progress: Callable[[int, int], None] | None = None,
     may_stop: bool = False,
 ) -> Scores:
-    """Scores files and URLs; with `features`, each row of logits is (K + D,), see `WithFeatures`."""
+    """Scores files and URLs; with `features`, each row of logits is (K + D,), see `WithFeatures`.
+
+    Raises ModelError if the weights overflow.
+    """
     videos = [unlabelled_video(location, trained) for location in locations]
-    return score(
+    scores = score(
         WithFeatures(trained.model) if features else trained.model,
         clips_to_score(videos, trained.card.labels, trained.card.preprocessing),
         ProcessGroup(0, 1, trained.device, lambda own: [own]),
@@ -203,6 +206,8 @@ def score_locations(
         progress=progress,
         may_stop=may_stop,
     )
+    trained.check_scores(scores.logits)
+    return scores
 
 
 class WithFeatures(nn.Module):

@@ -51,7 +51,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     export is writing the folder.
     """
     trained = open_trained(
-        settings.model, working_directory=settings.working_directory, device=torch.device("cpu"), verify=True
+        settings.model, working_directory=settings.working_directory, device=torch.device("cpu")
     )
     report(Note(f"Model: {trained.folder}"))
     for note in trained.notes:

@@ -90,7 +90,9 @@ def explain(trained: Trained, location: Location, label: str | None = None) -> E
         raise VideoError(f"{location}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
     with torch.no_grad(), trained.autocast():  # as in prediction; the explanation is in float32
-        scores = model(clip[None]).cpu().double().softmax(1)[0]  # MPS has no float64
+        logits = model(clip[None])
+    trained.check_scores(logits)
+    scores = logits.cpu().double().softmax(1)[0]  # MPS has no float64
     index = int(scores.argmax()) if label is None else card.labels.index(label)
     blank = blank_clip(clip)
     relevance = by_patch(integrated_gradients(model, clip, blank, index), model.config.patch_size)

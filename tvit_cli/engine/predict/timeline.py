@@ -241,7 +241,8 @@ def make_timeline(
     """Scores a window every `stride` seconds while the video is decoded, once, ahead of the model.
 
     A video shorter than one window is one clip, as in `predict`. Windows and segments leave out gaps without a
-    frame (see `iter_frames`), and spans between gaps that are shorter than a window. Raises VideoError.
+    frame (see `iter_frames`), and spans between gaps that are shorter than a window. Raises VideoError, and
+    ModelError if the weights overflow.
     """
     preprocessing, labels = trained.card.preprocessing, trained.card.labels
     clock, cuts = _Clock(), ShotBoundaries()
@@ -260,6 +261,7 @@ def make_timeline(
         frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
         with trained.autocast():
             logits = trained.model(frames)
+        trained.check_scores(logits)
         rows.append(logits.cpu().double().softmax(1).numpy())
         for w in batch:
             if len(starts) % every == 0:
