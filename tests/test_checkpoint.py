@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import last_weights, run, same
+from tiny import SCRATCH, last_weights, run, same, settings
 from torch import nn
 
 from tvit_cli.engine.train import checkpoint as module
@@ -25,6 +25,7 @@ from tvit_cli.engine.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from tvit_cli.engine.train.memory import reuse_batch_settings
 from tvit_cli.errors import CheckpointError, RunError
 from tvit_cli.model.lora import LoraSpec, set_trainable, trainable_tensors
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
@@ -250,6 +251,63 @@ def test_a_forged_list_of_files_reads_no_other_file(tmp_path):
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"trainable\.safetensors: damaged"):
         load_checkpoint(path)
+
+
+def forge_state(path, **changes):
+    """Other values in state.json, with its hash; a dictionary is merged."""
+    state = json.loads((path / "state.json").read_text())
+    for name, value in changes.items():
+        merges = isinstance(value, dict) and isinstance(state.get(name), dict)
+        state[name] = {**state[name], **value} if merges else value
+    del state["sha256"]["state.json"]
+    state["sha256"]["state.json"] = module._digest(state)
+    (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"step": -1}, {"step": "3"}, {"step": True}, {"step": 3.0}, {"step": None}, {"step": 10**9},
+        {"micro_batch": -4}, {"micro_batch": "4"}, {"micro_batch": 10**9},
+        {"tally": [1.0]}, {"tally": ["a", "b", "c"]}, {"tally": 3}, {"tally": None},
+        {"best_step": -1}, {"best_step": 10**9}, {"best_step": "x"},
+        {"best": []}, {"best": {"val_loss": "low"}}, {"best": {"val_video_top1": None}},
+        {"identity": []}, {"identity": None}, {"scaler": 1}, {"scaler": {"scale": []}}, {"extra": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_forged_state_is_an_error_that_names_the_file(forged, stopped):
+    facts, checkpoint = stopped
+    whole = (checkpoint / "state.json").read_bytes()
+    forge_state(checkpoint, **forged)
+    with pytest.raises(CheckpointError, match=r"state\.json: damaged \((state: )?" + next(iter(forged))):
+        run(**facts)
+    (checkpoint / "state.json").write_bytes(whole)
+
+
+def test_a_best_epoch_without_its_metrics_is_an_error(stopped):
+    facts, checkpoint = stopped
+    whole = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**whole, "best": {"val_loss": 1.0}}))
+    forge_state(checkpoint)
+    with pytest.raises(CheckpointError, match=r"state\.json: damaged \(best"):
+        run(**facts)
+    (checkpoint / "state.json").write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("size", ["four", None, 0])
+def test_a_forged_automatic_batch_size_is_an_error(size, tmp_path):
+    before = {"per_gpu_batch_size": size, "mixed_precision": "no"}
+    with pytest.raises(CheckpointError, match=f"per_gpu_batch_size {size!r}"):
+        reuse_batch_settings(settings(per_gpu_batch_size="auto"), before, 1)
+
+
+@pytest.fixture(scope="module")
+def stopped(clips, tmp_path_factory):
+    """Settings that resume from the first of two checkpoints, and its folder."""
+    facts = {"path_to_data": str(clips), **SCRATCH, "working_directory": tmp_path_factory.mktemp("runs")}
+    checkpoint = run(**facts).run / "checkpoints" / "step-000003"
+    return {**facts, "resume_from_checkpoint": str(checkpoint)}, checkpoint
 
 
 def test_an_optimizer_state_of_another_shape_is_refused():

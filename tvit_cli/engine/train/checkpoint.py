@@ -20,35 +20,40 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from tvit_cli.errors import CheckpointError, RunError
+from tvit_cli.errors import CheckpointError, RunError, validation_text
 from tvit_cli.files import FULL, foreign_files, move_files, remove_own, sync_folder
 
 STATE_FILE = "state.json"
 CHECKPOINT_FILES = re.compile(r"state\.json|(trainable|optimizer|best|ema)\.safetensors")
 _NAME = re.compile(r"step-(\d{6,})")
 _WORK = re.compile(r"\.step-\d{6,}\.(writing|removing)")  # half written or half removed
-_RESUME_EARLIER = "Resume from an earlier one: --resume-from-checkpoint NAME."
+RESUME_EARLIER = "Resume from an earlier one: --resume-from-checkpoint NAME."
+
+Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 @dataclass(frozen=True)
 class State:
     """Position in a run after `step` optimizer updates."""
 
-    step: int
-    micro_batch: int = 0  # clips per forward pass, halved when memory ran out; 0: as in the settings
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: Count
+    micro_batch: Count = 0  # clips per forward pass, halved when memory ran out; 0: as in the settings
     tally: tuple[float, ...] = ()  # running sums of an incomplete epoch
-    best_step: int = 0  # last step of the best epoch; 0: none yet
+    best_step: Count = 0  # last step of the best epoch; 0: none yet
     best: dict[str, float] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)  # fingerprint, compared on resume
-    scaler: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if _digest(raw) != digest:
             raise ValueError("another sha256")
         hashes = raw.pop("sha256")
-        state = State(**{**raw, "tally": tuple(raw["tally"])})
+        state = TypeAdapter(State).validate_python(raw)
     read: dict[str, dict[str, Tensor]] = {}
     for name in ("trainable", "optimizer", "best", "ema"):
         file = path / f"{name}.safetensors"
         if name in ("trainable", "optimizer") or file.name in hashes:
-            with _read_errors(file, f"{file}: missing. {_RESUME_EARLIER}"):
+            with _read_errors(file, f"{file}: missing. {RESUME_EARLIER}"):
                 data = file.read_bytes()
                 if hashlib.sha256(data).hexdigest() != hashes.get(file.name):
                     raise ValueError(f"{len(data)} bytes, another sha256")
@@ -142,9 +147,10 @@ def _read_errors(file: Path, missing: str) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(missing) from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {_RESUME_EARLIER}") from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {RESUME_EARLIER}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: damaged ({error}). {_RESUME_EARLIER}") from error
+        problem = validation_text(error, "state") if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"{file}: damaged ({problem}). {RESUME_EARLIER}") from error
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ from tvit_cli.engine.evaluate.metrics import Tally, class_counts, video_metrics
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals, signal_text
 from tvit_cli.engine.train.batches import BatchKeys, MicroBatch, make_inputs
 from tvit_cli.engine.train.checkpoint import (
+    RESUME_EARLIER,
+    STATE_FILE,
     Checkpoint,
     State,
     checkpoint_path,
@@ -35,7 +37,7 @@ from tvit_cli.engine.train.memory import Attempt, memory_advice
 from tvit_cli.engine.train.monitor import Clock, non_finite_names
 from tvit_cli.engine.train.optim import Targets, clip_losses, loss_share, set_rates
 from tvit_cli.engine.train.state import Loop
-from tvit_cli.errors import Interrupted, RunError, plural, shorten
+from tvit_cli.errors import CheckpointError, Interrupted, RunError, plural, shorten
 from tvit_cli.model.lora import load_trainable, start_tensors, trainable_tensors
 from tvit_cli.results import EpochDone, Note, StepDone
 
@@ -219,6 +221,7 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> None:
     """Restores the state of a checkpoint. Raises CheckpointError if it belongs to another training."""
     state = checkpoint.state
     check_fingerprint(state.identity, loop.fingerprint())
+    _check_state(loop, checkpoint)
     load_trainable(loop.plain_model, checkpoint.trainable)
     load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
     if loop.ema is not None:
@@ -233,6 +236,23 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> None:
         loop.tally.sums += torch.tensor(state.tally, dtype=loop.tally.sums.dtype, device=loop.device)
     done = f"{loop.step} of {loop.plan.total_steps} steps done"
     loop.report(Note(f"Resuming from {checkpoint.path.name} ({done})."))
+
+
+def _check_state(loop: Loop, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a state that this training cannot have reached."""
+    state, plan, scaler = checkpoint.state, loop.plan, loop.accelerator.scaler
+    best = state.best.keys()
+    reachable = {
+        "step": state.step <= plan.total_steps,
+        "best_step": state.best_step <= state.step,
+        "micro_batch": state.micro_batch <= max(plan.batch_size, plan.global_batch),
+        "tally": len(state.tally) in (0, len(loop.tally.sums)),
+        "best": not best or best >= {"val_video_top1", "val_loss"},
+        "scaler": not (scaler and state.scaler) or scaler.state_dict().keys() == state.scaler.keys(),
+    }
+    if wrong := [f"{name} {getattr(state, name)}" for name, holds in reachable.items() if not holds]:
+        problem = f"damaged ({shorten(wrong)} cannot be in this run of {plural(plan.total_steps, 'step')})"
+        raise CheckpointError(f"{checkpoint.path / STATE_FILE}: {problem}. {RESUME_EARLIER}")
 
 
 def how_to_resume(checkpoint: Path) -> str:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tvit_cli.engine.distributed import all_reduce_min, local_processes
 from tvit_cli.engine.train.build import Built
-from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.errors import CheckpointError, RunError, SettingsError
 from tvit_cli.results import MemoryModel
 from tvit_cli.settings.train import DEFAULT_MICRO_BATCH, TrainSettings
 
@@ -242,10 +242,21 @@ def resolve_batch(
 
 
 def reuse_batch_settings(settings: TrainSettings, before: Mapping[str, Any], processes: int) -> TrainSettings:
-    """The settings with the values that an earlier process of the run has found for `auto`."""
+    """The settings with the values that an earlier process of the run has found for `auto`.
+
+    Raises CheckpointError if it has found no valid number.
+    """
+
+    def find(share: int) -> int:
+        size = before.get("per_gpu_batch_size")
+        if not isinstance(size, int) or size < 1:
+            problem = f"per_gpu_batch_size {size!r}, recorded by the run, is no number of clips"
+            raise CheckpointError(f"{problem}. Resume from another checkpoint, or start a new run.")
+        return size
+
     if settings.mixed_precision == "auto":
         settings = settings.model_copy(update={"mixed_precision": before["mixed_precision"]})
-    return resolve_batch(settings, processes, find=lambda share: int(before["per_gpu_batch_size"]))[0]
+    return resolve_batch(settings, processes, find=find)[0]
 
 
 def largest_that_fits(
