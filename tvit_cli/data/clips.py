@@ -303,7 +303,7 @@ def _join(batches: Sequence[ClipBatch]) -> ClipBatch:
     names = ("labels", "epochs", "indices", "weights")
     columns: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     clips, errors = [c for b in batches for c in b.clips], [e for b in batches for e in b.errors]
-    return ClipBatch(clips=clips, errors=errors, **columns)
+    return ClipBatch(clips=clips, errors=errors, notes=[n for b in batches for n in b.notes], **columns)
 
 
 def _by_processes(
