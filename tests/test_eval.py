@@ -227,6 +227,7 @@ def test_batches_and_workers_are_as_asked_for(trained, monkeypatch):
     real = clips.DataLoader
 
     def spy(*arguments, **keywords):
+        keywords["batch_sampler"] = list(keywords["batch_sampler"])  # an iterator gives its batches once
         seen.append((max(map(len, keywords["batch_sampler"])), keywords["num_workers"]))
         return real(*arguments, **keywords)
 

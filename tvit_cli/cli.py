@@ -224,7 +224,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     # PID 1 of a container ignores SIGTERM by default.
     before = signal.signal(signal.SIGTERM, _stop) if is_main else None
     try:
-        sys.exit(app(arguments, prog_name="tvit", standalone_mode=False))
+        sys.exit(app(arguments, prog_name="tvit", standalone_mode=False) or 0)
     except UsageError as error:
         _fail(_usage_error(error, words), 2)
     except SystemExit:
