@@ -1,32 +1,39 @@
-"""Memory of training: measured, predicted, exhausted, and saved by gradient checkpointing."""
+"""Memory of training, batch sizes, compiled models and dry runs."""
 
+import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from entry import start
-from tiny import last_weights, records, run_in, same, settings
+from tiny import last_weights, make_clips, records, run_in, same, settings
 from torch import nn
 
+from tvit_cli import cli
 from tvit_cli.engine.launch import make_accelerator
 from tvit_cli.engine.train import memory, train
-from tvit_cli.engine.train.build import Built
+from tvit_cli.engine.train.build import Built, compile_model
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.dryrun import dry_run
 from tvit_cli.engine.train.memory import (
     Attempt,
     Probe,
     free_host_bytes,
+    global_batch,
     is_out_of_memory,
+    largest_that_fits,
     memory_model,
     peak_bytes,
 )
-from tvit_cli.errors import RunError
+from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.model import lora
 from tvit_cli.model.lora import set_trainable, trainable_report
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
-from tvit_cli.results import MemoryModel, Note
+from tvit_cli.results import MemoryModel, Note, TrainingStarts
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
@@ -347,3 +354,200 @@ def test_on_a_gpu_running_out_of_memory_is_survived(trained):
 def test_on_a_cpu_a_process_may_take_its_share_of_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 8_000)
     assert [memory.free_bytes(torch.device("cpu"), count) for count in (1, 2)] == [4_000, 2_000]
+
+
+def test_auto_micro_batch_is_the_largest_fitting_divisor():
+    terms = MemoryModel(
+        weights=1000, gradients=10, moments=20, average=0, workspace=0, activations_per_clip=100
+    )
+    tried = []
+
+    def fits(clips):
+        tried.append(clips)
+        return clips <= 3
+
+    assert largest_that_fits(12, terms, free=700, fits=fits) == 3
+    assert tried == [6, 4, 3]  # 12 is too much by the model, the weights being there already
+    assert largest_that_fits(12, terms, free=100, fits=fits) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "expected"),
+    [
+        ({}, 1, 4),
+        ({"gradient_accumulation_steps": 3}, 2, 24),
+        ({"per_gpu_batch_size": "auto"}, 2, 16),
+        ({"per_gpu_batch_size": "auto", "gradient_accumulation_steps": 2}, 1, 16),
+        ({"global_batch_size": 24}, 2, 24),
+        ({"per_gpu_batch_size": "auto", "global_batch_size": 6}, 2, 6),
+    ],
+)
+def test_the_global_batch_is_what_was_given_or_what_the_default_comes_to(changes, processes, expected):
+    assert global_batch(settings(**changes), processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"global_batch_size": 10}, r"--global-batch-size 10: .* 2 × --per-gpu-batch-size 4. Take 8 or 16"),
+        ({"global_batch_size": 1, "per_gpu_batch_size": "auto"}, r"no multiple of 2 processes. Take 2"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_cut_evenly_is_refused(changes, words):
+    with pytest.raises(SettingsError, match=words):
+        global_batch(settings(**changes), 2)
+
+
+def test_a_global_batch_says_how_much_is_accumulated():
+    with pytest.raises(ValueError, match="--gradient-accumulation-steps 2: --global-batch-size sets it"):
+        settings(global_batch_size=8, gradient_accumulation_steps=2)
+
+
+def test_a_global_batch_is_accumulated_over_passes(trained):
+    cut = trained(per_gpu_batch_size=4, global_batch_size=8, epochs=1)
+    assert same(
+        last_weights(cut),
+        last_weights(trained(per_gpu_batch_size=4, gradient_accumulation_steps=2, epochs=1)),
+    )
+
+
+def test_an_automatic_micro_batch_keeps_the_update_and_is_found_once(trained, inputs, tmp_path, monkeypatch):
+    events = []
+    own = settings(
+        **inputs, working_directory=tmp_path, per_gpu_batch_size="auto", global_batch_size=8,
+        experiment_name="auto", epochs=4,
+    )  # fmt: skip
+    per_clip = Probe.memory_model
+
+    def as_if(self):
+        return dataclasses.replace(
+            per_clip(self), workspace=0, activations_per_clip=1000, moments=0, gradients=0
+        )
+
+    monkeypatch.setattr(Probe, "memory_model", as_if)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, processes: 2999)
+    found = train(own, events.append)
+    plan = next(e.facts["batch"] for e in events if isinstance(e, TrainingStarts))
+    assert plan == "global batch 8 = 1 process × 2 clips × 4 accumulation"
+    typed = trained(per_gpu_batch_size=2, global_batch_size=8, epochs=4)
+    assert same(last_weights(found), last_weights(typed))
+    written = json.loads((found.run / "settings.json").read_text())
+    assert (written["per_gpu_batch_size"], written["global_batch_size"]) == (2, 8)
+
+    def never(self):
+        raise AssertionError("it is looked for twice")
+
+    monkeypatch.setattr(Probe, "memory_model", never)
+    shutil.rmtree(list_checkpoints(found.run / "checkpoints")[-1])
+    shutil.rmtree(found.model)
+    again = train(own)  # the same command: the named experiment goes on
+    assert again.run == found.run and same(last_weights(again), last_weights(typed))
+
+
+def test_without_room_for_one_clip_an_automatic_micro_batch_gives_advice(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "free_bytes", lambda device, processes: 10)
+    with pytest.raises(RunError, match=r"not even one clip fits.*--gradient-checkpointing.*--img-size 32"):
+        trained(per_gpu_batch_size="auto")
+    assert not list(tmp_path.iterdir())
+
+
+def counting(monkeypatch):
+    """torch.compile with a back end that notes down the shapes of the graphs that it runs as they are."""
+    shapes = []
+    real = torch.compile
+
+    def backend(graph, inputs):
+        shapes.append(next(tuple(i.shape) for i in inputs if i.dim() == 5))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **how: real(model, backend=backend, **how))
+    return shapes
+
+
+def test_compiled_run_compiles_each_size_once_and_keeps_names(trained, monkeypatch):
+    what = {"per_gpu_batch_size": 5, "lora_dropout": 0.0, "gradient_checkpointing": True}
+    plain = trained(**what)
+    torch.compiler.reset()
+    shapes = counting(monkeypatch)
+    compiled = trained(**what, compile=True)
+    assert [shape[0] for shape in shapes] == [5, 2]  # 12 clips: 5, 5, 2, in each of two epochs
+    a, b = last_weights(plain), last_weights(compiled)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, while it loads
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiler_gives_the_numbers_of_the_plain_module():
+    torch.compiler.reset()
+    plain = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    fast = compile_model(plain, CPU)
+    clips = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fast(clips), plain(clips))
+    assert type(fast) is not nn.Sequential
+
+
+def test_without_a_compiler_compilation_is_refused_in_a_sentence(trained, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        SettingsError, match=r"--compile: PyTorch needs a C\+\+ compiler; no-such-compiler is missing"
+    ):
+        trained(compile=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_compiled_ends_with_a_sentence(trained, monkeypatch):
+    torch.compiler.reset()
+    real = torch.compile
+
+    def backend(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **how: real(model, backend=backend, **how))
+    with pytest.raises(
+        RunError, match=r"--compile: PyTorch could not compile the model: .*no such instruction"
+    ):
+        trained(compile=True)
+
+
+def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = settings(**inputs, working_directory=tmp_path)
+    words = [f"--{k.replace('_', '-')}={getattr(own, k)}" for k in own.model_fields_set - {"device"}]
+    cli.build_app()(["train", "--dry-run", "--device", "cpu", *words], standalone_mode=False)
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["batch"].strip() == "global batch 4 = 1 process × 4 clips × 1 accumulation"
+    assert shown["steps"].strip() == "2 epochs of 3"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_what_frozen_weights_spare(inputs, tmp_path):
+    def plan(**changes):
+        return dry_run(settings(**inputs, working_directory=tmp_path, **changes))
+
+    lora, everything, classifier = plan(lora_rank=1), plan(train="all"), plan(train="classifier")
+    forward = everything.forward_flops
+    embedding = 2 * (FRAMES * 4) * (3 * 16 * 16) * 16  # its input, the frames, gets no gradient
+    assert everything.pass_flops == pytest.approx(3 * forward - embedding, rel=0.02)
+    assert classifier.pass_flops == pytest.approx(forward, rel=0.02)
+    assert lora.pass_flops == pytest.approx(2 * forward - embedding, rel=0.1)
+    again = plan(lora_rank=1, gradient_checkpointing=True)
+    assert again.pass_flops == pytest.approx(3 * forward - 2 * embedding, rel=0.1)
+    assert lora.trainable < lora.parameters == 4 * lora.memory.weights // 16
+    assert lora.seconds_per_epoch == pytest.approx(3 * lora.seconds_per_step + lora.validation_seconds)
+    assert 0 < lora.data_wait < 1 and lora.validation_seconds > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_the_demo_makes_its_data_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clips = make_clips(tmp_path / "clips")
+    monkeypatch.setattr(
+        "tvit_cli.engine.train.dryrun.make_demo_data", lambda root, report: shutil.copytree(clips, root)
+    )
+    notes = []
+    plan = dry_run(
+        settings(path_to_data="motions", hf_model_name=None, width=16, depth=1, num_heads=2), notes.append
+    )
+    assert plan.folder == Path("working_directory/motions-1") and "motions: 3 classes" in plan.data
+    assert any("temporary folder" in e.text for e in notes if isinstance(e, Note))
+    assert [p.name for p in tmp_path.iterdir()] == ["clips"]

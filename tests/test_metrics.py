@@ -1,11 +1,14 @@
-"""Metrics are sums and counts."""
+"""Metrics as sums and counts; data leakage between train, val and test."""
 
 import math
+import os
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tvit_cli.data.layout import Video
+from tvit_cli.engine.evaluate import selection
 from tvit_cli.engine.evaluate.metrics import (
     Outcomes,
     Tally,
@@ -22,9 +25,12 @@ from tvit_cli.engine.evaluate.metrics import (
     top_k_right,
     video_metrics,
 )
+from tvit_cli.engine.evaluate.selection import find_leaks
 from tvit_cli.results import ClassScore
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
+
+
 LABELS = torch.tensor([0, 2, 2, 1])
 
 
@@ -177,3 +183,44 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
     assert mcnemar(1, 8) == mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 512)
     assert mcnemar(0, 2000) == 0.0 or mcnemar(0, 2000) < 1e-300
+
+
+def video(folder, name, subset, group, data):
+    path = folder / name
+    path.write_bytes(data)
+    return Video(path, name, "run", subset, group)
+
+
+def test_groups_on_both_sides_are_counted(tmp_path):
+    videos = [
+        video(tmp_path, f"{subset}{group}{i}", subset, group, os.urandom(50))
+        for subset, group, i in (("train", "01", 0), ("test", "01", 0), ("test", "01", 1), ("val", "02", 0))
+    ]
+    (leak,) = find_leaks(videos)
+    assert "share 1 groups (01), 2 videos" in leak
+
+
+def test_equal_files_under_two_names_are_found(tmp_path):
+    videos = [
+        video(tmp_path, "a", "train", None, b"same bytes"),
+        video(tmp_path, "b", "test", None, b"same bytes"),
+        video(tmp_path, "c", "test", None, b"same width"),
+        video(tmp_path, "d", "train", None, b"same bytes"),
+    ]
+    (leak,) = find_leaks(videos)
+    assert "1 videos are in two subsets" in leak and "a = b" in leak
+
+
+def test_a_clean_split_says_nothing_and_reads_nothing(tmp_path, monkeypatch):
+    videos = [
+        video(tmp_path, "a", "train", "01", b"1"),
+        video(tmp_path, "b", "train", "01", b"1"),
+        video(tmp_path, "c", "test", "02", b"22"),
+    ]
+    monkeypatch.setattr(selection, "sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert find_leaks(videos) == ()
+
+
+def test_videos_that_are_gone_are_left_out(tmp_path):
+    gone = Video(tmp_path / "gone.avi", "gone.avi", "run", "train", None)
+    assert find_leaks([gone, video(tmp_path, "a", "test", None, b"1")]) == ()

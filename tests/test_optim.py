@@ -1,9 +1,24 @@
-"""Parameter groups and the learning-rate schedule."""
+"""Parameter groups, learning rate, loss of an update, average of the weights."""
+
+import math
 
 import pytest
+import torch
 from torch import nn
 
-from tvit_cli.engine.train.optim import adamw, layer_scale, learning_rate_at, parameter_groups, set_rates
+from tvit_cli.engine.evaluate.metrics import Tally
+from tvit_cli.engine.train import optim
+from tvit_cli.engine.train.optim import (
+    Targets,
+    adamw,
+    layer_scale,
+    learning_rate_at,
+    loss_share,
+    parameter_groups,
+    set_rates,
+)
+from tvit_cli.engine.train.state import WeightAverage
+from tvit_cli.errors import ModelError
 from tvit_cli.model.lora import LoraSpec, attach
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
 
@@ -154,3 +169,144 @@ def test_temporal_layers_have_their_own_learning_rate():
         if attention == "divided":
             assert by_name["blocks.0.temporal.scale.gate"] == by_name["temporal.embedding"] == 1
             assert by_name["blocks.0.temporal.attention.q.weight"] == 0.5
+
+
+# Two classes; softmax of (0, ln 3) is (1/4, 3/4).
+LOGITS = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, math.log(3)]])
+
+
+LABELS = torch.tensor([1, 1, 0])
+
+
+ONES = torch.ones(3)
+
+
+MIXED = Targets(LABELS, ONES, others=torch.tensor([0, 0, 0]), shares=torch.tensor([0.3, 0.75, 0.5]))
+
+
+RARE, LIKELY = math.log(4), math.log(4 / 3)  # of probability 1/4, of 3/4
+
+
+def clip_losses(logits, targets, *, class_weights=(1, 1), label_smoothing=0.0):
+    weights = torch.tensor(class_weights)
+    return optim.clip_losses(logits, targets, class_weights=weights, label_smoothing=label_smoothing)
+
+
+def test_a_clip_of_one_label_costs_its_cross_entropy():
+    losses = clip_losses(LOGITS, Targets(LABELS, ONES))
+    assert losses.tolist() == pytest.approx([LIKELY, RARE, RARE])
+
+
+def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
+    # 0.9 on the label, 0.1 beside it
+    losses = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=0.2)
+    wanted = [0.9 * LIKELY + 0.1 * RARE, 0.9 * RARE + 0.1 * LIKELY, 0.9 * RARE + 0.1 * LIKELY]
+    assert losses.tolist() == pytest.approx(wanted)
+
+
+def test_a_mixed_clip_costs_both_labels_by_their_shares():
+    losses = clip_losses(LOGITS, MIXED)
+    wanted = [0.3 * LIKELY + 0.7 * RARE, 0.75 * RARE + 0.25 * LIKELY, RARE]
+    assert losses.tolist() == pytest.approx(wanted)
+
+
+def test_smoothing_comes_on_top_of_the_mixture():
+    losses = clip_losses(LOGITS, MIXED, label_smoothing=0.2)
+    on_label_1 = [0.8 * share + 0.1 for share in (0.3, 0.75, 0.0)]
+    probability = [(RARE, LIKELY), (LIKELY, RARE), (RARE, LIKELY)]
+    wanted = [(1 - p) * a + p * b for p, (a, b) in zip(on_label_1, probability, strict=True)]
+    assert losses.tolist() == pytest.approx(wanted)
+
+
+def test_both_labels_of_a_clip_weigh_what_their_classes_do():
+    plain = clip_losses(LOGITS, Targets(LABELS, ONES), class_weights=(0.5, 3.0), label_smoothing=0.2)
+    even = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=0.2)
+    assert plain.tolist() == pytest.approx((even * torch.tensor([3.0, 3.0, 0.5])).tolist())
+    mixed = clip_losses(LOGITS, MIXED, class_weights=(0.5, 3.0))
+    assert mixed[0] == pytest.approx(0.3 * 3.0 * LIKELY + 0.7 * 0.5 * RARE)
+
+
+def test_equal_labels_cost_the_same_mixed_or_not():
+    same = Targets(LABELS, ONES, others=LABELS, shares=torch.tensor([0.3, 0.75, 0.5]))
+    for smoothing in (0.0, 0.1):
+        plain = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=smoothing)
+        assert torch.allclose(clip_losses(LOGITS, same, label_smoothing=smoothing), plain)
+
+
+def test_an_update_is_the_mean_over_its_clips_however_many_passes_it_takes():
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    assert loss_share(losses, Targets(LABELS, ONES), step_clips=3) == 3.0
+    left_out = Targets(LABELS, torch.tensor([1.0, 0.0, 1.0]))
+    assert loss_share(losses, left_out, step_clips=10) == pytest.approx(0.7)
+
+
+def test_training_accuracy_counts_the_label_of_the_larger_part():
+    assert MIXED.main.tolist() == [0, 1, 0] and Targets(LABELS, ONES).main.tolist() == [1, 1, 0]
+    tally = Tally.zeros(torch.device("cpu"))
+    tally.add(LOGITS, clip_losses(LOGITS, MIXED), MIXED.main, MIXED.weights)
+    assert tally.sums[1:].tolist() == [0, 3]  # predicted 1, 0, 1
+    tally.add(LOGITS, ONES, Targets(LABELS, ONES).main, ONES)
+    assert tally.sums[1:].tolist() == [1, 6]
+
+
+def model():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    layers[0].requires_grad_(False)
+    return layers
+
+
+@torch.no_grad()
+def train_a_step(layers):
+    for parameter in layers.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape))
+
+
+def test_it_holds_the_trainable_tensors_and_starts_as_they_are():
+    layers = model()
+    ema = WeightAverage(layers, 0.9)
+    assert ema.tensors.keys() == {"1.weight", "1.bias"}
+    assert torch.equal(ema.tensors["1.weight"], layers[1].weight)
+    train_a_step(layers)
+    assert not torch.equal(ema.tensors["1.weight"], layers[1].weight)
+
+
+def test_the_decay_rises_to_what_was_asked_for():
+    decays = [WeightAverage(model(), 0.9).decay_at(step) for step in (0, 1, 8, 79, 80, 10**6)]
+    assert decays == pytest.approx([1 / 10, 2 / 11, 1 / 2, 80 / 89, 0.9, 0.9])
+
+
+def test_each_update_moves_it_by_what_the_decay_leaves():
+    layers = model()
+    ema = WeightAverage(layers, 0.15)
+    expected = layers[1].bias.detach().double()
+    for step in range(4):
+        train_a_step(layers)
+        ema.update(step)
+        decay = min(0.15, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * layers[1].bias.detach().double()
+    assert torch.allclose(ema.tensors["1.bias"].double(), expected, atol=1e-6)
+
+
+def test_ema_weights_are_swapped_in_and_restored_after_any_end():
+    layers = model()
+    ema = WeightAverage(layers, 0.9)
+    train_a_step(layers)
+    ema.update(0)
+    own, average = layers[1].weight.detach().clone(), ema.tensors["1.weight"].clone()
+    with pytest.raises(KeyError), ema.in_place():
+        assert torch.equal(layers[1].weight, average) and not torch.equal(own, average)
+        raise KeyError
+    assert torch.equal(layers[1].weight, own) and torch.equal(ema.tensors["1.weight"], average)
+
+
+def test_a_saved_average_is_taken_whole_or_not_at_all():
+    ema, other = WeightAverage(model(), 0.9), model()
+    train_a_step(other)
+    saved = WeightAverage(other, 0.9).tensors
+    with pytest.raises(ModelError, match=r"1\.bias is missing"):
+        ema.load({"1.weight": saved["1.weight"]})
+    assert not torch.equal(ema.tensors["1.weight"], saved["1.weight"])
+    ema.load(saved)
+    assert all(torch.equal(ema.tensors[name], tensor) for name, tensor in saved.items())

@@ -1,6 +1,8 @@
-"""Speed tables of README.md and docs/benchmarks.md."""
+"""Benchmarks: speed tables, the plan of the learning benchmark, the GPU benchmark on a CPU."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,17 @@ from speed_table import (
 )
 
 PLACE = {"commit": "abc1234", "date": "2026-11-22", "processor": "EPYC", "cores": 2, "others": 0.1}
+
+
 STEP = {"naive": 1.51, "naive_wall": 1.55, "peft": 1.08, "peft_wall": 1.11, "share": 0.77}
+
+
 STARTUP = {"python -c pass": {"wall": 0.015, "cpu": 0.01}, "tvit --help": {"wall": 0.2, "cpu": 0.1}}
+
+
 MEMORY = {"tvit_saved": 0.42, "tvit_rss": 0.37, "tvit_whole": 0.5}
+
+
 INFER = {"seconds": 3.43, "floor_seconds": 3.04, "ratio": 1.13, "megabytes": 725.0}
 
 
@@ -97,3 +107,106 @@ def test_results_are_appended_with_commit_date_and_machine(bench, tmp_path, monk
     with pytest.raises(SystemExit, match="2"):
         bench.main(["steps"])
     assert "no such group: steps; there are tiny" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def learning(load_bench):
+    return load_bench("learning")
+
+
+def test_steps_are_timed_in_turn_and_the_first_round_warms_up(load_bench):
+    ran = []
+    times = load_bench("step").in_turn({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 2)
+    assert ran == ["a", "b"] * 3 and {key: len(took) for key, took in times.items()} == {"a": 2, "b": 2}
+
+
+def row(job, top1, loss=1.0):
+    facts = {"part": job.part, "method": job.method, "recipe": job.recipe, "seed": job.seed, "fold": job.fold}
+    return {**facts, "top1": top1, "loss": loss}
+
+
+def test_every_person_is_left_out_once_and_selection_never_sees_them(learning):
+    plan = list(learning.jobs({}))
+    assert len({job.key for job in plan}) == len(plan)
+    folds = {job.fold: set(job.test_people) for job in plan if job.part == "test"}
+    assert sorted(person for people in folds.values() for person in people) == sorted(
+        person for people in learning.FOLDS for person in people
+    )
+    for job in plan:
+        assert not set(job.train_people) & set(job.test_people)
+        if job.part == "select":
+            assert not (set(job.train_people) | set(job.test_people)) & folds[job.fold]
+            assert len(job.train_people) == 4 and len(job.test_people) == 2
+        if job.part == "test":
+            assert len(job.train_people) == 6
+
+
+def test_the_most_telling_runs_come_first_and_the_finals_last(learning):
+    rows = {}
+    assert [job.part for job in learning.jobs(rows)][-1] == "select"
+    for job in learning.jobs(rows):
+        rows[job.key] = row(job, {"divided": 0.9, "space": 0.8, "joint": 0.7}.get(job.method, 0.1))
+    rows = {
+        key: {**row, "top1": 0.95} if "select" in key and "/space/base" in key else row
+        for key, row in rows.items()
+    }
+    plan = list(learning.jobs(rows))
+    parts = [job.part for job in plan]
+    assert parts[0] == "test" and plan[0].fold == 1 and parts[-1] == "test"
+    further = {(j.method, j.recipe) for j in plan if j.part == "select" and j.recipe != learning.RECIPE}
+    assert further == {("divided", "base"), ("space", "base")}
+    finals = plan[max(number for number, part in enumerate(parts) if part == "select") + 1 :]
+    seeds = {(job.method, job.recipe): [] for job in finals}
+    for job in finals:
+        seeds[job.method, job.recipe].append(job.seed)
+    assert seeds == {("space", "base"): [0, 0, 0, 1, 1, 1, 2, 2, 2], ("divided", "half"): [1, 1, 1, 2, 2, 2]}
+    assert len({job.key for job in plan}) == len(plan)
+
+
+def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning):
+    rows = {j.key: row(j, 0.5) for j in learning.jobs({}) if j.part == "select"}
+    more = [j for j in learning.jobs(rows) if j.part == "select" and j.key not in rows]
+    first = more[0].method
+    for job in more:
+        rows[job.key] = row(job, 0.5, loss=0.9 if (job.method, job.recipe) == (first, "base") else 1.1)
+    assert learning.selected(rows, range(1, 4))[0] == (first, "base")
+    del rows[next(key for key in rows if f"/{first}/base/" in key)]  # no longer tried on all folds
+    assert learning.selected(rows, range(1, 4))[0][1] == "half"
+
+
+def test_the_interval_is_over_people_and_holds_the_mean(learning):
+    people = {name: [1.0] * 9 + [0.0] for name in "abcdefghi"}
+    assert learning.interval(people) == (0.9, 0.9)  # all alike: nothing hangs on who is drawn
+    people["a"] = [0.0] * 10
+    low, high = learning.interval(people)
+    assert low < 0.8 < high <= 0.9
+
+
+def test_a_line_that_was_cut_is_not_read(learning, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b"')
+    assert list(learning.read_rows(path)) == ["a"]
+
+
+BENCH = Path(__file__).parent / "bench"
+
+
+def test_every_part_of_it_runs_on_a_cpu(tmp_path):
+    small = "--device cpu --precision no --width 64 --depth 1 --size 32 --schemes joint,space --frames 2 --batch 2"
+    command = [
+        sys.executable, str(BENCH), "gpu", "--json", str(tmp_path / "found.jsonl"), "--", *small.split(),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--clips", "4"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.jsonl").read_text())["results"]
+    for scheme in ("joint", "space"):
+        row = found[f"{scheme}, 2 frames"]
+        assert row["clips_per_second"] > 0
+        assert row["gigaflops_per_clip"] > 0
+        assert 0 < row["of_matmul_rate"] < 1
+    assert found["augmentation, 2 frames"]["clips_per_second"] > 0
+    fed = found["joint, 2 frames, from a frame store"]
+    assert fed["clips_per_second"] > 0
+    assert 0 <= fed["data_wait"] < 1
