@@ -21,10 +21,11 @@ ROOMS = {
     "report": {"errors", "files", "results", "settings", "portable", "data", "model"},
     "engine": {"errors", "files", "results", "settings", "portable", "data", "model", "report"},
     "console": {"errors", "files", "results"},
-    "commands": {"errors", "files", "results", "settings", "console", "engine"},
+    "api": {"errors", "results", "settings", "console", "engine"},
+    "commands": {"errors", "files", "results", "settings", "console", "engine", "api"},
     "cli": {"errors", "settings", "commands", "console"},
     "__main__": {"cli"},
-    "__init__": {"engine"},
+    "__init__": {"errors", "results", "data", "engine", "api"},
 }
 HEAVY = {
     "torch", "numpy", "av", "accelerate", "peft", "transformers", "wandb", "safetensors", "simplejpeg",

@@ -1,4 +1,4 @@
-"""The verbs: settings in, engine called, result printed. The engine is imported when a verb runs."""
+"""The verbs: settings in, `api` called, result printed. The engine is imported when a verb runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tvit_cli.console import Console
-    from tvit_cli.results import DryRun, Report, Scan, SeriesResult
+    from tvit_cli.results import Comparison, DryRun, Report, Scan, SeriesResult
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
@@ -28,19 +28,17 @@ R = TypeVar("R")
 
 def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
     """Fetches, verifies or repairs a data set, or lists the known ones."""
-    from tvit_cli.engine import download as engine
-    from tvit_cli.engine.dataset import make_demo_data
+    from tvit_cli.api import run_download
+    from tvit_cli.engine.download import known_datasets
 
     if loaded.settings.list_sets:
         rows = []
-        for d in engine.known_datasets():
+        for d in known_datasets():
             size = "?" if d.bytes is None else size_text(d.bytes)
             rows.append((d.name, d.classes, f"{d.clips:,}", size, d.licence, d.title))
         console.table(["name", "classes", "clips", "download", "licence", "title"], rows)
         return
-    with console:
-        makers = {"motions": lambda folder: make_demo_data(folder, console.report)}
-        result = engine.download(loaded.settings, makers=makers, report=console.report)
+    result = console.run(run_download, loaded)
     for difference in result.differences:
         console.warn(f"{difference.path}: {difference.kind}: {difference.detail}")
     if count := len(result.differences):
@@ -54,17 +52,12 @@ def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
 
 def extract(loaded: Loaded[ExtractSettings], console: Console) -> None:
     """Writes a frame store and prints its size, or prints the results of `--check`."""
-    from tvit_cli.engine import extract as engine
-    from tvit_cli.results import silent
+    from tvit_cli.api import run_extract
 
-    settings = loaded.settings
-    if settings.check:
-        _print_check(console, console.run(engine.check, settings), as_json=settings.json_lines)
+    result = console.run(run_extract, loaded)
+    if isinstance(result, tuple):
+        _print_check(console, result, as_json=loaded.settings.json_lines)
         return
-    with console:
-        rank, processes, wait = engine.process_group()
-        report = console.report if rank == 0 else silent
-        result = engine.extract(settings, report, rank=rank, processes=processes, wait_for_all=wait)
     console.print(
         f"{plural(result.videos, 'video')} extracted ({size_text(result.bytes)}, {result.seconds:.1f} s), "
         f"{result.skipped} already stored, {len(result.unreadable)} unreadable."
@@ -93,30 +86,22 @@ def _print_check(console: Console, scans: Sequence[Scan], *, as_json: bool) -> N
 
 def train(loaded: Loaded[TrainSettings], console: Console) -> None:
     """Trains a model, or one per seed and split, and prints its metrics, its folder and the next commands."""
-    if loaded.settings.resume_from_checkpoint is not None and len(loaded.series) == 1:
-        from tvit_cli.engine.train.run_folder import find_run, saved_settings
+    from tvit_cli.api import run_train, with_saved_settings
+    from tvit_cli.results import DryRun, SeriesResult
 
-        loaded = loaded.over(saved_settings(find_run(loaded.settings)))
-    settings = loaded.settings
-    if settings.show_settings:
+    loaded = with_saved_settings(loaded)
+    if loaded.settings.show_settings:
         _print_settings(console, loaded)
         return
-    from tvit_cli.engine import train as engine
-    from tvit_cli.engine.launch import exit_with_launcher
-    from tvit_cli.engine.train.dryrun import dry_run
-    from tvit_cli.engine.train.sweep import train_series
-
-    if _run_processes(settings.num_processes, resumes=True):
+    if _run_processes(loaded.settings.num_processes, resumes=True):
         return
-    exit_with_launcher()
-    if settings.dry_run:
-        _print_plan(console, console.run(dry_run, settings))
+    result = console.run(run_train, loaded)
+    if isinstance(result, DryRun):
+        _print_plan(console, result)
         return
-    if len(loaded.series) > 1:
-        series = console.run(train_series, loaded.series)
-        _print_series(console, series, ("val_video_top1", "val_loss", "test_video_top1"))
+    if isinstance(result, SeriesResult):
+        _print_series(console, result, ("val_video_top1", "val_loss", "test_video_top1"))
         return
-    result = console.run(engine.train, settings)
     if best := result.best:
         scores = f"validation top-1 {best['val_video_top1']:.3f} (loss {best['val_loss']:.3f})"
         console.print(f"Best epoch {result.best_epoch}: {scores}.")
@@ -192,21 +177,18 @@ def _print_series(console: Console, result: SeriesResult, metrics: Iterable[str]
 
 def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
     """Scores a model and prints metrics overall and per class, or compares two models."""
-    from tvit_cli.engine import evaluate as engine
-    from tvit_cli.engine.train.sweep import evaluate_series, series_models
+    from tvit_cli.api import run_evaluate
+    from tvit_cli.results import Comparison, SeriesResult
 
-    settings = loaded.settings
-    if _run_processes(settings.num_processes, resumes=False):
+    if _run_processes(loaded.settings.num_processes, resumes=False):
         return
-    if settings.compare is not None:
-        _compare(settings, console)
+    result = console.run(run_evaluate, loaded)
+    if isinstance(result, Comparison):
+        _print_comparison(console, result)
         return
-    if models := series_models(settings.model):
-        with console:
-            series = evaluate_series(settings, models, console.report)
-        _print_series(console, series, (name for name in series.summary if name != "unreadable"))
+    if isinstance(result, SeriesResult):
+        _print_series(console, result, (name for name in result.summary if name != "unreadable"))
         return
-    result = console.run(engine.evaluate, settings)
     for note in result.notes:
         console.warn(note)
     rows = [
@@ -232,10 +214,7 @@ def _interval(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
-def _compare(settings: EvalSettings, console: Console) -> None:
-    from tvit_cli.engine.evaluate.compare import compare
-
-    result = console.run(compare, settings)
+def _print_comparison(console: Console, result: Comparison) -> None:
     rows = [
         (change, a.video.name, a.video.label, a.predicted, b.predicted)
         for change, pairs in (("gained", result.gained), ("lost", result.lost))
@@ -353,9 +332,9 @@ def _raise_failures(
 
 def export(loaded: Loaded[ExportSettings], console: Console) -> None:
     """Writes an export and prints its parity with the model."""
-    from tvit_cli.engine import export as engine
+    from tvit_cli.api import run_export
 
-    result = console.run(engine.export, loaded.settings)
+    result = console.run(run_export, loaded)
     parity = result.parity
     limit = "" if parity.logit_limit is None else f"{parity.logit_limit:g}"
     rows = [

@@ -411,6 +411,16 @@ def read_clip(
     return read_frames(path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count)
 
 
+def read_video(path: Path | str) -> tuple[Frames, float]:
+    """All frames of a video as shown, RGB uint8 (T, H, W, 3), and their rate in frames per second.
+
+    Raises VideoError, `<path>: <reason>`, if no frame can be read.
+    """
+    clip = read_clip(path if isinstance(path, str) and "://" in path else Path(path), range)
+    seconds = clip.pts_seconds[-1] - clip.pts_seconds[0]
+    return clip.frames, (len(clip.frames) - 1) / seconds if seconds > 0 else float(ASSUMED_RATE)
+
+
 def read_frames(
     path: Location,
     choose: Callable[[int], Sequence[int]],

@@ -21,6 +21,7 @@ from torch.distributed import DistError
 from tvit_cli.data.clips import is_waiting
 from tvit_cli.engine.distributed import all_reduce_max, preserve_process_count
 from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError, plural
+from tvit_cli.results import Event, Report
 from tvit_cli.settings.types import MixedPrecision
 
 if TYPE_CHECKING:  # importing Accelerate takes longer than labelling a few videos
@@ -86,7 +87,8 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     chosen = pick_device(device)
     _refuse_sharding(chosen)
     _refuse_shared_gpus(chosen)
-    AcceleratorState._reset_state()  # else a second training in one process would keep the first's precision
+    # Else a second training in one process would keep the first's precision and, without a group, its device.
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
     precision = resolve_precision(mixed_precision, chosen)
     try:
         with preserve_process_count():
@@ -201,6 +203,19 @@ class StopSignals(ImmediateStop):
         own = names.index(self.received) + 1 if self.received else 0
         number, due = all_reduce_max([own, int(save_is_due)], accelerator)
         return names[number - 1] if number else None, bool(due)
+
+    def stopping(self, report: Report) -> Report:
+        """A report whose first KeyboardInterrupt requests a stop after the step, as Ctrl-C does."""
+
+        def guarded(event: Event) -> None:
+            try:
+                report(event)
+            except KeyboardInterrupt:
+                if self.received:
+                    raise
+                self.received = "SIGINT"
+
+        return guarded
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -88,6 +88,7 @@ class Facts(TypedDict, total=False):
     example: str  # command shown when a positional setting is missing
     resettable: bool  # True: `none` is in the metavar; False: `none` is a value of its own
     essential: bool  # shown by --help; --help-all shows all settings
+    printed: bool  # changes only what the command prints: no argument of the Python API
 
 
 def setting(
@@ -150,7 +151,8 @@ class Loaded(Generic[S]):
 def load(
     cls: type[S],
     *,
-    flags: Mapping[str, Any],
+    flags: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
     config: Path | None = None,
     preset: str | None = None,
     environ: Mapping[str, str] | None = None,
@@ -158,14 +160,16 @@ def load(
 ) -> Loaded[S]:
     """Reads a verb's settings from all layers and validates them once.
 
-    `flags` holds the typed options only. `verbs` are the other settings models of the program: an environment
-    variable of none of them is an error. Raises SettingsError that lists all unknown keys and bad values.
+    `flags` holds the typed options only, `arguments` those of the Python API. `verbs` are the other settings models
+    of the program: an environment variable of none of them is an error. Raises SettingsError that lists all unknown
+    keys and bad values.
     """
     environ = os.environ if environ is None else environ
     typed = {key: environ[variable(key)] for key in cls.model_fields if variable(key) in environ}
     layers = [] if preset is None else [_read_preset(preset)]
     layers += [] if config is None else [_read_config(config)]
-    layers += [_Layer("environment", typed, "{variable}"), _Layer("flag", flags, "{flag}")]
+    layers += [_Layer("environment", typed, "{variable}")]
+    layers += [_Layer("flag", flags or {}, "{flag}"), _Layer("argument", arguments or {})]
     models: list[type[Settings]] = [cls, *verbs]
     variables = {variable(key) for model in models for key in model.model_fields} | RESERVED_VARIABLES
     unknown = [

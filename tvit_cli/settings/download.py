@@ -18,7 +18,7 @@ class DownloadSettings(Settings):
     # fmt: off
     name: str | None = setting(None, "Data set: ucf101, ucf101-subset, weizmann or motions", SELECTION,
         positional=True, metavar="NAME", example="tvit download ucf101")
-    list_sets: bool = setting(False, "Lists the known data sets", SELECTION, flag="--list")
+    list_sets: bool = setting(False, "Lists the known data sets", SELECTION, flag="--list", printed=True)
     classes: Names = setting((), "Classes to fetch, comma-separated", SELECTION, default_text="all",
         metavar="NAMES")
     clips_per_class: int | None = setting(None, "Clips to fetch per class, spread over its groups", SELECTION,

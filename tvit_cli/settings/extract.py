@@ -34,7 +34,7 @@ class ExtractSettings(DataSettings):
     check: bool = setting(False, "Decodes every video and reports properties and errors; writes nothing",
         PROCESSING, essential=True)
     json_lines: bool = setting(False, "Prints one JSON object per video of --check", PROCESSING,
-        flag="--json")
+        flag="--json", printed=True)
     # fmt: on
 
     @model_validator(mode="after")

@@ -39,9 +39,10 @@ class PredictSettings(InferenceSettings):
         flag="--int8")
 
     top_k: int = labels(5, "Labels per video", ge=1, essential=True)
-    json_lines: bool = labels(False, "Prints one JSON object per video", flag="--json", essential=True)
+    json_lines: bool = labels(False, "Prints one JSON object per video", flag="--json", essential=True,
+        printed=True)
     csv: bool = labels(False, "Prints CSV: one row per label, or per segment of a timeline", flag="--csv",
-        essential=True)
+        essential=True, printed=True)
 
     window: Seconds = timeline(None,
         "Length of a sliding window, such as 2s or 500ms; segments of each video are shown", ge=SHORTEST,

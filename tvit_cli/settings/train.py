@@ -47,7 +47,8 @@ class TrainSettings(types.DataSettings):
     num_processes: int = run(1, types.PROCESSES_TEXT, ge=1, le=1024, resume_safe=True)
     log_wandb: bool = run(False, "Logs metrics to Weights & Biases", resume_safe=True, reference="False")
     log_tensorboard: bool = run(False, "Logs metrics to TensorBoard, inside the run folder", resume_safe=True)
-    show_settings: bool = run(False, "Prints all settings with their origins, then exits", resume_safe=True)
+    show_settings: bool = run(False, "Prints all settings with their origins, then exits", resume_safe=True,
+        printed=True)
     dry_run: bool = run(False,
         "Builds data and model, measures parameters, FLOPs, memory and time per epoch, then exits",
         resume_safe=True, essential=True)

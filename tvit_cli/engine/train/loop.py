@@ -53,7 +53,9 @@ def fit(loop: Loop) -> None:
     loop.model.train()
     attempt, tally = Attempt(), loop.tally.sums.clone()
     step_loss = torch.zeros((), device=loop.device)
+    report = loop.report
     with StopSignals() as signals, closing(remaining_batches(loop)) as batches:
+        loop.report = signals.stopping(report)
         try:
             for planned, batch in batches:
                 clock.wait_ended()
@@ -88,6 +90,8 @@ def fit(loop: Loop) -> None:
             loop.tally.sums = tally  # without the incomplete step
             loop.watch.drop(loop.step)
             _stop(loop, signals.received)
+        finally:
+            loop.report = report
 
 
 def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tensor:

@@ -1,0 +1,171 @@
+"""The Python API: verbs as functions with the settings, checks and results of the command line."""
+
+import os
+import random
+import signal
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from entry import run_python, tvit
+from tiny import SCRATCH
+
+import tvit_cli
+from tvit_cli import api
+from tvit_cli.settings.train import TrainSettings
+
+TINY = {
+    "img_size": 32, "n_frames": 4, "epochs": 2, "per_gpu_batch_size": 4, "num_workers": 0, "device": "cpu",
+    "learning_rate": 0.01, "top_k": 2, "val_groups": "1", "test_groups": "1", **SCRATCH,
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(clips, tmp_path):
+    """`train(**changes)` on the shared clips, by the public function."""
+    return lambda **changes: tvit_cli.train(path_to_data=clips, working_directory=tmp_path, **TINY | changes)
+
+
+def test_python_trains_evaluates_predicts_and_exports(train, clips, tmp_path, capfd):
+    events = []
+    result = train(on_event=events.append, test_at_end=True, experiment_name="mine")
+    assert result.run == tmp_path / "mine" and result.test.metrics["videos"] == 3
+    assert [e.epoch for e in events if isinstance(e, tvit_cli.EpochDone)] == [1, 2]
+    assert len(result.epochs) == 2 and result.report.is_file()
+
+    quiet = {"quiet": True, "device": "cpu"}
+    scores = tvit_cli.evaluate(result.model, subset="val", num_workers=0, **quiet)
+    assert scores.metrics["video_top1"] == pytest.approx(result.best["val_video_top1"])
+    assert set(scores.per_class) == {"Blue", "Green", "Red"} and scores.output == result.run / "eval" / "val"
+    found = tvit_cli.predict(clips / "Red", model=result.model, top_k=np.int64(1), **quiet).predictions
+    assert [len(p.labels) for p in found] == [1] * 6
+    (timeline,) = tvit_cli.predict([found[0].video], model=result.model, window=0.1, **quiet)
+    assert timeline.timeline.segments
+    exported = tvit_cli.export(result.model, clips=clips / "Red", quiet=True)
+    assert exported.output == result.run / "export" / "safetensors" and exported.parity.passed
+    assert capfd.readouterr().out == ""
+
+
+def test_other_results_of_train_and_extract_are_typed(train, clips, tmp_path):
+    assert train(dry_run=True, quiet=True).trainable > 0
+    assert set(train(seed=(0, 1), epochs=1, quiet=True).runs) == {"seed0-split1", "seed1-split1"}
+    scans = tvit_cli.extract(path_to_data=clips, check=True, num_workers=0, quiet=True)
+    assert len(scans) == 18 and scans[0].frames == 6
+    assert (
+        tvit_cli.extract(path_to_data=clips, output=tmp_path / "store", num_workers=0, quiet=True).videos
+        == 18
+    )
+
+
+def test_train_reports_epochs_without_a_callback(train, capfd):
+    train(epochs=1)
+    assert "epoch   1  loss" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "text"),
+    [
+        ("train", {"epoch": 3}, "epoch: unknown setting. Did you mean epochs?"),
+        ("train", {"lr": 1}, "lr: unknown setting. Did you mean learning_rate?"),
+        ("train", {"epochs": 0}, "epochs: 0: it should be greater than or equal to 1."),
+        ("train", {"warmup_epochs": 2, "epochs": 1}, "--warmup-epochs 2: it should be at most --epochs 1"),
+        ("train", {"preset": "quick"}, "--preset quick: no such preset. Did you mean quickstart?"),
+        ("train", {"show_settings": True}, "show_settings: changes the output of the command line only."),
+        ("train", {"num_processes": 2}, "num_processes: 2: a call from Python runs in its own process."),
+        ("evaluate", {"model": "nowhere"}, "nowhere: no such model folder."),
+        ("predict", {"paths": np.zeros((2, 2, 2, 3))}, "paths: ndarray: it should be the name of a video"),
+        ("predict", {"paths": "a.mp4", "json_lines": True}, "json_lines: changes the output"),
+        ("export", {"format": "onx"}, "format: onx: it should be"),
+        ("download", {"name": "ucf11"}, "ucf11"),
+    ],
+)  # fmt: skip
+def test_python_refuses_settings_as_the_command_line_does(verb, given, text):
+    with pytest.raises(tvit_cli.TvitError) as error:
+        getattr(tvit_cli, verb)(**given)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("verb", ["download", "extract", "train", "eval", "export"])
+def test_the_command_line_calls_the_functions_of_the_api(verb, monkeypatch):
+    def called(loaded, report):
+        raise tvit_cli.RunError("from the API")
+
+    name = {"eval": "evaluate"}.get(verb, verb)
+    monkeypatch.setattr(api, f"run_{name}", called)
+    ended = tvit(verb, *(["motions"] if verb == "download" else []))
+    assert ended.code == 1 and "from the API" in ended.err
+
+
+def state():
+    """Global state that a training might change."""
+    return {
+        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)],
+        "threads": (torch.get_num_threads(), threading.active_count()),
+        "torch": (torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled()),
+        "others": (random.getstate(), np.random.get_state()[1].tolist(), Path.cwd(), torch.is_grad_enabled()),
+        "environment": dict(os.environ),
+        "filters": list(warnings.filters),
+    }  # fmt: skip
+
+
+def test_train_leaves_no_global_state_and_runs_again(train):
+    train(epochs=1, quiet=True)  # imports what a training needs
+    before = state()
+    first, second = train(quiet=True), train(quiet=True)
+    assert state() == before
+    assert first.run != second.run and first.best == second.best
+
+
+def test_train_and_predict_work_in_a_thread(train, clips):
+    results = []
+
+    def work():
+        results.append(train(epochs=1, quiet=True))
+        results.append(tvit_cli.load_model(results[0].model, device="cpu").predict_many(clips / "Red"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results[0].model.is_dir() and len(results[1]) == 6
+
+
+def interrupt(event):
+    raise KeyboardInterrupt
+
+
+def press(event):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop", [interrupt, press])
+def test_ctrl_c_in_python_keeps_the_run_and_resumes(train, stop):
+    def on_event(event):
+        if isinstance(event, tvit_cli.EpochDone):
+            stop(event)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        tvit_cli.Interrupted, match=r"Stopped by Ctrl-C after step 3 of 6; all is saved"
+    ) as stopped:
+        train(on_event=on_event, experiment_name="stopped")
+    assert signal.getsignal(signal.SIGINT) is before and stopped.value.exit_code == 130
+    resumed = train(experiment_name="stopped", resume_from_checkpoint="latest", quiet=True)
+    assert resumed.best == train(quiet=True).best
+
+
+def test_importing_tvit_loads_nothing_and_lists_the_public_names():
+    code = (
+        "import sys, tvit_cli; loaded = {'torch', 'numpy', 'pydantic', 'rich'} & sys.modules.keys(); assert not loaded, "
+        "loaded; assert {*tvit_cli.__all__} == {*dir(tvit_cli)}"
+    )
+    assert run_python("-c", code) == (0, "", "")
+
+
+def test_help_and_completion_know_the_settings():
+    parameters = api.inspect.signature(tvit_cli.train).parameters
+    assert parameters["epochs"].default == 300 and "show_settings" not in parameters
+    assert "    epochs: Passes over the training videos." in tvit_cli.train.__doc__
+    assert len(parameters) == len(TrainSettings.model_fields) - 1 + 4
