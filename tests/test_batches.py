@@ -19,6 +19,8 @@ from tvit_cli.engine.train.batches import (
 )
 from tvit_cli.settings.card import Preprocessing
 
+UNEVEN = (0,) * 12 + (1,) * 7 + (2,) * 2  # the classes of 21 clips
+
 
 def plan(**changes):
     """A plan of 21 clips; `accumulation` passes make a window where `global_batch` does not say how large it is."""
@@ -51,17 +53,24 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(set(orders)) == 4
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        {"processes": 2, "batch_size": 4, "accumulation": 1},
-        {"processes": 4, "batch_size": 1, "accumulation": 2},
-        {"processes": 1, "batch_size": 3, "global_batch": 8},
-        {"processes": 2, "batch_size": 3, "global_batch": 8},
-    ],
-)
+CUTS = [
+    {"processes": 1, "batch_size": 1, "accumulation": 8},
+    {"processes": 2, "batch_size": 4, "accumulation": 1},
+    {"processes": 4, "batch_size": 1, "accumulation": 2},
+    {"processes": 2, "batch_size": 2, "accumulation": 2},
+    {"processes": 1, "batch_size": 3, "global_batch": 8},
+    {"processes": 2, "batch_size": 3, "global_batch": 8},
+]
+
+
+every_cut = pytest.mark.parametrize("cut", CUTS)
+
+
+@every_cut
 def test_updates_hold_the_same_clips_however_they_are_cut(cut):
     assert windows(**cut) == windows(processes=1, batch_size=8, accumulation=1)
+    balanced = windows(processes=1, batch_size=8, accumulation=1, balance=UNEVEN)
+    assert windows(**cut, balance=UNEVEN) == balanced != windows(**cut)
 
 
 def test_processes_take_equally_many_passes_and_say_what_does_not_count():
@@ -89,10 +98,11 @@ def test_a_halved_plan_has_the_same_windows_in_more_passes():
         assert keys[0] == keys[1]
 
 
-def test_a_plan_goes_on_from_any_step():
-    whole = list(plan().micro_batches())
+@pytest.mark.parametrize("changes", [{}, {"balance": UNEVEN}], ids=["plain", "balanced"])
+def test_a_plan_goes_on_from_any_step(changes):
+    whole = list(plan(**changes).micro_batches())
     for step in range(plan().total_steps + 1):
-        assert list(plan().micro_batches(step)) == [b for b in whole if b.step >= step]
+        assert list(plan(**changes).micro_batches(step)) == [b for b in whole if b.step >= step]
 
 
 def partners(processes, **changes):
@@ -109,16 +119,7 @@ def partners(processes, **changes):
     return found
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        {"processes": 1, "batch_size": 1, "accumulation": 8},
-        {"processes": 2, "batch_size": 4, "accumulation": 1},
-        {"processes": 4, "batch_size": 1, "accumulation": 2},
-        {"processes": 2, "batch_size": 2, "accumulation": 2},
-        {"processes": 2, "batch_size": 3, "global_batch": 8},
-    ],
-)
+@every_cut
 def test_partners_are_the_same_however_an_update_is_cut(cut):
     whole = partners(processes=1, batch_size=8, accumulation=1)
     assert partners(**cut) == whole
@@ -179,9 +180,6 @@ def test_the_loader_is_given_the_keys_of_the_plan():
     assert max(map(len, read)) == 4
 
 
-UNEVEN = (0,) * 12 + (1,) * 7 + (2,) * 2  # the classes of 21 clips
-
-
 def test_a_balanced_epoch_is_as_long_and_has_as_many_clips_of_each_class():
     assert plan(balance=UNEVEN).total_steps == plan().total_steps
     for epoch in range(3):
@@ -195,24 +193,6 @@ def test_a_clip_that_is_read_again_in_an_epoch_is_drawn_anew():
     assert len(keys) == len(set(keys)) == 3 * 21
     firsts = {(b.epoch, index) for b in plan(balance=UNEVEN).micro_batches() for _, index in b.keys}
     assert firsts <= set(keys)  # its first reading in an epoch is the one that it has without balance
-
-
-@pytest.mark.parametrize(
-    "cut",
-    [
-        {"processes": 2, "batch_size": 4, "accumulation": 1},
-        {"processes": 4, "batch_size": 1, "accumulation": 2},
-    ],
-)
-def test_balanced_updates_hold_the_same_clips_however_they_are_cut(cut):
-    whole = windows(processes=1, batch_size=8, accumulation=1, balance=UNEVEN)
-    assert windows(**cut, balance=UNEVEN) == whole != windows(**cut)
-
-
-def test_a_balanced_plan_goes_on_from_any_step():
-    whole = list(plan(balance=UNEVEN).micro_batches())
-    for step in range(plan().total_steps + 1):
-        assert list(plan(balance=UNEVEN).micro_batches(step)) == [b for b in whole if b.step >= step]
 
 
 def test_repeats_of_a_balanced_plan_have_keys_of_their_own():
@@ -233,14 +213,8 @@ def test_class_weights_are_equal_in_sum_and_one_on_average():
     weights = class_weights(LABELS, 3)
     assert [12 * weights[0], 6 * weights[1], 2 * weights[2]] == pytest.approx([20 / 3] * 3)
     assert sum(weights[label] for label in LABELS) / len(LABELS) == pytest.approx(1)
-
-
-def test_even_classes_weigh_one():
     assert class_weights((2, 0, 1, 1, 0, 2), 3) == [1.0, 1.0, 1.0]
-
-
-def test_class_without_clips_has_no_weight():
-    assert class_weights((0, 0, 0, 3), 5) == [4 / 6, 0.0, 0.0, 4 / 2, 0.0]
+    assert class_weights((0, 0, 0, 3), 5) == [4 / 6, 0.0, 0.0, 4 / 2, 0.0]  # classes without clips
 
 
 def test_classes_take_equal_shares_and_the_rest_goes_round():
@@ -252,17 +226,11 @@ def test_classes_take_equal_shares_and_the_rest_goes_round():
     assert set(rest) == {0, 1, 2} and all(20 < count < 60 for count in rest.values())
 
 
-def test_balanced_sampling_repeats_only_clips_of_small_classes():
+def test_balanced_sampling_mixes_and_repeats_only_clips_of_small_classes():
     times = Counter(order(LABELS))
     assert max(times[index] for index in range(12)) == 1
     assert {times[18], times[19]} <= {3, 4}
-
-
-def test_every_clip_of_a_large_class_has_its_turn():
     assert {index for seed in range(20) for index in order(LABELS, seed)} == set(range(20))
-
-
-def test_the_order_is_mixed():
     labels = [LABELS[index] for index in order(LABELS)]
     assert sum(a != b for a, b in pairwise(labels)) > 6
 

@@ -141,6 +141,8 @@ def test_any_error_of_the_reader_names_one_video(failing, data, model, tmp_path)
     assert [failing in p.error for p in answer.predictions].count(True) == 1
     (result,) = predict_timelines(PredictSettings(paths=(str(bad),), model=model, device="cpu", window=0.2))
     assert failing in result.error
+    if failing != "IndexError":  # all are caught at one place; the other commands are shown with one of them
+        return
     checked = check(ExtractSettings(path_to_data=str(data), check=True, num_workers=0), lambda event: None)
     assert [scan.path.name for scan in checked if scan.problem] == [bad.name]
     how = {"path_to_data": str(data), "output": tmp_path / "store", "num_workers": 0}

@@ -20,7 +20,11 @@ from tvit_cli.errors import RunError
 from tvit_cli.results import Note, Progress
 
 BODY = random.Random(1).randbytes(300_000)
+
+
 SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
 FETCH = """
 from pathlib import Path
 from tvit_cli.data.http import Download
@@ -58,16 +62,10 @@ def test_file_comes_whole_with_its_hash(server, tmp_path):
     assert events[0] == Progress("fetch a", 0, len(BODY), "bytes")
     assert events[-1] == Progress("fetch a", len(BODY), len(BODY), "bytes")
     assert names(tmp_path) == {"a"}
-
-
-def test_empty_file_is_fetched(server, tmp_path):
-    done = get([server.add("/a", b"")], tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == b"" and (done.bytes, done.bytes_received) == (0, 0)
-
-
-def test_unknown_hash_is_recorded(server, tmp_path):
-    done = get([server.add("/a", BODY, no_length=True)], tmp_path / "a")
-    assert (done.sha256, done.verified) == (SHA256, False)
+    empty = get([server.add("/empty", b"")], tmp_path / "empty")
+    assert (tmp_path / "empty").read_bytes() == b"" and (empty.bytes, empty.bytes_received) == (0, 0)
+    unknown = get([server.add("/b", BODY, no_length=True)], tmp_path / "b")
+    assert (unknown.sha256, unknown.verified) == (SHA256, False)
 
 
 def test_file_that_is_there_costs_no_request(server, tmp_path):
@@ -78,78 +76,67 @@ def test_file_that_is_there_costs_no_request(server, tmp_path):
     assert server.requests == [] and done.bytes_received == 0 and done.url == url
 
 
+CUT = {"cut_after": 90_000, "cuts": 1}
+
+
 def test_cut_connection_is_resumed_where_it_broke(server, tmp_path):
-    url = server.add("/a", BODY, cut_after=90_000, cuts=1)
-    done = get([url], tmp_path / "a", sha256=SHA256)
+    done = get([server.add("/a", BODY, **CUT)], tmp_path / "a", sha256=SHA256)
     assert server.sent == done.bytes_received == len(BODY)  # not a byte twice
     assert server.requests[1][1]["Range"] == "bytes=90000-" and "If-Range" in server.requests[1][1]
+    always = server.add("/always", BODY, cut_after=20_000)
+    got = get([always], tmp_path / "always", sha256=SHA256, http=quick(attempts=2))
+    assert got.bytes_received == len(BODY)
 
 
-def test_part_of_an_earlier_run_is_resumed(server, tmp_path):
-    url = server.add("/a", BODY, cut_after=90_000, cuts=1)
-    with pytest.raises(MirrorsFailed, match="are kept"):
-        get([url], tmp_path / "a", http=quick(attempts=1))
-    server.forget()
-    assert get([url], tmp_path / "a").sha256 == SHA256
-    assert server.sent == len(BODY) - 90_000
+@pytest.mark.parametrize(
+    "facts", [{"ranges": False}, {"etag": None}, {"wrong_range": True}], ids=lambda facts: next(iter(facts))
+)
+def test_part_that_cannot_be_resumed_starts_over(server, tmp_path, facts):
+    assert get([server.add("/a", BODY, **CUT, **facts)], tmp_path / "a").sha256 == SHA256
+    assert server.sent == len(BODY) + 90_000 or "wrong_range" in facts
 
 
-def test_server_that_always_cuts_still_delivers(server, tmp_path):
-    url = server.add("/a", BODY, cut_after=20_000)
-    assert get([url], tmp_path / "a", sha256=SHA256, http=quick(attempts=2)).bytes_received == len(BODY)
-
-
-def test_server_without_range_starts_over_and_gives_up_in_the_end(server, tmp_path):
-    once = server.add("/once", BODY, ranges=False, cut_after=90_000, cuts=1)
-    assert get([once], tmp_path / "once").sha256 == SHA256
-    assert server.sent == len(BODY) + 90_000
+def test_server_without_range_is_given_up_in_the_end(server, tmp_path):
     always = server.add("/always", BODY, ranges=False, cut_after=90_000)
     with pytest.raises(MirrorsFailed, match=r"cut at 90000 of 300000 bytes \(3 attempts\)"):
         get([always], tmp_path / "always", http=quick(attempts=3))
 
 
-@pytest.mark.parametrize("ignore_if_range", [False, True])
-def test_file_that_changed_meanwhile_starts_over(server, tmp_path, ignore_if_range):
-    url = server.add("/a", bytes(len(BODY)), cut_after=90_000, cuts=1)
-    with pytest.raises(MirrorsFailed):
+def begun(server, tmp_path, body=BODY, **facts):
+    """A file of which an earlier run has fetched the first part."""
+    url = server.add("/a", body, **CUT, **facts)
+    with pytest.raises(MirrorsFailed, match="are kept"):
         get([url], tmp_path / "a", http=quick(attempts=1))
-    server.add("/a", BODY, ignore_if_range=ignore_if_range)
-    assert get([url], tmp_path / "a").sha256 == SHA256
+    server.forget()
+    return url
 
 
-def test_file_that_shrank_meanwhile_starts_over(server, tmp_path):
-    url = server.add(
-        "/a", BODY, cut_after=90_000, cuts=1, etag=None, last_modified="Mon, 01 Jan 2024 00:00:00 GMT"
-    )
-    with pytest.raises(MirrorsFailed):
-        get([url], tmp_path / "a", http=quick(attempts=1))
-    server.add("/a", BODY[:1000], etag=None, last_modified="Mon, 01 Jan 2024 00:00:00 GMT")
-    assert get([url], tmp_path / "a").bytes == 1000
+def test_part_of_an_earlier_run_is_resumed(server, tmp_path):
+    assert get([begun(server, tmp_path)], tmp_path / "a").sha256 == SHA256
+    assert server.sent == len(BODY) - 90_000
 
 
-@pytest.mark.parametrize("after", [(300_000, "Tue, 02 Jan 2024"), (299_000, "Mon, 01 Jan 2024")])
-def test_file_that_changed_behind_a_server_without_conditions_starts_over(server, tmp_path, after):
-    size, day = after
-    facts = {"etag": None, "ignore_if_range": True}
-    url = server.add(
-        "/a", bytes(300_000), cut_after=90_000, cuts=1, last_modified="Mon, 01 Jan 2024 00:00:00 GMT", **facts
-    )
-    with pytest.raises(MirrorsFailed):
-        get([url], tmp_path / "a", http=quick(attempts=1))
-    server.add("/a", BODY[:size], last_modified=f"{day} 00:00:00 GMT", **facts)
-    get([url], tmp_path / "a")
+def dated(day, **facts):
+    return {"etag": None, "last_modified": f"{day} Jan 2024 00:00:00 GMT", **facts}
+
+
+BLIND = {"ignore_if_range": True}
+CHANGED = {  # before; bytes and facts of the file that is there afterwards
+    "another tag": ({}, 300_000, {}),
+    "another tag, conditions ignored": ({}, 300_000, BLIND),
+    "shrunk": (dated("Mon, 01"), 1000, dated("Mon, 01")),
+    "another day, conditions ignored": (dated("Mon, 01", **BLIND), 300_000, dated("Tue, 02", **BLIND)),
+    "another length, conditions ignored": (dated("Mon, 01", **BLIND), 299_000, dated("Mon, 01", **BLIND)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_file_that_changed_meanwhile_starts_over(server, tmp_path, case):
+    before, size, after = CHANGED[case]
+    url = begun(server, tmp_path, BODY if case == "shrunk" else bytes(len(BODY)), **before)
+    server.add("/a", BODY[:size], **after)
+    assert get([url], tmp_path / "a").bytes == size
     assert (tmp_path / "a").read_bytes() == BODY[:size]
-
-
-def test_wrong_range_is_not_appended(server, tmp_path):
-    url = server.add("/a", BODY, cut_after=90_000, cuts=1, wrong_range=True)
-    assert get([url], tmp_path / "a").sha256 == SHA256
-
-
-def test_part_without_validator_or_hash_starts_over(server, tmp_path):
-    url = server.add("/a", BODY, cut_after=90_000, cuts=1, etag=None)
-    get([url], tmp_path / "a")
-    assert server.sent == len(BODY) + 90_000
 
 
 def test_next_mirror_goes_on_with_the_part_where_the_hash_is_known(server, tmp_path):
@@ -264,9 +251,7 @@ def test_file_of_unknown_size_is_not_read_until_the_disk_is_full(server, tmp_pat
 
 
 def test_cut_file_is_not_whole_after_a_416_of_its_length(server, tmp_path):
-    url = server.add("/a", BODY, cut_after=90_000, cuts=1)
-    with pytest.raises(MirrorsFailed):
-        get([url], tmp_path / "a", http=quick(attempts=1))
+    url = begun(server, tmp_path)
     server.pages["/a"].statuses = [(416, {"Content-Range": "bytes */90000"})]
     assert get([url], tmp_path / "a").sha256 == SHA256
 

@@ -95,25 +95,42 @@ def equal(first, second):
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_new_adapter_changes_nothing():
-    assert torch.equal(adapted(targets=LORA_TARGETS)(clips()), base()(clips()))
+Q, ATTENTION = (
+    in_blocks("attention.q"),
+    in_blocks("attention.q", "attention.k", "attention.v", "attention.proj"),
+)
 
 
-def test_short_names_reach_the_layers_of_that_name_and_no_others():
-    model = adapted(targets=("q", "v"))
-    assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q", "attention.v"))
+LEFT_OUT = ["blocks.0.attention.q", *in_blocks("mlp.fc1")]
 
 
-def test_a_full_name_reaches_one_layer():
-    model = adapted(targets=("blocks.1.attention.k", "fc2"))
-    layers = ["blocks.1.attention.k", *in_blocks("mlp.fc2")]
-    assert trainable(model) == FULL | adapter_of(*layers)
+ONE_K, TEMPORAL = "blocks.1.attention.k", {"temporal.embedding"}
 
 
-def test_every_legal_name_takes_an_adapter():
-    model = adapted(targets=LORA_TARGETS)
-    layers = in_blocks("attention.q", "attention.k", "attention.v", "attention.proj", "mlp.fc1", "mlp.fc2")
-    assert trainable(model) == {"temporal.embedding"} | adapter_of("patch_embed", "classifier", *layers)
+LEARN = {  # changes of the adapters, layers with an adapter, what learns beside them
+    "short names": ({"targets": ("q", "v")}, in_blocks("attention.q", "attention.v"), FULL),
+    "a full name": ({"targets": (ONE_K, "fc2")}, [ONE_K, *in_blocks("mlp.fc2")], FULL),
+    "every legal name": (
+        {"targets": LORA_TARGETS},
+        ["patch_embed", "classifier", *ATTENTION, *in_blocks("mlp.fc1", "mlp.fc2")],
+        TEMPORAL,
+    ),
+    "excluded layers learn in full": (
+        {"targets": ("q", "k"), "exclude": ("blocks.0.attention.q", "fc1")},
+        ["blocks.1.attention.q", *in_blocks("attention.k")],
+        FULL | {f"{layer}.{kind}" for layer in LEFT_OUT for kind in ("weight", "bias")},
+    ),
+    "biases of adapted layers": (
+        {"targets": ("q",), "bias": "lora_only"}, Q, FULL | {f"{layer}.base_layer.bias" for layer in Q},
+    ),
+    "the classifier is frozen below its adapter": ({"targets": ("classifier",)}, ["classifier"], TEMPORAL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEARN)
+def test_targets_exclusions_and_bias_decide_what_learns(case):
+    changes, adapters, in_full = LEARN[case]
+    assert trainable(adapted(**changes)) == in_full | adapter_of(*adapters)
 
 
 def test_many_full_names_reach_their_own_layers_only():
@@ -145,12 +162,9 @@ def test_a_wrong_name_is_refused_with_the_right_ones(option, setting, name, hint
     assert equal(model.state_dict(), base().state_dict())
 
 
-def test_an_excluded_layer_gets_no_adapter_and_learns_in_full():
-    model = adapted(targets=("q", "k"), exclude=("blocks.0.attention.q", "fc1"))
-    adapters = adapter_of("blocks.1.attention.q", *in_blocks("attention.k"))
-    excluded = ["blocks.0.attention.q", *in_blocks("mlp.fc1")]
-    in_full = {f"{layer}.{kind}" for layer in excluded for kind in ("weight", "bias")}
-    assert trainable(model) == FULL | adapters | in_full
+NARROW = (
+    "classifier maps 32 to 5 numbers, so its rank is at most 5, not 8. Give --lora-rank-pattern classifier=5"
+)
 
 
 @pytest.mark.parametrize(
@@ -158,17 +172,21 @@ def test_an_excluded_layer_gets_no_adapter_and_learns_in_full():
     [
         ({"targets": ("q",), "exclude": ("q",)}, r"No layer is left .* lora_target_modules is q, .* is q\."),
         ({"targets": ()}, "lora_target_modules is empty"),
+        ({"rank_pattern": {"p": 4}}, r"lora_rank_pattern: 'p' is no layer of the model\. "),
+        ({"rank_pattern": {"fc1": 4}}, r"'fc1' gets no adapter\. Add it to --lora-target-modules"),
+        ({"rank_pattern": {"blocks.9.attention.q": 4}}, "is no layer of the model"),
+        (
+            {"init": "pissa", "targets": ("q", "patch_embed")},
+            "--lora-init pissa: patch_embed is a convolution",
+        ),
+        ({"init": "olora", "targets": LORA_TARGETS}, "--lora-init olora: patch_embed is a convolution"),
+        ({"init": "orthogonal", "rank": 3}, "orthogonal: .* has the rank 3; it has to be even. Use 4"),
+        ({"init": "pissa", "targets": ("classifier",), "rank": 8}, NARROW),
     ],
 )
-def test_adapters_without_a_layer_are_refused(changes, sentence):
+def test_adapters_that_cannot_be_are_refused_by_name(changes, sentence):
     with pytest.raises(ModelError, match=sentence):
         attach(base(), spec(**changes), seed=0)
-
-
-def test_biases_of_adapted_layers_learn_with_lora_only():
-    model = adapted(targets=("q",), bias="lora_only")
-    biases = {f"{layer}.base_layer.bias" for layer in in_blocks("attention.q")}
-    assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q")) | biases
 
 
 def test_every_bias_learns_with_all():
@@ -176,11 +194,6 @@ def test_every_bias_learns_with_all():
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     assert len(biases) == 2 + 1 + 2 * 8
     assert trainable(model) == FULL | adapter_of(*in_blocks("attention.q")) | biases
-
-
-def test_an_adapter_on_the_classifier_freezes_what_is_beneath_it():
-    model = adapted(targets=("classifier",))
-    assert trainable(model) == {"temporal.embedding"} | adapter_of("classifier")
 
 
 def test_rank_0_trains_classifier_and_temporal_embedding_without_adapters():
@@ -223,9 +236,6 @@ def test_adapter_scale_is_alpha_over_rank_or_its_root_with_rslora():
     root = delta(use_rslora=True)  # 8 / sqrt(4) where plain is 8 / 4
     torch.testing.assert_close(root, 2 * plain, atol=1e-6, rtol=1e-4)
     assert plain.abs().max() > 0.01
-
-
-def test_the_rank_is_that_of_the_adapter():
     assert torch.linalg.matrix_rank(delta(rank=3), atol=1e-5) == 3
 
 
@@ -247,15 +257,16 @@ def test_adapters_depend_on_their_seed_alone_and_leave_the_global_state():
     assert not equal(first, trainable_tensors(adapted(seed=4)))
 
 
-def test_the_order_of_the_targets_does_not_matter():
-    assert equal(
-        trainable_tensors(adapted(targets=("v", "q"))), trainable_tensors(adapted(targets=("q", "v", "q")))
-    )
+def test_targets_have_the_order_of_the_model():
+    first, second = adapted(targets=("v", "q")), adapted(targets=("q", "v", "q"))
+    assert equal(trainable_tensors(first), trainable_tensors(second))
+    assert resolve_layers(base(), ("v", "q"), option="x") == in_blocks("attention.q", "attention.v")
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_a_merged_model_is_a_plain_one_that_computes_the_same(bias):
+def test_a_new_adapter_changes_nothing_and_a_merged_model_is_a_plain_one(bias):
     model = adapted(targets=LORA_TARGETS, bias=bias)
+    assert torch.equal(model(clips()), base()(clips()))
     perturb(model)
     expected = model(clips())
     assert (expected - base()(clips())).abs().max() > 1e-2
@@ -321,10 +332,6 @@ def test_parameters_are_counted():
     own = 2 * 4 * (32 + 32)
     total = sum(weight.numel() for weight in base().parameters())
     assert trainable_report(model) == (own + 5 * 32 + 5 + 4 * 32, total + own)
-
-
-def test_layers_are_listed_in_the_order_of_the_model():
-    assert resolve_layers(base(), ("v", "q"), option="x") == in_blocks("attention.q", "attention.v")
 
 
 def injected(monkeypatch, model, dropout):
@@ -527,19 +534,6 @@ def test_target_pattern_reaches_one_block_despite_common_prefixes():
     assert len(ranks) == 36
 
 
-@pytest.mark.parametrize(
-    ("pattern", "sentence"),
-    [
-        ({"p": 4}, r"lora_rank_pattern: 'p' is no layer of the model\. "),
-        ({"fc1": 4}, r"lora_rank_pattern: 'fc1' gets no adapter\. Add it to --lora-target-modules"),
-        ({"blocks.9.attention.q": 4}, "is no layer of the model"),
-    ],
-)
-def test_a_pattern_for_a_layer_without_an_adapter_is_refused(pattern, sentence):
-    with pytest.raises(ModelError, match=sentence):
-        attach(base(), spec(rank_pattern=pattern), seed=0)
-
-
 def test_dora_learns_a_magnitude_and_merges_to_what_it_computes():
     model = adapted(targets=LORA_TARGETS, use_dora=True)
     assert torch.allclose(model(clips()), base()(clips()), atol=1e-5)
@@ -583,35 +577,12 @@ def test_pissa_starts_at_the_largest_singular_values():
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            {"init": "pissa", "targets": ("q", "patch_embed")},
-            "--lora-init pissa: patch_embed is a convolution",
-        ),
-        ({"init": "olora", "targets": LORA_TARGETS}, "--lora-init olora: patch_embed is a convolution"),
-        (
-            {"init": "orthogonal", "rank": 3},
-            "--lora-init orthogonal: .* has the rank 3; it has to be even. Use 4",
-        ),
-        (
-            {"init": "pissa", "targets": ("classifier",), "rank": 8},
-            "classifier maps 32 to 5 numbers, so its rank is at most 5, not 8. Give --lora-rank-pattern classifier=5",
-        ),
-    ],
-)
-def test_a_layer_that_cannot_start_so_is_named(changes, sentence):
-    with pytest.raises(ModelError, match=sentence):
-        attach(base(), spec(**changes), seed=0)
-
-
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_taken_from_the_weights_survives_another_decomposition(init, monkeypatch):
     """Another machine's decomposition may pick other directions; a checkpoint brings back those of its run."""
     model = adapted(init=init)
     saved = {k: v.clone() for k, v in {**trainable_tensors(model), **start_tensors(model)}.items()}
-    assert len(start_tensors(model)) == 2 * 6
+    assert len(start_tensors(model)) == 2 * 6 and start_tensors(adapted()) == start_tensors(base()) == {}
     perturb(model)
     saved.update({k: v.clone() for k, v in trainable_tensors(model).items()})
 
@@ -635,24 +606,12 @@ def test_a_start_taken_from_the_weights_survives_another_decomposition(init, mon
     assert equal(start_tensors(elsewhere), start_tensors(model))
 
 
-def test_other_adapters_have_no_start_to_save():
-    assert start_tensors(adapted()) == start_tensors(base()) == {}
-
-
 @pytest.mark.parametrize(("count", "blocks"), [(1, (1,)), (2, (0, 1))])
 def test_last_n_trains_last_blocks_norm_classifier_and_frame_times(count, blocks):
     model = base()
     set_trainable(model, f"last-{count}", spec(), seed=0)
     above = {n for n in model.state_dict() if n.startswith(tuple(f"blocks.{i}." for i in blocks))}
     assert trainable(model) == above | {"norm.weight", "norm.bias"} | FULL
-
-
-def test_last_n_trains_what_looks_over_time_after_the_blocks():
-    config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": "factorized"})
-    model = build_model(config, seed=0, from_scratch=True)
-    set_trainable(model, "last-1", spec(), seed=0)
-    tops = {name.split(".")[0] for name in trainable(model)}
-    assert tops == {"blocks", "norm", "summary", "classifier"}
 
 
 def test_more_last_blocks_than_there_are_is_refused():
@@ -667,6 +626,8 @@ def test_last_n_leaves_no_scheme_without_the_order_of_frames():
         set_trainable(model, "last-1", spec(), seed=0)
         parts = {name for part in model.added_modules().values() for name in part.parameters()}
         assert parts and all(parameter.requires_grad for parameter in parts), attention
+    tops = {name.split(".")[0] for name in trainable(model)}  # of the factorized one
+    assert tops == {"blocks", "norm", "summary", "classifier"}
 
 
 def test_no_gradient_is_computed_below_what_is_trained():
@@ -879,31 +840,18 @@ def saved_bytes(work, *, without):
 
 def test_the_input_a_byte_mask_and_the_narrow_product_are_all_that_is_kept():
     x, *weights = tensors((64, 256), outputs=128, rank=4)
-    kept = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, dropout=0.1), without=weights)
-    assert kept == 4 * x.numel() + x.numel() + 4 * 64 * 4
-    without_dropout = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0), without=weights)
-    assert without_dropout == 4 * x.numel() + 4 * 64 * 4
 
+    def kept(before=lambda x: x, **facts):
+        return saved_bytes(lambda: lora_linear(before(x), *weights, scale=1.0, **facts), without=weights)
 
-def test_a_gelu_that_was_taken_over_keeps_nothing_of_its_own():
-    x, *weights = tensors((64, 256), outputs=128, rank=4)
-    apart = saved_bytes(lambda: lora_linear(F.gelu(x), *weights, scale=1.0), without=weights)
-    taken = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, gelu="none"), without=weights)
-    assert apart - taken == 4 * x.numel()
-
-
-def test_under_autocast_no_copy_of_the_frozen_weight_is_kept():
-    x, *weights = tensors((64, 256), outputs=128, rank=4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        kept = saved_bytes(lambda: lora_linear(x, *weights, scale=1.0), without=weights)
     product, lora_a, lora_b = 64 * 4, 4 * 256, 128 * 4
-    assert kept == 2 * (x.numel() + product + lora_a + lora_b)
-
-
-def test_nothing_is_kept_where_no_gradient_is_asked_for():
-    inputs = tensors()
+    assert kept() == 4 * (x.numel() + product)
+    assert kept(dropout=0.1) == kept() + x.numel()
+    assert kept(F.gelu) - kept(gelu="none") == 4 * x.numel()  # one that is taken over keeps nothing
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kept() == 2 * (x.numel() + product + lora_a + lora_b)  # no copy of the frozen weight
     with torch.no_grad():
-        assert saved_bytes(lambda: lora_linear(*inputs, scale=1.0, dropout=0.1), without=[]) == 0
+        assert saved_bytes(lambda: lora_linear(x, *weights, scale=1.0, dropout=0.1), without=[]) == 0
 
 
 def test_attention_computes_on_a_device_that_autocast_does_not_know():

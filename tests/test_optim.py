@@ -25,13 +25,22 @@ from tvit_cli.portable.vit import TemporalViT, ViTConfig
 TINY = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=8, depth=1, num_heads=2)
 
 
+def grouped(model, **choices):
+    facts = {"weight_decay": 0.3, "bias_weight_decay": False, "norm_weight_decay": False, **choices}
+    return parameter_groups(model, **facts)
+
+
+def by_name(model, groups, kept):
+    """Name of each parameter -> one fact of its group."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {names[p]: group[kept] for group in groups for p in group["params"]}
+
+
 def decayed(**choices):
     model = TemporalViT(TINY)
-    facts = {"bias_weight_decay": False, "norm_weight_decay": False, **choices}
-    groups = parameter_groups(model, weight_decay=0.3, **facts)
-    names = {p: n for n, p in model.named_parameters()}
-    assert {p for g in groups for p in g["params"]} == set(names)  # every parameter is in one group
-    return {names[p] for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
+    decay = by_name(model, grouped(model, **choices), "weight_decay")
+    assert decay.keys() == dict(model.named_parameters()).keys()  # every parameter is in one group
+    return {name for name, value in decay.items() if value == 0.3}
 
 
 def test_weight_decay_leaves_out_biases_norms_and_learned_positions():
@@ -43,41 +52,32 @@ def test_weight_decay_leaves_out_biases_norms_and_learned_positions():
 def test_the_lengths_of_weights_that_dora_learns_are_not_decayed():
     model = TemporalViT(TINY)
     attach(model, LoraSpec(2, 2.0, 0.0, False, "none", ("q", "patch_embed"), (), use_dora=True), seed=0)
-    groups = parameter_groups(model, weight_decay=0.3, bias_weight_decay=False, norm_weight_decay=False)
-    kept = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    free = {name for name, p in model.named_parameters() if id(p) in kept}
+    free = {name for name, value in by_name(model, grouped(model), "weight_decay").items() if value == 0}
     layers = ("blocks.0.attention.q", "patch_embed")
     lengths = {f"{layer}.lora_magnitude_vector.default.weight" for layer in layers}
     assert free == lengths | {"classifier.bias", "temporal.embedding"}
 
 
-def test_biases_are_decayed_when_asked_and_norms_are_not():
+def test_biases_and_norms_are_decayed_when_asked():
     more = decayed(bias_weight_decay=True) - decayed()
     assert "blocks.0.attention.q.bias" in more and "classifier.bias" in more
     assert not any("norm" in n for n in more)
-
-
-def test_norms_are_decayed_when_asked_with_their_biases():
-    more = decayed(norm_weight_decay=True) - decayed()
-    assert more == {
-        f"{n}.{kind}" for n in ("blocks.0.norm1", "blocks.0.norm2", "norm") for kind in ("weight", "bias")
+    norms = ("blocks.0.norm1", "blocks.0.norm2", "norm")
+    assert decayed(norm_weight_decay=True) - decayed() == {
+        f"{n}.{k}" for n in norms for k in ("weight", "bias")
     }
 
 
 def test_frozen_parameters_are_in_no_group():
     model = TemporalViT(TINY)
     model.patch_embed.requires_grad_(False)
-    groups = parameter_groups(model, weight_decay=0.1, bias_weight_decay=True, norm_weight_decay=True)
+    groups = grouped(model, bias_weight_decay=True, norm_weight_decay=True)
     assert all(p.requires_grad for g in groups for p in g["params"])
 
 
-def scales(model, layer_decay):
+def scales(model, layer_decay, **choices):
     """Trainable parameter -> its share of the learning rate."""
-    groups = parameter_groups(
-        model, weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False, layer_decay=layer_decay
-    )
-    names = {p: n for n, p in model.named_parameters()}
-    return {names[p]: group["rate_scale"] for group in groups for p in group["params"]}
+    return by_name(model, grouped(model, layer_decay=layer_decay, **choices), "rate_scale")
 
 
 def test_each_block_learns_at_a_share_of_the_rate_of_the_block_after_it():
@@ -114,17 +114,9 @@ def test_layers_are_told_by_their_whole_names():
     assert layer_scale("positions", depth=2, layer_decay=0.5) == 0.125
 
 
-def test_without_layer_decay_there_are_two_groups_of_one_rate():
-    groups = parameter_groups(
-        TemporalViT(TINY), weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False
-    )
-    assert [group["rate_scale"] for group in groups] == [1.0, 1.0]
-
-
 def test_the_schedule_moves_every_group_by_its_share():
-    groups = parameter_groups(
-        TemporalViT(TINY), weight_decay=0.1, bias_weight_decay=False, norm_weight_decay=False, layer_decay=0.5
-    )
+    assert [group["rate_scale"] for group in grouped(TemporalViT(TINY))] == [1.0, 1.0]
+    groups = grouped(TemporalViT(TINY), layer_decay=0.5)
     optimizer = adamw(groups, learning_rate=1.0, betas=(0.9, 0.999), epsilon=1e-8)
     for rate in (0.1, 0.02):
         set_rates(optimizer, rate)
@@ -145,30 +137,21 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     assert rates[8] == pytest.approx(1.0)  # half way down
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.1
-
-
-def test_without_warm_up_the_first_step_has_the_peak_rate():
     assert learning_rate_at(0, peak=2.0, warmup_steps=0, total_steps=3) == 2.0
 
 
-def test_temporal_layers_have_their_own_learning_rate():
-    for attention, own in (
-        ("factorized", {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"}),
-        ("divided", set()),
-    ):
-        model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "attention": attention}))
-        facts = {"weight_decay": 0.1, "bias_weight_decay": False, "norm_weight_decay": False}
-        groups = parameter_groups(model, **facts, layer_decay=0.5, temporal_rate=0.3)
-        scales = {id(p): group["rate_scale"] for group in groups for p in group["params"]}
-        by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
-        assert own <= {name for name, scale in by_name.items() if scale == 0.3}
-        assert {name for name, scale in by_name.items() if scale == 0.3} == {
-            name for name in by_name if name.startswith("summary.")
-        }
-        assert by_name["blocks.0.attention.q.weight"] == 0.5
-        if attention == "divided":
-            assert by_name["blocks.0.temporal.scale.gate"] == by_name["temporal.embedding"] == 1
-            assert by_name["blocks.0.temporal.attention.q.weight"] == 0.5
+@pytest.mark.parametrize("attention", ["factorized", "divided"])
+def test_temporal_layers_have_their_own_learning_rate(attention):
+    model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "attention": attention}))
+    found = scales(model, 0.5, temporal_rate=0.3)
+    slow = {name for name, scale in found.items() if scale == 0.3}
+    assert slow == {name for name in found if name.startswith("summary.")}
+    assert found["blocks.0.attention.q.weight"] == 0.5
+    if attention == "divided":
+        assert found["blocks.0.temporal.scale.gate"] == found["temporal.embedding"] == 1
+        assert found["blocks.0.temporal.attention.q.weight"] == 0.5
+    else:
+        assert {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"} <= slow
 
 
 # Two classes; softmax of (0, ln 3) is (1/4, 3/4).
@@ -192,30 +175,23 @@ def clip_losses(logits, targets, *, class_weights=(1, 1), label_smoothing=0.0):
     return optim.clip_losses(logits, targets, class_weights=weights, label_smoothing=label_smoothing)
 
 
-def test_a_clip_of_one_label_costs_its_cross_entropy():
-    losses = clip_losses(LOGITS, Targets(LABELS, ONES))
-    assert losses.tolist() == pytest.approx([LIKELY, RARE, RARE])
+ONE, SMOOTH = Targets(LABELS, ONES), {"label_smoothing": 0.2}  # 0.9 on the label, 0.1 beside it
+ON_LABEL_1 = [0.8 * share + 0.1 for share in (0.3, 0.75, 0.0)]  # of the mixed clips, smoothed
+COSTS = [(RARE, LIKELY), (LIKELY, RARE), (RARE, LIKELY)]  # of labels 0 and 1
 
 
-def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
-    # 0.9 on the label, 0.1 beside it
-    losses = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=0.2)
-    wanted = [0.9 * LIKELY + 0.1 * RARE, 0.9 * RARE + 0.1 * LIKELY, 0.9 * RARE + 0.1 * LIKELY]
-    assert losses.tolist() == pytest.approx(wanted)
-
-
-def test_a_mixed_clip_costs_both_labels_by_their_shares():
-    losses = clip_losses(LOGITS, MIXED)
-    wanted = [0.3 * LIKELY + 0.7 * RARE, 0.75 * RARE + 0.25 * LIKELY, RARE]
-    assert losses.tolist() == pytest.approx(wanted)
-
-
-def test_smoothing_comes_on_top_of_the_mixture():
-    losses = clip_losses(LOGITS, MIXED, label_smoothing=0.2)
-    on_label_1 = [0.8 * share + 0.1 for share in (0.3, 0.75, 0.0)]
-    probability = [(RARE, LIKELY), (LIKELY, RARE), (RARE, LIKELY)]
-    wanted = [(1 - p) * a + p * b for p, (a, b) in zip(on_label_1, probability, strict=True)]
-    assert losses.tolist() == pytest.approx(wanted)
+@pytest.mark.parametrize(
+    ("targets", "how", "wanted"),
+    [
+        (ONE, {}, [LIKELY, RARE, RARE]),
+        (ONE, SMOOTH, [0.9 * a + 0.1 * b for a, b in [(LIKELY, RARE), (RARE, LIKELY), (RARE, LIKELY)]]),
+        (MIXED, {}, [0.3 * LIKELY + 0.7 * RARE, 0.75 * RARE + 0.25 * LIKELY, RARE]),
+        (MIXED, SMOOTH, [(1 - p) * a + p * b for p, (a, b) in zip(ON_LABEL_1, COSTS, strict=True)]),
+    ],
+    ids=["one label", "smoothed", "mixed by shares", "smoothed on top of the mixture"],
+)
+def test_a_clip_costs_its_labels_by_their_shares(targets, how, wanted):
+    assert clip_losses(LOGITS, targets, **how).tolist() == pytest.approx(wanted)
 
 
 def test_both_labels_of_a_clip_weigh_what_their_classes_do():

@@ -1,5 +1,6 @@
 """`tvit predict`: labels for videos, from the command line."""
 
+import contextlib
 import csv
 import io
 import itertools
@@ -19,7 +20,6 @@ import entry
 import numpy as np
 import pytest
 import torch
-from entry import run_python
 from loopback import serving
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -52,7 +52,8 @@ def clip(trained):
 
 
 def tvit(trained, *arguments):
-    return run_python("-m", "tvit_cli", "predict", *arguments, cwd=trained.run.parents[1], COLUMNS="200")
+    with contextlib.chdir(trained.run.parents[1]):
+        return entry.tvit("predict", *arguments)
 
 
 def test_scores_that_overflow_are_an_error_and_never_nan(trained, clip, tmp_path):

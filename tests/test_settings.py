@@ -106,6 +106,9 @@ def test_none_resets_an_optional_setting_that_a_file_sets(tmp_path):
     config.write_text("max_grad_norm = 3.0\n")
     assert read(config=config, flags={"max_grad_norm": "none"}).settings.max_grad_norm is None
     assert read(config=config, flags={"val_groups": "none"}).settings.val_groups == "none"
+    emptied = {"lora_exclude_modules": "none", "lora_rank_pattern": "none"}
+    settings = read(preset="reference", flags=emptied).settings
+    assert (settings.lora_exclude_modules, settings.lora_rank_pattern) == ((), {})
 
 
 def test_lists_are_comma_separated():
@@ -151,6 +154,7 @@ def test_pairs_are_given_as_text_or_as_a_table_and_come_back_from_json(tmp_path)
         ({"attention": "factorized", "train": "classifier", "temporal_rate": "0.5"}, "--train classifier"),
         ({"experiment_name": "a/b"}, "one folder name"),
         ({"group_pattern": "("}, "not a regular expression"),
+        ({"group_pattern": "(" * 20_000 + ")" * 20_000}, "it is not a regular expression"),
         ({"num_workers": "-1"}, "--num-workers: -1"),
     ],
 )
@@ -167,13 +171,6 @@ def test_a_model_from_scratch_is_trained_whole_unless_told_otherwise():
     assert read(flags={"hf_model_name": "none", "train": "classifier"}).settings.train == "classifier"
 
 
-def test_none_empties_a_list_and_a_table():
-    settings = read(
-        preset="reference", flags={"lora_exclude_modules": "none", "lora_rank_pattern": "none"}
-    ).settings
-    assert (settings.lora_exclude_modules, settings.lora_rank_pattern) == ((), {})
-
-
 def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle():
     assert read(flags={"lora_bias": "all", "lora_exclude_modules": "q"}).settings.without_effect() == []
     whole = {"train": "all", "lora_rank": "4", "lora_bias": "all", "lora_rank_pattern": "q=3"}
@@ -187,24 +184,17 @@ def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle():
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
-    [("c.toml", "epochs = ", "is not TOML"), ("c.json", "{", "is not JSON"), ("c.json", "[1]", "no table")],
-)
-def test_a_config_file_that_is_no_table_is_refused(tmp_path, name, text, words):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(SettingsError, match=words):
-        read(config=tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
     [
+        ("c.toml", "epochs = ", "is not TOML"),
+        ("c.json", "{", "is not JSON"),
+        ("c.json", "[1]", "no table"),
         ("c.json", "[" * 100_000, "is not JSON"),
         ("c.toml", "a = " + "[" * 100_000, "is not TOML"),
         ("c.toml", "#" * (2**20 + 1), r"1,048,577 bytes, more than the 1,048,576 of a config file"),
     ],
-    ids=["deep JSON", "deep TOML", "large TOML"],
+    ids=["half TOML", "half JSON", "a list", "deep JSON", "deep TOML", "large TOML"],
 )
-def test_config_files_too_deep_or_too_large_are_refused(tmp_path, name, text, words):
+def test_config_files_that_are_no_table_too_deep_or_too_large_are_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(SettingsError, match=words):
         read(config=tmp_path / name)
@@ -217,11 +207,6 @@ def test_a_named_pipe_as_config_is_refused_and_never_waited_for(tmp_path):
         read(config=tmp_path / "c.toml")
 
 
-def test_a_group_pattern_nested_too_deep_is_no_regular_expression():
-    with pytest.raises(SettingsError, match=r"--group-pattern: .*it is not a regular expression"):
-        read(flags={"group_pattern": "(" * 20_000 + ")" * 20_000})
-
-
 def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="no such file"):
         read(config=tmp_path / "c.toml")
@@ -229,11 +214,7 @@ def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path):
         load(TrainSettings, flags={"LORA_RANK": 4}, environ={})
     with pytest.raises(SettingsError, match="Did you mean quickstart"):
         read(preset="quikstart")
-
-
-@pytest.mark.parametrize("preset", presets())
-def test_every_preset_is_valid(preset):
-    read(preset=preset)
+    assert all(read(preset=preset) for preset in presets())
 
 
 def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs():
@@ -318,9 +299,8 @@ def weights_differ(base, changed):
 
 
 def counts_differ(base, changed):
-    return records(base, "step")[-1]["step"] != records(changed, "step")[-1]["step"] or weights_differ(
-        base, changed
-    )
+    last = [records(result, "step")[-1]["step"] for result in (base, changed)]
+    return last[0] != last[1] or weights_differ(base, changed)
 
 
 def formats_differ(base, changed):
@@ -360,7 +340,7 @@ WEIGHTS = {
     "train": "classifier", "lora_rank": 4, "lora_alpha": 32, "lora_rank_pattern": {"q": 2},
     "lora_alpha_pattern": {"q": 32}, "lora_use_rslora": True, "lora_use_dora": True, "lora_init": "gaussian",
     "lora_dropout": 0.5, "lora_bias": "lora_only", "lora_target_modules": "fc1", "lora_exclude_modules": "q",
-    "warmup_epochs": 2, "per_gpu_batch_size": 5, "learning_rate": 0.02, "weight_decay": 0.5, "label_smoothing": 0.2,
+    "warmup_epochs": 1, "per_gpu_batch_size": 5, "learning_rate": 0.02, "weight_decay": 0.5, "label_smoothing": 0.2,
     "bias_weight_decay": True, "max_grad_norm": 0.01, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-2,
     "crop_scale_min": 1.0, "horizontal_flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.3,
     "drop_path": 0.5, "token_drop": 0.5, "layer_decay": 0.5, "mixup": 0.8, "cutmix": 1.0, "randaugment": 2,
@@ -393,7 +373,7 @@ EFFECTS = {
     "norm_weight_decay": (ALL, True, weights_differ),
     "temporal_depth": ({"attention": "factorized"}, 1, weights_differ),
     "temporal_rate": ({"attention": "factorized"}, 1.0, weights_differ),
-    "epochs": ({}, 1, counts_differ),
+    "epochs": ({}, 2, counts_differ),
     "gradient_accumulation_steps": ({}, 2, counts_differ),
     "global_batch_size": ({}, 8, counts_differ),
     "mixed_precision": ({"test_at_end": True}, "bf16", formats_differ),
@@ -404,10 +384,10 @@ EFFECTS = {
     "patience": (STANDSTILL, 1, lambda a, b: len(records(a)) == 4 and len(records(b)) == 2),
     "repeats": ({}, 2, lambda a, b: (records(a)[0]["step"], records(b)[0]["step"]) == (3, 6)),
     "checkpoint_dir": ({}, "saved", lambda a, b: (b.run / "saved").is_dir()),
-    "save_checkpoint_interval": ({}, 2, lambda a, b: len(saved_steps(b)) == 1),
-    "save_every_steps": ({}, 2, lambda a, b: saved_steps(b) == [2, 3, 4, 6]),
-    "save_every_minutes": ({}, 1e-9, lambda a, b: saved_steps(b) == [1, 2, 3, 4, 5, 6]),
-    "max_no_of_checkpoints": ({}, 1, lambda a, b: len(saved_steps(b)) == 1),
+    "save_checkpoint_interval": ({"epochs": 2}, 2, lambda a, b: len(saved_steps(b)) == 1),
+    "save_every_steps": ({}, 2, lambda a, b: saved_steps(b) == [2, 3]),
+    "save_every_minutes": ({}, 1e-9, lambda a, b: saved_steps(b) == [1, 2, 3]),
+    "max_no_of_checkpoints": ({"epochs": 2}, 1, lambda a, b: len(saved_steps(b)) == 1),
 }
 
 
@@ -417,7 +397,7 @@ BASES: dict[str, TrainResult] = {}
 @pytest.mark.parametrize("name", EFFECTS)
 def test_no_setting_without_an_effect(name, inputs, tmp_path, tmp_path_factory, monkeypatch):
     base, value, shows = EFFECTS[name]
-    facts = {**inputs, "working_directory": tmp_path, **base}
+    facts = {**inputs, "working_directory": tmp_path, "epochs": 1, **base}
     if str(base) not in BASES:
         BASES[str(base)] = run(**{**facts, "working_directory": tmp_path_factory.mktemp("base")})
     if name == "working_directory":
