@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from entry import run_python, tvit
-from tiny import SCRATCH
+from tiny import SCRATCH, make_model
 
 import tvit_cli
 from tvit_cli import api
+from tvit_cli.data.video_writer import write_video
 from tvit_cli.settings.train import TrainSettings
 
 TINY = {
@@ -169,3 +170,63 @@ def test_help_and_completion_know_the_settings():
     assert parameters["epochs"].default == 300 and "show_settings" not in parameters
     assert "    epochs: Passes over the training videos." in tvit_cli.train.__doc__
     assert len(parameters) == len(TrainSettings.model_fields) - 1 + 4
+
+
+# Frames in memory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tvit_cli.load_model(
+        make_model(tmp_path_factory.mktemp("model") / "model", ("a", "b", "c")), device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Noise, larger than the model's frames, of 40 frames in an odd size."""
+    return np.random.default_rng(0).integers(0, 256, (40, 90, 121, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("suffix", "codec", "form"), [("avi", "rawvideo", "bgr24"), ("mkv", "ffv1", "bgr0")])
+def test_frames_in_memory_are_answered_as_the_same_frames_in_a_file(
+    suffix, codec, form, model, frames, tmp_path
+):
+    path = tmp_path / f"lossless.{suffix}"
+    write_video(path, frames, rate=10, codec=codec, pixel_format=form)
+    shown, fps = tvit_cli.read_video(str(path))
+    assert np.array_equal(shown, frames) and fps == pytest.approx(10)
+    array, file = model.predict(frames, fps=10, top_k=3), model.predict(path, top_k=3)
+    assert array.labels == file.labels and array.video == "array of 40 frames"
+    both = model.predict_many([path, frames, frames[:, :, ::-1]], top_k=3)
+    assert both[0].labels == both[1].labels != both[2].labels
+    assert torch.equal(*model.embed([path, frames]))
+    assert torch.equal(model.explain(frames).relevance, model.explain(path).relevance)
+    a, b = (model.timeline(v, fps=10, window=1.0) for v in (frames, path))
+    assert np.array_equal(a.scores, b.scores) and a.seconds == pytest.approx(b.seconds) == 4.0
+    assert [s.label for s in a.segments] == [s.label for s in b.segments]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x: x / 255, r"float64 \(40, 90, 121, 3\): they should be uint8 \(T, H, W, 3\), .*Take \(255 \* frames"),
+        (lambda x: x.transpose(0, 3, 1, 2), r"uint8 \(40, 3, 90, 121\): .*Take frames.transpose\(0, 2, 3, 1\)"),
+        (lambda x: x[0], r"uint8 \(90, 121, 3\): .*numpy.stack\(frames\)"),
+        (lambda x: x[:0], r"uint8 \(0, 90, 121, 3\): they should be"),
+        (lambda x: x.astype(int), r"int64 .*they should be uint8"),
+        (lambda x: list(x), r"list: neither a path nor a URL"),
+        (lambda x: np.zeros((2, 2, 200, 3), np.uint8), r"array of 2 frames: .*200"),
+    ],
+)  # fmt: skip
+def test_frames_of_another_form_are_refused_by_name(change, text, model, frames):
+    for work in (model.predict, model.timeline):
+        with pytest.raises(tvit_cli.DataError, match=text):
+            work(change(frames))
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), "25"])
+def test_a_rate_that_is_none_is_refused(fps, model, frames):
+    for work in (model.predict, model.timeline):
+        with pytest.raises(tvit_cli.DataError, match=r"fps: .*it should be a number above 0"):
+            work(frames, fps=fps)

@@ -10,12 +10,31 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias
 
-from tvit_cli.errors import DataError, RunError, VideoError, shorten, size_text
+from tvit_cli.errors import DataError, RunError, VideoError, plural, shorten, size_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Location: TypeAlias = Path | str  # a file, or the URL of a stream
+
+
+@dataclass(frozen=True, eq=False)
+class FrameArray:
+    """A video in memory: RGB frames, uint8 (T, H, W, 3), of which `fps` are shown per second."""
+
+    frames: NDArray[np.uint8]
+    fps: float
+
+    def __str__(self) -> str:
+        return f"array of {plural(len(self.frames), 'frame')}"
+
+
+Source: TypeAlias = Location | FrameArray
 SPARE_BYTES: Final = 64 * 1024**2  # kept free for the rest of the system
 # File systems without locks, or without locks on read-only files (NFS, Lustre, some of FUSE): tvit runs unlocked.
 LOCKLESS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})

@@ -120,7 +120,7 @@ class ClipDataset(Dataset[ClipItem]):
         try:
             clip = self._read(epoch, index)
         except VideoError as error:
-            return self.unreadable(key, str(error).removeprefix(f"{video.url or video.path}: "))
+            return self.unreadable(key, str(error).removeprefix(f"{video.source}: "))
         self._frame_counts[index] = clip.frame_count
         frames = torch.from_numpy(clip.frames)  # (T * clips, H, W, C): by segment, then by clip
         if self.clips_per_video > 1:
@@ -152,7 +152,7 @@ class ClipDataset(Dataset[ClipItem]):
         if self.store is not None:
             return self.store.read(video.name, choose, short_side=self.short_side)
         count = self._frame_counts.get(index)
-        return read_clip(video.url or video.path, choose, short_side=self.short_side, frame_count=count)
+        return read_clip(video.source, choose, short_side=self.short_side, frame_count=count)
 
 
 def collate(items: Sequence[ClipItem]) -> ClipBatch:

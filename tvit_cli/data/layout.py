@@ -16,6 +16,7 @@ from typing import NotRequired, TypedDict, Unpack, cast
 
 from tvit_cli.data.split_files import CLASS_LIST, parse_split_lists, read_manifest
 from tvit_cli.errors import DataError, shorten
+from tvit_cli.files import FrameArray, Source
 from tvit_cli.settings.base import suggestion
 from tvit_cli.settings.types import GROUP_PATTERN, DataSettings
 
@@ -64,6 +65,12 @@ class Video:
     subset: str  # train, val or test
     group: str | None  # None: a group of its own
     url: str = ""  # read instead of the file
+    array: FrameArray | None = None  # read instead of both
+
+    @property
+    def source(self) -> Source:
+        """The frames in memory, the URL, or the file."""
+        return self.array or self.url or self.path
 
     @property
     def unit(self) -> str:

@@ -26,7 +26,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from tvit_cli.errors import TvitError, VideoError, size_text
-from tvit_cli.files import Location
+from tvit_cli.files import FrameArray, Location, Source
 from tvit_cli.portable.reading import (
     MOST_PIXELS,
     PLANE_SCALING,
@@ -119,7 +119,7 @@ class KeptFrames:
     `short_side` are scaled down to it, the long side in proportion. Raises VideoError for a size that is refused.
     """
 
-    def __init__(self, path: Location, first: av.VideoFrame, short_side: int | None) -> None:
+    def __init__(self, path: Source, first: av.VideoFrame, short_side: int | None) -> None:
         _check_size(path, first.width, first.height)
         short = min(first.width, first.height)
         target = short if short_side is None else min(short, short_side)
@@ -214,7 +214,7 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise VideoError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def _check_size(path: Location, width: int, height: int) -> None:
+def _check_size(path: Source, width: int, height: int) -> None:
     if fault := size_fault(width, height):
         raise VideoError(f"{path}: {fault}")
 
@@ -394,7 +394,7 @@ def decode_first(path: Path) -> None:
 
 
 def read_clip(
-    path: Location,
+    path: Source,
     choose: Callable[[int], Sequence[int]],
     *,
     short_side: int | None = None,
@@ -422,7 +422,7 @@ def read_video(path: Path | str) -> tuple[Frames, float]:
 
 
 def read_frames(
-    path: Location,
+    path: Source,
     choose: Callable[[int], Sequence[int]],
     convert: Callable[[KeptFrames, Sequence[int]], F],
     *,
@@ -430,6 +430,13 @@ def read_frames(
     frame_count: int | None = None,
 ) -> Clip[F]:
     """`read_clip` with another conversion, `convert(kept, indices)`."""
+    if isinstance(path, FrameArray):
+        count = len(path.frames)
+        indices = tuple(choose(count))
+        chosen = KeptFrames(path, _frame_of(path, 0), short_side)
+        for index in set(indices):
+            chosen.keep(index, _frame_of(path, index))
+        return Clip(convert(chosen, indices), indices, tuple(index / path.fps for index in indices), count)
     for _ in range(2):
         with open_video(path) as (container, stream):
             packets: Iterable[Packet] = demux(path, container, stream)
@@ -460,7 +467,11 @@ def read_frames(
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
 
 
-def iter_frames(path: Location, *, short_side: int | None = None) -> Iterator[TimedFrame]:
+def _frame_of(array: FrameArray, index: int) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(array.frames[index]), format="rgb24")
+
+
+def iter_frames(path: Source, *, short_side: int | None = None) -> Iterator[TimedFrame]:
     """Decodes a video once, in order, and yields every frame with its time.
 
     A frame is shown until the next one. A step of more than MOST_SHOWN is a gap: the frame before it lasts as long
@@ -469,6 +480,15 @@ def iter_frames(path: Location, *, short_side: int | None = None) -> Iterator[Ti
 
     Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
+    if isinstance(path, FrameArray):
+        held, count, fps = KeptFrames(path, _frame_of(path, 0), short_side), len(path.frames), path.fps
+        for index in range(count):
+
+            def picture(index: int = index) -> Frames:
+                return held.upright(_frame_of(path, index))
+
+            yield TimedFrame(index / fps, (index + 1) / fps, count / fps, picture)
+        return
     with open_video(path) as (container, stream):
         default = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
         length = None if container.duration is None else container.duration / av.time_base

@@ -20,7 +20,7 @@ from tvit_cli.data.layout import Video, printable
 from tvit_cli.engine.evaluate.metrics import ranks
 from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.trained import Trained
-from tvit_cli.files import Location
+from tvit_cli.files import FrameArray, Source
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.card import Preprocessing
 
@@ -174,16 +174,16 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
     return Scores(**{name: column[order] for name, column in columns.items()}, errors=errors, notes=notes)
 
 
-def unlabelled_video(location: Location, trained: Trained) -> Video:
-    """A file or URL as a video to score, with an arbitrary label of the model."""
-    path, url = (Path(location), location) if isinstance(location, str) else (location, "")
-    label = trained.card.labels[0]
-    return Video(path=path, name=printable(str(location)), label=label, subset="test", group=None, url=url)
+def unlabelled_video(source: Source, trained: Trained) -> Video:
+    """A file, URL or array as a video to score, with an arbitrary label of the model."""
+    url, array = source if isinstance(source, str) else "", source if isinstance(source, FrameArray) else None
+    name, label = printable(str(source)), trained.card.labels[0]
+    return Video(Path(str(source)), name, label, subset="test", group=None, url=url, array=array)
 
 
 def score_locations(
     trained: Trained,
-    locations: Sequence[Location],
+    locations: Sequence[Source],
     *,
     features: bool = False,
     batch_size: int = 1,

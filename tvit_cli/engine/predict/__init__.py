@@ -19,10 +19,17 @@ from tvit_cli.engine.launch import pick_device
 from tvit_cli.engine.predict import explain as explanations
 from tvit_cli.engine.predict import timeline as timelines
 from tvit_cli.engine.predict.explain import Explanation
-from tvit_cli.engine.predict.paths import find_video, find_videos, output_file, require_single_video
+from tvit_cli.engine.predict.paths import (
+    Video,
+    find_source,
+    find_sources,
+    find_videos,
+    output_file,
+    require_single_video,
+)
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import Interrupted, SettingsError, VideoError, plural
-from tvit_cli.files import Location, check_file, check_writable, collect_errors
+from tvit_cli.files import FrameArray, Location, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
 from tvit_cli.results import Note, Progress, Report, Segment, Timeline, seconds_done, silent
@@ -71,7 +78,8 @@ class TimelineResult:
 class Model:
     """A trained model for `tvit predict`, also returned by `tvit_cli.load_model`.
 
-    Videos are paths or URLs, preprocessed as in the model's evaluation.
+    A video is a path, a URL, or a NumPy array of RGB frames, uint8 (T, H, W, 3). All are preprocessed as in the
+    model's evaluation. An array of another form, and a name of no video or of several, is a DataError.
     """
 
     def __init__(self, trained: Trained) -> None:
@@ -92,28 +100,28 @@ class Model:
         """The model folder."""
         return self._trained.folder
 
-    def predict(self, video: str | Path, *, top_k: int = 5) -> Prediction:
+    def predict(self, video: Video, *, top_k: int = 5, fps: float = 25.0) -> Prediction:
         """Returns the `top_k` best labels of one video (at most all), best first.
 
-        Raises VideoError for an unreadable video, DataError for a name of no video or of several.
+        `fps` is the rate of an array; frames are chosen by their number, so it changes nothing here. Raises
+        VideoError for an unreadable video.
         """
-        (found,) = self.predict_many([find_video(video)], top_k=top_k)
+        (found,) = self.predict_many([find_source(video, fps)], top_k=top_k)
         if found.error:
             raise VideoError(f"{found.video}: {found.error}")
         return found
 
     def predict_many(
         self,
-        videos: Sequence[str | Path],
+        videos: Video | Sequence[Video],
         *,
         top_k: int = 5,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Prediction]:
-        """Returns one Prediction per file, URL, or video of a folder or pattern; with errors of unreadable ones.
+        """Returns a Prediction per array, file, URL, and video of a folder or pattern, or its error.
 
-        One name may be given without a list. Raises DataError for a name of no video, SettingsError for a bad
-        argument.
+        One video may be given without a list. Raises SettingsError for a bad argument.
         """
         return self.predict_and_embed(
             videos, top_k=top_k, batch_size=batch_size, progress=progress, embeds=False
@@ -121,7 +129,7 @@ class Model:
 
     def predict_and_embed(
         self,
-        videos: Sequence[str | Path],
+        videos: Video | Sequence[Video],
         *,
         top_k: int = 5,
         batch_size: int = BATCH_SIZE,
@@ -137,13 +145,14 @@ class Model:
         SettingsError for a bad argument.
         """
         check_arguments(PredictSettings, ANY_VIDEO, top_k=top_k, batch_size=batch_size)
-        locations = find_videos(videos)
+        locations = find_sources(videos)
+        has_arrays = any(isinstance(location, FrameArray) for location in locations)  # not sent to workers
         scores = score_locations(
             self._trained,
             locations,
             features=embeds,
             batch_size=batch_size,
-            workers=min(default_worker_count(), len(locations) // VIDEOS_PER_WORKER),
+            workers=0 if has_arrays else min(default_worker_count(), len(locations) // VIDEOS_PER_WORKER),
             progress=progress,
             may_stop=may_stop,
         )
@@ -163,10 +172,10 @@ class Model:
         embeddings = [rows[i][classes:] if embeds and i in rows else None for i in done]
         return predictions, embeddings
 
-    def embed(self, videos: Sequence[str | Path], *, batch_size: int = BATCH_SIZE) -> Tensor:
+    def embed(self, videos: Video | Sequence[Video], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Returns the features before the classifier, (V, D) float32 on the CPU, in the order of the videos.
 
-        Raises VideoError for an unreadable video, DataError for a name of no video.
+        Raises VideoError for an unreadable video.
         """
         predictions, embeddings = self.predict_and_embed(videos, batch_size=batch_size)
         for found in predictions:
@@ -174,12 +183,12 @@ class Model:
                 raise VideoError(f"{found.video}: {found.error}")
         return torch.stack([row for row in embeddings if row is not None])
 
-    def explain(self, video: str | Path, *, label: str | None = None) -> Explanation:
+    def explain(self, video: Video, *, label: str | None = None) -> Explanation:
         """Returns the relevance of each patch for a label (default: the best), and a deletion test of it.
 
         Raises VideoError, or ModelError for a label that the model does not have.
         """
-        return explanations.explain(self._trained, find_video(video), label)
+        return explanations.explain(self._trained, find_source(video), label)
 
     def write_explanation(self, path: Path, explanation: Explanation) -> None:
         """Writes an explanation of this model as a film strip, a PNG. Raises RunError."""
@@ -191,8 +200,9 @@ class Model:
 
     def timeline(
         self,
-        video: str | Path,
+        video: Video,
         *,
+        fps: float = 25.0,
         window: float = 2.0,
         stride: float | None = None,
         smoothing: float = 2.0,
@@ -201,8 +211,8 @@ class Model:
     ) -> Timeline:
         """Returns segments of a long video, from windows of `window` seconds every `stride` (default: a quarter).
 
-        `progress` gets the seconds done and, where the file names it, the length. Memory is bounded by a window.
-        Raises VideoError for an unreadable video, SettingsError for a bad argument.
+        `fps` is the rate of an array. `progress` gets the seconds done and, where the file names it, the length.
+        Memory is bounded by a window. Raises VideoError for an unreadable video, SettingsError for a bad argument.
         """
         check_arguments(
             PredictSettings,
@@ -214,7 +224,7 @@ class Model:
         )
         return timelines.make_timeline(
             self._trained,
-            find_video(video),
+            find_source(video, fps),
             window=window,
             stride=window / 4 if stride is None else stride,
             smoothing=smoothing,

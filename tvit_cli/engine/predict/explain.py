@@ -23,7 +23,7 @@ from tvit_cli.engine.evaluate.scoring import clips_to_score, unlabelled_video
 from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import ModelError, VideoError
-from tvit_cli.files import Location
+from tvit_cli.files import Source
 
 STEPS = 16  # on the path from blank to clip
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of all patches, deleted together
@@ -79,7 +79,7 @@ class Explanation:
         return positive / total if total > 0 else positive
 
 
-def explain(trained: Trained, location: Location, label: str | None = None) -> Explanation:
+def explain(trained: Trained, location: Source, label: str | None = None) -> Explanation:
     """Explains a label (default: the best) of a video. Raises VideoError, ModelError for an unknown label."""
     card, model = trained.card, trained.model
     if label is not None and label not in card.labels:

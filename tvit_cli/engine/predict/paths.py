@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tvit_cli.data.layout import VIDEO_SUFFIXES, is_hidden
 from tvit_cli.errors import DataError, RunError
-from tvit_cli.files import Location, atomic_write
+from tvit_cli.files import FrameArray, Location, Source, atomic_write
+
+Video: TypeAlias = str | Path | NDArray[np.uint8] | FrameArray  # a name, or frames (T, H, W, 3)
 
 
 def find_videos(names: Iterable[str | Path] | Path) -> list[Location]:
@@ -26,12 +33,39 @@ def find_videos(names: Iterable[str | Path] | Path) -> list[Location]:
     return [location for name in names for location in _find(name)]
 
 
-def find_video(name: str | Path) -> Location:
-    """The one video of a name. Raises DataError for none or several."""
-    found = find_videos([name])
+def find_sources(videos: Video | Iterable[Video], fps: float = 25.0) -> list[Source]:
+    """`find_videos`, and NumPy arrays of frames. Raises DataError for an array of another form, or a bad rate."""
+    if not (isinstance(fps, int | float) and 0 < fps < math.inf):
+        raise DataError(f"fps: {fps}: it should be a number above 0, the frames per second.")
+    found: list[Source] = []
+    for video in [videos] if isinstance(videos, str | Path | np.ndarray | FrameArray) else videos:
+        if isinstance(video, np.ndarray | FrameArray):
+            found.append(_frame_array(video, fps) if isinstance(video, np.ndarray) else video)
+        else:
+            found += _find(video)
+    return found
+
+
+def find_source(video: Video, fps: float = 25.0) -> Source:
+    """The one video of a name, or an array. Raises DataError for none or several."""
+    found = find_sources([video], fps)
     if len(found) > 1:
-        raise DataError(f"{name}: stands for {len(found)} videos. Name one of them, such as {found[0]}.")
+        raise DataError(f"{video}: stands for {len(found)} videos. Name one of them, such as {found[0]}.")
     return found[0]
+
+
+def _frame_array(frames: NDArray[Any], fps: float) -> FrameArray:
+    if frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size:
+        return FrameArray(frames, float(fps))
+    advice = ""
+    if frames.ndim == 4 and frames.shape[1] == 3 != frames.shape[3]:
+        advice = " Take frames.transpose(0, 2, 3, 1)."
+    elif frames.ndim == 3 and frames.shape[2] == 3:
+        advice = " numpy.stack(frames) makes a video of several frames."
+    elif np.issubdtype(frames.dtype, np.floating) and frames.size and frames.max() <= 1:
+        advice = " Take (255 * frames).round().astype(numpy.uint8)."
+    given = f"{frames.dtype} {frames.shape}"
+    raise DataError(f"frames: {given}: they should be uint8 (T, H, W, 3), RGB from 0 to 255.{advice}")
 
 
 def require_single_video(option: str, path: Path | None, locations: Sequence[Location]) -> None:
@@ -57,7 +91,8 @@ def output_file(option: str, path: Path) -> Iterator[Path]:
 
 def _find(name: str | Path) -> Sequence[Location]:
     if not isinstance(name, str | os.PathLike):  # a caller in Python
-        raise DataError(f"{type(name).__name__}: neither a path nor a URL. Give the name of a video file.")
+        advice = "Give the name of a video, or its frames as a NumPy array."
+        raise DataError(f"{type(name).__name__}: neither a path nor a URL. {advice}")
     if not str(name):
         raise DataError('"": an empty name. Is a variable of the shell not set?')
     if isinstance(name, str) and re.match("[A-Za-z][A-Za-z0-9+.-]+://", name):  # C:// is a drive

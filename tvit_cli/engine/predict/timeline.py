@@ -34,7 +34,7 @@ from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, VideoError
-from tvit_cli.files import Location, csv_row
+from tvit_cli.files import Source, csv_row
 from tvit_cli.portable.reading import CENTRE, segment_indices
 from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
 
@@ -230,7 +230,7 @@ def find_segments(
 @torch.inference_mode()
 def make_timeline(
     trained: Trained,
-    location: Location,
+    location: Source,
     *,
     window: float,
     stride: float,
@@ -345,7 +345,7 @@ def write_timeline(folder: Path, timeline: Timeline) -> None:
                 writer.writerow(csv_row([*times, best, *(f"{value:.6f}" for value in row)]))
 
 
-def annotate(path: Path, location: Location, segments: Sequence[Segment], report: Report = silent) -> None:
+def annotate(path: Path, location: Source, segments: Sequence[Segment], report: Report = silent) -> None:
     """Writes a copy of the video, without sound, with the segment's label as a caption in each frame.
 
     Frames keep their times and size (without an odd last row or column), in display rotation; one is in memory at
