@@ -3,30 +3,36 @@
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 from needs import need
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 
 
 class Page(HTMLParser):
-    """References, tags and text of a page; asserts that every tag is closed."""
+    """References that a page loads, its links, scripts, tags and text; asserts that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: set[str] = set()
         self.references: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[str] = []
         self.text = ""
         self.feed(text)
         assert not self.open, self.open
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.references += [value or "" for name, value in attributes if name in ("src", "href", "data")]
+        found = [value or "" for name, value in attributes if name in ("src", "href", "data")]
+        (self.links if tag == "a" else self.references).extend(found)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -37,7 +43,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        else:
+            self.text += data
 
 
 def trouble_in_chromium(path: Path, *, dark: bool = False) -> list[str]:
@@ -54,3 +63,22 @@ def trouble_in_chromium(path: Path, *, dark: bool = False) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "</main>" in done.stdout, done.stderr
     return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+@contextmanager
+def opened_in_chromium(path: Path, *, width: int = 1280) -> Iterator[Any]:
+    """Playwright's page of a file; asserts afterwards that the console has no errors. Skips without a browser."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    need("playwright")
+    need(program=browser, name="chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        page, errors = found.new_page(viewport={"width": width, "height": 800}), []
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(path.absolute().as_uri())
+        yield page
+        found.close()
+    assert errors == []

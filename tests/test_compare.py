@@ -146,9 +146,9 @@ def test_what_is_true_of_one_model_alone_is_said_of_it_alone(trained, tmp_path):
         measured(compared(trained.model, twin, **facts)),
         measured(compared(trained.model, other, **facts)),
     )
-    assert "The model was trained on these videos" in both and "First: " not in both
-    assert "First: The model was trained on these videos" in one
-    assert "Second: It is unknown whether scored videos are in the model's training data (elsewhere)" in one
+    assert "The model was trained on these videos" in both and "colours-1: " not in both
+    assert "colours-1: The model was trained on these videos" in one
+    assert "other: It is unknown whether scored videos are in the model's training data (elsewhere)" in one
 
 
 def test_two_models_of_one_name_are_told_apart_by_their_paths(trained, tmp_path):

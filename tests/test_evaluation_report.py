@@ -1,16 +1,18 @@
 """Reports of evaluations, series and comparisons."""
 
 import base64
+import io
 import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import simplejpeg
 import torch
-from pages import Page, trouble_in_chromium
+from pages import Page, opened_in_chromium, trouble_in_chromium
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import COLOURS, SCRATCH, change_weights, make_clips, run
@@ -33,6 +35,7 @@ from tvit_cli.report.charts import (
     coverage_chart,
     reliability_chart,
     shown_classes,
+    worst_first,
 )
 from tvit_cli.report.comparison import comparison_drawings, comparison_page, write_comparison_report
 from tvit_cli.report.drawing import Box, Dot, Line, Text
@@ -140,7 +143,7 @@ def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(resul
     assert result.report == result.output / "report.html"
     shown = page_of(result)
     assert shown.references and all(value.startswith("data:") for value in shown.references)
-    assert not shown.tags & {"script", "iframe", "object"}
+    assert not shown.tags & {"iframe", "object"} and shown.scripts == [html.SCRIPT]
     source = result.report.read_text(encoding="utf-8")
     assert (
         "url(" not in source
@@ -148,7 +151,7 @@ def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(resul
         and "http://" not in source
         and "https://" not in source
     )
-    assert source.count("<img ") == source.count(' alt="Frames of ')
+    assert source.count("<img ") == 2 * source.count(' alt="Frames of ') == 2 * source.count(' alt="">')
     for name in COLOURS:
         assert name in shown.text
 
@@ -167,7 +170,8 @@ def test_its_figures_are_those_of_the_metrics_file(result):
     assert f"videos{metrics['videos']:.0f}" in text
     for label, row in found["per_class"].items():
         assert f"{label}{row['right']} of {row['videos']}" in text
-        assert f"{label}{row['videos']}{row['recall']:.3f}{row['precision']:.3f}{row['f1']:.3f}" in text
+        shares = html.percent(row["recall"]) + html.percent(row["precision"])
+        assert f"{label}{row['right']} of {row['videos']}{shares}{row['f1']:.3f}" in text
     for pair in found["confused"]:
         assert f"{pair['label']}{pair['said']}{pair['videos']}" in text
         assert f"{pair['label']}: {pair['videos']} of " in text
@@ -354,7 +358,7 @@ def test_videos_left_out_stand_on_the_page_with_their_reasons(tmp_path):
 
 
 def test_a_report_that_cannot_be_written_costs_no_numbers(trained, tmp_path, monkeypatch):
-    def full(*given):
+    def full(*given, **links):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluation, "write_pages", full)
@@ -371,10 +375,10 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
         tmp_path, labels=(evil, "x"), answers=(wrong,), unreadable={evil: evil}, warnings=(evil,), name=evil
     )
     page = written(own, Context({evil: evil}, [(evil, evil)], torch.device("cpu")))
-    assert "script" not in page.tags and page.text.count(evil) >= 12
+    assert page.scripts == [html.SCRIPT] and page.text.count(evil) >= 12
     compared = made_up_comparison(tmp_path, {evil: (4, 1, 3), "x": (2, 2, 2)})
     page = Page(comparison_page(compared, CONTEXT, comparison_drawings(compared)))
-    assert "script" not in page.tags and page.text.count(evil) >= 8
+    assert page.scripts == [html.SCRIPT] and page.text.count(evil) >= 8
 
 
 def test_confusion_matrix_has_all_cells_and_no_overlapping_text():
@@ -438,7 +442,7 @@ def test_confidence_is_drawn_against_accuracy():
 
 def test_a_strip_is_a_row_of_the_models_frames(tmp_path):
     own = made_up(tmp_path)
-    uri = next(uri for uri in written(own).references if uri.startswith("data:image"))
+    uri = next(uri for uri in written(own).references if uri.startswith("data:image/jpeg"))
     assert simplejpeg.decode_jpeg(base64.b64decode(uri.split(",")[1])).shape == (16, 3 * 18 - 2, 3)
     page = evaluation_page(own, CONTEXT, evaluation_drawings(own))
     assert page.count('alt="Frames of b/3.avi, which is Bowling, predicted Archery"') == 1
@@ -504,13 +508,13 @@ def test_comparison_page_names_the_better_model_and_flipped_videos(series, tmp_p
     both = sum(
         a.is_right and b.is_right for a, b in zip(result.first.answers, result.second.answers, strict=True)
     )
-    assert (
-        f"first correct{both}{lost}first wrong{gained}{found['videos'] - both - gained - lost}" in shown.text
-    )
-    assert source.count("<img ") == min(gained, MOST_STRIPS) + min(lost, MOST_STRIPS)
+    first, _ = result.names
+    neither = found["videos"] - both - gained - lost
+    assert f"{first} correct{both}{lost}{first} wrong{gained}{neither}" in shown.text
+    assert source.count("<img ") == 2 * (min(gained, MOST_STRIPS) + min(lost, MOST_STRIPS))
     flip = (result.gained + result.lost)[0]
-    assert f"first: {flip[0].predicted}{html.percent(max(flip[0].scores))}" in shown.text
-    assert f"second: {flip[1].predicted}{html.percent(max(flip[1].scores))}" in shown.text
+    for name, own in zip(result.names, flip, strict=True):
+        assert f"{name}: {own.predicted}{html.percent(max(own.scores))}" in shown.text
     assert trouble_in_chromium(result.report, dark=True) == []
 
 
@@ -570,3 +574,118 @@ def test_report_removes_only_its_own_outdated_drawings(tmp_path):
     assert own.is_file()
     write_comparison_report(made_up_comparison(tmp_path, {"x": (10, 5, 5)}), CONTEXT)
     assert set((tmp_path / "plots").iterdir()) == before
+
+
+HUNDRED = tuple(f"Class {n}" for n in range(1, 101))
+
+
+def of_100_classes(folder, per_class=4):
+    """An evaluation of 100 classes; of each class, one video is mistaken for the next class."""
+    scores = [tuple(0.9 if n == k else 0.001 for n in range(100)) for k in range(100)]
+    answers = tuple(
+        VideoPrediction(video(f"{label} {n}.avi", label), HUNDRED[said], scores[said])
+        for k, label in enumerate(HUNDRED)
+        for n in range(per_class)
+        for said in [(k + (n == 0)) % 100]
+    )
+    per = {
+        label: ClassScore(per_class, per_class - 1 - k // 50, per_class) for k, label in enumerate(HUNDRED)
+    }
+    confused = tuple(zip(HUNDRED[:9], HUNDRED[1:], [1] * 9, strict=False))
+    return made_up(folder, HUNDRED, answers=answers, per_class=per, confused=confused)
+
+
+def test_training_and_evaluation_pages_link_to_each_other(trained, tmp_path):
+    model = Path(shutil.copytree(trained.run, tmp_path / "runs & <b>" / "mine")) / "model"
+    training = model.parent / "report.html"
+    result = evaluate(settings(trained, model=model))
+    assert "../../report.html" in page_of(result).links
+    assert "eval/test/report.html" in Page(training.read_text()).links
+    other = shutil.copytree(model.parent, tmp_path / "runs & <b>" / "o'ther") / "model"
+    compared = compare(EvalSettings(compare=(model, other), num_workers=0, device="cpu"))
+    assert compared.report is not None
+    for page in (compared.report, training, other.parent / "report.html", compared.second.report):
+        links = [link for link in Page(page.read_text()).links if link.endswith(".html")]
+        targets = [(page.parent / unquote(link)).resolve() for link in links]
+        assert all(target.is_file() for target in targets)
+        assert page == compared.report or compared.report.resolve() in targets
+    (result.output / "report.html").unlink()
+    compare(EvalSettings(compare=(model, other), num_workers=0, device="cpu"))
+    assert "eval/test/report.html" not in Page(training.read_text()).links
+
+
+def test_confusion_cells_open_lists_of_their_videos(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    answers = []
+    for answer in made_up(tmp_path).answers:
+        name = answer.video.name.replace("0", "<i> #?%41")
+        (tmp_path / name).touch()
+        answers.append(replace(answer, video=replace(answer.video, path=tmp_path / name, name=name)))
+    page = written(made_up(tmp_path / "eval", answers=tuple(answers)))
+    assert {"#c0-0", "#c1-0", "../b/3.avi", "../b/%3Ci%3E%20%23%3F%2541.avi"} <= set(page.links)
+    assert "Bowling: 1 of 2 predicted Archeryb/3.avi · 97 %" in page.text.replace("\n", "")
+    monkeypatch.setattr(evaluation, "MOST_IN_CELL", 2)
+    monkeypatch.setattr(evaluation, "MOST_LISTED", 150)
+    text = written(of_100_classes(tmp_path)).text
+    assert text.count(" %Class") <= 150 and text.count(", of which 2 are listed") == 25
+    assert all(f"Class {n}: 1 of 4 predicted Class {n % 100 + 1}" in text for n in range(1, 101))
+
+
+def test_clips_play_as_loops_of_the_frames_of_the_model(tmp_path):
+    clips = Clips()
+    clips.clip = lambda name: torch.linspace(-2, 2, 5).view(5, 1, 1, 1).expand(5, 3, 200, 200)  # type: ignore[method-assign]
+    page = written(made_up(tmp_path, clips=clips))
+    loops = [uri for uri in page.references if uri.startswith("data:image/webp")]
+    assert len(loops) == 4
+    with Image.open(io.BytesIO(base64.b64decode(loops[0].split(",")[1]))) as loop:
+        assert (loop.n_frames, loop.info["loop"], loop.size) == (5, 0, (128, 128))  # type: ignore[attr-defined]
+        levels = []
+        for frame in range(5):
+            loop.seek(frame)
+            levels.append(loop.convert("L").getpixel((64, 64)))
+    assert levels == sorted(levels) and levels[0] < levels[-1] - 200
+
+
+def test_a_page_of_100_classes_sorts_filters_and_opens_cells(tmp_path):
+    own = of_100_classes(tmp_path)
+    path = tmp_path / "report.html"
+    path.write_text(evaluation_page(own, CONTEXT, evaluation_drawings(own)))
+    assert path.stat().st_size < 700_000
+    with opened_in_chromium(path, width=390) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        names = page.locator("table.sortable tbody tr:visible td:first-child")
+        head = page.locator("table.sortable th").first
+        assert names.all_inner_texts()[:2] == ["Class 51", "Class 52"]  # the worst first
+        head.get_by_role("button").focus()
+        for order, first in (("ascending", "Class 1"), ("descending", "Class 100")):
+            page.keyboard.press("Enter")
+            assert head.get_attribute("aria-sort") == order and names.first.inner_text() == first
+        assert names.all_inner_texts() == list(reversed(HUNDRED))
+        page.locator("table.sortable th button", has_text="correct").click()
+        assert names.first.inner_text() == "Class 100" and head.get_attribute("aria-sort") is None
+        page.get_by_placeholder("Filter 100 rows").fill("class 7")
+        assert sorted(names.all_inner_texts()) == sorted(n for n in HUNDRED if n.startswith("Class 7"))
+        page.locator(".matrix tbody th").nth(50).scroll_into_view_if_needed()
+        assert page.locator(".matrix thead th").nth(50).bounding_box()["y"] >= 0  # the header stays
+        page.locator(".matrix a[href='#c1-2']").click()
+        assert page.locator(".cell:visible li").all_inner_texts() == ["Class 2 0.avi · 90 %"]
+        page.keyboard.press("Escape")
+        assert page.locator(".cell:visible").count() == 0
+        page.get_by_label("Fit to the width").check()
+        assert page.evaluate("document.querySelector('.matrix').scrollWidth") <= 390
+
+
+def test_names_with_numbers_are_in_natural_order(tmp_path):
+    labels = ("Class 10", "Class 2", "class 1")
+    assert shown_classes(labels, {(label, label): 1 for label in labels}) == [
+        "class 1",
+        "Class 2",
+        "Class 10",
+    ]
+    assert [label for label, _ in worst_first(dict.fromkeys(labels, (2, 1)))] == list(reversed(labels))
+    text = Page(
+        comparison_page(
+            made_up_comparison(tmp_path, dict.fromkeys(labels, (4, 1, 1))), CONTEXT, {"changed_classes": None}
+        )
+    ).text
+    assert text.index("class 14") < text.index("Class 24") < text.index("Class 104")

@@ -70,7 +70,8 @@ def test_a_training_leaves_a_page_that_refers_to_nothing_outside_itself(result):
     assert result.report == result.run / "report.html"
     shown = Page(result.report.read_text(encoding="utf-8"))
     assert shown.references and all(value.startswith("data:") for value in shown.references)
-    assert not shown.tags & {"script", "iframe", "object"}
+    assert not shown.tags & {"iframe", "object"} and shown.scripts == [html.SCRIPT]
+    assert set(shown.links) >= {"eval/test/report.html"}
     assert "url(" not in shown.text and "@import" not in shown.text
     for name in COLOURS:
         assert name in shown.text
@@ -128,13 +129,13 @@ def test_the_samples_are_what_the_model_was_given(clips, tmp_path, monkeypatch, 
     monkeypatch.setattr(training, "write_training_report", lambda *given: kept.append(given[2]))
     run(path_to_data=str(clips), working_directory=tmp_path, epochs=1, **changes, **SCRATCH)
     assert len(kept[0].clips) == 6
-    for (clip, caption), own in zip(kept[0].clips, given, strict=False):
+    for (clip, caption, path), own in zip(kept[0].clips, given, strict=False):
         assert torch.equal(clip, own)
         parts = caption.split(", mixed with ")
         assert len(parts) == (2 if changes else 1)
         for part in parts:
             label, name = part.split(" · ")
-            assert name.startswith(f"v_{label}_")
+            assert name.startswith(f"v_{label}_") and path.is_file()
 
 
 def test_a_report_that_cannot_be_written_costs_no_training(clips, tmp_path, monkeypatch):
@@ -155,16 +156,24 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
         tmp_path / "run", problem=evil, per_class={evil: (2, 1)}, videos={evil: {"train": 1}},
         unreadable={evil: evil},
     )  # fmt: skip
-    shown = page_of(own, Samples(clips=[(torch.zeros(2, 3, 16, 16), evil)]), evil)
-    assert "script" not in shown.tags
+    shown = page_of(own, Samples(clips=[(torch.zeros(2, 3, 16, 16), evil, tmp_path / evil)]), evil)
+    assert shown.scripts == [html.SCRIPT]
     assert shown.text.count(evil) >= 8
 
 
 def test_classes_stand_worst_first_and_settings_that_differ_are_told_apart(tmp_path):
     text = page_of(trained(tmp_path / "run")).text
-    assert text.index("Bowling1 of 4 · 25 %") < text.index("Archery3 of 4 · 75 %")
+    assert text.index("Bowling1 of 425 %") < text.index("Archery3 of 475 %")
     assert f"2 of {len(TrainSettings.model_fields)} differ" in text
     assert "--lora-rank38" in text and "--epochs2300" in text
+
+
+def test_settings_that_equal_their_computed_defaults_are_not_listed(tmp_path):
+    same = {"hf_model_name": None, "patch_size": 16, "train": "all", "mixed_precision": "no"}
+    context = Context({}, [], DEVICE)
+    text = training_page(trained(tmp_path), TrainSettings(**same), Samples(), PREPROCESSING, context, [])
+    assert "1 of " in text and Page(text).text.count("--hf-model-namenone") == 2
+    assert Page(text).text.count("--patch-size1616") == 1
 
 
 def test_a_run_without_validation_shows_what_there_is(tmp_path):
@@ -177,7 +186,7 @@ def test_a_run_without_validation_shows_what_there_is(tmp_path):
         unreadable={f"clip{n}.avi": "empty" for n in range(60)},
     )
     text = page_of(own).text
-    assert "Validation by class" not in text and "train loss1last epoch, 2" in text
+    assert "Validation accuracy by class" not in text and "train loss1last epoch, 2" in text
     assert "60 videos cannot be read" in text and "clip49.avi" in text and "clip50.avi" not in text
 
 

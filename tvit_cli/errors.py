@@ -5,6 +5,7 @@ Messages name the thing, the value, the limit and the next step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,14 @@ def validation_text(error: ValidationError, whole: str) -> str:
     """The first four of pydantic's errors in a line, as "depth: Input should be …"; `whole` names the value."""
     faults = (f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}" for fault in error.errors())
     return shorten(faults, 4, "; ")
+
+
+def natural_key(name: str) -> list[str]:
+    """Sort key of a name that counts its numbers. "clip 10" comes after "clip 2", "B" after "a"."""
+    parts = re.split(r"(\d+)", name.casefold())
+    numbers = (part.lstrip("0") for part in parts[1::2])
+    parts[1::2] = [f"{len(number):04}{number}" for number in numbers]
+    return [*parts, name]
 
 
 def plural(value: int, noun: str) -> str:

@@ -241,6 +241,12 @@ class Comparison:
         return len(self.pairs)
 
     @property
+    def names(self) -> tuple[str, str]:
+        """Names of both runs; their model folders where the names are equal."""
+        names = self.first.name, self.second.name
+        return names if names[0] != names[1] else (str(self.first.model), str(self.second.model))
+
+    @property
     def gained(self) -> tuple[Pair, ...]:
         """Videos that only the second model predicts correctly."""
         return tuple(pair for pair in self.pairs if pair[1].is_right and not pair[0].is_right)

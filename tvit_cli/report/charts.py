@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tvit_cli.errors import plural
+from tvit_cli.errors import natural_key, plural
 from tvit_cli.report.drawing import (
     HEIGHT,
     LABEL_SIZE,
@@ -165,7 +165,8 @@ def rows_chart(
             Text((x(1) + 18, y + 4), row.remark, "dim", LABEL_SIZE),
         ]
     remarks = max(text_width(row.remark, LABEL_SIZE) for row in rows)
-    return Drawing(title, x(1) + 26 + remarks, bottom + 28, shapes)
+    width = max(x(1) + 26 + remarks, sum(36 + text_width(name, LABEL_SIZE) for name, _ in names))
+    return Drawing(title, width, bottom + 28, shapes)
 
 
 FIFTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -230,13 +231,31 @@ LONGEST_NAME = 26  # letters
 
 
 def shown_classes(labels: Sequence[str], counts: Counts) -> list[str]:
-    """Classes of a confusion matrix in the model's order: all that occur, or those with the most mistakes."""
+    """Classes of a confusion matrix in natural order: all that occur, or those with the most mistakes."""
     mistakes: Counter[str] = Counter()
     for (true, predicted), videos in counts.items():
         mistakes.update({true: 0, predicted: 0} if true == predicted else {true: videos, predicted: videos})
     found = [label for label in labels if label in mistakes]
     kept = set(sorted(found, key=lambda label: -mistakes[label])[:MOST_CLASSES])
-    return [label for label in found if label in kept]
+    return sorted(kept, key=natural_key)
+
+
+def row_totals(counts: Counts) -> Counter[str]:
+    """Predictions for the videos of each true class."""
+    totals: Counter[str] = Counter()
+    for (true, _), videos in counts.items():
+        totals[true] += videos
+    return totals
+
+
+def strength(share: float) -> float:
+    """Opacity of a cell with a share of its row."""
+    return round(0.18 + 0.82 * math.pow(share, 0.7), 2)
+
+
+def cell_title(true: str, predicted: str, videos: int, total: int) -> str:
+    """Hover text of a cell."""
+    return f"{true}: {videos} of {total} {'correct' if true == predicted else f'predicted {predicted}'}"
 
 
 def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
@@ -247,12 +266,10 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
     labels = shown_classes(labels, counts)
     cell = min(64.0, max(9.0, min(900, 300 + 12 * len(labels)) / len(labels)))
     size = min(13.0, max(7.5, cell * 0.8))
-    names = _short_names(labels)
+    names = {label: short_name(label) for label in labels}
     margin = 34 + max(text_width(name, size) for name in names.values())
     side = cell * len(labels)
-    totals: Counter[str] = Counter()
-    for (true, _), videos in counts.items():
-        totals[true] += videos
+    totals = row_totals(counts)
     is_numbered = cell >= 17
     shapes: list[Shape] = [
         Text((14, margin + side / 2), "true class", "dim", 12, "middle", turned=True),
@@ -273,11 +290,10 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
         for column, predicted in enumerate(labels):
             if not (videos := counts.get((true, predicted), 0)):
                 continue
-            opacity = round(0.18 + 0.82 * (videos / totals[true]) ** 0.7, 2)
+            opacity = strength(videos / totals[true])
             x = margin + column * cell
             role: Role = "one" if row == column else "bad"
-            outcome = "correct" if row == column else f"predicted {predicted}"
-            text = f"{true}: {videos} of {totals[true]} {outcome}"
+            text = cell_title(true, predicted, videos, totals[true])
             shapes.append(Box((x + inset, y + inset), inner, inner, role, opacity, text))
             if is_numbered:
                 letters: Role = "paper" if opacity >= 0.6 else "ink"
@@ -289,7 +305,7 @@ def confusion_chart(labels: Sequence[str], counts: Counts) -> Drawing:
 def class_chart(rows: Mapping[str, tuple[int, int]]) -> Drawing:
     """A bar for each class, the worst first: label -> (videos, correct); at most MOST_CLASSES."""
     worst = worst_first(rows)[:MOST_CLASSES]
-    names = _short_names(label for label, _ in worst)
+    names = {label: short_name(label) for label, _ in worst}
     left = 14 + max(text_width(name, 12) for name in names.values())
     line, top, width, title = 19.0, 40.0, 300.0, "Top-1 by class, the worst first"
     shapes: list[Shape] = [Text((4, 20), title, size=TITLE_SIZE, bold=True)]
@@ -307,8 +323,10 @@ def class_chart(rows: Mapping[str, tuple[int, int]]) -> Drawing:
 
 def worst_first(rows: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
     """Classes by rising accuracy, from label -> (videos, correct)."""
-    return sorted(rows.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
+    return sorted(rows.items(), key=lambda item: (item[1][1] / item[1][0], natural_key(item[0])))
 
 
-def _short_names(labels: Iterable[str]) -> dict[str, str]:
-    return {n: n if len(n) <= LONGEST_NAME else n[: LONGEST_NAME - 1] + "…" for n in labels}
+def short_name(name: str) -> str:
+    """The name, or its start, an ellipsis and its end: names of a sweep differ at the end."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"

@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvit_cli.errors import plural
-from tvit_cli.report.charts import Row, confusion_chart, rows_chart
+from tvit_cli.errors import natural_key, plural
+from tvit_cli.report.charts import Row, confusion_chart, rows_chart, short_name
 from tvit_cli.report.drawing import Drawing, Role
-from tvit_cli.report.evaluation import MOST_STRIPS, Strip, class_bars, matrix, metric_name, strips
+from tvit_cli.report.evaluation import (
+    MOST_STRIPS,
+    Strip,
+    class_rows,
+    matrix,
+    metric_name,
+    page_title,
+    run_page,
+    strips,
+)
 from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
 from tvit_cli.results import RESAMPLES, ClassScore, Comparison, EvalResult, Pair, SeriesResult
 
@@ -19,25 +28,30 @@ def write_comparison_report(result: Comparison, context: Context) -> Path:
     """Writes comparison.html and plots/*.png into the comparison's folder; returns the page's path."""
     drawings = comparison_drawings(result)
     page = comparison_page(result, context, drawings)
+    links: dict[Path, str] = {}
+    for own in (result.first, result.second):
+        links |= {run_page(own): f"Training: {own.name}", own.output / "report.html": page_title(own)}
+    title = "Comparison: {1} against {0}".format(*result.names)
     # The second model's report.html may lie beside it.
-    return write_pages(result.output, page, drawings, name="comparison.html")
+    return write_pages(result.output, page, drawings, name="comparison.html", title=title, links=links)
 
 
 def comparison_drawings(result: Comparison) -> dict[str, Drawing | None]:
     """The drawing of a comparison by file name: at most 40 classes that changed; None if no class did."""
     changed = [(label, counts) for label, counts in _per_class(result).items() if counts[1] != counts[2]]
-    changed.sort(key=lambda item: ((item[1][2] - item[1][1]) / item[1][0], item[0]))
+    changed.sort(key=lambda item: ((item[1][2] - item[1][1]) / item[1][0], natural_key(item[0])))
+    one, two = map(short_name, result.names)
     if len(changed) > 40:
         changed = changed[:20] + changed[-20:]
     rows = []
     for label, (videos, first, second) in changed:
         a, b = first / videos, second / videos
         dots: list[tuple[float, Role, str]] = [
-            (a, "dim", f"first {percent(a)}"),
-            (b, "good" if b > a else "bad", f"second {percent(b)}"),
+            (a, "dim", f"{one} {percent(a)}"),
+            (b, "good" if b > a else "bad", f"{two} {percent(b)}"),
         ]
         rows.append(Row(label, dots, (a, b), f"{second - first:+d} of {plural(videos, 'video')}"))
-    names: list[tuple[str, Role]] = [("first", "dim"), ("second, better", "good"), ("second, worse", "bad")]
+    names: list[tuple[str, Role]] = [(one, "dim"), (f"{two}, better", "good"), (f"{two}, worse", "bad")]
     title = "Top-1 of the classes that changed"
     return {"changed_classes": rows_chart(title, rows, names=names) if rows else None}
 
@@ -48,14 +62,14 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
     gained, lost = len(result.gained), len(result.lost)
     both = sum(a.is_right and b.is_right for a, b in result.pairs)
     shared = [warning for warning in first.warnings if warning in second.warnings]
-    each = [("First", w) for w in first.warnings] + [("Second", w) for w in second.warnings]
-    is_same = first.name == second.name
-    names = (str(first.model), str(second.model)) if is_same else (first.name, second.name)
+    names, short = result.names, tuple(map(short_name, result.names))
+    each = [(name, w) for name, own in zip(names, (first, second), strict=True) for w in own.warnings]
     return render(
         "comparison.html.j2",
         context,
         result=result,
         names=names,
+        short=short,
         warnings=shared + [f"{which}: {warning}" for which, warning in each if warning not in shared],
         tiles=_headline(result, names, both),
         draws=RESAMPLES,
@@ -65,17 +79,17 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
             if (b := second.metrics.get(name)) is not None
         ],
         agreement=[
-            ("first correct", both, lost),
-            ("first wrong", gained, result.videos - both - gained - lost),
+            (f"{short[0]} correct", both, lost),
+            (f"{short[0]} wrong", gained, result.videos - both - gained - lost),
         ],
         drawing=drawings["changed_classes"],
         classes=[
-            (label, videos, percent(a / videos), percent(b / videos))
-            for label, (videos, a, b) in sorted(_per_class(result).items())
+            (label, videos, percent(a / videos), percent(b / videos), f"{100 * (b - a) / videos:+.1f}")
+            for label, (videos, a, b) in sorted(_per_class(result).items(), key=lambda c: natural_key(c[0]))
         ],
         flips=[
-            ("Gained", "second", gained, _pair_strips(result.gained, second)),
-            ("Lost", "first", lost, _pair_strips(result.lost, second)),
+            ("Gained", names[1], gained, _pair_strips(result, result.gained)),
+            ("Lost", names[0], lost, _pair_strips(result, result.lost)),
         ],
     )
 
@@ -96,25 +110,25 @@ def _headline(result: Comparison, names: tuple[str, str], both: int) -> list[Til
         low, high = result.interval
         remark = f"95 % within {100 * low:+.1f} to {100 * high:+.1f}"
     return [
-        Tile("first, top-1", percent((both + lost) / result.videos), names[0]),
-        Tile("second, top-1", percent((both + gained) / result.videos), names[1]),
+        Tile("top-1", percent((both + lost) / result.videos), names[0]),
+        Tile("top-1", percent((both + gained) / result.videos), names[1]),
         Tile("difference, points", f"{100 * result.difference:+.1f}", remark),
         Tile("gained, lost", f"{gained}, {lost}", f"of {plural(result.videos, 'video')}"),
         Tile("McNemar’s test, p", number(result.p_value), "exact, two-sided"),
     ]
 
 
-def _pair_strips(pairs: Sequence[Pair], second: EvalResult) -> list[dict[str, Any]]:
+def _pair_strips(result: Comparison, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """Strips of the most confident predictions, of clips as the second model received them."""
     rows: list[Strip] = []
     for pair in sorted(pairs, key=lambda pair: -sum(_confidence(pair)))[:MOST_STRIPS]:
         video, predictions = pair[1].video, [answer.predicted or "unreadable" for answer in pair]
         scores: list[tuple[str, float, Role]] = [
-            (f"{which}: {name}", score, "good" if name == video.label else "bad")
-            for which, name, score in zip(("first", "second"), predictions, _confidence(pair), strict=True)
+            (f"{short_name(run)}: {name}", score, "good" if name == video.label else "bad")
+            for run, name, score in zip(result.names, predictions, _confidence(pair), strict=True)
         ]
         rows.append((video, predictions, scores))
-    return strips(second, rows)
+    return strips(result.second, rows, result.output)
 
 
 def _confidence(pair: Pair) -> list[float]:
@@ -129,15 +143,14 @@ def _shown(name: str, value: float, digits: int, sign: str = "") -> str:
 def write_series_report(result: SeriesResult, name: str, context: Context) -> Path:
     """Writes report.html and plots/*.png into the folder of a series; returns the page's path."""
     results = list(result.results.values())
-    labels = sorted({label for own in results for label in own.labels})
+    labels = list(dict.fromkeys(label for own in results for label in own.labels))
     counts: Counter[tuple[str, str]] = Counter()
     for own in results:
         counts.update(own.counts)
     mistakes = [(true, predicted, n) for (true, predicted), n in counts.items() if true != predicted]
     mistakes = sorted(mistakes, key=lambda m: (-m[2], m[:2]))[:10]
-    confusion = confusion_chart(labels, counts)
-    drawings = {"runs": _runs_chart(result), "confusion": confusion}
-    per_class = _class_scores(results)
+    drawings = {"runs": _runs_chart(result), "confusion": confusion_chart(labels, counts)}
+    answers = [(f"{run}: ", a) for run, own in result.results.items() for a in own.answers if a.scores]
     rows = [[run, *(_shown(n, found[n], 3) for n in result.summary)] for run, found in result.runs.items()]
     spread = [" ± ".join(_shown(name, v, 3) for v in pair) for name, pair in result.summary.items()]
     page = render(
@@ -148,14 +161,15 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
         subset=results[0].subset,
         warnings=list(dict.fromkeys(warning for own in results for warning in own.warnings)),
         tiles=_series_headline(result),
-        drawings=drawings,
+        runs_chart=drawings["runs"],
         columns=["run", *map(metric_name, result.summary)],
         rows=[*rows, ["mean ± sd", *spread]],
-        matrix=matrix(labels, counts, mistakes, confusion),
-        per_class=per_class,
-        class_bars=class_bars(per_class),
+        matrix=matrix(labels, answers, mistakes, result.folder),
+        classes=class_rows(_class_scores(results)),
     )
-    return write_pages(result.folder, page, drawings)
+    links = {own.output / "report.html": page_title(own) for own in results}
+    title = f"Series: {name} · {results[0].subset}"
+    return write_pages(result.folder, page, drawings, title=title, links=links)
 
 
 def _runs_chart(result: SeriesResult) -> Drawing:
@@ -169,12 +183,12 @@ def _runs_chart(result: SeriesResult) -> Drawing:
 
 
 def _class_scores(results: Sequence[EvalResult]) -> dict[str, ClassScore]:
-    """Scores of the classes that have videos, sorted by name."""
+    """Scores of the classes that have videos."""
     answers = [answer for result in results for answer in result.answers]
     videos = Counter(answer.video.label for answer in answers)
     right = Counter(answer.predicted for answer in answers if answer.is_right)
     predicted = Counter(answer.predicted for answer in answers)
-    return {label: ClassScore(videos[label], right[label], predicted[label]) for label in sorted(videos)}
+    return {label: ClassScore(videos[label], right[label], predicted[label]) for label in videos}
 
 
 def _series_headline(result: SeriesResult) -> list[Tile]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from tvit_cli.data.layout import Video
 from tvit_cli.report import charts
 from tvit_cli.report.drawing import Drawing, Role
-from tvit_cli.report.film import film_strip
-from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
-from tvit_cli.results import BINS, RESAMPLES, ClassScore, Counts, EvalResult, VideoPrediction
+from tvit_cli.report.film import clip_pictures
+from tvit_cli.report.html import Context, Tile, href, number, percent, render, write_pages
+from tvit_cli.results import BINS, RESAMPLES, ClassScore, EvalResult, VideoPrediction
 
-MOST_BESIDE = 720  # width of the widest matrix with text beside it
+MOST_LISTED, MOST_IN_CELL = 2000, 20  # videos of the confusion matrix's cells
 MOST_STRIPS = 12  # in each section: bounds the size of a page
 MOST_LABELS = 3  # whose scores are shown below a strip, besides the true one
 
@@ -23,14 +26,28 @@ Strip = tuple[Video, list[str], list[tuple[str, float, Role]]]  # predictions; (
 def write_evaluation_report(result: EvalResult, context: Context) -> Path:
     """Writes report.html and plots/*.png into the evaluation's folder; returns the page's path."""
     drawings = evaluation_drawings(result)
-    return write_pages(result.output, evaluation_page(result, context, drawings), drawings)
+    page = evaluation_page(result, context, drawings)
+    links = {run_page(result): f"Training: {result.name}"}
+    return write_pages(result.output, page, drawings, title=page_title(result), links=links)
+
+
+def page_title(result: EvalResult) -> str:
+    """The name of an evaluation's page on other pages."""
+    folder = result.output
+    own = folder.name if result.subset in folder.name else f"{folder.parent.name}/{folder.name}"
+    return f"Evaluation: {result.name} · {own}"
+
+
+def run_page(result: EvalResult) -> Path:
+    """The page of the training of an evaluated model, which may be missing."""
+    return result.model.parent / "report.html"
 
 
 def evaluation_drawings(result: EvalResult) -> dict[str, Drawing]:
     """Drawings of an evaluation by file name."""
     found = {
         "confusion": charts.confusion_chart(result.labels, result.counts),
-        "per_class": charts.class_chart(dict(class_bars(result.per_class))),
+        "per_class": charts.class_chart({n: (c.videos, c.right) for n, c in result.per_class.items()}),
         "reliability": charts.reliability_chart(result.calibration),
         "confidence": charts.confidence_chart(result.calibration),
         "coverage": charts.coverage_chart([(max(a.scores), a.is_right) for a in result.answers if a.scores]),
@@ -58,8 +75,8 @@ def evaluation_page(result: EvalResult, context: Context, drawings: Mapping[str,
         groups=len({answer.video.unit for answer in result.answers}),
         draws=RESAMPLES,
         bins=BINS,
-        matrix=matrix(result.labels, result.counts, result.confused, drawings["confusion"]),
-        class_bars=class_bars(result.per_class),
+        matrix=matrix(result.labels, [("", a) for a in answers], result.confused, result.output),
+        classes=class_rows(result.per_class),
         confidence=sum(max(answer.scores) for answer in answers) / len(answers),
         accuracy=sum(answer.is_right for answer in answers) / len(answers),
         drawings=[drawings[name] for name in ("reliability", "confidence", "coverage") if name in drawings],
@@ -95,23 +112,70 @@ def _headline(result: EvalResult) -> list[Tile]:
 
 
 def matrix(
-    labels: Sequence[str], counts: Counts, confused: Sequence[tuple[str, str, int]], drawing: Drawing
+    labels: Sequence[str],
+    answers: Iterable[tuple[str, VideoPrediction]],
+    confused: Iterable[tuple[str, str, int]],
+    folder: Path,
 ) -> dict[str, Any]:
-    """Values of the template's confusion matrix: its drawing, and the most frequent mistakes."""
-    shown = len(charts.shown_classes(labels, counts))
+    """Values of the template's confusion matrix of (prefix of the video's name, prediction).
+
+    Cells list their videos, the most confident first: at most MOST_IN_CELL, and MOST_LISTED on the page, mistakes
+    before others. `confused` are the most frequent mistakes; `folder` is that of the page.
+    """
+    videos: defaultdict[tuple[str, str], list[tuple[str, VideoPrediction]]] = defaultdict(list)
+    for prefix, answer in sorted(answers, key=lambda pair: -max(pair[1].scores)):
+        videos[answer.video.label, answer.predicted].append((prefix, answer))
+    counts = {pair: len(found) for pair, found in videos.items()}
+    totals = charts.row_totals(counts)
+    shown = charts.shown_classes(labels, counts)
+    index, left, cells = {label: n for n, label in enumerate(shown)}, MOST_LISTED, {}
+    for true, predicted in sorted(counts, key=lambda pair: pair[0] == pair[1]):
+        if true not in index or predicted not in index:
+            continue
+        listed = videos[true, predicted][: min(MOST_IN_CELL, left)]
+        left -= len(listed)
+        cells[true, predicted] = {
+            "id": f"c{index[true]}-{index[predicted]}",
+            "true": true,
+            "predicted": predicted,
+            "count": counts[true, predicted],
+            "share": round(100 * charts.strength(counts[true, predicted] / totals[true])),
+            "title": charts.cell_title(true, predicted, counts[true, predicted], totals[true]),
+            "videos": [(p + a.video.name, file_link(a.video, folder), max(a.scores)) for p, a in listed],
+        }
     return {
-        "drawing": drawing,
-        "is_narrow": drawing.width < MOST_BESIDE,
-        "shown": shown,
+        "labels": shown,
         "classes": len(labels),
-        "which": "the most mistakes" if shown == charts.MOST_CLASSES else "a video or a prediction",
-        "confused": confused,
+        "which": "the most mistakes" if len(shown) == charts.MOST_CLASSES else "a video or a prediction",
+        "side": 44 if len(shown) <= 12 else 30 if len(shown) <= 30 else 21,  # of a cell, in pixels
+        "rows": [(true, [cells.get((true, predicted)) for predicted in shown]) for true in shown],
+        "cells": cells.values(),
+        "confused": [
+            (true, predicted, Markup('<a href="#{}">{}</a>').format(cells[true, predicted]["id"], n))
+            for true, predicted, n in confused
+            if (true, predicted) in cells
+        ],
     }
 
 
-def class_bars(per_class: Mapping[str, ClassScore]) -> list[tuple[str, tuple[int, int]]]:
-    """(Label, (videos, correct)) of each class, the worst first."""
-    return charts.worst_first({label: (score.videos, score.right) for label, score in per_class.items()})
+def file_link(video: Video, folder: Path) -> str:
+    """The URL of a video's file from a page's folder; "" without a file, as in a frame store."""
+    return href(video.path, folder) if video.path.is_file() else ""
+
+
+def class_rows(per_class: Mapping[str, ClassScore]) -> list[tuple[object, ...]]:
+    """Rows of the table of classes, the worst first."""
+    rows = charts.worst_first({label: (score.videos, score.right) for label, score in per_class.items()})
+    scores = [per_class[label] for label, _ in rows]
+    more = [(percent(score.precision), f"{score.f1:.3f}") for score in scores]
+    return [(*row, *own) for row, own in zip(bar_rows(rows), more, strict=True)]
+
+
+def bar_rows(rows: Iterable[tuple[str, tuple[int, int]]]) -> list[tuple[object, ...]]:
+    """Label, correct, top-1 and its bar, from (label, (videos, correct))."""
+    return [
+        (n, f"{right} of {videos}", percent(right / videos), right / videos) for n, (videos, right) in rows
+    ]
 
 
 def _answer_strips(result: EvalResult, answers: Sequence[VideoPrediction]) -> list[dict[str, Any]]:
@@ -124,16 +188,16 @@ def _answer_strips(result: EvalResult, answers: Sequence[VideoPrediction]) -> li
         roles: dict[str, Role] = {answer.predicted: "bad", label: "good"}
         scores = [(name, score, roles.get(name, "dim")) for name, score in best]
         rows.append((answer.video, [answer.predicted], scores))
-    return strips(result, rows)
+    return strips(result, rows, result.output)
 
 
-def strips(result: EvalResult, rows: Sequence[Strip]) -> list[dict[str, Any]]:
-    """Values of the template's film strips, without videos that are no longer readable."""
+def strips(result: EvalResult, rows: Sequence[Strip], folder: Path) -> list[dict[str, Any]]:
+    """Values of the template's clips, without videos that are no longer readable; `folder` is the page's."""
     assert result.clips is not None
     found = []
     for video, predictions, scores in rows:
         clip = result.clips.clip(video.name)
         if clip is not None:
-            uri = film_strip(clip, result.clips.preprocessing)
-            found.append({"uri": uri, "video": video, "predictions": predictions, "scores": scores})
+            pictures = clip_pictures(clip, result.clips.preprocessing) | {"href": file_link(video, folder)}
+            found.append({**pictures, "video": video, "predictions": predictions, "scores": scores})
     return found

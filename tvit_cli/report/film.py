@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -25,6 +26,7 @@ from tvit_cli.results import Timeline
 from tvit_cli.settings.card import Preprocessing
 
 Picture = NDArray[np.uint8]
+FRAME_MS = 150  # of a loop: 8 frames last 1.2 s
 
 
 def draw_caption(picture: Picture, text: str) -> Picture:
@@ -57,19 +59,19 @@ def caption_mask(text: str, height: int, width: int) -> NDArray[np.float32]:
 
 @dataclass
 class Samples:
-    """The first six training clips of a run, each with a caption, on the CPU."""
+    """The first six training clips of a run, each with a caption and its file, on the CPU."""
 
-    clips: list[tuple[Tensor, str]] = field(default_factory=list)  # (T, C, S, S) float32, normalised
+    clips: list[tuple[Tensor, str, Path]] = field(default_factory=list)  # (T, C, S, S) float32, normalised
 
     @property
     def are_wanted(self) -> bool:
         """Whether there are too few yet."""
         return len(self.clips) < 6
 
-    def offer(self, clip: Tensor, caption: str) -> None:
+    def offer(self, clip: Tensor, caption: str, path: Path) -> None:
         """Keeps a copy of a clip (T, C, S, S) if more are wanted."""
         if self.are_wanted:
-            self.clips.append((clip.detach().to("cpu", torch.float32, copy=True), caption))
+            self.clips.append((clip.detach().to("cpu", torch.float32, copy=True), caption, path))
 
 
 def film_strip(clip: Tensor, preprocessing: Preprocessing) -> str:
@@ -81,6 +83,21 @@ def film_strip(clip: Tensor, preprocessing: Preprocessing) -> str:
     gap = torch.full((len(pixels), 3, side, 2), 128, dtype=torch.uint8)
     row = torch.cat([pixels, gap], dim=3).permute(2, 0, 3, 1)  # (S, T, S + 2, C)
     return jpeg_uri(row.reshape(side, -1, 3)[:, :-2].contiguous())
+
+
+def clip_pictures(clip: Tensor, preprocessing: Preprocessing) -> dict[str, str]:
+    """A normalised clip (T, C, S, S) as data URIs: `uri`, a row of frames, and `loop`, a looped animation."""
+    return {"uri": film_strip(clip, preprocessing), "loop": clip_loop(clip, preprocessing)}
+
+
+def clip_loop(clip: Tensor, preprocessing: Preprocessing) -> str:
+    """A normalised clip (T, C, S, S) as a loop of at most 16 frames of 128 pixels: a WebP in a data URI."""
+    side = min(128, clip.shape[-1])
+    frames = to_pixels(spread(clip, 16), preprocessing).permute(0, 2, 3, 1).numpy()  # (T, S, S, C)
+    first, *rest = (Image.fromarray(frame).resize((side, side)) for frame in frames)
+    data = io.BytesIO()
+    first.save(data, "WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=60)
+    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def to_pixels(clip: Tensor, preprocessing: Preprocessing) -> Tensor:

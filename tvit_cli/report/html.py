@@ -1,17 +1,22 @@
-"""Self-contained HTML pages from templates: no script, no network, light and dark, any width."""
+"""Self-contained HTML pages from templates: no network, readable without scripts, light and dark, any width."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
 import subprocess
 import time
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape, unescape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import psutil
 import torch
@@ -19,7 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import tvit_cli
-from tvit_cli.errors import plural
+from tvit_cli.errors import natural_key, plural
 from tvit_cli.report.drawing import Drawing, is_own_png, style_sheet, to_png, to_svg
 
 
@@ -78,6 +83,10 @@ TEMPLATES.filters |= {
     "fixed": lambda value, digits: f"{value:.{digits}f}",
 }
 TEMPLATES.globals["parts"] = TEMPLATES.get_template("parts.html.j2").module
+SCRIPT = LOADER.get_source(TEMPLATES, "page.js")[0]  # the only one that the page's policy allows, by its hash
+SCRIPT_HASH = b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
+LINKS = re.compile(r"(?<=<nav>).*?(?=</nav>)", re.DOTALL)  # to other pages; escaped text contains no tags
+LINK = re.compile(r'<a href="([^"]*)">([^<]*)</a>')
 
 
 def render(template: str, context: Context, **values: Any) -> str:
@@ -86,6 +95,8 @@ def render(template: str, context: Context, **values: Any) -> str:
         values,
         context=context,
         palette=Markup(style_sheet()),
+        script=Markup(SCRIPT),
+        script_hash=SCRIPT_HASH,
         now=time.strftime("%Y-%m-%d %H:%M"),
         software=software(Path.cwd()),
         hardware=hardware(context.device),
@@ -149,12 +160,27 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
+def href(path: Path, folder: Path) -> str:
+    """The URL of a file relative to a page's folder; a file URL where there is no relative path."""
+    try:
+        return quote(os.fsencode(Path(os.path.relpath(path, folder)).as_posix()))
+    except ValueError:  # another drive
+        return path.absolute().as_uri()
+
+
 def write_pages(
-    folder: Path, html: str, drawings: Mapping[str, Drawing | None], *, name: str = "report.html"
+    folder: Path,
+    html: str,
+    drawings: Mapping[str, Drawing | None],
+    *,
+    name: str = "report.html",
+    title: str = "",
+    links: Mapping[Path, str] | None = None,
 ) -> Path:
     """Writes the page atomically and plots/<name>.png; returns the page's path. Raises OSError.
 
-    The file of a drawing that is None is removed if an earlier page left it.
+    The file of a drawing that is None is removed if an earlier page left it. Page and `links` (path -> text) link
+    to each other, where they exist; they call the page `title`. Links of an earlier page are kept.
     """
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -164,7 +190,27 @@ def write_pages(
             picture.write_bytes(to_png(drawing))
         elif is_own_png(picture):
             picture.unlink()
-    path = folder / name
-    beside = path.with_suffix(".writing")  # known to `tvit train --overwrite` if a kill leaves it
-    beside.write_text(html, encoding="utf-8", errors="backslashreplace")
-    return beside.replace(path)
+    page, links = folder / name, links or {}
+    _write_linked(page, html, links)
+    for other in links:
+        with suppress(OSError, UnicodeDecodeError):  # such as a page that is missing or cannot be written
+            _write_linked(other, other.read_text(encoding="utf-8"), {page: title})
+    return page
+
+
+def _write_linked(page: Path, html: str, links: Mapping[Path, str]) -> None:
+    """Writes a page with its links, and with those of its file, as far as their targets exist."""
+    found = {}
+    with suppress(OSError, UnicodeDecodeError):
+        if before := LINKS.search(page.read_text(encoding="utf-8")):
+            found = {unescape(url): unescape(text) for url, text in LINK.findall(before[0])}
+    found |= {href(path, page.parent): text for path, text in links.items()}
+    lines = [
+        f'<a href="{escape(url)}">{escape(text)}</a>'
+        for url, text in sorted(found.items(), key=lambda link: natural_key(link[1]))
+        if (page.parent / unquote(url, errors="surrogateescape")).is_file()
+    ]
+    beside = page.with_suffix(".writing")  # known to `tvit train --overwrite` if a kill leaves it
+    text = LINKS.sub(lambda _: "\n".join(lines), html, count=1)
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    beside.replace(page)

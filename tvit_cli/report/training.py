@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tvit_cli.data.layout import SUBSETS
+from tvit_cli.errors import natural_key
 from tvit_cli.report.charts import Curve, curves_chart, worst_first
 from tvit_cli.report.drawing import Drawing
-from tvit_cli.report.film import Samples, film_strip
-from tvit_cli.report.html import Context, Tile, count, duration, number, percent, render, write_pages
+from tvit_cli.report.evaluation import bar_rows, page_title
+from tvit_cli.report.film import Samples, clip_pictures
+from tvit_cli.report.html import Context, Tile, count, duration, href, number, percent, render, write_pages
 from tvit_cli.results import TrainResult
 from tvit_cli.settings.base import extra, flag
 from tvit_cli.settings.card import Preprocessing
@@ -32,7 +34,9 @@ def write_training_report(
     """Writes report.html and plots/*.png into the run's folder; returns the page's path."""
     drawings = curves(result)
     page = training_page(result, settings, samples, preprocessing, context, drawings.values())
-    return write_pages(result.run, page, drawings)
+    test = result.test
+    links = {} if test is None else {test.output / "report.html": page_title(test)}
+    return write_pages(result.run, page, drawings, title=f"Training: {result.run.name}", links=links)
 
 
 def training_page(
@@ -45,7 +49,8 @@ def training_page(
 ) -> str:
     """HTML page of a training."""
     done, planned = len(result.epochs), settings.epochs
-    rows = _setting_rows(settings)
+    videos = sorted(result.videos.items(), key=lambda item: natural_key(item[0]))
+    rows = _setting_rows(settings, context.device.type)
     return render(
         "training.html.j2",
         context,
@@ -53,11 +58,18 @@ def training_page(
         state=f"{done} of {planned} epochs" if done < planned else f"{planned} epochs",
         tiles=_headline(result),
         drawings=list(drawings),
-        class_bars=worst_first(result.per_class),
-        strips=[(film_strip(clip, preprocessing), caption) for clip, caption in samples.clips],
+        classes=bar_rows(worst_first(result.per_class)),
+        strips=[
+            {
+                **clip_pictures(clip, preprocessing),
+                "caption": caption,
+                "href": href(path, result.run) if path.is_file() else "",
+            }
+            for clip, caption, path in samples.clips
+        ],
         subsets=SUBSETS,
         totals=("all", *(sum(counts.get(s, 0) for counts in result.videos.values()) for s in SUBSETS)),
-        videos=[(label, *(counts.get(s, 0) for s in SUBSETS)) for label, counts in result.videos.items()],
+        videos=[(label, *(counts.get(s, 0) for s in SUBSETS)) for label, counts in videos],
         settings=[row for row, _ in rows],
         changed={n: row for n, (row, is_changed) in enumerate(rows) if is_changed},
     )
@@ -109,9 +121,9 @@ def curves(result: TrainResult) -> dict[str, Drawing | None]:
             Curve("per step", by_step("grad_norm"), "one", faint=True),
             Curve("mean of the epoch", means, "one"),
         ),
-        "throughput": chart("Clips per second", Curve("clips/s", by_epoch("clips_per_second"), "one")),
+        "throughput": chart("Throughput, clips/s", Curve("clips/s", by_epoch("clips_per_second"), "one")),
         "data_wait": chart(
-            "Time spent waiting for data", Curve("waiting", by_epoch("data_wait"), "one"), show=percent
+            "Data loading, share of the time", Curve("waiting", by_epoch("data_wait"), "one"), show=percent
         ),
     }
 
@@ -141,14 +153,18 @@ def _headline(result: TrainResult) -> list[Tile]:
     ]
 
 
-def _setting_rows(settings: TrainSettings) -> list[tuple[tuple[str, str, str], bool]]:
+def _setting_rows(settings: TrainSettings, device: str) -> list[tuple[tuple[str, str, str], bool]]:
     """((Option, value, default), whether they differ) of each setting."""
     fields = TrainSettings.model_fields
-    defaults = TrainSettings.model_construct().model_dump(mode="json")
+    own = TrainSettings(hf_model_name=settings.hf_model_name)  # some defaults depend on it
+    defaults = own.model_dump(mode="json") | {"hf_model_name": fields["hf_model_name"].default}
+    chosen = {"mixed_precision": "bf16" if device == "cuda" else "no"}  # by auto
     rows = []
     for name, value in settings.model_dump(mode="json").items():
         default = extra(fields[name]).get("default_text") or defaults[name]
-        rows.append(((flag(name), _shown(value), _shown(default)), value != defaults[name]))
+        row = (flag(name), _shown(value), _shown(default))
+        is_changed = value not in (defaults[name], chosen.get(name, defaults[name])) and row[1] != row[2]
+        rows.append((row, is_changed))
     return rows
 
 

@@ -115,9 +115,10 @@ def _setup(comparison: Comparison) -> dict[str, str]:
     which = f", of which {unread} could not be read and count as wrong" if unread else " that both could read"
     groups = len({a.video.unit for a, _ in pairs})
     speeds = (f"{r.metrics['videos'] / r.seconds:.1f} videos/s" for r in (first, second))
+    one, two = comparison.names
     return {
-        "first": str(first.model),
-        "second": str(second.model),
-        "videos": f"{len(pairs)}{which}, of {groups} groups; clips are shown as the second model received them",
-        "speed": "first {}, second {}, decoding included".format(*speeds),
+        one: str(first.model),
+        two: str(second.model),
+        "videos": f"{len(pairs)}{which}, of {groups} groups; clips are shown as {two} received them",
+        "speed": "{} and {}, decoding included".format(*speeds),
     }

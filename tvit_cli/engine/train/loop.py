@@ -334,7 +334,7 @@ def _keep_samples(loop: Loop, planned: MicroBatch, batch: ClipBatch, clips: Tens
         caption = names[i]
         if targets.shares is not None and (share := float(targets.shares[i])) < 1:
             caption += f", mixed with {names[planned.partners[i]]} ({1 - share:.0%})"
-        loop.samples.offer(clips[i], caption)
+        loop.samples.offer(clips[i], caption, videos[i].path)
 
 
 def _report_step(loop: Loop, planned: MicroBatch, loss: Tensor, grad_norm: Tensor, clock: Clock) -> None:
