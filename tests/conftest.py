@@ -20,15 +20,22 @@ from tvit_cli.data.video_writer import write_video
 if TYPE_CHECKING:
     from tvit_cli.results import TrainResult
 
+
 # Tests run on every core at once, and so does what they start; torch's threads on top of that only wait for
 # each other. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
 # transformers copies remote code to a cache before it imports it, and reads where once: not into the home folder.
 _remote_code = tempfile.TemporaryDirectory(prefix="tvit-remote-code-", ignore_cleanup_errors=True)
+
+
 os.environ["HF_MODULES_CACHE"] = _remote_code.name
 
+
 HEIGHT, WIDTH = 48, 64
+
+
 _DARKEST, _STEP = 20, 5  # frame i is grey of this brightness plus i steps: read back after any codec
 
 
@@ -127,6 +134,22 @@ def trained(inputs: dict[str, Any], tmp_path: Path) -> Callable[..., TrainResult
     from tiny import run
 
     return lambda **changes: run(**{**inputs, "working_directory": tmp_path, **changes})
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run `mine` of two epochs on the shared clips. Not to be changed."""
+    from tiny import run
+
+    return run(**inputs, working_directory=tmp_path_factory.mktemp("finished"), experiment_name="mine")
+
+
+@pytest.fixture
+def mine(finished: TrainResult, tmp_path: Path) -> TrainResult:
+    """A copy of `finished` in `tmp_path`, to be changed."""
+    from tiny import run_in
+
+    return run_in(Path(shutil.copytree(finished.run, tmp_path / "mine")))
 
 
 @pytest.fixture(scope="session")

@@ -38,13 +38,10 @@ def windows(processes, **changes):
     return {step: sorted(keys) for step, keys in found.items()}
 
 
-def test_every_clip_is_read_once_per_epoch():
+def test_every_clip_is_read_once_per_epoch_in_an_order_of_its_own():
     for epoch in range(3):
         keys = [k for b in plan().micro_batches() if b.epoch == epoch for k in b.keys[: b.real]]
         assert sorted(keys) == [(epoch, index) for index in range(21)]
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
     orders = [
         tuple(index for b in plan(seed=seed).micro_batches() if b.epoch == epoch for _, index in b.keys)
         for seed in (0, 1)
@@ -73,16 +70,13 @@ def test_updates_hold_the_same_clips_however_they_are_cut(cut):
     assert windows(**cut, balance=UNEVEN) == balanced != windows(**cut)
 
 
-def test_processes_take_equally_many_passes_and_say_what_does_not_count():
+def test_processes_take_equally_many_passes_and_partial_windows():
     ranks = [list(plan(processes=4, rank=r, clips=9).micro_batches()) for r in range(4)]
     assert len({len(batches) for batches in ranks}) == 1
     for batches in zip(*ranks, strict=True):
         assert len({(b.step, b.ends_step, b.ends_epoch, b.step_clips) for b in batches}) == 1
         assert all(b.keys for b in batches)
     assert sum(b.real for batches in ranks for b in batches) == 9 * 3
-
-
-def test_the_last_window_of_an_epoch_knows_how_few_clips_it_has():
     sizes = {b.step: b.step_clips for b in plan(epochs=1).micro_batches()}
     assert list(sizes.values()) == [4, 4, 4, 4, 4, 1]
 
@@ -140,12 +134,9 @@ def test_pairs_are_read_by_one_process_and_nothing_is_read_twice():
     assert any(b.extra for b in odd)
 
 
-def test_a_clip_that_is_alone_in_its_window_is_its_own_partner():
+def test_pairs_are_drawn_anew_and_a_lone_clip_is_its_own_partner():
     (batch,) = plan(clips=1, epochs=1, pairs=1).micro_batches()
     assert (batch.keys, batch.extra, batch.partners) == (((0, 0),), (), (0,))
-
-
-def test_pairs_are_drawn_anew_in_every_epoch():
     pairs = partners(processes=1, batch_size=8, accumulation=1)
     by_epoch = [{k[1]: v[1] for k, v in pairs.items() if k[0] == epoch} for epoch in range(3)]
     assert by_epoch[0] != by_epoch[1] != by_epoch[2]
@@ -180,22 +171,16 @@ def test_the_loader_is_given_the_keys_of_the_plan():
     assert max(map(len, read)) == 4
 
 
-def test_a_balanced_epoch_is_as_long_and_has_as_many_clips_of_each_class():
+def test_a_balanced_epoch_is_as_long_and_draws_repeats_anew():
     assert plan(balance=UNEVEN).total_steps == plan().total_steps
     for epoch in range(3):
         keys = [k for b in plan(balance=UNEVEN).micro_batches() if b.epoch == epoch for k in b.keys[: b.real]]
         assert len(keys) == 21
         assert Counter(UNEVEN[index] for _, index in keys) == {0: 7, 1: 7, 2: 7}
-
-
-def test_a_clip_that_is_read_again_in_an_epoch_is_drawn_anew():
     keys = [k for b in plan(balance=UNEVEN).micro_batches() for k in b.keys[: b.real]]
     assert len(keys) == len(set(keys)) == 3 * 21
     firsts = {(b.epoch, index) for b in plan(balance=UNEVEN).micro_batches() for _, index in b.keys}
     assert firsts <= set(keys)  # its first reading in an epoch is the one that it has without balance
-
-
-def test_repeats_of_a_balanced_plan_have_keys_of_their_own():
     keys = [k for b in plan(balance=UNEVEN, repeats=2, pairs=1).micro_batches() for k in b.keys[: b.real]]
     assert len(keys) == len(set(keys)) == 3 * 21 * 2
     once = {k for b in plan(balance=UNEVEN).micro_batches() for k in b.keys if k[0] < 3}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SCRATCH, last_weights, run, same, settings
+from tiny import SCRATCH, run, settings
 from torch import nn
 
 from tvit_cli.engine.train import checkpoint as module
@@ -352,27 +352,6 @@ def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(clips, 
         run(**facts)
     with pytest.raises(CheckpointError, match=r"learning-rate.*\n(.*\n)*.*processes: 2 -> 1"):
         run(**facts, learning_rate=0.5)
-
-
-def test_a_run_moved_to_another_path_ends_with_the_bits_it_would_have_had(clips, pretrained, tmp_path):
-    data = clips
-    facts = {"path_to_data": str(data), "hf_model_name": str(pretrained), "epochs": 3}
-    whole = run(**facts, working_directory=tmp_path / "whole")
-    begun = run(**facts, working_directory=tmp_path / "begun")
-    moved = tmp_path / "else" / "where" / "mine"
-    moved.parent.mkdir(parents=True)
-    shutil.move(begun.run, moved)
-    shutil.rmtree(moved / "model")
-    for path in list_checkpoints(moved / "checkpoints")[1:]:
-        shutil.rmtree(path)
-    again = run(
-        **facts, resume_from_checkpoint="latest", working_directory=moved.parent, experiment_name="mine"
-    )
-    assert again.run == moved and not begun.run.exists()
-    assert same(last_weights(again), last_weights(whole))
-    assert (moved / "model" / "model.safetensors").read_bytes() == (
-        whole.model / "model.safetensors"
-    ).read_bytes()
 
 
 def test_a_checkpoint_of_vit_b_with_rank_8_takes_less_than_12_mb(tmp_path):

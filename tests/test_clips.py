@@ -15,6 +15,8 @@ from tvit_cli.data.layout import Video
 from tvit_cli.portable.reading import segment_indices
 
 LABELS = ("run", "walk")
+
+
 FRAMES = 40
 
 
@@ -41,21 +43,21 @@ def numbers(read_numbers):
 Numbers = Callable[[torch.Tensor], list[int]]
 
 
-def test_an_item_is_uint8_frames_and_what_belongs_to_them(videos):
+def test_an_item_is_uint8_frames_of_a_dataset_that_can_be_pickled(videos):
     item = dataset(videos)[(3, 1)]
     assert item.frames.shape == (8, 3, 24, 32)
     assert item.frames.dtype == torch.uint8
     assert item.frames.is_contiguous(memory_format=torch.channels_last)
     assert (item.label, item.epoch, item.index, item.weight, item.error) == (1, 3, 1, 1.0, "")
+    data = dataset(videos)
+    assert torch.equal(pickle.loads(pickle.dumps(data))[(1, 2)].frames, data[(1, 2)].frames)
+    assert len(data) == 4
 
 
-def test_evaluation_takes_the_centres_in_every_epoch(videos, numbers):
+def test_evaluation_takes_centres_and_training_draws_within_segments(videos, numbers):
     data = dataset(videos, training=False)
     assert numbers(data[(0, 2)].frames) == segment_indices(FRAMES, 8)
     assert torch.equal(data[(0, 2)].frames, data[(7, 2)].frames)
-
-
-def test_training_draws_within_segments_in_time_order(videos, numbers):
     data = dataset(videos)
     drawn = np.array([numbers(data[(epoch, 0)].frames) for epoch in range(30)])
     assert (drawn // 5 == np.arange(8)).all()
@@ -156,25 +158,15 @@ def test_worker_processes_give_the_same_clips_as_none(method, videos):
         assert all(clip.is_contiguous(memory_format=torch.channels_last) for clip in there.clips)
 
 
-def test_a_dataset_can_be_pickled(videos):
-    data = dataset(videos)
-    assert torch.equal(pickle.loads(pickle.dumps(data))[(1, 2)].frames, data[(1, 2)].frames)
-    assert len(data) == 4
-
-
-def test_centres_of_segments_are_taken_without_offsets():
+def test_segments_are_taken_at_centres_offsets_and_the_last_frame():
     assert segment_indices(8, 4) == [1, 3, 5, 7]
     assert segment_indices(90, 3) == [15, 45, 75]
-
-
-def test_a_video_as_long_as_the_clip_gives_every_frame_once():
     assert segment_indices(8, 8) == list(range(8))
     assert segment_indices(8, 8, [0.999] * 8) == list(range(8))
-
-
-def test_short_video_repeats_its_last_frame():
     assert segment_indices(3, 5) == [0, 1, 2, 2, 2]
     assert segment_indices(1, 4, [0.9, 0.1, 0.5, 0.0]) == [0, 0, 0, 0]
+    assert segment_indices(100, 4, [0.0] * 4)[0] == 0
+    assert segment_indices(100, 4, [math.nextafter(1.0, 0.0)] * 4)[-1] == 99
 
 
 @pytest.mark.parametrize("frame_count", [9, 17, 64, 301])
@@ -186,11 +178,6 @@ def test_each_frame_stays_in_its_segment_and_in_time_order(frame_count):
         for segment, index in enumerate(indices):
             start, end = segment * frame_count / n_frames, (segment + 1) * frame_count / n_frames
             assert math.floor(start) <= index < math.ceil(end)
-
-
-def test_offsets_reach_the_first_and_the_last_frame():
-    assert segment_indices(100, 4, [0.0] * 4)[0] == 0
-    assert segment_indices(100, 4, [math.nextafter(1.0, 0.0)] * 4)[-1] == 99
 
 
 @pytest.mark.parametrize(

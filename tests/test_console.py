@@ -18,30 +18,21 @@ from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
 LONG = "a/" * 80 + "clip.avi"
 
 
-def test_sizes_read_as_people_write_them():
-    assert [size_text(n) for n in (0, 999, 1500, 6_960_400_115)] == [
-        "0 bytes", "999 bytes", "1.5 kB", "6.96 GB",
-    ]  # fmt: skip
-
-
-def test_without_a_terminal_a_row_is_a_line(capsys):
+def test_tables_are_plain_lines_with_numbers_right_and_names_verbatim(capsys):
     Console().table(["video", "score"], [(LONG, "0.5"), ("b", "10")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].startswith(LONG)
-
-
-def test_numbers_are_right_aligned_and_words_are_not(capsys):
     Console().table(["a", "n", "w"], [("x", "1", "yes"), ("y", "100", "no")])
     rows = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert rows[1].index("1") > rows[2].index("1")
     assert rows[1].index("yes") == rows[2].index("no")
-
-
-def test_markup_in_names_is_shown_as_it_is(capsys):
     Console().table(["video"], [("[red]clip[/red].avi",)])
     Console().warn("[bold]x")
     captured = capsys.readouterr()
     assert "[red]clip[/red].avi" in captured.out and "[bold]x" in captured.err
+    assert [size_text(n) for n in (0, 999, 1500, 6_960_400_115)] == [
+        "0 bytes", "999 bytes", "1.5 kB", "6.96 GB",
+    ]  # fmt: skip
 
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f\r\u202eiva.avi"
@@ -107,6 +98,8 @@ def test_details_are_shown_when_asked_for(capsys):
 STEP = StepDone(
     epoch=3, step=120, loss=1.2345, clip_top1=0.5, learning_rate=3e-4, clips_per_second=211.4, data_wait=0.07
 )
+
+
 FACTS = "epoch 3 · loss 1.234 · top-1 0.500 · rate 3.0e-04 · 211 clips/s · 7% waiting for data"
 
 
@@ -132,13 +125,10 @@ def displayed(monkeypatch, *, columns, first_step=119):
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown).strip("\n").split("\n")
 
 
-def test_the_live_display_has_a_bar_the_time_left_and_a_line_of_facts(monkeypatch):
+def test_the_live_display_has_a_bar_the_time_left_and_facts_in_one_line(monkeypatch):
     bar, facts = displayed(monkeypatch, columns=100)
     assert bar.startswith("training") and "120/1000" in bar and "left" in bar
     assert facts.rstrip() == FACTS
-
-
-def test_a_narrow_terminal_cuts_the_facts_instead_of_breaking_the_line(monkeypatch):
     lines = displayed(monkeypatch, columns=60)
     assert len(lines) == 2 and all(len(line) <= 60 for line in lines)
     assert lines[1].rstrip() == FACTS[:59] + "…"

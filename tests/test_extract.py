@@ -323,8 +323,8 @@ def explode(number):
 
 
 def test_a_job_that_takes_its_process_down_is_named_and_the_others_go_on():
-    results = list(map_in_order(explode, range(6), workers=2, lost=lambda job, too_long: -job))
-    assert results == [0, 1, 4, -3, 16, 25]
+    results = list(map_in_order(explode, range(2, 6), workers=1, lost=lambda job, too_long: -job))
+    assert results == [4, -3, 16, 25]
 
 
 def hang(seconds):

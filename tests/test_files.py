@@ -169,30 +169,33 @@ def test_overwrite_replaces_a_run_with_all_that_tvit_left(facts, mine, how, caps
     assert list_checkpoints(mine / "checkpoints")
 
 
-@pytest.mark.parametrize("how", ["flag", "config", "neither"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("thesis.txt", "notes/thesis.txt", "kept/step-000003/thesis.txt", "kept/best.safetensors"),
-        *("model/thesis.txt", "plots/thesis.png", "eval/test/thesis.csv", "export/safetensors/thesis.txt"),
-        *("wandb/thesis.txt", "tensorboard/thesis.txt"),
-    ],
+FOREIGN = (
+    *("thesis.txt", "notes/thesis.txt", "kept/step-000003/thesis.txt", "kept/best.safetensors"),
+    *("model/thesis.txt", "plots/thesis.png", "eval/test/thesis.csv", "export/safetensors/thesis.txt"),
+    *("wandb/thesis.txt", "tensorboard/thesis.txt"),
 )
-def test_overwrite_refuses_a_run_with_a_foreign_file_by_name(facts, mine, name, how, capsys):
-    (mine / name).parent.mkdir(exist_ok=True)
-    (mine / name).write_text("years of work")
+
+
+def test_overwrite_refuses_a_run_with_a_foreign_file_by_name(facts, mine, capsys):
     before = files_below(mine)
-    code, said = train_again(facts, mine, how, capsys)
-    assert code == 2 and files_below(mine) == before and (mine / name).read_text() == "years of work"
-    if how == "neither":
-        assert "Take another name with --experiment-name." in said and "--overwrite" not in said
-    else:
-        assert f"holds files that tvit did not write: {name}" in said
+    for name in FOREIGN:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text("years of work")
+        for how in ("flag", "config", "neither") if name in FOREIGN[:3] else ("flag",):
+            code, said = train_again(facts, mine, how, capsys)
+            assert code == 2 and files_below(mine) == sorted([*before, name]), (name, how)
+            assert (mine / name).read_text() == "years of work"
+            if how == "neither":
+                assert "Take another name with --experiment-name." in said and "--overwrite" not in said
+            else:
+                assert f"holds files that tvit did not write: {name}" in said
+        (mine / name).unlink()
+        if not any((mine / name).parent.iterdir()):
+            (mine / name).parent.rmdir()
 
 
-@pytest.mark.parametrize("how", ["flag", "config", "neither"])
 @pytest.mark.parametrize("settings_file", [None, '{"fontSize": 12}', "[]", '"text"', "no json"])
-def test_overwrite_refuses_a_folder_that_is_no_run(facts, tmp_path, settings_file, how, capsys):
+def test_overwrite_refuses_a_folder_that_is_no_run(facts, tmp_path, settings_file, capsys):
     folder = tmp_path / "runs" / "thesis"
     (folder / "model").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "model/card.json", "z.txt"):
@@ -200,13 +203,14 @@ def test_overwrite_refuses_a_folder_that_is_no_run(facts, tmp_path, settings_fil
     if settings_file is not None:
         (folder / "settings.json").write_text(settings_file)
     before = files_below(folder)
-    code, said = train_again(facts, folder, how, capsys)
-    assert code == 2 and files_below(folder) == before
-    if how == "neither":
-        assert "--overwrite" not in said and "--experiment-name" in said
-    else:
-        more = 1 if settings_file is None else 2
-        assert f"a.txt, b.txt, model/card.json and {more} more" in said
+    for how in ("flag", "neither") if settings_file else ("flag", "config", "neither"):
+        code, said = train_again(facts, folder, how, capsys)
+        assert code == 2 and files_below(folder) == before
+        if how == "neither":
+            assert "--overwrite" not in said and "--experiment-name" in said
+        else:
+            more = 1 if settings_file is None else 2
+            assert f"a.txt, b.txt, model/card.json and {more} more" in said
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])

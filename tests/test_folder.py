@@ -18,6 +18,8 @@ from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.settings.card import CARD_VERSION, BaseWeights, ModelCard, Preprocessing
 
 CONFIG = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=16, depth=2, num_heads=2)
+
+
 CARD = ModelCard(
     tvit_version="0.1.0", labels=("jump", "run", "walk"), model=CONFIG.to_dict(),
     preprocessing=Preprocessing(n_frames=4, frame_size=16, mean=(0.1, 0.2, 0.3)),
@@ -58,33 +60,24 @@ def test_a_saved_model_comes_back_bit_for_bit(folder):
     assert card.metrics["video_top1"] == 0.1 + 0.2
 
 
-def test_a_loaded_model_is_ready_to_predict_and_can_be_trained_on(folder):
+def test_a_saved_folder_has_two_files_readable_alike_with_their_hash(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "card.json").stat().st_mode
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert load_card(folder).weights_sha256 == digest
+
+
+def test_a_loaded_model_draws_nothing_and_can_be_trained_on(folder):
+    before = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
     model, _ = load_model(folder)
     assert not model.training
     model(torch.zeros(1, 4, 3, 16, 16)).sum().backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     again, _ = load_model(folder)  # the file is mapped, never written
     assert not torch.equal(again.classifier.bias, model.classifier.bias)
-
-
-def test_the_folder_holds_two_files_and_nothing_lies_beside_it(folder):
-    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
-def test_who_may_read_the_card_may_read_the_weights(folder):
-    assert (folder / "model.safetensors").stat().st_mode == (folder / "card.json").stat().st_mode
-
-
-def test_the_card_carries_the_hash_of_the_weights(folder):
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert load_card(folder).weights_sha256 == digest
-
-
-def test_loading_draws_no_random_number(folder):
-    before = torch.get_rng_state()
-    load_model(folder)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path):

@@ -82,26 +82,20 @@ def test_the_grid_is_read_back_in_time_order_with_its_times(store, videos):
         assert 0 < error < JPEG_ERROR
 
 
-def test_the_texture_tells_one_frame_from_the_next():
-    frames = textured(20).astype(int)
-    assert np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).min() > 1.5 * JPEG_ERROR
-
-
-def test_the_answer_names_the_frames_that_it_gives(store, videos):
+def test_the_answer_names_the_nearest_frames_that_it_gives(store, videos):
     clip = store.read(videos[0].name, lambda count: [0, 7, 7, 20, 39])
     assert grid_indices(40, 8) == [2, 7, 12, 17, 22, 27, 32, 37]
     assert clip.indices == (2, 7, 7, 22, 37)
     assert (clip.frames[1] == clip.frames[2]).all()
     direct = read_clip(videos[0].path, lambda count: clip.indices)
     assert np.abs(clip.frames.astype(int) - direct.frames).mean() < JPEG_ERROR
-
-
-def test_nearest_takes_the_earlier_of_two_as_near():
     stored = np.array([1, 4, 8, 10], np.uint32)
     wanted = list(range(13))
     expected = [min(range(4), key=lambda k: (abs(int(stored[k]) - w), k)) for w in wanted]
     assert nearest(stored, wanted) == expected
     assert nearest(stored[:1], wanted) == [0] * 13
+    frames = textured(20).astype(int)
+    assert np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).min() > 1.5 * JPEG_ERROR
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -190,14 +184,11 @@ def test_names_of_every_kind_are_found(tmp_path, videos):
     assert store.find("ab.avi") is store.find("") is store.find("zzz") is None
 
 
-def test_the_layout_is_remembered(store, videos):
+def test_a_store_keeps_its_layout_and_names_a_clip_it_lacks(store, videos):
     layout = store.layout()
     assert layout.labels == LABELS
     facts = [(v.name, v.label, v.subset, v.group) for v in videos]
     assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == facts
-
-
-def test_a_clip_that_is_not_there_is_a_video_error(store):
     with pytest.raises(
         VideoError, match=r"missing\.avi: not in the frame store .*tvit extract --path-to-data"
     ):
@@ -321,7 +312,10 @@ def test_a_flipped_bit_in_the_index_is_noticed(own_store):
             FrameStore(own_store.folder)
 
 
-def test_a_store_of_a_later_version_is_refused(own_store):
+def test_a_store_of_a_later_version_and_an_empty_folder_are_refused(own_store, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no frame store .*Make one with `tvit extract`"):
+        FrameStore(tmp_path / "empty")
     header = own_store.folder / "store.json"
     header.write_text(header.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(DataError, match=r"version 9.*Update tvit"):
@@ -406,11 +400,6 @@ def test_an_index_of_100_000_clips_opens_at_once_and_takes_little_memory(tmp_pat
     assert seconds < 0.5  # measured 0.03 s; a million clips may take 2 s
     assert mebibytes < 30  # a million clips may take 300 MB
     assert lookups < 2
-
-
-def test_errors_of_the_user_are_no_assertions(tmp_path):
-    with pytest.raises(DataError, match=r"no frame store .*Make one with `tvit extract`"):
-        FrameStore(tmp_path)
 
 
 @pytest.mark.real

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "tvit_cli"
+
+
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
+
 
 # A room may import the rooms named beside it, and itself.
 ROOMS = {
@@ -27,6 +30,8 @@ ROOMS = {
     "__main__": {"cli"},
     "__init__": {"errors", "results", "data", "engine", "api"},
 }
+
+
 HEAVY = {
     "torch", "numpy", "av", "accelerate", "peft", "transformers", "wandb", "safetensors", "simplejpeg",
     "huggingface_hub", "PIL", "tensorboard", "onnx", "onnxruntime",
@@ -120,13 +125,10 @@ def test_only_the_console_writes_to_the_terminal():
         assert not writes or path.name in ("console.py", "cli.py"), path
 
 
-def test_every_module_says_in_its_first_line_what_it_owns():
+def test_every_module_names_its_subject_and_no_note_is_missing():
     for path in MODULES:
         doc = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
         assert doc and doc.splitlines()[0].strip(), path
-
-
-def test_every_note_that_is_referred_to_exists():
     texts = [(ROOT / p).read_text(encoding="utf-8") for p in MODULES]
     titles = {m for t in texts for m in re.findall(r"(?<![Ss]ee )Note \[([^\]]+)\]", t)}
     referred = {m for t in texts for m in re.findall(r"[Ss]ee Note \[([^\]]+)\]", t)}

@@ -244,10 +244,7 @@ def words(tmp_path_factory):
     }
 
 
-VERBS = pytest.mark.parametrize("verb", ["train", "eval", "predict"])
-
-
-@VERBS
+@pytest.mark.parametrize("verb", ["train", "eval", "predict"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
     monkeypatch.setattr(clips, "collate", no_space)
@@ -296,8 +293,15 @@ cli.run(sys.argv[1:])
 """
 
 
-@VERBS
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("verb", "name", "code"),
+    [
+        ("train", "SIGTERM", 143),
+        ("train", "SIGINT", 130),
+        ("eval", "SIGTERM", 143),
+        ("predict", "SIGINT", 130),
+    ],
+)
 def test_a_signal_ends_the_wait_for_a_batch(words, verb, name, code):
     child = start("-c", HANG, *words[verb])
     try:
@@ -313,7 +317,7 @@ def test_a_signal_ends_the_wait_for_a_batch(words, verb, name, code):
     assert "Traceback" not in errors
 
 
-@VERBS
+@pytest.mark.parametrize("verb", ["train", "predict"])
 def test_verbs_end_well_with_a_small_shared_memory(words, verb):
     """In a mount namespace of its own."""
     small = "mount -t tmpfs -o size=128k tmpfs /dev/shm"

@@ -220,13 +220,10 @@ def test_errors_that_mean_no_memory_are_told_from_others(error, is_it):
     assert is_out_of_memory(error) is is_it
 
 
-def test_what_the_cpus_allocator_says_is_out_of_memory():
+def test_running_out_of_memory_is_told_from_mistakes():
     attempt = Attempt()
     assert attempt.run(torch.empty, 2**55) is None
     assert attempt.failed and attempt.run(torch.ones, 1) is None
-
-
-def test_a_mistake_is_not_taken_for_too_little_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         Attempt().run(torch.ones(2, 3).matmul, torch.ones(2, 3))
 
@@ -398,12 +395,9 @@ def test_a_global_batch_that_cannot_be_cut_evenly_is_refused(changes, words):
         global_batch(settings(**changes), 2)
 
 
-def test_a_global_batch_says_how_much_is_accumulated():
+def test_a_global_batch_is_accumulated_over_passes_and_says_so(trained):
     with pytest.raises(ValueError, match="--gradient-accumulation-steps 2: --global-batch-size sets it"):
         settings(global_batch_size=8, gradient_accumulation_steps=2)
-
-
-def test_a_global_batch_is_accumulated_over_passes(trained):
     cut = trained(per_gpu_batch_size=4, global_batch_size=8, epochs=1)
     assert same(
         last_weights(cut),

@@ -34,18 +34,12 @@ LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 
 LABELS = torch.tensor([0, 2, 2, 1])
 
 
-def test_top_1_and_top_k_count_videos():
+def test_top_k_counts_videos_and_the_loss_is_their_mean_in_nats():
     metrics = video_metrics(LOGITS, LABELS, top_k=2)
     assert metrics["video_top1"] == 0.5
     assert metrics["video_top2"] == 0.75
     assert metrics["videos"] == 4
-
-
-def test_top_k_above_the_number_of_classes_is_all_of_them():
     assert video_metrics(LOGITS, LABELS, top_k=9)["video_top3"] == 1.0
-
-
-def test_loss_is_the_mean_over_videos_in_nats():
     expected = (
         sum(
             math.log(sum(math.exp(x) for x in row)) - row[y]
@@ -56,41 +50,37 @@ def test_loss_is_the_mean_over_videos_in_nats():
     assert video_metrics(LOGITS, LABELS, top_k=1)["loss"] == pytest.approx(expected)
 
 
-def test_mean_class_accuracy_weighs_classes_equally_and_skips_absent_ones():
-    labels = torch.tensor([0, 0, 0, 1])
-    logits = F.one_hot(torch.tensor([0, 0, 0, 2]), 4).float()
-    assert video_metrics(logits, labels, top_k=1)["mean_class_accuracy"] == 0.5
-
-
-def test_a_model_that_says_nothing_is_right_about_nothing():
+def test_equal_scores_and_nans_are_wrong_and_ranks_take_the_worst():
     assert not top_k_right(torch.zeros(3, 5), torch.tensor([0, 1, 4]), 1).any()
-
-
-def test_scores_that_are_no_numbers_are_wrong():
     logits = torch.full((2, 3), float("nan"))
     assert not top_k_right(logits, torch.tensor([0, 2]), 1).any()
+    logits = torch.tensor([[[3.0, 2.0, 1.0]], [[1.0, 2.0, 2.0]], [[0.0, 0.0, 0.0]]])  # (views, B, K)
+    assert ranks(logits, torch.tensor([[0], [2], [1]])).tolist() == [[1], [2], [3]]
 
 
-def test_the_confusion_matrix_has_true_classes_in_rows():
+def test_class_metrics_come_from_the_counts_of_the_confusion_matrix():
     matrix = confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2)
     assert matrix.tolist() == [[1, 1], [0, 1]]
-
-
-def test_a_tally_counts_only_what_has_weight():
-    tally = Tally.zeros(torch.device("cpu"))
-    weights = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    tally.add(LOGITS, torch.tensor([1.0, 2.0, 100.0, 3.0]), LABELS, weights)
-    tally.add(LOGITS[:1], torch.tensor([4.0]), LABELS[:1], torch.ones(1))
-    assert tally.sums.tolist() == [10.0, 3.0, 4.0]
-
-
-def test_a_class_has_precision_recall_and_f1_from_its_counts():
     confusion = torch.tensor([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
     first, second, absent = class_table(confusion)
     assert (first.recall, first.precision, first.f1) == (3 / 4, 3 / 5, 2 * 3 / 9)
     assert (absent.recall, absent.precision, absent.f1) == (0.0, 0.0, 0.0)
     assert macro_f1([first, second, absent]) == (first.f1 + second.f1) / 2
     assert class_table(confusion, torch.tensor([1, 0, 0]))[0] == ClassScore(videos=5, right=3, predicted=5)
+    confusion = torch.tensor([[9, 1, 0], [4, 5, 0], [0, 2, 7]])
+    assert most_confused(confusion) == [(1, 0, 4), (2, 1, 2), (0, 1, 1)]
+    assert most_confused(confusion, most=1) == [(1, 0, 4)]
+
+
+def test_a_tally_and_class_means_count_only_what_has_weight():
+    tally = Tally.zeros(torch.device("cpu"))
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    tally.add(LOGITS, torch.tensor([1.0, 2.0, 100.0, 3.0]), LABELS, weights)
+    tally.add(LOGITS[:1], torch.tensor([4.0]), LABELS[:1], torch.ones(1))
+    assert tally.sums.tolist() == [10.0, 3.0, 4.0]
+    labels = torch.tensor([0, 0, 0, 1])
+    logits = F.one_hot(torch.tensor([0, 0, 0, 2]), 4).float()
+    assert video_metrics(logits, labels, top_k=1)["mean_class_accuracy"] == 0.5
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -106,17 +96,6 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     assert sum(abs(b.accuracy - b.confidence) * b.videos for b in bins) / 4 == pytest.approx(expected)
 
 
-def test_a_rank_is_the_worst_that_ties_allow():
-    logits = torch.tensor([[[3.0, 2.0, 1.0]], [[1.0, 2.0, 2.0]], [[0.0, 0.0, 0.0]]])  # (views, B, K)
-    assert ranks(logits, torch.tensor([[0], [2], [1]])).tolist() == [[1], [2], [3]]
-
-
-def test_the_most_confused_pairs_come_first_and_right_answers_are_none():
-    confusion = torch.tensor([[9, 1, 0], [4, 5, 0], [0, 2, 7]])
-    assert most_confused(confusion) == [(1, 0, 4), (2, 1, 2), (0, 1, 1)]
-    assert most_confused(confusion, most=1) == [(1, 0, 4)]
-
-
 def outcomes(right, groups, labels=None):
     """Videos that are answered with their label or with the next class, all with confidence 0.7."""
     labels = labels or [0] * len(right)
@@ -124,7 +103,7 @@ def outcomes(right, groups, labels=None):
     return Outcomes(labels, said, right, [0.7] * len(right), groups)
 
 
-def test_intervals_resample_whole_groups():
+def test_intervals_resample_whole_groups_and_weigh_classes_equally():
     right = [True] * 50 + [False] * 50
     alone = metric_intervals(outcomes(right, [f"{n}" for n in range(100)]), top_k=5)["video_top1"]
     # Ten groups that are right or wrong as a whole are ten trials, not a hundred.
@@ -132,9 +111,6 @@ def test_intervals_resample_whole_groups():
     assert alone[0] == pytest.approx(0.40, abs=0.02) and alone[1] == pytest.approx(0.60, abs=0.02)
     assert grouped[0] == pytest.approx(0.20, abs=0.05) and grouped[1] == pytest.approx(0.80, abs=0.05)
     assert metric_intervals(outcomes(right, ["one"] * 100), top_k=5) == {}
-
-
-def test_an_interval_of_mean_class_accuracy_weighs_classes_equally():
     right, labels = [True] * 90 + [False] * 10, [0] * 90 + [1] * 10
     found = metric_intervals(outcomes(right, [f"{n}" for n in range(100)], labels), top_k=5)
     assert found["mean_class_accuracy"] == (0.5, 0.5)
@@ -172,14 +148,11 @@ def test_a_video_without_an_answer_is_wrong_and_has_no_confidence():
     assert found["macro_f1"] == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
 
-def test_a_difference_of_models_is_taken_per_video_and_resampled_by_group():
+def test_differences_of_models_are_resampled_by_group_and_tested():
     first, second = [False] * 30 + [True] * 70, [True] * 100
     low, high = difference_interval(first, second, [f"{n}" for n in range(100)]) or (0, 0)
     assert low == pytest.approx(0.21, abs=0.02) and high == pytest.approx(0.39, abs=0.02)
     assert difference_interval(first, second, ["one"] * 100) is None
-
-
-def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
     assert mcnemar(1, 8) == mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 512)
     assert mcnemar(0, 2000) == 0.0 or mcnemar(0, 2000) < 1e-300
@@ -191,13 +164,15 @@ def video(folder, name, subset, group, data):
     return Video(path, name, "run", subset, group)
 
 
-def test_groups_on_both_sides_are_counted(tmp_path):
+def test_groups_on_both_sides_are_a_leak_and_clean_splits_are_not(tmp_path):
     videos = [
         video(tmp_path, f"{subset}{group}{i}", subset, group, os.urandom(50))
         for subset, group, i in (("train", "01", 0), ("test", "01", 0), ("test", "01", 1), ("val", "02", 0))
     ]
     (leak,) = find_leaks(videos)
     assert "share 1 groups (01), 2 videos" in leak
+    gone = Video(tmp_path / "gone.avi", "gone.avi", "run", "train", None)
+    assert find_leaks([gone, video(tmp_path, "a", "test", None, b"1")]) == ()
 
 
 def test_equal_files_under_two_names_are_found(tmp_path):
@@ -219,8 +194,3 @@ def test_a_clean_split_says_nothing_and_reads_nothing(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(selection, "sha256", lambda path: pytest.fail(f"{path} was read"))
     assert find_leaks(videos) == ()
-
-
-def test_videos_that_are_gone_are_left_out(tmp_path):
-    gone = Video(tmp_path / "gone.avi", "gone.avi", "run", "train", None)
-    assert find_leaks([gone, video(tmp_path, "a", "test", None, b"1")]) == ()

@@ -208,11 +208,8 @@ def wait_share(gpu, *, batch_every, step):
     return clock.facts()["data_wait"]
 
 
-def test_a_gpu_that_is_never_idle_waits_for_nothing_though_the_loop_does(monkeypatch):
+def test_a_gpu_waits_for_data_only_when_it_is_fed_too_slowly(monkeypatch):
     assert wait_share(Gpu(monkeypatch), batch_every=0.02, step=0.03) < 0.02
-
-
-def test_a_gpu_that_is_fed_too_slowly_waits_for_the_rest(monkeypatch):
     assert wait_share(Gpu(monkeypatch), batch_every=0.05, step=0.03) == pytest.approx(0.4, abs=0.02)
 
 

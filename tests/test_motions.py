@@ -16,7 +16,10 @@ from tvit_cli.portable.reading import segment_indices
 
 Change = Callable[[np.ndarray], bool]
 
+
 FRAMES = 6
+
+
 SIZE = 32
 
 
@@ -43,31 +46,22 @@ def clips(root):
     return sorted(root.glob("*/*/*.avi"))
 
 
-def test_every_clip_played_backwards_is_a_clip_of_the_opposite_class(root):
+def test_twins_are_each_other_backwards_and_alike_on_disk(root):
     for file in clips(root)[::3]:
         assert np.array_equal(decoded(file)[::-1], decoded(twin(file))), file
-
-
-def test_no_clip_is_its_own_mirror_in_time(root):
     for file in clips(root)[::3]:
         frames = decoded(file).astype(int)
         assert np.abs(frames - frames[::-1]).max() > 60, file  # of 255: the object is elsewhere or turned
-
-
-def test_twins_are_of_one_size_on_disk_with_only_key_frames(root):
     for file in clips(root)[::7]:
         # one padding byte a frame
         assert abs(file.stat().st_size - twin(file).stat().st_size) <= FRAMES, file
         with av.open(str(file)) as container:
             assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size), file
-
-
-def test_evaluation_shows_the_same_pictures_of_a_clip_and_of_its_twin():
     chosen = segment_indices(motions.FRAMES, 8)
     assert [motions.FRAMES - 1 - index for index in reversed(chosen)] == chosen
 
 
-def test_names_and_folders_are_those_of_ucf101(root):
+def test_names_and_groups_are_those_of_ucf101_in_one_subset_each(root):
     assert len(clips(root)) == 25 * len(CLASSES)
     for file in clips(root):
         subset, label = file.parts[-3:-1]
@@ -75,9 +69,6 @@ def test_names_and_folders_are_those_of_ucf101(root):
         assert found is not None
         assert label in CLASSES
         assert int(found[1]) in GROUPS[subset]
-
-
-def test_no_group_is_in_two_subsets():
     groups = [group for numbers in GROUPS.values() for group in numbers]
     assert sorted(groups) == list(range(1, 26))
 
@@ -94,15 +85,12 @@ def test_a_group_is_one_scene_and_two_groups_are_two(root):
     assert within < between
 
 
-def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(root, tmp_path):
+def test_a_seed_gives_the_same_bytes_with_any_workers_and_another_others(root, tmp_path):
     again = tmp_path / "again"
     make_motions(again, clips_per_group=1, frame_size=SIZE, frames=FRAMES, workers=1)
     files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     assert all((root / file).read_bytes() == (again / file).read_bytes() for file in files)
-
-
-def test_another_seed_gives_other_clips(root, tmp_path):
     other = tmp_path / "other"
     make_motions(other, seed=1, clips_per_group=1, frame_size=SIZE, frames=FRAMES)
     assert all(file.read_bytes() != (other / file.relative_to(root)).read_bytes() for file in clips(root))
@@ -144,16 +132,13 @@ def test_turn_clockwise_turns_clockwise_as_seen():
     assert np.degrees(np.diff(path.angle)).max() < 40
 
 
-def test_progress_ends_at_the_number_of_clips(tmp_path):
+def test_progress_ends_at_the_number_of_clips_and_parts_are_no_data_set(tmp_path, root):
     seen = []
     count = make_motions(
         tmp_path / "m", clips_per_group=1, frame_size=SIZE, frames=2, progress=lambda *done: seen.append(done)
     )
     assert seen[-1] == (count, count)
     assert seen == sorted(seen)
-
-
-def test_a_whole_data_set_is_known_and_a_part_of_one_is_not(root, tmp_path):
     assert is_motions(root)
     assert not is_motions(tmp_path)
     part = tmp_path / "part"

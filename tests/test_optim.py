@@ -43,10 +43,14 @@ def decayed(**choices):
     return {name for name, value in decay.items() if value == 0.3}
 
 
-def test_weight_decay_leaves_out_biases_norms_and_learned_positions():
+def test_weight_decay_leaves_out_biases_norms_positions_and_frozen():
     names = decayed()
     assert "blocks.0.attention.q.weight" in names and "patch_embed.weight" in names
     assert not any("norm" in n or n.endswith("bias") or "positions" in n or "temporal" in n for n in names)
+    model = TemporalViT(TINY)
+    model.patch_embed.requires_grad_(False)
+    groups = grouped(model, bias_weight_decay=True, norm_weight_decay=True)
+    assert all(p.requires_grad for g in groups for p in g["params"])
 
 
 def test_the_lengths_of_weights_that_dora_learns_are_not_decayed():
@@ -68,13 +72,6 @@ def test_biases_and_norms_are_decayed_when_asked():
     }
 
 
-def test_frozen_parameters_are_in_no_group():
-    model = TemporalViT(TINY)
-    model.patch_embed.requires_grad_(False)
-    groups = grouped(model, bias_weight_decay=True, norm_weight_decay=True)
-    assert all(p.requires_grad for g in groups for p in g["params"])
-
-
 def scales(model, layer_decay, **choices):
     """Trainable parameter -> its share of the learning rate."""
     return by_name(model, grouped(model, layer_decay=layer_decay, **choices), "rate_scale")
@@ -91,7 +88,7 @@ def test_each_block_learns_at_a_share_of_the_rate_of_the_block_after_it():
         assert scale == expected, name
 
 
-def test_adapters_learn_at_the_rate_of_the_block_they_sit_in():
+def test_adapters_learn_at_their_blocks_rate_told_by_whole_names():
     model = TemporalViT(ViTConfig.from_dict({**TINY.to_dict(), "depth": 11}))
     targets = ("q", "fc2", "patch_embed", "classifier")
     spec = LoraSpec(
@@ -105,16 +102,13 @@ def test_adapters_learn_at_the_rate_of_the_block_they_sit_in():
     assert found["blocks.10.attention.q.lora_B.default.weight"] == 0.5
     assert found["patch_embed.lora_A.default.weight"] == 0.5**12
     assert found["classifier.lora_A.default.weight"] == found["temporal.embedding"] == 1
-
-
-def test_layers_are_told_by_their_whole_names():
     assert layer_scale("patch_embed_norm", depth=2, layer_decay=0.5) == 1
     assert layer_scale("blocks", depth=2, layer_decay=0.5) == 1
     assert layer_scale("head.blocks.0", depth=2, layer_decay=0.5) == 1
     assert layer_scale("positions", depth=2, layer_decay=0.5) == 0.125
 
 
-def test_the_schedule_moves_every_group_by_its_share():
+def test_adamw_is_fused_and_its_groups_follow_the_schedule():
     assert [group["rate_scale"] for group in grouped(TemporalViT(TINY))] == [1.0, 1.0]
     groups = grouped(TemporalViT(TINY), layer_decay=0.5)
     optimizer = adamw(groups, learning_rate=1.0, betas=(0.9, 0.999), epsilon=1e-8)
@@ -122,9 +116,6 @@ def test_the_schedule_moves_every_group_by_its_share():
         set_rates(optimizer, rate)
         assert {group["lr"] for group in optimizer.param_groups} == {rate, rate * 0.5, rate * 0.25}
         assert all(group["lr"] == rate * group["rate_scale"] for group in optimizer.param_groups)
-
-
-def test_adamw_is_fused_and_takes_betas_and_epsilon():
     groups = [{"params": list(nn.Linear(2, 2).parameters()), "weight_decay": 0.0}]
     optimizer = adamw(groups, learning_rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
@@ -176,7 +167,11 @@ def clip_losses(logits, targets, *, class_weights=(1, 1), label_smoothing=0.0):
 
 
 ONE, SMOOTH = Targets(LABELS, ONES), {"label_smoothing": 0.2}  # 0.9 on the label, 0.1 beside it
+
+
 ON_LABEL_1 = [0.8 * share + 0.1 for share in (0.3, 0.75, 0.0)]  # of the mixed clips, smoothed
+
+
 COSTS = [(RARE, LIKELY), (LIKELY, RARE), (RARE, LIKELY)]  # of labels 0 and 1
 
 
@@ -194,29 +189,23 @@ def test_a_clip_costs_its_labels_by_their_shares(targets, how, wanted):
     assert clip_losses(LOGITS, targets, **how).tolist() == pytest.approx(wanted)
 
 
-def test_both_labels_of_a_clip_weigh_what_their_classes_do():
+def test_losses_weigh_by_class_and_equal_labels_mix_to_the_same():
     plain = clip_losses(LOGITS, Targets(LABELS, ONES), class_weights=(0.5, 3.0), label_smoothing=0.2)
     even = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=0.2)
     assert plain.tolist() == pytest.approx((even * torch.tensor([3.0, 3.0, 0.5])).tolist())
     mixed = clip_losses(LOGITS, MIXED, class_weights=(0.5, 3.0))
     assert mixed[0] == pytest.approx(0.3 * 3.0 * LIKELY + 0.7 * 0.5 * RARE)
-
-
-def test_equal_labels_cost_the_same_mixed_or_not():
     same = Targets(LABELS, ONES, others=LABELS, shares=torch.tensor([0.3, 0.75, 0.5]))
     for smoothing in (0.0, 0.1):
         plain = clip_losses(LOGITS, Targets(LABELS, ONES), label_smoothing=smoothing)
         assert torch.allclose(clip_losses(LOGITS, same, label_smoothing=smoothing), plain)
 
 
-def test_an_update_is_the_mean_over_its_clips_however_many_passes_it_takes():
+def test_updates_are_means_over_clips_and_accuracy_counts_main_labels():
     losses = torch.tensor([1.0, 2.0, 6.0])
     assert loss_share(losses, Targets(LABELS, ONES), step_clips=3) == 3.0
     left_out = Targets(LABELS, torch.tensor([1.0, 0.0, 1.0]))
     assert loss_share(losses, left_out, step_clips=10) == pytest.approx(0.7)
-
-
-def test_training_accuracy_counts_the_label_of_the_larger_part():
     assert MIXED.main.tolist() == [0, 1, 0] and Targets(LABELS, ONES).main.tolist() == [1, 1, 0]
     tally = Tally.zeros(torch.device("cpu"))
     tally.add(LOGITS, clip_losses(LOGITS, MIXED), MIXED.main, MIXED.weights)
@@ -239,21 +228,15 @@ def train_a_step(layers):
             parameter.add_(torch.randn(parameter.shape))
 
 
-def test_it_holds_the_trainable_tensors_and_starts_as_they_are():
+def test_average_starts_as_the_weights_and_moves_by_the_decay():
     layers = model()
     ema = WeightAverage(layers, 0.9)
     assert ema.tensors.keys() == {"1.weight", "1.bias"}
     assert torch.equal(ema.tensors["1.weight"], layers[1].weight)
     train_a_step(layers)
     assert not torch.equal(ema.tensors["1.weight"], layers[1].weight)
-
-
-def test_the_decay_rises_to_what_was_asked_for():
     decays = [WeightAverage(model(), 0.9).decay_at(step) for step in (0, 1, 8, 79, 80, 10**6)]
     assert decays == pytest.approx([1 / 10, 2 / 11, 1 / 2, 80 / 89, 0.9, 0.9])
-
-
-def test_each_update_moves_it_by_what_the_decay_leaves():
     layers = model()
     ema = WeightAverage(layers, 0.15)
     expected = layers[1].bias.detach().double()

@@ -193,7 +193,9 @@ def test_the_hash_is_that_of_the_weights_file_or_of_all_shards(image_vit, folder
     assert resolve_weights(str(tmp_path)).sha256 != before
 
 
-def test_normalisation_comes_from_the_preprocessor_config(folder):
+def test_normalisation_is_of_the_preprocessor_config_or_imagenets(folder):
+    config = read_config(resolve_weights(str(folder)))
+    assert (config.mean, config.std) == (IMAGENET_MEAN, IMAGENET_STD)
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}))
     config = read_config(resolve_weights(str(folder)))
@@ -201,11 +203,6 @@ def test_normalisation_comes_from_the_preprocessor_config(folder):
     edit_json(path, do_normalize=False)
     config = read_config(resolve_weights(str(folder)))
     assert (config.mean, config.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-
-def test_without_a_preprocessor_config_normalisation_is_imagenets(folder):
-    config = read_config(resolve_weights(str(folder)))
-    assert (config.mean, config.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def test_values_left_out_of_the_config_are_those_of_hugging_face(folder):
@@ -360,20 +357,14 @@ def test_a_model_of_another_network_is_refused(folder):
         load_pretrained(TemporalViT(type(config).from_dict(values)), source)
 
 
-def test_a_weights_file_is_taken_with_the_config_beside_it(folder):
+def test_files_of_weights_are_taken_only_where_their_network_is_known(folder):
     by_file, by_folder = resolve_weights(str(folder / "model.safetensors")), resolve_weights(str(folder))
     assert by_file.sha256 == by_folder.sha256
     assert read_config(by_file).network == read_config(by_folder).network
     assert read_config(by_file).network["width"] == 32
-
-
-def test_pickled_weights_are_refused_with_a_conversion_hint(folder):
     (folder / "weights.bin").touch()
     with pytest.raises(ModelError, match=r"not a \.safetensors file.*save_pretrained"):
         resolve_weights(str(folder / "weights.bin"))
-
-
-def test_a_lone_file_of_unknown_names_is_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(
         ModelError, match=r"no config\.json beside it names a model_type; tvit reads vit, deit, dinov2"

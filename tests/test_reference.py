@@ -35,6 +35,8 @@ from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 
 WIDTH, SIZE, PATCH, BLOCKS = 24, 32, 16, 2
+
+
 CONFIG: dict[str, Any] = {
     "model_type": "temporal-vit",
     "architectures": ["TemporalViTHF"],
@@ -426,16 +428,13 @@ def test_the_labels_that_transformers_makes_up_are_no_names(tmp_path):
     assert opened(folder).card.labels == ("class 0", "class 1", "class 2")
 
 
-def test_a_bare_file_of_other_weights_is_no_trained_model(tmp_path):
+def test_bare_files_and_doubled_tensors_are_no_trained_models(tmp_path, folder):
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"no trained video model: its model_type is None"):
         opened(tmp_path / "other.safetensors")
     (tmp_path / "model.bin").touch()
     with pytest.raises(ModelError, match=r"not a \.safetensors file"):
         opened(tmp_path / "model.bin")
-
-
-def test_the_same_tensor_under_two_names_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "norm.bias": tensors["model.norm.bias"].clone()}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="a tensor is stored twice"):

@@ -21,24 +21,23 @@ from tvit_cli.errors import CheckpointError, RunError, SettingsError
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [
-        ({}, 6),
-        ({**MIXED, "repeats": 2, "save_every_steps": 5}, 10),
-        ({"lora_init": "pissa"}, 6),
-        ({"lora_use_dora": True}, 6),
-        ({"train": "last-1"}, 6),
+        ({}, 3),
+        ({**MIXED, "repeats": 2, "save_every_steps": 5}, 5),
+        ({"lora_init": "pissa"}, 3),
+        ({"lora_use_dora": True}, 3),
+        ({"train": "last-1"}, 3),
     ],
     ids=["plain", "mixed, within an epoch", "pissa", "dora", "last-1"],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(trained, changes, kept):
-    facts = {"epochs": 4, "save_checkpoint_interval": 2, **changes}
-    whole = trained(**facts)
-    half = trained(**facts, num_workers=2)
+    whole = trained(**changes)
+    half = trained(**changes, num_workers=2)
     checkpoints = half.run / "checkpoints"
     for path in list_checkpoints(checkpoints):
         if path.name > f"step-{kept:06d}":
             shutil.rmtree(path)
     shutil.rmtree(half.model)
-    again = trained(**facts, resume_from_checkpoint=str(checkpoints / f"step-{kept:06d}"))
+    again = trained(**changes, resume_from_checkpoint=str(checkpoints / f"step-{kept:06d}"))
     assert again.run == half.run
     assert same(last_weights(again), last_weights(whole))
     assert records(again) == records(whole)
@@ -47,34 +46,31 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(trained, chan
     ).read_bytes()
 
 
-def test_resuming_takes_the_runs_own_settings(trained, tmp_path):
-    first = trained(epochs=2, experiment_name="mine")
-    shutil.rmtree(first.model)
+def test_resuming_takes_the_runs_own_settings(mine, tmp_path):
+    shutil.rmtree(mine.model)
     ended = tvit("train", "--resume-from-checkpoint", "latest", "--working-directory", tmp_path)
     assert ended.code == 0, ended.err
-    assert (first.model / "card.json").is_file()
+    assert (mine.model / "card.json").is_file()
 
 
-def test_resume_refuses_changed_settings_and_shows_the_difference(trained):
-    first = trained()
-    path = str(first.run / "checkpoints" / "step-000003")
-    before = {name: (first.run / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
+def test_resume_refuses_changed_settings_and_shows_the_difference(trained, mine):
+    path = str(mine.run / "checkpoints" / "step-000003")
+    before = {name: (mine.run / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
     with pytest.raises(CheckpointError, match=r"--learning-rate: 0.01 -> 0.02"):
         trained(resume_from_checkpoint=path, learning_rate=0.02)
-    assert before == {name: (first.run / name).read_bytes() for name in before}
+    assert before == {name: (mine.run / name).read_bytes() for name in before}
     trained(resume_from_checkpoint=path, num_workers=1, max_no_of_checkpoints=1)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained):
-    result = trained(epochs=2)
-    path = list_checkpoints(result.run / "checkpoints")[0]
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained, finished, mine):
+    path = list_checkpoints(mine.run / "checkpoints")[0]
     state = json.loads((path / "state.json").read_text())
     del state["identity"]["label_smoothing"], state["sha256"]["state.json"]
     state["sha256"]["state.json"] = checkpoint._digest(state)
     (path / "state.json").write_text(json.dumps(state))
-    assert same(last_weights(trained(epochs=2, resume_from_checkpoint=str(path))), last_weights(result))
+    assert same(last_weights(trained(resume_from_checkpoint=str(path))), last_weights(finished))
     with pytest.raises(CheckpointError, match=r"--label-smoothing: 0.0 -> 0.1"):
-        trained(epochs=2, label_smoothing=0.1, resume_from_checkpoint=str(path))
+        trained(label_smoothing=0.1, resume_from_checkpoint=str(path))
 
 
 def test_resuming_with_other_videos_is_refused(trained, clips, tmp_path):
@@ -87,29 +83,33 @@ def test_resuming_with_other_videos_is_refused(trained, clips, tmp_path):
         trained(path_to_data=str(data), resume_from_checkpoint=str(first.run / "checkpoints" / "step-000003"))
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is_now(trained, tmp_path):
-    first = trained(epochs=2, checkpoint_dir="saved", experiment_name="mine")
+def test_a_run_that_was_moved_ends_with_the_same_bits_where_it_is_now(trained, finished, mine, tmp_path):
+    file = mine.run / "settings.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint_dir": "saved"}))
+    (mine.run / "checkpoints").rename(mine.run / "saved")
     moved = tmp_path / "else" / "where"
     moved.parent.mkdir()
-    shutil.move(first.run, moved)
-    shutil.rmtree(moved / "model")
-    result = trained(epochs=2, resume_from_checkpoint=str(moved / "saved" / "step-000003"))
-    assert result.run == moved and (moved / "model" / "card.json").is_file()
-    assert not first.run.exists()
-    written = json.loads((moved / "settings.json").read_text())
-    assert (written["experiment_name"], written["checkpoint_dir"]) == ("where", "saved")
+    shutil.move(mine.run, moved)
+    place = {"working_directory": moved.parent, "experiment_name": "where", "checkpoint_dir": "saved"}
+    for how in ({"resume_from_checkpoint": str(moved / "saved" / "step-000003")}, place):
+        shutil.rmtree(moved / "model")
+        shutil.rmtree(moved / "saved" / "step-000006")
+        result = trained(**{"resume_from_checkpoint": "latest", **how})
+        assert result.run == moved and not mine.run.exists()
+        models = [(run.model / "model.safetensors").read_bytes() for run in (result, finished)]
+        assert models[0] == models[1]
+        written = json.loads((moved / "settings.json").read_text())
+        assert (written["experiment_name"], written["checkpoint_dir"]) == ("where", "saved")
 
 
-def test_a_checkpoint_under_another_name_is_resumed(trained):
-    first = trained()
-    good = first.run / "checkpoints" / "step-000003"
-    copy = good.with_name("good")
-    shutil.copytree(good, copy)
+def test_a_checkpoint_under_another_name_is_resumed(trained, mine):
+    good = mine.run / "checkpoints" / "step-000003"
+    copy = shutil.copytree(good, good.with_name("good"))
     again = trained(resume_from_checkpoint=str(copy))
     assert [r["step"] for r in records(again)] == [3, 6]
 
 
-def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(trained, monkeypatch, tmp_path):
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(trained, finished, monkeypatch):
     real = checkpoint._write
 
     def write(path, data):
@@ -122,23 +122,20 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_survives(trained, mon
         trained(experiment_name="full")
     monkeypatch.undo()
     result = trained(experiment_name="full", resume_from_checkpoint="latest")
-    assert same(last_weights(result), last_weights(trained()))
+    assert same(last_weights(result), last_weights(finished))
 
 
-def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained):
-    whole = trained(experiment_name="whole", epochs=3)
-    half = trained(experiment_name="half", epochs=3)
-    shutil.rmtree(list_checkpoints(half.run / "checkpoints")[-1])
-    shutil.rmtree(half.model)
-    again = trained(experiment_name="half", epochs=3)
-    assert same(last_weights(again), last_weights(whole)) and again.run == half.run
-    shutil.rmtree(again.model)
-    shutil.rmtree(again.run / "checkpoints")
-    shutil.rmtree(again.run / "plots")
+def test_a_named_experiment_that_is_not_finished_is_gone_on_with(trained, finished, mine):
+    shutil.rmtree(list_checkpoints(mine.run / "checkpoints")[-1])
+    shutil.rmtree(mine.model)
+    again = trained(experiment_name="mine")
+    assert same(last_weights(again), last_weights(finished)) and again.run == mine.run
+    for name in ("model", "checkpoints", "plots"):
+        shutil.rmtree(again.run / name)
     (again.run / "report.html").unlink()
     (again.run / "checkpoints" / ".step-000003.writing").mkdir(parents=True)  # killed in its first checkpoint
-    anew = trained(experiment_name="half", epochs=3)
-    assert same(last_weights(anew), last_weights(whole)) and len(records(anew)) == 3
+    anew = trained(experiment_name="mine")
+    assert same(last_weights(anew), last_weights(finished)) and len(records(anew)) == 2
 
 
 def test_finished_run_without_test_scores_is_scored_on_resume(trained):
@@ -171,12 +168,11 @@ def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monk
         check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
 
 
-def test_settings_of_a_resumed_run_are_shown_as_they_are(trained):
-    own = trained(experiment_name="mine", lora_rank=3)
-    last = list_checkpoints(own.run / "checkpoints")[-1]
+def test_settings_of_a_resumed_run_are_shown_as_they_are(mine):
+    last = list_checkpoints(mine.run / "checkpoints")[-1]
     out = tvit("train", "--resume-from-checkpoint", last, "--show-settings").out
-    shown = next(line for line in out.splitlines() if line.split()[:1] == ["lora_rank"])
-    assert shown.split()[1] == "3" and "settings.json" in shown
+    shown = next(line for line in out.splitlines() if line.split()[:1] == ["learning_rate"])
+    assert shown.split()[1] == "0.01" and "settings.json" in shown
 
 
 def test_processes_that_see_different_videos_do_not_start():
@@ -186,16 +182,15 @@ def test_processes_that_see_different_videos_do_not_start():
         check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])
 
 
-def test_a_run_folder_is_resumed_from_its_latest_checkpoint(trained, tmp_path):
-    first = trained(epochs=2, experiment_name="mine")
-    trained(experiment_name="newer")
-    shutil.rmtree(first.model)
-    ended = tvit("train", "--resume-from-checkpoint", first.run)
+def test_a_run_folder_is_resumed_from_its_latest_checkpoint(mine, tmp_path):
+    shutil.copytree(mine.run, tmp_path / "newer")
+    shutil.rmtree(mine.model)
+    ended = tvit("train", "--resume-from-checkpoint", mine.run)
     assert ended.code == 0, ended.err
-    assert (first.model / "card.json").is_file()
-    shutil.rmtree(first.run / "checkpoints")
-    ended = tvit("train", "--resume-from-checkpoint", first.run)
-    assert ended.code == 2 and f"{first.run / 'checkpoints'}: no checkpoint to resume from" in ended.err
+    assert (mine.model / "card.json").is_file()
+    shutil.rmtree(mine.run / "checkpoints")
+    ended = tvit("train", "--resume-from-checkpoint", mine.run)
+    assert ended.code == 2 and f"{mine.run / 'checkpoints'}: no checkpoint to resume from" in ended.err
 
 
 def test_two_trainings_never_share_a_folder(trained, monkeypatch):
@@ -236,14 +231,14 @@ def test_unnamed_trainings_at_once_take_the_next_free_names(trained, tmp_path, m
     assert not any((tmp_path / "colours-1").iterdir())
 
 
-def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, tmp_path):
-    first = trained(experiment_name="mine", checkpoint_dir="kept")
-    shutil.rmtree(first.model)
+def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, mine, tmp_path):
+    other = shutil.copytree(mine.run, tmp_path / "other")
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(other / name)  # for room; its report was kept
+    shutil.rmtree(mine.model)
+    (mine.run / "checkpoints").rename(mine.run / "kept")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("a cat")
-    other = trained(experiment_name="other")
-    for path in (other.model, other.run / "checkpoints"):
-        shutil.rmtree(path)  # for room; its report was kept
     (tmp_path / "editor").mkdir()
     (tmp_path / "editor" / "settings.json").write_text('{"fontSize": 12}')
     for name in ("mine", "photos", "other", "editor"):
@@ -251,27 +246,26 @@ def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, tmp_pa
             SettingsError, match=rf"{name}.checkpoints holds no checkpoint\. Take another name"
         ):
             trained(experiment_name=name)
-    assert list_checkpoints(first.run / "kept") and (tmp_path / "photos" / "cat.jpg").exists()
-    assert (other.run / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()
+    assert list_checkpoints(mine.run / "kept") and (tmp_path / "photos" / "cat.jpg").exists()
+    assert (other / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()
 
 
-def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained):
-    first = trained(experiment_name="mine", epochs=3)
-    shutil.rmtree(first.model)
+def test_a_folder_that_another_training_is_busy_in_is_left_alone(trained, mine):
+    shutil.rmtree(mine.model)
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(first.run / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, str(mine.run / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     with pytest.raises(RunError, match="another training is busy in it"):
-        trained(experiment_name="mine", epochs=3)
+        trained(experiment_name="mine")
     with (
         pytest.raises(RunError, match="another training has just taken this name"),
-        run_lock(run_folder.Run(first.run, first.run / "checkpoints", None)),
+        run_lock(run_folder.Run(mine.run, mine.run / "checkpoints", None)),
     ):
         pass
     holder.communicate(b"")
-    trained(experiment_name="mine", epochs=3)
+    trained(experiment_name="mine")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])

@@ -43,12 +43,9 @@ def read(environ=None, **arguments):
     return load(TrainSettings, flags=flags, environ=environ or {}, verbs=VERBS, **arguments)
 
 
-def test_every_parameter_of_the_reference_is_a_setting_of_train():
+def test_every_parameter_of_the_reference_is_a_setting_that_says_why():
     assert len(REFERENCE) == 34
     assert set(REFERENCE) <= set(TrainSettings.model_fields)
-
-
-def test_settings_that_leave_the_references_default_say_why():
     for name in REFERENCE:
         facts = TrainSettings.model_fields[name].json_schema_extra
         assert isinstance(facts, dict) and facts["reference"], name
@@ -70,15 +67,12 @@ def test_precedence_is_flag_environment_file_default(tmp_path):
     assert loaded.origins["seed"] == "default"
 
 
-def test_a_config_file_beats_a_preset(tmp_path):
+def test_presets_and_saved_settings_yield_to_files_and_flags(tmp_path):
     preset = read(preset="quickstart").settings
     assert preset.hf_model_name is None
     config = tmp_path / "c.toml"
     config.write_text(f"epochs = {preset.epochs + 1}\n")
     assert read(preset="quickstart", config=config).settings.epochs == preset.epochs + 1
-
-
-def test_saved_settings_replace_the_defaults_only(tmp_path):
     saved = tmp_path / "settings.json"
     saved.write_text('{"lora_rank": 4, "epochs": 7}')
     loaded = read(flags={"epochs": "9"}).over(saved)
@@ -101,7 +95,7 @@ def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path):
     assert any(line.startswith(f"{config}, weight_decay: -1: ") for line in lines)
 
 
-def test_none_resets_an_optional_setting_that_a_file_sets(tmp_path):
+def test_lists_are_comma_separated_and_none_empties(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text("max_grad_norm = 3.0\n")
     assert read(config=config, flags={"max_grad_norm": "none"}).settings.max_grad_norm is None
@@ -109,9 +103,6 @@ def test_none_resets_an_optional_setting_that_a_file_sets(tmp_path):
     emptied = {"lora_exclude_modules": "none", "lora_rank_pattern": "none"}
     settings = read(preset="reference", flags=emptied).settings
     assert (settings.lora_exclude_modules, settings.lora_rank_pattern) == ((), {})
-
-
-def test_lists_are_comma_separated():
     assert read(flags={"lora_target_modules": "q, v,fc1"}).settings.lora_target_modules == ("q", "v", "fc1")
 
 
@@ -164,11 +155,14 @@ def test_bad_values_name_the_flag_and_the_limit(flags, words):
     assert words in str(caught.value)
 
 
-def test_a_model_from_scratch_is_trained_whole_unless_told_otherwise():
+def test_defaults_follow_from_scratch_training_and_short_runs():
     assert read().settings.train == "lora"
     assert read(flags={"hf_model_name": "none"}).settings.train == "all"
     assert read(environ={"TVIT_HF_MODEL_NAME": "none"}).settings.train == "all"
     assert read(flags={"hf_model_name": "none", "train": "classifier"}).settings.train == "classifier"
+    assert read(flags={"epochs": "20"}).settings.warmup() == 2
+    assert read(flags={"epochs": "1000"}).settings.warmup() == 30
+    assert read(flags={"epochs": "20", "warmup_epochs": "5"}).settings.warmup() == 5
 
 
 def test_settings_of_adapters_without_an_adapter_are_known_to_be_idle():
@@ -217,12 +211,6 @@ def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path):
     assert all(read(preset=preset) for preset in presets())
 
 
-def test_warm_up_is_a_tenth_of_a_short_run_and_at_most_30_epochs():
-    assert read(flags={"epochs": "20"}).settings.warmup() == 2
-    assert read(flags={"epochs": "1000"}).settings.warmup() == 30
-    assert read(flags={"epochs": "20", "warmup_epochs": "5"}).settings.warmup() == 5
-
-
 def test_a_model_is_described_alike_wherever_one_is_named():
     verbs = (EvalSettings, PredictSettings, ExportSettings)
     assert {verb.model_fields["model"].description for verb in verbs} == {
@@ -250,7 +238,7 @@ def test_the_reference_preset_has_the_values_of_its_script():
     assert preset.per_gpu_batch_size * preset.gradient_accumulation_steps == 144
 
 
-def test_the_reference_preset_has_no_regularisation_of_ours():
+def test_presets_have_the_values_and_the_panels_that_they_promise():
     panel = {
         name: field.default
         for name, field in TrainSettings.model_fields.items()
@@ -259,9 +247,6 @@ def test_the_reference_preset_has_no_regularisation_of_ours():
     assert len(panel) >= 10
     preset = read(preset="reference").settings
     assert {name: getattr(preset, name) for name in panel} == panel
-
-
-def test_the_ucf101_preset_uses_what_it_says():
     preset = read(preset="ucf101").settings
     assert preset.global_batch_size is not None and isinstance(preset.per_gpu_batch_size, int)
     assert preset.global_batch_size % preset.per_gpu_batch_size == 0

@@ -174,15 +174,12 @@ def test_a_recipe_is_selected_by_accuracy_over_all_folds_then_by_loss(learning):
     assert learning.selected(rows, range(1, 4))[0][1] == "half"
 
 
-def test_the_interval_is_over_people_and_holds_the_mean(learning):
+def test_the_interval_is_over_people_and_cut_lines_are_not_read(learning, tmp_path):
     people = {name: [1.0] * 9 + [0.0] for name in "abcdefghi"}
     assert learning.interval(people) == (0.9, 0.9)  # all alike: nothing hangs on who is drawn
     people["a"] = [0.0] * 10
     low, high = learning.interval(people)
     assert low < 0.8 < high <= 0.9
-
-
-def test_a_line_that_was_cut_is_not_read(learning, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b"')
     assert list(learning.read_rows(path)) == ["a"]

@@ -19,8 +19,10 @@ from tvit_cli.data.augment import (
     OPERATIONS,
     Augmentation,
     Kind,
+    Mixing,
     draw_generator,
     eval_transform,
+    mix,
     randaugment,
     train_transform,
 )
@@ -107,14 +109,11 @@ def test_a_clip_is_the_same_in_any_batch(resize):
         assert torch.equal(alone[0], shown[number])
 
 
-def test_all_frames_of_a_clip_are_changed_alike():
+def test_draws_depend_on_seed_epoch_and_index_and_are_one_per_clip():
     still = noise(0, frames=1).expand(6, -1, -1, -1)
     for index in range(8):
         out = train([still], [(0, index)], replace(Augmentation(), hue=0.1))[0]
         assert torch.equal(out, out[:1].expand_as(out))
-
-
-def test_seed_epoch_and_index_each_change_what_is_drawn():
     base = train([noise(0)], [(0, 0)])
     others = [train([noise(0)], [(1, 0)]), train([noise(0)], [(0, 1)]), train([noise(0)], [(0, 0)], seed=1)]
     assert all(not torch.equal(base, other) for other in others)
@@ -133,7 +132,7 @@ def test_no_augmentation_is_the_evaluation_view():
     )
 
 
-def test_flips_happen_as_often_as_asked():
+def test_flips_happen_as_often_as_asked_and_move_no_other_draw():
     clip, keys = noise(0), [(0, index) for index in range(200)]
     shown = eval_transform([clip], preprocessing=card("squash"), device=CPU)[0]
     for probability, low, high in ((0.0, 0, 0), (1.0, 200, 200), (0.5, 75, 125)):
@@ -141,9 +140,6 @@ def test_flips_happen_as_often_as_asked():
         flipped = [torch.equal(one, shown.flip(-1)) for one in out]
         assert all(torch.equal(one, shown) or was for one, was in zip(out, flipped, strict=True))
         assert low <= sum(flipped) <= high
-
-
-def test_switching_the_flip_off_leaves_the_other_draws_as_they_were():
     clip, keys = noise(0), [(0, index) for index in range(20)]
     off = train([clip] * 20, keys, replace(Augmentation(), horizontal_flip=0.0))
     on = train([clip] * 20, keys, replace(Augmentation(), horizontal_flip=1.0))
@@ -209,13 +205,10 @@ def test_frames_can_be_scaled_to_more_than_is_cut_from_their_centre(resize):
     assert (out - whole[:, :, top : top + SIZE, left : left + SIZE]).abs().max() <= 1.01
 
 
-def test_frames_are_never_scaled_to_less_than_is_cut():
+def test_frames_are_never_scaled_below_the_cut_and_normalised_by_channel():
     assert card().scale_to == SIZE
     with pytest.raises(ValidationError, match=f"scale_to 1 is less than frame_size {SIZE}"):
         card(scale_to=1)
-
-
-def test_normalisation_is_by_channel():
     preprocessing = card(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
     out = eval_transform([colour(255, 51, 0)], preprocessing=preprocessing, device=CPU)[0, 0, :, 0, 0]
     assert out.tolist() == pytest.approx([(1 - 0.1) / 0.5, 0.0, -0.3 / 0.125], abs=1e-6)
@@ -277,13 +270,10 @@ def test_each_jitter_draws_on_both_sides_and_can_be_off(name):
     assert len(set(change.tolist())) == 60
 
 
-def test_pixels_stay_between_black_and_white():
+def test_pixels_stay_between_black_and_white_down_to_one_pixel():
     wild = only(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
     out = train([noise(0)] * 20, [(0, index) for index in range(20)], wild, plain_card())
     assert (out.min(), out.max()) == (0, 1)
-
-
-def test_boxes_of_a_frame_of_one_pixel_are_that_pixel():
     out = train([noise(0, 1, 1)], [(0, 0)])
     assert torch.isfinite(out).all()
     assert math.isclose(float(out[0, 0, 0].std()), 0, abs_tol=1e-6)
@@ -502,14 +492,11 @@ def test_a_clip_of_one_colour_stays_of_one_colour(value):
             assert torch.equal(out, pixels), name
 
 
-def test_magnitude_0_changes_nothing_but_what_has_no_magnitude():
+def test_magnitude_0_changes_nothing_and_nothing_is_mirrored():
     pixels = clip()
     for name, operation in OPERATIONS.items():
         if name not in ("autocontrast", "equalize"):
             assert torch.equal(operation(pixels, 0.0, FILL), pixels), name
-
-
-def test_what_moves_a_frame_never_mirrors_it():
     columns = torch.linspace(60, 200, SIDE).round().to(torch.uint8).expand(1, 3, SIDE, SIDE)
     for name in GEOMETRIC:
         for level in (-1.0, 1.0):
@@ -524,11 +511,14 @@ def go(pixels, index=0, *, operations=2, magnitude=9.0, seed=0, epoch=0):
     return randaugment(pixels, how, fill=FILL, generator=generator)
 
 
-def test_a_still_clip_stays_still():
+def test_frames_move_alike_at_once_and_one_by_one(monkeypatch):
     still = clip(frames=1).expand(4, -1, -1, -1)
     for index in range(30):
         out = go(still, index)
         assert torch.equal(out, out[:1].expand_as(out))
+    one_by_one = OPERATIONS["rotate"](clip(), 0.7, FILL)
+    monkeypatch.setattr(Tensor, "chunk", lambda pixels, pieces: (pixels,))
+    assert torch.equal(OPERATIONS["rotate"](clip(), 0.7, FILL), one_by_one)
 
 
 def test_operations_are_drawn_from_seed_epoch_and_index_and_nothing_else(monkeypatch):
@@ -558,12 +548,6 @@ def test_operations_are_drawn_from_seed_epoch_and_index_and_nothing_else(monkeyp
     assert {level for _, level in draws(magnitude=3.0, operations=16)} == {-0.3, 0.3}
 
 
-def test_frames_that_are_moved_at_once_are_those_that_are_moved_one_by_one(monkeypatch):
-    one_by_one = OPERATIONS["rotate"](clip(), 0.7, FILL)
-    monkeypatch.setattr(Tensor, "chunk", lambda pixels, pieces: (pixels,))
-    assert torch.equal(OPERATIONS["rotate"](clip(), 0.7, FILL), one_by_one)
-
-
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_operation_asks_the_device_for_a_number(name):
     """The meta device has no numbers to give."""
@@ -577,3 +561,87 @@ def test_a_gpu_gives_what_the_cpu_gives():
         for level in (-0.9, 0.4):
             there = operation(clip().cuda(), level, FILL).cpu().int()
             assert (there - operation(clip(), level, FILL).int()).abs().max() <= 1, name
+
+
+EDGE = 24
+
+
+def drawn_clips(count):
+    return torch.rand(count, 3, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(0))
+
+
+def mixed_with(pixels, partners, mixing, *, seed=0, epochs=None, indices=None):
+    count = len(pixels)
+    return mix(
+        pixels, partners, torch.tensor(epochs or [0] * count), torch.tensor(indices or list(range(count))),
+        mixing=mixing, seed=seed,
+    )  # fmt: skip
+
+
+def pair_of(count):
+    """Clips of ones, each with a partner of zeros after them: a mixture's pixels are the clip's share."""
+    return torch.cat([torch.ones(count, 2, 3, EDGE, EDGE), torch.zeros(1, 2, 3, EDGE, EDGE)])
+
+
+def test_mixup_blends_every_pixel_by_the_share():
+    pixels = drawn_clips(5)
+    mixed, shares = mixed_with(pixels, [1, 0, 4], Mixing(mixup=0.8))
+    assert mixed.shape == (3, 3, 3, EDGE, EDGE) and shares.shape == (3,)
+    for place, partner in enumerate([1, 0, 4]):
+        share = shares[place]
+        assert 0 < share < 1
+        wanted = share * pixels[place] + (1 - share) * pixels[partner]
+        assert torch.allclose(mixed[place], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
+def test_shares_are_spread_as_the_beta_distribution(alpha):
+    _, shares = mixed_with(pair_of(600), [600] * 600, Mixing(mixup=alpha))
+    assert shares.mean() == pytest.approx(0.5, abs=0.06)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)
+
+
+def test_cutmix_pastes_one_box_in_all_frames_and_returns_its_share():
+    count = 200
+    mixed, shares = mixed_with(pair_of(count), [count] * count, Mixing(cutmix=1.0))
+    for clip, share in zip(mixed, shares, strict=True):
+        assert torch.equal(clip, clip[:1, :1].expand_as(clip))
+        pasted = clip[0, 0] == 0
+        assert share == pytest.approx(1 - pasted.float().mean().item(), abs=1e-6)
+        rows, columns = pasted.any(1), pasted.any(0)
+        assert torch.equal(pasted, rows[:, None] & columns)
+        assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2
+    assert shares.min() < 0.2 and shares.max() > 0.95
+    centre = (mixed[:, 0, 0] == 0).float().mean(0)
+    assert centre.min() > 0.1  # every pixel is pasted over now and then
+
+
+def test_mixing_draws_which_keeps_lone_clips_and_takes_tiny_alphas():
+    count = 200
+    mixed, _ = mixed_with(pair_of(count), [count] * count, Mixing(mixup=1.0, cutmix=1.0))
+    pasted = sum(set(clip.unique().tolist()) <= {0.0, 1.0} for clip in mixed)
+    assert 70 < pasted < 130
+    pixels = drawn_clips(1)
+    for mixing in (Mixing(mixup=0.8), Mixing(cutmix=1.0)):
+        assert torch.equal(mixed_with(pixels, [0], mixing)[0], pixels)
+    mixed, shares = mixed_with(pair_of(50), [50] * 50, Mixing(mixup=1e-6))
+    assert set(shares.round(decimals=3).tolist()) == {0.0, 1.0}
+    assert torch.isfinite(mixed).all()
+
+
+@pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0), Mixing(0.4, 0.4)])
+def test_a_mixture_depends_on_its_key_and_not_on_its_batch(mixing):
+    pixels = drawn_clips(4)
+    together, shares = mixed_with(pixels, [1, 0, 3, 2], mixing, epochs=[3] * 4, indices=[7, 8, 9, 10])
+    for place, partner in enumerate([1, 0, 3, 2]):
+        alone, share = mixed_with(
+            pixels[[place, partner]], [1], mixing, epochs=[3, 3], indices=[7 + place, 0]
+        )
+        assert torch.equal(alone[0], together[place]) and torch.equal(share[0], shares[place])
+    one = Mixing(mixup=0.8)
+    base = mixed_with(pixels, [1], one, epochs=[3] * 4)[1]
+    assert base != mixed_with(pixels, [1], one, epochs=[4] * 4)[1]
+    assert base != mixed_with(pixels, [1], one, epochs=[3] * 4, indices=[1, 1, 1, 1])[1]
+    assert base != mixed_with(pixels, [1], one, epochs=[3] * 4, seed=1)[1]
+    torch.manual_seed(9)
+    assert base == mixed_with(pixels, [1], one, epochs=[3] * 4)[1]

@@ -132,14 +132,11 @@ def test_a_known_count_stops_decoding_and_gives_the_same_clip(tmp_path, make_vid
     assert np.array_equal(first.frames, again.frames)
 
 
-def test_a_count_that_is_no_longer_true_is_found_out(tmp_path, make_video, read_numbers):
+def test_repeated_and_false_counts_give_exact_frames(tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.avi", frames=10)
     clip = read_clip(path, lambda n: [0, n - 1], frame_count=30)
     assert clip.frame_count == 10
     assert read_numbers(clip.frames) == [0, 9]
-
-
-def test_repeated_indices_repeat_the_frame(tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.avi", frames=3)
     clip = read_clip(path, lambda n: segment_indices(n, 6))
     assert read_numbers(clip.frames) == [0, 1, 2, 2, 2, 2]

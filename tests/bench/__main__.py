@@ -4,7 +4,7 @@ Each prints medians and ratios of what it runs in turn, then a line of JSON with
 `--json FILE` appends that line to a file, with the group, the commit, the date, the processor, and how many cores
 others kept busy meanwhile; `tests/speed_table.py` makes the speed tables of README.md and docs/benchmarks.md from results.jsonl.
 Options after `--` go to the programs: `python tests/bench step -- --rounds 5`. What needs data, weights or a trained
-model of its own is a program by itself: `python tests/bench/NAME.py --help` (learning, kills, exports, timeline). Figures are in docs/benchmarks.md.
+model of its own is a program by itself: `python tests/bench/NAME.py --help` (learning, kills, timeline). Figures are in docs/benchmarks.md.
 """
 
 import argparse
@@ -25,14 +25,9 @@ GROUPS = {
     "memory": ("memory of the same steps", ["step.py", "--only", "memory"]),
     "schemes": ("a step of each attention scheme at 18 frames beside joint attention", ["schemes.py"]),
     "epoch": ("a whole epoch, from a frame store and from videos, beside its steps alone", ["epoch.py"]),
-    "kernels": (
-        "attention and the patch embedding by torch's choice and by what else there is",
-        ["kernels.py"],
-    ),
     "peers": ("a step beside transformers' video models with PEFT", ["peers.py"]),
     "infer": ("tvit predict on one clip, whole process", ["predict.py"]),
     "startup": ("help and mistakes, whole process", ["startup.py"]),
-    "scaling": ("how cost grows with frames, clips, classes, processes and videos", ["scaling.py"]),
     "gpu": ("on an accelerator: steps per scheme and frame count, training from a frame store", ["gpu.py"]),
 }
 
