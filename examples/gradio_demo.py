@@ -25,20 +25,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+import av
 import numpy as np
+import simplejpeg
 
 import tvit_cli
-from tvit_cli.data.layout import VIDEO_SUFFIXES
-from tvit_cli.data.motions import CLASSES, RATE, make_motions
-from tvit_cli.data.video import count_packets, read_clip
-from tvit_cli.data.video_writer import write_video
-from tvit_cli.engine.predict.explain import Explanation, verdict
-from tvit_cli.engine.predict.timeline import annotate
-from tvit_cli.errors import RunError, TvitError, VideoError
-from tvit_cli.model.folder import find_newest_model
-from tvit_cli.report.drawing import PALETTE
-from tvit_cli.report.film import clock, jpeg_uri, timeline_png, to_pixels
-from tvit_cli.results import Timeline
+from tvit_cli import RunError, TvitError, VideoError
 
 # Gradio reads these when it is imported.
 TEMPORARY = tempfile.TemporaryDirectory(prefix="tvit-demo-", ignore_cleanup_errors=True)
@@ -106,7 +98,7 @@ class Page:
             self.check(path)
             explanation = self.model.explain(path, label=None if label == BEST_LABEL else label)
         pictures = [self.model.draw_explanation(explanation, dark=dark) for dark in (False, True)]
-        text = f"Relevance for {explanation.label}: {verdict(explanation.deletion)}"
+        text = f"Relevance for {explanation.label}: {explanation.deletion.verdict}"
         note = (
             "Bright patches are relevant for the label. Below: the share of each frame, and a deletion test."
         )
@@ -128,7 +120,7 @@ class Page:
             timeline = yield from run_in_thread(
                 lambda check_in: self.timeline(path, window, stride, check_in), self.max_seconds, played
             )
-        yield drawn_timeline(timeline, window)
+        yield self.drawn_timeline(timeline, window)
 
     def write(self, video: str | None, window: float, stride: float) -> Iterator[Any]:
         """A copy of the video with its labels as captions, for browsers; Gradio copies it again."""
@@ -137,32 +129,46 @@ class Page:
 
             def work(check_in: CheckIn) -> None:
                 timeline = self.timeline(path, window, stride, check_in)
-                annotate(output, path, timeline.segments, lambda event: check_in())
+                self.model.annotate(output, path, timeline.segments, progress=lambda done, total: check_in())
 
             yield from run_in_thread(work, self.max_seconds)
             yield str(output)
 
-    def timeline(self, path: Path, window: float, stride: float, check_in: CheckIn) -> Timeline:
+    def timeline(self, path: Path, window: float, stride: float, check_in: CheckIn) -> tvit_cli.Timeline:
         """The timeline of a video within the limits."""
         self.check(path)
         return self.model.timeline(path, window=window, stride=min(stride, window), progress=check_in)
 
     def check(self, path: Path) -> None:
         """Raises VideoError for a video with too many frames."""
-        if (frames := count_packets(path)) > self.max_frames:
+        if (frames := count_frames(path)) > self.max_frames:
             raise VideoError(
                 f"{path}: has {frames:,} frames; this page takes videos of at most {self.max_frames:,}. "
                 "Upload a shorter part of it."
             )
 
-    def frames(self, explanation: Explanation) -> str:
+    def frames(self, explanation: tvit_cli.Explanation) -> str:
         """The model's input frames."""
-        pixels = to_pixels(explanation.clip, self.model.card.preprocessing)
-        pixels = pixels.permute(0, 2, 3, 1).contiguous()  # (T, S, S, C)
-        tags = [f'<img alt="Frame {n}" src="{jpeg_uri(frame)}">' for n, frame in enumerate(pixels, 1)]
+        encoded = [
+            b64encode(simplejpeg.encode_jpeg(frame)).decode()
+            for frame in self.model.input_frames(explanation)
+        ]
+        tags = [f'<img alt="Frame {n}" src="data:image/jpeg;base64,{x}">' for n, x in enumerate(encoded, 1)]
         return card(
             f"The {len(tags)} input frames of the model", f'<div class="frames">{"".join(tags)}</div>'
         )
+
+    def drawn_timeline(self, timeline: tvit_cli.Timeline, window: float) -> str:
+        """The timeline as a picture and a table; a sentence for a video shorter than a window."""
+        if timeline.window < window:
+            return card(
+                f"The video lasts {timeline.seconds:.1f} s, less than a window of {window:g} s, so it is one clip. "
+                "Take a longer video, or a shorter window."
+            )
+        text = ", ".join(f"{s.label} from {clock(s.start)} to {clock(s.end)}" for s in timeline.segments)
+        note = f"Smoothed scores of windows of {timeline.window:g} s (shade), and segments (bars)."
+        pictures = [self.model.draw_timeline(timeline, dark=dark) for dark in (False, True)]
+        return card(note, drawn(pictures, text) + table(timeline))
 
     def about(self) -> str:
         """Summary of the model."""
@@ -236,20 +242,22 @@ def page_errors(video: Path) -> Iterator[None]:
         raise gr.Error(text, duration=None, print_exception=False) from error
 
 
-def drawn_timeline(timeline: Timeline, window: float) -> str:
-    """The timeline as a picture and a table; a sentence for a video shorter than a window."""
-    if timeline.window < window:
-        return card(
-            f"The video lasts {timeline.seconds:.1f} s, less than a window of {window:g} s, so it is one clip. "
-            "Take a longer video, or a shorter window."
-        )
-    text = ", ".join(f"{s.label} from {clock(s.start)} to {clock(s.end)}" for s in timeline.segments)
-    note = f"Smoothed scores of windows of {timeline.window:g} s (shade), and segments (bars)."
-    picture = drawn([timeline_png(timeline, dark=dark) for dark in (False, True)], text)
-    return card(note, picture + table(timeline))
+def count_frames(path: Path) -> int:
+    """Frames of a video by its packets, without decoding; 0 for a file that is none."""
+    try:
+        with av.open(str(path)) as container:
+            return sum(1 for packet in container.demux(video=0) if packet.size)
+    except (av.FFmpegError, IndexError):  # the model names the fault
+        return 0
 
 
-def table(timeline: Timeline) -> str:
+def clock(seconds: float) -> str:
+    """A time in minutes and seconds. 67.5 -> 1:07.5"""
+    minutes, rest = divmod(round(seconds, 1), 60)
+    return f"{minutes:.0f}:{rest:04.1f}".removesuffix(".0")
+
+
+def table(timeline: tvit_cli.Timeline) -> str:
     """The segments, a row each."""
     rows = [(clock(s.start), clock(s.end), escape(s.label), f"{s.score:.3f}") for s in timeline.segments]
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -269,19 +277,28 @@ def card(note: str, inside: str = "") -> str:
     return f'<div class="card"><p class="dim">{escape(note)}</p>{inside}</div>'
 
 
-def make_examples(folder: Path) -> list[Path]:
-    """A clip of each class of the demo motions, and a video of 32 s with four of them in sequence."""
-    make_motions(folder / "motions", clips_per_group=1, frame_size=128)
-    clips = {label: sorted((folder / "motions" / "test" / label).glob("*.avi")) for label in CLASSES}
-    pieces = [read_clip(clip, range).frames for label in LONG_VIDEO for clip in clips[label]]
+def make_examples(folder: Path, labels: tuple[str, ...]) -> list[Path]:
+    """For a model of the demo motions: a clip of each class, and a video of 32 s with four of them in sequence."""
+    if not set(LONG_VIDEO) <= set(labels):
+        return []
+    tvit_cli.make_motions(folder / "motions", clips_per_group=1, frame_size=128)
+    clips = {label: sorted((folder / "motions" / "test" / label).glob("*.avi")) for label in labels}
     long_video = folder / "four-in-a-row.mp4"
-    write_video(long_video, np.concatenate(pieces), rate=RATE)
-    return [long_video, *(found[0] for found in clips.values())]
+    with av.open(str(long_video), "w") as container:
+        stream = container.add_stream("mpeg4", rate=12, options={"qmin": "3", "qmax": "3"})
+        stream.width = stream.height = 128
+        pieces = [tvit_cli.read_video(path)[0] for label in LONG_VIDEO for path in clips[label]]
+        for number, picture in enumerate(np.concatenate(pieces)):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return [long_video, *(found[0] for found in clips.values() if found)]
 
 
 def build(page: Page, examples: list[Path]) -> gr.Blocks:
     """The page."""
-    labels = page.model.labels
+    labels, suffixes = page.model.labels, sorted(tvit_cli.VIDEO_SUFFIXES)
     with gr.Blocks(title="tvit", analytics_enabled=False, delete_cache=(HOUR // 6, HOUR)) as blocks:
         gr.HTML(
             f'<h1>Video classification</h1><p class="dim">{escape(page.about())}</p>',
@@ -290,7 +307,7 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                video = gr.File(label="Video", file_types=sorted(VIDEO_SUFFIXES), height=150, elem_id="video")
+                video = gr.File(label="Video", file_types=suffixes, height=150, elem_id="video")
                 chips = gr.Column(visible=bool(examples), min_width=300)
                 go = gr.Button("Label it", variant="primary", elem_id="go")
                 with gr.Accordion("Options", open=False):
@@ -334,7 +351,6 @@ def blank_page() -> tuple[None, str, str, str, None]:
 
 def theme() -> gr.themes.Base:
     """The colours of tvit's reports, with system fonts."""
-    paper, ink = PALETTE["paper"], PALETTE["ink"]
     return gr.themes.Base(
         primary_hue="blue",
         neutral_hue="zinc",
@@ -344,16 +360,16 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="#0f1115",
-        body_text_color=ink[0],
-        body_text_color_dark=ink[1],
-        body_text_color_subdued=PALETTE["dim"][0],
-        body_text_color_subdued_dark=PALETTE["dim"][1],
-        block_background_fill=paper[0],
-        block_background_fill_dark=paper[1],
-        border_color_primary=PALETTE["grid"][0],
-        border_color_primary_dark=PALETTE["grid"][1],
-        button_primary_background_fill=PALETTE["one"][0],
-        button_primary_background_fill_dark=PALETTE["one"][0],
+        body_text_color="#1d2230",
+        body_text_color_dark="#e6e8ee",
+        body_text_color_subdued="#636b7c",
+        body_text_color_subdued_dark="#9aa2b3",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#16181d",
+        border_color_primary="#e3e6ec",
+        border_color_primary_dark="#2b2f3a",
+        button_primary_background_fill="#2563c9",
+        button_primary_background_fill_dark="#2563c9",
     )
 
 
@@ -379,8 +395,8 @@ def main() -> None:
     with TEMPORARY:
         folder = Path(TEMPORARY.name)
         try:
-            model = tvit_cli.load_model(options.model or find_newest_model(Path("working_directory")))
-            examples = make_examples(folder) if set(CLASSES) <= set(model.labels) else []
+            model = tvit_cli.load_model(options.model)
+            examples = make_examples(folder, model.labels)
         except TvitError as error:
             sys.exit(f"error: {error}")
         blocks = build(Page(model, folder, options.max_frames, options.max_seconds), examples)

@@ -1,5 +1,7 @@
 """The Python API: verbs as functions with the settings, checks and results of the command line."""
 
+import ast
+import json
 import os
 import random
 import signal
@@ -18,6 +20,7 @@ from tvit_cli import api
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.settings.train import TrainSettings
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = {
     "img_size": 32, "n_frames": 4, "epochs": 2, "per_gpu_batch_size": 4, "num_workers": 0, "device": "cpu",
     "learning_rate": 0.01, "top_k": 2, "val_groups": "1", "test_groups": "1", **SCRATCH,
@@ -165,6 +168,27 @@ def test_importing_tvit_loads_nothing_and_lists_the_public_names():
     assert run_python("-c", code) == (0, "", "")
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_use_public_names_of_tvit_only(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    used = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names if alias.name.startswith("tvit_cli.")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tvit_cli"):
+            used |= {a.name if node.module == "tvit_cli" else f"{node.module}.{a.name}" for a in node.names}
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "tvit_cli"
+        ):
+            used.add(node.attr)
+    assert used <= {*tvit_cli.__all__}
+
+
 def test_help_and_completion_know_the_settings():
     parameters = api.inspect.signature(tvit_cli.train).parameters
     assert parameters["epochs"].default == 300 and "show_settings" not in parameters
@@ -230,3 +254,26 @@ def test_a_rate_that_is_none_is_refused(fps, model, frames):
     for work in (model.predict, model.timeline):
         with pytest.raises(tvit_cli.DataError, match=r"fps: .*it should be a number above 0"):
             work(frames, fps=fps)
+
+
+def test_a_model_draws_annotates_and_gives_its_input_frames(model, frames, tmp_path):
+    why, timeline = model.explain(frames), model.timeline(frames, fps=10, window=1.0)
+    assert model.input_frames(why).shape == (4, 32, 32, 3) and "the map is" in why.deletion.verdict
+    pictures = (
+        model.draw_explanation(why),
+        model.draw_timeline(timeline),
+        model.draw_timeline(timeline, dark=True),
+    )
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and len({*pictures}) == 3
+    model.annotate(str(tmp_path / "a.mp4"), frames, timeline.segments, fps=10)
+    assert tvit_cli.read_video(tmp_path / "a.mp4")[0].shape == (40, 90, 120, 3)
+    with pytest.raises(tvit_cli.SettingsError, match=r"a.txt: its name should end in .mp4"):
+        model.annotate(tmp_path / "a.txt", frames, timeline.segments)
+
+
+def test_load_model_opens_the_newest_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tvit_cli.ModelError, match="working_directory"):
+        tvit_cli.load_model()
+    make_model(tmp_path / "working_directory" / "mine" / "model", ("a", "b"))
+    assert tvit_cli.load_model(device="cpu").labels == ("a", "b")

@@ -20,7 +20,6 @@ from tvit_cli.engine.predict.explain import (
     by_patch,
     deletion_test,
     integrated_gradients,
-    verdict,
 )
 from tvit_cli.errors import DataError, ModelError, VideoError
 from tvit_cli.portable.config import ATTENTIONS, POOLS
@@ -166,13 +165,11 @@ def test_the_strip_is_bright_where_the_relevance_is():
 
 def test_the_verdict_has_effect_beaten_orders_and_weakly():
     weak = Deletion((0.1, 0.3), (0.30, 0.280), (0.31, 0.295), 1 / 20)
-    assert verdict(weak) == (
+    assert weak.verdict == (
         "without the 30% most relevant patches the score is 0.280, without random ones 0.295; mean difference "
         "0.012, 100% of random orders beaten (p = 0.05): the map is weakly better than chance (below 0.05)"
     )
     strong = Deletion((0.1, 0.3), (0.2, 0.1), (0.8, 0.6), 1 / 20)
-    assert "mean difference 0.550" in verdict(strong) and verdict(strong).endswith("is better than chance")
+    assert "mean difference 0.550" in strong.verdict and strong.verdict.endswith("is better than chance")
     false = Deletion((0.1, 0.3), (0.9, 0.8), (0.8, 0.6), 1.0)
-    assert "-0.150, 0% of random orders" in verdict(false) and verdict(false).endswith(
-        "no better than chance"
-    )
+    assert "-0.150, 0% of random orders" in false.verdict and false.verdict.endswith("no better than chance")

@@ -6,7 +6,9 @@ compared. After a deliberate change, regenerate the list and commit it with the 
     python tests/test_frozen.py
 """
 
+import dataclasses
 import importlib
+import inspect
 import json
 import pkgutil
 import tomllib
@@ -87,6 +89,36 @@ def command_rows(name, command, context, model):
     return rows | {f"{name} {key}": {"names": None} | setting(model, key) for key in missing}
 
 
+def public_names():
+    """Public names: parameters of functions (settings of verbs are options), fields and public names of classes."""
+    rows = {}
+    for name in sorted(tvit_cli.__all__):
+        value = getattr(tvit_cli, name)
+        if inspect.isfunction(value):
+            rows[name] = parameters(value)
+        elif dataclasses.is_dataclass(value) or value is tvit_cli.Model:
+            fields = [f.name for f in dataclasses.fields(value)] if value is not tvit_cli.Model else []
+            rows[name] = ", ".join(fields + sorted(k for k in vars(value) if k[0] != "_" and k not in fields))
+            methods = {k: v for k, v in vars(value).items() if inspect.isfunction(v) and k[0] != "_"}
+            rows |= {f"{name}.{k}": parameters(v) for k, v in sorted(methods.items())}
+        else:
+            rows[name] = True
+    return rows
+
+
+def parameters(function):
+    """The parameters of a function with their defaults; those without an annotation are settings."""
+    given = inspect.signature(function).parameters.values()
+    own = [p for p in given if p.name != "self" and p.annotation is not p.empty]
+    named = [
+        p.replace(
+            default=p.default.__name__ if inspect.isfunction(p.default) else p.default, annotation=p.empty
+        )
+        for p in own
+    ]
+    return ", ".join(str(p) for p in named)
+
+
 def today():
     """All that the list holds, read from the code."""
     group = typer.main.get_command(program().build_app())
@@ -102,7 +134,7 @@ def today():
     }
     return {
         "verbs": dict.fromkeys(sorted(group.commands), True),
-        "public": dict.fromkeys(sorted(tvit_cli.__all__), True),
+        "public": public_names(),
         "presets": {
             f"{name} {key}": value
             for name, values in sorted(presets.items())
@@ -167,7 +199,7 @@ def test_error_classes_are_importable(name):
 
 
 def test_public_names_can_be_had():
-    assert all(hasattr(tvit_cli, name) for name in frozen()["public"])
+    assert all(hasattr(tvit_cli, name.partition(".")[0]) for name in frozen()["public"])
 
 
 def write_list():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvit_cli.api import download, evaluate, export, extract, predict, train
     from tvit_cli.data.layout import VIDEO_SUFFIXES
+    from tvit_cli.data.motions import make_motions
     from tvit_cli.data.video import read_video
     from tvit_cli.engine.download import DownloadResult
     from tvit_cli.engine.export import ExportResult
@@ -87,6 +88,7 @@ __all__ = [
     "export",
     "extract",
     "load_model",
+    "make_motions",
     "predict",
     "read_video",
     "train",
@@ -97,6 +99,7 @@ _MODULES = (
     "results",
     "api",
     "data.layout",
+    "data.motions",
     "data.video",
     "engine.predict",
     "engine.export",

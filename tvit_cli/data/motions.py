@@ -81,7 +81,7 @@ class ObjectPath:
 
 
 def make_motions(
-    root: Path,
+    root: str | Path,
     *,
     seed: int = 0,
     clips_per_group: int = 8,
@@ -96,9 +96,12 @@ def make_motions(
     x1, y1 in pixels for each frame of each clip, by its path under `root`; `motions.json` has version, seed and
     counts. `root` appears complete or not at all. `progress` gets the clips done and in all, in this thread.
 
-    Raises DataError if `root` exists and is not empty, RunError if a clip cannot be written.
+    Raises DataError if `root` exists and is not empty, or for a `frame_size` that is odd or below 32; RunError if a
+    clip cannot be written.
     """
-    assert frame_size >= 32 and frame_size % 2 == 0, "MPEG-4 at 4:2:0 needs even sides; objects need pixels"
+    root = Path(root)
+    if frame_size < 32 or frame_size % 2:  # MPEG-4 at 4:2:0 needs even sides; objects need pixels
+        raise DataError(f"frame_size: {frame_size}: it should be even, and at least 32.")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root}: exists and is not empty. Delete it or name another folder.")
     groups = {group: subset for subset, numbers in GROUPS.items() for group in numbers}

@@ -481,11 +481,11 @@ def iter_frames(path: Source, *, short_side: int | None = None) -> Iterator[Time
     Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
     if isinstance(path, FrameArray):
-        held, count, fps = KeptFrames(path, _frame_of(path, 0), short_side), len(path.frames), path.fps
+        converter, count, fps = KeptFrames(path, _frame_of(path, 0), short_side), len(path.frames), path.fps
         for index in range(count):
 
             def picture(index: int = index) -> Frames:
-                return held.upright(_frame_of(path, index))
+                return converter.upright(_frame_of(path, index))
 
             yield TimedFrame(index / fps, (index + 1) / fps, count / fps, picture)
         return

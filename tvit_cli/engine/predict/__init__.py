@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from tvit_cli.data.video import MOST_SHOWN
+from tvit_cli.data.video import MOST_SHOWN, Frames
 from tvit_cli.engine.distributed import default_worker_count
 from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.launch import pick_device
@@ -32,7 +32,7 @@ from tvit_cli.errors import Interrupted, SettingsError, VideoError, plural
 from tvit_cli.files import FrameArray, Location, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
-from tvit_cli.results import Note, Progress, Report, Segment, Timeline, seconds_done, silent
+from tvit_cli.results import Event, Note, Progress, Report, Segment, Timeline, seconds_done, silent
 from tvit_cli.settings.base import check_arguments, flag
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import ENDINGS, PredictSettings
@@ -198,6 +198,12 @@ class Model:
         """Returns the film strip of an explanation of this model as a PNG, in light or dark colours."""
         return explanations.explanation_png(explanation, self._trained, dark=dark)
 
+    def input_frames(self, explanation: Explanation) -> Frames:
+        """Returns the frames of an explanation as the model received them, RGB uint8 (T, S, S, 3)."""
+        from tvit_cli.report.film import to_pixels  # imports PIL
+
+        return to_pixels(explanation.clip, self.card.preprocessing).permute(0, 2, 3, 1).contiguous().numpy()
+
     def timeline(
         self,
         video: Video,
@@ -232,10 +238,41 @@ class Model:
             progress=progress,
         )
 
+    def draw_timeline(self, timeline: Timeline, *, dark: bool = False) -> bytes:
+        """Returns the chart of a timeline as a PNG, in light or dark colours."""
+        from tvit_cli.report.film import timeline_png  # imports PIL
 
-def load_model(path: str | Path, *, device: str = "auto", mixed_precision: MixedPrecision = "auto") -> Model:
+        return timeline_png(timeline, dark=dark)
+
+    def annotate(
+        self,
+        path: str | Path,
+        video: Video,
+        segments: Sequence[Segment],
+        *,
+        fps: float = 25.0,
+        progress: Callable[[float, float | None], None] | None = None,
+    ) -> None:
+        """Writes a copy of a video, without sound, with labels of segments drawn in, to .mp4, .mov or .mkv.
+
+        `fps` and `progress` are those of `timeline`. Raises VideoError for an unreadable video, RunError where the
+        file cannot be written, DataError where it is the video, SettingsError for another ending.
+        """
+        check_arguments(PredictSettings, ANY_VIDEO, annotate=str(path))
+
+        def report(event: Event) -> None:
+            if progress is not None and isinstance(event, Progress):
+                progress(event.done, event.total)
+
+        timelines.annotate(Path(path), find_source(video, fps), segments, report)
+
+
+def load_model(
+    path: str | Path | None = None, *, device: str = "auto", mixed_precision: MixedPrecision = "auto"
+) -> Model:
     """Opens a model folder, or the folder of its run, on a device: auto, cpu, cuda (cuda:1 is the second) or mps.
 
+    Without `path`, the newest model below working_directory/ is opened.
     `mixed_precision` auto computes in bf16 on GPUs that support it. Raises ModelError for an incomplete folder, or
     a device that the machine does not have, SettingsError for a bad argument.
     """
@@ -243,7 +280,10 @@ def load_model(path: str | Path, *, device: str = "auto", mixed_precision: Mixed
     check_arguments(PredictSettings, ANY_VIDEO, device=kind, mixed_precision=mixed_precision)
     runs = PredictSettings.model_fields["working_directory"].default
     trained = open_trained(
-        Path(path), working_directory=runs, device=pick_device(str(device)), mixed_precision=mixed_precision
+        None if path is None else Path(path),
+        working_directory=runs,
+        device=pick_device(str(device)),
+        mixed_precision=mixed_precision,
     )
     return Model(trained)
 
@@ -286,7 +326,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         with collect_errors(errors):
             explanation = model.explain(locations[0])
             model.write_explanation(settings.explain, explanation)
-            verdict = explanations.verdict(explanation.deletion)
+            verdict = explanation.deletion.verdict
             report(Note(f"{settings.explain}: {explanation.label}: {verdict}."))
     if settings.annotate is not None and not predictions[0].error:
         whole = Segment(0.0, timelines.WHOLE, *predictions[0].labels[0])

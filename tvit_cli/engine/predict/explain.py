@@ -55,6 +55,19 @@ class Deletion:
         """Whether the order of relevance lowers the score more than every random order."""
         return self.p_value <= 1 / (1 + RANDOM_ORDERS)
 
+    @property
+    def verdict(self) -> str:
+        """Result of the deletion test in a sentence."""
+        result = "no better than chance"
+        if self.holds:
+            is_weak = self.effect < WEAK
+            result = f"weakly better than chance (below {WEAK:g})" if is_weak else "better than chance"
+        return (
+            f"without the {self.shares[-1]:.0%} most relevant patches the score is {self.relevant[-1]:.3f}, "
+            f"without random ones {self.random[-1]:.3f}; mean difference {self.effect:.3f}, "
+            f"{self.beaten:.0%} of random orders beaten (p = {self.p_value:.2f}): the map is {result}"
+        )
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -180,21 +193,8 @@ def explanation_png(explanation: Explanation, trained: Trained, *, dark: bool = 
 
     strip = ExplanationStrip(
         title=f"{explanation.label} {explanation.score:.3f}",
-        verdict=verdict(explanation.deletion),
+        verdict=explanation.deletion.verdict,
         relevance=explanation.relevance,
         frames=explanation.frames.tolist(),
     )
     return relevance_png(explanation.clip, trained.card.preprocessing, strip, dark=dark)
-
-
-def verdict(deletion: Deletion) -> str:
-    """Result of the deletion test in a sentence."""
-    result = "no better than chance"
-    if deletion.holds:
-        is_weak = deletion.effect < WEAK
-        result = f"weakly better than chance (below {WEAK:g})" if is_weak else "better than chance"
-    return (
-        f"without the {deletion.shares[-1]:.0%} most relevant patches the score is {deletion.relevant[-1]:.3f}, "
-        f"without random ones {deletion.random[-1]:.3f}; mean difference {deletion.effect:.3f}, "
-        f"{deletion.beaten:.0%} of random orders beaten (p = {deletion.p_value:.2f}): the map is {result}"
-    )
