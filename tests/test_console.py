@@ -13,7 +13,7 @@ from tvit_cli import console as module
 from tvit_cli.console import Console, print_error
 from tvit_cli.errors import RunError, size_text
 from tvit_cli.files import csv_row
-from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts
+from tvit_cli.results import ClassTable, EpochDone, Note, Progress, StepDone, TrainingStarts
 
 LONG = "a/" * 80 + "clip.avi"
 
@@ -33,6 +33,19 @@ def test_tables_are_plain_lines_with_numbers_right_and_names_verbatim(capsys):
     assert [size_text(n) for n in (0, 999, 1500, 6_960_400_115)] == [
         "0 bytes", "999 bytes", "1.5 kB", "6.96 GB",
     ]  # fmt: skip
+
+
+def test_table_of_101_classes_shows_the_largest_and_smallest(capsys):
+    rows = tuple((f"class{n:03}", n, 1, 2) for n in range(101))
+    table = ClassTable(("class", "train", "val", "test"), rows, ("all", 5050, 101, 202))
+    for verbosity, lines in (("normal", 11), ("verbose", 103), ("quiet", 0)):
+        Console(verbosity).report(table)
+        shown = capsys.readouterr().err.splitlines()
+        assert len(shown) == lines and all(len(line) <= 80 for line in shown)
+        if verbosity == "normal":
+            words = [line.split()[0] for line in shown]
+            assert words[1:6] == ["class100", "class099", "class098", "class097", "93"]
+            assert words[-2:] == ["class000", "all"]
 
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f\r\u202eiva.avi"

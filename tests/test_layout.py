@@ -112,7 +112,9 @@ def test_hidden_files_are_passed_over_and_odd_ones_counted(tmp_path):
     place(tmp_path, {".cache": ["x.avi"], "__MACOSX": ["y.avi"]})
     layout = read(tmp_path)
     assert len(layout.videos) == 2
-    assert "2 entries are not read" in layout.notes[0]
+    assert "2 entries are not read" in layout.notes[0] and "walk/b.srt, walk/notes.txt" in layout.notes[0]
+    (tmp_path / "walk" / "b.srt").unlink()
+    assert "1 entry is not read" in read(tmp_path).notes[0]
 
 
 def test_classes_that_differ_in_case_only_are_one(tmp_path):
@@ -237,6 +239,38 @@ def test_split_without_group_pattern_warns_of_data_leakage(tmp_path):
     assert "leak" in layout.notes[0]
     for subset in ("val", "test"):
         assert {video.label for video in layout.subset(subset)} == {"run", "walk"}
+
+
+PEOPLE, ACTIONS = ("anna", "ben", "cleo"), ("jump", "run", "walk")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "groups"),
+    [
+        ("{person}_{action}.avi", "'^([a-z]+)_'", "3 groups: anna, ben, cleo"),
+        ("{action}_{person}.avi", "'[-_ ]([A-Za-z]+)\\.\\w+$'", "3 groups: anna, ben, cleo"),
+        ("person{i:02}_{action}_d1.avi", "'^([A-Za-z]+\\d+)_'", "3 groups: person00, person01, person02"),
+        ("S001C001P{i:03}R001A001.avi", "'P\\d+'", "3 groups: P000, P001, P002"),
+        ("{action}_{i}.avi", None, ""),  # a number is no recording, the class no group
+    ],
+)
+def test_group_patterns_that_fit_the_names_are_proposed(name, pattern, groups, tmp_path):
+    classes = {a: [name.format(person=p, action=a, i=i) for i, p in enumerate(PEOPLE)] for a in ACTIONS}
+    notes = read(place(tmp_path, classes)).notes
+    assert notes[0].count("--group-pattern") == 1
+    assert "Give --group-pattern." in notes[0] if pattern is None else f"{pattern}  {groups}" in notes[0]
+
+
+def test_a_group_pattern_that_divides_nothing_gets_proposals(tmp_path):
+    root = place(tmp_path, {action: [f"{person}_{action}.avi" for person in PEOPLE] for action in ACTIONS})
+    (note,) = read(root, pattern="a(v)i").notes
+    assert "puts all videos into one group, v." in note and "'^([a-z]+)_'" in note
+
+
+def test_videos_held_out_one_by_one_are_called_videos(tmp_path):
+    root = place(tmp_path, {"run": [f"{n}.avi" for n in range(9)], "walk": ["9.avi", "10.avi"]})
+    assert read(root, test="5").notes[1].startswith("5 of 11 videos are held out of train as test: run/")
+    assert read(root, test="5").notes[1].endswith(" and 2 more.")
 
 
 def test_videos_that_do_not_match_are_counted(tmp_path):
@@ -449,6 +483,14 @@ def test_default_data_set_is_the_only_one_or_ucf101(tmp_path, monkeypatch):
         find_data(None)
     place(tmp_path / "data" / "ucf101", {"run": ["a.avi"]})
     assert find_data(None) == Path("data/ucf101")
+
+
+def test_without_data_own_videos_and_the_quickstart_are_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="data/ is empty or missing") as error:
+        find_data(None)
+    own, quickstart, ucf101 = "--path-to-data my_videos", "--preset quickstart", "ucf101  (6.96 GB)"
+    assert 0 < str(error.value).find(own) < str(error.value).find(quickstart) < str(error.value).find(ucf101)
 
 
 def test_failed_download_is_no_data_set(tmp_path, monkeypatch):

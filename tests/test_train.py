@@ -8,17 +8,17 @@ import sys
 import pytest
 import torch
 from entry import start
-from tiny import COLOURS, MIXED, last_weights, records, run, run_in, same, settings
+from tiny import COLOURS, MIXED, SCRATCH, last_weights, records, run, run_in, same, settings
 
 from tvit_cli import cli
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.train import train
+from tvit_cli.engine.train import set_up, train
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.optim import learning_rate_at
 from tvit_cli.errors import CheckpointError, DataError, ModelError, RunError, TvitError, VideoError
 from tvit_cli.model.folder import load_model
-from tvit_cli.results import Note
+from tvit_cli.results import ClassTable, Note
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 
@@ -301,6 +301,25 @@ def test_unusable_data_is_refused_before_the_model_is_built(clips, tmp_path, kin
             working_directory=tmp_path / "runs",
         )
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
+
+
+def test_classes_and_their_doubts_are_reported_before_a_training(make_classes, tmp_path):
+    groups = [f"a_g{n:02}_{c}.avi" for n in range(1, 4) for c in "ab"]
+    data = make_classes(tmp_path / "data", {"run": groups, "walk": groups, "sit": ["a_g09_a.avi"]})
+    events = []
+    set_up(settings(path_to_data=str(data), **SCRATCH, per_gpu_batch_size=16), events.append)
+    (table,) = (event for event in events if isinstance(event, ClassTable))
+    assert table.columns == ("class", "train", "groups", "val", "groups", "test", "groups")
+    assert table.rows == (("run", 2, 1, 2, 1, 2, 1), ("sit", 1, 1, 0, 0, 0, 0), ("walk", 2, 1, 2, 1, 2, 1))
+    assert table.total == ("all", 5, 2, 4, 1, 4, 1)
+    warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
+    for text in (
+        "No validation video of 1 of 3 classes: sit.",
+        "No test video of 1 of 3 classes: sit.",
+        "4 validation videos of 1 group, fewer than 30: one video is 25% of top-1",
+        "One step per epoch: a batch of 16 has all 5 training clips, so 2 epochs are as many steps.",
+    ):
+        assert any(warning.startswith(text) for warning in warnings), (text, warnings)
 
 
 def test_leaks_are_said_and_strict_refuses_them(clips, tmp_path):

@@ -23,7 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import tvit_cli
 from tvit_cli import commands
-from tvit_cli.errors import Interrupted, SettingsError, TvitError
+from tvit_cli.errors import START, Interrupted, SettingsError, TvitError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -71,14 +71,6 @@ tvit export working_directory/mine --format huggingface
 tvit export --format onnx --with-preprocessing""", ("convert", "save")),
 }
 # fmt: on
-START = """\
-YOUR OWN VIDEOS (one folder per class)
-tvit train --path-to-data my_videos --experiment-name mine
-tvit eval working_directory/mine
-tvit predict clip.avi --model working_directory/mine
-
-WITHOUT VIDEOS (on generated clips)
-tvit train --preset quickstart"""
 
 
 def settings_model(verb: str) -> type[Settings]:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -24,6 +24,8 @@ from tvit_cli.files import csv_row
 
 if TYPE_CHECKING:
     from tvit_cli.results import EpochDone, Event, Report
+
+MOST_CLASSES = 16  # in the table of classes before a training; of more, a quarter at either end
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -115,7 +117,14 @@ class Console:
 
     def report(self, event: Event) -> None:
         """Prints one event of an engine."""
-        from tvit_cli.results import EpochDone, Note, Progress, StepDone, TrainingStarts  # 10 ms at start-up
+        from tvit_cli.results import (  # 10 ms at start-up
+            ClassTable,
+            EpochDone,
+            Note,
+            Progress,
+            StepDone,
+            TrainingStarts,
+        )
 
         match event:
             case Note(level="warning"):
@@ -128,6 +137,8 @@ class Console:
                 done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
                 self._bar(event.task, event.done, event.total, done if event.unit == "bytes" else "")
                 self._line(f"{event.task}: {done}{total}")
+            case ClassTable() if self._verbosity != "quiet":
+                self._print_table(self._err, event.columns, [*self._some(event.rows), event.total])
             case TrainingStarts():
                 for name, fact in event.facts.items():
                     self._print_progress(f"[dim]{name:>8}[/]  {_shown(fact)}")
@@ -148,6 +159,11 @@ class Console:
 
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
         """Prints a table on stdout; columns of numbers are right-aligned."""
+        self._print_table(self._out, columns, rows)
+
+    def _print_table(
+        self, console: RichConsole, columns: Iterable[str], rows: Iterable[Iterable[object]]
+    ) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")
         cells = [[str(cell).replace("\n", r"\n") for cell in row] for row in rows]
         for number, column in enumerate(columns):
@@ -155,7 +171,7 @@ class Console:
             table.add_column(_shown(column), justify="right" if are_numbers else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(_shown, row))
-        self._out.print(table)
+        console.print(table)
 
     def json_line(self, value: Mapping[str, object]) -> None:
         """Prints one JSON object on a line of stdout."""
@@ -183,6 +199,15 @@ class Console:
         shown = [f"The model is in [bold]{_shown(str(path))}[/]. Next:"]
         shown += [f"  [bold cyan]{_shown(command)}[/]" for command in commands]
         self._out.print(_shown(str(path)) if self._verbosity == "quiet" else "\n".join(shown))
+
+    def _some(self, rows: Sequence[tuple[str | int, ...]]) -> list[tuple[str | int, ...]]:
+        """The rows of a class table that are printed: of many classes, the largest and the smallest."""
+        if len(rows) <= MOST_CLASSES or self._verbosity == "verbose":
+            return list(rows)
+        rows = sorted(rows, key=lambda row: -sum(n for n in row if isinstance(n, int)))
+        half = MOST_CLASSES // 4
+        more = f"{len(rows) - 2 * half} more (--verbose)"
+        return [*rows[:half], (more, *[""] * (len(rows[0]) - 1)), *rows[-half:]]
 
     def _print_progress(self, markup: str) -> None:
         if self._verbosity != "quiet":

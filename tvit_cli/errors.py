@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+START = """\
+YOUR OWN VIDEOS (one folder per class)
+tvit train --path-to-data my_videos --experiment-name mine
+tvit eval working_directory/mine
+tvit predict clip.avi --model working_directory/mine
+
+WITHOUT VIDEOS (on generated clips)
+tvit train --preset quickstart"""  # ends the help, and errors without data
+
 
 class TvitError(Exception):
     """An error with a message for the user; `exit_code` is the process's exit code."""

@@ -42,6 +42,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class ClassTable:
+    """Readable videos of a data set, and their groups where these have several videos, by class and subset."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int, ...], ...]  # one per class, sorted by its name
+    total: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
 class TrainingStarts:
     """The plan of a run, before its first step."""
 
@@ -73,7 +82,7 @@ class EpochDone:
     is_best: bool = False
 
 
-Event = Note | Progress | TrainingStarts | StepDone | EpochDone
+Event = Note | Progress | ClassTable | TrainingStarts | StepDone | EpochDone
 Report = Callable[[Event], None]
 
 

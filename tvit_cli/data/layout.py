@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypedDict, Unpack, cast
 
 from tvit_cli.data.split_files import CLASS_LIST, parse_split_lists, read_manifest
-from tvit_cli.errors import DataError, shorten
+from tvit_cli.errors import DataError, plural, shorten
 from tvit_cli.files import FrameArray, Source
 from tvit_cli.settings.base import suggestion
 from tvit_cli.settings.types import GROUP_PATTERN, DataSettings
@@ -35,6 +36,22 @@ _shorten = partial(shorten, most=12)
 # `re` has no time limit and cannot be stopped, so a pattern is tried in a process of its own.
 MOST_SECONDS = 10.0
 TRIAL = "import json, re, sys; pattern, names = json.load(sys.stdin); [re.search(pattern, n) for n in names]"
+
+# Proposed in this order where no name matches the group pattern; the last ones fit most names.
+PATTERNS = (
+    r"^(.{11})_\d{6}_\d{6}",  # Kinetics: the video on YouTube
+    r"^(.+?)[-_][fhlu][-_][cn]m[-_]np\d",  # HMDB51: the film
+    r"^([a-z]+)_",
+    r"^([A-Za-z]+)_",
+    r"^([A-Za-z]+\d+)_",
+    r"P\d+",  # NTU RGB+D: S001C001P001R001A001
+    r"(?i)(?<![a-z])(?:person|subject|actor|scene|session|s|p)[-_]?\d+",
+    r"[-_ ]([A-Za-z]+)\.\w+$",
+    r"^([^_]+)_",
+    r"^([^-]+)-",
+    r"^([^ ]+) ",
+    r"^(.+)[-_ ]\D?\d+\.\w+$",
+)
 
 STORE_HEADER, STORE_FORMAT = "store.json", "tvit frame store"
 
@@ -216,7 +233,7 @@ def _has_classes(base: Path) -> bool:
 
 def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list[Video]:
     videos: list[Video] = []
-    ignored = len(_videos_in(base))
+    ignored = _videos_in(base)
     for folder in _folders(base):
         paths = _videos_in(folder)
         others = sorted(set(_visible(folder)) - set(paths))
@@ -224,16 +241,16 @@ def _read_classes(base: Path, root: Path, subset: str, notes: list[str]) -> list
             found = f"only {_shorten(path.name for path in others)}" if others else "nothing"
             fault = f"a class folder without videos; it contains {found}"
             raise DataError(f"{folder}: {fault}. Remove it, or add videos.")
-        ignored += len(others)
+        ignored += others
         videos += [
             Video(path, printable(path.relative_to(root).as_posix()), printable(folder.name), subset, None)
             for path in paths
         ]
     if ignored:
-        notes.append(
-            f"{base}: {ignored} entries are not read: videos outside class folders, folders inside them, and "
-            "files without a video suffix."
-        )
+        count = "1 entry is" if len(ignored) == 1 else f"{len(ignored)} entries are"
+        kinds = "videos outside class folders, folders inside them, files without a video suffix"
+        names = _shorten(printable(path.relative_to(base).as_posix()) for path in ignored)
+        notes.append(f"{base}: {count} not read ({kinds}): {names}.")
     return videos
 
 
@@ -282,19 +299,56 @@ def _give_groups(videos: list[Video], pattern: str, notes: list[str]) -> list[Vi
     """Derives each group from the file name, unless a manifest has it. Raises DataError for a slow pattern."""
     if pattern != GROUP_PATTERN:
         _try_pattern(pattern, [printable(video.path.name) for video in videos if video.group is None])
+    result = _match_groups(videos, pattern)
+    alone, groups = sum(video.group is None for video in result), {video.unit for video in result}
+    if alone or len(groups) == 1:
+        some = "No video matches" if alone == len(videos) else f"{alone} of {len(videos)} videos do not match"
+        fault = f'{some} the group pattern "{pattern}"; each such video is a group of its own.'
+        if not alone:
+            fault = f'The group pattern "{pattern}" puts all videos into one group, {groups.pop()}.'
+        proposals = propose_patterns(videos) if alone in (0, len(videos)) else {}
+        advice = "Patterns that match:" if proposals else "Give --group-pattern."
+        note = f"{fault} Clips cut from one recording would leak from train into val and test. {advice}"
+        for other, names in proposals.items():
+            note += (
+                f"\n  --group-pattern {shlex.quote(other)}  {plural(len(names), 'group')}: {shorten(names)}"
+            )
+        notes.append(note)
+    return result
+
+
+def propose_patterns(videos: Sequence[Video], most: int = 3) -> dict[str, list[str]]:
+    """Group patterns that fit these file names, each with its sorted groups; names of classes are no groups.
+
+    A pattern fits if 90 % of the names match, some videos share a group, none has more than 3/4 of them, and most
+    classes have videos of two groups. One that only divides the groups of an earlier one is left out.
+    """
+    found: dict[str, list[str]] = {}
+    units: list[list[str]] = []  # of the videos, by pattern
+    for pattern in PATTERNS:
+        grouped = _match_groups(videos, pattern)
+        own = [video.unit for video in grouped]
+        sizes = Counter(video.group for video in grouped if video.group is not None)
+        per_class = Counter(label for label, _ in {(video.label, video.unit) for video in grouped})
+        if (
+            sum(sizes.values()) >= 0.9 * len(videos)
+            and 2 <= len(set(own)) < len(videos)
+            and max(sizes.values()) <= 0.75 * len(videos)
+            and 2 * sum(count > 1 for count in per_class.values()) > len(per_class)
+            and all(len(set(zip(own, earlier, strict=True))) > len(set(own)) for earlier in units)
+        ):
+            found[pattern] = sorted(sizes)
+            units.append(own)
+    return dict(list(found.items())[:most])
+
+
+def _match_groups(videos: Iterable[Video], pattern: str) -> list[Video]:
     expression = re.compile(pattern)
     key = "group" if "group" in expression.groupindex else min(1, expression.groups)
     result: list[Video] = []
     for video in videos:
         match = expression.search(printable(video.path.name)) if video.group is None else None
         result.append(video if match is None else replace(video, group=match[key]))
-    if alone := sum(video.group is None for video in result):
-        some = f"{alone} of {len(videos)} videos do not match"
-        fault = f'{some if alone < len(videos) else "No video matches"} the group pattern "{pattern}"'
-        notes.append(
-            f"{fault}; each such video is a group of its own. Clips cut from one recording would leak from train "
-            "into val and test: give --group-pattern."
-        )
     return result
 
 
@@ -319,10 +373,10 @@ def _hold_out(
     groups = set(_choose_groups(train, subset, wanted, automatic=automatic, notes=notes))
     if groups:
         moved = sum(sum(train[group].values()) for group in groups)
-        notes.append(
-            f"{len(groups)} of {len(train)} groups ({moved} videos) are held out of train as {subset}: "
-            f"{_shorten(sorted(groups))}."
-        )
+        are_videos = moved == len(groups) and len(train) == sum(video.subset == "train" for video in videos)
+        counts = f"{len(groups)} of {len(train)} {'videos' if are_videos else f'groups ({moved} videos)'}"
+        names = shorten(sorted(groups), 3 if are_videos else 12)
+        notes.append(f"{counts} are held out of train as {subset}: {names}.")
     return [
         replace(video, subset=subset) if video.subset == "train" and video.unit in groups else video
         for video in videos

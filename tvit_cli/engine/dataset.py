@@ -13,7 +13,7 @@ from typing import Unpack
 
 import av
 
-from tvit_cli.data.catalog import CATALOG
+from tvit_cli.data.catalog import CATALOG, find
 from tvit_cli.data.framestore import FrameStore, find_store
 from tvit_cli.data.framestore_format import read_header
 from tvit_cli.data.layout import (
@@ -27,7 +27,7 @@ from tvit_cli.data.layout import (
 )
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.video import decode_first
-from tvit_cli.errors import DataError, VideoError
+from tvit_cli.errors import START, DataError, VideoError, size_text
 from tvit_cli.files import atomic_write
 from tvit_cli.results import Note, Progress, Report
 
@@ -125,9 +125,14 @@ def find_data(path_to_data: str | None) -> Path:
             return DATA_DIRECTORY / DEFAULT_NAME
         if len(known) == 1:
             return DATA_DIRECTORY / known[0]
-        found = f"{DATA_DIRECTORY}/ holds {', '.join(known)}" if known else f"{DATA_DIRECTORY}/ is empty"
-        fetch = f"Name one with --path-to-data PATH, or fetch one: tvit download {DEFAULT_NAME}."
-        raise DataError(f"No data set chosen: {found}. {fetch}")
+        if known:
+            found = f"{DATA_DIRECTORY}/ holds {', '.join(known)}"
+            raise DataError(f"No data set chosen: {found}. Name one with --path-to-data PATH.")
+        size = size_text(find(DEFAULT_NAME).bytes or 0)
+        raise DataError(
+            f"No data set chosen: {DATA_DIRECTORY}/ is empty or missing.\n\n{START}\n\n"
+            f"KNOWN DATA SETS\ntvit download --list\ntvit download {DEFAULT_NAME}  ({size})"
+        )
     path = Path(path_to_data).expanduser()
     can_fetch = path.name in {dataset.name for dataset in CATALOG}
     if path.exists() and (not can_fetch or path.is_file() or _has_videos(path)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 import tvit_cli
-from tvit_cli.data.layout import SUBSETS, split_choice
+from tvit_cli.data.layout import SUBSETS, Video, split_choice
 from tvit_cli.engine.dataset import ClipFormat, DataSource, open_dataset
 from tvit_cli.engine.distributed import broadcast_weights
 from tvit_cli.engine.evaluate import evaluate
@@ -40,16 +41,20 @@ from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.engine.train.run_folder import Run, choose_run, claim, run_lock, write_settings
 from tvit_cli.engine.train.state import Loop, WeightAverage, standardise_features
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
-from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural
+from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural, shorten
 from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
-from tvit_cli.results import EvalResult, Note, Report, TrainingStarts, TrainResult, silent
+from tvit_cli.results import ClassTable, EvalResult, Note, Report, TrainingStarts, TrainResult, silent
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 from tvit_cli.settings.types import most_bad
+
+FEW_VIDEOS = (
+    30  # below which a validation set is called too small: a 95 % interval of top-1 is up to ±18 points
+)
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -116,6 +121,11 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     if checkpoint is not None:
         settings = reuse_batch_settings(settings, checkpoint.state.identity, accelerator.num_processes)
     loop = _make_loop(settings, accelerator, run, source, report)
+    plan = loop.plan
+    if plan.steps_per_epoch == 1:
+        text = f"One step per epoch: a batch of {plan.global_batch} has all {plural(plan.clips, 'training clip')}"
+        advice = f"Take a smaller one (--per-gpu-batch-size {max(1, plan.clips // 4)}), or more --epochs."
+        report(Note(f"{text}, so {plural(plan.epochs, 'epoch')} are as many steps. {advice}", "warning"))
     if standardises and settings.feature_norm and checkpoint is None:
         with out_of_memory_errors(settings, accelerator.device):
             standardise_features(loop)
@@ -140,10 +150,47 @@ def _check_data(settings: TrainSettings, source: DataSource, report: Report) -> 
         raise DataError(f"{source.layout.root}: " + " ".join(leaks))
     for leak in leaks:
         report(Note(leak, "warning"))
+    report(class_table(source))
+    for text in _doubts(source):
+        report(Note(text, "warning"))
     if settings.patience is not None and not source.readable("val"):
         reason = f"{source.root} has no validation subset to compare epochs on"
         advice = "Hold out groups with --val-groups, or leave --patience out."
         raise SettingsError(f"--patience {settings.patience}: {reason}. {advice}")
+
+
+def class_table(source: DataSource) -> ClassTable:
+    """Videos and groups by class and subset; no groups where each is one video."""
+    videos = [video for subset in SUBSETS for video in source.readable(subset)]
+    has_groups = len({video.unit for video in videos}) < len(videos)
+
+    def row(name: str, own: Sequence[Video]) -> tuple[str | int, ...]:
+        cells: list[str | int] = [name]
+        for subset in SUBSETS:
+            units = [video.unit for video in own if video.subset == subset]
+            cells += [len(units), len(set(units))] if has_groups else [len(units)]
+        return tuple(cells)
+
+    columns = [name for subset in SUBSETS for name in ((subset, "groups") if has_groups else (subset,))]
+    rows = [row(label, [v for v in videos if v.label == label]) for label in source.layout.labels]
+    return ClassTable(("class", *columns), tuple(rows), row("all", videos))
+
+
+def _doubts(source: DataSource) -> Iterator[str]:
+    """Sentences on classes that are not measured, and on too small a validation set."""
+    labels = source.layout.labels
+    for subset, word in (("val", "validation"), ("test", "test")):
+        videos = source.readable(subset)
+        missing = [label for label in labels if label not in {video.label for video in videos}]
+        if videos and missing:
+            text = f"No {word} video of {len(missing)} of {plural(len(labels), 'class')}: {shorten(missing)}"
+            yield f"{text}. Name groups that have some with --{subset}-groups, or add videos."
+    val = source.readable("val")
+    if 0 < len(val) < FEW_VIDEOS:
+        groups = plural(len({video.unit for video in val}), "group")
+        text = f"{plural(len(val), 'validation video')} of {groups}, fewer than {FEW_VIDEOS}"
+        share = f"one video is {1 / len(val):.0%} of top-1, so the choice of the best epoch is uncertain"
+        yield f"{text}: {share}. Hold out more with --val-groups COUNT, or compare seeds (--seed 0,1,2)."
 
 
 def _make_loop(
