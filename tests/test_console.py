@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from tvit_cli import console as module
 from tvit_cli.console import Console, print_error
-from tvit_cli.errors import RunError, size_text
+from tvit_cli.errors import Interrupted, RunError, size_text
 from tvit_cli.files import csv_row
 from tvit_cli.results import ClassTable, EpochDone, Note, Progress, StepDone, TrainingStarts
 
@@ -111,9 +112,7 @@ def test_details_are_shown_when_asked_for(capsys):
 STEP = StepDone(
     epoch=3, step=120, loss=1.2345, clip_top1=0.5, learning_rate=3e-4, clips_per_second=211.4, data_wait=0.07
 )
-
-
-FACTS = "epoch 3 · loss 1.234 · top-1 0.500 · rate 3.0e-04 · 211 clips/s · 7% waiting for data"
+FACTS = "epoch 3 · loss 1.234 · top-1 0.500 · 211 clips/s · 7% waiting for data · learning rate 3.0e-04"
 
 
 class Terminal(io.StringIO):
@@ -142,9 +141,31 @@ def test_the_live_display_has_a_bar_the_time_left_and_facts_in_one_line(monkeypa
     bar, facts = displayed(monkeypatch, columns=100)
     assert bar.startswith("training") and "120/1000" in bar and "left" in bar
     assert facts.rstrip() == FACTS
-    lines = displayed(monkeypatch, columns=60)
-    assert len(lines) == 2 and all(len(line) <= 60 for line in lines)
-    assert lines[1].rstrip() == FACTS[:59] + "…"
+    lines = displayed(monkeypatch, columns=80)
+    assert len(lines) == 2 and all(len(line) <= 80 for line in lines)
+    assert lines[1].rstrip() == FACTS[:79] + "…" and "waiting for data" in lines[1]
+
+
+@pytest.mark.parametrize("seconds", [0.04, 99.96, 5940, 36060])
+@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.99}])
+def test_epoch_lines_fit_80_columns(capsys, seconds, more):
+    facts = {"train_loss": 4.615, "train_clip_top1": 1.0, "val_loss": 4.615, "val_video_top1": 0.5, **more}
+    throughput = {"seconds": seconds, "clips_per_second": 211.4, "data_wait": 0.07}
+    Console().report(EpochDone(300, {**facts, **throughput}, is_best=True))
+    line = capsys.readouterr().err.rstrip("\n")
+    assert len(line) <= 80 and line.endswith((" s best", " min best"))
+
+
+def test_an_interrupt_is_acknowledged_before_the_work_ends(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Console():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            assert capsys.readouterr().err == "Stopping…\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    print_error(Interrupted("Stopped by Ctrl-C.", exit_code=130))
+    assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"
 
 
 def test_a_resumed_run_does_not_count_earlier_steps_into_its_speed(monkeypatch):
@@ -163,12 +184,16 @@ def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(monkeypatch, caps
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     console = Console()
+    console._bars.get_time = lambda: now[0]
     for second in range(200):
         now[0] = float(second)
         console.report(STEP)
         console.report(Progress("checking videos", second, 1300))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[0] == f"step 120, {FACTS}"
+    now[0] = 300
+    console.report(Progress("checking videos", 300, 1300))
+    assert capsys.readouterr().err == "checking videos: 300 of 1,300, 18 min left\n"
     console._last_line = -60
     console.report(Progress("fetching", 5_000_000, 7_000_000_000, "bytes"))
     assert capsys.readouterr().err == "fetching: 5 MB of 7 GB\n"

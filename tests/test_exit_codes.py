@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 from entry import run_python, tvit
@@ -111,3 +112,22 @@ def test_no_verb_is_2_json_is_all_of_stdout_and_processes_exit_alike():
     assert ended.code == 2 and not ended.out and ended.err.startswith("error: ")
     ended = tvit("predict", "colours/Red", "--model", "model", "--json")
     assert [set(json.loads(line)) for line in ended.out.splitlines()] == [{"video", "predictions"}] * 3
+
+
+@pytest.mark.parametrize(
+    ("line", "step", "advice"),
+    [
+        ("eval model --path-to-data colours", "evaluate.score", "Start again"),
+        ("export model --output stopped", "export.reference", "Start again"),
+        ("extract --path-to-data colours --output stopped", "extract.read_layout", "same command continues"),
+        ("extract --path-to-data colours --check", "extract.read_layout", "same command continues"),
+        ("download motions", "download.find", "same command continues"),
+        ("train --path-to-data colours", "train.open_dataset", "Nothing is lost"),
+    ],
+)
+def test_ctrl_c_is_acknowledged_and_named(line, step, advice, monkeypatch):
+    monkeypatch.setattr(f"tvit_cli.engine.{step}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    ended = tvit(*line.split())
+    assert ended.code == 130 and "Traceback" not in ended.err
+    *_, acknowledged, last = ended.err.splitlines()
+    assert acknowledged == "Stopping…" and last.startswith("Stopped by Ctrl-C. ") and advice in last

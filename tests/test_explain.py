@@ -127,6 +127,8 @@ def test_the_verb_writes_a_strip_of_one_video(folder, tmp_path):
     predict(settings, lambda event: notes.append(str(event)))
     assert Image.open(io.BytesIO(out.read_bytes())).size[0] >= 2 * 4 * 112
     assert any("without random ones" in note for note in notes)
+    passes = [f"Progress(task='explaining', done={n}, total=24, unit='')" for n in range(1, 25)]
+    assert [note for note in notes if "explaining" in note] == passes
     with pytest.raises(DataError, match="takes one video, 2 are named"):
         predict(settings.model_copy(update={"paths": settings.paths * 2}))
 

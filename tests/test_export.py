@@ -33,6 +33,7 @@ from tvit_cli.errors import DataError, ModelError, RunError, SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.portable.preprocessing import frames_to_input
 from tvit_cli.portable.reading import segment_indices
+from tvit_cli.results import Progress, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.export import ExportFormat, ExportSettings
@@ -88,9 +89,9 @@ def clips(trained):
     return sorted(trained.run.parents[1].glob("colours/*/*_g0[12]_*"))
 
 
-def export(trained, output, **settings):
+def export(trained, output, report=silent, **settings):
     facts = {"model": trained.run, "output": output, **settings}
-    return engine.export(ExportSettings.model_validate(facts))
+    return engine.export(ExportSettings.model_validate(facts), report)
 
 
 def example(name, folder, clips):
@@ -132,7 +133,11 @@ def check_folder(result, *files):
 
 
 def test_safetensors_with_the_networks_own_files_label_clips(trained, tmp_path, clips):
-    result = export(trained, tmp_path / "plain")
+    events = []
+    result = export(trained, tmp_path / "plain", events.append)
+    steps = [(e.task, e.done, e.total) for e in events if isinstance(e, Progress)]
+    scored, proven = ([(name, n, 3) for n in range(4)] for name in ("scoring clips", "proving parity"))
+    assert steps == [*scored[1:], ("writing safetensors", 0, None), ("writing safetensors", 1, 1), *proven]
     check_folder(result, "model.safetensors", "source/vit.py", "source/reading.py")
     assert result.parity.max_logit_difference == 0
     check_example(trained, "use_safetensors.py", result.output, clips)

@@ -1,5 +1,6 @@
 """`tvit extract`: frame stores made by one or more processes, resumed, and checked files."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import VIDEO_SUFFIXES
 from tvit_cli.data.video import count_frames
 from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine import distributed
 from tvit_cli.engine.dataset import ClipFormat, open_dataset
 from tvit_cli.engine.distributed import map_in_order
 from tvit_cli.engine.extract import check, extract, scan_video
@@ -343,12 +345,44 @@ def test_a_job_that_hangs_is_named_and_the_others_go_on():
     assert list(results) == [0.01, (60, True), 0.02]
 
 
+def stop(path):
+    """Stops its process, as SIGSTOP does, which no timer of its own can end: always, or the first time."""
+    if path and not Path(path).exists():
+        Path(path).touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no alarm clock")
+def test_a_stopped_worker_is_ended_at_the_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SECONDS_TO_END_ITSELF", 1)
+    jobs = ["", str(tmp_path / "once"), ""]
+    assert list(map_in_order(stop, jobs, workers=1, lost=lambda job, late: late, seconds=0.5)) == jobs
+
+
+def touch_late(path):
+    if path:
+        time.sleep(2)
+        Path(path).touch()
+
+
+def test_an_interrupt_ends_videos_that_are_being_decoded(tmp_path):
+    jobs = ["", str(tmp_path / "late")]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        contextlib.closing(map_in_order(touch_late, jobs, workers=2, lost=lambda job, late: None)) as results,
+    ):
+        next(results)
+        raise KeyboardInterrupt
+    assert not Path(jobs[1]).exists()
+
+
 def test_the_time_limit_is_what_a_lost_video_is_measured_by(data, monkeypatch):
     asked = []
 
     def lose_all(work, jobs, *, workers, lost, seconds):
         asked.append(seconds)
-        return [lost(job, number == 0) for number, job in enumerate(jobs)]
+        yield from [lost(job, number == 0) for number, job in enumerate(jobs)]
 
     monkeypatch.setattr("tvit_cli.engine.extract.map_in_order", lose_all)
     reasons = list(run(data, time_limit=7, max_bad="100%").unreadable.values())

@@ -159,7 +159,7 @@ def test_groups_are_spread_evenly_and_the_same_each_time(tmp_path):
     first = read(ucf101(tmp_path), test="5")
     assert groups_of(first, "test") == ["03", "08", "13", "18", "23"]
     assert read(tmp_path, test="5").videos == first.videos
-    assert "5 of 25 groups (20 videos) are held out of train as test: 03, 08, 13, 18, 23" in first.notes[0]
+    assert "5 of 25 groups (20 videos) held out of train as test: 03, 08, 13, 18, 23" in first.notes[0]
 
 
 def test_groups_are_held_out_by_name(tmp_path):
@@ -269,7 +269,7 @@ def test_a_group_pattern_that_divides_nothing_gets_proposals(tmp_path):
 
 def test_videos_held_out_one_by_one_are_called_videos(tmp_path):
     root = place(tmp_path, {"run": [f"{n}.avi" for n in range(9)], "walk": ["9.avi", "10.avi"]})
-    assert read(root, test="5").notes[1].startswith("5 of 11 videos are held out of train as test: run/")
+    assert read(root, test="5").notes[1].startswith("5 of 11 videos held out of train as test: run/")
     assert read(root, test="5").notes[1].endswith(" and 2 more.")
 
 

@@ -28,7 +28,7 @@ from tiny import change_weights
 import tvit_cli
 from tvit_cli import cli, commands
 from tvit_cli.console import Console
-from tvit_cli.data.clips import _later_interrupt
+from tvit_cli.data.clips import later_interrupt
 from tvit_cli.engine.evaluate import evaluate, scoring
 from tvit_cli.engine.predict import predict, predict_timelines, timeline, write_embeddings
 from tvit_cli.engine.predict.paths import find_videos
@@ -547,7 +547,7 @@ def test_ctrl_c_prints_the_answers_so_far_and_exits_130(trained, clip, monkeypat
 def test_ctrl_c_while_decoding_processes_start_comes_after_it():
     order, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), _later_interrupt():
+        with pytest.raises(KeyboardInterrupt), later_interrupt():
             signal.raise_signal(signal.SIGINT)
             order.append("started")
         assert order == ["started"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -3,12 +3,16 @@
 Six cells of tests/bench/kills.py run here; all of them, and random kills, when the benchmark is run.
 """
 
+import contextlib
+import fcntl
 import itertools
 import multiprocessing
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -16,6 +20,7 @@ from pathlib import Path
 import pytest
 from bench import kills
 from bench.kills import FACTORS, IN_THE_SUITE, Bench, Plan, Wrong, compare, covering, plan_of
+from entry import ROOT
 
 from tvit_cli import cli
 from tvit_cli.data.layout import Video
@@ -126,9 +131,41 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
         in errors
     )
     assert errors.rstrip().endswith(f"tvit train --resume-from-checkpoint {checkpoint}")
+    again = " Ctrl-C again stops at once." if name == "SIGINT" else ""
+    assert f"\nStopping after this step, with a checkpoint.{again}\n" in errors
     monkeypatch.undo()
     assert command("--resume-from-checkpoint", str(checkpoint))[0] == 0
     compare(tmp_path / "runs" / "mine", bench.undisturbed(ONE))
+
+
+def test_ctrl_c_of_a_terminal_ends_a_training_with_workers_cleanly(bench, tmp_path):
+    """A terminal signals the whole process group, loader workers included."""
+    settings = bench.settings(ONE, tmp_path / "runs", "mine")
+    changes = {"num_workers": 2, "epochs": 1000, "warmup_epochs": 0}
+    (tmp_path / "c.json").write_text(settings.model_copy(update=changes).model_dump_json())
+    leader, terminal = pty.openpty()
+    command = [sys.executable, "-m", "tvit_cli", "train", "--config", str(tmp_path / "c.json")]
+    shown, is_sent = b"", False
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+
+    def own_terminal():
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=own_terminal, env=environ
+    ) as child:
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while data := os.read(leader, 65536):
+                shown += data
+                if b"epoch   1 " in shown and not is_sent:
+                    os.write(leader, b"\x03")
+                    is_sent = True
+    os.close(leader)
+    text = shown.decode()
+    assert child.returncode == 130 and "Traceback" not in text and "Error" not in text, text
+    assert text.count("Stopping after this step") == 1 == text.count("Stopped by Ctrl-C after step")
 
 
 def test_a_second_sigint_leaves_at_once(command, monkeypatch, tmp_path):

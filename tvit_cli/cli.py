@@ -236,8 +236,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
+_AGAIN = "Start again with the same command."
+_AFTER_STOP = {
+    "download": "Complete files are kept; the same command continues.",
+    "extract": "Complete videos are kept; the same command continues.",
+    "train": "Checkpoints are kept; resume from the last with --resume-from-checkpoint latest.",
+}
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("Stopped by SIGTERM. Start again with the same command.", exit_code=143)
+    raise Interrupted(f"Stopped by SIGTERM. {_AGAIN}", exit_code=143)
 
 
 # Note [Waiting threads sleep]
@@ -314,7 +322,10 @@ def _command(name: str) -> Callable[..., None]:
         file = Path(config) if config else None
         loaded = load(model, flags=flags, config=file, preset=preset, verbs=map(settings_model, VERBS))
         console = Console("verbose" if verbose else "quiet" if quiet else "normal")
-        getattr(commands, VERBS[name].run)(loaded, console)
+        try:
+            getattr(commands, VERBS[name].run)(loaded, console)
+        except KeyboardInterrupt:
+            raise Interrupted(f"Stopped by Ctrl-C. {_AFTER_STOP.get(name, _AGAIN)}", exit_code=130) from None
 
     annotations = {k: _annotation(k, f, is_series=k in model.SERIES) for k, f in model.model_fields.items()}
     annotations |= _common(with_preset=name == "train")

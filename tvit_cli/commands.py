@@ -34,7 +34,7 @@ def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
     if loaded.settings.list_sets:
         rows = []
         for d in known_datasets():
-            size = "?" if d.bytes is None else size_text(d.bytes)
+            size = size_text(d.bytes) if d.bytes else "unknown" if d.videos else "none"
             rows.append((d.name, d.classes, f"{d.clips:,}", size, d.licence, d.title))
         console.table(["name", "classes", "clips", "download", "licence", "title"], rows)
         return
@@ -44,10 +44,10 @@ def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
     if count := len(result.differences):
         repair = f"tvit download {result.name} --repair"
         raise RunError(f"{result.folder}: {plural(count, 'difference')} from the manifest. Repair: {repair}")
-    console.print(
-        f"{result.folder}: {plural(result.videos, 'video')} of {plural(result.classes, 'class')}; "
-        f"{plural(result.new_files, 'new file')}, {size_text(result.bytes_received)} fetched."
-    )
+    new = plural(result.new_files, "new file") if result.new_files else "complete already"
+    fetched = f", {size_text(result.bytes_received)} fetched" if result.bytes_received else ""
+    content = f"{plural(result.videos, 'video')} of {plural(result.classes, 'class')}"
+    console.print(f"{result.folder}: {content}; {new}{fetched}.")
 
 
 def extract(loaded: Loaded[ExtractSettings], console: Console) -> None:
@@ -102,6 +102,10 @@ def train(loaded: Loaded[TrainSettings], console: Console) -> None:
     if isinstance(result, SeriesResult):
         _print_series(console, result, ("val_video_top1", "val_loss", "test_video_top1"))
         return
+    if result.epochs:
+        last = result.epochs[-1]
+        wait = f"{last['data_wait']:.0%} of the time waiting for data"
+        console.print(f"Epoch {last['epoch']:.0f}: {last['clips_per_second']:.3g} clips/s, {wait}.")
     if best := result.best:
         scores = f"validation top-1 {best['val_video_top1']:.3f} (loss {best['val_loss']:.3f})"
         console.print(f"Best epoch {result.best_epoch}: {scores}.")
@@ -136,7 +140,7 @@ def _print_plan(console: Console, plan: DryRun) -> None:
         "parameters": f"{plan.parameters:,}, {plan.trainable:,} trained",
         "device": f"{plan.device}, {plan.precision} mixed precision",
         "batch": plan.batch,
-        "steps": f"{plural(plan.epochs, 'epoch')} of {plan.steps_per_epoch}",
+        "steps": f"{plural(plan.epochs, 'epoch')} of {plural(plan.steps_per_epoch, 'step')}",
         "evaluated clip": f"{plan.forward_flops / 1e9:,.2f} GFLOP, forward",
         "trained clip": f"{plan.pass_flops / 1e9:,.2f} GFLOP, forward and backward; {step_flops}",
         "memory": f"{size_text(memory.needed(clips))} of {size_text(plan.available)}: {' + '.join(parts)}",
@@ -169,7 +173,8 @@ def _print_report(console: Console, report: Path | None) -> None:
 def _print_series(console: Console, result: SeriesResult, metrics: Iterable[str]) -> None:
     names = [name for name in metrics if name in result.summary]
     rows = [(run, *(f"{found[name]:.3f}" for name in names)) for run, found in result.runs.items()]
-    rows.append(("mean ± sd", *("{:.3f} ± {:.3f}".format(*result.summary[name]) for name in names)))
+    for number, row in enumerate(("mean", "sd")):
+        rows.append((row, *(f"{result.summary[name][number]:.3f}" for name in names)))
     console.table(["run", *(name.replace("_", " ") for name in names)], rows)
     console.print(f"\nWritten to {result.folder}")
     _print_report(console, result.report)
@@ -187,7 +192,7 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
         _print_comparison(console, result)
         return
     if isinstance(result, SeriesResult):
-        _print_series(console, result, (name for name in result.summary if name != "unreadable"))
+        _print_series(console, result, (n for n in result.summary if n not in ("videos", "unreadable")))
         return
     for note in result.notes:
         console.warn(note)
@@ -202,12 +207,15 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
         console.print("")
     metrics = []
     for name, value in result.metrics.items():
-        digits = 0 if name in ("videos", "unreadable") else 4
-        metrics.append((name, f"{value:.{digits}f}", _interval(result.intervals.get(name))))
+        metrics.append((name, _metric(name, value), _interval(result.intervals.get(name))))
     console.table(["metric", result.subset, "95 % interval"], metrics)
     speed = result.metrics["videos"] / result.seconds
     console.print(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
     _print_report(console, result.report)
+
+
+def _metric(name: str, value: float) -> str:
+    return f"{value:.{0 if name in ('videos', 'unreadable') else 4}f}"
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -224,7 +232,7 @@ def _print_comparison(console: Console, result: Comparison) -> None:
         console.table(["change", "video", "class", "first model", "second model"], rows)
         console.print("")
     first, second = result.first.metrics, result.second.metrics
-    metrics = [(name, f"{first[name]:.4f}", f"{second[name]:.4f}") for name in first if name in second]
+    metrics = [(n, _metric(n, first[n]), _metric(n, second[n])) for n in first if n in second]
     console.table(["metric", "first model", "second model"], metrics)
     console.print(
         f"\nTop-1 {result.difference:+.4f} on {plural(result.videos, 'video')} (95 % interval "
@@ -336,11 +344,11 @@ def export(loaded: Loaded[ExportSettings], console: Console) -> None:
 
     result = console.run(run_export, loaded)
     parity = result.parity
-    limit = "" if parity.logit_limit is None else f"{parity.logit_limit:g}"
+    limit = "" if parity.logit_limit is None else f"at most {parity.logit_limit:g}"
     rows = [
         ("clips", str(parity.videos), ""),
         ("largest logit difference", f"{parity.max_logit_difference:.1e}", limit),
-        ("top-1 agreement", f"{parity.top1_agreement:.3f}", f"{parity.agreement_limit:g}"),
+        ("top-1 agreement", f"{parity.top1_agreement:.3f}", f"at least {parity.agreement_limit:g}"),
     ]
     console.table(["parity with the model", "found", "limit"], rows)
     console.print(f"\nOn {parity.clips}. Written to {result.output} ({size_text(result.bytes)}).")

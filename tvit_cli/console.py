@@ -6,11 +6,15 @@ import csv
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich import progress
 from rich.console import Console as RichConsole
@@ -19,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tvit_cli.errors import RunError, size_text
+from tvit_cli.errors import Interrupted, RunError, size_text
 from tvit_cli.files import csv_row
 
 if TYPE_CHECKING:
@@ -49,7 +53,8 @@ def print_error(error: BaseException) -> None:
     if isinstance(error, RunError) and error.by_all and not _is_main_process():
         return
     console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {_shown(str(error))}")
+    start = "" if isinstance(error, Interrupted) else "[bold red]error:[/] "
+    console.print(f"{start}{_shown(str(error))}")
 
 
 def _is_main_process() -> bool:
@@ -89,7 +94,7 @@ class Console:
         self._is_live = self._err.is_terminal and verbosity != "quiet"
         self._bars = _Bars(
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
+            progress.BarColumn(20),  # so that a line of 80 columns has room for everything
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[facts]}"),
             progress.TimeElapsedColumn(),
@@ -102,13 +107,25 @@ class Console:
         )
         self._tasks: dict[str, progress.TaskID] = {}
         self._last_line = time.monotonic()
+        self._plan: dict[str, str] = {}
+        self._before: Any = None  # handler of Ctrl-C
 
     def __enter__(self) -> Console:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
         self._bars.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Acknowledges Ctrl-C at once: processes that decode may take seconds to end."""
+        with suppress(RuntimeError):  # a write to stderr was interrupted
+            self._print_progress("Stopping…")
+        raise KeyboardInterrupt
 
     def run(self, work: Callable[[T, Report], R], settings: T) -> R:
         """Result of an engine function; its progress is shown meanwhile."""
@@ -135,25 +152,28 @@ class Console:
             case Progress():
                 text = size_text if event.unit == "bytes" else "{:,}".format
                 done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
+                self._line(f"{event.task}: {done}{total}", event.task)
                 self._bar(event.task, event.done, event.total, done if event.unit == "bytes" else "")
-                self._line(f"{event.task}: {done}{total}")
             case ClassTable() if self._verbosity != "quiet":
                 self._print_table(self._err, event.columns, [*self._some(event.rows), event.total])
             case TrainingStarts():
                 for name, fact in event.facts.items():
+                    if self._plan.get(name) == fact:  # as in the series' run before
+                        continue
                     self._print_progress(f"[dim]{name:>8}[/]  {_shown(fact)}")
-                if (earlier := self._tasks.pop("training", None)) is not None:  # of the series' run before
+                self._plan = event.facts
+                if (earlier := self._tasks.pop("training", None)) is not None:
                     self._bars.remove_task(earlier)
                 self._bars.facts = ""
                 self._bar("training", event.first_step, event.epochs * event.steps_per_epoch)
             case StepDone():
                 self._bars.facts = (
                     f"epoch {event.epoch} · loss {event.loss:.3f} · top-1 {event.clip_top1:.3f} · "
-                    f"rate {event.learning_rate:.1e} · {event.clips_per_second:.3g} clips/s · "
-                    f"{event.data_wait:.0%} waiting for data"
+                    f"{event.clips_per_second:.3g} clips/s · {event.data_wait:.0%} waiting for data · "
+                    f"learning rate {event.learning_rate:.1e}"
                 )
                 self._bar("training", event.step, None)
-                self._line(f"step {event.step}, {self._bars.facts}")
+                self._line(f"step {event.step}, {self._bars.facts}", "training")
             case EpochDone():
                 self._epoch(event)
 
@@ -213,11 +233,13 @@ class Console:
         if self._verbosity != "quiet":
             self._err.print(markup)
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, name: str) -> None:
         now = time.monotonic()
         if not self._is_live and now - self._last_line >= 60:
             self._last_line = now
-            self._print_progress(_shown(text))
+            task = next((task for task in self._bars.tasks if task.id == self._tasks.get(name)), None)
+            left = None if task is None else task.time_remaining
+            self._print_progress(_shown(f"{text}, {duration(left)} left" if left else text))
 
     def _bar(self, name: str, done: int, total: int | None, facts: str = "") -> None:
         if name not in self._tasks:
@@ -233,10 +255,10 @@ class Console:
     def _epoch(self, event: EpochDone) -> None:
         m = event.metrics
         self._last_line = time.monotonic()
-        text = f"epoch {event.epoch:>3}  loss {m['train_loss']:.3f}  top-1 {m['train_clip_top1']:.3f}"
+        # At most 80 columns; throughput and waiting for data are in the display, metrics.jsonl and the last line.
+        text = f"epoch {event.epoch:>3} loss {m['train_loss']:.3f} top-1 {m['train_clip_top1']:.3f}"
         if "val_loss" in m:
-            name = "val (EMA)" if "ema_decay" in m else "val"
-            text += f"  │ {name} loss {m['val_loss']:.3f}  top-1 {m['val_video_top1']:.3f}"
-        speed = f"{m['clips_per_second']:.3g} clips/s, {m['seconds']:.1f} s"
-        text += f"  │ {speed}, {m['data_wait']:.0%} waiting for data"
-        self._print_progress(_shown(text) + ("  [bold green]best[/]" if event.is_best else ""))
+            name = "EMA" if "ema_decay" in m else "val"  # averaged weights are validated
+            text += f" │ {name} loss {m['val_loss']:.3f} top-1 {m['val_video_top1']:.3f}"
+        text += f" │ {duration(round(m['seconds'], 1))}"
+        self._print_progress(_shown(text) + (" [bold green]best[/]" if event.is_best else ""))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -93,6 +94,30 @@ def seconds_done(task: str, done: float, total: float | None) -> Progress:
 
 def silent(event: Event) -> None:
     """A Report that ignores all events."""
+
+
+def once(report: Report) -> Report:
+    """A Report that passes each Note and table on once: parts of a command that share data report the same."""
+    passed: set[Event] = set()
+
+    def forward(event: Event) -> None:
+        if not isinstance(event, Note | ClassTable):
+            report(event)
+        elif event not in passed:
+            passed.add(event)
+            report(event)
+
+    return forward
+
+
+@contextmanager
+def working(task: str, report: Report) -> Iterator[None]:
+    """Progress of a task that cannot be counted, within the block."""
+    report(Progress(task, 0, None))
+    try:
+        yield
+    finally:
+        report(Progress(task, 1, 1))
 
 
 @dataclass(frozen=True)

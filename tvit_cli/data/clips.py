@@ -326,7 +326,7 @@ def _by_processes(
     )
     iterator: Any = None
     try:
-        with _later_interrupt():
+        with later_interrupt():
             iterator = iter(loader)
         # Without the signal, torch notices a death within seconds, while it waits for a batch.
         with _unsignalled_deaths() if survives else nullcontext():
@@ -380,19 +380,16 @@ def _free_shared_memory() -> float:
 
 
 @contextmanager
-def _later_interrupt() -> Iterator[None]:
+def later_interrupt() -> Iterator[None]:
     """Holds Ctrl-C back while worker processes start: a worker that does not ignore it yet prints a traceback."""
-    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the workers
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if received:
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(worker: int) -> None:

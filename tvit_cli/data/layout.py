@@ -374,9 +374,11 @@ def _hold_out(
     if groups:
         moved = sum(sum(train[group].values()) for group in groups)
         are_videos = moved == len(groups) and len(train) == sum(video.subset == "train" for video in videos)
-        counts = f"{len(groups)} of {len(train)} {'videos' if are_videos else f'groups ({moved} videos)'}"
+        kinds = "video" if are_videos else "group"
+        counts = f"{len(groups)} of {plural(len(train), kinds)}"
+        counts += "" if are_videos else f" ({plural(moved, 'video')})"
         names = shorten(sorted(groups), 3 if are_videos else 12)
-        notes.append(f"{counts} are held out of train as {subset}: {names}.")
+        notes.append(f"{counts} held out of train as {subset}: {names}.")
     return [
         replace(video, subset=subset) if video.subset == "train" and video.unit in groups else video
         for video in videos

@@ -9,21 +9,24 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tvit_cli.data.clips import later_interrupt
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: fast, and small beside the memory of a step
 PREFETCH = 4  # jobs per worker that start before their turn, so that one long video does not block the others
+SECONDS_TO_END_ITSELF = 5  # for a process that has reached the limit of its job
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -132,7 +135,7 @@ def map_in_order(
     workers: int,
     lost: Callable[[J, bool], R],
     seconds: float | None = None,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """`work(job)` of each job, in order, in `workers` processes; with 0 workers in this process.
 
     `work` is an importable function. A job that kills its process (by a crash, or for lack of memory) gives
@@ -143,25 +146,21 @@ def map_in_order(
         yield from map(work, jobs)
         return
     waiting, started = deque(jobs), deque[tuple[J, Future[R]]]()
-    pool = _pool(min(workers, len(jobs)))
-    try:
-        while waiting or started:
-            while waiting and len(started) < PREFETCH * workers:
-                started.append((waiting[0], _submit(pool, work, waiting.popleft(), seconds)))
-            job, future = started.popleft()
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                # Any running job may be the cause, so each is repeated in a process of its own.
-                pool.shutdown()
-                for suspect in (job, *(other for other, _ in started)):
-                    yield _run_alone(work, suspect, lost, seconds)
-                started.clear()
-                pool = _pool(min(workers, max(1, len(waiting))))
-            else:
+    while waiting:
+        with _pool(min(workers, len(waiting))) as pool:
+            while waiting or started:
+                while waiting and len(started) < PREFETCH * workers:
+                    started.append((waiting[0], _submit(pool, work, waiting.popleft(), seconds)))
+                try:
+                    result = _result(started[0][1], seconds)  # all earlier jobs have ended, so it has begun
+                except BrokenProcessPool:
+                    _kill(pool)
+                    break
+                started.popleft()
                 yield result
-    finally:
-        pool.shutdown(cancel_futures=True)
+        # Any running job may be the cause, so each is repeated in a process of its own.
+        while started:
+            yield _run_alone(work, started.popleft()[0], lost, seconds)
 
 
 def _submit(pool: ProcessPoolExecutor, work: Callable[[J], R], job: J, seconds: float | None) -> Future[R]:
@@ -173,12 +172,23 @@ def _submit(pool: ProcessPoolExecutor, work: Callable[[J], R], job: J, seconds: 
         return future
 
 
+def _result(future: Future[R], seconds: float | None) -> R:
+    """The result of a running job; a process that is stopped, and so cannot end itself, counts as dead."""
+    try:
+        return future.result(None if seconds is None else seconds + SECONDS_TO_END_ITSELF)
+    except TimeoutError as error:
+        if future.done():
+            raise
+        raise BrokenProcessPool from error
+
+
 def _run_alone(work: Callable[[J], R], job: J, lost: Callable[[J, bool], R], seconds: float | None) -> R:
     started = time.monotonic()
     with _pool(1) as pool:
         try:
-            return _submit(pool, work, job, seconds).result()
+            return _result(_submit(pool, work, job, seconds), seconds)
         except BrokenProcessPool:
+            _kill(pool)
             return lost(job, seconds is not None and time.monotonic() - started >= seconds)
 
 
@@ -194,9 +204,25 @@ def _run_limited(seconds: float | None, work: Callable[[J], R], job: J) -> R:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, which are killed where the block ends early, as by Ctrl-C."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
-    return ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_init_worker)
+    pool = ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_init_worker)
+    try:
+        with suppress(BrokenProcessPool), later_interrupt():
+            pool.submit(int).result()  # starts the processes, so that a job's time begins with the job
+        yield pool
+    except BaseException:
+        _kill(pool)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
 
 
 def _init_worker() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,11 @@ def extract(
         own = layout.videos[rank::processes]
         missing = [video for video in own if not _is_done(contents, video, settings, report)]
         unreadable: dict[str, str] = {}
-        with store.ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib << 20) as writer:
-            results = _map(settings, partial(_pack, parameters), missing, failure=lambda path, reason: reason)
+        packing = _map(settings, partial(_pack, parameters), missing, failure=lambda path, reason: reason)
+        with (
+            store.ShardWriter(folder, rank=rank, shard_bytes=settings.shard_mib << 20) as writer,
+            closing(packing) as results,
+        ):
             for done, (video, packed) in enumerate(zip(missing, results, strict=True), start=1):
                 if isinstance(packed, str):
                     unreadable[video.name] = packed
@@ -98,9 +101,10 @@ def check(settings: ExtractSettings, report: Report) -> tuple[Scan, ...]:
     """Decodes every video to its end and returns properties and faults, sorted by name; writes nothing."""
     layout, _ = _read_data(settings, report)
     scans: list[Scan] = []
-    for scan in _map(settings, scan_video, layout.videos, failure=_unreadable):
-        scans.append(scan)
-        report(Progress("checking", len(scans), len(layout.videos)))
+    with closing(_map(settings, scan_video, layout.videos, failure=_unreadable)) as found:
+        for scan in found:
+            scans.append(scan)
+            report(Progress("checking", len(scans), len(layout.videos)))
     return tuple(scans)
 
 
@@ -152,7 +156,7 @@ def _map(
     work: Callable[[Path], R],
     videos: Sequence[Video],
     failure: Callable[[Path, str], R],
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """`work(path)` of each video in worker processes; `failure(path, reason)` if one crashes or is too slow."""
 
     def lost(path: Path, too_long: bool) -> R:

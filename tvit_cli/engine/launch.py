@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,7 +21,7 @@ from torch.distributed import DistError
 from tvit_cli.data.clips import is_waiting
 from tvit_cli.engine.distributed import all_reduce_max, preserve_process_count
 from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError, plural
-from tvit_cli.results import Event, Report
+from tvit_cli.results import Event, Note, Report, silent
 from tvit_cli.settings.types import MixedPrecision
 
 if TYPE_CHECKING:  # importing Accelerate takes longer than labelling a few videos
@@ -156,8 +156,8 @@ def signal_text(name: str) -> str:
 class ImmediateStop:
     """Within this context, SIGINT, SIGTERM and SIGUSR1 raise Interrupted with `advice`: nothing needs saving."""
 
-    def __init__(self, advice: str = "") -> None:
-        self.advice = advice
+    def __init__(self, advice: str = "", report: Report = silent) -> None:
+        self.advice, self._report = advice, report
         self._before: dict[int, Any] = {}  # signal number -> handler
 
     def __enter__(self) -> Self:
@@ -173,8 +173,13 @@ class ImmediateStop:
     def _handlers(self) -> dict[str, Any]:
         return dict.fromkeys(EXIT_CODES, self._handle)
 
+    def _acknowledge(self, text: str) -> None:
+        with suppress(RuntimeError):  # a write to stderr was interrupted
+            self._report(Note(text))
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        self._acknowledge("Stopping…")
         raise Interrupted(f"Stopped by {signal_text(name)}. {self.advice}", exit_code=EXIT_CODES[name])
 
 
@@ -221,6 +226,9 @@ class StopSignals(ImmediateStop):
         name = signal.Signals(number).name
         if name == "SIGINT" and self.received == "SIGINT":
             raise KeyboardInterrupt
+        if self.received is None:
+            again = " Ctrl-C again stops at once." if name == "SIGINT" else ""
+            self._acknowledge(f"Stopping after this step, with a checkpoint.{again}")
         self.received = name
         if HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_GET_BATCH, 1)

@@ -18,7 +18,7 @@ from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import DataError, RunError, SettingsError, shorten
 from tvit_cli.files import check_writable
-from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction, silent
+from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction, silent, working
 from tvit_cli.settings.eval import EvalSettings
 
 
@@ -120,7 +120,9 @@ def evaluate(
     }
     if group.is_main:
         write_result(result, facts)
-        result = replace(result, report=write_report(result, settings, trained, facts, group, report))
+        with working("writing the report", report):
+            page = write_report(result, settings, trained, facts, group, report)
+        result = replace(result, report=page)
     return result
 
 
@@ -230,6 +232,6 @@ def _result(
         model=trained.folder,
         name=trained.name,
         output=settings.output or results_folder(settings, trained),
-        notes=(note,) if settings.top_k > top_k else (),
+        notes=(note,) if settings.top_k > top_k and "top_k" in settings.model_fields_set else (),
         calibration=tuple(metrics.calibration_bins(confidence, right)),
     )

@@ -13,7 +13,7 @@ from tvit_cli.errors import RunError, SettingsError
 from tvit_cli.files import check_writable
 from tvit_cli.report.comparison import write_comparison_report
 from tvit_cli.report.html import Context
-from tvit_cli.results import Comparison, EvalResult, Pair, Report, silent
+from tvit_cli.results import Comparison, EvalResult, Pair, Report, once, silent
 from tvit_cli.settings.eval import EvalSettings
 
 
@@ -26,7 +26,7 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     """
     assert settings.compare is not None
     group = join_process_group(settings.device)
-    report = report if group.is_main else silent
+    report = once(report) if group.is_main else silent
     runs, precision = settings.working_directory, settings.mixed_precision
     models = [  # both are opened before the first is scored: errors come early
         open_trained(model, working_directory=runs, device=group.device, mixed_precision=precision)

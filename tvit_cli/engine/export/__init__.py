@@ -19,7 +19,7 @@ from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError, shorten
 from tvit_cli.files import file_lock, files_below, foreign_files, sha256, write_json
 from tvit_cli.model.folder import PARITY_FILE, own_files, replace_folder
-from tvit_cli.results import Note, Report, silent
+from tvit_cli.results import Note, Report, silent, working
 from tvit_cli.settings.export import ExportFormat, ExportSettings
 
 LOGIN = "Log in with a token that may write (https://huggingface.co/settings/tokens): hf auth login"
@@ -76,8 +76,9 @@ def _write(job: Job, output: Path) -> tuple[Parity, str | None]:
     with reference(job) as expected:
         try:
             with replace_folder(output) as folder:
-                form.write(job, folder)
-                parity = check_parity(form, folder, expected, settings)
+                with working(f"writing {settings.format}", job.report):
+                    form.write(job, folder)
+                parity = check_parity(form, folder, expected, job)
                 (folder / README_FILE).write_text(readme(job, form, parity), encoding="utf-8")
                 record = {
                     **settings.model_dump(include={"format", "with_preprocessing", "int8"}),
@@ -97,8 +98,8 @@ def _write(job: Job, output: Path) -> tuple[Parity, str | None]:
             ) from error
     url = None
     if settings.push_to_hub is not None:
-        job.report(Note(f"Uploading to {settings.push_to_hub}"))
-        url = publish(output, settings.push_to_hub, private=settings.private)
+        with working(f"uploading to {settings.push_to_hub}", job.report):
+            url = publish(output, settings.push_to_hub, private=settings.private)
     return parity, url
 
 

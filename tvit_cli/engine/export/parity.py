@@ -21,10 +21,9 @@ from tvit_cli.engine.evaluate.selection import choose_split
 from tvit_cli.engine.export.formats import Format, Job
 from tvit_cli.engine.predict.paths import find_videos
 from tvit_cli.errors import DataError, RunError
-from tvit_cli.results import Note
+from tvit_cli.results import Note, Progress
 from tvit_cli.settings.card import Preprocessing
 from tvit_cli.settings.eval import EvalSettings
-from tvit_cli.settings.export import ExportSettings
 
 CLIPS = 20
 LOGIT_LIMIT = 1e-4
@@ -64,21 +63,30 @@ def reference(job: Job) -> Iterator[Reference]:
         else:
             source, paths = _dataset_clips(job)
         paths = _spread(paths or _noise_clips(Path(scratch), job.trained.card.preprocessing))
-        scores = score_locations(job.trained, paths)
+        scores = score_locations(
+            job.trained,
+            paths,
+            progress=lambda done, total: job.report(Progress("scoring clips", done, total)),
+        )
         if not len(scores.indices):
             raise RunError(f"{source}: none of the {len(paths)} clips can be read. Name others with --clips.")
         yield source, [paths[i] for i in scores.indices.tolist()], scores.logits
 
 
-def check_parity(form: Format, folder: Path, expected: Reference, settings: ExportSettings) -> Parity:
+def check_parity(form: Format, folder: Path, expected: Reference, job: Job) -> Parity:
     """Compares an export, loaded from its folder, with the reference; probabilities by their logarithms.
 
     Raises RunError where a limit is exceeded, or where the export or a clip cannot be read.
     """
-    source, videos, wanted = expected
+    settings, (source, videos, wanted) = job.settings, expected
+    rows: list[Tensor] = []
+    job.report(Progress("proving parity", 0, len(videos)))
     try:
         with form.load(folder) as predict, torch.inference_mode():
-            logits = torch.stack([predict(video) for video in videos]).double()
+            for video in videos:
+                rows.append(predict(video))
+                job.report(Progress("proving parity", len(rows), len(videos)))
+            logits = torch.stack(rows).double()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"--format {settings.format}: the parity check broke off, and nothing was written: a file cannot be "

@@ -183,12 +183,18 @@ class Model:
                 raise VideoError(f"{found.video}: {found.error}")
         return torch.stack([row for row in embeddings if row is not None])
 
-    def explain(self, video: Video, *, label: str | None = None) -> Explanation:
+    def explain(
+        self,
+        video: Video,
+        *,
+        label: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Explanation:
         """Returns the relevance of each patch for a label (default: the best), and a deletion test of it.
 
         Raises VideoError, or ModelError for a label that the model does not have.
         """
-        return explanations.explain(self._trained, find_source(video), label)
+        return explanations.explain(self._trained, find_source(video), label, progress)
 
     def write_explanation(self, path: Path, explanation: Explanation) -> None:
         """Writes an explanation of this model as a film strip, a PNG. Raises RunError."""
@@ -324,7 +330,9 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
         raise _stopped(PredictResult(tuple(predictions), tuple(errors)), len(predictions), len(locations))
     if settings.explain is not None and not predictions[0].error:
         with collect_errors(errors):
-            explanation = model.explain(locations[0])
+            explanation = model.explain(
+                locations[0], progress=lambda done, total: report(Progress("explaining", done, total))
+            )
             model.write_explanation(settings.explain, explanation)
             verdict = explanation.deletion.verdict
             report(Note(f"{settings.explain}: {explanation.label}: {verdict}."))

@@ -12,6 +12,7 @@ the clip's mean colour located moving objects better than four others (docs/nega
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tvit_cli.errors import ModelError, VideoError
 from tvit_cli.files import Source
 
 STEPS = 16  # on the path from blank to clip
+BATCH = 4  # of them in one pass
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of all patches, deleted together
 RANDOM_ORDERS = 19  # the smallest p-value is 1 / 20
 WEAK = 0.05  # mean difference of the label's score, below which a map is called weakly better than chance
@@ -92,8 +94,16 @@ class Explanation:
         return positive / total if total > 0 else positive
 
 
-def explain(trained: Trained, location: Source, label: str | None = None) -> Explanation:
-    """Explains a label (default: the best) of a video. Raises VideoError, ModelError for an unknown label."""
+def explain(
+    trained: Trained,
+    location: Source,
+    label: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Explanation:
+    """Explains a label (default: the best) of a video; `progress` gets the passes done and in all.
+
+    Raises VideoError, ModelError for an unknown label.
+    """
     card, model = trained.card, trained.model
     if label is not None and label not in card.labels:
         raise ModelError(f"{label}: is no label of {trained.folder}. It has {', '.join(card.labels)}.")
@@ -102,20 +112,30 @@ def explain(trained: Trained, location: Source, label: str | None = None) -> Exp
     if item.error:
         raise VideoError(f"{location}: {item.error}")
     (clip,) = eval_transform([item.frames], preprocessing=card.preprocessing, device=trained.device)
+    done, total = 0, STEPS // BATCH + 1 + RANDOM_ORDERS
+
+    def passed() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
     with torch.no_grad(), trained.autocast():  # as in prediction; the explanation is in float32
         logits = model(clip[None])
     trained.check_scores(logits)
     scores = logits.cpu().double().softmax(1)[0]  # MPS has no float64
     index = int(scores.argmax()) if label is None else card.labels.index(label)
     blank = blank_clip(clip)
-    relevance = by_patch(integrated_gradients(model, clip, blank, index), model.config.patch_size)
+    relevance = by_patch(
+        integrated_gradients(model, clip, blank, index, passed=passed), model.config.patch_size
+    )
     return Explanation(
         video=str(location),
         label=card.labels[index],
         score=float(scores[index]),
         clip=clip.cpu(),
         relevance=relevance.cpu(),
-        deletion=deletion_test(model, clip, blank, relevance, index),
+        deletion=deletion_test(model, clip, blank, relevance, index, passed=passed),
     )
 
 
@@ -125,7 +145,13 @@ def blank_clip(clip: Tensor) -> Tensor:
 
 
 def integrated_gradients(
-    model: nn.Module, clip: Tensor, blank: Tensor, label: int, *, steps: int = STEPS
+    model: nn.Module,
+    clip: Tensor,
+    blank: Tensor,
+    label: int,
+    *,
+    steps: int = STEPS,
+    passed: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Relevance of each value of a clip for the label's log probability, (T, C, S, S).
 
@@ -136,11 +162,12 @@ def integrated_gradients(
     even = (torch.arange(steps, device=clip.device) + 0.5) / steps  # the midpoint rule
     positions, weights = even**3, 3 * even**2 / steps
     shape = (-1, 1, 1, 1, 1)
-    for position, weight in zip(torch.split(positions, 4), torch.split(weights, 4), strict=True):
+    for position, weight in zip(torch.split(positions, BATCH), torch.split(weights, BATCH), strict=True):
         on_path = torch.lerp(blank, clip, position.view(shape)).requires_grad_(True)
         log_scores = model(on_path).float().log_softmax(1)[:, label]
         (gradient,) = torch.autograd.grad(log_scores.sum(), on_path)
         total += (gradient * weight.view(shape)).sum(0)
+        passed()
     return total * (clip - blank)
 
 
@@ -151,7 +178,15 @@ def by_patch(values: Tensor, patch_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def deletion_test(model: nn.Module, clip: Tensor, blank: Tensor, relevance: Tensor, label: int) -> Deletion:
+def deletion_test(
+    model: nn.Module,
+    clip: Tensor,
+    blank: Tensor,
+    relevance: Tensor,
+    label: int,
+    *,
+    passed: Callable[[], None] = lambda: None,
+) -> Deletion:
     """Deletes the most relevant patches, and as many random ones, and compares the label's scores."""
     generator = torch.Generator().manual_seed(0)  # the result depends on the clip alone
     count = relevance.numel()
@@ -161,6 +196,7 @@ def deletion_test(model: nn.Module, clip: Tensor, blank: Tensor, relevance: Tens
     for order in orders:
         clips = [blanked(clip, blank, relevance.shape, order[: round(share * count)]) for share in SHARES]
         rows.append(model(torch.stack(clips)).cpu().double().softmax(1)[:, label])
+        passed()
     scores = torch.stack(rows)  # (orders, shares)
     means = scores.mean(1)
     return Deletion(

@@ -46,7 +46,17 @@ from tvit_cli.model import lora
 from tvit_cli.model.folder import save_model
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
-from tvit_cli.results import ClassTable, EvalResult, Note, Report, TrainingStarts, TrainResult, silent
+from tvit_cli.results import (
+    ClassTable,
+    EvalResult,
+    Event,
+    Note,
+    Report,
+    TrainingStarts,
+    TrainResult,
+    once,
+    silent,
+)
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
@@ -65,9 +75,10 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     """
     if settings.log_tensorboard:
         require_tensorboard()
+    report = once(report)
     with (
         lost_rank_errors(),
-        ImmediateStop("Nothing is lost; start again with the same command.") as signals,
+        ImmediateStop("Nothing is lost; start again with the same command.", report) as signals,
     ):
         release_memory()  # of the model of an earlier run of a series
         loop = set_up(settings, report)
@@ -274,7 +285,7 @@ def _open_run(loop: Loop, *, is_alone: bool) -> None:
         loop.trackers.open_tensorboard(loop.step)
     steps = loop.plan.steps_per_epoch
     loop.report(TrainingStarts(plan_facts(loop), settings.epochs, steps, first_step=loop.step))
-    if settings.top_k > classes:
+    if settings.top_k > classes and "top_k" in settings.model_fields_set:
         text = f"--top-k {settings.top_k}: the data has {classes} classes, so top-{classes} is reported."
         loop.report(Note(text, "warning"))
 
@@ -314,7 +325,12 @@ def score_test(model: Path, settings: TrainSettings, report: Report, group: Proc
     assert settings.per_gpu_batch_size != "auto"
     shared = ("top_k", "device", "num_workers", "per_gpu_batch_size", "mixed_precision")
     own = {name: getattr(settings, name) for name in shared}
-    return evaluate(EvalSettings(model=model, **own), report, group)
+
+    def unless_known(event: Event) -> None:
+        if not isinstance(event, Note) or event.level == "warning":
+            report(event)
+
+    return evaluate(EvalSettings(model=model, **own), unless_known, group)
 
 
 def plan_facts(loop: Loop) -> dict[str, str]:
@@ -322,12 +338,12 @@ def plan_facts(loop: Loop) -> dict[str, str]:
     settings, plan, source = loop.settings, loop.plan, loop.source
     counts = ", ".join(f"{len(source.readable(subset))} {subset}" for subset in SUBSETS)
     return {
-        "data": f"{source.root}: {len(source.layout.labels)} classes, {counts}",
-        "clips": f"{settings.n_frames} frames of {settings.img_size}×{settings.img_size} pixels",
+        "data": f"{source.root}: {plural(len(source.layout.labels), 'class')}, {counts} videos",
+        "clips": f"{plural(settings.n_frames, 'frame')} of {settings.img_size}×{settings.img_size} pixels",
         "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
         "batch": str(plan),
         "schedule": f"{plural(settings.epochs, 'epoch')} of {plural(plan.steps_per_epoch, 'step')}, "
-        f"{settings.warmup():g} warm-up, learning rate {settings.learning_rate:g}",
+        f"warm-up {settings.warmup():g} epochs, learning rate {settings.learning_rate:g}",
     }
 
 

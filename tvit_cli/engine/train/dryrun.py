@@ -23,6 +23,7 @@ from tvit_cli.engine.train.loop import forward_backward, remaining_batches, upda
 from tvit_cli.engine.train.memory import Probe, free_bytes, out_of_memory_errors
 from tvit_cli.engine.train.monitor import Clock
 from tvit_cli.engine.train.state import Loop
+from tvit_cli.errors import plural
 from tvit_cli.model.lora import trainable_report
 from tvit_cli.portable.config import ViTConfig
 from tvit_cli.portable.vit import TemporalViT
@@ -38,7 +39,11 @@ def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
     Nothing is written, except downloaded weights in the Hugging Face cache. Raises the errors of `train` before its
     first step, and RunError if memory runs out.
     """
-    with lost_rank_errors(), ImmediateStop("Nothing was written."), _data(settings, report) as changed:
+    with (
+        lost_rank_errors(),
+        ImmediateStop("Nothing was written.", report),
+        _data(settings, report) as changed,
+    ):
         loop = set_up(changed, report, standardises=False)
         if settings.feature_norm and loop.run.resume_from is None:
             clips = len(clips_to_standardise(loop.source.readable("train")))
@@ -72,9 +77,9 @@ def _measure(loop: Loop) -> DryRun:
     seconds, wait = _time_steps(loop)
     return DryRun(
         folder=loop.run.folder,
-        model=f"{settings.hf_model_name or 'from scratch'}: {config.depth} blocks, {config.width} wide, "
+        model=f"{settings.hf_model_name or 'from scratch'}: {plural(config.depth, 'block')}, {config.width} wide, "
         f"{config.attention} attention",
-        data=f"{plan_facts(loop)['data']} videos",
+        data=plan_facts(loop)["data"],
         device=str(loop.device),
         precision=settings.mixed_precision,
         parameters=total,

@@ -54,7 +54,7 @@ def fit(loop: Loop) -> None:
     attempt, tally = Attempt(), loop.tally.sums.clone()
     step_loss = torch.zeros((), device=loop.device)
     report = loop.report
-    with StopSignals() as signals, closing(remaining_batches(loop)) as batches:
+    with StopSignals(report=report) as signals, closing(remaining_batches(loop)) as batches:
         loop.report = signals.stopping(report)
         try:
             for planned, batch in batches:

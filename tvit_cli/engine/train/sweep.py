@@ -19,7 +19,7 @@ from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, SETTINGS_FILE, load_card
 from tvit_cli.report.comparison import write_series_report
 from tvit_cli.report.html import Context
-from tvit_cli.results import Note, Report, SeriesResult, silent
+from tvit_cli.results import Note, Report, SeriesResult, once, silent
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 
@@ -40,11 +40,11 @@ def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Rep
     """
     assert settings.model is not None
     group = join_process_group(settings.device)
-    results = {}
+    report, results = once(report if group.is_main else silent), {}
     for name, model in models.items():
         output = None if settings.output is None else settings.output / name
         own = settings.model_copy(update={"model": model, "output": output})
-        results[name] = evaluate(own, report if group.is_main else silent, group)
+        results[name] = evaluate(own, report, group)
     runs = {name: result.metrics for name, result in results.items()}
     folder = settings.output or settings.model / "eval" / next(iter(results.values())).output.name
     whole = SeriesResult(folder, runs, summarise(list(runs.values())), results)
@@ -81,7 +81,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
     Raises SettingsError if the experiment is a single run, or a finished run has other settings; and the errors of
     `train`.
     """
-    first = series[0]
+    first, report = series[0], once(report)
     if first.resume_from_checkpoint is not None:
         raise SettingsError(
             f"--resume-from-checkpoint {first.resume_from_checkpoint}: each run of a series has its own. Leave "
@@ -104,7 +104,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
     for run in finished:
         runs[run] = check_finished_settings(folder / run, runs[run], accelerator.num_processes)
     for number, (run, settings) in enumerate(runs.items()):
-        report(Note(f"Run {number + 1} of {len(runs)}: {folder / run}{' is finished' * (run in finished)}"))
+        report(Note(f"Run {number + 1} of {len(runs)}: {run}{' is finished' * (run in finished)}"))
         try:
             if run not in finished:
                 train(settings, report)
