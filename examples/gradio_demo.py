@@ -18,9 +18,10 @@ import tempfile
 import threading
 import time
 from base64 import b64encode
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,22 +50,25 @@ BEST_LABEL = "the best label"
 LONG_VIDEO = ("MoveRight", "Grow", "TurnClockwise", "MoveUp")  # motions of the long example
 NO_EXPLANATION = "The explanation of the label appears here."
 NO_TIMELINE = "The timeline appears here."
+NO_CAPTION = tvit_cli.Segment(-1.0, -1.0, "", 0.0)  # before the first frame
 HOUR = 3600  # seconds
 POLL = 0.5  # seconds between two checks whether the client is still connected
 MAX_FRAMES, MAX_SECONDS = 30_000, 300
+PLAYED = {".mp4": {"h264", "av1", "vp9"}, ".webm": {"vp8", "vp9", "av1"}}  # by browsers
 MODEL = "model"  # concurrency group: the model computes one request at a time
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: 0 auto}
 #head h1 {margin: .6rem 0 0; font-size: 1.75rem; letter-spacing: -.02em}
 .dim {margin: 0; color: var(--body-text-color-subdued)}
 .card {padding: 14px 16px; border: 1px solid var(--border-color-primary); border-radius: var(--block-radius);
-  background: var(--block-background-fill)}
-.drawn {width: 100%}
+  background: var(--block-background-fill); overflow-x: auto; contain: inline-size}
+.drawn {width: 100%; min-width: 600px}
 .dark .on-light, body:not(.dark) .on-dark {display: none}
 .frames {display: grid; grid-template-columns: repeat(auto-fit, minmax(64px, 1fr)); gap: 6px; margin-top: 10px}
 .frames img {width: 100%; max-width: 224px; border-radius: 6px}
 .html-container {padding: 0 !important}
 .card table {width: 100%; margin-top: 10px; border-collapse: collapse; font-variant-numeric: tabular-nums}
+.card :is(table, thead, tbody, tr) {border: none !important}
 .card table :is(th, td) {padding: 5px 10px; text-align: left; border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important}
 footer {display: none !important}
@@ -85,6 +89,29 @@ class Page:
         self.folder = folder
         self.max_frames = max_frames
         self.max_seconds = max_seconds
+
+    def play(self, video: str | None) -> Iterator[Any]:
+        """A player of the video, or of a copy in a format that browsers play; none if it cannot be read."""
+        yield gr.update(value=None, visible=False)
+        if video is None:
+            return
+        with suppress(TvitError, av.FFmpegError, IndexError):
+            path = Path(video)
+            with av.open(path) as container:
+                codec = container.streams.video[0].codec_context.name
+            if codec in PLAYED.get(path.suffix.lower(), ()):
+                yield gr.update(value=str(path), visible=True)
+                return
+            self.check(path)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                copy = Path(folder) / f"{path.stem}.mp4"
+                yield from run_in_thread(
+                    lambda check_in: self.model.annotate(
+                        copy, path, [NO_CAPTION], progress=lambda done, total: check_in()
+                    ),
+                    self.max_seconds,
+                )
+                yield gr.update(value=str(copy), visible=True)
 
     def label(self, video: str | None, top_k: int) -> dict[str, float]:
         """The best labels with their scores."""
@@ -111,7 +138,7 @@ class Page:
         stride: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio requires this default)
     ) -> Iterator[Any]:
-        """The timeline as a picture, and its segments as a table."""
+        """The timeline as a picture with its segments as a table, and a sentence on the whole video."""
 
         def played(done: float, total: float | None) -> None:
             progress(min(1.0, done / total) if total else None, f"{clock(done)} played")
@@ -120,7 +147,7 @@ class Page:
             timeline = yield from run_in_thread(
                 lambda check_in: self.timeline(path, window, stride, check_in), self.max_seconds, played
             )
-        yield self.drawn_timeline(timeline, window)
+        yield self.drawn_timeline(timeline, window), summary(timeline)
 
     def write(self, video: str | None, window: float, stride: float) -> Iterator[Any]:
         """A copy of the video with its labels as captions, for browsers; Gradio copies it again."""
@@ -257,6 +284,21 @@ def clock(seconds: float) -> str:
     return f"{minutes:.0f}:{rest:04.1f}".removesuffix(".0")
 
 
+def summary(timeline: tvit_cli.Timeline) -> str:
+    """The label with the most time and the others, if a video shows several."""
+    times: defaultdict[str, float] = defaultdict(float)
+    for segment in timeline.segments:
+        times[segment.label] += segment.end - segment.start
+    (label, most), *others = sorted(times.items(), key=lambda item: -item[1])
+    if not others:
+        return ""
+    rest = ", ".join(f"{name} {clock(seconds)}" for name, seconds in others)
+    whole = clock(sum(times.values()))
+    if most < sum(times.values()) / 2:
+        return card(f"{len(times)} actions, so no label fits all {whole}: {label} {clock(most)}, {rest}")
+    return card(f"Mostly {label}, {clock(most)} of {whole}. Also {rest}")
+
+
 def table(timeline: tvit_cli.Timeline) -> str:
     """The segments, a row each."""
     rows = [(clock(s.start), clock(s.end), escape(s.label), f"{s.score:.3f}") for s in timeline.segments]
@@ -309,6 +351,15 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 video = gr.File(label="Video", file_types=suffixes, height=150, elem_id="video")
                 chips = gr.Column(visible=bool(examples), min_width=300)
+                player = gr.Video(
+                    label="Player",
+                    interactive=False,
+                    visible=False,
+                    autoplay=True,
+                    loop=True,
+                    height=220,
+                    elem_id="player",
+                )
                 go = gr.Button("Label it", variant="primary", elem_id="go")
                 with gr.Accordion("Options", open=False):
                     top_k = gr.Slider(1, len(labels), min(5, len(labels)), step=1, label="Labels shown")
@@ -317,6 +368,7 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
                     stride = gr.Slider(0.1, 5, 0.5, step=0.1, label="Timeline: seconds between windows")
             with gr.Column(scale=3, min_width=320):
                 scores = gr.Label(label="Label", elem_id="scores")
+                whole = gr.HTML(elem_id="whole")
                 frames = gr.HTML(elem_id="frames")
         with gr.Tab("Why"):
             why = gr.HTML(card(NO_EXPLANATION), elem_id="why")
@@ -325,6 +377,7 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
         with gr.Tab("Video"):
             write = gr.Button("Write the labels into the video", elem_id="write")
             labelled = gr.Video(label="With its labels", interactive=False, height=360, elem_id="labelled")
+        video.change(page.play, [video], player, show_progress="hidden")
         starts = [go.click]
         if examples:
             with chips:
@@ -336,17 +389,17 @@ def build(page: Page, examples: list[Path]) -> gr.Blocks:
                 )
             starts.append(picked.load_input_event.success)
         for start in starts:  # each step shows its result before the next begins
-            cleared = start(blank_page, None, [scores, frames, why, timeline, labelled], queue=False)
+            cleared = start(blank_page, None, [scores, whole, frames, why, timeline, labelled], queue=False)
             labelling = cleared.success(page.label, [video, top_k], scores, concurrency_id=MODEL)
             explaining = labelling.success(page.explain, [video, label], [frames, why], concurrency_id=MODEL)
-            explaining.success(page.when, [video, window, stride], timeline, concurrency_id=MODEL)
+            explaining.success(page.when, [video, window, stride], [timeline, whole], concurrency_id=MODEL)
         write.click(page.write, [video, window, stride], labelled, concurrency_id=MODEL)
     return blocks
 
 
-def blank_page() -> tuple[None, str, str, str, None]:
+def blank_page() -> tuple[None, str, str, str, str, None]:
     """Empty outputs, so that no result of an earlier video remains."""
-    return None, "", card(NO_EXPLANATION), card(NO_TIMELINE), None
+    return None, "", "", card(NO_EXPLANATION), card(NO_TIMELINE), None
 
 
 def theme() -> gr.themes.Base:

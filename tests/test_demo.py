@@ -109,6 +109,7 @@ def test_a_video_is_uploaded_labelled_explained_and_told_in_time(demo, watched, 
 
     upload(page, path)
     page.get_by_text("two things").first.wait_for()
+    page.wait_for_function("document.querySelector('#player video')?.videoWidth == 32")  # a copy as MP4
     page.locator("#go").click()
     prediction = demo.model.predict(path, top_k=5)
     page.locator("#scores").get_by_text(prediction.label).first.wait_for()
@@ -147,6 +148,7 @@ def test_an_example_is_labelled_when_it_is_picked(watched):
     page.get_by_role("tab", name="When").click()
     page.locator("#timeline td").first.wait_for()
     assert "0:32" in page.locator("#timeline td").all_inner_texts()
+    assert page.evaluate("document.querySelector('#player video').currentSrc").endswith("four-in-a-row.mp4")
     assert watched.problems == []
 
 

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tiny
 from needs import need
 
 from tvit_cli.engine.predict import load_model
+from tvit_cli.results import Segment
 
 
 @pytest.fixture(scope="module")
@@ -87,4 +89,26 @@ def test_the_demo_gives_the_timeline_that_the_model_makes(demo, model, make_vide
     video = make_video(tmp_path / "a.mp4", frames=40, rate=10)
     *_, shown = page.when(str(video), 2.0, 0.5)
     timeline = page.model.timeline(video, window=2.0, stride=0.5)
-    assert demo.table(timeline) in shown
+    assert demo.table(timeline) in shown[0]
+
+
+def test_the_demo_plays_nothing_that_is_no_video(demo, tmp_path):
+    letter = tmp_path / "letter.mp4"
+    letter.write_text("Dear reader")
+    page = demo.Page(None, tmp_path)
+    for nothing in (None, str(letter)):
+        assert [update["visible"] for update in page.play(nothing)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("segments", "text"),
+    [
+        ("aaab", "Mostly a, 0:03 of 0:04. Also b 0:01"),
+        ("abcb", "Mostly b, 0:02 of 0:04. Also a 0:01, c 0:01"),
+        ("abcde", "5 actions, so no label fits all 0:05: a 0:01, b 0:01, c 0:01, d 0:01, e 0:01"),
+        ("aaa", ""),
+    ],
+)
+def test_the_demo_calls_one_of_many_actions_mostly(demo, segments, text):
+    timeline = SimpleNamespace(segments=[Segment(n, n + 1, label, 0.9) for n, label in enumerate(segments)])
+    assert demo.summary(timeline) == (demo.card(text) if text else "")
