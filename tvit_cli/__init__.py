@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tvit_cli.data.video import read_video
     from tvit_cli.engine.download import DownloadResult
     from tvit_cli.engine.export import ExportResult
-    from tvit_cli.engine.predict import Model, Prediction, PredictResult, TimelineResult, load_model
+    from tvit_cli.engine.predict import Model, PredictResult, TimelineResult, load_model
     from tvit_cli.engine.predict.explain import Explanation
     from tvit_cli.errors import (
         CheckpointError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         VideoError,
     )
     from tvit_cli.results import (
+        AnswersStart,
         Comparison,
         DryRun,
         EpochDone,
@@ -39,9 +40,12 @@ if TYPE_CHECKING:
         Event,
         ExtractResult,
         Note,
+        Prediction,
         Progress,
         Scan,
         Segment,
+        SegmentFound,
+        SegmentsEnd,
         SeriesResult,
         StepDone,
         Timeline,
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "VIDEO_SUFFIXES",
+    "AnswersStart",
     "CheckpointError",
     "Comparison",
     "DataError",
@@ -73,6 +78,8 @@ __all__ = [
     "RunError",
     "Scan",
     "Segment",
+    "SegmentFound",
+    "SegmentsEnd",
     "SeriesResult",
     "SettingsError",
     "StepDone",

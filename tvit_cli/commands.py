@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from tvit_cli.errors import DataError, Interrupted, RunError, plural, size_text
 
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tvit_cli.console import Console
-    from tvit_cli.results import Comparison, DryRun, Report, Scan, SeriesResult
+    from tvit_cli.results import (
+        Comparison,
+        DryRun,
+        Event,
+        Prediction,
+        Scan,
+        SegmentFound,
+        SegmentsEnd,
+        SeriesResult,
+    )
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
     from tvit_cli.settings.eval import EvalSettings
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
     from tvit_cli.settings.predict import PredictSettings
     from tvit_cli.settings.train import TrainSettings
 
-R = TypeVar("R")
+UNSURE = 0.5  # scores below it are counted
 
 
 def download(loaded: Loaded[DownloadSettings], console: Console) -> None:
@@ -244,7 +254,7 @@ def _print_comparison(console: Console, result: Comparison) -> None:
 
 def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
     """Labels videos and prints a table, JSON lines or CSV. Raises RunError if some could not be read."""
-    from tvit_cli.engine import predict as engine
+    from tvit_cli.api import run_predict
 
     settings = loaded.settings
     if "-" in settings.paths:
@@ -256,86 +266,126 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
         first = settings.paths.index("-")
         others = [path for path in settings.paths[first:] if path != "-"]
         settings = settings.model_copy(update={"paths": (*settings.paths[:first], *listed, *others)})
-    if settings.window is not None:
-        _timelines(settings, console)
-        return
-    result, stop = _until_stopped(console, engine.predict, settings)
-    if settings.json_lines:
-        for p in result.predictions:
-            labels = [{"label": label, "score": score} for label, score in p.labels]
-            console.json_line(
-                {"video": p.video, **({"error": p.error} if p.error else {"predictions": labels})}
-            )
-    elif settings.csv:
-        rows: list[tuple[object, ...]] = []
-        for p in result.predictions:
-            rows += [(p.video, "", "", "", p.error)] if p.error else []
-            rows += [(p.video, rank, label, score, "") for rank, (label, score) in enumerate(p.labels, 1)]
-        console.csv(["video", "rank", "label", "score", "error"], rows)
-    elif shown := [
-        (p.video if rank == 0 else "", label, f"{score:.3f}")
-        for p in result.predictions
-        for rank, (label, score) in enumerate(p.labels)
-    ]:
-        console.table(["video", "label", "score"], shown)
-    failed = {p.video: p.error for p in result.predictions if p.error}
-    _raise_failures(console, failed, len(result.predictions), result.unwritten, stop)
-
-
-def _until_stopped(
-    console: Console, work: Callable[[PredictSettings, Report], R], settings: PredictSettings
-) -> tuple[R, Interrupted | None]:
-    """The result of a prediction, and the stop that ended it early, if any."""
+    answers = Answers(console, settings)
+    stop: Interrupted | None = None
     try:
-        return console.run(work, settings), None
-    except Interrupted as stop:
-        if stop.result is None:
-            raise
-        return stop.result, stop
-
-
-def _timelines(settings: PredictSettings, console: Console) -> None:
-    from tvit_cli.engine.predict import predict_timelines
-
-    results, stop = _until_stopped(console, predict_timelines, settings)
-    found = [(r.video, s) for r in results if r.timeline for s in r.timeline.segments]
-    failed = {r.video: r.error for r in results if r.error}
-    columns = ["video", "start", "end", "label", "score"]
-    if settings.json_lines:
-        for r in results:
-            value: dict[str, object] = {"error": r.error}
-            if t := r.timeline:
-                value = {"seconds": t.seconds, "segments": [asdict(segment) for segment in t.segments]}
-            console.json_line({"video": r.video, **value})
-    elif settings.csv:
-        rows: list[tuple[object, ...]] = [
-            (video, f"{s.start:.3f}", f"{s.end:.3f}", s.label, s.score, "") for video, s in found
-        ]
-        rows += [(video, "", "", "", "", error) for video, error in failed.items()]
-        console.csv([*columns, "error"], rows)
-    elif found:
-        shown = [(v, f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}") for v, s in found]
-        console.table(columns, shown)
-    unwritten = [reason for r in results for reason in r.unwritten]
-    _raise_failures(console, failed, len(results), unwritten, stop)
-
-
-def _raise_failures(
-    console: Console,
-    failed: dict[str, str],
-    videos: int,
-    unwritten: Sequence[str],
-    stop: Interrupted | None,
-) -> None:
-    for name, error in failed.items():
-        console.warn(f"{name}: {error}")
+        with console:
+            result = run_predict(replace(loaded, series=(settings,)), answers.report)
+    except Interrupted as error:
+        stop, result = error, error.result or ()
+    finally:
+        answers.finish()
+    found = result if isinstance(result, tuple) else (result,)
+    problems = [reason for one in found for reason in one.unwritten]
     if stop is not None:
-        for reason in unwritten:
+        for reason in problems:
             console.warn(reason)
         raise stop
-    unread = [f"{len(failed)} of {plural(videos, 'video')} could not be read."] if failed else []
-    if problems := [*unwritten, *unread]:
+    if answers.failed:
+        problems.append(f"{len(answers.failed)} of {plural(answers.videos, 'video')} could not be read.")
+    if problems:
         raise RunError("\n".join(problems))
+
+
+class Answers:
+    """Prints predictions and segments as they are reported, flushed: a table, JSON lines or CSV.
+
+    `report` takes an engine's events; those that are no answers go to the console.
+    """
+
+    def __init__(self, console: Console, settings: PredictSettings) -> None:
+        self.videos = 0
+        self.failed: dict[str, str] = {}  # reason by video
+        self._console, self._settings = console, settings
+        self._row: Callable[[Iterable[object]], None] = lambda row: None
+        self._is_open = False  # whether a line of JSON is unfinished
+        self._labels: Counter[str] = Counter()
+        self._unsure: Counter[str] = Counter()
+
+    def report(self, event: Event) -> None:
+        """Prints an event."""
+        from tvit_cli.results import AnswersStart, Prediction, SegmentFound, SegmentsEnd
+
+        match event:
+            case AnswersStart():
+                is_timeline = self._settings.window is not None
+                times = dict.fromkeys(("start", "end") * is_timeline, ("000.00",))
+                texts = {"video": event.videos, **times, "label": event.labels, "score": ("0.000",)}
+                self._row = self._console.growing_table(texts)
+                if self._settings.csv:
+                    rank = () if is_timeline else ("rank",)
+                    self._console.csv(("video", *rank, *list(texts)[1:], "error"))
+            case Prediction():
+                self._prediction(event)
+            case SegmentFound():
+                self._segment(event)
+            case SegmentsEnd():
+                self._end(event)
+            case _:
+                self._console.report(event)
+
+    def _prediction(self, found: Prediction) -> None:
+        video, self.videos = found.video, self.videos + 1
+        if found.error:
+            self.failed[video] = found.error
+        else:
+            self._labels[found.label] += 1
+            self._unsure[found.label] += found.labels[0][1] < UNSURE
+        if self._settings.json_lines:
+            labels = [{"label": label, "score": score} for label, score in found.labels]
+            self._console.json_line(
+                {"video": video, **({"error": found.error} if found.error else {"predictions": labels})}
+            )
+        elif self._settings.csv:
+            rows: list[tuple[object, ...]] = [
+                (video, rank, label, score, "") for rank, (label, score) in enumerate(found.labels, 1)
+            ]
+            self._console.csv(*(rows or [(video, "", "", "", found.error)]))
+        else:
+            for rank, (label, score) in enumerate(found.labels):
+                self._row((video if rank == 0 else "", label, f"{score:.3f}"))
+
+    def _segment(self, found: SegmentFound) -> None:
+        video, s = found.video, found.segment
+        if self._settings.json_lines:
+            begin = (
+                ", " if self._is_open else self._console.json_text({"video": video})[:-1] + ', "segments": ['
+            )
+            self._console.write(begin + self._console.json_text(asdict(s)))
+            self._is_open = True
+        elif self._settings.csv:
+            self._console.csv((video, f"{s.start:.3f}", f"{s.end:.3f}", s.label, s.score, ""))
+        else:
+            self._row((video, f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}"))
+
+    def _end(self, end: SegmentsEnd) -> None:
+        self.videos += 1
+        if end.error:
+            self.failed[end.video] = end.error
+        if self._settings.json_lines:
+            rest = {"error": end.error} if end.error else {"seconds": end.seconds}
+            if self._is_open:
+                self._console.write(f"], {self._console.json_text(rest)[1:]}\n")
+            else:
+                self._console.json_line({"video": end.video, **rest})
+            self._is_open = False
+        elif self._settings.csv and end.error:
+            self._console.csv((end.video, "", "", "", "", end.error))
+
+    def finish(self) -> None:
+        """Prints the count of each label below the table, or on stderr, and warnings of unreadable videos."""
+        if self._is_open:
+            self._console.write("]}\n")
+        if self._labels.total() > 1:
+            by_count = sorted(self._labels, key=lambda label: (-self._labels[label], label))
+            rows = [(label, self._labels[label], self._unsure[label]) for label in by_count]
+            rows.append(("all", self._labels.total(), self._unsure.total()))
+            is_machine_readable = self._settings.json_lines or self._settings.csv
+            if not is_machine_readable:
+                self._console.print("")
+            self._console.table(["label", "videos", f"below {UNSURE:g}"], rows, on_stderr=is_machine_readable)
+        for name, error in self.failed.items():
+            self._console.warn(f"{name}: {error}")
 
 
 def export(loaded: Loaded[ExportSettings], console: Console) -> None:

@@ -10,13 +10,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich import progress
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.markup import escape
@@ -46,6 +47,16 @@ def _printable(text: str) -> str:
 def _shown(text: str) -> str:
     """Printable text in which rich finds no markup."""
     return escape(_printable(text))
+
+
+def _cells(row: Iterable[object]) -> list[str]:
+    """The cells of a table's row as rich shows them, each on one line."""
+    return [_shown(str(cell).replace("\n", r"\n")) for cell in row]
+
+
+def _justify(cells: Iterable[str]) -> Literal["left", "right"]:
+    """The side to which a column is aligned: numbers, and no other texts, to the right."""
+    return "right" if all(cell[:1].isdigit() or not cell for cell in cells) else "left"
 
 
 def print_error(error: BaseException) -> None:
@@ -104,11 +115,13 @@ class Console:
             transient=True,
             refresh_per_second=2,  # a refresh takes some milliseconds of a core that computes
             disable=not self._is_live,
+            redirect_stdout=False,  # results go to stdout while bars are shown on stderr
         )
         self._tasks: dict[str, progress.TaskID] = {}
         self._last_line = time.monotonic()
         self._plan: dict[str, str] = {}
         self._before: Any = None  # handler of Ctrl-C
+        self._begun = ""  # line of `write`
 
     def __enter__(self) -> Console:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
@@ -154,8 +167,8 @@ class Console:
                 done, total = text(event.done), "" if event.total is None else f" of {text(event.total)}"
                 self._line(f"{event.task}: {done}{total}", event.task)
                 self._bar(event.task, event.done, event.total, done if event.unit == "bytes" else "")
-            case ClassTable() if self._verbosity != "quiet":
-                self._print_table(self._err, event.columns, [*self._some(event.rows), event.total])
+            case ClassTable():
+                self.table(event.columns, [*self._some(event.rows), event.total], on_stderr=True)
             case TrainingStarts():
                 for name, fact in event.facts.items():
                     if self._plan.get(name) == fact:  # as in the series' run before
@@ -177,38 +190,74 @@ class Console:
             case EpochDone():
                 self._epoch(event)
 
-    def table(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-        """Prints a table on stdout; columns of numbers are right-aligned."""
-        self._print_table(self._out, columns, rows)
-
-    def _print_table(
-        self, console: RichConsole, columns: Iterable[str], rows: Iterable[Iterable[object]]
+    def table(
+        self, columns: Iterable[str], rows: Iterable[Iterable[object]], *, on_stderr: bool = False
     ) -> None:
+        """Prints a table on stdout, or on stderr unless quiet; columns of numbers are right-aligned."""
+        cells = [_cells(row) for row in rows]
         table = Table(box=None, pad_edge=False, header_style="bold")
-        cells = [[str(cell).replace("\n", r"\n") for cell in row] for row in rows]
         for number, column in enumerate(columns):
-            are_numbers = all(row[number][:1].isdigit() or not row[number] for row in cells)
-            table.add_column(_shown(column), justify="right" if are_numbers else "left", overflow="fold")
+            table.add_column(_shown(column), justify=_justify(row[number] for row in cells), overflow="fold")
         for row in cells:
-            table.add_row(*map(_shown, row))
-        console.print(table)
+            table.add_row(*row)
+        if on_stderr:
+            self._print_progress(table)
+        else:
+            with self._results():
+                self._out.print(table)
+
+    def growing_table(self, columns: Mapping[str, Sequence[str]]) -> Callable[[Iterable[object]], None]:
+        """Prints a table row by row as the returned function is called; columns fit the texts given for each."""
+        widths = [max(map(cell_len, map(_printable, (name, *texts)))) for name, texts in columns.items()]
+        too_wide = sum(widths) + 2 * (len(widths) - 1) - self._out.width
+        widths[0] = max(widths[0] - max(0, too_wide), 10)
+        heads = list(columns)
+
+        def print_row(row: Iterable[object]) -> None:
+            cells = [str(cell) for cell in row]
+            widths[1:] = map(max, widths[1:], [cell_len(_printable(cell)) for cell in cells[1:]])
+            table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(heads))
+            for width, (name, texts) in zip(widths, columns.items(), strict=True):
+                table.add_column(_shown(name), justify=_justify(texts), overflow="fold", width=width)
+            table.add_row(*_cells(cells))
+            heads.clear()
+            with self._results():
+                self._out.print(table)
+
+        return print_row
 
     def json_line(self, value: Mapping[str, object]) -> None:
         """Prints one JSON object on a line of stdout."""
-        if self._is_main:
-            text = json.dumps(value, ensure_ascii=False)
-            sys.stdout.write(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+        self.write(self.json_text(value) + "\n")
 
-    def csv(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-        """Prints a table as CSV on stdout."""
+    @staticmethod
+    def json_text(value: Mapping[str, object]) -> str:
+        """A JSON object with its control characters as escapes."""
+        text = json.dumps(value, ensure_ascii=False)
+        return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+    def write(self, text: str) -> None:
+        """Prints text on stdout as it is; on a terminal, where bars are shown, whole lines only."""
+        self._begun += text
+        if self._is_main and (text.endswith("\n") or not sys.stdout.isatty()):
+            with self._results():
+                sys.stdout.write(self._begun)
+            self._begun = ""
+
+    def csv(self, *rows: Iterable[object]) -> None:
+        """Prints rows of CSV on stdout."""
         if self._is_main:
-            writer = csv.writer(sys.stdout, lineterminator="\n")
-            for row in (columns, *rows):
-                writer.writerow(csv_row(_printable(cell) if isinstance(cell, str) else cell for cell in row))
+            with self._results():
+                writer = csv.writer(sys.stdout, lineterminator="\n")
+                for row in rows:
+                    writer.writerow(
+                        csv_row(_printable(cell) if isinstance(cell, str) else cell for cell in row)
+                    )
 
     def print(self, text: str) -> None:
         """Prints a line of the result on stdout."""
-        self._out.print(_shown(text))
+        with self._results():
+            self._out.print(_shown(text))
 
     def warn(self, text: str) -> None:
         """Prints a warning on stderr at every verbosity."""
@@ -229,7 +278,21 @@ class Console:
         more = f"{len(rows) - 2 * half} more (--verbose)"
         return [*rows[:half], (more, *[""] * (len(rows[0]) - 1)), *rows[-half:]]
 
-    def _print_progress(self, markup: str) -> None:
+    @contextmanager
+    def _results(self) -> Iterator[None]:
+        """Clears the bars while a result is printed on the same terminal, and flushes it."""
+        clears = self._is_live and self._bars.live.is_started and sys.stdout.isatty()
+        if clears:
+            self._bars.stop()
+        try:
+            yield
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough
+            self._out.on_broken_pipe()
+        if clears:
+            self._bars.start()
+
+    def _print_progress(self, markup: RenderableType) -> None:
         if self._verbosity != "quiet":
             self._err.print(markup)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias
 
-from tvit_cli.errors import DataError, RunError, VideoError, plural, shorten, size_text
+from tvit_cli.errors import DataError, Interrupted, RunError, VideoError, plural, shorten, size_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -286,9 +286,11 @@ def check_file(option: str, path: Path | None, inputs: Sequence[Location]) -> No
 
 @contextmanager
 def collect_errors(errors: list[str]) -> Iterator[None]:
-    """Collects the text of a RunError or VideoError, so that later work goes on."""
+    """Collects the text of a RunError or VideoError, so that later work goes on; a stop is raised."""
     try:
         yield
+    except Interrupted:
+        raise
     except (RunError, VideoError) as error:
         errors.append(str(error))
 

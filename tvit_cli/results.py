@@ -83,7 +83,57 @@ class EpochDone:
     is_best: bool = False
 
 
-Event = Note | Progress | ClassTable | TrainingStarts | StepDone | EpochDone
+@dataclass(frozen=True)
+class AnswersStart:
+    """The videos that are to be labelled, in order, and the model's labels."""
+
+    videos: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best labels of one video with their scores, best first, or the error that prevented it."""
+
+    video: str
+    labels: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+    @property
+    def label(self) -> str:
+        """The best label; "" for an unreadable video."""
+        return self.labels[0][0] if self.labels else ""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a video with one label, in seconds; `score` is the label's mean over it."""
+
+    start: float
+    end: float
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class SegmentFound:
+    """A segment that no later part of its video can change."""
+
+    video: str
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class SegmentsEnd:
+    """A video has no further segment: `seconds` of it are in the timeline, or an error prevented that."""
+
+    video: str
+    seconds: float = 0.0
+    error: str = ""
+
+
+Answer = AnswersStart | Prediction | SegmentFound | SegmentsEnd
+Event = Note | Progress | ClassTable | TrainingStarts | StepDone | EpochDone | Answer
 Report = Callable[[Event], None]
 
 
@@ -384,16 +434,6 @@ class DryRun:
     def seconds_per_epoch(self) -> float:
         """Training and validation."""
         return self.steps_per_epoch * self.seconds_per_step + self.validation_seconds
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Part of a video with one label, in seconds; `score` is the label's mean over it."""
-
-    start: float
-    end: float
-    label: str
-    score: float
 
 
 @dataclass(frozen=True)

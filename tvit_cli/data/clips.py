@@ -9,6 +9,7 @@ import multiprocessing.queues
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -392,13 +393,34 @@ def later_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back until the block ends, so that it is done as a whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    received: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {stop: signal.signal(stop, lambda number, frame: received.append(number)) for stop in stops}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+    if received:
+        signal.raise_signal(received[0])
+
+
 def _begin_worker(worker: int) -> None:
-    """Ignores stop signals, and sends errors of the queue's thread to the parent."""
+    """Ignores stop signals, sends errors of the queue's thread to the parent, and prints none."""
     # Terminals and most schedulers signal the whole process group. The parent needs the worker to finish its step
     # and save; if the parent is gone, torch ends the worker.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    # A thread that shares tensors prints a traceback if the parent has ended the connection.
+    sys.excepthook = lambda *error: None
 
     def send(queue: Any, error: Exception, entry: tuple[int, object]) -> None:
         number, data = entry

@@ -5,8 +5,8 @@ Letters: V videos, B clips, T frames, C channels, H W pixels, S the side of a fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,48 +119,64 @@ def score(
     workers: int,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Callable[[int, int], None] | None = None,
-    may_stop: bool = False,
 ) -> Scores:
     """Scores all clips; ranks take turns by batch, and each gets all scores.
-
-    With `may_stop` (one rank only), the scores so far are returned after a KeyboardInterrupt.
 
     The batches, and so the logits, are the same for any number of processes: the last bits of a row depend on
     the rows computed together with it.
     """
-    keys = [(0, index) for index in range(len(clips.dataset))]
-    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    own = batches[group.rank :: group.processes]
+    indices = range(len(clips.dataset))
+    own = [indices[i : i + batch_size] for i in indices[::batch_size]][group.rank :: group.processes]
     total, done = sum(map(len, own)), 0
-    device, pre = group.device, clips.preprocessing
-    pin_memory = device.type == "cuda"
-    workers = min(workers, len(own))
-    loaded = load_batches(clips.dataset, own, workers=workers, pin_memory=pin_memory, survives=True)
-    was_training = model.training
-    model.eval()
     parts: list[Scores] = []
-    stops = (KeyboardInterrupt,) if may_stop else ()
-    with suppress(*stops), worker_errors(), torch.inference_mode(), closing(loaded):
-        for batch in loaded:
-            outputs = []
-            for views in zip(*(c.chunk(clips.views.clips_per_video) for c in batch.clips), strict=True):
-                for at, flip in clips.views.crops:
-                    frames = eval_transform(views, preprocessing=pre, device=device, position=at, flip=flip)
-                    with autocast():
-                        outputs.append(model(frames))
-            logits = torch.stack([output.float() for output in outputs]).cpu()  # (views, B, K)
-            mean = logits[0] if len(logits) == 1 else logits.double().softmax(2).mean(0).log().float()
-            view_ranks = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
-            read = batch.weights > 0
-            rows = batch.indices[read], mean[read], batch.labels[read], view_ranks[read]
-            parts.append(Scores(*rows, dict(batch.errors), dict(batch.notes)))
-            done += len(batch.labels)
-            if progress is not None:
-                progress(done, total)
-    model.train(was_training)
+    for part in score_batches(model, clips, own, group.device, workers=workers, autocast=autocast):
+        parts.append(part)
+        done += len(part.indices) + len(part.errors)
+        if progress is not None:
+            progress(done, total)
     none = torch.zeros(0, dtype=torch.long)  # a rank without a batch does not know the width of the output
     parts = parts or [Scores(none, torch.zeros(0, len(clips.dataset.labels)), none, torch.zeros(0), {})]
     return merge_scores(group.gather(merge_scores(parts)))
+
+
+def score_batches(
+    model: nn.Module,
+    clips: ScoredClips,
+    batches: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    workers: int,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Generator[Scores, None, None]:
+    """The scores of each batch, given as indices of videos, as soon as it is done."""
+    pre, pin_memory = clips.preprocessing, device.type == "cuda"
+    keys = [[(0, index) for index in batch] for batch in batches]
+    workers = min(workers, len(keys))
+    loaded = load_batches(clips.dataset, keys, workers=workers, pin_memory=pin_memory, survives=True)
+    was_training = model.training
+    model.eval()
+    try:
+        with worker_errors(), closing(loaded):
+            for batch in loaded:
+                outputs = []
+                with torch.inference_mode():
+                    for views in zip(
+                        *(c.chunk(clips.views.clips_per_video) for c in batch.clips), strict=True
+                    ):
+                        for at, flip in clips.views.crops:
+                            frames = eval_transform(
+                                views, preprocessing=pre, device=device, position=at, flip=flip
+                            )
+                            with autocast():
+                                outputs.append(model(frames))
+                    logits = torch.stack([output.float() for output in outputs]).cpu()  # (views, B, K)
+                    mean = logits[0] if len(logits) == 1 else logits.double().softmax(2).mean(0).log().float()
+                view_ranks = ranks(logits, batch.labels.expand(len(logits), -1)).T  # (B, views)
+                read = batch.weights > 0
+                rows = batch.indices[read], mean[read], batch.labels[read], view_ranks[read]
+                yield Scores(*rows, dict(batch.errors), dict(batch.notes))
+    finally:
+        model.train(was_training)
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:
@@ -182,32 +198,40 @@ def unlabelled_video(source: Source, trained: Trained) -> Video:
 
 
 def score_locations(
+    trained: Trained, locations: Sequence[Source], *, progress: Callable[[int, int], None] | None = None
+) -> Scores:
+    """Scores files, URLs and arrays one by one. Raises ModelError if the weights overflow."""
+    batches = [[index] for index in range(len(locations))]
+    parts: list[Scores] = []
+    for part in score_location_batches(trained, locations, batches):
+        parts.append(part)
+        if progress is not None:
+            progress(len(parts), len(locations))
+    return merge_scores(parts)
+
+
+def score_location_batches(
     trained: Trained,
     locations: Sequence[Source],
+    batches: Sequence[Sequence[int]],
     *,
     features: bool = False,
-    batch_size: int = 1,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    may_stop: bool = False,
-) -> Scores:
-    """Scores files and URLs; with `features`, each row of logits is (K + D,), see `WithFeatures`.
+) -> Generator[Scores, None, None]:
+    """The scores of each batch as soon as it is done; `batches` are indices of files, URLs and arrays.
 
-    Raises ModelError if the weights overflow.
+    With `features`, each row of logits is (K + D,), see `WithFeatures`. Raises ModelError if the weights overflow.
     """
     videos = [unlabelled_video(location, trained) for location in locations]
-    scores = score(
-        WithFeatures(trained.model) if features else trained.model,
-        clips_to_score(videos, trained.card.labels, trained.card.preprocessing),
-        ProcessGroup(0, 1, trained.device, lambda own: [own]),
-        batch_size=batch_size,
-        workers=workers,
-        autocast=trained.autocast,
-        progress=progress,
-        may_stop=may_stop,
-    )
-    trained.check_scores(scores.logits)
-    return scores
+    model = WithFeatures(trained.model) if features else trained.model
+    clips = clips_to_score(videos, trained.card.labels, trained.card.preprocessing)
+    made = score_batches(
+        model, clips, batches, trained.device, workers=workers, autocast=trained.autocast
+    )  # fmt: skip
+    with closing(made):
+        for scores in made:
+            trained.check_scores(scores.logits)
+            yield scores
 
 
 class WithFeatures(nn.Module):

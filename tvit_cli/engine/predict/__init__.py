@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from tvit_cli.data.clips import hold_signals
 from tvit_cli.data.video import MOST_SHOWN, Frames
 from tvit_cli.engine.distributed import default_worker_count
-from tvit_cli.engine.evaluate.scoring import score_locations
+from tvit_cli.engine.evaluate.scoring import score_location_batches
 from tvit_cli.engine.launch import pick_device
 from tvit_cli.engine.predict import explain as explanations
 from tvit_cli.engine.predict import timeline as timelines
@@ -29,10 +31,23 @@ from tvit_cli.engine.predict.paths import (
 )
 from tvit_cli.engine.trained import Trained, open_trained
 from tvit_cli.errors import Interrupted, SettingsError, VideoError, plural
-from tvit_cli.files import FrameArray, Location, check_file, check_writable, collect_errors
+from tvit_cli.files import FrameArray, Location, Source, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
-from tvit_cli.results import Event, Note, Progress, Report, Segment, Timeline, seconds_done, silent
+from tvit_cli.results import (
+    AnswersStart,
+    Event,
+    Note,
+    Prediction,
+    Progress,
+    Report,
+    Segment,
+    SegmentFound,
+    SegmentsEnd,
+    Timeline,
+    seconds_done,
+    silent,
+)
 from tvit_cli.settings.base import check_arguments, flag
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.predict import ENDINGS, PredictSettings
@@ -41,20 +56,6 @@ from tvit_cli.settings.types import MixedPrecision
 VIDEOS_PER_WORKER = 16  # for fewer, starting a worker takes longer than decoding them in this process
 BATCH_SIZE = 8  # clips in one forward pass
 ANY_VIDEO = {"paths": ("video",)}  # where the settings are checked without their videos
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The best labels of one video with their scores, best first, or the error that prevented it."""
-
-    video: str
-    labels: tuple[tuple[str, float], ...] = ()
-    error: str = ""
-
-    @property
-    def label(self) -> str:
-        """The best label; "" for an unreadable video."""
-        return self.labels[0][0] if self.labels else ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class TimelineResult:
     video: str
     timeline: Timeline | None = None
     error: str = ""
-    unwritten: tuple[str, ...] = ()
+    unwritten: Sequence[str] = ()
+    is_whole: bool = True  # else a stop signal ended it early
 
 
 class Model:
@@ -123,65 +125,67 @@ class Model:
 
         One video may be given without a list. Raises SettingsError for a bad argument.
         """
-        return self.predict_and_embed(
-            videos, top_k=top_k, batch_size=batch_size, progress=progress, embeds=False
-        )[0]
+        found: list[Prediction] = []
+        locations = find_sources(videos)
+        for answers in self._answers(locations, top_k=top_k, batch_size=batch_size):
+            found += (answer for answer, _ in answers)
+            if progress is not None:
+                progress(len(found), len(locations))
+        return found
 
-    def predict_and_embed(
+    def _answers(
         self,
-        videos: Video | Sequence[Video],
+        locations: Sequence[Source],
         *,
         top_k: int = 5,
         batch_size: int = BATCH_SIZE,
-        progress: Callable[[int, int], None] | None = None,
-        embeds: bool = True,
-        may_stop: bool = False,
+        embeds: bool = False,
         report: Report = silent,
-    ) -> tuple[list[Prediction], list[Tensor | None]]:
-        """Returns `predict_many`, and from the same pass the embedding (D,) of each video.
+    ) -> Generator[list[tuple[Prediction, Tensor | None]], None, None]:
+        """Yields the predictions of each batch as soon as it is done, with `embeds` each video's embedding (D,).
 
-        An embedding is None for an unreadable video, and for all with `embeds` False. With `may_stop`, Ctrl-C ends
-        the work, and only the videos before it have an answer. Raises DataError for a name of no video,
-        SettingsError for a bad argument.
+        Of more videos than `batch_size`, the first batches are smaller: the first answer comes as soon as for one.
         """
         check_arguments(PredictSettings, ANY_VIDEO, top_k=top_k, batch_size=batch_size)
-        locations = find_sources(videos)
+        videos = range(len(locations))
+        batches, done, size = [], 0, batch_size if len(videos) <= batch_size else 1
+        while done < len(videos):
+            batches.append(videos[done : done + size])
+            done, size = done + size, min(2 * size, batch_size)
         has_arrays = any(isinstance(location, FrameArray) for location in locations)  # not sent to workers
-        scores = score_locations(
-            self._trained,
-            locations,
-            features=embeds,
-            batch_size=batch_size,
-            workers=0 if has_arrays else min(default_worker_count(), len(locations) // VIDEOS_PER_WORKER),
-            progress=progress,
-            may_stop=may_stop,
-        )
-        rows = dict(zip(scores.indices.tolist(), scores.logits, strict=True))
+        workers = 0 if has_arrays else min(default_worker_count(), len(videos) // VIDEOS_PER_WORKER)
+        made = score_location_batches(self._trained, locations, batches, features=embeds, workers=workers)
         classes = len(self.labels)
-        predictions: list[Prediction] = []
-        done = sorted({*rows, *scores.errors})  # all videos, unless the work was stopped
-        for index in done:
-            best: list[tuple[str, float]] = []
-            if index in rows:
-                values, order = rows[index][:classes].double().softmax(0).sort(descending=True, stable=True)
-                best = [(self.labels[i], v) for i, v in zip(order.tolist(), values.tolist(), strict=True)]
-            error = scores.errors.get(index, "")
-            predictions.append(Prediction(str(locations[index]), tuple(best[:top_k]), error))
-            if note := scores.notes.get(index):
-                report(Note(f"{locations[index]}: {note}.", "warning"))
-        embeddings = [rows[i][classes:] if embeds and i in rows else None for i in done]
-        return predictions, embeddings
+        with closing(made):
+            for scores in made:
+                rows = dict(zip(scores.indices.tolist(), scores.logits, strict=True))
+                answers: list[tuple[Prediction, Tensor | None]] = []
+                for index in sorted({*rows, *scores.errors}):
+                    video, row = str(locations[index]), rows.get(index)
+                    best: list[tuple[str, float]] = []
+                    if row is not None:
+                        values, order = row[:classes].double().softmax(0).sort(descending=True, stable=True)
+                        best = [
+                            (self.labels[i], v) for i, v in zip(order.tolist(), values.tolist(), strict=True)
+                        ]
+                    answer = Prediction(video, tuple(best[:top_k]), scores.errors.get(index, ""))
+                    answers.append((answer, row[classes:] if embeds and row is not None else None))
+                    if note := scores.notes.get(index):
+                        report(Note(f"{video}: {note}.", "warning"))
+                yield answers
 
     def embed(self, videos: Video | Sequence[Video], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Returns the features before the classifier, (V, D) float32 on the CPU, in the order of the videos.
 
         Raises VideoError for an unreadable video.
         """
-        predictions, embeddings = self.predict_and_embed(videos, batch_size=batch_size)
-        for found in predictions:
-            if found.error:
-                raise VideoError(f"{found.video}: {found.error}")
-        return torch.stack([row for row in embeddings if row is not None])
+        rows: list[Tensor] = []
+        with closing(self._answers(find_sources(videos), batch_size=batch_size, embeds=True)) as batches:
+            for found, row in chain.from_iterable(batches):
+                if row is None:
+                    raise VideoError(f"{found.video}: {found.error}")
+                rows.append(row)
+        return torch.stack(rows)
 
     def explain(
         self,
@@ -220,11 +224,15 @@ class Model:
         smoothing: float = 2.0,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[float, float | None], None] | None = None,
+        found: Callable[[Segment], None] | None = None,
+        stops: list[BaseException] | None = None,
     ) -> Timeline:
         """Returns segments of a long video, from windows of `window` seconds every `stride` (default: a quarter).
 
-        `fps` is the rate of an array. `progress` gets the seconds done and, where the file names it, the length.
-        Memory is bounded by a window. Raises VideoError for an unreadable video, SettingsError for a bad argument.
+        `fps` is the rate of an array. `progress` gets the seconds done and, where the file names it, the length;
+        `found` gets each segment when no later window can change it. With `stops`, the exception of a stop signal
+        is added to it, and the timeline ends there. Memory is bounded by a window. Raises VideoError for an
+        unreadable video, SettingsError for a bad argument.
         """
         check_arguments(
             PredictSettings,
@@ -242,6 +250,8 @@ class Model:
             smoothing=smoothing,
             batch_size=batch_size,
             progress=progress,
+            found=found,
+            stops=stops,
         )
 
     def draw_timeline(self, timeline: Timeline, *, dark: bool = False) -> bytes:
@@ -295,60 +305,71 @@ def load_model(
 
 
 def predict(settings: PredictSettings, report: Report = silent) -> PredictResult:
-    """Labels videos, preprocessed as in the model's evaluation.
+    """Labels videos, preprocessed as in the model's evaluation, and reports each answer as soon as it is there.
 
     Unreadable videos and output files that cannot be written are in the result. Raises DataError for a path that
     does not exist, a folder without videos, or an output file without a valid location, ModelError for the model,
-    Interrupted with the result so far after Ctrl-C.
+    Interrupted with the result so far after a stop signal.
     """
     locations = find_videos(settings.paths)
     require_single_video("explain", settings.explain, locations)
     require_single_video("annotate", settings.annotate, locations)
     for name in ENDINGS:
         check_file(flag(name), getattr(settings, name), locations)
-    model = open_model(settings, report)
-    top_k = min(settings.top_k, len(model.labels))
-    if top_k < settings.top_k and "top_k" in settings.model_fields_set:
-        text = f"--top-k {settings.top_k}: the model has {len(model.labels)} classes, so {top_k} are shown."
-        report(Note(text, "warning"))
-    predictions, embeddings = model.predict_and_embed(
-        locations,
-        top_k=top_k,
-        batch_size=settings.per_gpu_batch_size,
-        progress=lambda done, total: report(Progress("reading videos", done, total)),
-        embeds=settings.embeddings is not None,
-        may_stop=True,
-        report=report,
-    )
+    predictions: list[Prediction] = []
+    embedded: list[tuple[str, Tensor]] = []
     errors: list[str] = []
-    embedded = [(p.video, row) for p, row in zip(predictions, embeddings, strict=True) if row is not None]
-    if settings.embeddings is not None and embedded:
-        with collect_errors(errors):
-            write_embeddings(settings.embeddings, embedded, model.folder)
-            report(Note(f"{len(embedded)} embeddings written to {settings.embeddings}"))
-    if len(predictions) < len(locations):
-        raise _stopped(PredictResult(tuple(predictions), tuple(errors)), len(predictions), len(locations))
-    if settings.explain is not None and not predictions[0].error:
-        with collect_errors(errors):
-            explanation = model.explain(
-                locations[0], progress=lambda done, total: report(Progress("explaining", done, total))
+    with _stops(locations, predictions, lambda: PredictResult(tuple(predictions), tuple(errors))):
+        model = open_model(settings, report)
+        top_k = min(settings.top_k, len(model.labels))
+        if top_k < settings.top_k and "top_k" in settings.model_fields_set:
+            text = (
+                f"--top-k {settings.top_k}: the model has {len(model.labels)} classes, so {top_k} are shown."
             )
-            model.write_explanation(settings.explain, explanation)
-            verdict = explanation.deletion.verdict
-            report(Note(f"{settings.explain}: {explanation.label}: {verdict}."))
-    if settings.annotate is not None and not predictions[0].error:
-        whole = Segment(0.0, timelines.WHOLE, *predictions[0].labels[0])
-        with collect_errors(errors):
-            timelines.annotate(settings.annotate, locations[0], [whole], report)
-            report(Note(f"Annotated video written to {settings.annotate}"))
+            report(Note(text, "warning"))
+        report(AnswersStart(tuple(map(str, locations)), model.labels))
+        answers = model._answers(
+            locations,
+            top_k=top_k,
+            batch_size=settings.per_gpu_batch_size,
+            embeds=settings.embeddings is not None,
+            report=report,
+        )
+        try:
+            with closing(answers):
+                for batch in answers:
+                    with hold_signals():
+                        for answer, row in batch:
+                            report(answer)
+                            predictions.append(answer)
+                            embedded += [] if row is None else [(answer.video, row)]
+                        report(Progress("reading videos", len(predictions), len(locations)))
+        finally:  # also after a stop signal
+            if settings.embeddings is not None and embedded:
+                with collect_errors(errors):
+                    write_embeddings(settings.embeddings, embedded, model.folder)
+                    report(Note(f"{len(embedded)} embeddings written to {settings.embeddings}"))
+        if settings.explain is not None and not predictions[0].error:
+            with collect_errors(errors):
+                explanation = model.explain(
+                    locations[0], progress=lambda done, total: report(Progress("explaining", done, total))
+                )
+                model.write_explanation(settings.explain, explanation)
+                verdict = explanation.deletion.verdict
+                report(Note(f"{settings.explain}: {explanation.label}: {verdict}."))
+        if settings.annotate is not None and not predictions[0].error:
+            whole = Segment(0.0, timelines.WHOLE, *predictions[0].labels[0])
+            with collect_errors(errors):
+                timelines.annotate(settings.annotate, locations[0], [whole], report)
+                report(Note(f"Annotated video written to {settings.annotate}"))
     return PredictResult(tuple(predictions), tuple(errors))
 
 
 def predict_timelines(settings: PredictSettings, report: Report = silent) -> tuple[TimelineResult, ...]:
     """Makes a timeline of each video in turn and writes it to the output folder where one is given.
 
-    Raises DataError for a name of no video or an output file without a valid location, ModelError for the model,
-    Interrupted with the results so far after Ctrl-C.
+    Reports each segment when it is certain. Raises DataError for a name of no video or an output file without a
+    valid location, ModelError for the model, Interrupted with the results so far after a stop signal.
     """
     assert settings.window is not None
     locations = find_videos(settings.paths)
@@ -358,53 +379,85 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
     if settings.output is not None:
         for name in names:
             check_writable("--output", settings.output, settings.output / name)
-    model = open_model(settings, report)
     results: list[TimelineResult] = []
-    for location, name in zip(locations, names, strict=True):
-        unit = f"seconds of {location}" if len(locations) > 1 else "seconds of the video"
-
-        def progress(done: float, total: float | None, unit: str = unit) -> None:
-            report(seconds_done(unit, done, total))
-
-        try:
-            timeline = model.timeline(
-                location,
-                window=settings.window,
-                stride=settings.stride,
-                smoothing=settings.smoothing,
-                batch_size=settings.per_gpu_batch_size,
-                progress=progress,
-            )
-        except KeyboardInterrupt:
-            raise _stopped(tuple(results), len(results), len(locations)) from None
-        except VideoError as error:
-            results.append(TimelineResult(str(location), error=str(error).removeprefix(f"{location}: ")))
-            continue
-        if timeline.window < settings.window:
-            text = f"lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s"
-            report(Note(f"{location}: {text}, so it is one clip.", "warning"))
-        if timeline.note:
-            report(Note(f"{location}: {timeline.note}.", "warning"))
-        if len(timeline.spans) > 1:
-            text = f"gaps of more than {MOST_SHOWN:g} s in the time stamps are in no window or segment"
-            report(Note(f"{location}: {text}.", "warning"))
-        errors: list[str] = []
-        if settings.output is not None:
-            with collect_errors(errors):
-                timelines.write_timeline(settings.output / name, timeline)
-        if settings.annotate is not None:
-            with collect_errors(errors):
-                timelines.annotate(settings.annotate, location, timeline.segments, report)
-                report(Note(f"Annotated video written to {settings.annotate}"))
-        results.append(TimelineResult(str(location), timeline, unwritten=tuple(errors)))
+    with _stops(locations, results, lambda: tuple(results)):
+        model = open_model(settings, report)
+        report(AnswersStart(tuple(map(str, locations)), model.labels))
+        for location, name in zip(locations, names, strict=True):
+            _add_timeline(results, model, location, name, settings, report, is_only=len(locations) == 1)
     if settings.output is not None and not any(result.unwritten for result in results):
         report(Note(f"Written to {settings.output}"))
     return tuple(results)
 
 
-def _stopped(result: object, done: int, videos: int) -> Interrupted:
-    text = f"Stopped by Ctrl-C: {done} of {plural(videos, 'video')} {'has' if videos == 1 else 'have'} an answer."
-    return Interrupted(text, exit_code=130, result=result)
+def _add_timeline(
+    results: list[TimelineResult],
+    model: Model,
+    location: Location,
+    name: str,
+    settings: PredictSettings,
+    report: Report,
+    *,
+    is_only: bool,
+) -> None:
+    """Adds the timeline of a video; raises what a stop signal raised, after the part before it was added."""
+    assert settings.window is not None
+    video = str(location)
+    stops: list[BaseException] = []
+    errors: list[str] = []
+    try:
+        timeline = model.timeline(
+            location,
+            window=settings.window,
+            stride=settings.stride,
+            smoothing=settings.smoothing,
+            batch_size=settings.per_gpu_batch_size,
+            progress=lambda done, total: report(
+                seconds_done(f"seconds of {'the video' if is_only else video}", done, total)
+            ),
+            found=lambda segment: report(SegmentFound(video, segment)),
+            stops=stops,
+        )
+    except VideoError as error:
+        results.append(TimelineResult(video, error=str(error).removeprefix(f"{video}: ")))
+        report(SegmentsEnd(video, error=results[-1].error))
+        return
+    with hold_signals():
+        report(SegmentsEnd(video, timeline.seconds))
+        results.append(TimelineResult(video, timeline, unwritten=errors, is_whole=not stops))
+    if timeline.window < settings.window:
+        text = f"lasts {timeline.seconds:.2f} s, less than the window of {settings.window:g} s"
+        report(Note(f"{video}: {text}, so it is one clip.", "warning"))
+    if timeline.note:
+        report(Note(f"{video}: {timeline.note}.", "warning"))
+    if len(timeline.spans) > 1:
+        text = f"gaps of more than {MOST_SHOWN:g} s in the time stamps are in no window or segment"
+        report(Note(f"{video}: {text}.", "warning"))
+    if settings.output is not None:
+        with collect_errors(errors):
+            timelines.write_timeline(settings.output / name, timeline)
+    if stops:
+        raise stops[0]
+    if settings.annotate is not None:
+        with collect_errors(errors):
+            timelines.annotate(settings.annotate, location, timeline.segments, report)
+            report(Note(f"Annotated video written to {settings.annotate}"))
+
+
+@contextmanager
+def _stops(
+    videos: Sequence[Location], done: Sequence[Prediction | TimelineResult], result: Callable[[], object]
+) -> Iterator[None]:
+    """Turns a stop signal within the block into Interrupted with the results so far."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as stop:
+        name, code = ("SIGTERM", stop.exit_code) if isinstance(stop, Interrupted) else ("Ctrl-C", 130)
+        count, where = len(done), ""
+        if done and isinstance(last := done[-1], TimelineResult) and not last.is_whole and last.timeline:
+            count, where = count - 1, f", at {last.timeline.seconds:.2f} s of {last.video}"
+        text = f"Stopped by {name} after {count:,} of {plural(len(videos), 'video')}{where}."
+        raise Interrupted(text, exit_code=code, result=result()) from None
 
 
 def open_model(settings: PredictSettings, report: Report) -> Model:

@@ -8,6 +8,8 @@ The labels are the path with the largest sum of log scores minus a penalty for e
 algorithm). The penalty is `smoothing` nats times the windows per cell, as one window counts in that many cells.
 A short run of a third label costs two changes; a minimum length of segments would shift the boundary instead.
 Models leave a boundary uncertain by up to half a window, so a change at a shot boundary costs half the penalty.
+The best paths to the labels of the newest cell share all but their last cells. No later window changes that part,
+so a segment that ends within it is certain, and is that of the whole video's path.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import csv
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -28,17 +31,19 @@ import torch
 from numpy.typing import NDArray
 
 from tvit_cli.data.augment import eval_transform
+from tvit_cli.data.clips import hold_signals
 from tvit_cli.data.video import Frames, TimedFrame, iter_frames
 from tvit_cli.data.video_writer import video_writer
 from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import DataError, VideoError
+from tvit_cli.errors import DataError, Interrupted, VideoError
 from tvit_cli.files import Source, csv_row
 from tvit_cli.portable.reading import CENTRE, segment_indices
 from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
 
 Scores = NDArray[np.float64]
+Choice = NDArray[np.int64]
 T = TypeVar("T")
 
 TOLERANCE = 1e-6  # seconds; times are sums of fractions
@@ -54,10 +59,16 @@ NEIGHBOURS = 2  # on either side; flashes and repeated frames are no cuts
 
 @dataclass
 class ShotBoundaries:
-    """Shot boundaries from differences of successive pictures; two numbers are kept of each."""
+    """Shot boundaries from differences of successive pictures, each found NEIGHBOURS pictures later.
+
+    `times` are those found, in seconds, midway between the pictures that differ; none is missing up to `decided`.
+    """
 
     times: list[float] = field(default_factory=list)
-    differences: list[float] = field(default_factory=list)
+    decided: float = 0.0
+    _recent: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque([(0.0, 0.0)] * 2 * NEIGHBOURS, 2 * NEIGHBOURS + 1)
+    )  # (time, difference)
     _last: Frames | None = None
     _last_end: float = 0.0
 
@@ -70,29 +81,34 @@ class ShotBoundaries:
                 step = max(1, min(shown.shape[:2]) // 64)  # compares about 64 pixels along the short side
                 small = shown[::step, ::step].copy()
                 if self._last is not None:
-                    self.times.append((self._last_end + frame.start) / 2)
-                    self.differences.append(float(np.abs(small.astype(np.int16) - self._last).mean()))
+                    difference = float(np.abs(small.astype(np.int16) - self._last).mean())
+                    self._add((self._last_end + frame.start) / 2, difference)
                 self._last, self._last_end = small, frame.end
                 return shown
 
             yield replace(frame, picture=picture)
 
-    def found(self) -> list[float]:
-        """Times of the shot boundaries in seconds, midway between the pictures that differ."""
-        if not self.differences:
-            return []
-        values = np.array(self.differences)
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, NEIGHBOURS), 2 * NEIGHBOURS + 1)
-        around = np.delete(windows, NEIGHBOURS, axis=1).max(1)
-        is_cut = (values >= MIN_DIFFERENCE) & (values >= MIN_RATIO * around)
-        return [self.times[index] for index in np.flatnonzero(is_cut)]
+    def finish(self) -> list[float]:
+        """All times, at the end of the video."""
+        for _ in range(NEIGHBOURS):
+            self._add(math.inf, 0.0)
+        return self.times
+
+    def _add(self, time: float, difference: float) -> None:
+        self._recent.append((time, difference))
+        at, value = self._recent[NEIGHBOURS]
+        around = max(other for n, (_, other) in enumerate(self._recent) if n != NEIGHBOURS)
+        if value >= MIN_DIFFERENCE and value >= MIN_RATIO * around:
+            self.times.append(at)
+        self.decided = at  # last: another thread reads it first
 
 
 @dataclass(slots=True)
 class Window:
-    """Frames, uint8 (H, W, 3) each, of a window that begins at `start` seconds."""
+    """Frames, uint8 (H, W, 3) each, of a window that begins at `start` seconds, in the span from `origin`."""
 
     start: float
+    origin: float
     pictures: list[Frames] = field(default_factory=list)
 
     def frames(self) -> Frames:  # uint8 (T, H, W, 3)
@@ -131,7 +147,7 @@ def sliding_windows(
             if before:
                 window, before = opened.popleft(), before - 1
             else:
-                window, number = Window(origin + number * stride), number + 1
+                window, number = Window(origin + number * stride, origin), number + 1
             while (
                 len(window.pictures) < len(positions)
                 and window.start + positions[len(window.pictures)] * length < frame.end - TOLERANCE
@@ -144,7 +160,7 @@ def sliding_windows(
                 opened.append(window)
 
 
-def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], *, depth: int = 2) -> Generator[T, None, None]:
     """The items and exceptions of a thread at most `depth` items ahead, which ends when the generator is closed."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
@@ -176,55 +192,101 @@ def smooth(scores: Scores, *, window: float, stride: float, cells: int) -> Score
     return total
 
 
-def transition_penalties(penalty: float, *, cells: int, stride: float, cuts: Sequence[float]) -> Scores:
-    """Penalty (J,) of a change of label at the start of each cell, lower at the nearest to each shot boundary."""
-    penalties = np.full(cells, penalty)
-    nearest = [math.floor(time / stride + 0.5) for time in cuts]
-    penalties[[cell for cell in nearest if cell < cells]] = 0.5 * penalty
-    return penalties
+class SegmentFinder:
+    """Segments of a span that begins at `start` seconds, each as soon as no later window can change it.
 
-
-def viterbi_path(scores: Scores, *, penalties: Scores) -> list[int]:
-    """Labels (J,) with the largest sum of log scores (J, K) minus the penalties (J,) of label changes."""
-    gains = np.log(np.maximum(scores, 1e-6))  # so that no single cell outweighs all others
-    best = gains[0]
-    came_from = np.empty(scores.shape, np.int64)
-    stays = np.arange(scores.shape[1])
-    for cell in range(1, len(gains)):
-        changed = best.max() - penalties[cell]
-        came_from[cell] = np.where(changed > best, best.argmax(), stays)
-        best = np.where(changed > best, changed, best) + gains[cell]
-    path = [int(best.argmax())]
-    for cell in range(len(gains) - 1, 0, -1):
-        path.append(int(came_from[cell, path[-1]]))
-    return path[::-1]
-
-
-def find_segments(
-    smoothed: Scores,
-    labels: Sequence[str],
-    *,
-    stride: float,
-    penalty: float,
-    end: float,
-    start: float = 0.0,
-    cuts: Sequence[float] = (),
-) -> tuple[Segment, ...]:
-    """Segments of one label each from the smoothed scores (J, K) of a span from `start` to `end` seconds.
-
-    `penalty` is that of a change of label, `cuts` are times in seconds. See Note [Viterbi smoothing of timelines].
+    `penalty` is that of a change of label. See Note [Viterbi smoothing of timelines]. Memory grows with the part of
+    the span whose segments are open, not with the span.
     """
-    inside = [cut - start for cut in cuts if start <= cut < end]
-    penalties = transition_penalties(penalty, cells=len(smoothed), stride=stride, cuts=inside)
-    segments = []
-    first = 0
-    for label, run in groupby(viterbi_path(smoothed, penalties=penalties)):
-        last = first + len(list(run))
-        until = end if last == len(smoothed) else start + last * stride
-        score = float(smoothed[first:last, label].mean())
-        segments.append(Segment(start + first * stride, until, labels[label], score))
-        first = last
-    return tuple(segments)
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        *,
+        window: float,
+        stride: float,
+        penalty: float,
+        cuts: ShotBoundaries,
+        start: float = 0.0,
+    ) -> None:
+        self.start, self.windows = start, 0
+        self._labels, self._window, self._stride = labels, window, stride
+        self._penalty, self._cuts = penalty, cuts
+        self._overlapping = math.ceil(window / stride - 1e-9)  # windows over a cell
+        self._scores = np.zeros((0, len(labels)))  # of the last windows
+        self._cells = 0  # on the paths
+        self._stays = self._roots = np.arange(len(labels))  # roots: first open label of the best path to each
+        self._best = np.zeros(len(labels))  # gains of these paths
+        self._open: deque[tuple[Scores, Choice]] = deque()  # cells: scores, and the label before, by label
+        self._label, self._first = -1, 0  # of the open segment
+        self._values: list[float] = []  # its scores
+
+    def add(self, scores: Scores) -> list[Segment]:
+        """Segments that the scores (W, K) of the next windows make certain."""
+        self._scores = np.concatenate([self._scores, scores])
+        self.windows += len(scores)
+        known = math.floor((self._cuts.decided - self.start) / self._stride + 0.5)
+        return self._extend(min(self.windows, known))
+
+    def finish(self, end: float) -> list[Segment]:
+        """The last segments of a span that ends at `end` seconds."""
+        found = self._extend(cell_count(end - self.start, self._stride))
+        found += self._settle(self._best.argmax(0, keepdims=True))
+        return [*found, self._close(end)]
+
+    def _extend(self, cells: int) -> list[Segment]:
+        """Extends the paths to this number of cells."""
+        done, stride, times = self._cells, self._stride, self._cuts.times
+        if cells <= done:
+            return []
+        first, found = self.windows - len(self._scores), []
+        smoothed = smooth(self._scores, window=self._window, stride=stride, cells=cells - first)
+        cuts = times[bisect_left(times, self.start + max(0, done - 1) * stride) :]
+        near = {math.floor((time - self.start) / stride + 0.5) for time in cuts}
+        for row in smoothed[done - first :]:
+            gains = np.log(np.maximum(row, 1e-6))  # so that no single cell outweighs all others
+            if self._cells:
+                changed = self._best.max() - self._penalty * (0.5 if self._cells in near else 1.0)
+                came_from = np.where(changed > self._best, self._best.argmax(), self._stays)
+                gains += np.maximum(changed, self._best)
+                self._roots = self._roots[came_from] if self._open else self._stays
+            else:
+                came_from = self._stays
+            self._best = gains
+            self._open.append((row, came_from))
+            self._cells += 1
+            if (self._roots == self._roots[0]).all():
+                found += self._settle(self._stays)
+        self._scores = self._scores[max(0, cells - self._overlapping + 1 - first) :]
+        return found
+
+    def _settle(self, ends: Choice) -> list[Segment]:
+        """Closes the open cells on which all paths to the labels `ends` of the last cell agree."""
+        paths = [ends] * bool(self._open)
+        for _, came_from in reversed(list(self._open)[1:]):
+            paths.append(came_from[paths[-1]])
+        found = []
+        while paths and (paths[-1] == paths[-1][0]).all():
+            label = int(paths.pop()[0])
+            row, _ = self._open.popleft()
+            cell = self._cells - len(self._open) - 1
+            if label != self._label:
+                if self._values:
+                    found.append(self._close(self.start + cell * self._stride))
+                self._label, self._first = label, cell
+            self._values.append(row[label])
+        self._roots = paths[-1] if paths else self._stays
+        return found
+
+    def _close(self, end: float) -> Segment:
+        """The open segment, which ends at `end` seconds."""
+        score, self._values = float(np.mean(self._values)), []
+        return Segment(self.start + self._first * self._stride, end, self._labels[self._label], score)
+
+
+def cell_count(seconds: float, stride: float) -> int:
+    """Number of cells of a span of `seconds`."""
+    return max(1, math.ceil((seconds - TOLERANCE) / stride))
 
 
 @torch.inference_mode()
@@ -237,8 +299,13 @@ def make_timeline(
     smoothing: float,
     batch_size: int,
     progress: Callable[[float, float | None], None] | None = None,
+    found: Callable[[Segment], None] | None = None,
+    stops: list[BaseException] | None = None,
 ) -> Timeline:
     """Scores a window every `stride` seconds while the video is decoded, once, ahead of the model.
+
+    `found` gets each segment when no later window can change it. With `stops`, the exception of a stop signal is
+    appended to it, and the timeline ends with the last window.
 
     A video shorter than one window is one clip, as in `predict`. Windows and segments leave out gaps without a
     frame (see `iter_frames`), and spans between gaps that are shorter than a window. Raises VideoError, and
@@ -253,49 +320,86 @@ def make_timeline(
         positions=frame_positions(preprocessing.n_frames, preprocessing.frame_grid),
     )
     rows: list[Scores] = []
-    starts: list[float] = []
+    finders: list[SegmentFinder] = []  # of each span
+    segments: list[Segment] = []
     pictures: list[tuple[float, Frames]] = []
     every = 1  # windows per picture: the video's length is unknown, so pictures are thinned out as they come
-    for batch in prefetch(iter(lambda: list(islice(windows, batch_size)), [])):
-        clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
-        frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
-        with trained.autocast():
-            logits = trained.model(frames)
-        trained.check_scores(logits)
-        rows.append(logits.cpu().double().softmax(1).numpy())
-        for w in batch:
-            if len(starts) % every == 0:
-                pictures.append((w.start + window / 2, w.pictures[len(w.pictures) // 2]))
-                if len(pictures) > MAX_PICTURES:
-                    pictures, every = pictures[::2], 2 * every
-            starts.append(w.start)
-        if progress is not None:
-            progress(batch[-1].start + window, clock.length)
+    number, end = 0, 0.0
+
+    def add(certain: Iterable[Segment]) -> None:
+        for segment in certain:
+            segments.append(segment)
+            if found is not None:
+                found(segment)
+
+    try:
+        work = prefetch(iter(lambda: list(islice(windows, batch_size)), []))
+        with closing(work) as batches, closing(clock):
+            for batch in batches:
+                clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
+                frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
+                with trained.autocast():
+                    logits = trained.model(frames)
+                trained.check_scores(logits)
+                scores = logits.cpu().double().softmax(1).numpy()
+                with hold_signals():
+                    rows.append(scores)
+                    for w in batch:
+                        if number % every == 0:
+                            pictures.append((w.start + window / 2, w.pictures[len(w.pictures) // 2]))
+                            if len(pictures) > MAX_PICTURES:
+                                pictures, every = pictures[::2], 2 * every
+                        number += 1
+                    end = batch[-1].start + window
+                    for origin, run in groupby(
+                        zip(batch, scores, strict=True), key=lambda pair: pair[0].origin
+                    ):
+                        if not finders or finders[-1].start != origin:
+                            if finders:
+                                add(finders[-1].finish(dict(clock.spans)[finders[-1].start]))
+                            penalty = smoothing * max(1.0, window / stride)
+                            finders.append(
+                                SegmentFinder(
+                                    labels,
+                                    window=window,
+                                    stride=stride,
+                                    penalty=penalty,
+                                    cuts=cuts,
+                                    start=origin,
+                                )
+                            )
+                        add(finders[-1].add(np.stack([row for _, row in run])))
+                    if progress is not None:
+                        progress(end, clock.length)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        if stops is None or not rows:
+            raise
+        stops.append(stop)
+    cuts.finish()
     spans: list[Span] = []
-    segments: list[Segment] = []
     if rows:
         scores = np.concatenate(rows)
+        ends = dict(clock.spans)
+        if stops:
+            clock.now = ends[finders[-1].start] = end
+        add(finders[-1].finish(ends[finders[-1].start]))
         cells: list[Scores] = []
-        penalty = smoothing * max(1.0, window / stride)
-        for start, end in clock.spans:
-            first, last = bisect_left(starts, start - TOLERANCE), bisect_left(starts, end)
-            if first == last:
-                continue
-            count = max(1, math.ceil((end - start - TOLERANCE) / stride))
-            spans.append(Span(start, end, last - first, count))
+        first = 0
+        for finder in finders:
+            start, last = finder.start, first + finder.windows
+            count = cell_count(ends[start] - start, stride)
+            spans.append(Span(start, ends[start], finder.windows, count))
             cells.append(smooth(scores[first:last], window=window, stride=stride, cells=count))
-            segments += find_segments(
-                cells[-1], labels, stride=stride, penalty=penalty, end=end, start=start, cuts=cuts.found()
-            )
+            first = last
         smoothed = np.concatenate(cells)
     else:
         window = stride = clock.now
-        found = score_locations(trained, [location])
-        if found.errors:
-            raise VideoError(f"{location}: {found.errors[0]}")
-        scores = smoothed = np.asarray(found.logits.double().softmax(1).numpy())
+        only = score_locations(trained, [location])
+        if only.errors:
+            raise VideoError(f"{location}: {only.errors[0]}")
+        scores = smoothed = np.asarray(only.logits.double().softmax(1).numpy())
         best = int(scores[0].argmax())
-        segments = [Segment(*ends, labels[best], float(scores[0, best])) for ends in clock.spans]
+        add(Segment(*ends, labels[best], float(scores[0, best])) for ends in clock.spans)
     return Timeline(
         video=str(location),
         labels=labels,
@@ -317,9 +421,16 @@ class _Clock:
     length: float | None = None
     spans: list[tuple[float, float]] = field(default_factory=list)  # without gaps between frames
     note: str = ""
+    _is_over: bool = False
+
+    def close(self) -> None:
+        """Ends the frames, which another thread decodes."""
+        self._is_over = True
 
     def watch(self, frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
         for frame in frames:
+            if self._is_over:
+                return
             start = frame.start
             if self.spans and start <= self.now + TOLERANCE:
                 start, _ = self.spans.pop()
