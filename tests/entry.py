@@ -28,9 +28,18 @@ def program() -> ModuleType:
     return importlib.import_module(scripts["tvit"].partition(":")[0])
 
 
+class _Stream(io.StringIO):
+    """A stream of a command; `flushed` is the text that the reader of a pipe has."""
+
+    flushed = ""
+
+    def flush(self) -> None:
+        self.flushed = self.getvalue()
+
+
 def tvit(*words: object) -> Ended:
     """Run a command line in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = _Stream(), _Stream()
     code: object = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -94,7 +94,7 @@ def _measure_run(name: str) -> dict[str, Any]:
         "train": [{k: v for k, v in r.items() if k not in CLOCKS} for r in records],
         "eval": {key: evaluated[key] for key in EVALUATED},
         "predict": [json.loads(line) for line in said.splitlines()],
-        "timeline": [json.loads(line) for line in film.splitlines()],
+        "timeline": [{key: json.loads(film)[key] for key in ("video", "seconds", "segments")}],
     }
 
 

@@ -55,7 +55,7 @@ HOSTILE = "a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f\r\u202eiva.avi"
 def test_escape_sequences_in_names_never_reach_the_terminal(monkeypatch, capsys):
     with Console() as console:
         console.table([HOSTILE], [(HOSTILE, "two\nlines")])
-        console.csv(["video"], [(HOSTILE,)])
+        console.csv(["video"], (HOSTILE,))
         console.json_line({HOSTILE: HOSTILE})
         console.print(HOSTILE)
         console.next_steps(Path(HOSTILE), [HOSTILE])
@@ -86,7 +86,7 @@ def test_names_in_csv_are_no_formulas_and_numbers_stay(capsys):
     names = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "-1.5e-05", "+2", "a=b", ""]
     shown = ["'=1+1", "'+cmd|' /C calc'!A0", "'-2+3", "'@SUM(A1)", "'\t=1", "-1.5e-05", "+2", "a=b", ""]
     assert csv_row([*names, -0.5, 3]) == [*shown, -0.5, 3]
-    Console().csv(["@", "score"], [("=a.avi", -0.5)])
+    Console().csv(["@", "score"], ("=a.avi", -0.5))
     assert list(csv.reader(capsys.readouterr().out.splitlines())) == [["'@", "score"], ["'=a.avi", "-0.5"]]
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -28,7 +29,9 @@ from tiny import change_weights
 import tvit_cli
 from tvit_cli import cli, commands
 from tvit_cli.console import Console
-from tvit_cli.data.clips import later_interrupt
+from tvit_cli.data.clips import _begin_worker, hold_signals, later_interrupt
+from tvit_cli.data.video import read_clip
+from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.evaluate import evaluate, scoring
 from tvit_cli.engine.predict import predict, predict_timelines, timeline, write_embeddings
 from tvit_cli.engine.predict.paths import find_videos
@@ -521,33 +524,104 @@ def test_predict_many_takes_one_name_without_a_list(trained, clip):
     assert len(model.predict_many(str(clip.parent))) == 6
 
 
-@pytest.mark.parametrize("window", [[], ["--window", "0.1"]])
-def test_ctrl_c_prints_the_answers_so_far_and_exits_130(trained, clip, monkeypatch, window):
-    module = timeline if window else scoring
-    really, calls = module.eval_transform, itertools.count(1)
+WINDOWS = ["--window", "0.2", "--stride", "0.04", "--smoothing", "0"]
 
-    def interrupted(*arguments, **keywords):
-        if next(calls) > 2:
-            raise KeyboardInterrupt
-        return really(*arguments, **keywords)
 
-    monkeypatch.setattr(module, "eval_transform", interrupted)
-    model = ("--model", trained.model, "--device", "cpu", "--per-gpu-batch-size", "64" if window else "2")
-    ended = entry.tvit("predict", clip.parent, *model, "--json", *window)
+def predict_while(act, monkeypatch, trained, paths, *options, batch_size=2):
+    """Run the command; `act(calls, flushed)` before each forward pass, with all that was flushed to stdout."""
+
+    calls = itertools.count(1)
+    for module in (scoring, timeline):
+
+        def transform(*arguments, really=module.eval_transform, **keywords):
+            act(next(calls), getattr(sys.stdout, "flushed", ""))
+            return really(*arguments, **keywords)
+
+        monkeypatch.setattr(module, "eval_transform", transform)
+    model = ("--model", trained.model, "--device", "cpu", "--per-gpu-batch-size", batch_size)
+    return entry.tvit("predict", *paths, *model, *options)
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", "--verbose"])
+def test_answers_are_printed_and_flushed_after_each_batch(form, trained, clip, monkeypatch):
+    seen = []
+    ended = predict_while(
+        lambda call, shown: seen.append(shown.count("/Red/")),
+        monkeypatch, trained, [clip.parent], form, "--top-k", "1",
+    )  # fmt: skip
+    assert seen == [0, 1, 3, 5] and ended.out.count("/Red/") == 6 and ended.code == 0
+    assert re.search(r"label +videos +below 0\.5\n(.*\n)*all +6 +\d", ended.out + ended.err)
+    assert ("below" in ended.out) == (form == "--verbose")
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", "--verbose"])
+def test_segments_are_printed_and_flushed_once_certain(form, trained, clip, monkeypatch, tmp_path):
+    other = clip.parents[1] / "Blue" / "v_Blue_g01_c01.avi"
+    scenes = [read_clip(path, lambda count: range(count)).frames for path in (clip, other, clip)]
+    write_video(film := tmp_path / "film.mp4", np.concatenate(scenes).repeat(3, 0))
+    seen = []
+    act = lambda call, shown: seen.append(len(re.findall("Red|Blue|Green", shown)))  # noqa: E731
+    ended = predict_while(act, monkeypatch, trained, [film], form, *WINDOWS, batch_size=1)
+    said = len(re.findall("Red|Blue|Green", ended.out))
+    assert seen[0] == 0 and 1 <= seen[-1] < said and seen == sorted(seen)
+    (found,) = predict_timelines(asked(trained, film, window="0.2", stride="0.04", smoothing="0"))
+    assert found.timeline is not None and len(found.timeline.segments) == said
+    if form == "--json":
+        assert [s["end"] for s in json.loads(ended.out)["segments"]] == [
+            s.end for s in found.timeline.segments
+        ]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_keeps_the_answers_and_says_how_far_it_came(name, code, trained, clip, monkeypatch, tmp_path):
+    def stop(call, shown):
+        if call >= 3:
+            signal.raise_signal(getattr(signal, name))
+
+    rows = tmp_path / "rows.safetensors"
+    ended = predict_while(stop, monkeypatch, trained, [clip.parent], "--json", "--embeddings", rows)
     found = [json.loads(line)["video"] for line in ended.out.splitlines()]
-    done = 2 if window else 4
-    assert found == [str(path) for path in sorted(clip.parent.iterdir())[:done]]
-    assert ended.code == 130 and "Traceback" not in ended.err
-    assert f"Stopped by Ctrl-C: {done} of 6 videos have an answer." in ended.err
-    opened = tvit_cli.load_model(trained.model, device="cpu")
-    with pytest.raises(KeyboardInterrupt):  # in Python it is not caught
-        opened.timeline(clip, window=0.1) if window else opened.predict_many([clip])
+    assert found == list(map(str, sorted(clip.parent.iterdir())[:3]))
+    assert ended.code == code and "Traceback" not in ended.err and len(load_file(rows)["features"]) == 3
+    word = name.replace("SIGINT", "Ctrl-C")
+    assert ended.err.rstrip().endswith(f"Stopped by {word} after 3 of 6 videos.")
+    if name == "SIGINT":
+        with pytest.raises(KeyboardInterrupt):  # in Python it is not caught
+            tvit_cli.load_model(trained.model, device="cpu").predict_many([clip])
 
 
-def test_ctrl_c_while_decoding_processes_start_comes_after_it():
+def test_a_stop_keeps_the_timeline_up_to_the_last_window(trained, clip, monkeypatch, tmp_path):
+    def stop(call, shown):
+        if call == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    output = ("--output", tmp_path, "--json", "--window", "0.1")
+    ended = predict_while(stop, monkeypatch, trained, [clip, clip], *output)
+    first, second = map(json.loads, ended.out.splitlines())
+    assert first["seconds"] > second["seconds"] == second["segments"][-1]["end"] > 0.1
+    assert ended.code == 130 and f"after 1 of 2 videos, at {second['seconds']:.2f} s of {clip}." in ended.err
+    whole, part = (
+        len((tmp_path / f"{clip.stem}{n}" / "timeline.csv").read_text().splitlines()) for n in ("", "-2")
+    )
+    assert whole > part > 1
+
+
+def test_a_decoding_process_prints_no_traceback_of_its_threads(capfd):
+    def fail():
+        _begin_worker(0)
+        sys.excepthook(EOFError, EOFError(), None)  # as multiprocessing.resource_sharer does
+
+    child = multiprocessing.get_context("fork").Process(target=fail)
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("hold", [later_interrupt, hold_signals])
+def test_ctrl_c_while_decoding_processes_start_comes_after_it(hold):
     order, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), later_interrupt():
+        with pytest.raises(KeyboardInterrupt), hold():
             signal.raise_signal(signal.SIGINT)
             order.append("started")
         assert order == ["started"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import threading
 import time
 import tracemalloc
@@ -21,14 +22,14 @@ from tvit_cli.console import Console
 from tvit_cli.data.video import TimedFrame, iter_frames, read_clip
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.predict import Model, folder_names, predict_timelines
+from tvit_cli.engine.predict import timeline as timeline_module
 from tvit_cli.engine.predict.timeline import (
-    find_segments,
+    SegmentFinder,
+    ShotBoundaries,
     frame_positions,
     prefetch,
     sliding_windows,
     smooth,
-    transition_penalties,
-    viterbi_path,
     write_timeline,
 )
 from tvit_cli.engine.trained import Trained
@@ -181,33 +182,53 @@ def test_smoothing_is_the_mean_of_the_windows_over_each_cell():
     assert smooth(scores, window=0.5, stride=1, cells=5).tolist() == scores.tolist()
 
 
-def test_the_best_path_is_the_best_of_all_paths():
+def segments(scores, *, window, stride, penalty, end, cuts=(), at_once=1000, labels=LABELS):
+    """The segments of windows, and how many windows were scored when each was certain."""
+    given = ShotBoundaries(times=list(cuts), decided=1e9)
+    finder = SegmentFinder(labels, window=window, stride=stride, penalty=penalty, cuts=given)
+    found, when = [], []
+    for first in range(0, len(scores), at_once):
+        found += finder.add(scores[first : first + at_once])
+        when += [finder.windows] * (len(found) - len(when))
+    return found + finder.finish(end), when
+
+
+def test_segments_as_they_come_are_those_of_the_best_of_all_paths():
     generator = np.random.default_rng(3)
-    for penalties in (np.zeros(6), np.full(6, 0.7), generator.uniform(0, 2, 6), np.full(6, 2.0)):
+    for penalty, cuts in ((0.0, ()), (0.7, (2.1, 4.4)), (2.0, (1.0, 3.6)), (9.0, ())):
         scores = generator.dirichlet([1, 1, 1], 6)
 
-        def gain(path, scores=scores, penalties=penalties):
-            changes = sum(penalties[n] for n in range(1, 6) if path[n] != path[n - 1])
-            return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - changes
+        def gain(path, scores=scores, penalty=penalty, cuts=cuts):
+            near = [math.floor(cut + 0.5) for cut in cuts]
+            changes = sum((0.5 if n in near else 1) for n in range(1, 6) if path[n] != path[n - 1])
+            return sum(np.log(scores[n, label]) for n, label in enumerate(path)) - penalty * changes
 
         best = max(itertools.product(range(3), repeat=6), key=gain)
-        assert tuple(viterbi_path(scores, penalties=penalties)) == best
+        for at_once in (1, 6):
+            found, _ = segments(
+                scores, window=1, stride=1, penalty=penalty, end=6, cuts=cuts, at_once=at_once
+            )
+            path = [LABELS.index(s.label) for s in found for _ in range(round(s.end - s.start))]
+            assert tuple(path) == best
 
 
-def test_a_change_is_half_as_dear_at_the_edge_nearest_to_a_cut():
-    found = transition_penalties(3.0, cells=6, stride=0.5, cuts=[0.9, 1.1, 2.3, 3.1])
-    # the last cut lies nearer to the end than to a cell's start
-    assert found.tolist() == [3, 3, 1.5, 3, 3, 1.5]
+def test_a_segment_is_certain_once_another_label_has_begun():
+    scores = np.full((60, 3), 0.05)
+    scores[range(60), np.repeat([0, 2, 0], 20)] = 0.9
+    common = {"window": 2, "stride": 0.5, "penalty": 8, "end": 31.5}
+    (first, second, last), when = segments(scores, at_once=1, **common)
+    assert (first.label, second.label, last.label) == ("dark", "light", "dark")
+    assert first.end == pytest.approx(11, abs=0.5) and when[0] <= 20 + 12 and when[1] <= 40 + 12
+    assert segments(scores, **common)[0] == [first, second, last]
 
 
 def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it():
     # windows of 2 s over 12 s; what begins before 6 s is seen as the first label alone
     starts = np.arange(21) * 0.5
     scores = np.where((starts < 6)[:, None], [0.99, 0.01, 0], [0.01, 0.99, 0])
-    smoothed = smooth(scores, window=2, stride=0.5, cells=24)
 
     def boundaries(cuts):
-        found = find_segments(smoothed, LABELS, stride=0.5, end=12, penalty=8, cuts=cuts)
+        found, _ = segments(scores, window=2, stride=0.5, end=12, penalty=8, cuts=cuts)
         assert [segment.label for segment in found] == ["dark", "grey"]
         return [segment.start for segment in found[1:]]
 
@@ -220,9 +241,9 @@ def test_sure_windows_leave_a_boundary_open_and_a_cut_tells_it():
 def test_a_moment_of_a_third_label_goes_to_its_neighbours():
     a, b, c = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.15, 0.25, 0.6]
     scores = np.array([a, a, a, c, b, b, b])
-    kept = find_segments(scores, LABELS, stride=0.5, end=3.4, penalty=0)
+    kept, _ = segments(scores, window=0.5, stride=0.5, end=3.4, penalty=0)
     assert [s.label for s in kept] == ["dark", "light", "grey"]
-    first, second = find_segments(scores, LABELS, stride=0.5, end=3.4, penalty=2)
+    (first, second), _ = segments(scores, window=0.5, stride=0.5, end=3.4, penalty=2)
     assert (first.label, first.start, first.end) == ("dark", 0, 1.5)
     assert (second.label, second.start, second.end) == ("grey", 1.5, 3.4)
     assert second.score == pytest.approx((0.25 + 3 * 0.8) / 4)
@@ -246,7 +267,7 @@ def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day):
 def test_boundaries_lie_at_the_cuts_of_the_video(day):
     timeline = model_of(FirstFrame()).timeline(day, window=2.0, stride=0.5)
     assert [(s.label, s.start) for s in timeline.segments] == [("dark", 0), ("light", 3), ("grey", 7)]
-    blind = find_segments(timeline.smoothed, LABELS, stride=0.5, end=10, penalty=8)
+    blind, _ = segments(timeline.scores, window=2, stride=0.5, end=10, penalty=8)
     assert all(s.start >= at + 0.5 for s, at in zip(blind[1:], (3, 7), strict=True))  # without them
 
 
@@ -367,13 +388,13 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tm
 
 def test_windows_stride_and_smoothing_are_as_asked_for(folder, day, monkeypatch):
     given = []
-    really = Model.timeline
+    really = timeline_module.make_timeline
 
-    def spy(model, video, **options):
+    def spy(*video, **options):
         given.append(options)
-        return really(model, video, **options)
+        return really(*video, **options)
 
-    monkeypatch.setattr(Model, "timeline", spy)
+    monkeypatch.setattr(timeline_module, "make_timeline", spy)
 
     def windows(**flags):
         own = {"paths": [str(day)], "model": str(folder), "window": "2s", "device": "cpu", **flags}
@@ -383,5 +404,5 @@ def test_windows_stride_and_smoothing_are_as_asked_for(folder, day, monkeypatch)
 
     assert windows() == 17  # ten seconds, a window each quarter of one
     assert windows(stride="1s", smoothing="0") == 9
-    assert [options["stride"] for options in given] == [None, 1.0]
+    assert [options["stride"] for options in given] == [0.5, 1.0]
     assert given[0]["smoothing"] != 0 and given[1]["smoothing"] == 0

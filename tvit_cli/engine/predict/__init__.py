@@ -224,15 +224,11 @@ class Model:
         smoothing: float = 2.0,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[float, float | None], None] | None = None,
-        found: Callable[[Segment], None] | None = None,
-        stops: list[BaseException] | None = None,
     ) -> Timeline:
         """Returns segments of a long video, from windows of `window` seconds every `stride` (default: a quarter).
 
-        `fps` is the rate of an array. `progress` gets the seconds done and, where the file names it, the length;
-        `found` gets each segment when no later window can change it. With `stops`, the exception of a stop signal
-        is added to it, and the timeline ends there. Memory is bounded by a window. Raises VideoError for an
-        unreadable video, SettingsError for a bad argument.
+        `fps` is the rate of an array. `progress` gets the seconds done and, where the file names it, the length.
+        Memory is bounded by a window. Raises VideoError for an unreadable video, SettingsError for a bad argument.
         """
         check_arguments(
             PredictSettings,
@@ -250,8 +246,6 @@ class Model:
             smoothing=smoothing,
             batch_size=batch_size,
             progress=progress,
-            found=found,
-            stops=stops,
         )
 
     def draw_timeline(self, timeline: Timeline, *, dark: bool = False) -> bytes:
@@ -406,10 +400,11 @@ def _add_timeline(
     stops: list[BaseException] = []
     errors: list[str] = []
     try:
-        timeline = model.timeline(
+        timeline = timelines.make_timeline(
+            model._trained,
             location,
             window=settings.window,
-            stride=settings.stride,
+            stride=settings.window / 4 if settings.stride is None else settings.stride,
             smoothing=settings.smoothing,
             batch_size=settings.per_gpu_batch_size,
             progress=lambda done, total: report(
