@@ -31,7 +31,6 @@ from tiny import make_clips, make_pretrained
 COMMITTED = Path(__file__).parent / "frozen" / "golden.json"
 CLOCKS = ("seconds", "clips_per_second", "data_wait")
 EVALUATED = ("subset", "val_groups", "test_groups", "views", "metrics", "intervals", "per_class", "confused")
-
 _COMMON = "--path-to-data DATA --device cpu --num-workers 0 --val-groups 1 --test-groups 1 --top-k 2"
 _TINY = "--hf-model-name vit --img-size 32 --n-frames 4 --per-gpu-batch-size 4 --learning-rate 0.01"
 RUNS = {

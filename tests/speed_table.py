@@ -12,7 +12,6 @@ BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "tests" / "bench" / "results.jsonl"
 BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=<!-- /speed -->)", re.DOTALL)
 CASE = "vitb12_t8, dropout 0.1"  # the README's setting: a whole ViT-B, 8 frames, the default dropout
-
 Record = dict[str, Any]
 Records = dict[str, Record]
 

@@ -20,8 +20,6 @@ from tvit_cli.settings.train import TrainSettings
 SHAPE: dict[str, Any] = {
     "frame_size": 32, "patch_size": 8, "n_frames": 4, "tubelet_size": 2, "width": 16, "depth": 2, "num_heads": 2,
 }  # fmt: skip
-
-
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 

@@ -58,8 +58,6 @@ CUTS = [
     {"processes": 1, "batch_size": 3, "global_batch": 8},
     {"processes": 2, "batch_size": 3, "global_batch": 8},
 ]
-
-
 every_cut = pytest.mark.parametrize("cut", CUTS)
 
 
@@ -221,8 +219,6 @@ def test_balanced_sampling_mixes_and_repeats_only_clips_of_small_classes():
 
 
 STILL = {"crop_scale_min": 1.0, "horizontal_flip": 0, "brightness": 0, "contrast": 0, "saturation": 0}
-
-
 READ = [(0, 5), (0, 6), (0, 7)]  # the last only as a partner
 
 

@@ -29,8 +29,6 @@ OK = [  # a command, and a word of its answer on stdout
         "runs/colours-1/model",
     ),
 ]  # fmt: skip
-
-
 BAD = [  # a command, its exit code, and the thing that stderr names
     ("bogus", 2, "bogus"),
     ("train --bogus", 2, "--bogus"),

@@ -18,8 +18,6 @@ from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.settings.card import CARD_VERSION, BaseWeights, ModelCard, Preprocessing
 
 CONFIG = ViTConfig(num_classes=3, frame_size=16, patch_size=8, n_frames=4, width=16, depth=2, num_heads=2)
-
-
 CARD = ModelCard(
     tvit_version="0.1.0", labels=("jump", "run", "walk"), model=CONFIG.to_dict(),
     preprocessing=Preprocessing(n_frames=4, frame_size=16, mean=(0.1, 0.2, 0.3)),

@@ -7,11 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "tvit_cli"
-
-
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
-
-
 # A room may import the rooms named beside it, and itself.
 ROOMS = {
     "errors": set(),
@@ -30,8 +26,6 @@ ROOMS = {
     "__main__": {"cli"},
     "__init__": {"errors", "results", "data", "engine", "api"},
 }
-
-
 HEAVY = {
     "torch", "numpy", "av", "accelerate", "peft", "transformers", "wandb", "safetensors", "simplejpeg",
     "huggingface_hub", "PIL", "tensorboard", "onnx", "onnxruntime",

@@ -42,10 +42,7 @@ with warnings.catch_warnings():
     from peft import LoraConfig
     from peft.tuners.lora import Linear as PeftLinear
 
-
 CONFIG = ViTConfig(num_classes=5, frame_size=16, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
-
-
 FULL = {"classifier.weight", "classifier.bias", "temporal.embedding"}
 
 
@@ -99,14 +96,8 @@ Q, ATTENTION = (
     in_blocks("attention.q"),
     in_blocks("attention.q", "attention.k", "attention.v", "attention.proj"),
 )
-
-
 LEFT_OUT = ["blocks.0.attention.q", *in_blocks("mlp.fc1")]
-
-
 ONE_K, TEMPORAL = "blocks.1.attention.k", {"temporal.embedding"}
-
-
 LEARN = {  # changes of the adapters, layers with an adapter, what learns beside them
     "short names": ({"targets": ("q", "v")}, in_blocks("attention.q", "attention.v"), FULL),
     "a full name": ({"targets": (ONE_K, "fc2")}, [ONE_K, *in_blocks("mlp.fc2")], FULL),

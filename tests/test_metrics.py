@@ -29,8 +29,6 @@ from tvit_cli.engine.evaluate.selection import find_leaks
 from tvit_cli.results import ClassScore
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
-
-
 LABELS = torch.tensor([0, 2, 2, 1])
 
 

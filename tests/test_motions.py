@@ -15,11 +15,7 @@ from tvit_cli.errors import DataError, RunError
 from tvit_cli.portable.reading import segment_indices
 
 Change = Callable[[np.ndarray], bool]
-
-
 FRAMES = 6
-
-
 SIZE = 32
 
 

@@ -147,17 +147,9 @@ def test_temporal_layers_have_their_own_learning_rate(attention):
 
 # Two classes; softmax of (0, ln 3) is (1/4, 3/4).
 LOGITS = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, math.log(3)]])
-
-
 LABELS = torch.tensor([1, 1, 0])
-
-
 ONES = torch.ones(3)
-
-
 MIXED = Targets(LABELS, ONES, others=torch.tensor([0, 0, 0]), shares=torch.tensor([0.3, 0.75, 0.5]))
-
-
 RARE, LIKELY = math.log(4), math.log(4 / 3)  # of probability 1/4, of 3/4
 
 
@@ -167,11 +159,7 @@ def clip_losses(logits, targets, *, class_weights=(1, 1), label_smoothing=0.0):
 
 
 ONE, SMOOTH = Targets(LABELS, ONES), {"label_smoothing": 0.2}  # 0.9 on the label, 0.1 beside it
-
-
 ON_LABEL_1 = [0.8 * share + 0.1 for share in (0.3, 0.75, 0.0)]  # of the mixed clips, smoothed
-
-
 COSTS = [(RARE, LIKELY), (LIKELY, RARE), (RARE, LIKELY)]  # of labels 0 and 1
 
 

@@ -27,7 +27,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # transformers warns of its optional dependencies
     import transformers
 
-
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
@@ -215,8 +214,6 @@ def test_values_left_out_of_the_config_are_those_of_hugging_face(folder):
 
 
 Spoil = Callable[[Path], object]
-
-
 INDEX = "model.safetensors.index.json"
 
 
@@ -444,8 +441,6 @@ def test_real_pretrained_weights_equal_transformers_at_98_pixels():
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
 }  # fmt: skip
-
-
 EAGER = {"attn_implementation": "eager"}
 
 

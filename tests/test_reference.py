@@ -35,8 +35,6 @@ from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 
 WIDTH, SIZE, PATCH, BLOCKS = 24, 32, 16, 2
-
-
 CONFIG: dict[str, Any] = {
     "model_type": "temporal-vit",
     "architectures": ["TemporalViTHF"],

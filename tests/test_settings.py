@@ -19,8 +19,6 @@ from tvit_cli.settings.predict import PredictSettings
 from tvit_cli.settings.train import TrainSettings
 
 VERBS = (TrainSettings, EvalSettings, PredictSettings)
-
-
 # The parameter table of the system that tvit re-implements.
 # fmt: off
 REFERENCE = [
@@ -305,18 +303,10 @@ def average_is_kept(base, changed):
 
 
 NO_BASE = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
-
-
 ALL = {"train": "all"}
-
-
 # Groups of which class Red has others than the two that are held out: 6 of its clips are in train, 4 of the rest.
 UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_groups": "g02"}
-
-
 STANDSTILL = {"epochs": 4, "learning_rate": 1e-30}
-
-
 # fmt: off
 # setting -> a value with which a run ends with other weights than the default run
 WEIGHTS = {
@@ -331,8 +321,6 @@ WEIGHTS = {
     "drop_path": 0.5, "token_drop": 0.5, "layer_decay": 0.5, "mixup": 0.8, "cutmix": 1.0, "randaugment": 2,
     "random_erasing": 1.0,
 }
-
-
 # fmt: on
 # setting -> (base settings, value, condition on the base run and the changed one)
 EFFECTS = {
@@ -374,8 +362,6 @@ EFFECTS = {
     "save_every_minutes": ({}, 1e-9, lambda a, b: saved_steps(b) == [1, 2, 3]),
     "max_no_of_checkpoints": ({"epochs": 2}, 1, lambda a, b: len(saved_steps(b)) == 1),
 }
-
-
 BASES: dict[str, TrainResult] = {}
 
 

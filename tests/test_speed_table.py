@@ -19,17 +19,9 @@ from speed_table import (
 )
 
 PLACE = {"commit": "abc1234", "date": "2026-11-22", "processor": "EPYC", "cores": 2, "others": 0.1}
-
-
 STEP = {"naive": 1.51, "naive_wall": 1.55, "peft": 1.08, "peft_wall": 1.11, "share": 0.77}
-
-
 STARTUP = {"python -c pass": {"wall": 0.015, "cpu": 0.01}, "tvit --help": {"wall": 0.2, "cpu": 0.1}}
-
-
 MEMORY = {"tvit_saved": 0.42, "tvit_rss": 0.37, "tvit_whole": 0.5}
-
-
 INFER = {"seconds": 3.43, "floor_seconds": 3.04, "ratio": 1.13, "megabytes": 725.0}
 
 

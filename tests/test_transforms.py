@@ -29,14 +29,8 @@ from tvit_cli.data.augment import (
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
-
-
 SIZE = 32
-
-
 STILL = Augmentation((1.0, 1.0), (1.0, 1.0), horizontal_flip=0, brightness=0, contrast=0, saturation=0, hue=0)
-
-
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
@@ -371,14 +365,8 @@ def test_whole_clips_move_to_the_device_and_nothing_waits_for_it(kind):
 
 
 SIDE = 20
-
-
 FILL = torch.tensor([10.0, 128.0, 250.0])
-
-
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-
-
 Frames = np.ndarray  # (T, H, W, C)
 
 

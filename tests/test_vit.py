@@ -23,7 +23,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PEFT loads transformers, which warns of its optional dependencies
     import peft  # noqa: F401
 
-
 SMALL = ViTConfig(num_classes=5, frame_size=24, patch_size=8, n_frames=4, width=32, depth=2, num_heads=4)
 
 
@@ -277,20 +276,12 @@ def test_token_drop_is_of_the_training_alone_and_spares_the_class_token(attentio
 
 
 FRAME_WISE = [scheme for scheme in ATTENTIONS if scheme != "joint"]
-
-
 TEMPORAL = [scheme for scheme in ATTENTIONS if scheme != "space"]
-
-
 SPEC = LoraSpec(
     rank=2, alpha=2, dropout=0, use_rslora=False, bias="none", targets=("q", "k", "v", "fc1", "fc2"),
     exclude=(),
 )  # fmt: skip
-
-
 every_scheme = pytest.mark.parametrize("attention", ATTENTIONS)
-
-
 every_pool = pytest.mark.parametrize("pool", POOLS)
 
 

@@ -55,7 +55,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "source": ("videos", "store"),
 }
 Cell = tuple[Any, ...]  # one value of each factor
-
 # One of each phase, all ways to die, one and two processes: these run in the test suite.
 IN_THE_SUITE: tuple[Cell, ...] = (
     ("SIGKILL", "checkpoint write", 1, 0, "videos"),

@@ -67,7 +67,6 @@ TRIED_FURTHER = 2  # schemes that `select` tries every recipe with
 FINALISTS, SEEDS = 2, (0, 1, 2)
 BASELINE = "joint"  # what differences in the table are against
 RESAMPLES = 10_000
-
 Row = dict[str, Any]
 
 

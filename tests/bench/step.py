@@ -47,7 +47,6 @@ CASES = tuple(f"{model}_t{frames}" for model in ("vitb2", "vitb4", "vits12", "vi
 KINDS = ("naive", "peft", "tvit")
 PLAIN = ("plain_naive", "plain_peft")
 MEMORY = ("saved", "rss", "whole")
-
 Key = TypeVar("Key")
 
 
