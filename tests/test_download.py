@@ -43,7 +43,11 @@ from tvit_cli.results import Note, Progress
 from tvit_cli.settings.download import DownloadSettings
 
 CLASSES = ("Archery", "Bowling", "HandStandPushups")
+
+
 HTTP = Http(timeout=5, retry=Retry(attempts=2, sleep=lambda _: None, jitter=lambda: 0.5))
+
+
 needs_rar = pytest.mark.skipif(not rar.find_reader(), reason="nothing here reads RAR")
 
 
@@ -152,14 +156,11 @@ def test_set_lands_in_one_tidy_folder_with_its_manifest(world):
     assert events[-1].done == events[-1].total
 
 
-def test_second_run_asks_for_nothing(world):
+def test_second_run_fetches_only_what_is_missing(world):
     world.run()
     world.server.forget()
     result = world.run()
     assert world.server.requests == [] and result.new_files == 0 and result.videos == len(VIDEOS)
-
-
-def test_second_run_fetches_only_the_file_that_is_missing(world):
     world.run()
     world.server.forget()
     lost = "Archery/v_Archery_g02_c01.avi"
@@ -171,6 +172,8 @@ def test_second_run_fetches_only_the_file_that_is_missing(world):
 
 
 def test_verify_names_what_differs_and_repair_mends_it(world):
+    with pytest.raises(DataError, match=r"has no download\.json. Run `tvit download mini` first"):
+        world.run(verify=True)
     world.run()
     world.server.forget()
     gone, short, wrong = sorted(VIDEOS)[:3]
@@ -188,11 +191,6 @@ def test_verify_names_what_differs_and_repair_mends_it(world):
     assert world.server.requests == []
     assert world.run(repair=True).differences == ()
     assert world.landed() == VIDEOS and world.run(verify=True).differences == ()
-
-
-def test_verify_before_a_download_says_so(world):
-    with pytest.raises(DataError, match=r"has no download\.json. Run `tvit download mini` first"):
-        world.run(verify=True)
 
 
 @pytest.mark.parametrize("form", [pytest.param("rar", marks=needs_rar), "tar"])
@@ -223,15 +221,10 @@ def test_all_sources_that_failed_are_listed(world):
     with pytest.raises(MirrorsFailed) as caught:
         world.run()
     said = str(caught.value)
-    assert (
-        "404" in said and f"{'0' * 64} is expected" in said and "sent a page" in said and "--archive" in said
-    )
+    assert all(word in said for word in ("404", f"{'0' * 64} is expected", "sent a page", "--archive"))
     assert not (world.folder / "videos").exists()
-    assert not [
-        path
-        for path in (world.folder / "archives").iterdir()
-        if path.suffix == ".part" or path.name == "flat.zip"
-    ]
+    left = list((world.folder / "archives").iterdir())
+    assert not [path for path in left if path.suffix == ".part" or path.name == "flat.zip"]
 
 
 def test_split_lists_are_made_where_their_server_is_down(world):
@@ -259,10 +252,8 @@ def test_chosen_classes_cost_little_more_than_their_bytes(world, monkeypatch):
     world.use(world.source("/big.zip", (world.root / "big.zip").read_bytes()))
     monkeypatch.setattr(transfer, "WHOLE_BYTES", 1000)
     world.run(classes=["Bowling", "archery"], clips_per_class=10)
-    assert (
-        sorted(path.parent.name for path in world.folder.rglob("*.avi"))
-        == ["Archery"] * 10 + ["Bowling"] * 10
-    )
+    labels = sorted(path.parent.name for path in world.folder.rglob("*.avi"))
+    assert labels == ["Archery"] * 10 + ["Bowling"] * 10
     lists = len(world.server.pages["/lists.zip"].body)
     directory = 32 * 1024  # asked for at once, since its size is not known before
     assert world.server.sent - lists - directory < 1.3 * 20 * 30_000
@@ -631,14 +622,11 @@ def test_member_goes_to_its_class(member, layout, goes):
     assert placed == (PurePosixPath(goes) if goes else None)
 
 
-def test_two_spellings_without_lists_make_one_class():
+def test_spellings_make_one_class_and_one_file_of_two_is_refused():
     names = ["UCF101/v_HandStandPushups_g01_c01.avi", "UCF101/v_HandstandPushups_g02_c01.avi"]
     members = [Member(index, name, 1) for index, name in enumerate(names)]
     placed = target_paths(members, "ucf101", part="p", names=CanonicalNames())
     assert {path.parent.name for path in placed.values()} == {"HandStandPushups"}
-
-
-def test_members_that_would_become_one_file_are_refused():
     members = [Member(0, "x/A/a.avi", 1), Member(1, "y/A/a.avi", 1)]
     with pytest.raises(DataError, match=r"would both become videos/A/a\.avi"):
         target_paths(members, "class folders", part="p", names=CanonicalNames())
@@ -727,12 +715,9 @@ def test_official_lists_are_read_and_follow_from_the_groups(split, train, test, 
     assert len(read_classes(folder)) == len({action for action, _ in subsets["train"]}) == 101
     groups = {name: {(action, group_of(file)) for action, file in side} for name, side in subsets.items()}
     assert not groups["train"] & groups["test"]
-    for name, text in lists_from_groups(
-        subsets["train"] + subsets["test"], find("ucf101").test_groups
-    ).items():
+    everything = subsets["train"] + subsets["test"]
+    for name, text in lists_from_groups(everything, find("ucf101").test_groups).items():
         (tmp_path / name).write_text(text)
     made = parse_split_lists(tmp_path, split)
-    assert {name: set(side) for name, side in made.items()} == {
-        name: set(side) for name, side in subsets.items()
-    }
+    assert {k: set(side) for k, side in made.items()} == {k: set(side) for k, side in subsets.items()}
     assert read_classes(tmp_path) == read_classes(folder)

@@ -82,8 +82,8 @@ def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path):
     weights = dict(trained().named_parameters())
     state = {name: w.t().contiguous().t() if w.dim() == 2 else w for name, w in weights.items()}
     save_model(tmp_path / "model", state, CARD)
-    model, _ = load_model(tmp_path / "model")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    found = load_model(tmp_path / "model")[0].state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
 
 
 def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder):
@@ -98,11 +98,10 @@ def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder):
 
 
 def test_missing_parents_are_made_and_an_empty_folder_is_taken(tmp_path):
-    save_model(tmp_path / "a" / "b" / "model", trained().state_dict(), CARD)
-    load_model(tmp_path / "a" / "b" / "model")
     (tmp_path / "empty").mkdir()
-    save_model(tmp_path / "empty", trained().state_dict(), CARD)
-    load_model(tmp_path / "empty")
+    for path in (tmp_path / "a" / "b" / "model", tmp_path / "empty"):
+        save_model(path, trained().state_dict(), CARD)
+        load_model(path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -199,6 +198,7 @@ def test_missing_or_damaged_model_folders_are_refused(folder, spoil, sentence):
         ({"labels": ["jump", "run"]}, "2 labels for a classifier of 3 classes"),
         ({"labels": ["jump", "run", "run"]}, "duplicate labels"),
         ({"metrics": "good"}, "metrics: "),
+        ({"card_version": "2"}, "card_version: .* valid integer"),
         (
             {"preprocessing": {"n_frames": 2, "frame_size": 32, "std": [0.2, 0, 0.2]}},
             "std.1: .* greater than 0",
@@ -301,12 +301,6 @@ def test_hostile_sizes_are_refused_before_a_network_is_built(
 def test_integer_weights_are_refused_by_name(folder):
     change_weights(folder, **{"norm.bias": torch.ones(16, dtype=torch.int32)})
     with pytest.raises(ModelError, match=r"norm\.bias is torch\.int32, not torch\.float32"):
-        load_model(folder)
-
-
-def test_card_version_as_text_is_refused(folder):
-    edit_card(folder, card_version="2")
-    with pytest.raises(ModelError, match=r"card\.json: card_version: .* valid integer"):
         load_model(folder)
 
 

@@ -27,6 +27,8 @@ from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.portable.reading import grid_indices, segment_indices
 
 LENGTHS = {"v_run_g01_c01.avi": 40, "v_run_g02_c01.avi": 5, "v_walk_g01_c01.avi": 23, "v_walk_g02_c01.avi": 8}
+
+
 JPEG_ERROR = 2  # mean of absolute differences, of 255
 
 
@@ -416,6 +418,8 @@ def test_real_clips_come_back_as_they_were_but_for_jpeg(real_data, tmp_path):
 
 
 Make = Callable[..., Path]
+
+
 HALF = 1.5  # levels of 255: what rounding to whole numbers in three places may come to
 
 
@@ -466,7 +470,9 @@ def ramp(height, width):
 @pytest.mark.parametrize("form", ["yuv420p", "yuv444p"])
 @pytest.mark.parametrize("short_side", [None, 24])
 @pytest.mark.parametrize("rgb", [(200, 60, 30), (40, 90, 180), (235, 235, 235), (0, 0, 0), (255, 255, 255)])
-def test_planes_have_the_colours_of_the_source(space, full, height, matrix, form, short_side, rgb, tmp_path):
+def test_planes_and_pictures_have_the_colours_of_the_source(
+    space, full, height, matrix, form, short_side, rgb, tmp_path
+):
     kr, kb = {"601": (0.299, 0.114), "709": (0.2126, 0.0722)}[matrix]
     red, green, blue = np.array(rgb) / 255
     luma = kr * red + (1 - kr - kb) * green + kb * blue
@@ -476,16 +482,21 @@ def test_planes_have_the_colours_of_the_source(space, full, height, matrix, form
     path = write_solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full, form=form)
     colour = to_rgb(read_planes(path, short_side)[0]).mean(axis=(0, 1))
     assert np.abs(colour - rgb).mean() <= HALF
+    if form == "yuv444p" and rgb == (200, 60, 30):  # by the tags, or players' rule where there are none
+        picture = read_clip(path, lambda n: [0]).frames[0]
+        assert np.abs(picture.reshape(-1, 3).mean(axis=0) - rgb).max() <= 1.5
 
 
 @pytest.mark.parametrize(
     "pixel_format", ["gray", "gray10le", "yuv420p10le", "yuv444p", "bgra", "yuva420p", "rgb48le", "bgr0"]
 )
-def test_any_pixel_format_becomes_planes(pixel_format, tmp_path, make_video, read_numbers):
+def test_any_pixel_format_becomes_planes_and_rgb8(pixel_format, tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.mkv", frames=5, codec="ffv1", pixel_format=pixel_format)
     pictures = read_planes(path)
     assert {(p.y.shape, p.u.shape, p.v.shape) for p in pictures} == {((48, 64), (24, 32), (24, 32))}
     assert read_numbers(np.stack([to_rgb(p) for p in pictures])) == list(range(5))
+    frames = read_clip(path, lambda n: range(n)).frames
+    assert frames.shape == (5, 48, 64, 3) and read_numbers(frames) == list(range(5))
     assert all(abs(float(c.mean()) - 128) <= 1 for p in pictures for c in (p.u, p.v))
 
 

@@ -28,7 +28,11 @@ from tvit_cli.errors import DataError, RunError
 from tvit_cli.results import Note, Progress
 
 BODY = random.Random(1).randbytes(300_000)
+
+
 SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
 FETCH = """
 from pathlib import Path
 from tvit_cli.data.http import Download
@@ -125,6 +129,8 @@ def dated(day, **facts):
 
 
 BLIND = {"ignore_if_range": True}
+
+
 CHANGED = {  # before; bytes and facts of the file that is there afterwards
     "another tag": ({}, 300_000, {}),
     "another tag, conditions ignored": ({}, 300_000, BLIND),
@@ -339,23 +345,31 @@ def test_full_disk_is_seen_before_and_names_what_is_needed(server, tmp_path, mon
     assert names(tmp_path) == set()
 
 
-def test_disk_that_fills_up_keeps_the_part_for_later(server, tmp_path):
-    url = server.add("/a", BODY)
-    child = f"""
+SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
+from tvit_cli.data.archives import unpack
 from tvit_cli.data.http import Download
 from tvit_cli.errors import RunError
-from tvit_cli.results import Progress
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
-    Download(Path({str(tmp_path / "a")!r})).fetch([{url!r}])
+    {work}
 except RunError as error:
     sys.exit(str(error))
 """
-    ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=False)
-    assert "disk full while" in ended.stderr and "200 kB more are needed" in ended.stderr
+
+
+def on_a_small_disk(work):
+    """The error of some code in a process whose files can have 100 kB."""
+    code = SMALL_DISK.format(work=work)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+
+
+def test_disk_that_fills_up_keeps_the_part_for_later(server, tmp_path):
+    url = server.add("/a", BODY)
+    said = on_a_small_disk(f"Download(Path({str(tmp_path / 'a')!r})).fetch([{url!r}])")
+    assert "disk full while" in said and "200 kB more are needed" in said
     server.forget()
     assert get([url], tmp_path / "a", sha256=SHA256).bytes_received <= 200_000 + 64 * 1024
 
@@ -459,13 +473,19 @@ def test_zip64_directory_is_read(server, tmp_path, monkeypatch):
 
 
 HAS_RAR = bool(rar.find_reader())
+
+
 FORMS = [
     form
     if not form.startswith("rar")
     else pytest.param(form, marks=pytest.mark.skipif(not HAS_RAR, reason="no RAR"))
     for form in WRITERS
 ]
+
+
 LINK, DEVICE, FOLDER = 0o120777, 0o020644, 0o040755
+
+
 # name -> (members, what the error says)
 HOSTILE: dict[str, tuple[list[Entry], str]] = {
     "up and out": ([Entry("a/../../x")], "leads out"),
@@ -488,6 +508,8 @@ HOSTILE: dict[str, tuple[list[Entry], str]] = {
     "too many members": ([Entry(f"m{index}") for index in range(60)], "more than 50 members"),
     "too much in all": ([Entry(f"m{index}", b"x" * 900) for index in range(20)], "unpacked, limit"),
 }
+
+
 LIMITS = Limits(members=50, member_bytes=1000, total_bytes=10_000, ratio=100)
 
 
@@ -536,8 +558,14 @@ def patched(write, path, change):
 
 
 REPARSE_POINT = 0x400
+
+
 RAR = pytest.mark.skipif(not HAS_RAR, reason="no RAR")
+
+
 ZIP_CRC = functools.partial(write_zip, entries=[Entry("a", b"good")])
+
+
 TAR_OF_2 = functools.partial(write_tar, entries=[Entry("x", bytes(512)), Entry("y", bytes(512))])
 
 
@@ -696,20 +724,9 @@ def test_disk_that_fills_up_while_unpacking_leaves_nothing(tmp_path):
         tmp_path / "a.zip",
         [Entry(f"{index}", bytes(60_000)) for index in range(3)] + [Entry("b", bytes(200_000))],
     )
-    child = f"""
-import resource, signal, sys
-from pathlib import Path
-from tvit_cli.data.archives import unpack
-from tvit_cli.errors import RunError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-try:
-    unpack(Path({str(tmp_path / "a.zip")!r}), Path({str(tmp_path / "out")!r}))
-except RunError as error:
-    sys.exit(str(error))
-"""
-    ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=False)
-    assert "disk full while unpacking a.zip" in ended.stderr and "200 kB more" in ended.stderr
+    places = [f"Path({str(tmp_path / name)!r})" for name in ("a.zip", "out")]
+    said = on_a_small_disk(f"unpack({', '.join(places)})")
+    assert "disk full while unpacking a.zip" in said and "200 kB more" in said
     assert everything(tmp_path) == {"a.zip"}
 
 

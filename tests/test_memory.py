@@ -37,8 +37,14 @@ from tvit_cli.results import MemoryModel, Note, TrainingStarts
 from tvit_cli.settings.card import Preprocessing
 
 CPU = torch.device("cpu")
+
+
 FRAMES = 4
+
+
 SIZE = 32
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -38,14 +38,9 @@ def test_top_k_counts_videos_and_the_loss_is_their_mean_in_nats():
     assert metrics["video_top2"] == 0.75
     assert metrics["videos"] == 4
     assert video_metrics(LOGITS, LABELS, top_k=9)["video_top3"] == 1.0
-    expected = (
-        sum(
-            math.log(sum(math.exp(x) for x in row)) - row[y]
-            for row, y in zip(LOGITS.tolist(), LABELS.tolist(), strict=True)
-        )
-        / 4
-    )
-    assert video_metrics(LOGITS, LABELS, top_k=1)["loss"] == pytest.approx(expected)
+    rows = zip(LOGITS.tolist(), LABELS.tolist(), strict=True)
+    losses = [math.log(sum(map(math.exp, row))) - row[label] for row, label in rows]
+    assert video_metrics(LOGITS, LABELS, top_k=1)["loss"] == pytest.approx(sum(losses) / 4)
 
 
 def test_equal_scores_and_nans_are_wrong_and_ranks_take_the_worst():
@@ -174,21 +169,13 @@ def test_groups_on_both_sides_are_a_leak_and_clean_splits_are_not(tmp_path):
 
 
 def test_equal_files_under_two_names_are_found(tmp_path):
-    videos = [
-        video(tmp_path, "a", "train", None, b"same bytes"),
-        video(tmp_path, "b", "test", None, b"same bytes"),
-        video(tmp_path, "c", "test", None, b"same width"),
-        video(tmp_path, "d", "train", None, b"same bytes"),
-    ]
-    (leak,) = find_leaks(videos)
+    rows = (("a", "train", "same"), ("b", "test", "same"), ("c", "test", "size"), ("d", "train", "same"))
+    (leak,) = find_leaks([video(tmp_path, a, subset, None, data.encode()) for a, subset, data in rows])
     assert "1 videos are in two subsets" in leak and "a = b" in leak
 
 
 def test_a_clean_split_says_nothing_and_reads_nothing(tmp_path, monkeypatch):
-    videos = [
-        video(tmp_path, "a", "train", "01", b"1"),
-        video(tmp_path, "b", "train", "01", b"1"),
-        video(tmp_path, "c", "test", "02", b"22"),
-    ]
+    rows = (("a", "train", "01", b"1"), ("b", "train", "01", b"1"), ("c", "test", "02", b"22"))
+    videos = [video(tmp_path, *row) for row in rows]
     monkeypatch.setattr(selection, "sha256", lambda path: pytest.fail(f"{path} was read"))
     assert find_leaks(videos) == ()

@@ -615,11 +615,23 @@ def test_timms_names_give_the_same(name, tmp_path):
     assert model.config.frame_size == 32
 
 
-@pytest.mark.parametrize("absent", ["ls1", "ls2"])
-def test_timm_weights_with_one_of_two_layer_scales_are_refused(absent, tmp_path):
-    folder = as_timm(randomised(dinov2()), tmp_path)
-    drop(f"blocks.0.{absent}.gamma", f"blocks.1.{absent}.gamma")(folder)
-    with pytest.raises(ModelError, match=rf"blocks\.0\.{absent}\.gamma is missing"):
+HEADS = r'attention heads is not known for width 32.*"model_args": \{"num_heads": 8\}'
+Q_NORM = "blocks.0.attn.q_norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "spoil", "sentence"),
+    [
+        ("dinov2", {}, drop("blocks.0.ls1.gamma", "blocks.1.ls1.gamma"), "blocks.0.ls1.gamma is missing"),
+        ("dinov2", {}, drop("blocks.0.ls2.gamma", "blocks.1.ls2.gamma"), "blocks.0.ls2.gamma is missing"),
+        ("dino", {"model_args": {}}, lambda folder: None, HEADS),
+        ("dino", {}, put(Q_NORM, tensor=torch.ones(8)), rf"{Q_NORM} is unexpected.*use a plain ViT"),
+    ],
+)
+def test_timm_weights_of_no_plain_vit_are_refused_by_name(name, config, spoil, sentence, tmp_path):
+    folder = as_timm(randomised(MODELS[name]()), tmp_path, **config)
+    spoil(folder)
+    with pytest.raises(ModelError, match=sentence):
         loaded(folder)
 
 
@@ -653,14 +665,6 @@ def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path):
     assert_equal_features(model, image_vit)
 
 
-def test_timm_weights_of_an_unknown_width_ask_for_the_number_of_heads(tmp_path):
-    folder = as_timm(MODELS["dino"](), tmp_path, model_args={})
-    with pytest.raises(
-        ModelError, match=r'attention heads is not known for width 32.*"model_args": \{"num_heads": 8\}'
-    ):
-        loaded(folder)
-
-
 def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path):
     folder = as_timm(MODELS["dino"](), tmp_path / "timm", model_type="timm")
     assert read_config(resolve_weights(str(folder))).network["width"] == 32
@@ -675,13 +679,6 @@ def test_a_ratio_that_is_no_number_is_named(tmp_path):
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"mlp_ratio": ', '"mlp_ratio": NaN, "was": '))
     with pytest.raises(ModelError, match="intermediate_size is None; it must be a whole number"):
-        loaded(folder)
-
-
-def test_timm_weights_that_normalise_queries_are_refused_by_name(tmp_path):
-    folder = as_timm(MODELS["dino"](), tmp_path)
-    put("blocks.0.attn.q_norm.weight", tensor=torch.ones(8))(folder)
-    with pytest.raises(ModelError, match=r"blocks\.0\.attn\.q_norm\.weight is unexpected.*use a plain ViT"):
         loaded(folder)
 
 

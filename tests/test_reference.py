@@ -35,22 +35,11 @@ from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 
 WIDTH, SIZE, PATCH, BLOCKS = 24, 32, 16, 2
-CONFIG: dict[str, Any] = {
-    "model_type": "temporal-vit",
-    "architectures": ["TemporalViTHF"],
-    "img_wh": SIZE,
-    "in_channels": 3,
-    "patch_size": PATCH,
-    "embd_dim": WIDTH,
-    "patch_embd_bias": True,
-    "n_frames": 3,  # 4 patches a frame: time and place do not fall into step
-    "num_heads": 2,
-    "use_flash_attention": True,
-    "mlp_factor": 2,
-    "num_blocks": BLOCKS,
-    "num_classes": 3,
-    "pooling": "cls",
-}
+CONFIG: dict[str, Any] = {  # 4 patches a frame, 3 frames: time and place do not fall into step
+    "model_type": "temporal-vit", "architectures": ["TemporalViTHF"], "img_wh": SIZE, "in_channels": 3,
+    "patch_size": PATCH, "embd_dim": WIDTH, "patch_embd_bias": True, "n_frames": 3, "num_heads": 2,
+    "use_flash_attention": True, "mlp_factor": 2, "num_blocks": BLOCKS, "num_classes": 3, "pooling": "cls",
+}  # fmt: skip
 
 
 def random_tensors(*, classes=3):
@@ -363,28 +352,20 @@ def without(name):
     return lambda tensors: tensors.pop(name)
 
 
+def put(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (without("blocks.1.attn.q.weight"), r"blocks\.1\.attn\.q\.weight is missing"),
         (without("cls_token"), "cls_token is missing"),
-        (
-            lambda t: t.update({"blocks.2.norm1.weight": torch.ones(WIDTH)}),
-            r"blocks\.2\.norm1\.weight is unexpected",
-        ),
-        (
-            lambda t: t.update({"head.weight": torch.ones(4, WIDTH)}),
-            r"head\.weight has the shape \(4, 24\), not \(3,",
-        ),
+        (put("blocks.2.norm1.weight", torch.ones(WIDTH)), r"blocks\.2\.norm1\.weight is unexpected"),
+        (put("head.weight", torch.ones(4, WIDTH)), r"head\.weight has the shape \(4, 24\), not \(3,"),
         (lambda t: t["norm.weight"].fill_(math.nan), r"norm\.weight holds NaN"),
-        (
-            lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.int8)}),
-            "Use weights that are not quantised",
-        ),
-        (
-            lambda t: t.update({"blocks.0.attn.q.lora_A": torch.ones(WIDTH, 4)}),
-            r"unmerged adapters.*checkpoint_merged\.safetensors",
-        ),
+        (put("head.bias", torch.zeros(3, dtype=torch.int8)), "Use weights that are not quantised"),
+        (put("blocks.0.attn.q.lora_A", torch.ones(WIDTH, 4)), r"unmerged adapters.*checkpoint_merged\.safe"),
     ],
 )
 def test_bad_weights_are_refused_with_reasons(tmp_path, change, sentence):

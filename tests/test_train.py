@@ -11,9 +11,11 @@ from entry import start
 from tiny import COLOURS, MIXED, SCRATCH, last_weights, records, run, run_in, same, settings
 
 from tvit_cli import cli
+from tvit_cli.data import clips as clips_module
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.extract import extract
 from tvit_cli.engine.train import set_up, train
+from tvit_cli.engine.train.build import build
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.optim import learning_rate_at
 from tvit_cli.errors import CheckpointError, DataError, ModelError, RunError, TvitError, VideoError
@@ -23,8 +25,8 @@ from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 
 
-def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained, clips):
-    result = trained()
+def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(finished, clips):
+    result = finished
     model, card = load_model(result.model)
     assert card.labels == tuple(COLOURS)
     assert card.preprocessing.n_frames == 4 and card.preprocessing.frame_size == 32
@@ -32,9 +34,8 @@ def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained, clips):
     assert card.base is not None and card.base.name.endswith("tiny-vit")
     assert model(torch.zeros(1, 4, 3, 32, 32)).shape == (1, 3)
     assert [r["epoch"] for r in records(result)] == [1, 2]
-    assert {"train_loss", "train_clip_top1", "val_loss", "val_video_top1", "val_video_top2"} <= records(
-        result
-    )[0].keys()
+    names = {"train_loss", "train_clip_top1", "val_loss", "val_video_top1", "val_video_top2"}
+    assert names <= records(result)[0].keys()
     assert [p.name for p in list_checkpoints(result.run / "checkpoints")] == ["step-000003", "step-000006"]
     assert json.loads((result.run / "settings.json").read_text())["lora_rank"] == 8
 
@@ -50,10 +51,10 @@ def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(trained, clips):
     ],
     ids=str,
 )
-def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(clips, pretrained, tmp_path, changes):
+def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(pretrained, changes):
     events = []
-    facts = {"path_to_data": str(clips), "hf_model_name": str(pretrained), "working_directory": tmp_path}
-    train(settings(**facts, **changes, tubelet_size=2, epochs=1), events.append)
+    own = settings(hf_model_name=str(pretrained), **changes, tubelet_size=2)
+    build(own, num_classes=3, report=events.append)
     assert any("The model uses one frame of each tubelet of 2" in str(event) for event in events)
 
 
@@ -122,13 +123,13 @@ def test_it_learns_what_colour_tells(trained):
     assert result.test is not None and result.test.metrics["video_top1"] == 1.0
 
 
-def test_two_runs_of_one_seed_are_equal_bit_for_bit(trained):
-    a, b = trained(), trained(num_workers=2)
+def test_two_runs_of_one_seed_are_equal_bit_for_bit(finished, trained):
+    a, b = finished, trained(num_workers=2)
     assert same(last_weights(a), last_weights(b))
     assert records(a) == records(b)
 
 
-def test_the_model_folder_holds_the_best_epoch_not_the_last(trained):
+def test_the_model_folder_holds_the_best_epoch_or_else_the_last(trained):
     result = trained(epochs=6)
     epochs = records(result)
     best = max(epochs, key=lambda r: (r["val_video_top1"], -r["val_loss"]))
@@ -136,9 +137,6 @@ def test_the_model_folder_holds_the_best_epoch_not_the_last(trained):
     kept = load_checkpoint(list_checkpoints(result.run / "checkpoints")[best["epoch"] - 1])
     model, _ = load_model(result.model)
     assert torch.equal(model.classifier.weight, kept.trainable["classifier.weight"])
-
-
-def test_without_validation_the_last_epoch_is_kept(trained):
     result = trained(val_groups="none")
     model, card = load_model(result.model)
     assert result.best == {} and result.best_epoch == 2 and card.metrics == {}
@@ -148,7 +146,7 @@ def test_without_validation_the_last_epoch_is_kept(trained):
 
 @pytest.mark.parametrize("changes", [{}, MIXED, {**MIXED, "repeats": 3}], ids=["plain", "mixed", "repeated"])
 def test_accumulated_micro_batches_give_the_update_of_one_batch(trained, changes):
-    facts = {"lora_dropout": 0.0, **changes}
+    facts = {"lora_dropout": 0.0, "epochs": 1, **changes}
     runs = (
         trained(per_gpu_batch_size=3, gradient_accumulation_steps=3, **facts),
         trained(per_gpu_batch_size=9, **facts),
@@ -198,16 +196,14 @@ def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained):
 
 
 def test_workers_are_as_many_as_asked_for(trained, monkeypatch):
-    from tvit_cli.data import clips
-
     asked = []
-    real = clips.DataLoader
+    real = clips_module.DataLoader
 
     def spy(*arguments, **keywords):
         asked.append(keywords["num_workers"])
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(clips, "DataLoader", spy)
+    monkeypatch.setattr(clips_module, "DataLoader", spy)
     trained(epochs=1, num_workers=2)
     assert asked[0] == 2  # of the training; validation has fewer batches
 
@@ -327,19 +323,13 @@ def test_leaks_are_said_and_strict_refuses_them(clips, tmp_path):
     for subset in ("train", "test"):
         for label in COLOURS:
             shutil.copytree(clips / label, data / subset / label)
-    facts = {
-        "path_to_data": str(data), "hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2,
-        "epochs": 1,
-    }  # fmt: skip
-    facts |= {
-        "working_directory": tmp_path / "runs", "val_groups": "none", "test_groups": "none", "train": "all",
-    }  # fmt: skip
+    facts = {"path_to_data": str(data), "working_directory": tmp_path / "runs", **SCRATCH, "epochs": 1}
+    facts |= {"val_groups": "none", "test_groups": "none"}
     events = []
     train(settings(**facts), events.append)
     warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
-    assert any("share 6 groups" in w for w in warnings) and any(
-        "18 videos are in two subsets" in w for w in warnings
-    )
+    assert any("share 6 groups" in w for w in warnings)
+    assert any("18 videos are in two subsets" in w for w in warnings)
     with pytest.raises(DataError, match="share 6 groups"):
         train(settings(**facts, strict=True))
 
@@ -349,11 +339,8 @@ def test_more_unreadable_videos_than_allowed_stop_the_run_before_it_starts(clips
     shutil.copytree(clips, data)
     for group in (2, 3, 4, 5):
         (data / "Red" / f"v_Red_g{group:02d}_c01.avi").write_text("text")
-    facts = {
-        "path_to_data": str(data),
-        "hf_model_name": str(pretrained),
-        "working_directory": tmp_path / "runs",
-    }
+    facts = {"path_to_data": str(data), "hf_model_name": str(pretrained)}
+    facts["working_directory"] = tmp_path / "runs"
     with pytest.raises(DataError, match=r"4 of 18 videos cannot be read.*allows 3"):
         run(**facts)
     assert not (tmp_path / "runs").exists()
@@ -388,12 +375,8 @@ def test_the_official_split_decides_what_is_trained_on(trained, clips, tmp_path)
 def test_a_frame_store_beside_the_videos_is_found_used_and_scored(clips, pretrained, tmp_path):
     data = tmp_path / "colours"
     shutil.copytree(clips, data)
-    facts = {
-        "path_to_data": str(data),
-        "hf_model_name": str(pretrained),
-        "working_directory": tmp_path / "runs",
-    }
-    facts |= {"epochs": 6, "test_at_end": True, "frame_grid": 6}
+    facts = {"path_to_data": str(data), "hf_model_name": str(pretrained), "frame_grid": 6}
+    facts |= {"working_directory": tmp_path / "runs", "epochs": 6, "test_at_end": True}
     from_videos = run(**facts)
     extract(ExtractSettings(path_to_data=str(data), num_workers=0, frames_per_video=6), lambda event: None)
     events = []

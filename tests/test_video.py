@@ -18,7 +18,7 @@ import tiny
 from av.stream import Disposition
 from loopback import serving
 from PIL import Image
-from videos import set_matrix, set_rotation, write_solid_colour
+from videos import set_matrix, set_rotation
 
 import tvit_cli
 from tvit_cli.data import video
@@ -37,7 +37,11 @@ from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.predict import PredictSettings
 
 Make = Callable[..., Path]
+
+
 ReadNumbers = Callable[[np.ndarray], list[int]]
+
+
 CODECS = [
     pytest.param(".avi", {"codec": "mpeg4"}, id="mpeg4"),
     pytest.param(".avi", {"codec": "mpeg4", "options": {"bf": "2"}}, id="mpeg4 with B-frames"),
@@ -239,40 +243,6 @@ def test_the_fault_files_with_mirrors_and_nan_are_shown_right(real_data):
     assert info.rotation == 0 and "is no rotation" in info.note
 
 
-@pytest.mark.parametrize(
-    "pixel_format", ["gray", "gray10le", "yuv420p10le", "yuv444p", "bgra", "yuva420p", "rgb48le", "bgr0"]
-)
-def test_any_pixel_format_becomes_rgb8(pixel_format, tmp_path, make_video, read_numbers):
-    path = make_video(tmp_path / "video.mkv", frames=5, codec="ffv1", pixel_format=pixel_format)
-    clip = read_clip(path, lambda n: range(n))
-    assert clip.frames.shape == (5, 48, 64, 3)
-    assert read_numbers(clip.frames) == list(range(5))
-
-
-@pytest.mark.parametrize(
-    ("space", "full", "height", "matrix"),
-    [
-        (2, False, 48, "601"),
-        (2, False, 720, "709"),
-        (1, False, 48, "709"),
-        (6, False, 720, "601"),
-        (1, True, 48, "709"),
-    ],
-    ids=["unsaid and small", "unsaid and large", "tagged 709", "tagged 601", "full range"],
-)
-def test_colours_follow_the_tags_and_players_rule_where_there_are_none(space, full, height, matrix, tmp_path):
-    rgb = np.array([200, 60, 30])
-    kr, kb = {"601": (0.299, 0.114), "709": (0.2126, 0.0722)}[matrix]
-    red, green, blue = rgb / 255
-    luma = kr * red + (1 - kr - kb) * green + kb * blue
-    chroma = (blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)
-    scale_y, low, scale_c = (255, 0, 255) if full else (219, 16, 224)
-    yuv = (round(low + scale_y * luma), round(128 + scale_c * chroma[0]), round(128 + scale_c * chroma[1]))
-    path = write_solid_colour(tmp_path / "video.mkv", yuv, height=height, space=space, full=full)
-    picture = read_clip(path, lambda n: [0]).frames[0]
-    assert np.abs(picture.reshape(-1, 3).mean(axis=0) - rgb).max() <= 1.5
-
-
 def test_black_and_white_stay_black_and_white(tmp_path):
     frames = np.stack([np.full((48, 64, 3), level, np.uint8) for level in (0, 255)])
     write_video(tmp_path / "video.mkv", frames, codec="ffv1")
@@ -440,7 +410,11 @@ def _animated_webp(folder, make_video):
 
 
 LIST = b"ffconcat version 1.0\nfile "
+
+
 NO_LIST = "a list of videos (ffconcat) with files that are missing or not in its folder"
+
+
 UNREADABLE = {
     "no file": (lambda folder, make_video: folder / "absent.avi", "no such file"),
     "folder": (lambda folder, make_video: folder, "is a folder"),
