@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 import simplejpeg
 import torch
+from entry import tvit
 from pages import Page, opened_in_chromium, trouble_in_chromium
 from PIL import Image
 from safetensors.torch import load_file
@@ -366,6 +367,9 @@ def test_a_report_that_cannot_be_written_costs_no_numbers(trained, tmp_path, mon
     result = evaluate(settings(trained, output=tmp_path), events.append)
     assert result.report is None and (tmp_path / "metrics.json").is_file()
     assert any("report could not be written (No space left" in e.text for e in events if isinstance(e, Note))
+    ended = tvit("eval", trained.run, "--device", "cpu", "--num-workers", "0", "--output", tmp_path)
+    assert ended.code == 1 and "video_top1" in ended.out
+    assert f"error: {tmp_path}: the report is missing; all other results are complete." in ended.err
 
 
 def test_names_from_outside_are_text_and_never_markup(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -343,6 +344,30 @@ def test_a_full_disk_keeps_the_shards_that_were_complete(videos, tmp_path, monke
         monkeypatch.setattr("tvit_cli.files.os.fsync", full)
         writer.add("c", packed)
     assert sorted(p.name for p in folder.iterdir()) == ["shard-00000-00.frames", "store.json"]
+
+
+@pytest.mark.parametrize(("room", "kept"), [(3.5, 3), (3.001, 2), (0.5, 0)])
+def test_a_full_disk_keeps_the_videos_of_an_unfinished_shard(videos, tmp_path, room, kept):
+    folder = tmp_path / "frames"
+    write_header(folder, Header(PARAMETERS, str(tmp_path)))
+    packed = pack_video(videos[1].path, PARAMETERS)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * len(packed.record)), before[1]))
+    try:
+        with (
+            pytest.raises(RunError, match=r"too large.*Videos that were stored are kept"),
+            ShardWriter(folder, rank=0, shard_bytes=1 << 30) as writer,
+        ):
+            for name in "abcde":
+                writer.add(name, packed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    contents, damaged = read_contents(folder)
+    assert b"".join(sorted(contents.rows)) == b"abc"[:kept] and not damaged
+    for name in "abc"[:kept]:
+        row = contents.row(name)
+        assert row is not None and check_record(contents.shard(name), row) == ""
+    assert not list(folder.glob(".*"))
 
 
 def test_the_store_beside_the_videos_is_found_and_is_no_class(videos, tmp_path):

@@ -180,6 +180,15 @@ def _print_report(console: Console, report: Path | None) -> None:
         console.print(f"Report: {report}")
 
 
+def _require_report(report: Path | None, folder: Path) -> None:
+    """Raises RunError in the main process if the report of an evaluation is missing."""
+    from tvit_cli.console import is_main_process
+
+    if report is None and is_main_process():
+        advice = "Free some space, then repeat the command."
+        raise RunError(f"{folder}: the report is missing; all other results are complete. {advice}")
+
+
 def _print_series(console: Console, result: SeriesResult, metrics: Iterable[str]) -> None:
     names = [name for name in metrics if name in result.summary]
     rows = [(run, *(f"{found[name]:.3f}" for name in names)) for run, found in result.runs.items()]
@@ -203,6 +212,7 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
         return
     if isinstance(result, SeriesResult):
         _print_series(console, result, (n for n in result.summary if n not in ("videos", "unreadable")))
+        _require_report(result.report, result.folder)
         return
     for note in result.notes:
         console.warn(note)
@@ -222,6 +232,7 @@ def evaluate(loaded: Loaded[EvalSettings], console: Console) -> None:
     speed = result.metrics["videos"] / result.seconds
     console.print(f"\n{result.seconds:.1f} s, {speed:.1f} videos/s. Written to {result.output}")
     _print_report(console, result.report)
+    _require_report(result.report, result.output)
 
 
 def _metric(name: str, value: float) -> str:
@@ -250,6 +261,7 @@ def _print_comparison(console: Console, result: Comparison) -> None:
         f"{len(result.lost)} lost, McNemar p = {result.p_value:.3g}. Written to {result.output}"
     )
     _print_report(console, result.report)
+    _require_report(result.report, result.output)
 
 
 def predict(loaded: Loaded[PredictSettings], console: Console) -> None:

@@ -61,14 +61,15 @@ def _justify(cells: Iterable[str]) -> Literal["left", "right"]:
 
 def print_error(error: BaseException) -> None:
     """Prints an error's message on stderr; one that all processes raise is printed by the main process only."""
-    if isinstance(error, RunError) and error.by_all and not _is_main_process():
+    if isinstance(error, RunError) and error.by_all and not is_main_process():
         return
     console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
     start = "" if isinstance(error, Interrupted) else "[bold red]error:[/] "
     console.print(f"{start}{_shown(str(error))}")
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether this is the process that prints."""
     return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
 
@@ -97,7 +98,7 @@ class Console:
 
     def __init__(self, verbosity: Literal["quiet", "normal", "verbose"] = "normal") -> None:
         self._verbosity = verbosity
-        self._is_main = _is_main_process()
+        self._is_main = is_main_process()
         # Lines in a file or pipe are not wrapped, so that they can be searched.
         width = None if sys.stdout.isatty() else 10_000
         self._out = RichConsole(highlight=False, soft_wrap=True, width=width, quiet=not self._is_main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -84,8 +85,8 @@ def _jpeg(planes: Planes, quality: int) -> bytes:
 class ShardWriter:
     """Appends records to shards of a bounded size, each of which is complete or absent.
 
-    Leaving the context completes the last shard, also after an error unless writing itself failed. Raises
-    RunError if the disk is full or fails.
+    Leaving the context completes the last shard, also after an error. Raises RunError if the disk is full or fails;
+    the videos that fit are kept as a shard then.
     """
 
     def __init__(self, folder: Path, *, rank: int, shard_bytes: int) -> None:
@@ -94,19 +95,13 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._rows: list[npt.NDArray[Any]] = []
         self._keys: list[bytes] = []
-        self._failed = False
         self.bytes = 0  # of all records so far
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._failed:
-            self._complete()
-        if self._file is not None:
-            with suppress(OSError):  # the first failure was raised already
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        self._complete()
 
     def add(self, name: str, packed: Packed) -> None:
         """Appends one video."""
@@ -130,18 +125,39 @@ class ShardWriter:
         if self._file is None:
             return
         with self._write_errors():
-            form.write_shard_end(self._file, form.make_table({}, np.array(self._rows, form.CLIP), self._keys))
-            _publish(self._file, self._folder / f"shard-{self._number:05d}-{self._rank:02d}.frames")
+            self._publish(self._file)
         self._file, self._rows, self._keys = None, [], []
         self._number += 1
+
+    def _publish(self, file: BinaryIO) -> None:
+        form.write_shard_end(file, form.make_table({}, np.array(self._rows, form.CLIP), self._keys))
+        _publish(file, self._folder / f"shard-{self._number:05d}-{self._rank:02d}.frames")
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._failed = True
-            raise _write_error(self._folder, error, " Complete shards are kept.") from error
+            self._keep_what_fits()
+            raise _write_error(self._folder, error, " Videos that were stored are kept.") from error
+
+    def _keep_what_fits(self) -> None:
+        """Completes the shard after a failed write, without its last videos where the disk has no room."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # its buffer cannot be written either
+                file.close()
+        while self._rows:
+            end = int(self._rows[-1]["offset"] + self._rows[-1]["bytes"])
+            with suppress(OSError), self._temporary.open("r+b") as file:
+                if file.seek(0, os.SEEK_END) >= end:
+                    file.truncate(end)
+                    file.seek(end)
+                    self._publish(file)
+                    return
+            self._rows.pop()
+            self._keys.pop()
+        self._temporary.unlink(missing_ok=True)
 
 
 def shard_paths(folder: Path) -> list[Path]:

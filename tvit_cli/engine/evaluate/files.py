@@ -14,7 +14,7 @@ from typing import Any
 from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError, RunError, plural
-from tvit_cli.files import csv_row
+from tvit_cli.files import atomic_write, csv_row
 from tvit_cli.report.evaluation import write_evaluation_report
 from tvit_cli.report.html import Context
 from tvit_cli.results import EvalResult, Note, Report
@@ -57,14 +57,17 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
             ("scores.csv", ("video", "group", "label", "predicted", *labels), scores),
             ("confusion.csv", ("label", *labels), confusion),
         ):
-            with (result.output / name).open("w", newline="", encoding="utf-8") as file:
+            with (
+                atomic_write(result.output / name) as path,
+                path.open("w", newline="", encoding="utf-8") as file,
+            ):
                 csv.writer(file).writerows(map(csv_row, (header, *rows)))
 
 
 def write_json(path: Path, content: object) -> None:
     """Writes indented JSON, ASCII only, and makes its folder. Raises RunError."""
-    with _output_folder(path.parent):
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with _output_folder(path.parent), atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
