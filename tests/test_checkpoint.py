@@ -310,16 +310,32 @@ def stopped(clips, tmp_path_factory):
     return {**facts, "resume_from_checkpoint": str(checkpoint)}, checkpoint
 
 
-def test_an_optimizer_state_of_another_shape_is_refused():
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for key, value in (
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
         ("exp_avg/weight", torch.ones(3)),
         ("exp_avg/other", torch.ones(2)),
         ("step", torch.ones(())),
+        ("step/weight", torch.ones(2, 2)),
+        ("step/weight", -torch.ones(())),
+        ("exp_avg/weight", torch.full((2, 2), torch.nan)),
+        ("exp_avg_sq/weight", -torch.ones(2, 2)),
+        ("exp_avg_sq/weight", torch.ones(2, 2, dtype=torch.int32)),
+        ("momentum/weight", torch.ones(2, 2)),
+        ("exp_avg_sq/weight", None),
+    ],
+)
+def test_a_forged_optimizer_state_is_an_error_that_names_it(key, value):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    tensors = {**optimizer_tensors(optimizer, model), key: value}
+    load_optimizer(optimizer, model, optimizer_tensors(optimizer, model))
+    with pytest.raises(
+        CheckpointError, match=rf"optimizer.safetensors: damaged \({key.split('/')[-1]}|{key}"
     ):
-        with pytest.raises(CheckpointError, match=key.rpartition("/")[2]):
-            load_optimizer(optimizer, model, {key: value})
+        load_optimizer(optimizer, model, {k: v for k, v in tensors.items() if v is not None})
 
 
 def test_checkpoint_of_other_base_model_classes_or_world_size_is_refused(clips, pretrained, tmp_path):

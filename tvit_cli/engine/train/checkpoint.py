@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ STATE_FILE = "state.json"
 CHECKPOINT_FILES = re.compile(r"state\.json|(trainable|optimizer|best|ema)\.safetensors")
 _NAME = re.compile(r"step-(\d{6,})")
 _WORK = re.compile(r"\.step-\d{6,}\.(writing|removing)")  # half written or half removed
+_STATES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW for each parameter
 RESUME_EARLIER = "Resume from an earlier one: --resume-from-checkpoint NAME."
 
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -215,16 +217,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     return {f"{kind}/{names[p]}": value for p, values in states for kind, value in values.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Restores tensors of `optimizer_tensors`, each on its parameter's device. Raises CheckpointError."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    file: str = "optimizer.safetensors",
+) -> None:
+    """Restores tensors of `optimizer_tensors`, each on its parameter's device.
+
+    Raises CheckpointError that names the `file` and the tensor if AdamW cannot have that state of this model.
+    """
     parameters = dict(model.named_parameters())
+    kinds = Counter(key.partition("/")[2] for key in tensors)
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
+        problem = ""
         if (parameter := parameters.get(name)) is None:
-            raise CheckpointError(f"optimizer.safetensors: {name or key} is no parameter of this model.")
-        if value.ndim and value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
-            raise CheckpointError(f"optimizer.safetensors: {key} has the shape {shapes}.")
+            problem = f"{name or key} is no parameter of this model"
+        elif kind not in _STATES or kinds[name] != len(_STATES):
+            problem = f"{name} has not the states {', '.join(_STATES)}, but {kind}"
+        elif value.shape != (shape := torch.Size() if kind == "step" else parameter.shape):
+            problem = f"{key} has the shape {tuple(value.shape)}, not {tuple(shape)}"
+        elif not value.is_floating_point() or not value.isfinite().all():
+            problem = f"{key} has values that are not finite numbers"
+        elif kind != "exp_avg" and (value < 0).any():
+            problem = f"{key} has negative values"
+        if problem or parameter is None:
+            raise CheckpointError(f"{file}: damaged ({problem}). {RESUME_EARLIER}")
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
 

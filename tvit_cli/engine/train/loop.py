@@ -227,7 +227,8 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> None:
     check_fingerprint(state.identity, loop.fingerprint())
     _check_state(loop, checkpoint)
     load_trainable(loop.plain_model, checkpoint.trainable)
-    load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer)
+    moments = str(checkpoint.path / "optimizer.safetensors")
+    load_optimizer(loop.optimizer.optimizer, loop.plain_model, checkpoint.optimizer, moments)
     if loop.ema is not None:
         loop.ema.load(checkpoint.ema or {})
     if loop.accelerator.scaler is not None and state.scaler:
