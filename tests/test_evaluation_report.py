@@ -627,11 +627,11 @@ def test_confusion_cells_open_lists_of_their_videos(tmp_path, monkeypatch):
         answers.append(replace(answer, video=replace(answer.video, path=tmp_path / name, name=name)))
     page = written(made_up(tmp_path / "eval", answers=tuple(answers)))
     assert {"#c0-0", "#c1-0", "../b/3.avi", "../b/%3Ci%3E%20%23%3F%2541.avi"} <= set(page.links)
-    assert "Bowling: 1 of 2 predicted Archeryb/3.avi · 97 %" in page.text.replace("\n", "")
+    assert "Bowling: 1 of 2 predicted Archeryb/3.avi · 97\u00a0%" in page.text.replace("\n", "")
     monkeypatch.setattr(evaluation, "MOST_IN_CELL", 2)
     monkeypatch.setattr(evaluation, "MOST_LISTED", 150)
     text = written(of_100_classes(tmp_path)).text
-    assert text.count(" %Class") <= 150 and text.count(", of which 2 are listed") == 25
+    assert text.count("\u00a0%Class") <= 150 and text.count(", of which 1 are listed") == 50
     assert all(f"Class {n}: 1 of 4 predicted Class {n % 100 + 1}" in text for n in range(1, 101))
 
 
@@ -672,7 +672,7 @@ def test_a_page_of_100_classes_sorts_filters_and_opens_cells(tmp_path):
         page.locator(".matrix tbody th").nth(50).scroll_into_view_if_needed()
         assert page.locator(".matrix thead th").nth(50).bounding_box()["y"] >= 0  # the header stays
         page.locator(".matrix a[href='#c1-2']").click()
-        assert page.locator(".cell:visible li").all_inner_texts() == ["Class 2 0.avi · 90 %"]
+        assert page.locator(".cell:visible li").all_inner_texts() == ["Class 2 0.avi · 90\u00a0%"]
         page.keyboard.press("Escape")
         assert page.locator(".cell:visible").count() == 0
         page.get_by_label("Fit to the width").check()

@@ -152,7 +152,7 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
     drawings = {"runs": _runs_chart(result), "confusion": confusion_chart(labels, counts)}
     answers = [(f"{run}: ", a) for run, own in result.results.items() for a in own.answers if a.scores]
     rows = [[run, *(_shown(n, found[n], 3) for n in result.summary)] for run, found in result.runs.items()]
-    spread = [" ± ".join(_shown(name, v, 3) for v in pair) for name, pair in result.summary.items()]
+    spread = ["\u00a0±\u00a0".join(_shown(name, v, 3) for v in pair) for name, pair in result.summary.items()]
     page = render(
         "series.html.j2",
         context,

@@ -129,10 +129,10 @@ def matrix(
     totals = charts.row_totals(counts)
     shown = charts.shown_classes(labels, counts)
     index, left, cells = {label: n for n, label in enumerate(shown)}, MOST_LISTED, {}
-    for true, predicted in sorted(counts, key=lambda pair: pair[0] == pair[1]):
-        if true not in index or predicted not in index:
-            continue
-        listed = videos[true, predicted][: min(MOST_IN_CELL, left)]
+    drawn = [pair for pair in counts if index.keys() >= set(pair)]
+    for n, (true, predicted) in enumerate(sorted(drawn, key=lambda pair: pair[0] == pair[1])):
+        share = left if true != predicted else left // (len(drawn) - n)  # what mistakes leave is divided
+        listed = videos[true, predicted][: min(MOST_IN_CELL, share)]
         left -= len(listed)
         cells[true, predicted] = {
             "id": f"c{index[true]}-{index[predicted]}",
