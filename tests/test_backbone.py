@@ -197,7 +197,7 @@ def test_what_a_training_leaves_random_or_unseen_is_said_before_it_begins(tmp_pa
 
     def warned(**how):
         notes = []
-        build(TrainSettings(img_size=32, **how), num_classes=3, report=notes.append)
+        build(TrainSettings(img_size=32, **how), labels=("a", "b", "c"), report=notes.append)
         return [note.text for note in notes if note.level == "warning"]
 
     no_file = warned(hf_model_name=str(weights))

@@ -22,8 +22,8 @@ from tvit_cli.data.layout import Video, read_layout
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.engine.extract import extract
-from tvit_cli.engine.train.sweep import evaluate_series, series_models
-from tvit_cli.engine.trained import run_name
+from tvit_cli.engine.train.sweep import evaluate_series
+from tvit_cli.engine.trained import run_name, series_models
 from tvit_cli.errors import DataError, plural
 from tvit_cli.model.folder import load_card
 from tvit_cli.portable.vit import TemporalViT

@@ -22,7 +22,7 @@ ROOMS = {
     "console": {"errors", "files", "results"},
     "api": {"errors", "results", "settings", "console", "engine"},
     "commands": {"errors", "files", "results", "settings", "console", "engine", "api"},
-    "cli": {"errors", "settings", "commands", "console"},
+    "cli": {"errors", "settings", "commands", "console", "api"},
     "__main__": {"cli"},
     "__init__": {"errors", "results", "data", "engine", "api"},
 }

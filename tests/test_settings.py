@@ -12,7 +12,7 @@ from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.errors import SettingsError
 from tvit_cli.model.folder import load_model
 from tvit_cli.results import TrainResult
-from tvit_cli.settings.base import extra, load, presets
+from tvit_cli.settings.base import extra, load, presets, read_config
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
@@ -71,9 +71,13 @@ def test_presets_and_saved_settings_yield_to_files_and_flags(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text(f"epochs = {preset.epochs + 1}\n")
     assert read(preset="quickstart", config=config).settings.epochs == preset.epochs + 1
-    saved = tmp_path / "settings.json"
+    saved = tmp_path / "mine.json"
     saved.write_text('{"lora_rank": 4, "epochs": 7}')
-    loaded = read(flags={"epochs": "9"}).over(saved)
+    flags = {"epochs": "9", "experiment_name": "mine"}
+    loaded = read(
+        flags=flags,
+        beneath=lambda named: read_config(saved.with_name(f"{named.settings.experiment_name}.json")),
+    )
     assert (loaded.settings.lora_rank, loaded.settings.epochs) == (4, 9)
 
 
@@ -383,6 +387,7 @@ TESTED_ELSEWHERE = {
     "dry_run": "test_a_dry_run_says_what_a_training_takes_and_writes_nothing",
     "gradient_checkpointing": "test_gradient_checkpointing_has_the_same_bits_with_less_memory",
     "compile": "test_compiled_run_compiles_each_size_once_and_keeps_names",
+    "from_": "test_classifier_rows_of_known_classes_are_kept_by_name",
     "show_settings": "test_print_settings_shows_sources_and_trains_nothing",
     "overwrite": "test_overwrite_replaces_a_run_with_all_that_tvit_left",
     "num_processes": "test_two_processes_take_the_steps_of_one_and_one_of_them_speaks",

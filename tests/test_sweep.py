@@ -10,7 +10,8 @@ from tiny import make_pretrained, settings
 from tvit_cli import cli
 from tvit_cli.engine.train import sweep as engine
 from tvit_cli.engine.train.checkpoint import list_checkpoints
-from tvit_cli.engine.train.sweep import evaluate_series, series_models, summarise, train_series
+from tvit_cli.engine.train.sweep import evaluate_series, summarise, train_series
+from tvit_cli.engine.trained import series_models
 from tvit_cli.errors import Interrupted, ModelError, SettingsError
 from tvit_cli.model.folder import load_card
 from tvit_cli.results import Note

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tvit_cli.console import Console
 from tvit_cli.errors import SettingsError
 from tvit_cli.results import Report
-from tvit_cli.settings.base import Loaded, Settings, extra, load
+from tvit_cli.settings.base import Layer, Loaded, Settings, extra, load
 from tvit_cli.settings.download import DownloadSettings
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.export import ExportSettings
@@ -190,7 +190,8 @@ def _call(
         raise SettingsError(f"{printed[0]}: changes the output of the command line only. Leave it out.")
     arguments = {key: _plain(value, is_series=key in model.SERIES) for key, value in given.items()}
     file = None if config is None else Path(config)
-    loaded = load(model, arguments=arguments, config=file, preset=preset, verbs=MODELS.values())
+    how: Any = {"config": file, "preset": preset, "verbs": MODELS.values(), "beneath": settings_beneath}
+    loaded = load(model, arguments=arguments, **how)
     count = getattr(loaded.settings, "num_processes", 1)
     if count > 1 and "WORLD_SIZE" not in os.environ:
         raise SettingsError(
@@ -232,13 +233,13 @@ def run_extract(loaded: Loaded[ExtractSettings], report: Report) -> ExtractResul
     return extract.extract(loaded.settings, report, rank=rank, processes=processes, wait_for_all=wait)
 
 
-def with_saved_settings(loaded: Loaded[TrainSettings]) -> Loaded[TrainSettings]:
-    """The settings of a resumed run in place of the defaults; other settings as they are."""
-    if loaded.settings.resume_from_checkpoint is None or len(loaded.series) > 1:
-        return loaded
-    from tvit_cli.engine.train.run_folder import find_run, saved_settings
+def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
+    """The settings of an earlier run beneath those of a training. See `engine.train.origin.settings_beneath`."""
+    if named.settings.from_ is None and named.settings.resume_from_checkpoint is None:
+        return None
+    from tvit_cli.engine.train import origin
 
-    return loaded.over(saved_settings(find_run(loaded.settings)))
+    return origin.settings_beneath(named)
 
 
 def run_train(loaded: Loaded[TrainSettings], report: Report) -> TrainResult | SeriesResult | DryRun:
@@ -250,7 +251,6 @@ def run_train(loaded: Loaded[TrainSettings], report: Report) -> TrainResult | Se
     from tvit_cli.engine.train.dryrun import dry_run
     from tvit_cli.engine.train.sweep import train_series
 
-    loaded = with_saved_settings(loaded)
     exit_with_launcher()
     gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=range(gpus)):  # the caller's random numbers are not changed
@@ -265,7 +265,8 @@ def run_evaluate(loaded: Loaded[EvalSettings], report: Report) -> EvalResult | S
     """Scores a model or a series, or compares two models."""
     from tvit_cli.engine.evaluate import evaluate
     from tvit_cli.engine.evaluate.compare import compare
-    from tvit_cli.engine.train.sweep import evaluate_series, series_models
+    from tvit_cli.engine.train.sweep import evaluate_series
+    from tvit_cli.engine.trained import series_models
 
     settings = loaded.settings
     if settings.compare is not None:

@@ -311,6 +311,7 @@ def _command(name: str) -> Callable[..., None]:
     model = settings_model(name)
 
     def body(config: str | None = None, preset: str | None = None, **given: Any) -> None:
+        from tvit_cli.api import settings_beneath
         from tvit_cli.console import Console
 
         verbose, quiet, _ = (given.pop(name) for name in ("verbose", "quiet", "help_all"))
@@ -320,7 +321,8 @@ def _command(name: str) -> Callable[..., None]:
             given["model"] = argument
         flags = {key: value for key, value in given.items() if value is not None and value != []}
         file = Path(config) if config else None
-        loaded = load(model, flags=flags, config=file, preset=preset, verbs=map(settings_model, VERBS))
+        verbs, beneath = map(settings_model, VERBS), cast(Any, settings_beneath)
+        loaded = load(model, flags=flags, config=file, preset=preset, verbs=verbs, beneath=beneath)
         console = Console("verbose" if verbose else "quiet" if quiet else "normal")
         try:
             getattr(commands, VERBS[name].run)(loaded, console)

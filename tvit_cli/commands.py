@@ -96,10 +96,9 @@ def _print_check(console: Console, scans: Sequence[Scan], *, as_json: bool) -> N
 
 def train(loaded: Loaded[TrainSettings], console: Console) -> None:
     """Trains a model, or one per seed and split, and prints its metrics, its folder and the next commands."""
-    from tvit_cli.api import run_train, with_saved_settings
+    from tvit_cli.api import run_train
     from tvit_cli.results import DryRun, SeriesResult
 
-    loaded = with_saved_settings(loaded)
     if loaded.settings.show_settings:
         _print_settings(console, loaded)
         return

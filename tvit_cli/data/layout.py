@@ -55,7 +55,22 @@ PATTERNS = (
 
 STORE_HEADER, STORE_FORMAT = "store.json", "tvit frame store"
 
-Groups = str | tuple[str, ...]  # the value of --val-groups, or group names, which may contain commas
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Groups held out by the earlier training that one goes on from, and its classes (`same_class`).
+
+    They stay held out, beside a share of the groups that hold new classes only. Without any of them left,
+    `otherwise`, the value of --val-groups, chooses from all groups.
+    """
+
+    names: tuple[str, ...]
+    classes: frozenset[str]
+    otherwise: str
+
+
+# The value of --val-groups, or group names, which may contain commas.
+Groups = str | tuple[str, ...] | HeldOut
 
 
 class SplitChoice(TypedDict):
@@ -388,6 +403,14 @@ def _hold_out(
 def _choose_groups(
     train: Mapping[str, Counter[str]], subset: str, wanted: Groups, *, automatic: bool, notes: list[str]
 ) -> list[str]:
+    if isinstance(wanted, HeldOut):
+        kept = [group for group in wanted.names if group in train]
+        if not kept:
+            return _choose_groups(train, subset, wanted.otherwise, automatic=automatic, notes=notes)
+        new = {g: c for g, c in train.items() if not wanted.classes.intersection(map(same_class, c))}
+        return kept + (
+            _spread(new, min(max(1, round(AUTO_SHARE[subset] * len(new))), len(new) - 1)) if new else []
+        )
     if isinstance(wanted, tuple):  # held out before; some may be gone
         if gone := [group for group in wanted if group not in train]:
             notes.append(

@@ -120,3 +120,11 @@ def run_name(model: Path) -> str:
 def is_series_run(name: str) -> bool:
     """Whether a folder has the name of one run in a series of seeds and splits."""
     return re.fullmatch(r"seed\d+-split\d+", name) is not None
+
+
+def series_models(folder: Path | None) -> dict[str, Path]:
+    """Model folders of a series by the names of its runs; empty if `folder` is no series."""
+    if folder is None or (folder / CARD_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
+        return {}
+    cards = sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
+    return {card.parents[1].name: card.parent for card in cards if is_series_run(card.parents[1].name)}

@@ -26,6 +26,7 @@ from tvit_cli.portable.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import CARD_VERSION, ModelCard, Preprocessing
 
 MODEL_FOLDER = "model"  # of a run
+BASE_FOLDER = "base"  # of a run: its copy of the model of --from
 SETTINGS_FILE = "settings.json"  # of a run
 CARD_FILE = "card.json"
 CONFIG_FILE = "config.json"  # beside weights in transformers' format, tvit's exports among them

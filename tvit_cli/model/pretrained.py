@@ -181,7 +181,7 @@ def _load_trained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     parameters, copies = dict(model.named_parameters()), model.copied_parameters()
     excluded = ["classifier"]
     if any(getattr(theirs, key) != getattr(ours, key) for key in SCHEME):
-        excluded += model.added_modules()
+        excluded += model.added_modules().keys() - {"pool", "feature_norm"}  # independent of the scheme
     else:
         copies = {}  # temporal attention was trained, too
     prefixes = tuple(f"{module}." for module in excluded)

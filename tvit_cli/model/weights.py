@@ -51,6 +51,11 @@ class WeightsSource:
         return self.is_model_folder and "model_type" not in self.read_json(CONFIG_FILE)
 
     @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Classes on the card of a model that tvit trained. Raises ModelError."""
+        return model_folder.load_card(self.folder).labels
+
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the weights file; of several, that of their hashes, one a line, in the order of names."""
         digests = [sha256(path) for path in self.files]

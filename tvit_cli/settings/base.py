@@ -1,6 +1,6 @@
-"""Settings models, read in layers: flags > environment > config file > preset > defaults.
+"""Settings models, read in layers: flags > environment > config file > preset > earlier run > defaults.
 
-Settings of a preset that contradict a setting of a higher layer are left out.
+Settings of a preset or of --from that contradict a setting of a higher layer are left out.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import keyword
 import os
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -30,13 +31,15 @@ ENVIRONMENT_PREFIX = "TVIT_"
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
 PYTHON_NAMES = {"batch_size": "per_gpu_batch_size"}  # arguments of the Python API with shorter names
 MOST_BYTES = 2**20  # of a config file
+YIELDING = ("from ", "preset ")  # names of layers whose settings yield to higher ones that they contradict
 PRESETS = resources.files("tvit_cli.settings") / "presets"
 # Names of other programs and the settings of the same meaning; a verb suggests those that it has.
 SYNONYMS = {
     "lr": ("learning_rate",),
     **dict.fromkeys(("batch_size", "bs", "batch"), ("global_batch_size", "per_gpu_batch_size")),
     **dict.fromkeys(("model", "model_name", "backbone", "pretrained", "weights"), ("hf_model_name", "model")),
-    **dict.fromkeys(("checkpoint", "ckpt"), ("resume_from_checkpoint", "model")),
+    **dict.fromkeys(("checkpoint", "ckpt"), ("resume_from_checkpoint", "from_", "model")),
+    **dict.fromkeys(("continue", "init_from", "start_from", "finetune", "transfer"), ("from_",)),
     "resume": ("resume_from_checkpoint",),
     **dict.fromkeys(
         ("data", "dataset", "data_dir", "data_path", "data_root"), ("path_to_data", "paths", "name")
@@ -68,10 +71,12 @@ S = TypeVar("S", bound="Settings")
 class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True):
     """Base of a verb's settings: frozen, closed, read by `load`.
 
-    A setting in `SERIES` accepts several comma-separated values; the verb runs once per combination.
+    A setting in `SERIES` accepts several comma-separated values; the verb runs once per combination. Those in
+    `NAMING` name an earlier run, whose settings `load` reads beneath the given ones.
     """
 
     SERIES: ClassVar[tuple[str, ...]] = ()
+    NAMING: ClassVar[tuple[str, ...]] = ()
 
 
 class Facts(TypedDict, total=False):
@@ -116,7 +121,7 @@ def extra(field: FieldInfo) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """Values of one source; `template` is the form of its keys in errors."""
 
     name: str
@@ -136,16 +141,11 @@ class Loaded(Generic[S]):
 
     series: tuple[S, ...]
     origins: Mapping[str, str]
-    layers: tuple[_Layer, ...]
 
     @property
     def settings(self) -> S:
         """Settings of the only or the first run."""
         return self.series[0]
-
-    def over(self, saved: Path) -> Loaded[S]:
-        """Returns the same layers on top of a resumed run's settings, which replace the defaults."""
-        return _merge(type(self.settings), (_read_config(saved), *self.layers), [])
 
 
 def load(
@@ -157,19 +157,24 @@ def load(
     preset: str | None = None,
     environ: Mapping[str, str] | None = None,
     verbs: Iterable[type[Settings]] = (),
+    beneath: Callable[[Loaded[S]], Layer | None] = lambda named: None,
 ) -> Loaded[S]:
-    """Reads a verb's settings from all layers and validates them once.
+    """Reads a verb's settings from all layers and validates them.
 
     `flags` holds the typed options only, `arguments` those of the Python API. `verbs` are the other settings models
-    of the program: an environment variable of none of them is an error. Raises SettingsError that lists all unknown
-    keys and bad values.
+    of the program: an environment variable of none of them is an error. `beneath` gives the layer above the
+    defaults, from the settings that name an earlier run. Raises SettingsError that lists all unknown keys and bad
+    values.
     """
     environ = os.environ if environ is None else environ
     typed = {key: environ[variable(key)] for key in cls.model_fields if variable(key) in environ}
     layers = [] if preset is None else [_read_preset(preset)]
-    layers += [] if config is None else [_read_config(config)]
-    layers += [_Layer("environment", typed, "{variable}")]
-    layers += [_Layer("flag", flags or {}, "{flag}"), _Layer("argument", arguments or {})]
+    layers += [] if config is None else [read_config(config)]
+    layers += [Layer("environment", typed, "{variable}")]
+    layers += [Layer("flag", flags or {}, "{flag}"), Layer("argument", arguments or {})]
+    naming = tuple(replace(x, values={k: v for k, v in x.values.items() if k in cls.NAMING}) for x in layers)
+    if cls.NAMING and (lowest := beneath(_merge(cls, naming, []))) is not None:
+        layers.insert(0, lowest)
     models: list[type[Settings]] = [cls, *verbs]
     variables = {variable(key) for model in models for key in model.model_fields} | RESERVED_VARIABLES
     unknown = [
@@ -182,20 +187,18 @@ def load(
 
 def check_arguments(cls: type[S], required: Mapping[str, Any], **given: Any) -> S:
     """Settings from arguments of the Python API, named as such in errors. Raises SettingsError."""
-    layers = [
-        _Layer("argument", {PYTHON_NAMES.get(name, name): value}, name) for name, value in given.items()
-    ]
-    return _merge(cls, (_Layer("required", required), *layers), []).settings
+    layers = [Layer("argument", {PYTHON_NAMES.get(name, name): value}, name) for name, value in given.items()]
+    return _merge(cls, (Layer("required", required), *layers), []).settings
 
 
 def flag(key: str) -> str:
     """Option name of a setting. lora_rank -> --lora-rank"""
-    return "--" + key.replace("_", "-")
+    return "--" + key.rstrip("_").replace("_", "-")
 
 
 def variable(key: str) -> str:
     """Environment variable of a setting. lora_rank -> TVIT_LORA_RANK"""
-    return ENVIRONMENT_PREFIX + key.upper()
+    return ENVIRONMENT_PREFIX + key.rstrip("_").upper()
 
 
 def suggestion(word: str, names: Iterable[str], *, most: int = 1, meant: Iterable[str] = ()) -> str:
@@ -227,7 +230,7 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(p.name.removesuffix(".toml") for p in PRESETS.iterdir() if p.name.endswith(".toml")))
 
 
-def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loaded[S]:
+def _merge(cls: type[S], layers: tuple[Layer, ...], problems: list[str]) -> Loaded[S]:
     before = list(problems)
     values: dict[str, Any] = {}
     origins = dict.fromkeys(cls.model_fields, "default")
@@ -257,24 +260,26 @@ def _merge(cls: type[S], layers: tuple[_Layer, ...], problems: list[str]) -> Loa
             return _merge(cls, tuple(_without(layer, yielding) for layer in layers), before)
     if problems:
         raise SettingsError("\n".join(problems))
-    return Loaded(tuple(series), origins, layers)
+    return Loaded(tuple(series), origins)
 
 
 def _yielding(problems: Iterable[str], origins: Mapping[str, str]) -> set[str]:
-    """Settings of a preset that contradict a setting of a higher layer: a problem names both by their flags."""
+    """Settings of --from or a preset that contradict those of a higher layer: a problem names both flags."""
     found: set[str] = set()
     for line in itertools.chain.from_iterable(map(str.splitlines, problems)):
         words = set(re.findall(r"--[a-z][a-z0-9-]*", line))
-        named = {key for key in origins if flag(key) in words}
-        preset = {key for key in named if origins[key].startswith("preset ")}
-        if any(origins[key] != "default" for key in named - preset):
-            found |= preset
+        named = {key: origins[key] for key in origins if flag(key) in words and origins[key] != "default"}
+        for kind in YIELDING:
+            lower = {key for key, name in named.items() if name.startswith(kind)}
+            if lower and len(lower) < len(named):
+                found |= lower
+                break
     return found
 
 
-def _without(layer: _Layer, keys: set[str]) -> _Layer:
-    """A preset without some keys; other layers as they are."""
-    if not layer.name.startswith("preset "):
+def _without(layer: Layer, keys: set[str]) -> Layer:
+    """A layer that yields, without some keys; other layers as they are."""
+    if not layer.name.startswith(YIELDING):
         return layer
     return replace(layer, values={key: value for key, value in layer.values.items() if key not in keys})
 
@@ -293,15 +298,15 @@ def _combinations(
     return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
 
 
-def _read_preset(name: str) -> _Layer:
+def _read_preset(name: str) -> Layer:
     if name not in (names := presets()):
         hint = f"{suggestion(name, names)} Available: {', '.join(names)}."
         raise SettingsError(f"--preset {name}: no such preset.{hint}")
     text = (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
-    return _Layer(f"preset {name}", _keys(tomllib.loads(text)), f"preset {name}, {{key}}")
+    return Layer(f"preset {name}", _keys(tomllib.loads(text)), f"preset {name}, {{key}}")
 
 
-def _read_config(path: Path) -> _Layer:
+def read_config(path: Path) -> Layer:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise SettingsError(f"--config {path}: is no regular file. Name a TOML or JSON file.")
@@ -320,11 +325,12 @@ def _read_config(path: Path) -> _Layer:
         raise SettingsError(f"--config {path}: is not {kind}: {error}.") from error
     if not isinstance(values, dict):
         raise SettingsError(f"--config {path}: no table of settings.")
-    return _Layer(f"config {path}", _keys(values), f"{path}, {{key}}")
+    return Layer(f"config {path}", _keys(values), f"{path}, {{key}}")
 
 
 def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    """Field names of a file's keys. learning-rate -> learning_rate, from -> from_"""
+    return {key.replace("-", "_") + "_" * keyword.iskeyword(key): value for key, value in values.items()}
 
 
 def _describe(error: Any, spellings: Mapping[str, str], values: Mapping[str, Any], cls: type[S]) -> str:

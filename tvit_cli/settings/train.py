@@ -35,6 +35,16 @@ class TrainSettings(types.DataSettings):
     """Settings of `tvit train`."""
 
     SERIES: ClassVar[tuple[str, ...]] = ("seed", "split")
+    NAMING: ClassVar[tuple[str, ...]] = (
+        "from_",
+        "resume_from_checkpoint",
+        "experiment_name",
+        "working_directory",
+        "checkpoint_dir",
+        "overwrite",
+        "path_to_data",
+        *SERIES,
+    )
 
     # fmt: off
     experiment_name: str | None = run(None, "Name of the run folder", resume_safe=True, reference="required",
@@ -50,7 +60,7 @@ class TrainSettings(types.DataSettings):
     show_settings: bool = run(False, "Prints all settings with their origins, then exits", resume_safe=True,
         printed=True)
     dry_run: bool = run(False,
-        "Builds data and model, measures parameters, FLOPs, memory and time per epoch, then exits",
+        "Measures parameters, FLOPs, memory, time; then exits",
         resume_safe=True, essential=True)
     test_at_end: bool = run(False, "Evaluates the test subset once after training", resume_safe=True,
         essential=True)
@@ -70,6 +80,9 @@ class TrainSettings(types.DataSettings):
         ge=0, le=256, resume_safe=True, reference="32", why="more workers than cores slow training down",
         default_text="from the CPU count")
 
+    from_: str | None = model(None,
+        "Run or model folder to go on from: its weights, classes and settings, except those given",
+        metavar="RUN", essential=True)
     hf_model_name: str | None = model("google/vit-base-patch16-224",
         "Pretrained ViT: Hugging Face name, folder (also of a tvit model) or weights file; none: from scratch",
         reference="required", why="the reference's own backbone", resettable=True, essential=True)
@@ -216,8 +229,10 @@ class TrainSettings(types.DataSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _train_all_from_scratch(cls, values: Any) -> Any:
+    def _defaults_depend_on_weights(cls, values: Any) -> Any:
         """A frozen backbone with random weights is useless, so another default holds from scratch."""
+        if isinstance(values, dict) and values.get("from_") is not None:
+            return {"hf_model_name": None, **values}
         from_scratch = isinstance(values, dict) and values.get("hf_model_name", "") is None
         return {"train": "all", **values} if from_scratch else values
 
@@ -248,10 +263,13 @@ class TrainSettings(types.DataSettings):
 
     def _model_problems(self) -> Iterator[str]:
         given = [flag(key) for key in SCRATCH_SHAPE if getattr(self, key) is not None]
-        if self.hf_model_name is not None and given:
+        if self.from_ is not None and (self.hf_model_name is not None or given):
+            given += [flag("hf_model_name")] if self.hf_model_name is not None else []
+            yield f"{', '.join(given)}: fixed by the model of --from {self.from_}. Leave one of them out"
+        elif self.hf_model_name is not None and given:
             fixed = f"{', '.join(given)}: fixed by the pretrained model {self.hf_model_name}"
             yield f"{fixed}. Leave out, or train from scratch with --hf-model-name none"
-        if self.feature_norm and self.hf_model_name is None:
+        if self.feature_norm and self.pretrained is None:
             yield "--feature-norm: untrained features have no useful statistics. Give --hf-model-name"
         attention, is_frozen = f"--attention {self.attention}", self.train == "classifier"
         if self.attention == "space" and self.tubelet_size > 1:
@@ -281,11 +299,16 @@ class TrainSettings(types.DataSettings):
             if name.startswith("lora_") and name not in used and getattr(self, name) != field.default
         ]
 
+    @property
+    def pretrained(self) -> str | None:
+        """Name of the weights to start from, of --from or --hf-model-name; None from scratch."""
+        return self.hf_model_name if self.from_ is None else self.from_
+
     def temporal_share(self) -> float:
         """Learning rate of temporal blocks relative to the others'; full fine-tuning has a small one already."""
         if self.temporal_rate is not None:
             return self.temporal_rate
-        return 0.1 if self.train == "lora" and self.hf_model_name is not None else 1.0
+        return 0.1 if self.train == "lora" and self.pretrained is not None else 1.0
 
     def warmup(self) -> float:
         """Warm-up in epochs: the setting, else min(30, epochs / 10)."""

@@ -9,6 +9,7 @@ from tvit_cli.engine.export import huggingface
 from tvit_cli.engine.export.formats import Format, Job, Predictor
 from tvit_cli.engine.train.build import build
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.origin import origin_copy
 from tvit_cli.errors import ModelError
 from tvit_cli.model import lora
 from tvit_cli.model.folder import SETTINGS_FILE
@@ -37,7 +38,8 @@ def check(job: Job) -> None:
 def write(job: Job, folder: Path) -> None:
     """Writes PEFT's two files, card.json, and the folder `backbone` for transformers."""
     settings, card = _settings(job), job.trained.card
-    built = build(settings, num_classes=len(card.labels), report=silent)
+    origin = origin_copy(job.trained.run, settings)
+    built = build(settings, labels=card.labels, report=silent, origin=origin)
     if built.base is not None and card.base is not None and built.base.sha256 != card.base.sha256:
         raise ModelError(
             f"{built.base.name}: these are not the weights that the model was trained on (sha256 "

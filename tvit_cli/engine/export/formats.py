@@ -50,10 +50,15 @@ class Job:
         card = self.trained.card
         left_out = ("working_directory", "resume_from_checkpoint")
         settings = {key: value for key, value in card.settings.items() if key not in left_out}
-        for key, public in (("path_to_data", _last_part), ("hf_model_name", _public_name)):
+        for key, public in (
+            ("path_to_data", _last_part),
+            ("from_", _last_part),
+            ("hf_model_name", _public_name),
+        ):
             if settings.get(key):
                 settings[key] = public(settings[key])
-        base = card.base and card.base.model_copy(update={"name": _public_name(card.base.name)})
+        name = settings.get("from_") or (card.base and _public_name(card.base.name))
+        base = card.base and card.base.model_copy(update={"name": name})
         return card.model_copy(update={"settings": settings, "base": base})
 
     def write_card(self, folder: Path, **changes: str) -> None:

@@ -38,12 +38,14 @@ from tvit_cli.engine.train.memory import (
     reuse_batch_settings,
 )
 from tvit_cli.engine.train.optim import adamw, parameter_groups
+from tvit_cli.engine.train.origin import find_origin, find_reuse, keep_copy, split_after, taken_over
 from tvit_cli.engine.train.run_folder import Run, choose_run, claim, run_lock, write_settings
 from tvit_cli.engine.train.state import Loop, WeightAverage, standardise_features
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural, shorten
 from tvit_cli.model import lora
-from tvit_cli.model.folder import save_model
+from tvit_cli.model.folder import load_card, save_model
+from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
 from tvit_cli.results import (
@@ -115,29 +117,31 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     if not accelerator.is_main_process:
         report = silent
     settings = settings.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+    origin = find_origin(settings)
+    card = None if origin is None else load_card(origin.folder)
     source = open_dataset(
         settings.path_to_data,
         report,
         clip=ClipFormat(settings.n_frames, settings.img_size, settings.frame_grid),
         need_test=settings.test_at_end,
-        **split_choice(settings),
+        **(split_choice(settings) if card is None else split_after(settings, card)),
     )
     test_videos = digest(video.name for video in source.readable("test"))
     own = {**result_settings(settings), **data_fingerprint(source), "test videos": test_videos}
     check_ranks_agree(gather_object([own]))
-    _check_data(settings, source, report)
+    _check_data(settings, source, report, card)
     run: Run = broadcast_object_list([choose_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
         settings = reuse_batch_settings(settings, checkpoint.state.identity, accelerator.num_processes)
-    loop = _make_loop(settings, accelerator, run, source, report)
+    loop = _make_loop(settings, accelerator, run, source, report, origin)
     plan = loop.plan
     if plan.steps_per_epoch == 1:
         text = f"One step per epoch: a batch of {plan.global_batch} has all {plural(plan.clips, 'training clip')}"
         advice = f"Take a smaller one (--per-gpu-batch-size {max(1, plan.clips // 4)}), or more --epochs."
         report(Note(f"{text}, so {plural(plan.epochs, 'epoch')} are as many steps. {advice}", "warning"))
-    if standardises and settings.feature_norm and checkpoint is None:
+    if standardises and settings.feature_norm and checkpoint is None and origin is None:
         with out_of_memory_errors(settings, accelerator.device):
             standardise_features(loop)
     if settings.ema_decay is not None:
@@ -148,7 +152,9 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     return loop
 
 
-def _check_data(settings: TrainSettings, source: DataSource, report: Report) -> None:
+def _check_data(
+    settings: TrainSettings, source: DataSource, report: Report, origin: ModelCard | None
+) -> None:
     videos = source.layout.videos
     most = most_bad(settings.max_bad, len(videos))
     if len(source.unreadable) > most:
@@ -156,7 +162,7 @@ def _check_data(settings: TrainSettings, source: DataSource, report: Report) -> 
         limit = f'--max-bad "{settings.max_bad}" allows {most}'
         advice = "Repair or remove them (see tvit extract --check), or allow more."
         raise DataError(f"{source.layout.root}: {counts}, and {limit}. {advice}")
-    leaks = find_leaks(videos)
+    leaks = find_leaks(videos) + (() if origin is None else find_reuse(origin, source))
     if leaks and settings.strict:
         raise DataError(f"{source.layout.root}: " + " ".join(leaks))
     for leak in leaks:
@@ -205,11 +211,16 @@ def _doubts(source: DataSource) -> Iterator[str]:
 
 
 def _make_loop(
-    settings: TrainSettings, accelerator: Accelerator, run: Run, source: DataSource, report: Report
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    run: Run,
+    source: DataSource,
+    report: Report,
+    origin: WeightsSource | None,
 ) -> Loop:
     labels = source.layout.labels
     with out_of_memory_errors(settings, accelerator.device):
-        built = build(settings, num_classes=len(labels), report=report)
+        built = build(settings, labels=labels, report=report, origin=origin)
         built.model.to(accelerator.device)
     broadcast_weights(built.model, accelerator)
     if settings.gradient_checkpointing:
@@ -277,6 +288,8 @@ def _open_run(loop: Loop, *, is_alone: bool) -> None:
             "path_to_data": str(loop.source.root),
         }
         write_settings(run, settings.model_copy(update=own), is_alone=is_alone)
+        if loop.built.origin is not None and run.resume_from is None:
+            keep_copy(loop.built.origin, run)
     loop.trackers.cut_after(loop.step)
     if settings.log_wandb:
         config = settings.model_dump(mode="json")
@@ -337,7 +350,9 @@ def plan_facts(loop: Loop) -> dict[str, str]:
     """The plan of a run by subject, in one line each."""
     settings, plan, source = loop.settings, loop.plan, loop.source
     counts = ", ".join(f"{len(source.readable(subset))} {subset}" for subset in SUBSETS)
-    return {
+    origin = loop.built.origin
+    first = {} if origin is None else {"from": taken_over(settings, origin.labels, source.layout.labels)}
+    return first | {
         "data": f"{source.root}: {plural(len(source.layout.labels), 'class')}, {counts} videos",
         "clips": f"{plural(settings.n_frames, 'frame')} of {settings.img_size}×{settings.img_size} pixels",
         "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",

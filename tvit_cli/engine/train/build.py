@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tvit_cli.data.layout import Video
+from tvit_cli.data.layout import Video, matching_label
 from tvit_cli.errors import ModelError, RunError, SettingsError
 from tvit_cli.model import lora
 from tvit_cli.model.folder import load_card
@@ -47,6 +47,7 @@ class Built:
     config: ViTConfig
     preprocessing: Preprocessing
     base: BaseWeights | None
+    origin: WeightsSource | None = None  # the model of --from
 
     def network(self) -> dict[str, Any]:
         """Network and normalisation from the files of pretrained weights, as JSON values; empty from scratch."""
@@ -56,15 +57,20 @@ class Built:
         return {name: getattr(self.config, name) for name in NETWORK} | normalisation
 
 
-def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built:
+def build(
+    settings: TrainSettings, *, labels: Sequence[str], report: Report, origin: WeightsSource | None = None
+) -> Built:
     """Builds the model, loads its pretrained weights, and attaches its adapters.
 
-    The result depends on the settings alone, not on the global random generator. Raises ModelError.
+    `origin`, the model of --from, also gives the classifier's rows of its classes. The result does not depend on
+    the global random generator. Raises ModelError.
     """
-    source = None if settings.hf_model_name is None else resolve_weights(settings.hf_model_name)
+    source = origin
+    if source is None and settings.hf_model_name is not None:
+        source = resolve_weights(settings.hf_model_name)
     own = {name: getattr(settings, name) for name in ("n_frames", "frame_grid", "resize")}
     preprocessing = Preprocessing(frame_size=settings.img_size, **own)
-    shape: dict[str, Any] = {"num_classes": num_classes, "frame_size": settings.img_size}
+    shape: dict[str, Any] = {"num_classes": len(labels), "frame_size": settings.img_size}
     shape |= {key: getattr(settings, key) for key in CHOSEN_SHAPE}
     try:
         if source is None:
@@ -80,7 +86,7 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         flags = {field.name: flag(field.name) for field in fields(ViTConfig) if field.name in settable}
         flags["frame_size"] = "--img-size"
         sentence = re.sub(r"\b\w+\b", lambda word: flags.get(word[0], word[0]), str(error))
-        raise ModelError(f"{settings.hf_model_name or 'model from scratch'}: {sentence}") from error
+        raise ModelError(f"{settings.pretrained or 'model from scratch'}: {sentence}") from error
     if settings.drop_path and config.depth == 1:
         reason = "it rises from 0 in the first block, and this model has no other"
         advice = "Leave it out, or take a deeper model."
@@ -99,9 +105,11 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         base = BaseWeights(name=pretrained.name, revision=pretrained.revision, sha256=pretrained.sha256)
         new, unused = ", ".join(loaded.new) or "none", ", ".join(loaded.unused) or "none"
         counts = f"{loaded.matched} tensors loaded; new: {new}; unused: {unused}"
-        report(Note(f"{settings.hf_model_name}: {counts}", "detail"))
+        report(Note(f"{settings.pretrained}: {counts}", "detail"))
         for note in loaded.notes:
             report(Note(note, "warning" if note in pretrained.notes else "detail"))
+    if origin is not None:
+        _load_classifier(model, origin, labels)
     renamed = {"targets": "target_modules", "exclude": "exclude_modules"}
     names = {field.name: f"lora_{renamed.get(field.name, field.name)}" for field in fields(lora.LoraSpec)}
     spec = lora.LoraSpec(**{name: getattr(settings, setting) for name, setting in names.items()})
@@ -110,7 +118,33 @@ def build(settings: TrainSettings, *, num_classes: int, report: Report) -> Built
         report(Note(warning, "warning"))
     trainable, total = lora.trainable_report(model)
     report(Note(f"{total:,} parameters, {trainable:,} of them trainable ({trainable / total:.1%})."))
-    return Built(model, config, preprocessing, base)
+    return Built(model, config, preprocessing, base, origin)
+
+
+@torch.no_grad()
+def _load_classifier(model: TemporalViT, origin: WeightsSource, labels: Sequence[str]) -> None:
+    """Copies the classifier's rows of known labels; rows of new labels stay as they were drawn.
+
+    Raises ModelError where the classifier was trained on other features.
+    """
+    theirs = ViTConfig.from_dict(load_card(origin.folder).model)
+    for name in ("pool", "feature_norm"):
+        if (value := getattr(theirs, name)) != (ours := getattr(model.config, name)):
+            problem = f"{flag(name)} {ours}: the classifier of --from {origin.name} was trained with {value}"
+            advice = (
+                f"Leave it out, or train a new classifier: --hf-model-name {origin.folder} without --from."
+            )
+            raise ModelError(f"{problem}. {advice}")
+    rows = class_rows(origin.labels, labels)
+    for name in ("weight", "bias"):
+        parameter, saved = model.classifier.get_parameter(name), origin.tensors[f"classifier.{name}"]
+        parameter[list(rows)] = saved[list(rows.values())].to(parameter.dtype)
+
+
+def class_rows(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
+    """The classifier's rows of classes that both have: number in `ours` -> number in `theirs`."""
+    spell, numbers = matching_label(theirs), {label: n for n, label in enumerate(theirs)}
+    return {n: numbers[spell(label)] for n, label in enumerate(ours) if spell(label) in numbers}
 
 
 def _warnings(settings: TrainSettings, model: TemporalViT, source: WeightsSource | None) -> Iterator[str]:
@@ -132,7 +166,7 @@ def _warnings(settings: TrainSettings, model: TemporalViT, source: WeightsSource
         differing = [name for name in SCHEME if getattr(theirs, name) != getattr(model.config, name)]
         if differing:
             flags = ", ".join(f"{flag(name)} {getattr(theirs, name)}" for name in differing)
-            yield f"{settings.hf_model_name}: was trained with {flags}. Its temporal weights are left out."
+            yield f"{settings.pretrained}: was trained with {flags}. Its temporal weights are left out."
     magnitude = settings.randaugment_magnitude
     if magnitude != TrainSettings.model_fields["randaugment_magnitude"].default and not settings.randaugment:
         yield f"--randaugment-magnitude {magnitude:g}: no effect without --randaugment."

@@ -45,7 +45,7 @@ def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
         _data(settings, report) as changed,
     ):
         loop = set_up(changed, report, standardises=False)
-        if settings.feature_norm and loop.run.resume_from is None:
+        if settings.feature_norm and settings.from_ is None and loop.run.resume_from is None:
             clips = len(clips_to_standardise(loop.source.readable("train")))
             loop.report(Note(f"A training reads {clips} of its clips first, to standardise features."))
         with out_of_memory_errors(loop.settings, loop.device), compile_errors(loop.settings.compile):
@@ -77,7 +77,7 @@ def _measure(loop: Loop) -> DryRun:
     seconds, wait = _time_steps(loop)
     return DryRun(
         folder=loop.run.folder,
-        model=f"{settings.hf_model_name or 'from scratch'}: {plural(config.depth, 'block')}, {config.width} wide, "
+        model=f"{settings.pretrained or 'from scratch'}: {plural(config.depth, 'block')}, {config.width} wide, "
         f"{config.attention} attention",
         data=plan_facts(loop)["data"],
         device=str(loop.device),

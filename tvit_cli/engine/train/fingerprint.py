@@ -10,7 +10,7 @@ from typing import Any
 
 from tvit_cli.engine.dataset import DataSource
 from tvit_cli.engine.train.memory import reuse_batch_settings
-from tvit_cli.engine.train.run_folder import choices_beside
+from tvit_cli.engine.train.run_folder import choices_beside, train_further
 from tvit_cli.engine.trained import is_series_run
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
 from tvit_cli.model.folder import SETTINGS_FILE
@@ -43,9 +43,10 @@ def digest(names: Iterable[str]) -> str:
     return f"{len(every)} ({hashlib.sha256(chr(10).join(every).encode()).hexdigest()[:12]})"
 
 
-def check_fingerprint(before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_fingerprint(before: dict[str, Any], now: dict[str, Any], *, more_epochs: str = "") -> None:
     """Raises CheckpointError that lists every difference that would change the result.
 
+    `more_epochs` is the advice where the epochs differ (`train_further`).
     A setting that is newer than the checkpoint counts with its default. The name of base weights may differ if the
     weights and the network are the same: they may have moved.
     """
@@ -62,6 +63,8 @@ def check_fingerprint(before: dict[str, Any], now: dict[str, Any]) -> None:
         lines.append("The run was trained on a frame store: make the store as it was with `tvit extract`.")
     if processes != now["processes"]:
         lines.append(f"It needs {processes} processes: set --num-processes, or the launcher.")
+    if before.get("epochs") != now["epochs"] and more_epochs:
+        lines.append(more_epochs.strip())
     heading = "The checkpoint was written with other settings, and resuming would mix two runs:"
     raise CheckpointError("\n".join([heading, *lines]))
 
@@ -80,7 +83,8 @@ def check_finished_settings(folder: Path, settings: TrainSettings, processes: in
     if lines := _differences(before, result_settings(settings)):
         runs = [path for path in folder.parent.iterdir() if is_series_run(path.name)]
         heading = f"{folder} is finished and was trained with other settings:"
-        raise SettingsError("\n".join([heading, *lines, choices_beside(*runs)]))
+        further = train_further(folder, settings) if before["epochs"] != settings.epochs else ""
+        raise SettingsError("\n".join([heading, *lines, choices_beside(*runs) + further]))
     return settings
 
 

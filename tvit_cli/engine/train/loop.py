@@ -36,6 +36,7 @@ from tvit_cli.engine.train.fingerprint import check_fingerprint
 from tvit_cli.engine.train.memory import Attempt, memory_advice
 from tvit_cli.engine.train.monitor import Clock, non_finite_names
 from tvit_cli.engine.train.optim import Targets, clip_losses, loss_share, set_rates
+from tvit_cli.engine.train.run_folder import train_further
 from tvit_cli.engine.train.state import Loop
 from tvit_cli.errors import CheckpointError, Interrupted, RunError, plural, shorten
 from tvit_cli.model.lora import load_trainable, start_tensors, trainable_tensors
@@ -224,7 +225,8 @@ def save(loop: Loop) -> Path:
 def restore(loop: Loop, checkpoint: Checkpoint) -> None:
     """Restores the state of a checkpoint. Raises CheckpointError if it belongs to another training."""
     state = checkpoint.state
-    check_fingerprint(state.identity, loop.fingerprint())
+    more_epochs = train_further(loop.run.folder, loop.settings)
+    check_fingerprint(state.identity, loop.fingerprint(), more_epochs=more_epochs)
     _check_state(loop, checkpoint)
     load_trainable(loop.plain_model, checkpoint.trainable)
     moments = str(checkpoint.path / "optimizer.safetensors")

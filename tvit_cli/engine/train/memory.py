@@ -195,7 +195,7 @@ def out_of_memory_errors(settings: TrainSettings, device: torch.device) -> Itera
 
 def memory_advice(settings: TrainSettings, device: torch.device) -> str:
     """Settings that would need less memory, those with the least effect on the result first."""
-    is_scratch = settings.hf_model_name is None
+    is_scratch = settings.pretrained is None
     ways = {
         "--gradient-checkpointing (the result stays the same)": not settings.gradient_checkpointing,
         "--mixed-precision bf16": device.type == "cuda" and settings.mixed_precision == "no",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,17 @@ from tvit_cli.engine.dataset import data_name, find_data
 from tvit_cli.engine.evaluate.files import METRICS_FILE
 from tvit_cli.engine.train.checkpoint import CHECKPOINT_FILES, find_checkpoint, list_checkpoints
 from tvit_cli.engine.train.trackers import FILES as TRACKER_FILES
-from tvit_cli.errors import CheckpointError, RunError, SettingsError, shorten
+from tvit_cli.engine.trained import is_series_run
+from tvit_cli.errors import CheckpointError, ModelError, RunError, SettingsError, shorten
 from tvit_cli.files import file_lock, files_below, foreign_files, remove_files
-from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, own_files
+from tvit_cli.model.folder import BASE_FOLDER, MODEL_FOLDER, SETTINGS_FILE, load_card, own_files
 from tvit_cli.settings.train import TrainSettings
+from tvit_cli.settings.types import RUNS
 
 LOCK_FILE = ".lock"
 TEST = Path("eval", "test")  # evaluation of the test subset
 # Entries that a training writes into its folder before its first checkpoint.
-_FIRST_FILES = {SETTINGS_FILE, LOCK_FILE, *TRACKER_FILES}
+_FIRST_FILES = {SETTINGS_FILE, LOCK_FILE, BASE_FOLDER, f".{BASE_FOLDER}.writing", *TRACKER_FILES}
 _TAKEN = "another training has just taken this name. Start again, or set another name with --experiment-name."
 _PAGE = r"""(report|comparison)\.(html|writing)
     |plots/(loss|accuracy|learning_rate|confusion|per_class|reliability|confidence|coverage
@@ -32,7 +35,7 @@ _OWN_FILES = rf"""(?x)
     |{_PAGE}
     |CHECKPOINTS/\.?step-\d{{6,}}(\.writing|\.removing)?/({CHECKPOINT_FILES.pattern})
     |export/\.[^/]+\.lock
-    |(model|\.model\.writing/(new|old))/(card\.json|model\.safetensors)
+    |(model|base|\.(model|base)\.writing/(new|old))/(card\.json|model\.safetensors)
     |eval/(.+/)?((metrics|comparison|summary)\.json|(scores|confusion)\.csv|{_PAGE})"""
 
 
@@ -72,8 +75,26 @@ def choose_run(settings: TrainSettings) -> Run:
     is_finished = (folder / MODEL_FOLDER).exists() and (is_scored or not found)
     if is_finished or not found:
         reason = f"{folder} is finished" if is_finished else f"{checkpoints} holds no checkpoint"
-        raise SettingsError(f"--experiment-name {name}: {reason}. {choices_beside(folder)}")
+        further = train_further(folder, settings) if is_finished else ""
+        raise SettingsError(f"--experiment-name {name}: {reason}. {choices_beside(folder)}{further}")
     return Run(folder, checkpoints, found[-1])
+
+
+def train_further(folder: Path, settings: TrainSettings) -> str:
+    """Advice for more epochs of a finished run, on lines of its own; "" without its model."""
+    try:
+        done = load_card(folder / MODEL_FOLDER).settings.get("epochs", 0)
+    except ModelError:
+        return ""
+    of_series = is_series_run(folder.name)
+    root, name = (folder.parent.parent, folder.parent.name) if of_series else (folder.parent, folder.name)
+    more = settings.epochs - done if settings.epochs > done else settings.epochs
+    new = next_name(root, re.sub(r"-\d+$", "", name), first=2)
+    if folder.is_relative_to(Path.cwd()):
+        folder, root = folder.relative_to(Path.cwd()), root.relative_to(Path.cwd())
+    words = ["tvit", "train", "--from", str(folder), "--epochs", str(more), "--experiment-name", new]
+    words += [] if root == RUNS else ["--working-directory", str(root)]
+    return f"\nTo train it for {more} more {'epoch' if more == 1 else 'epochs'}:\n  {shlex.join(words)}"
 
 
 def claim(run: Run, settings: TrainSettings) -> Run:
@@ -117,13 +138,14 @@ def why_not_replaced(folder: Path) -> str:
 
 
 def check_replaceable(folder: Path, settings: TrainSettings) -> None:
-    """Raises SettingsError if the folder may not be overwritten, or holds the weights of --hf-model-name."""
+    """Raises SettingsError if the folder may not be overwritten, or holds the weights to start from."""
     if settings.overwrite and (reason := why_not_replaced(folder)):
         raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name, or move them away.")
-    name = settings.hf_model_name
-    if name and Path(name).expanduser().absolute().resolve().is_relative_to(folder.absolute().resolve()):
-        reason = f"{folder} holds the weights to start from, --hf-model-name {name}"
-        raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name.")
+    for option, name in (("--hf-model-name", settings.hf_model_name), ("--from", settings.from_)):
+        paths = (Path(name).expanduser(), settings.working_directory / name) if name else ()
+        if any(path.absolute().resolve().is_relative_to(folder.absolute().resolve()) for path in paths):
+            reason = f"{folder} holds the weights to start from, {option} {name}"
+            raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name.")
 
 
 def experiment_name(settings: TrainSettings) -> str:
@@ -133,12 +155,12 @@ def experiment_name(settings: TrainSettings) -> str:
     return next_name(settings.working_directory, data_name(find_data(settings.path_to_data)))
 
 
-def next_name(root: Path, data: str) -> str:
+def next_name(root: Path, data: str, *, first: int = 1) -> str:
     """The first free name of a run on a data set. ucf101-1, ucf101-2 taken -> ucf101-3"""
     pattern = re.compile(re.escape(data) + r"-(\d+)")
     names = [path.name for path in root.iterdir()] if root.is_dir() else []
     taken = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
-    return f"{data}-{max(taken, default=0) + 1}"
+    return f"{data}-{max([first - 1, *taken]) + 1}"
 
 
 def find_run(settings: TrainSettings) -> Run:

@@ -14,22 +14,13 @@ from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accele
 from tvit_cli.engine.train import score_test, train
 from tvit_cli.engine.train.fingerprint import check_finished_settings
 from tvit_cli.engine.train.run_folder import TEST, check_replaceable, experiment_name
-from tvit_cli.engine.trained import is_series_run
 from tvit_cli.errors import Interrupted, SettingsError
-from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, SETTINGS_FILE, load_card
+from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, load_card
 from tvit_cli.report.comparison import write_series_report
 from tvit_cli.report.html import Context
 from tvit_cli.results import Note, Report, SeriesResult, once, silent
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
-
-
-def series_models(folder: Path | None) -> dict[str, Path]:
-    """Model folders of a series by the names of its runs; empty if `folder` is no series."""
-    if folder is None or (folder / CARD_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
-        return {}
-    cards = sorted(folder.glob(f"*/{MODEL_FOLDER}/{CARD_FILE}"))
-    return {card.parents[1].name: card.parent for card in cards if is_series_run(card.parents[1].name)}
 
 
 def evaluate_series(settings: EvalSettings, models: dict[str, Path], report: Report = silent) -> SeriesResult:
