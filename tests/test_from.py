@@ -124,9 +124,9 @@ def test_run_from_another_resumes_to_the_same_bits_without_it(go_on, source, tmp
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
-        ({"pool": "mean"}, ModelError, "--pool mean: the classifier of --from .* was trained with class"),
-        ({"hf_model_name": "x"}, SettingsError, "--hf-model-name: fixed by the model of --from"),
-        ({"width": 4}, SettingsError, "--width: fixed by the model of --from"),
+        ({"pool": "mean"}, ModelError, "--pool mean: the model of --from .* was trained with class"),
+        ({"hf_model_name": "x"}, SettingsError, "--hf-model-name x: --from .* has other weights"),
+        ({"width": 4}, ModelError, "--width 4: the model of --from .* was trained with 16. Leave it out"),
         ({"val_groups": "05", "strict": True}, DataError, "trained on 3 val or test videos"),
         ({"overwrite": True, "experiment_name": "mine"}, SettingsError, "holds the weights .* --from"),
         ({"from_": "SERIES"}, ModelError, r"a series .*seed0-split1 0\.\d+, seed1-.*Name one run, such as"),

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 import tvit_cli
 import tvit_cli.settings
+from tvit_cli.settings.base import variable
 
 LIST = Path(__file__).parent / "frozen" / "options.json"
 LIMITS = {
@@ -61,7 +62,7 @@ def setting(model, key):
             f"{LIMITS[type(m)]} {getattr(m, LIMITS[type(m)])}" for m in field.metadata if type(m) in LIMITS
         ),
         "choices": sorted(literals(field.annotation)),
-        "variable": f"TVIT_{key.upper()}",
+        "variable": variable(key),
         "series": key in series,
     }
 
@@ -185,8 +186,8 @@ def test_differences_name_removed_added_and_changed():
 
 def test_frozen_environment_variables_are_known(monkeypatch):
     variables = {row["variable"] for row in frozen()["options"].values() if "variable" in row}
-    for variable in variables:
-        monkeypatch.setenv(variable, "~")
+    for name in variables:
+        monkeypatch.setenv(name, "~")
     monkeypatch.setenv("TVIT_NOT_A_SETTING", "1")
     refused = tvit("train", "--show-settings")
     assert refused.code == 2

@@ -173,7 +173,10 @@ def load(
     layers += [Layer("environment", typed, "{variable}")]
     layers += [Layer("flag", flags or {}, "{flag}"), Layer("argument", arguments or {})]
     naming = tuple(replace(x, values={k: v for k, v in x.values.items() if k in cls.NAMING}) for x in layers)
-    if cls.NAMING and (lowest := beneath(_merge(cls, naming, []))) is not None:
+    named: Loaded[S] | None = None
+    with suppress(SettingsError):  # reported below, with all others
+        named = _merge(cls, naming, [])
+    if cls.NAMING and named is not None and (lowest := beneath(named)) is not None:
         layers.insert(0, lowest)
     models: list[type[Settings]] = [cls, *verbs]
     variables = {variable(key) for model in models for key in model.model_fields} | RESERVED_VARIABLES

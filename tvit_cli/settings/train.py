@@ -60,7 +60,7 @@ class TrainSettings(types.DataSettings):
     show_settings: bool = run(False, "Prints all settings with their origins, then exits", resume_safe=True,
         printed=True)
     dry_run: bool = run(False,
-        "Measures parameters, FLOPs, memory, time; then exits",
+        "Measures parameters, FLOPs, memory, time, then exits",
         resume_safe=True, essential=True)
     test_at_end: bool = run(False, "Evaluates the test subset once after training", resume_safe=True,
         essential=True)
@@ -263,9 +263,8 @@ class TrainSettings(types.DataSettings):
 
     def _model_problems(self) -> Iterator[str]:
         given = [flag(key) for key in SCRATCH_SHAPE if getattr(self, key) is not None]
-        if self.from_ is not None and (self.hf_model_name is not None or given):
-            given += [flag("hf_model_name")] if self.hf_model_name is not None else []
-            yield f"{', '.join(given)}: fixed by the model of --from {self.from_}. Leave one of them out"
+        if self.from_ is not None and self.hf_model_name is not None:
+            yield f"--hf-model-name {self.hf_model_name}: --from {self.from_} has other weights. Leave one out"
         elif self.hf_model_name is not None and given:
             fixed = f"{', '.join(given)}: fixed by the pretrained model {self.hf_model_name}"
             yield f"{fixed}. Leave out, or train from scratch with --hf-model-name none"

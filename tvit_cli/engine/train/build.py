@@ -109,6 +109,7 @@ def build(
         for note in loaded.notes:
             report(Note(note, "warning" if note in pretrained.notes else "detail"))
     if origin is not None:
+        _check_fixed(settings, origin)
         _load_classifier(model, origin, labels)
     renamed = {"targets": "target_modules", "exclude": "exclude_modules"}
     names = {field.name: f"lora_{renamed.get(field.name, field.name)}" for field in fields(lora.LoraSpec)}
@@ -121,20 +122,24 @@ def build(
     return Built(model, config, preprocessing, base, origin)
 
 
+def _check_fixed(settings: TrainSettings, origin: WeightsSource) -> None:
+    """Raises ModelError for a setting that the weights of --from or its classifier's features do not allow."""
+    theirs = ViTConfig.from_dict(load_card(origin.folder).model)
+    for name in (*SCRATCH_SHAPE, "pool", "feature_norm"):
+        value, given = getattr(theirs, name), getattr(settings, name)
+        if given not in (None, value):
+            advice = (
+                ""
+                if name in SCRATCH_SHAPE
+                else f", or train a new classifier: --hf-model-name {origin.folder}"
+            )
+            text = f"{flag(name)} {given}: the model of --from {origin.name} was trained with {value}"
+            raise ModelError(f"{text}. Leave it out{advice}.")
+
+
 @torch.no_grad()
 def _load_classifier(model: TemporalViT, origin: WeightsSource, labels: Sequence[str]) -> None:
-    """Copies the classifier's rows of known labels; rows of new labels stay as they were drawn.
-
-    Raises ModelError where the classifier was trained on other features.
-    """
-    theirs = ViTConfig.from_dict(load_card(origin.folder).model)
-    for name in ("pool", "feature_norm"):
-        if (value := getattr(theirs, name)) != (ours := getattr(model.config, name)):
-            problem = f"{flag(name)} {ours}: the classifier of --from {origin.name} was trained with {value}"
-            advice = (
-                f"Leave it out, or train a new classifier: --hf-model-name {origin.folder} without --from."
-            )
-            raise ModelError(f"{problem}. {advice}")
+    """Copies the classifier's rows of known labels; rows of new labels stay as they were drawn."""
     rows = class_rows(origin.labels, labels)
     for name in ("weight", "bias"):
         parameter, saved = model.classifier.get_parameter(name), origin.tensors[f"classifier.{name}"]
