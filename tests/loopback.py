@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -177,3 +179,39 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
         capture_output=True,
     )  # fmt: skip
     return certificate, key
+
+
+@contextlib.contextmanager
+def rtsp_serving(parts: list[list[bytes]]) -> Iterator[str]:
+    """The address of an RTSP server that sends one of `parts`, MPEG-TS, in turn per PLAY, over TCP; then it refuses."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    session = b"v=0\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:track\r\n"
+
+    def answer(connection: socket.socket) -> None:
+        lines = connection.makefile("rb")
+        while request := lines.readline():
+            header = dict(line.split(b": ", 1) for line in iter(lambda: lines.readline().strip(), b""))
+            verb, body, extra = request.split()[0], b"", b"Session: 1\r\n"
+            if verb == b"DESCRIBE":
+                body, extra = session, b"Content-Type: application/sdp\r\n"
+            elif verb == b"SETUP":
+                extra += b"Transport: %s\r\n" % header[b"Transport"]
+            status = b"200 OK" if parts else b"404 Not Found"
+            head = b"RTSP/1.0 %s\r\nCSeq: %s\r\n%sContent-Length: %d\r\n\r\n"
+            connection.sendall(head % (status, header[b"CSeq"], extra, len(body)) + body)
+            if verb == b"PLAY":
+                data = b"".join(parts.pop(0))
+                for number, start in enumerate(range(0, len(data), 7 * 188)):
+                    packet = struct.pack(">BBHII", 0x80, 33, number, 0, 1) + data[start : start + 7 * 188]
+                    connection.sendall(struct.pack(">cBH", b"$", 0, len(packet)) + packet)
+                break
+        connection.close()
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    with listener:
+        yield f"rtsp://user:secret@127.0.0.1:{listener.getsockname()[1]}/live"

@@ -48,9 +48,11 @@ if TYPE_CHECKING:
         SegmentsEnd,
         SeriesResult,
         StepDone,
+        StreamResult,
         Timeline,
         TrainingStarts,
         TrainResult,
+        WindowPrediction,
     )
 
 __version__ = "0.2.0"
@@ -83,12 +85,14 @@ __all__ = [
     "SeriesResult",
     "SettingsError",
     "StepDone",
+    "StreamResult",
     "Timeline",
     "TimelineResult",
     "TrainResult",
     "TrainingStarts",
     "TvitError",
     "VideoError",
+    "WindowPrediction",
     "__version__",
     "download",
     "evaluate",

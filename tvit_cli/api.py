@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ExtractResult,
         Scan,
         SeriesResult,
+        StreamResult,
         TrainResult,
     )
 
@@ -142,8 +143,10 @@ def predict(
     quiet: bool = False,
     config: str | Path | None = None,
     **settings: Any,
-) -> PredictResult | tuple[TimelineResult, ...]:
+) -> PredictResult | tuple[TimelineResult, ...] | StreamResult:
     """Labels videos with a model (default: the newest); with `window`, returns a timeline of each.
+
+    The windows of a live source come to `on_event` as they end (`WindowPrediction`).
 
     Opens the model at each call; `load_model` opens it once, and takes frames. `on_event`, `quiet` and `config` are
     those of `download`. Raises TvitError; an unreadable video has its `error` in the result.
@@ -278,10 +281,12 @@ def run_evaluate(loaded: Loaded[EvalSettings], report: Report) -> EvalResult | S
 
 def run_predict(
     loaded: Loaded[PredictSettings], report: Report
-) -> PredictResult | tuple[TimelineResult, ...]:
-    """Labels videos, or makes a timeline of each."""
-    from tvit_cli.engine.predict import predict, predict_timelines
+) -> PredictResult | tuple[TimelineResult, ...] | StreamResult:
+    """Labels videos, or makes a timeline of each, or labels the windows of a live source."""
+    from tvit_cli.engine.predict import find_stream, predict, predict_stream, predict_timelines
 
+    if (source := find_stream(loaded.settings)) is not None:
+        return predict_stream(loaded.settings, source, report)
     return (predict if loaded.settings.window is None else predict_timelines)(loaded.settings, report)
 
 

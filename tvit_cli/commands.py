@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         SegmentFound,
         SegmentsEnd,
         SeriesResult,
+        WindowPrediction,
     )
     from tvit_cli.settings.base import Loaded
     from tvit_cli.settings.download import DownloadSettings
@@ -268,7 +270,7 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
     from tvit_cli.api import run_predict
 
     settings = loaded.settings
-    if "-" in settings.paths:
+    if "-" in settings.paths and not _stdin_is_video():
         listed = [line for text in sys.stdin if (line := text.rstrip("\r\n"))]
         if not listed:
             raise DataError(
@@ -298,6 +300,12 @@ def predict(loaded: Loaded[PredictSettings], console: Console) -> None:
         raise RunError("\n".join(problems))
 
 
+def _stdin_is_video() -> bool:
+    """Whether stdin brings the bytes of a video: its start has control characters, which no list of paths has."""
+    peek = getattr(getattr(sys.stdin, "buffer", None), "peek", lambda size: b"")
+    return re.match(rb"YUV4MPEG2 |(?s:.){,4096}?[\x00-\x08\x0e-\x1f]", peek(4096)) is not None
+
+
 class Answers:
     """Prints predictions and segments as they are reported, flushed: a table, JSON lines or CSV.
 
@@ -305,7 +313,7 @@ class Answers:
     """
 
     def __init__(self, console: Console, settings: PredictSettings) -> None:
-        self.videos = 0
+        self.videos = self._windows = 0
         self.failed: dict[str, str] = {}  # reason by video
         self._console, self._settings = console, settings
         self._row: Callable[[Iterable[object]], None] = lambda row: None
@@ -315,7 +323,7 @@ class Answers:
 
     def report(self, event: Event) -> None:
         """Prints an event."""
-        from tvit_cli.results import AnswersStart, Prediction, SegmentFound, SegmentsEnd
+        from tvit_cli.results import AnswersStart, Prediction, SegmentFound, SegmentsEnd, WindowPrediction
 
         match event:
             case AnswersStart():
@@ -332,6 +340,8 @@ class Answers:
                 self._segment(event)
             case SegmentsEnd():
                 self._end(event)
+            case WindowPrediction():
+                self._window(event)
             case _:
                 self._console.report(event)
 
@@ -382,6 +392,23 @@ class Answers:
             self._is_open = False
         elif self._settings.csv and end.error:
             self._console.csv((end.video, "", "", "", "", end.error))
+
+    def _window(self, found: WindowPrediction) -> None:
+        columns = ("time", "start", "end", "label", "score")
+        if self._settings.json_lines:
+            values = {name: getattr(found, name) for name in ("video", *columns, "dropped")}
+            self._console.json_line({**values, "time": found.time.isoformat()})
+            return
+        time = found.time.isoformat(sep=" ", timespec="milliseconds")[:23]
+        row = (time, f"{found.start:.2f}", f"{found.end:.2f}", found.label, f"{found.score:.3f}")
+        if self._windows == 0:
+            widest = ((text,) for text in (time, "00000.00", "00000.00", *row[3:]))
+            self._row = self._console.growing_table(dict(zip(columns, widest, strict=True)))
+            if self._settings.csv:
+                self._row = self._console.csv
+                self._row(columns)
+        self._windows += 1
+        self._row(row)
 
     def finish(self) -> None:
         """Prints the count of each label below the table, or on stderr, and warnings of unreadable videos."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -132,7 +134,25 @@ class SegmentsEnd:
     error: str = ""
 
 
-Answer = AnswersStart | Prediction | SegmentFound | SegmentsEnd
+@dataclass(frozen=True)
+class WindowPrediction:
+    """The best label of one window of a stream, from `start` to `end` in seconds of the stream.
+
+    `time` is the time of day at which its last frame came, `scores` (K,) are those of all classes, and `dropped` is
+    the number of windows before it that the model had no time for.
+    """
+
+    start: float
+    end: float
+    time: datetime
+    label: str
+    score: float
+    scores: NDArray[np.float64]
+    dropped: int = 0
+    video: str = ""  # the source's name on the command line
+
+
+Answer = AnswersStart | Prediction | SegmentFound | SegmentsEnd | WindowPrediction
 Event = Note | Progress | ClassTable | TrainingStarts | StepDone | EpochDone | Answer
 Report = Callable[[Event], None]
 
@@ -434,6 +454,21 @@ class DryRun:
     def seconds_per_epoch(self) -> float:
         """Training and validation."""
         return self.steps_per_epoch * self.seconds_per_step + self.validation_seconds
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """Counts of a live source that ended: windows with a prediction and dropped ones, seconds, and cuts.
+
+    `unwritten` are the errors of output files.
+    """
+
+    video: str
+    windows: int
+    dropped: int
+    seconds: float
+    cuts: int
+    unwritten: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

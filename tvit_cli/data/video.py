@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import av
 import numpy as np
@@ -45,12 +45,13 @@ T = TypeVar("T")
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
 URL_TIMEOUT = 30.0  # seconds without an answer
 URL_SECONDS = 1800.0  # of waiting for one URL
+LIVE_TIMEOUT = 10.0  # seconds without data, after which a live source counts as cut
 URL_BYTES = 1 << 30  # of a URL whose server states no larger size
 ASSUMED_RATE = 25.0  # frames per second, of files without any usable time
 MOST_SHOWN = 10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold
 
 _LOST = "Try again, or download the video first."
-_ENDLESS = "Is it a stream without an end? Save a part of it to a file first."
+_ENDLESS = "Is it a stream without an end? Add --window 2s --follow."
 
 # On damaged files PyAV itself raises IndexError (a late stream), UnicodeDecodeError (names) and OverflowError.
 DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
@@ -102,6 +103,20 @@ class TimedFrame:
     length: float | None
     picture: Callable[[], Frames]  # converts to uint8 (H, W, 3)
     note: str = ""  # on the video, as in VideoInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """An input without an end: its URL, device or bytes, and FFmpeg's format and options for it.
+
+    `fault` begins the sentence on an input that cannot be opened, `advice` ends it.
+    """
+
+    source: str | IO[bytes]
+    fault: str = "cannot be opened"
+    advice: str = ""
+    form: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 class Planes(NamedTuple):
@@ -178,22 +193,30 @@ def _plane_pixels(plane: VideoPlane) -> Frames:
 
 
 @contextmanager
-def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: Location, live: Live | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens a container and its first video stream; errors in the block become VideoErrors.
 
-    TvitErrors and AssertionErrors pass unchanged.
+    TvitErrors and AssertionErrors pass unchanged. `path` is the name in errors; it is opened where `live` is None.
     """
-    if isinstance(path, str):
+    url: str | IO[bytes]
+    timeout: float | None
+    if live is not None:
+        # Bytes in a pipe name no other file or address.
+        url, protocols = live.source, _NETWORK if isinstance(live.source, str) else "data"
+        timeout = LIVE_TIMEOUT if isinstance(url, str) else None
+    elif isinstance(path, str):
         url, protocols, timeout = path, _NETWORK, URL_TIMEOUT
     else:  # a playlist with a video's suffix must not make FFmpeg open the network
         _check_file(path)
         url, protocols, timeout = file_url(path), "file", None
-    options: dict[str, Any] = {"metadata_errors": "ignore", "options": {"protocol_whitelist": protocols}}
+    options = {"protocol_whitelist": protocols, **(live.options if live else {})}
+    how: dict[str, Any] = {"metadata_errors": "ignore", "options": options, "timeout": timeout}
     try:
         began = time.monotonic()
-        with av.open(url, timeout=timeout, **options) as container:
+        with av.open(url, format=live.form if live else None, **how) as container:
             if timeout is not None and time.monotonic() - began >= timeout:
-                raise VideoError(f"{path}: no answer within {timeout:.0f} s. {_LOST}")
+                advice = live.advice if live else _LOST
+                raise VideoError(f"{path}: no answer within {timeout:.0f} s. {advice}")
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = 1  # parallelism is between videos
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
@@ -202,8 +225,11 @@ def open_video(path: Location) -> Iterator[tuple[InputContainer, VideoStream]]:
     except (TvitError, AssertionError):
         raise
     except av.ExitError as error:
-        raise VideoError(f"{path}: no answer within {URL_TIMEOUT:.0f} s. {_LOST}") from error
+        advice = live.advice if live else _LOST
+        raise VideoError(f"{path}: no answer within {timeout or URL_TIMEOUT:.0f} s. {advice}") from error
     except av.FFmpegError as error:
+        if live:
+            raise VideoError(f"{path}: {live.fault} ({error.strerror}). {live.advice}".strip()) from error
         if kind := _unreadable_kind(path):
             raise VideoError(f"{path}: {kind}") from error
         if isinstance(error, PermissionError):
@@ -253,13 +279,16 @@ def _video_stream(path: Location, container: InputContainer) -> VideoStream:
     return streams[0]
 
 
-def demux(path: Location, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+def demux(
+    path: Location, container: InputContainer, stream: VideoStream, *, bounded: bool = True
+) -> Iterator[Packet]:
     """Packets of the stream, then None or an empty one to flush the decoder, also if the file is truncated.
 
     Packets of a stream that appears late are skipped; PyAV raises an IndexError for it at the end of the file.
+    A `bounded` URL is an error where it breaks off or has no end; any other one ends there.
     """
     packets: Iterator[Packet] = container.demux(stream)
-    if isinstance(path, str):
+    if isinstance(path, str) and bounded:
         packets = _within_bounds(path, container.size, packets)
     try:
         for packet in packets:
@@ -471,12 +500,16 @@ def _frame_of(array: FrameArray, index: int) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(array.frames[index]), format="rgb24")
 
 
-def iter_frames(path: Source, *, short_side: int | None = None) -> Iterator[TimedFrame]:
+def iter_frames(
+    path: Source, *, short_side: int | None = None, live: Live | None = None
+) -> Iterator[TimedFrame]:
     """Decodes a video once, in order, and yields every frame with its time.
 
     A frame is shown until the next one. A step of more than MOST_SHOWN is a gap: the frame before it lasts as long
     as its predecessor. Where times are missing or decrease, as with packed B-frames, the rate gives the duration;
     where one jumps ahead and the next comes back, the frame before it does. Memory does not grow with the video.
+
+    With `live`, that is read under the name `path`, and it ends where it is cut.
 
     Raises VideoError, `<path>: <reason>`, if no frame can be read.
     """
@@ -489,22 +522,35 @@ def iter_frames(path: Source, *, short_side: int | None = None) -> Iterator[Time
 
             yield TimedFrame(index / fps, (index + 1) / fps, count / fps, picture)
         return
-    with open_video(path) as (container, stream):
+    with open_video(path, live) as (container, stream):
         default = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
         length = None if container.duration is None else container.duration / av.time_base
-        step = default
         kept: KeptFrames | None = None
-        frames = _with_starts(_decode(stream, demux(path, container, stream)), default)
-        for (frame, start), following in _with_next(frames):
+        frames = _with_starts(_decode(stream, demux(path, container, stream, bounded=live is None)), default)
+        for frame, start, end in with_ends(frames, None if live else default):
             kept = kept or KeptFrames(path, frame, short_side)
-            end = start + default if following is None else following[1]
-            if end - start > MOST_SHOWN:
-                default = step  # the average rate counts the gap
-                end = start + default
-            step = end - start
             yield TimedFrame(start, end, length, partial(kept.upright, frame), kept.orientation.note)
+        if kept is None and live:
+            raise VideoError(f"{path}: ended before a frame could be decoded. {live.advice}".strip())
         if kept is None:
             raise _no_frame_error(path)
+
+
+def with_ends(
+    frames: Iterable[tuple[T, float]], default: float | None = None
+) -> Iterator[tuple[T, float, float]]:
+    """Frames with their start and end in seconds. See `iter_frames` for gaps.
+
+    `default` is the duration of the last frame and of one before a gap; None: that of its predecessor.
+    """
+    step = 1 / ASSUMED_RATE if default is None else default
+    for (frame, start), following in _with_next(frames):
+        end = start + (step if default is None else default) if following is None else following[1]
+        if end - start > MOST_SHOWN:
+            default = step  # the average rate counts the gap
+            end = start + default
+        step = end - start
+        yield frame, start, end
 
 
 def _with_starts(frames: Iterable[av.VideoFrame], default: float) -> Iterator[tuple[av.VideoFrame, float]]:

@@ -32,7 +32,8 @@ class PredictSettings(InferenceSettings):
 
     # fmt: off
     paths: Annotated[tuple[Named, ...], Field(min_length=1)] = setting(...,
-        "Videos, folders, patterns such as 'clips/*.mp4', URLs, or - for a list on stdin", MODEL,
+        "Videos, folders, patterns such as 'clips/*.mp4', URLs, cameras (0), or - for a list or a video on stdin",
+        MODEL,
         positional=True, metavar="VIDEO…", example="tvit predict clip.avi")
     int8: bool = setting(False,
         "int8 matrix products on CPUs where they are faster (up to 2 times); scores differ slightly", MODEL,
@@ -49,6 +50,9 @@ class PredictSettings(InferenceSettings):
         metavar="SECONDS", default_text="off: the whole video is one clip", essential=True)
     stride: Seconds = timeline(None, "Interval between the starts of two windows", ge=SHORTEST,
         metavar="SECONDS", default_text="a quarter of the window")
+    follow: bool = timeline(False,
+        "Reads a file that is still being written, a URL or stdin as a live source, with a line per window",
+        flag="--follow")
     smoothing: float = timeline(2.0,
         "Transition penalty of the Viterbi smoothing in log-odds, halved at shot boundaries; 0 disables",
         ge=0)
@@ -78,13 +82,14 @@ class PredictSettings(InferenceSettings):
             raise ValueError(f"--int8: not with --mixed-precision {self.mixed_precision}. Take one of them")
         if self.int8 and self.explain is not None:
             raise ValueError("--explain needs gradients, which int8 layers lack. Leave out --int8")
-        names, scope = ("embeddings", "explain", "top_k"), "whole videos. Leave out --window"
+        names: tuple[str, ...] = ("embeddings", "explain", "top_k")
+        scope = "whole videos. Leave out --window"
         if self.window is None:
             names, scope = (
-                ("stride", "smoothing", "output"),
+                ("stride", "follow", "smoothing", "output"),
                 "timelines. Add --window, for example --window 2s",
             )
         for name in names:
-            if name in self.model_fields_set and getattr(self, name) is not None:
+            if name in self.model_fields_set and getattr(self, name) not in (None, False):
                 raise ValueError(f"{flag(name)} applies to {scope}")
         return self

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tvit_cli.data.clips import hold_signals
+from tvit_cli.data.live import LiveSource, find_live
 from tvit_cli.data.video import MOST_SHOWN, Frames
 from tvit_cli.engine.distributed import default_worker_count
 from tvit_cli.engine.evaluate.scoring import score_location_batches
@@ -29,8 +30,9 @@ from tvit_cli.engine.predict.paths import (
     output_file,
     require_single_video,
 )
+from tvit_cli.engine.predict.stream import WindowTable, stream_windows, timed_frames
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import Interrupted, SettingsError, VideoError, plural
+from tvit_cli.errors import Interrupted, RunError, SettingsError, VideoError, plural
 from tvit_cli.files import FrameArray, Location, Source, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
@@ -44,7 +46,9 @@ from tvit_cli.results import (
     Segment,
     SegmentFound,
     SegmentsEnd,
+    StreamResult,
     Timeline,
+    WindowPrediction,
     seconds_done,
     silent,
 )
@@ -246,6 +250,33 @@ class Model:
             smoothing=smoothing,
             batch_size=batch_size,
             progress=progress,
+        )
+
+    def stream(
+        self,
+        frames: Iterable[tuple[Frames, float]],
+        *,
+        window: float = 2.0,
+        stride: float | None = None,
+        live: bool = False,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[WindowPrediction]:
+        """Yields the windows of `timeline`, each as it ends, from (RGB frame uint8 (H, W, 3), seconds) in order.
+
+        A thread takes the frames. A `live` source does not wait for the model: windows that it has no time for are
+        dropped after 5 s, and counted. Windows that wait are scored together; with `batch_size` 1, scores do not
+        depend on the speed, not even in the last bits.
+
+        Raises SettingsError for a bad argument, DataError for a bad frame or a time that does not increase.
+        """
+        check_arguments(PredictSettings, ANY_VIDEO, window=window, stride=stride, batch_size=batch_size)
+        return stream_windows(
+            self._trained,
+            timed_frames(frames, short_side=self.card.preprocessing.scale_to),
+            window=window,
+            stride=window / 4 if stride is None else stride,
+            batch_size=batch_size,
+            drops=lambda: live,
         )
 
     def draw_timeline(self, timeline: Timeline, *, dark: bool = False) -> bytes:
@@ -453,6 +484,86 @@ def _stops(
             count, where = count - 1, f", at {last.timeline.seconds:.2f} s of {last.video}"
         text = f"Stopped by {name} after {count:,} of {plural(len(videos), 'video')}{where}."
         raise Interrupted(text, exit_code=code, result=result()) from None
+
+
+def find_stream(settings: PredictSettings) -> LiveSource | None:
+    """The live source that the settings name, or None for videos; see Note [Live sources].
+
+    Raises SettingsError for what does not apply to a live source, VideoError for one that cannot be opened.
+    """
+    found = [s for name in settings.paths if (s := find_live(name, follow=settings.follow))]
+    certain = next((source for source in found if source.certain), None)
+    if certain is not None and settings.window is None:
+        text = "is read as it comes, as a live source. Add --window, for example --window 2s."
+        raise SettingsError(f"{certain.name}: {text}")
+    if certain is not None and (count := len(settings.paths)) > 1:
+        raise SettingsError(
+            f"{certain.name}: a live source is read alone; {count} videos are named. Name one."
+        )
+    if not found or settings.window is None or len(settings.paths) > 1:
+        return None
+    (source,) = found
+    try:
+        if not source.is_live():
+            return None
+    except VideoError:
+        if not source.certain:  # reported as that of a file
+            return None
+        raise
+    for name in ("annotate", "smoothing"):
+        if name in settings.model_fields_set and getattr(settings, name) is not None:
+            raise SettingsError(f"{flag(name)} applies to files, and {source.name} is live. Leave it out.")
+    return source
+
+
+def predict_stream(settings: PredictSettings, source: LiveSource, report: Report = silent) -> StreamResult:
+    """Reports each window of a live source as it ends, and adds it to the CSV of the output folder.
+
+    Raises RunError for a source that is lost, Interrupted with the result so far after a signal, and otherwise as
+    `predict_timelines`.
+    """
+    assert settings.window is not None
+    folder = None
+    if settings.output is not None:
+        folder = settings.output / next(folder_names(["stdin" if source.name == "-" else source.name]))
+        check_writable("--output", settings.output, folder)
+    model = open_model(settings, report)
+    table = WindowTable(folder, model.labels)
+    windows, dropped, end = 0, 0, 0.0
+
+    def result() -> StreamResult:
+        return StreamResult(source.name, windows, dropped, end, source.cuts, table.problems)
+
+    def summary() -> str:
+        text = f"{source.name}: {plural(windows, 'window')} in {end:.1f} s"
+        text += f", {dropped} dropped because the model could not follow" if dropped else ""
+        return text + (f", {plural(source.cuts, 'cut')}" if source.cuts else "") + "."
+
+    try:
+        for found in stream_windows(
+            model._trained,
+            source.frames(short_side=model.card.preprocessing.scale_to, report=report),
+            window=settings.window,
+            stride=settings.window / 4 if settings.stride is None else settings.stride,
+            batch_size=settings.per_gpu_batch_size,
+            drops=lambda: source.drops,
+        ):
+            if found.dropped and not dropped:
+                report(Note(f"{source.name}: the model cannot follow; windows are dropped.", "warning"))
+            with hold_signals():
+                windows, dropped, end = windows + 1, dropped + found.dropped, found.end
+                table.add(found)
+                report(replace(found, video=source.name))
+    except (KeyboardInterrupt, Interrupted) as stop:
+        code = stop.exit_code if isinstance(stop, Interrupted) else 130
+        signal = "Ctrl-C" if code == 130 else "SIGTERM"
+        raise Interrupted(f"Stopped by {signal}. {summary()}", exit_code=code, result=result()) from None
+    except RunError as error:
+        raise RunError(f"{error} {summary()}") from error
+    finally:
+        table.close()
+    report(Note(summary(), "info" if windows and not dropped else "warning"))
+    return result()
 
 
 def open_model(settings: PredictSettings, report: Report) -> Model:

@@ -290,6 +290,16 @@ def cell_count(seconds: float, stride: float) -> int:
 
 
 @torch.inference_mode()
+def score_windows(trained: Trained, windows: Sequence[Window]) -> Scores:
+    """Class scores (W, K) of windows, in one forward pass. Raises ModelError if the weights overflow."""
+    clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in windows]
+    frames = eval_transform(clips, preprocessing=trained.card.preprocessing, device=trained.device)
+    with trained.autocast():
+        logits = trained.model(frames)
+    trained.check_scores(logits)
+    return np.asarray(logits.cpu().double().softmax(1).numpy())
+
+
 def make_timeline(
     trained: Trained,
     location: Source,
@@ -336,12 +346,7 @@ def make_timeline(
         work = prefetch(iter(lambda: list(islice(windows, batch_size)), []))
         with closing(work) as batches, closing(clock):
             for batch in batches:
-                clips = [torch.from_numpy(w.frames()).permute(0, 3, 1, 2) for w in batch]
-                frames = eval_transform(clips, preprocessing=preprocessing, device=trained.device)
-                with trained.autocast():
-                    logits = trained.model(frames)
-                trained.check_scores(logits)
-                scores = logits.cpu().double().softmax(1).numpy()
+                scores = score_windows(trained, batch)
                 with hold_signals():
                     rows.append(scores)
                     for w in batch:
