@@ -43,11 +43,7 @@ from tvit_cli.results import Note, Progress
 from tvit_cli.settings.download import DownloadSettings
 
 CLASSES = ("Archery", "Bowling", "HandStandPushups")
-
-
 HTTP = Http(timeout=5, retry=Retry(attempts=2, sleep=lambda _: None, jitter=lambda: 0.5))
-
-
 needs_rar = pytest.mark.skipif(not rar.find_reader(), reason="nothing here reads RAR")
 
 

@@ -232,9 +232,8 @@ def test_a_run_begins_again_only_where_all_in_it_is_its_own(facts, mine):
     (mine / "report.html").unlink()
     (mine / "notes").mkdir()
     (mine / "notes" / ".thesis.txt").write_text("hidden")
-    with pytest.raises(
-        SettingsError, match=r"holds no checkpoint\. Take another name with --experiment-name\.$"
-    ):
+    said = r"holds no checkpoint\. Take another name with --experiment-name\.$"
+    with pytest.raises(SettingsError, match=said):
         run(**facts, working_directory=mine.parent, experiment_name="mine")
     assert (mine / "notes" / ".thesis.txt").read_text() == "hidden"
 
@@ -249,9 +248,8 @@ def test_a_series_refuses_foreign_files_before_its_first_training(facts, mine, t
     own = {**facts, "working_directory": tmp_path, "experiment_name": "people"}
     with pytest.raises(SettingsError, match=r"seed1-split1 holds files that tvit did not write: thesis\.txt"):
         train_series([settings(seed=seed, overwrite=True, **own) for seed in (0, 1)])
-    with pytest.raises(
-        SettingsError, match=r"other settings(?s:.*)Take another name with --experiment-name\.$"
-    ):
+    said = r"other settings(?s:.*)Take another name with --experiment-name\.$"
+    with pytest.raises(SettingsError, match=said):
         train_series([settings(seed=seed, lora_rank=4, **own) for seed in (0, 1)])
     assert files_below(folder) == before
     assert "is not the folder of a run" in why_not_replaced(folder)  # a single run of the series' name

@@ -28,8 +28,6 @@ from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.portable.reading import grid_indices, segment_indices
 
 LENGTHS = {"v_run_g01_c01.avi": 40, "v_run_g02_c01.avi": 5, "v_walk_g01_c01.avi": 23, "v_walk_g02_c01.avi": 8}
-
-
 JPEG_ERROR = 2  # mean of absolute differences, of 255
 
 
@@ -193,9 +191,8 @@ def test_a_store_keeps_its_layout_and_names_a_clip_it_lacks(store, videos):
     assert layout.labels == LABELS
     facts = [(v.name, v.label, v.subset, v.group) for v in videos]
     assert [(v.name, v.label, v.subset, v.group) for v in layout.videos] == facts
-    with pytest.raises(
-        VideoError, match=r"missing\.avi: not in the frame store .*tvit extract --path-to-data"
-    ):
+    said = r"missing\.avi: not in the frame store .*tvit extract --path-to-data"
+    with pytest.raises(VideoError, match=said):
         store.read("missing.avi", lambda n: [0])
 
 
@@ -272,9 +269,8 @@ def test_unreadable_stored_clip_is_named_and_the_others_are_read(own_store, vide
     assert [batch.weights.tolist() for batch in batches] == [[1, 0], [1, 1]]
     ((index, reason),) = batches[0].errors
     shard = shard_paths(own_store.folder)[0]
-    assert index == 1 and reason.startswith(
-        f"{videos[1].name}: {shard} cannot be read there (Input/output error). "
-    )
+    assert index == 1
+    assert reason.startswith(f"{videos[1].name}: {shard} cannot be read there (Input/output error). ")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5_000, -1])
@@ -443,8 +439,6 @@ def test_real_clips_come_back_as_they_were_but_for_jpeg(real_data, tmp_path):
 
 
 Make = Callable[..., Path]
-
-
 HALF = 1.5  # levels of 255: what rounding to whole numbers in three places may come to
 
 

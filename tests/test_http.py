@@ -28,11 +28,7 @@ from tvit_cli.errors import DataError, RunError
 from tvit_cli.results import Note, Progress
 
 BODY = random.Random(1).randbytes(300_000)
-
-
 SHA256 = hashlib.sha256(BODY).hexdigest()
-
-
 FETCH = """
 from pathlib import Path
 from tvit_cli.data.http import Download
@@ -129,8 +125,6 @@ def dated(day, **facts):
 
 
 BLIND = {"ignore_if_range": True}
-
-
 CHANGED = {  # before; bytes and facts of the file that is there afterwards
     "another tag": ({}, 300_000, {}),
     "another tag, conditions ignored": ({}, 300_000, BLIND),
@@ -473,19 +467,13 @@ def test_zip64_directory_is_read(server, tmp_path, monkeypatch):
 
 
 HAS_RAR = bool(rar.find_reader())
-
-
 FORMS = [
     form
     if not form.startswith("rar")
     else pytest.param(form, marks=pytest.mark.skipif(not HAS_RAR, reason="no RAR"))
     for form in WRITERS
 ]
-
-
 LINK, DEVICE, FOLDER = 0o120777, 0o020644, 0o040755
-
-
 # name -> (members, what the error says)
 HOSTILE: dict[str, tuple[list[Entry], str]] = {
     "up and out": ([Entry("a/../../x")], "leads out"),
@@ -508,8 +496,6 @@ HOSTILE: dict[str, tuple[list[Entry], str]] = {
     "too many members": ([Entry(f"m{index}") for index in range(60)], "more than 50 members"),
     "too much in all": ([Entry(f"m{index}", b"x" * 900) for index in range(20)], "unpacked, limit"),
 }
-
-
 LIMITS = Limits(members=50, member_bytes=1000, total_bytes=10_000, ratio=100)
 
 
@@ -558,14 +544,8 @@ def patched(write, path, change):
 
 
 REPARSE_POINT = 0x400
-
-
 RAR = pytest.mark.skipif(not HAS_RAR, reason="no RAR")
-
-
 ZIP_CRC = functools.partial(write_zip, entries=[Entry("a", b"good")])
-
-
 TAR_OF_2 = functools.partial(write_tar, entries=[Entry("x", bytes(512)), Entry("y", bytes(512))])
 
 

@@ -36,15 +36,10 @@ from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.results import MemoryModel, Note, TrainingStarts
 from tvit_cli.settings.card import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CPU = torch.device("cpu")
-
-
 FRAMES = 4
-
-
 SIZE = 32
-
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -279,9 +274,8 @@ def test_out_of_memory_elsewhere_ends_with_advice(trained, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
     monkeypatch.setattr("tvit_cli.engine.train.state.score", fails)
-    with pytest.raises(
-        RunError, match=r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. To need less"
-    ):
+    said = r"Out of memory: CUDA out of memory. Tried to allocate 1 GiB. To need less"
+    with pytest.raises(RunError, match=said):
         trained(gradient_checkpointing=True, train="all")
 
 
@@ -482,9 +476,8 @@ def test_a_compiler_gives_the_numbers_of_the_plain_module():
 
 def test_without_a_compiler_compilation_is_refused_in_a_sentence(trained, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        SettingsError, match=r"--compile: PyTorch needs a C\+\+ compiler; no-such-compiler is missing"
-    ):
+    said = r"--compile: PyTorch needs a C\+\+ compiler; no-such-compiler is missing"
+    with pytest.raises(SettingsError, match=said):
         trained(compile=True)
     assert not list(tmp_path.iterdir())
 
@@ -497,9 +490,8 @@ def test_a_model_that_cannot_be_compiled_ends_with_a_sentence(trained, monkeypat
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(torch, "compile", lambda model, **how: real(model, backend=backend, **how))
-    with pytest.raises(
-        RunError, match=r"--compile: PyTorch could not compile the model: .*no such instruction"
-    ):
+    said = r"--compile: PyTorch could not compile the model: .*no such instruction"
+    with pytest.raises(RunError, match=said):
         trained(compile=True)
 
 

@@ -390,9 +390,8 @@ def test_wandb_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", unreachable)
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(
-        RunError, match=r"--log-wandb: W&B could not be reached .*timed out.* WANDB_MODE=offline"
-    ):
+    said = r"--log-wandb: W&B could not be reached .*timed out.* WANDB_MODE=offline"
+    with pytest.raises(RunError, match=said):
         Trackers(tmp_path).open_wandb(name="mine", config={}, report=silent)
 
 

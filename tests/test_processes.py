@@ -372,10 +372,8 @@ def test_auto_precision_is_recorded_and_resumed_as_resolved(trained):
 )
 def test_a_model_split_between_processes_is_refused_with_the_reason(trained, monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(
-        SettingsError,
-        match=f"{variable}=true: .*not supported: Accelerate silently ignores it on a CPU",
-    ):
+    said = f"{variable}=true: .*not supported: Accelerate silently ignores it on a CPU"
+    with pytest.raises(SettingsError, match=said):
         trained()
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv(variable, "false")

@@ -30,6 +30,7 @@ from tvit_cli.results import Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 # Groups of which class Red has others than the two that are held out: 6 of its clips are in train, 4 of the rest.
 UNEVEN = {"group_pattern": r"(Red_g0[12]|g\d+)", "val_groups": "g01", "test_groups": "g02"}
 STANDSTILL = {"learning_rate": 1e-30}  # every epoch is as good as the first

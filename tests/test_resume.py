@@ -160,9 +160,8 @@ def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monk
     assert tvit("train", "--resume-from-checkpoint", last, "--num-processes", 3).code == 0
     assert started == [2, 3]
     found = load_checkpoint(last).state.identity
-    with pytest.raises(
-        CheckpointError, match=r"processes: 2 -> 1\n.*\nIt needs 2 processes: set --num-processes"
-    ):
+    said = r"processes: 2 -> 1\n.*\nIt needs 2 processes: set --num-processes"
+    with pytest.raises(CheckpointError, match=said):
         check_fingerprint({**found, "processes": 2}, found)
     with pytest.raises(CheckpointError, match="was trained on videos: move the frame store away"):
         check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
@@ -211,9 +210,8 @@ def test_names_are_the_first_free_and_nothing_is_overwritten_unasked(trained, tm
     assert [trained(epochs=1).run.name for _ in range(2)] == ["colours-1", "colours-2"]
     shutil.rmtree(tmp_path / "colours-1")
     assert next_name(tmp_path, "colours") == "colours-3"
-    with pytest.raises(
-        SettingsError, match=r"is finished\. Take another name .*or replace it with --overwrite"
-    ):
+    said = r"is finished\. Take another name .*or replace it with --overwrite"
+    with pytest.raises(SettingsError, match=said):
         trained(experiment_name="colours-2")
 
 
@@ -242,9 +240,8 @@ def test_overwrite_refuses_foreign_folders_and_moved_checkpoints(trained, mine, 
     (tmp_path / "editor").mkdir()
     (tmp_path / "editor" / "settings.json").write_text('{"fontSize": 12}')
     for name in ("mine", "photos", "other", "editor"):
-        with pytest.raises(
-            SettingsError, match=rf"{name}.checkpoints holds no checkpoint\. Take another name"
-        ):
+        said = rf"{name}.checkpoints holds no checkpoint\. Take another name"
+        with pytest.raises(SettingsError, match=said):
             trained(experiment_name=name)
     assert list_checkpoints(mine.run / "kept") and (tmp_path / "photos" / "cat.jpg").exists()
     assert (other / "report.html").exists() and (tmp_path / "editor" / "settings.json").exists()

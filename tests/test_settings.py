@@ -18,6 +18,7 @@ from tvit_cli.settings.export import ExportSettings
 from tvit_cli.settings.predict import PredictSettings
 from tvit_cli.settings.train import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 VERBS = (TrainSettings, EvalSettings, PredictSettings)
 # The parameter table of the system that tvit re-implements.
 # fmt: off

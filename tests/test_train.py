@@ -24,6 +24,8 @@ from tvit_cli.results import ClassTable, Note
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.extract import ExtractSettings
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(finished, clips):
     result = finished

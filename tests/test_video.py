@@ -37,11 +37,7 @@ from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.predict import PredictSettings
 
 Make = Callable[..., Path]
-
-
 ReadNumbers = Callable[[np.ndarray], list[int]]
-
-
 CODECS = [
     pytest.param(".avi", {"codec": "mpeg4"}, id="mpeg4"),
     pytest.param(".avi", {"codec": "mpeg4", "options": {"bf": "2"}}, id="mpeg4 with B-frames"),
@@ -410,11 +406,7 @@ def _animated_webp(folder, make_video):
 
 
 LIST = b"ffconcat version 1.0\nfile "
-
-
 NO_LIST = "a list of videos (ffconcat) with files that are missing or not in its folder"
-
-
 UNREADABLE = {
     "no file": (lambda folder, make_video: folder / "absent.avi", "no such file"),
     "folder": (lambda folder, make_video: folder, "is a folder"),
