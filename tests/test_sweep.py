@@ -44,6 +44,25 @@ def test_each_seed_has_a_run_of_its_own_and_the_summary_is_their_mean(facts, tmp
     assert written["mean"]["test_loss"] == statistics.fmean(losses) and written["runs"] == result.runs
 
 
+def test_unnamed_series_that_start_at_once_take_names_of_their_own(facts, tmp_path, monkeypatch):
+    first = engine.experiment_name(
+        settings(**{**facts, "experiment_name": None, "working_directory": tmp_path})
+    )
+
+    def taken(own):  # by a series that starts just then
+        (tmp_path / first).mkdir()
+        return first
+
+    def stops(own, report):
+        raise Interrupted("Stopped by Ctrl-C.", exit_code=130)
+
+    monkeypatch.setattr(engine, "experiment_name", taken)
+    monkeypatch.setattr(engine, "train", stops)
+    with pytest.raises(Interrupted, match=f"--experiment-name {first[:-1]}2"):
+        seeds(facts, tmp_path, 0, 1, experiment_name=None)
+    assert [path.name for path in tmp_path.iterdir()] == [first]
+
+
 def test_stopped_sweep_keeps_finished_runs_and_does_the_rest(facts, tmp_path, monkeypatch):
     whole = seeds(facts, tmp_path / "whole", 0, 1, 2)
     real, trained = engine.train, []

@@ -19,6 +19,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeAlias, TypeVar
 import av
 import numpy as np
 import numpy.typing as npt
+from av.codec.context import Flags
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.plane import VideoPlane
@@ -210,21 +211,18 @@ def open_video(path: Location, live: Live | None = None) -> Iterator[tuple[Input
         _check_file(path)
         url, protocols, timeout = file_url(path), "file", None
     options = {"protocol_whitelist": protocols, **(live.options if live else {})}
-    how: dict[str, Any] = {"metadata_errors": "ignore", "options": options, "timeout": timeout}
+    how: dict[str, Any] = {"metadata_errors": "ignore", "options": options}
     try:
-        began = time.monotonic()
-        with av.open(url, format=live.form if live else None, **how) as container:
-            if timeout is not None and time.monotonic() - began >= timeout:
-                advice = live.advice if live else _LOST
-                raise VideoError(f"{path}: no answer within {timeout:.0f} s. {advice}")
+        with _opened(url, timeout, format=live.form if live else None, **how) as container:
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = 1  # parallelism is between videos
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            stream.codec_context.flags |= Flags.unaligned  # exact crop of H.264, also on the left
             _check_size(path, stream.codec_context.width, stream.codec_context.height)
             yield container, stream
     except (TvitError, AssertionError):
         raise
-    except av.ExitError as error:
+    except (av.ExitError, TimeoutError) as error:
         advice = live.advice if live else _LOST
         raise VideoError(f"{path}: no answer within {timeout or URL_TIMEOUT:.0f} s. {advice}") from error
     except av.FFmpegError as error:
@@ -238,6 +236,20 @@ def open_video(path: Location, live: Live | None = None) -> Iterator[tuple[Input
         raise VideoError(f"{path}: {fault} ({error.strerror}).") from error
     except Exception as error:
         raise VideoError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _opened(url: str, timeout: float | None, **how: Any) -> InputContainer:
+    """Opens a container. Raises TimeoutError for a stall, which FFmpeg often takes for damage or for the end."""
+    began = time.monotonic()
+    try:
+        container: InputContainer = av.open(url, timeout=timeout, **how)
+        if timeout is None or time.monotonic() - began < timeout:
+            return container
+        container.close()
+    except av.FFmpegError:
+        if timeout is None or time.monotonic() - began < timeout:
+            raise
+    raise TimeoutError
 
 
 def _check_size(path: Source, width: int, height: int) -> None:

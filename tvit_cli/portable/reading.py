@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -185,6 +186,7 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
         context = streams[0].codec_context
         context.thread_count = 1  # with more, the remains of a damaged picture vary
         context.options = {"max_pixels": str(MOST_PIXELS)}
+        context.flags |= Flags.unaligned  # exact crop of H.264, also on the left
         _check_size(path, context.width, context.height)
         packets = container.demux(streams[0])
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tvit_cli.engine.evaluate import evaluate, files
 from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
 from tvit_cli.engine.train import score_test, train
 from tvit_cli.engine.train.fingerprint import check_finished_settings
-from tvit_cli.engine.train.run_folder import TEST, check_replaceable, experiment_name
+from tvit_cli.engine.train.run_folder import TEST, Run, check_replaceable, claim, experiment_name
 from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, load_card
 from tvit_cli.report.comparison import write_series_report
@@ -79,8 +80,10 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
             "it out and name the series with --experiment-name: finished runs are kept, a stopped run resumes."
         )
     accelerator = make_accelerator(device=first.device, mixed_precision="no")
-    name: str = broadcast_object_list([experiment_name(first)])[0]
-    folder = first.working_directory / name
+    folder = first.working_directory / experiment_name(first)
+    claimed = claim(Run(folder, folder, None), first).folder if accelerator.is_main_process else None
+    folder = broadcast_object_list([claimed])[0]
+    name = folder.name
     if (folder / SETTINGS_FILE).exists():
         raise SettingsError(
             f"--experiment-name {name}: {folder} is the folder of a single run. Choose another name."
@@ -107,6 +110,9 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
                 f"{number} of its {len(runs)} runs are finished and are kept.",
                 exit_code=stop.exit_code,
             ) from stop
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # the claimed name of a series that failed before its first file
     accelerator.wait_for_everyone()
     metrics = {run: _metrics(folder / run) for run in runs}
     result = SeriesResult(folder, metrics, summarise(list(metrics.values())))
