@@ -238,7 +238,7 @@ def open_video(path: Location, live: Live | None = None) -> Iterator[tuple[Input
         raise VideoError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def _opened(url: str, timeout: float | None, **how: Any) -> InputContainer:
+def _opened(url: Any, timeout: float | None, **how: Any) -> InputContainer:
     """Opens a container. Raises TimeoutError for a stall, which FFmpeg often takes for damage or for the end."""
     began = time.monotonic()
     try:
