@@ -614,8 +614,10 @@ def test_training_and_evaluation_pages_link_to_each_other(trained, tmp_path):
         assert all(target.is_file() for target in targets)
         assert page == compared.report or compared.report.resolve() in targets
     (result.output / "report.html").unlink()
+    (other.parent / "report.html").write_text("<nav>mine</nav>")
     compare(EvalSettings(compare=(model, other), num_workers=0, device="cpu"))
     assert "eval/test/report.html" not in Page(training.read_text()).links
+    assert (other.parent / "report.html").read_text() == "<nav>mine</nav>"
 
 
 def test_confusion_cells_open_lists_of_their_videos(tmp_path, monkeypatch):

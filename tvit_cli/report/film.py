@@ -82,7 +82,8 @@ def film_strip(clip: Tensor, preprocessing: Preprocessing) -> str:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     gap = torch.full((len(pixels), 3, side, 2), 128, dtype=torch.uint8)
     row = torch.cat([pixels, gap], dim=3).permute(2, 0, 3, 1)  # (S, T, S + 2, C)
-    return jpeg_uri(row.reshape(side, -1, 3)[:, :-2].contiguous())
+    picture = row.reshape(side, -1, 3)[:, :-2].contiguous().numpy()
+    return _data_uri("jpeg", simplejpeg.encode_jpeg(picture, quality=75, colorspace="RGB"))
 
 
 def clip_pictures(clip: Tensor, preprocessing: Preprocessing) -> dict[str, str]:
@@ -97,7 +98,11 @@ def clip_loop(clip: Tensor, preprocessing: Preprocessing) -> str:
     first, *rest = (Image.fromarray(frame).resize((side, side)) for frame in frames)
     data = io.BytesIO()
     first.save(data, "WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=60)
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    return _data_uri("webp", data.getvalue())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def to_pixels(clip: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -111,12 +116,6 @@ def spread(clip: Tensor, most: int) -> Tensor:
     if len(clip) <= most:
         return clip
     return clip[torch.linspace(0, len(clip) - 1, most).round().long()]
-
-
-def jpeg_uri(picture: Tensor) -> str:
-    """A picture uint8 (H, W, 3) as a data URI."""
-    data = simplejpeg.encode_jpeg(picture.numpy(), quality=85, colorspace="RGB")
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
 SCALE = 2  # pixels per unit of the PNGs below

@@ -85,7 +85,7 @@ TEMPLATES.filters |= {
 TEMPLATES.globals["parts"] = TEMPLATES.get_template("parts.html.j2").module
 SCRIPT = LOADER.get_source(TEMPLATES, "page.js")[0]  # the only one that the page's policy allows, by its hash
 SCRIPT_HASH = b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
-LINKS = re.compile(r"(?<=<nav>).*?(?=</nav>)", re.DOTALL)  # to other pages; escaped text contains no tags
+LINKS = re.compile(r'(?<=<nav class="tvit">).*?(?=</nav>)', re.DOTALL)  # to other pages; text has no tags
 LINK = re.compile(r'<a href="([^"]*)">([^<]*)</a>')
 
 
@@ -194,12 +194,13 @@ def write_pages(
     _write_linked(page, html, links)
     for other in links:
         with suppress(OSError, UnicodeDecodeError):  # such as a page that is missing or cannot be written
-            _write_linked(other, other.read_text(encoding="utf-8"), {page: title})
+            if LINKS.search(text := other.read_text(encoding="utf-8")):  # else tvit did not write it
+                _write_linked(other, text, {page: title})
     return page
 
 
 def _write_linked(page: Path, html: str, links: Mapping[Path, str]) -> None:
-    """Writes a page with its links, and with those of its file, as far as their targets exist."""
+    """Writes a page with its links, and those of its file, as far as their targets exist."""
     found = {}
     with suppress(OSError, UnicodeDecodeError):
         if before := LINKS.search(page.read_text(encoding="utf-8")):
