@@ -5,9 +5,12 @@ import io
 import json
 import os
 import re
+import runpy
 import sys
 import threading
 import wave
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -296,3 +299,16 @@ def test_a_camera_without_times_gets_those_of_the_clock():
         steps = {round(f.start - n / 25, 2) for n, f in zip(range(40), source.frames(), strict=False)}
         assert len(steps) > 1  # FFmpeg takes 25 frames per second for granted
         assert find_live(server.add("/clip.mp4", b"")) is None
+
+
+def test_the_opencv_loop_prints_windows_and_names_a_missing_opencv(folder, monkeypatch, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "use_opencv.py"))
+    example["frames"].__globals__["time"] = SimpleNamespace(monotonic=iter(range(9)).__next__)
+    pictures = iter([(True, GREY)] * 7 + [(False, None)])
+    capture = SimpleNamespace(isOpened=lambda: True, read=lambda: next(pictures))
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=lambda source: capture))
+    example["main"](str(folder), "0")
+    assert re.fullmatch(r"(\d\d:\d\d:\d\d  \w+  0\.\d{3}\n){11}", capsys.readouterr().out)  # 7 s
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(SystemExit, match=r"not installed\. Run: python -m pip install"):
+        example["main"](str(folder))
