@@ -87,15 +87,12 @@ def test_other_frame_sizes_and_clip_lengths_keep_the_trained_features(tmp_path):
     }
 
 
-def test_patches_of_single_frames_start_on_the_central_frame_of_a_tubelet(tmp_path):
+def test_tubelets_start_on_their_central_frame_or_are_refused(tmp_path):
     before = trained(tmp_path / "m", tubelet_size=1, n_frames=2)
     model, _ = started(tmp_path / "m")
     clips = torch.randn(2, 4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.features(clips), before.features(clips[:, 1::2]), **CLOSE)
-
-
-def test_tubelets_of_another_size_are_refused_with_the_option_to_give(tmp_path):
     trained(tmp_path / "m")
     with pytest.raises(ModelError, match=r"tubelets are of 2 frames.*Give --tubelet-size 2\."):
         started(tmp_path / "m", tubelet_size=1)
@@ -112,27 +109,21 @@ def test_other_scheme_takes_image_weights_and_starts_the_rest_anew(tmp_path):
     assert torch.equal(model.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
 
 
-def test_a_temporal_embedding_by_token_is_none_by_frame(tmp_path):
+def test_temporal_weights_of_another_kind_start_anew_or_as_copies(tmp_path):
     before = trained(tmp_path / "m", temporal_index="token")
     model, report = started(tmp_path / "m")
     assert torch.equal(model.norm.weight, before.norm.weight)
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
-
-
-def test_divided_attention_copies_spatial_weights_if_none_were_temporal(tmp_path):
     before = trained(tmp_path / "m")
     model, _ = started(tmp_path / "m", attention="divided")
     assert torch.equal(model.blocks[0].temporal.attention.q.weight, before.blocks[0].attention.q.weight)
 
 
-def test_normalisation_and_hash_come_from_the_card(tmp_path):
+def test_normalisation_hash_and_half_precision_come_from_the_folder(tmp_path):
     trained(tmp_path / "m")
     config = read_config(resolve_weights(str(tmp_path / "m")))
     assert (config.mean, config.std, config.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 32)
     assert config.sha256 == sha256(tmp_path / "m" / "model.safetensors")
-
-
-def test_weights_in_half_precision_are_read_as_floats(tmp_path):
     before = trained(tmp_path / "m")
     rewritten(tmp_path / "m", **{name: tensor.half() for name, tensor in before.state_dict().items()})
     model, report = started(tmp_path / "m")
@@ -158,15 +149,12 @@ def test_tensors_that_are_not_the_cards_are_refused(tmp_path, name, tensor, sent
         started(tmp_path / "m")
 
 
-def test_weights_that_were_changed_since_are_refused(tmp_path):
+def test_changed_weights_and_impossible_cards_are_refused(tmp_path):
     trained(tmp_path / "m")
     trained(tmp_path / "n", n_frames=8)
     (tmp_path / "n" / "model.safetensors").replace(tmp_path / "m" / "model.safetensors")
     with pytest.raises(ModelError, match="the weights are not those of the card beside them"):
         started(tmp_path / "m")
-
-
-def test_a_card_with_a_shape_that_cannot_be_is_refused(tmp_path):
     trained(tmp_path / "m")
     card = load_card(tmp_path / "m")
     (tmp_path / "m" / "card.json").write_text(

@@ -130,7 +130,7 @@ def test_the_exact_count_is_remembered_after_the_first_read(videos, monkeypatch)
     assert torch.equal(data[(2, 0)].frames, dataset(videos)[(2, 0)].frames)
 
 
-def test_a_batch_keeps_each_clip_in_its_size(make_video, tmp_path):
+def test_a_batch_keeps_each_clip_in_its_size_and_is_pinned_whole(make_video, tmp_path, videos, monkeypatch):
     paths = [make_video(tmp_path / "wide.avi"), make_video(tmp_path / "tall.avi", height=64, width=48)]
     data = dataset([Video(path, path.name, "run", "train", None) for path in paths])
     batch = collate([data[(2, 0)], data[(2, 1)]])
@@ -139,9 +139,6 @@ def test_a_batch_keeps_each_clip_in_its_size(make_video, tmp_path):
     assert batch.indices.tolist() == [0, 1]
     assert (batch.labels.dtype, batch.weights.dtype) == (torch.int64, torch.float32)
     assert batch.errors == []
-
-
-def test_pinning_keeps_a_batch_whole(videos, monkeypatch):
     batch = collate([dataset(videos)[(0, index)] for index in range(2)])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 0)
     pinned = batch.pin_memory()

@@ -110,19 +110,13 @@ def test_no_page_is_longer_than_250_lines(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= 250
 
 
-def test_pictures_are_few_and_small():
+def test_pictures_are_few_settings_fresh_and_every_verb_is_shown():
     pictures = sorted((ROOT / "docs" / "images").iterdir())
     assert len(pictures) <= 6
     assert [path.name for path in pictures if path.stat().st_size > 150_000] == []
-
-
-def test_settings_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == make_page(), (
         "run: python tests/settings_page.py > docs/settings.md"
     )
-
-
-def test_every_verb_has_a_command_in_the_pages():
     assert {line.split()[1] for page in PAGES for line in commands(page)} == set(program().commands)
 
 
@@ -190,17 +184,11 @@ def test_examples_of_help_run(workspace, tmp_path):
 TEXT = README.read_text(encoding="utf-8")
 
 
-def test_readme_has_at_most_1600_words_and_220_lines():
+def test_readme_is_short_and_begins_with_its_two_commands():
     assert len(TEXT.split()) <= 1600
     assert len(TEXT.splitlines()) <= 220
-
-
-def test_the_two_commands_are_the_first_bash_blocks():
     first, second = [block.commands() for block in blocks(README) if block.language == "bash"][:2]
     assert first == ["python -m pip install .", "tvit train --preset quickstart"]
     assert second == ['python -m pip install ".[test]"', "python -m pytest"]
     assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-
-
-def test_presets_in_the_readme_exist():
     assert set(re.findall(r"--preset (\w+)", TEXT)) <= set(presets())

@@ -54,10 +54,15 @@ def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_beside_it(tmp_pat
         assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else [before])
 
 
-def test_a_folder_that_cannot_be_made_is_the_error_that_is_told(tmp_path):
+def test_folders_that_cannot_be_made_and_full_disks_are_told_plainly(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file"), atomic_write(tmp_path / "file" / "out.csv"):
         pass
+    with (
+        pytest.raises(RunError, match="; more space is needed"),
+        disk_full_errors(tmp_path, purpose="fetching", need=lambda: -209711104),
+    ):
+        raise OSError(errno.ENOSPC, "No space left")
 
 
 @pytest.fixture
@@ -102,14 +107,6 @@ def test_a_video_that_a_disk_has_no_room_for_leaves_nothing(tmp_path):
         for number, picture in enumerate(pictures):
             writer.write(picture, number / 5, (number + 1) / 5)
     assert not any(tmp_path.iterdir())
-
-
-def test_full_disk_names_no_negative_size(tmp_path):
-    with (
-        pytest.raises(RunError, match="; more space is needed"),
-        disk_full_errors(tmp_path, purpose="fetching", need=lambda: -209711104),
-    ):
-        raise OSError(errno.ENOSPC, "No space left")
 
 
 @pytest.fixture(scope="module")
@@ -297,13 +294,19 @@ def test_a_working_folder_with_a_foreign_file_keeps_it(tmp_path):
     assert files_below(tmp_path) == [".model.writing/thesis.txt", "model/card.json", "model/thesis.txt"]
 
 
-def test_a_linked_working_folder_is_not_followed(tmp_path):
+def test_linked_working_folders_are_not_followed(tmp_path):
     (tmp_path / "thesis" / "new").mkdir(parents=True)
     (tmp_path / "thesis" / "new" / "thesis.txt").touch()
     (tmp_path / ".model.writing").symlink_to(tmp_path / "thesis")
     with pytest.raises(OSError, match="exists"), replace_folder(tmp_path / "model"):
         pass
     assert files_below(tmp_path / "thesis") == ["new/thesis.txt"]
+    (tmp_path / "elsewhere" / "videos").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "videos" / "cat.avi").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="link: is in the way"):
+        files.remove_work(tmp_path / "link", DatasetFolder(tmp_path / "set", "mini").own)
+    assert files_below(tmp_path / "elsewhere") == ["videos/cat.avi"]
 
 
 def test_an_export_of_somebody_else_is_refused(mine, tmp_path):
@@ -319,16 +322,13 @@ def test_an_export_of_somebody_else_is_refused(mine, tmp_path):
     assert (mine / "export" / "safetensors" / "parity.json").is_file()
 
 
-def test_a_page_removes_only_drawings_of_tvit(tmp_path):
+def test_drawings_and_stores_of_other_programs_are_not_tvits(tmp_path):
     plots = tmp_path / "plots"
     plots.mkdir()
     (plots / "mine.png").write_bytes(b"a photo")
     (plots / "own.png").write_bytes(to_png(Drawing("own", 8, 8, ())))
     write_pages(tmp_path, "", {"mine": None, "own": None, "none": None})
     assert files_below(plots) == ["mine.png"]
-
-
-def test_another_programs_files_are_no_frame_store(tmp_path):
     (tmp_path / "store.json").write_text('{"books": []}')
     (tmp_path / "shard-of-glass.frames").touch()
     assert not is_store(tmp_path) and shard_paths(tmp_path) == []
@@ -345,16 +345,7 @@ def test_foreign_files_in_a_downloads_working_folder_are_refused(tmp_path, name)
     assert files_below(DatasetFolder(tmp_path, "mini").new_incoming()) == []
 
 
-def test_a_linked_working_folder_of_a_download_is_refused(tmp_path):
-    (tmp_path / "elsewhere" / "videos").mkdir(parents=True)
-    (tmp_path / "elsewhere" / "videos" / "cat.avi").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="link: is in the way"):
-        files.remove_work(tmp_path / "link", DatasetFolder(tmp_path / "set", "mini").own)
-    assert files_below(tmp_path / "elsewhere") == ["videos/cat.avi"]
-
-
-def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path):
+def test_foreign_archives_stay_and_messages_count_many_files(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"mine")
     assert "a.zip" not in fetch_files(tmp_path / "a.zip")
     with pytest.raises(RunError, match=r"a\.zip: .*Move it away"):
@@ -363,7 +354,4 @@ def test_an_archive_that_tvit_did_not_fetch_is_never_removed(tmp_path):
     with pytest.raises(RunError, match=r"a\.zip: .*Move it away"):
         Download(tmp_path / "a.zip", size=5).fetch(["http://127.0.0.1:9/a.zip"])
     assert (tmp_path / "a.zip").read_bytes() == b"mine"
-
-
-def test_a_message_names_the_first_files_and_counts_the_rest():
     assert shorten(["a", "b", "c"]) == "a, b, c" and shorten(list("abcdefg")) == "a, b, c and 4 more"

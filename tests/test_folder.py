@@ -47,7 +47,7 @@ def edit_weights(folder, **changes):
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
-def test_a_saved_model_comes_back_bit_for_bit(folder):
+def test_a_saved_model_comes_back_bit_for_bit_and_can_be_trained_on(folder):
     model, card = load_model(folder)
     expected = trained().state_dict()
     assert list(model.state_dict()) == list(expected)
@@ -56,17 +56,6 @@ def test_a_saved_model_comes_back_bit_for_bit(folder):
     assert torch.equal(model(clips), trained()(clips))
     assert card == CARD.model_copy(update={"weights_sha256": card.weights_sha256})
     assert card.metrics["video_top1"] == 0.1 + 0.2
-
-
-def test_a_saved_folder_has_two_files_readable_alike_with_their_hash(folder):
-    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
-    assert (folder / "model.safetensors").stat().st_mode == (folder / "card.json").stat().st_mode
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert load_card(folder).weights_sha256 == digest
-
-
-def test_a_loaded_model_draws_nothing_and_can_be_trained_on(folder):
     before = torch.get_rng_state()
     load_model(folder)
     assert torch.equal(torch.get_rng_state(), before)
@@ -78,6 +67,14 @@ def test_a_loaded_model_draws_nothing_and_can_be_trained_on(folder):
     assert not torch.equal(again.classifier.bias, model.classifier.bias)
 
 
+def test_a_saved_folder_has_two_files_readable_alike_with_their_hash(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "card.json").stat().st_mode
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert load_card(folder).weights_sha256 == digest
+
+
 def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path):
     weights = dict(trained().named_parameters())
     state = {name: w.t().contiguous().t() if w.dim() == 2 else w for name, w in weights.items()}
@@ -86,7 +83,7 @@ def test_transposed_and_frozen_tensors_are_saved_as_they_read(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
 
 
-def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder):
+def test_saving_replaces_an_older_model_alone_and_makes_parents(folder, tmp_path):
     (folder / "notes").mkdir()
     (folder / "notes" / "thesis.txt").write_text("mine")
     save_model(folder, trained(seed=1).state_dict(), CARD)
@@ -95,9 +92,6 @@ def test_saving_replaces_an_older_model_and_keeps_foreign_files(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model.safetensors", "notes"]
     assert (folder / "notes" / "thesis.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
-def test_missing_parents_are_made_and_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "a" / "b" / "model", tmp_path / "empty"):
         save_model(path, trained().state_dict(), CARD)
@@ -304,7 +298,12 @@ def test_integer_weights_are_refused_by_name(folder):
         load_model(folder)
 
 
-def test_the_newest_model_is_found_below_a_working_directory(tmp_path):
+def test_the_newest_model_is_found_or_how_to_get_one_is_said(tmp_path):
+    (tmp_path / "ucf101-1" / "model").mkdir(parents=True)  # without a card: no model
+    with pytest.raises(ModelError, match=r"no trained model in it\. Train one .* --model"):
+        find_newest_model(tmp_path)
+    with pytest.raises(ModelError, match="no trained model"):
+        find_newest_model(tmp_path / "nowhere")
     folders = [tmp_path / name / "model" for name in ("ucf101-1", "ucf101-2", "sweep/ucf101-3")]
     for path in folders:
         save_model(path, trained().state_dict(), CARD)
@@ -312,14 +311,6 @@ def test_the_newest_model_is_found_below_a_working_directory(tmp_path):
         for path in folders:
             os.utime(path / "card.json", (1_000, 2_000 if path == newest else 1_000))
         assert find_newest_model(tmp_path) == newest
-
-
-def test_no_model_to_be_found_says_how_to_get_one(tmp_path):
-    (tmp_path / "ucf101-1" / "model").mkdir(parents=True)  # without a card: no model
-    with pytest.raises(ModelError, match=r"no trained model in it\. Train one .* --model"):
-        find_newest_model(tmp_path)
-    with pytest.raises(ModelError, match="no trained model"):
-        find_newest_model(tmp_path / "nowhere")
 
 
 def test_leftovers_of_a_kill_are_removed_and_the_old_model_restored(folder, monkeypatch):

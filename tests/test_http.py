@@ -260,14 +260,11 @@ def test_cut_file_is_not_whole_after_a_416_of_its_length(server, tmp_path):
     assert get([url], tmp_path / "a").sha256 == SHA256
 
 
-def test_retries_are_shown_as_they_happen(server, tmp_path):
+def test_retries_are_shown_and_back_off_doubles_up_to_its_bound(server, tmp_path):
     events = []
     url = server.add("/a", BODY, statuses=[(503, {})])
     get([url], tmp_path / "a", report=events.append)
     assert events[0] == Note(f"{url}: HTTP 503 Service Unavailable; attempt 2 of 6 in 1 s")
-
-
-def test_back_off_doubles_up_to_its_bound():
     waits = []
     retry = Retry(attempts=9, first_seconds=1, most_seconds=5, sleep=waits.append, jitter=lambda: 0.0)
     for attempt in range(1, 5):
@@ -304,9 +301,14 @@ def test_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path):
         get([silent], tmp_path / "silent", http=http, sha256="0" * 64)
 
 
-def test_server_that_is_not_there_is_named(tmp_path):
+def test_missing_servers_are_named_and_blind_contexts_never_used(tmp_path):
     with pytest.raises(MirrorsFailed, match=r"no connection .*\(2 attempts\)"):
         get(["http://localhost:9/a"], tmp_path / "a", http=quick(attempts=2))
+    blind = ssl.create_default_context()
+    blind.check_hostname = False
+    blind.verify_mode = ssl.CERT_NONE
+    with pytest.raises(ValueError, match="never used"):
+        Http(trust=blind).open("https://localhost/")
 
 
 def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path):
@@ -321,14 +323,6 @@ def test_certificate_that_does_not_verify_is_refused_at_once(tmp_path):
         server.add("/down", b"", redirect="http://localhost:9/a")
         with pytest.raises(MirrorsFailed, match="redirects from https to http"):
             get([f"{server.base}/down"], tmp_path / "b", http=Http(trust=trust))
-
-
-def test_context_that_does_not_verify_is_never_used():
-    blind = ssl.create_default_context()
-    blind.check_hostname = False
-    blind.verify_mode = ssl.CERT_NONE
-    with pytest.raises(ValueError, match="never used"):
-        Http(trust=blind).open("https://localhost/")
 
 
 def test_full_disk_is_seen_before_and_names_what_is_needed(server, tmp_path, monkeypatch):
@@ -417,13 +411,18 @@ def test_chosen_members_cost_little_more_than_their_bytes(server, tmp_path):
     assert len(server.requests) == 4  # tail; 3 to 5 in one; 20; 39 is apart from the tail that is there
 
 
-def test_members_near_each_other_share_a_request(server, tmp_path):
+def test_members_near_each_other_share_a_request_also_in_zip64(server, tmp_path, monkeypatch):
     body = make_zip(tmp_path / "a.zip", size=5_000)
     remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
     assert [len(stream.read()) for _, stream in remote.read([remote.infos[3], remote.infos[5]])] == [
         5_000
     ] * 2
     assert len(server.requests) == 2
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    body = make_zip(tmp_path / "a.zip", 5, size=100)
+    assert b"PK\x06\x06" in body
+    remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
+    assert [len(stream.read()) for _, stream in remote.read(remote.infos)] == [100] * 5
 
 
 def test_cut_range_goes_on_and_a_changed_archive_is_refused(server, tmp_path):
@@ -444,26 +443,15 @@ def test_server_that_ignores_range_is_told_apart_without_reading_it(server, tmp_
     assert server.sent < 2_000_000
 
 
-def test_large_directory_and_no_zip_are_refused(server, tmp_path):
+def test_large_directories_long_ranges_and_no_zip_are_refused(server, tmp_path):
     with pytest.raises(PermanentError, match="directory cannot be read"):
         RemoteZip(server.add("/page", b"<html>" * 100), http=quick(), most_directory=10**6)
     file = RangeFile(server.add("/b", BODY), quick(), most_read=1000)
     with pytest.raises(PermanentError, match="at once, limit 1000"):
         file.read(2000)
-
-
-def test_range_longer_than_requested_is_not_read(server):
     head = b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/1000000\r\nContent-Length: 1000000\r\n\r\n"
     file = RangeFile(server.add("/a", b"", raw=[head, bytes(1_000_000)]), quick())
     assert file.received == 32 * 1024
-
-
-def test_zip64_directory_is_read(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
-    body = make_zip(tmp_path / "a.zip", 5, size=100)
-    assert b"PK\x06\x06" in body
-    remote = RemoteZip(server.add("/a.zip", body), http=quick(), most_directory=10**6)
-    assert [len(stream.read()) for _, stream in remote.read(remote.infos)] == [100] * 5
 
 
 HAS_RAR = bool(rar.find_reader())
@@ -634,7 +622,7 @@ def test_million_entries_are_refused_before_they_are_listed(tmp_path):
     assert time.monotonic() - began < 2
 
 
-def test_members_that_lie_about_their_size_are_caught(tmp_path):
+def test_members_that_lie_about_their_size_or_overlap_are_caught(tmp_path):
     write_zip(tmp_path / "a.zip", [Entry("a", b"x" * 100, declared=10)])  # its CRC is that of 100 bytes
     with pytest.raises(DataError):
         unpack(tmp_path / "a.zip", tmp_path / "out")
@@ -642,9 +630,6 @@ def test_members_that_lie_about_their_size_are_caught(tmp_path):
     with pytest.raises(DataError, match="damaged"):
         unpack(tmp_path / "a.tar", tmp_path / "out")
     assert everything(tmp_path) == {"a.zip", "a.tar"}
-
-
-def test_members_that_overlap_are_refused():
     members = [Member(index, f"m{index}", 900, packed=900) for index in range(10)]
     with pytest.raises(DataError, match="overlap"):
         check_members(members, archive="a", packed_bytes=1000)

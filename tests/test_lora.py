@@ -124,12 +124,17 @@ def test_targets_exclusions_and_bias_decide_what_learns(case):
     assert trainable(adapted(**changes)) == in_full | adapter_of(*adapters)
 
 
-def test_many_full_names_reach_their_own_layers_only():
+def test_long_lists_and_patterns_reach_their_own_layers_only():
     """PEFT shortens long lists of names to suffixes; the layers that they reach must stay the same."""
     model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
     names = tuple(f"blocks.{i}.attention.{layer}" for i in range(11) for layer in ("q", "k", "v"))
     attach(model, spec(targets=names), seed=0)
     assert trainable(model) == FULL | adapter_of(*names)
+    model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
+    attach(model, spec(rank_pattern={"blocks.1.attention.q": 7}), seed=0)
+    ranks = {name: layer.r["default"] for name, layer in lora.adapted_layers(model).items()}
+    assert [name for name, rank in ranks.items() if rank == 7] == ["blocks.1.attention.q"]
+    assert len(ranks) == 36
 
 
 @pytest.mark.parametrize(
@@ -199,7 +204,7 @@ def test_each_mode_trains_the_parts_that_it_names():
     assert trainable(model) == set(model.state_dict())
 
 
-def test_a_step_changes_what_is_trainable_and_nothing_else():
+def test_training_drops_and_changes_what_is_trainable_and_nothing_else():
     model = adapted(targets=("q", "patch_embed"))
     perturb(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -208,6 +213,11 @@ def test_a_step_changes_what_is_trainable_and_nothing_else():
     optimizer.step()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == trainable(model)
+    model = adapted(dropout=0.5)
+    perturb(model)
+    assert torch.equal(model(clips()), model(clips()))
+    model.train()
+    assert not torch.equal(model(clips()), model(clips()))
 
 
 def delta(**changes):
@@ -227,15 +237,7 @@ def test_adapter_scale_is_alpha_over_rank_or_its_root_with_rslora():
     assert torch.linalg.matrix_rank(delta(rank=3), atol=1e-5) == 3
 
 
-def test_dropout_acts_in_training_only():
-    model = adapted(dropout=0.5)
-    perturb(model)
-    assert torch.equal(model(clips()), model(clips()))
-    model.train()
-    assert not torch.equal(model(clips()), model(clips()))
-
-
-def test_adapters_depend_on_their_seed_alone_and_leave_the_global_state():
+def test_adapters_depend_on_their_seed_and_layers_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = trainable_tensors(adapted(seed=3))
@@ -243,9 +245,6 @@ def test_adapters_depend_on_their_seed_alone_and_leave_the_global_state():
     torch.manual_seed(2)
     assert equal(first, trainable_tensors(adapted(seed=3)))
     assert not equal(first, trainable_tensors(adapted(seed=4)))
-
-
-def test_targets_have_the_order_of_the_model():
     first, second = adapted(targets=("v", "q")), adapted(targets=("q", "v", "q"))
     assert equal(trainable_tensors(first), trainable_tensors(second))
     assert resolve_layers(base(), ("v", "q"), option="x") == in_blocks("attention.q", "attention.v")
@@ -515,14 +514,6 @@ def test_patterns_give_single_layers_their_own_rank_and_alpha():
     }  # fmt: skip
 
 
-def test_target_pattern_reaches_one_block_despite_common_prefixes():
-    model = build_model(ViTConfig.from_dict({**CONFIG.to_dict(), "depth": 12}), seed=0, from_scratch=True)
-    attach(model, spec(rank_pattern={"blocks.1.attention.q": 7}), seed=0)
-    ranks = {name: layer.r["default"] for name, layer in lora.adapted_layers(model).items()}
-    assert [name for name, rank in ranks.items() if rank == 7] == ["blocks.1.attention.q"]
-    assert len(ranks) == 36
-
-
 def test_dora_learns_a_magnitude_and_merges_to_what_it_computes():
     model = adapted(targets=LORA_TARGETS, use_dora=True)
     assert torch.allclose(model(clips()), base()(clips()), atol=1e-5)
@@ -603,12 +594,9 @@ def test_last_n_trains_last_blocks_norm_classifier_and_frame_times(count, blocks
     assert trainable(model) == above | {"norm.weight", "norm.bias"} | FULL
 
 
-def test_more_last_blocks_than_there_are_is_refused():
+def test_last_n_keeps_the_order_of_frames_and_the_number_of_blocks():
     with pytest.raises(ModelError, match=r"--train last-3: the model has 2 blocks\. Give fewer, or all\."):
         set_trainable(base(), "last-3", spec(), seed=0)
-
-
-def test_last_n_leaves_no_scheme_without_the_order_of_frames():
     for attention in ("joint", "divided", "factorized"):
         config = ViTConfig.from_dict({**CONFIG.to_dict(), "attention": attention})
         model = build_model(config, seed=0, from_scratch=False)

@@ -168,13 +168,10 @@ def test_groups_on_both_sides_are_a_leak_and_clean_splits_are_not(tmp_path):
     assert find_leaks([gone, video(tmp_path, "a", "test", None, b"1")]) == ()
 
 
-def test_equal_files_under_two_names_are_found(tmp_path):
+def test_equal_files_are_a_leak_and_a_clean_split_reads_nothing(tmp_path, monkeypatch):
     rows = (("a", "train", "same"), ("b", "test", "same"), ("c", "test", "size"), ("d", "train", "same"))
     (leak,) = find_leaks([video(tmp_path, a, subset, None, data.encode()) for a, subset, data in rows])
     assert "1 videos are in two subsets" in leak and "a = b" in leak
-
-
-def test_a_clean_split_says_nothing_and_reads_nothing(tmp_path, monkeypatch):
     rows = (("a", "train", "01", b"1"), ("b", "train", "01", b"1"), ("c", "test", "02", b"22"))
     videos = [video(tmp_path, *row) for row in rows]
     monkeypatch.setattr(selection, "sha256", lambda path: pytest.fail(f"{path} was read"))

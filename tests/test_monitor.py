@@ -48,13 +48,15 @@ def test_only_the_first_update_with_a_bad_loss_is_told_of():
     assert found[0].loss == INF and watch.check(accelerator) == []
 
 
-def test_an_update_that_is_begun_anew_is_counted_once():
+def test_an_update_begun_anew_counts_once_and_bad_tensors_are_named():
     watch, accelerator = LossWatch(), make_accelerator(device="cpu", mixed_precision="no")
     watch.add(micro_batch(3, (1, 2)), torch.tensor([1.0, 2.0]))
     watch.add(micro_batch(4, (5, 6)), torch.tensor([NAN, 2.0]))
     watch.drop(4)  # memory ran out in its second pass
     watch.add(micro_batch(4, (5,)), torch.tensor([NAN]))
     assert [(clip.step, clip.index) for clip in watch.check(accelerator)] == [(4, 5)]
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, INF]), "c": torch.tensor(NAN)}
+    assert non_finite_names(tensors) == ["b", "c"] and non_finite_names({}) == []
 
 
 def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_path):
@@ -72,11 +74,6 @@ def test_the_message_names_clips_and_says_what_is_saved_and_what_may_help(tmp_pa
     assert "and 4 more" in every and "the run diverged" in every
     assert f"The last good checkpoint is {tmp_path / 'step-000003'}." in every
     assert "--max-grad-norm" not in every and "--mixed-precision" not in every
-
-
-def test_tensors_that_are_not_finite_are_found_by_name():
-    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, INF]), "c": torch.tensor(NAN)}
-    assert non_finite_names(tensors) == ["b", "c"] and non_finite_names({}) == []
 
 
 def spoil_forward(monkeypatch, *, call, row):

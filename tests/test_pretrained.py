@@ -154,16 +154,13 @@ def test_the_weights_of_masked_modelling_load_without_its_decoder(tmp_path):
     assert sorted(report.unused) == ["decoder.0.bias", "decoder.0.weight", "embeddings.mask_token"]
 
 
-def test_the_report_counts_what_matched_and_names_what_is_new_and_unused(folder):
+def test_the_report_counts_what_matched_in_one_file_or_in_shards(folder, image_vit, tmp_path):
     _, report = loaded(folder)
     assert report.matched == 4 + 2 * 16 + 2
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
     assert sorted(report.unused) == ["pooler.dense.bias", "pooler.dense.weight"]
     note = "no preprocessor_config.json: frames are normalised with ImageNet's mean and std; put it beside weights that have others"
     assert report.notes == (note,)
-
-
-def test_sharded_weights_load_like_one_file(image_vit, folder, tmp_path):
     saved(image_vit, tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1
     one, _ = loaded(folder)
@@ -182,7 +179,7 @@ def test_weights_of_any_float_type_are_converted_to_the_models(folder, dtype):
     assert f"weights converted from {dtype} to torch.float32" in report.notes
 
 
-def test_the_hash_is_that_of_the_weights_file_or_of_all_shards(image_vit, folder, tmp_path):
+def test_hashes_are_of_all_files_and_defaults_those_of_hugging_face(image_vit, folder, tmp_path):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert read_config(resolve_weights(str(folder))).sha256 == digest
     saved(image_vit, tmp_path, max_shard_size="20KB")
@@ -190,6 +187,12 @@ def test_the_hash_is_that_of_the_weights_file_or_of_all_shards(image_vit, folder
     last = max(tmp_path.glob("model-*.safetensors"))
     save_file({name: tensor + 1 for name, tensor in load_file(last).items()}, last)
     assert resolve_weights(str(tmp_path)).sha256 != before
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": [384, 384]}))
+    config = read_config(resolve_weights(str(folder)))
+    default = transformers.ViTConfig()
+    assert [config.network[k] for k in ("width", "depth", "num_heads")] == [768, 12, 12]
+    assert config.network["norm_eps"] == default.layer_norm_eps
+    assert (config.network["mlp_width"], config.image_size) == (default.intermediate_size, 384)
 
 
 def test_normalisation_is_of_the_preprocessor_config_or_imagenets(folder):
@@ -202,15 +205,6 @@ def test_normalisation_is_of_the_preprocessor_config_or_imagenets(folder):
     edit_json(path, do_normalize=False)
     config = read_config(resolve_weights(str(folder)))
     assert (config.mean, config.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-
-def test_values_left_out_of_the_config_are_those_of_hugging_face(folder):
-    (folder / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": [384, 384]}))
-    config = read_config(resolve_weights(str(folder)))
-    default = transformers.ViTConfig()
-    assert [config.network[k] for k in ("width", "depth", "num_heads")] == [768, 12, 12]
-    assert config.network["norm_eps"] == default.layer_norm_eps
-    assert (config.network["mlp_width"], config.image_size) == (default.intermediate_size, 384)
 
 
 Spoil = Callable[[Path], object]
@@ -346,15 +340,12 @@ def test_a_missing_shard_is_asked_for_and_an_export_named_as_one(folder):
         resolve_weights(str(folder))
 
 
-def test_a_model_of_another_network_is_refused(folder):
+def test_weights_are_taken_only_where_their_network_is_known(folder):
     source = resolve_weights(str(folder))
     config = read_config(source).vit_config(num_classes=3, n_frames=8)
     values = {**config.to_dict(), "num_heads": 8}  # the same shapes, other numbers
     with pytest.raises(ModelError, match="num_heads is 4, and 8 in the model"):
         load_pretrained(TemporalViT(type(config).from_dict(values)), source)
-
-
-def test_files_of_weights_are_taken_only_where_their_network_is_known(folder):
     by_file, by_folder = resolve_weights(str(folder / "model.safetensors")), resolve_weights(str(folder))
     assert by_file.sha256 == by_folder.sha256
     assert read_config(by_file).network == read_config(by_folder).network
@@ -547,20 +538,17 @@ def test_the_vision_tower_of_a_whole_clip_loads_without_its_text_tower(tmp_path)
     )
 
 
-def test_the_vision_tower_of_a_clip_that_classifies_images_loads(tmp_path):
-    config = transformers.CLIPConfig(vision_config={**SHAPE, "intermediate_size": 48}, num_labels=2)
-    whole = randomised(transformers.CLIPForImageClassification(config))
-    model, report = loaded(saved(whole, tmp_path))
-    assert_equal_features(model, getattr(whole.vision_model, "vision_model", whole.vision_model))
-    assert {"classifier.weight", "classifier.bias"} <= set(report.unused)
-
-
-def test_clips_normalisation_is_its_own_where_no_file_says_it(tmp_path):
+def test_clip_towers_load_with_clips_own_normalisation(tmp_path):
     config = read_config(resolve_weights(str(saved(clip(), tmp_path))))
     assert config.mean == CLIP_MEAN
     assert config.notes == (
         "no preprocessor_config.json: frames are normalised with CLIP's mean and std; put it beside weights that have others",
     )
+    config = transformers.CLIPConfig(vision_config={**SHAPE, "intermediate_size": 48}, num_labels=2)
+    whole = randomised(transformers.CLIPForImageClassification(config))
+    model, report = loaded(saved(whole, tmp_path))
+    assert_equal_features(model, getattr(whole.vision_model, "vision_model", whole.vision_model))
+    assert {"classifier.weight", "classifier.bias"} <= set(report.unused)
 
 
 def as_timm(image_vit, folder, **config):
@@ -642,11 +630,16 @@ def test_timms_positions_may_leave_out_the_class_token(tmp_path):
     assert_equal_features(loaded(folder)[0], image_vit)
 
 
-def test_timms_config_says_how_pictures_are_normalised(tmp_path):
+def test_timms_config_and_positions_are_read_as_timm_does(tmp_path):
     half = [0.5, 0.5, 0.5]
     folder = as_timm(MODELS["dino"](), tmp_path, pretrained_cfg={"mean": half, "std": half})
     config = read_config(resolve_weights(str(folder)))
     assert (config.mean, config.std, config.notes) == ((0.5,) * 3, (0.5,) * 3, ())
+    folder = as_timm(randomised(registers()), tmp_path)
+    native = loaded(folder)[0].positions.spatial
+    smaller = loaded(folder, frame_size=16)[0].positions.spatial
+    assert torch.equal(smaller, resize_grid(native, (2, 2), antialias=True))
+    assert not torch.allclose(smaller, resize_grid(native, (2, 2)), atol=1e-3)
 
 
 def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path):
@@ -663,16 +656,13 @@ def test_a_lone_file_with_timms_names_says_its_shape_itself(tmp_path):
     assert_equal_features(model, image_vit)
 
 
-def test_a_config_that_calls_itself_timm_is_told_by_its_tensors(tmp_path):
+def test_configs_that_name_timm_or_no_ratio_are_told_by_their_tensors(tmp_path):
     folder = as_timm(MODELS["dino"](), tmp_path / "timm", model_type="timm")
     assert read_config(resolve_weights(str(folder))).network["width"] == 32
     other = saved(MODELS["dino"](), tmp_path / "vit")
     (other / "config.json").write_text('{"model_type": "timm"}')
     with pytest.raises(ModelError, match="its model_type is 'timm'; tvit reads vit"):
         loaded(other)
-
-
-def test_a_ratio_that_is_no_number_is_named(tmp_path):
     folder = saved(MODELS["dinov2"](), tmp_path)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"mlp_ratio": ', '"mlp_ratio": NaN, "was": '))
@@ -713,11 +703,3 @@ def test_adapters_on_a_family_train_and_merge(name, tmp_path):
     merge(model)
     torch.testing.assert_close(model(pictures().unsqueeze(1)), before, atol=1e-4, rtol=1e-4)
     assert list(model.state_dict()) == names
-
-
-def test_timms_positions_are_resized_as_timm_does(tmp_path):
-    folder = as_timm(randomised(registers()), tmp_path)
-    native = loaded(folder)[0].positions.spatial
-    smaller = loaded(folder, frame_size=16)[0].positions.spatial
-    assert torch.equal(smaller, resize_grid(native, (2, 2), antialias=True))
-    assert not torch.allclose(smaller, resize_grid(native, (2, 2)), atol=1e-3)

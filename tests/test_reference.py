@@ -175,15 +175,12 @@ def test_each_quirk_counts(folder):
         assert (other - expected).abs().max() > 1e-3, changed
 
 
-def test_without_fused_attention_logits_are_scaled_by_the_whole_width(tmp_path):
+def test_attention_scale_biases_and_half_precision_are_of_the_config(tmp_path):
     clips = some_clips(3)
     folder = write(tmp_path / "slow", random_tensors(), {**CONFIG, "use_flash_attention": False})
     expected = plain_forward(random_tensors(), clips, n_frames=3, heads=2, scale=WIDTH**-0.5)
     assert_same_logits(opened(folder), expected, clips)
     assert (plain_forward(random_tensors(), clips, n_frames=3, heads=2) - expected).abs().max() > 1e-3
-
-
-def test_a_patch_embedding_without_bias_and_half_precision_are_read(tmp_path):
     tensors = {name: tensor.half() for name, tensor in random_tensors().items()}
     del tensors["patch_embd.conv.bias"]
     folder = write(tmp_path / "half", tensors, {**CONFIG, "patch_embd_bias": False})
@@ -247,13 +244,17 @@ def test_a_frame_size_that_nothing_tells_is_assumed_and_said(tmp_path):
     )
 
 
-def test_101_classes_without_names_are_ucf101s(tmp_path):
+def test_classes_without_names_are_numbered_or_those_of_ucf101(tmp_path):
     folder = write(tmp_path / "ucf", random_tensors(classes=101), {**CONFIG, "num_classes": 101})
     trained = opened(folder)
     assert trained.card.labels == UCF101 == tuple(sorted(UCF101)) and len(set(UCF101)) == 101
     assert "UCF101's are assumed" in trained.notes[0]
     data = ("HandStandPushups", "YoYo")  # a part of it, in the spelling of its file names
     assert set(data) <= set(trained.named_by(data).card.labels)
+    folder = write(
+        tmp_path / "two", random_tensors(), {**CONFIG, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    )
+    assert opened(folder).card.labels == ("class 0", "class 1", "class 2")
 
 
 def test_frames_are_squashed_to_256_and_their_centre_is_taken(folder, colours):
@@ -400,13 +401,6 @@ def test_a_bad_config_is_refused_with_reasons(tmp_path, config, sentence):
         opened(write(tmp_path / "bad", random_tensors(), {**CONFIG, **config}))
 
 
-def test_the_labels_that_transformers_makes_up_are_no_names(tmp_path):
-    folder = write(
-        tmp_path / "two", random_tensors(), {**CONFIG, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
-    )
-    assert opened(folder).card.labels == ("class 0", "class 1", "class 2")
-
-
 def test_bare_files_and_doubled_tensors_are_no_trained_models(tmp_path, folder):
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"no trained video model: its model_type is None"):
@@ -489,7 +483,12 @@ def test_what_a_model_on_the_hub_was_trained_on_is_known(pushed, tmp_path, monke
         assert any(known in warning for warning in said) and "unknown" not in " ".join(said)
 
 
-def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(pushed):
+def test_a_model_on_the_hub_is_its_card_and_no_file_beside_it(pushed):
+    folder, _ = pushed
+    save_file({"weight": torch.ones(2)}, folder / "other.safetensors")
+    assert opened(folder / "model.safetensors").card.labels == ("Blue", "Green", "Red")
+    with pytest.raises(ModelError, match=r"other\.safetensors: .* its model_type is None"):
+        opened(folder / "other.safetensors")
     folder, model = pushed
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     own = opened(Path("somebody/jumps")).model.state_dict()
@@ -497,14 +496,6 @@ def test_a_model_on_the_hub_is_opened_by_its_card_whatever_its_config_says(pushe
     save_file({"network.norm.weight": torch.ones(16)}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="an export of a tvit model for other programs"):
         opened(Path("somebody/jumps"))
-
-
-def test_a_file_beside_a_model_folders_is_not_taken_for_it(pushed):
-    folder, _ = pushed
-    save_file({"weight": torch.ones(2)}, folder / "other.safetensors")
-    assert opened(folder / "model.safetensors").card.labels == ("Blue", "Green", "Red")
-    with pytest.raises(ModelError, match=r"other\.safetensors: .* its model_type is None"):
-        opened(folder / "other.safetensors")
 
 
 def test_missing_local_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
@@ -536,12 +527,14 @@ def test_missing_local_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch)
     assert asked == ["owner/name"]
 
 
-def test_an_export_of_tvit_on_the_hub_is_called_what_it_is(tmp_path):
-    folder = write(tmp_path / "exported", random_tensors(), {"model_type": "tvit"})
-    with pytest.raises(ModelError, match=r"exported: an export of a tvit model .* --format safetensors"):
-        opened(folder)
-    with pytest.raises(ModelError, match="an export of a tvit model for other programs"):
+def test_exports_and_trained_models_are_no_backbones_to_train_from(folder, tmp_path):
+    with pytest.raises(ModelError, match=r"a trained video classifier, not an image ViT.* tvit eval --model"):
         read_config(resolve_weights(str(folder)))
+    exported = write(tmp_path / "exported", random_tensors(), {"model_type": "tvit"})
+    with pytest.raises(ModelError, match=r"exported: an export of a tvit model .* --format safetensors"):
+        opened(exported)
+    with pytest.raises(ModelError, match="an export of a tvit model for other programs"):
+        read_config(resolve_weights(str(exported)))
 
 
 @pytest.mark.parametrize("shapes", [{}, CONFIG], ids=["merged", "published"])
@@ -551,8 +544,3 @@ def test_a_tensor_without_dimensions_is_refused_with_its_name(tmp_path, name, sh
     written = write(tmp_path / "bad", tensors, shapes) if shapes else None
     with pytest.raises(ModelError, match=rf"{name} has the shape \(\)"):
         opened(written or write_merged(tmp_path / "bad.safetensors", tensors))
-
-
-def test_it_is_no_backbone_to_train_from(folder):
-    with pytest.raises(ModelError, match=r"a trained video classifier, not an image ViT.* tvit eval --model"):
-        read_config(resolve_weights(str(folder)))

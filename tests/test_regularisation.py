@@ -64,7 +64,7 @@ def test_stopped_in_mid_epoch_all_of_it_goes_on_to_the_same_bits(trained):
     assert models[0] == models[1]
 
 
-def test_the_average_is_what_is_validated_and_kept(trained):
+def test_the_average_is_validated_and_kept_or_else_the_last(trained):
     result = trained(epochs=4, ema_decay=0.9, test_at_end=True)
     best = load_checkpoint(checkpoints(result)[result.best_epoch - 1])
     assert best.ema is not None and best.best is not None and same(best.best, best.ema)
@@ -72,9 +72,6 @@ def test_the_average_is_what_is_validated_and_kept(trained):
     assert not torch.equal(classifier_of(result), best.trainable["classifier.weight"])
     decays = [record["ema_decay"] for record in records(result)]
     assert decays == [(1 + n) / (10 + n) for n in (2, 5, 8, 11)]  # 3 steps per epoch
-
-
-def test_without_validation_the_last_average_is_kept(trained):
     result = trained(ema_decay=0.9, val_groups="none")
     assert torch.equal(classifier_of(result), last_average(result)["classifier.weight"])
     assert not torch.equal(classifier_of(result), last_weights(result)["classifier.weight"])

@@ -167,21 +167,11 @@ def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monk
         check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
 
 
-def test_settings_of_a_resumed_run_are_shown_as_they_are(mine):
+def test_a_run_folder_is_resumed_with_its_settings_from_its_latest(mine, tmp_path):
     last = list_checkpoints(mine.run / "checkpoints")[-1]
     out = tvit("train", "--resume-from-checkpoint", last, "--show-settings").out
     shown = next(line for line in out.splitlines() if line.split()[:1] == ["learning_rate"])
     assert shown.split()[1] == "0.01" and "settings.json" in shown
-
-
-def test_processes_that_see_different_videos_do_not_start():
-    own = {"training videos": "12 (ab)", "frames": "videos"}
-    check_ranks_agree([own, own])
-    with pytest.raises(RunError, match=r"Process 1 differs from process 0 \(training videos\)"):
-        check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])
-
-
-def test_a_run_folder_is_resumed_from_its_latest_checkpoint(mine, tmp_path):
     shutil.copytree(mine.run, tmp_path / "newer")
     shutil.rmtree(mine.model)
     ended = tvit("train", "--resume-from-checkpoint", mine.run)
@@ -190,6 +180,13 @@ def test_a_run_folder_is_resumed_from_its_latest_checkpoint(mine, tmp_path):
     shutil.rmtree(mine.run / "checkpoints")
     ended = tvit("train", "--resume-from-checkpoint", mine.run)
     assert ended.code == 2 and f"{mine.run / 'checkpoints'}: no checkpoint to resume from" in ended.err
+
+
+def test_processes_that_see_different_videos_do_not_start():
+    own = {"training videos": "12 (ab)", "frames": "videos"}
+    check_ranks_agree([own, own])
+    with pytest.raises(RunError, match=r"Process 1 differs from process 0 \(training videos\)"):
+        check_ranks_agree([own, {**own, "training videos": "11 (cd)"}])
 
 
 def test_two_trainings_never_share_a_folder(trained, monkeypatch):

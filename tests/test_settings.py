@@ -214,14 +214,11 @@ def test_a_missing_config_file_and_an_unknown_preset_are_refused(tmp_path):
     assert all(read(preset=preset) for preset in presets())
 
 
-def test_a_model_is_described_alike_wherever_one_is_named():
+def test_models_are_described_alike_and_predict_says_how_to_call_it():
     verbs = (EvalSettings, PredictSettings, ExportSettings)
     assert {verb.model_fields["model"].description for verb in verbs} == {
         "Model folder, run folder, name on the Hugging Face hub, or checkpoint of the reference"
     }
-
-
-def test_predict_without_a_path_says_how_to_call_it():
     with pytest.raises(SettingsError, match=r"tvit predict clip.avi"):
         load(PredictSettings, flags={}, environ={}, verbs=VERBS)
 

@@ -49,7 +49,7 @@ def test_without_results_there_is_no_table(tmp_path):
     assert updated(text, benchmark_tables({})) == "before\n<!-- speed -->\n<!-- /speed -->\nafter\n"
 
 
-def test_tables_show_the_newest_record_and_its_source(tmp_path):
+def test_tables_show_the_newest_record_of_whole_models_with_its_source(tmp_path):
     old = {"group": "step", "results": {"vitb2_t8, dropout 0.1": {**STEP, "naive": 9.0}}}
     new = {"group": "step", "torch": "2.13", "results": {"vitb2_t8, dropout 0.1": STEP}}
     made = benchmark_tables(read_records(write(tmp_path / "r.jsonl", old, new)))
@@ -57,9 +57,6 @@ def test_tables_show_the_newest_record_and_its_source(tmp_path):
     assert "9.00" not in made
     source = "`step`: commit abc1234, 2026-11-22, 2 cores of EPYC, torch 2.13"
     assert f"{source}, other processes used up to 0.1 cores." in made
-
-
-def test_whole_models_take_the_place_of_slices(tmp_path):
     rows = {"vitb2_t8, dropout 0.1": STEP, "vits12_t18, dropout 0": STEP}
     made = benchmark_tables(read_records(write(tmp_path / "r.jsonl", {"group": "step", "results": rows})))
     assert "| ViT-S, 12 layers | 18 | 0 |" in made and "2 layers" not in made.replace("12 layers", "")

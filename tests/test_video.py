@@ -134,16 +134,13 @@ def test_frames_that_do_not_decode_are_left_out_and_the_count_is_exact(
     assert read_numbers(clip.frames) == [left[index] for index in segment_indices(len(left), 4)]
 
 
-def test_a_known_count_stops_decoding_and_gives_the_same_clip(tmp_path, make_video):
+def test_known_false_and_repeated_counts_give_exact_frames(tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.avi", frames=20, codec="mjpeg", pixel_format="yuvj420p")
     first = read_clip(path, lambda n: [0, n // 4])
     write_packets(path, lambda number, packet: b"junk" * 8 if number > 10 else bytes(packet))
     again = read_clip(path, lambda n: [0, n // 4], frame_count=20)
     assert again.frame_count == 20
     assert np.array_equal(first.frames, again.frames)
-
-
-def test_repeated_and_false_counts_give_exact_frames(tmp_path, make_video, read_numbers):
     path = make_video(tmp_path / "video.avi", frames=10)
     clip = read_clip(path, lambda n: [0, n - 1], frame_count=30)
     assert clip.frame_count == 10
@@ -292,15 +289,12 @@ def test_the_fault_file_of_8000x1_pixels_is_refused(real_data):
         read_clip(real_data / "faults" / "8000x1.mkv", lambda n: [0], short_side=224)
 
 
-def test_probe_tells_what_a_file_holds(tmp_path, make_video):
+def test_probe_tells_what_a_file_holds_whatever_its_name(tmp_path, make_video, monkeypatch):
     path = make_video(tmp_path / "video.mkv", frames=30, rate=15, codec="libx264")
     info = probe(path)
     assert (info.codec, info.width, info.height, info.frames, info.rotation) == ("h264", 64, 48, 30, 0)
     assert info.rate == pytest.approx(15, rel=0.01)
     assert info.seconds == pytest.approx(2, rel=0.01)
-
-
-def test_a_name_with_a_colon_or_a_percent_sign_is_a_file_name(tmp_path, make_video, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("take:1.avi", "50%03d.avi", "süß walk.avi", "-y.avi"):
         path = make_video(Path(name), frames=2)
@@ -308,11 +302,8 @@ def test_a_name_with_a_colon_or_a_percent_sign_is_a_file_name(tmp_path, make_vid
         assert read_clip(path, lambda n: [n - 1]).frame_count == 2
 
 
-def test_same_frames_give_the_same_bytes(tmp_path, make_video):
+def test_same_frames_are_the_same_bytes_and_low_quantisers_closer(tmp_path, make_video):
     assert make_video(tmp_path / "a.avi").read_bytes() == make_video(tmp_path / "b.avi").read_bytes()
-
-
-def test_a_lower_quantiser_is_closer_to_the_source(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     far = []
     for quantiser in (2, 20):
@@ -322,16 +313,13 @@ def test_a_lower_quantiser_is_closer_to_the_source(tmp_path):
     assert far[0] < far[1]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, make_video):
+def test_failed_writes_leave_the_old_file_and_odd_frames_are_refused(tmp_path, make_video):
     path = make_video(tmp_path / "video.mp4", frames=3)
     before = path.read_bytes()
     with pytest.raises(RunError, match=r"video\.mp4: the video could not be written"):
         make_video(path, height=47, width=63, codec="libx264")  # odd sizes have no 4:2:0
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_frames_of_another_kind_are_refused(tmp_path):
     for frames in (
         np.zeros((2, 8, 8, 3), np.float32),
         np.zeros((8, 8, 3), np.uint8),
@@ -556,7 +544,7 @@ def data(tmp_path):
     return tiny.make_clips(tmp_path / "data")
 
 
-def test_a_stream_that_appears_late_costs_no_frame(tmp_path):
+def test_a_late_stream_costs_no_frame_also_in_the_exported_reader(tmp_path, monkeypatch):
     path = late_stream(tmp_path / "late.ts")
     with av.open(str(path)) as source:
         assert len(source.streams) == 1  # PyAV raises an IndexError for the other at the end
@@ -564,15 +552,11 @@ def test_a_stream_that_appears_late_costs_no_frame(tmp_path):
     assert count_frames(path) == frames and not scan_video(path).problem
     assert read_clip(path, lambda count: [0, count - 1]).frame_count == frames
     assert sum(1 for _ in iter_frames(path)) == frames
-
-
-def test_an_exported_reader_reads_a_video_with_a_late_stream(tmp_path, monkeypatch):
     package = Path(tvit_cli.__file__).parent
     (tmp_path / "exported").mkdir()
     shutil.copy(package / "portable" / "reading.py", tmp_path / "exported")
     monkeypatch.syspath_prepend(tmp_path)
     reading = importlib.import_module("exported.reading")
-    path = late_stream(tmp_path / "late.ts")
     assert sum(1 for _ in reading.decoded(path)) == LATE + 25 + LATE
 
 
@@ -719,15 +703,12 @@ def forged(path, frames, number):
     return path
 
 
-def test_one_forged_time_stamp_makes_no_gap(model, tmp_path):
+def test_forged_and_far_time_stamps_make_no_gap_and_true_times(model, tmp_path):
     path = forged(tmp_path / "forged.flv", 75, 40)
     played = list(iter_frames(path))
     assert [p.start for p in played] == pytest.approx(steady(0, 3), abs=0.05)
     timeline = load_model(model, device="cpu").timeline(path, window=1.0, stride=0.5)
     assert len(timeline.scores) == 5 and timeline.seconds == pytest.approx(3, abs=0.05)
-
-
-def test_frames_that_all_lie_apart_are_one_clip_with_true_times(model, tmp_path):
     path = film(tmp_path / "apart.mkv", [0, 0.04, 1000, 1000.04])
     timeline = load_model(model, device="cpu").timeline(path, window=2.0)
     assert len(timeline.scores) == 1

@@ -156,14 +156,11 @@ def test_pretrained_models_start_without_time_and_favour_no_class():
     assert logits.softmax(-1).sub(1 / 5).abs().max() < 0.01
 
 
-def test_a_tubelet_sees_the_order_of_its_own_frames():
+def test_tubelets_see_their_order_and_times_are_interpolated_linearly():
     model = build_model(small(tubelet_size=2), seed=0, from_scratch=False)
     clips = clips_for(SMALL)
     swapped = clips[:, [1, 0, 3, 2]]
     assert (model.features(swapped) - model.features(clips)).abs().max() > 1e-3
-
-
-def test_the_temporal_embedding_is_interpolated_linearly_between_times():
     temporal = TemporalViT(SMALL).temporal
     with torch.no_grad():
         temporal.embedding.copy_(torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 1, 32))
