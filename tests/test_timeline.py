@@ -11,6 +11,7 @@ import tracemalloc
 import weakref
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -24,22 +25,24 @@ from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.predict import Model, folder_names, predict_timelines
 from tvit_cli.engine.predict import timeline as timeline_module
 from tvit_cli.engine.predict.timeline import (
+    SUBTITLES,
     SegmentFinder,
     ShotBoundaries,
     frame_positions,
     prefetch,
     sliding_windows,
     smooth,
+    subtitles,
     write_timeline,
 )
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import VideoError
+from tvit_cli.errors import DataError, VideoError
 from tvit_cli.model.folder import save_model
 from tvit_cli.portable.reading import segment_indices
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
-from tvit_cli.results import Span, Timeline, silent
+from tvit_cli.results import Segment, Span, Timeline, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.predict import PredictSettings
@@ -384,6 +387,39 @@ def test_the_verb_prints_segments_and_writes_windows_and_picture(folder, day, tm
     table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert float(table[0]["end"]) == pytest.approx(first["segments"][0]["end"], abs=1e-3)
     assert table[-1]["error"]
+
+
+def test_subtitles_have_valid_times_and_no_markup_of_labels(tmp_path):
+    found = [Segment(0, 3599.9996, "a <b>&{\\an8}\n-->x", 0.5), Segment(3600, 3723.004, "Run", 0.876)]
+    assert subtitles(found, ".srt").splitlines() == [
+        "1", "00:00:00,000 --> 01:00:00,000", "a \uff1cb\uff1e&\uff5b\\an8\uff5d --\uff1ex 0.50", "",
+        "2", "01:00:00,000 --> 01:02:03,004", "Run 0.88",
+    ]  # fmt: skip
+    first, *lines = subtitles(found, ".vtt").splitlines()
+    assert first == "WEBVTT" and lines[1:4] == [
+        "1", "00:00:00.000 --> 01:00:00.000", "a &lt;b&gt;&amp;{\\an8} --&gt;x 0.50",
+    ]  # fmt: skip
+    for suffix in SUBTITLES:  # as FFmpeg reads them
+        (tmp_path / f"a{suffix}").write_text(subtitles(found, suffix), encoding="utf-8")
+        with av.open(str(tmp_path / f"a{suffix}")) as container:
+            times = [float(p.pts * p.time_base) for p in container.demux(subtitles=0) if p.size]
+        assert times == [0, 3600]
+
+
+def test_output_of_one_video_may_be_a_subtitle_file(folder, day, tmp_path):
+    def written(output, *paths):
+        flags = {"paths": list(map(str, paths)), "model": str(folder), "window": "2s", "device": "cpu"}
+        predict_timelines(load(PredictSettings, flags={**flags, "output": str(output)}, environ={}).settings)
+        return sorted(path.name for path in tmp_path.rglob("*.*") if path.is_file())
+
+    assert written(tmp_path / "day.VTT", day) == ["day.VTT"]
+    assert (tmp_path / "day.VTT").read_text().startswith("WEBVTT\n\n1\n00:00:00.000 --> ")
+    with pytest.raises(
+        DataError, match=r"day\.srt: takes one video, 2 are named\. Name a folder: .*day/timel"
+    ):
+        written(tmp_path / "day.srt", day, day)
+    made = [f"timeline.{suffix}" for suffix in ("csv", "png", "srt", "vtt")]
+    assert written(tmp_path / "out", day) == ["day.VTT", *made]
 
 
 def test_windows_stride_and_smoothing_are_as_asked_for(folder, day, monkeypatch):

@@ -57,7 +57,7 @@ class PredictSettings(InferenceSettings):
         "Transition penalty of the Viterbi smoothing in log-odds, halved at shot boundaries; 0 disables",
         ge=0)
     output: Path | None = timeline(None,
-        "Folder of each timeline's windows (timeline.csv) and chart (timeline.png)",
+        "Folder of timelines: windows (.csv), chart (.png), subtitles; or one subtitle file (.srt, .vtt)",
         default_text="nothing is written", essential=True)
 
     embeddings: Path | None = files(

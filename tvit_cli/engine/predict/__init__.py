@@ -32,7 +32,7 @@ from tvit_cli.engine.predict.paths import (
 )
 from tvit_cli.engine.predict.stream import WindowTable, stream_windows, timed_frames
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import Interrupted, RunError, SettingsError, VideoError, plural
+from tvit_cli.errors import DataError, Interrupted, RunError, SettingsError, VideoError, plural
 from tvit_cli.files import FrameArray, Location, Source, check_file, check_writable, collect_errors
 from tvit_cli.model import linear
 from tvit_cli.model.folder import save_tensors
@@ -400,10 +400,14 @@ def predict_timelines(settings: PredictSettings, report: Report = silent) -> tup
     locations = find_videos(settings.paths)
     require_single_video("annotate", settings.annotate, locations)
     check_file("--annotate", settings.annotate, locations)
-    names = tuple(folder_names(locations))
-    if settings.output is not None:
+    output, names = settings.output, tuple(folder_names(locations))
+    if output is not None and output.suffix.lower() in timelines.SUBTITLES:
+        advice = f"Name a folder: each video gets files of its own, such as {Path(names[0], 'timeline.srt')}."
+        require_single_video("output", output, locations, advice)
+        check_file("--output", output, locations)
+    elif output is not None:
         for name in names:
-            check_writable("--output", settings.output, settings.output / name)
+            check_writable("--output", output, output / name)
     results: list[TimelineResult] = []
     with _stops(locations, results, lambda: tuple(results)):
         model = open_model(settings, report)
@@ -459,9 +463,10 @@ def _add_timeline(
     if len(timeline.spans) > 1:
         text = f"gaps of more than {MOST_SHOWN:g} s in the time stamps are in no window or segment"
         report(Note(f"{video}: {text}.", "warning"))
-    if settings.output is not None:
+    if (output := settings.output) is not None:
         with collect_errors(errors):
-            timelines.write_timeline(settings.output / name, timeline)
+            is_file = output.suffix.lower() in timelines.SUBTITLES
+            timelines.write_timeline(output if is_file else output / name, timeline)
     if stops:
         raise stops[0]
     if settings.annotate is not None:
@@ -525,6 +530,10 @@ def predict_stream(settings: PredictSettings, source: LiveSource, report: Report
     assert settings.window is not None
     folder = None
     if settings.output is not None:
+        if settings.output.suffix.lower() in timelines.SUBTITLES:
+            raise DataError(
+                f"--output {settings.output}: a live source writes a CSV only. Name a folder for it."
+            )
         folder = settings.output / next(folder_names(["stdin" if source.name == "-" else source.name]))
         check_writable("--output", settings.output, folder)
     model = open_model(settings, report)

@@ -68,10 +68,12 @@ def _frame_array(frames: NDArray[Any], fps: float) -> FrameArray:
     raise DataError(f"frames: {given}: they should be uint8 (T, H, W, 3), RGB from 0 to 255.{advice}")
 
 
-def require_single_video(option: str, path: Path | None, locations: Sequence[Location]) -> None:
+def require_single_video(
+    option: str, path: Path | None, locations: Sequence[Location], advice: str = "Name one, or leave it out."
+) -> None:
     """Raises DataError for an option of a single video when several are given."""
     if path is not None and (count := len(locations)) > 1:
-        raise DataError(f"--{option} {path}: takes one video, {count} are named. Name one, or leave it out.")
+        raise DataError(f"--{option} {path}: takes one video, {count} are named. {advice}")
 
 
 @contextmanager

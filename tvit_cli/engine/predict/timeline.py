@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -48,6 +48,8 @@ T = TypeVar("T")
 
 TOLERANCE = 1e-6  # seconds; times are sums of fractions
 WHOLE = float("inf")  # end of a segment of the whole video
+SUBTITLES = (".srt", ".vtt")
+_FULL_WIDTH = "\uff1c\uff1e\uff5b\uff5d"
 MAX_PICTURES = 48  # of a timeline; beyond, every second one is dropped
 
 # On held-out demo motions, whose clips all end with a cut, 1 % of the cuts lie below this ratio, and no other step
@@ -444,21 +446,53 @@ class _Clock:
             yield frame
 
 
-def write_timeline(folder: Path, timeline: Timeline) -> None:
-    """Writes timeline.csv (scores of each window) and timeline.png. Raises RunError; older files then stay."""
+def write_timeline(path: Path, timeline: Timeline) -> None:
+    """Writes one subtitle file, or to a folder timeline.csv (scores of each window), .png, .srt and .vtt.
+
+    Raises RunError; older files then stay.
+    """
+    if path.suffix.lower() in SUBTITLES:
+        with output_file("--output", path) as written:
+            written.write_text(subtitles(timeline.segments, path.suffix.lower()), encoding="utf-8")
+        return
     from tvit_cli.report.film import timeline_png  # imports PIL
 
     picture = timeline_png(timeline)
-    table, image = folder / "timeline.csv", folder / "timeline.png"
-    with output_file("--output", image) as drawn, output_file("--output", table) as written:
-        drawn.write_bytes(picture)
-        with written.open("w", encoding="utf-8", newline="") as file:
+    with ExitStack() as files:
+        image, table, *texts = (
+            files.enter_context(output_file("--output", path / f"timeline{suffix}"))
+            for suffix in (".png", ".csv", *SUBTITLES)
+        )
+        image.write_bytes(picture)
+        for suffix, text in zip(SUBTITLES, texts, strict=True):
+            text.write_text(subtitles(timeline.segments, suffix), encoding="utf-8")
+        with table.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(csv_row(["start", "end", "label", *timeline.labels]))
             for start, row in zip(timeline.starts(), timeline.scores, strict=True):
                 times = (f"{time:.3f}" for time in (start, start + timeline.window))
                 best = timeline.labels[int(row.argmax())]
                 writer.writerow(csv_row([*times, best, *(f"{value:.6f}" for value in row)]))
+
+
+def subtitles(segments: Iterable[Segment], suffix: str) -> str:
+    """A cue of label and score per segment, as WebVTT (https://www.w3.org/TR/webvtt1/) or SubRip (.srt)."""
+    is_vtt = suffix == ".vtt"
+    # SubRip has no escapes for its markup, so letters of full width stand for it.
+    markup: dict[str, str | int | None] = (
+        {"&": "&amp;", "<": "&lt;", ">": "&gt;"} if is_vtt else dict(zip("<>{}", _FULL_WIDTH, strict=True))
+    )
+    cues = ["WEBVTT\n"] if is_vtt else []
+    for number, s in enumerate(segments, 1):
+        start, end = (
+            "{:02}:{:02}:{:02}{}{:03}".format(
+                ms // 3_600_000, ms // 60_000 % 60, ms // 1000 % 60, "." if is_vtt else ",", ms % 1000
+            )
+            for ms in (round(s.start * 1000), max(round(s.end * 1000), round(s.start * 1000) + 1))
+        )
+        label = " ".join(s.label.split()).translate(str.maketrans(markup))
+        cues.append(f"{number}\n{start} --> {end}\n{label} {s.score:.2f}\n")
+    return "\n".join(cues)
 
 
 def annotate(path: Path, location: Source, segments: Sequence[Segment], report: Report = silent) -> None:
