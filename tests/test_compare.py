@@ -13,6 +13,7 @@ from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.compare import compare
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.results import Note
 from tvit_cli.settings.base import load
 from tvit_cli.settings.eval import EvalSettings
 
@@ -74,6 +75,21 @@ def test_models_on_different_data_are_refused_before_scoring(trained, tmp_path, 
     other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(elsewhere))
     with pytest.raises(SettingsError, match="not scored on the same videos"):
         compared(trained.model, other, output=tmp_path / "out")
+
+
+def test_models_on_partly_other_data_are_compared_on_what_they_share(trained, tmp_path):
+    videos = [v for v in read_layout(data_of(trained), **SUBSETS).videos if v.subset == "test"]
+    rows = [f"{video.path},{video.label},test" for video in videos[1:]]
+    (tmp_path / "fewer.csv").write_text("\n".join(["path,label,subset", *rows]) + "\n")
+    other = copy_of(
+        trained, tmp_path / "other" / "model", path_to_data=str(tmp_path / "fewer.csv"), **NO_GROUPS
+    )
+    events = []
+    facts = {"compare": (trained.model, other), "num_workers": 0, "device": "cpu", "output": tmp_path / "out"}
+    result = compare(EvalSettings.model_validate(facts), events.append)
+    assert result.videos == result.first.metrics["videos"] == result.second.metrics["videos"] == 2
+    text = "Compared on the 2 videos that both models have; 1 of the first and 0 of the second are left out."
+    assert Note(text, "warning") in events
 
 
 def test_the_page_says_which_of_the_compared_videos_could_not_be_read(trained, tmp_path):

@@ -497,3 +497,12 @@ def test_eval_names_the_results_that_it_replaces(trained, tmp_path):
     first, second = ([e.text for e in events if isinstance(e, Note)] for events in said)
     text = f"Replaces the results in {tmp_path / 'out'}. To keep them, name another folder with --output."
     assert text not in first and text in second
+
+
+@pytest.mark.parametrize("content", [None, "[1]", '{"accuracy": 1}'])
+def test_eval_refuses_to_replace_files_that_are_no_results(trained, tmp_path, content):
+    foreign = tmp_path / ("scores.csv" if content is None else "metrics.json")
+    foreign.write_text(content or "mine")
+    with pytest.raises(SettingsError, match=f"no results: {foreign.name}. To keep them, name another folder"):
+        evaluate(settings(trained, output=tmp_path))
+    assert foreign.read_text() == (content or "mine")

@@ -60,13 +60,10 @@ def evaluate(
     report(Note(f"Model: {trained.folder}"))
     output = settings.output or results_folder(settings, trained)
     if group.is_main:
-        from tvit_cli.engine.evaluate.files import METRICS_FILE, write_report, write_result  # imports PIL
+        from tvit_cli.engine.evaluate import files  # imports PIL
 
         check_writable("--output", output, output)
-        if (output / METRICS_FILE).exists():
-            report(
-                Note(f"Replaces the results in {output}. To keep them, name another folder with --output.")
-            )
+        files.check_replaced(output, files.METRICS_FILE, "metrics", files.OTHER_FILES, report)
     for note in trained.notes:
         report(Note(note, "warning"))
     preprocessing = trained.card.preprocessing
@@ -119,9 +116,9 @@ def evaluate(
         "leaks": list(leaks),
     }
     if group.is_main:
-        write_result(result, facts)
+        files.write_result(result, facts)
         with working("writing the report", report):
-            page = write_report(result, settings, trained, facts, group, report)
+            page = files.write_report(result, settings, trained, facts, group, report)
         result = replace(result, report=page)
     return result
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tvit_cli.engine.evaluate import Selection, evaluate, results_folder, select_videos
-from tvit_cli.engine.evaluate.files import reproduce_command, write_json, write_page
+from tvit_cli.engine.evaluate.files import check_replaced, reproduce_command, write_json, write_page
 from tvit_cli.engine.evaluate.metrics import difference_interval, mcnemar
 from tvit_cli.engine.launch import join_process_group
 from tvit_cli.engine.trained import open_trained
-from tvit_cli.errors import RunError, SettingsError
+from tvit_cli.errors import RunError, SettingsError, plural
 from tvit_cli.files import check_writable
 from tvit_cli.report.comparison import write_comparison_report
 from tvit_cli.report.html import Context
-from tvit_cli.results import Comparison, EvalResult, Pair, Report, once, silent
+from tvit_cli.results import Comparison, EvalResult, Note, Pair, Report, once, silent
 from tvit_cli.settings.eval import EvalSettings
 
 
@@ -22,7 +23,7 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
 
     The comparison goes to eval/<subset>-vs-<first model> in the second model's run, or to `--output`; the models'
     results go to its subfolders A and B. Raises the errors of `evaluate`, and SettingsError if the models would not
-    be scored on the same videos and labels.
+    be scored on a common video, or with other labels; videos of one model only are reported and left out.
     """
     assert settings.compare is not None
     group = join_process_group(settings.device)
@@ -37,8 +38,8 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     output = settings.output or folder.with_name(f"{folder.name}-vs-{models[0].name.replace('/', '-')}")
     if group.is_main:
         check_writable("--output", output, output)
-    selections = [select_videos(settings, trained, report) for trained in models]
-    _check_same_videos(*selections)
+        check_replaced(output, "comparison.json", "p_value", ["comparison.html"], report)
+    selections = _shared_videos([select_videos(settings, trained, report) for trained in models], report)
     first, second = (
         evaluate(
             settings.model_copy(update={"model": model, "output": output / letter, "compare": None}),
@@ -67,7 +68,9 @@ def compare(settings: EvalSettings, report: Report = silent) -> Comparison:
     return replace(comparison, report=page)
 
 
-def _check_same_videos(first: Selection, second: Selection) -> None:
+def _shared_videos(selections: Sequence[Selection], report: Report) -> list[Selection]:
+    """The selections with the videos that both have; others are reported. Raises SettingsError without any."""
+    first, second = selections
     labels = {video.path: video.label for video in second.videos}
     shared = [video for video in first.videos if video.path in labels]
     problem = "" if shared else "the models are not scored on the same videos"
@@ -79,6 +82,13 @@ def _check_same_videos(first: Selection, second: Selection) -> None:
     if problem:
         models = f"--compare {first.trained.folder} {second.trained.folder}"
         raise SettingsError(f"{models}: {problem}. Name the data for both with --path-to-data.")
+    paths = {video.path for video in shared}
+    a, b = (len(selection.videos) - len(paths) for selection in selections)
+    if a or b:
+        count = plural(len(paths), "video")
+        text = f"Compared on the {count} that both models have; {a} of the first and {b} of the second are left out."
+        report(Note(text, "warning"))
+    return [replace(s, videos=tuple(v for v in s.videos if v.path in paths)) for s in selections]
 
 
 def _pairs(first: EvalResult, second: EvalResult) -> tuple[Pair, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvit_cli.engine.launch import ProcessGroup
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import DataError, RunError, plural
+from tvit_cli.errors import DataError, RunError, SettingsError, plural, shorten
 from tvit_cli.files import atomic_write, csv_row
 from tvit_cli.report.evaluation import write_evaluation_report
 from tvit_cli.report.html import Context
@@ -22,6 +22,7 @@ from tvit_cli.settings.base import flag
 from tvit_cli.settings.eval import EvalSettings
 
 METRICS_FILE = "metrics.json"
+OTHER_FILES = ("scores.csv", "confusion.csv", "report.html")
 
 
 def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
@@ -79,6 +80,25 @@ def _output_folder(folder: Path) -> Iterator[None]:
         raise RunError(
             f"{folder}: cannot be written ({error.strerror}). Free some space, or choose another --output."
         ) from error
+
+
+def check_replaced(folder: Path, own: str, key: str, others: Sequence[str], report: Report) -> None:
+    """Reports that earlier results are replaced: those of a folder whose JSON file `own` has the `key`.
+
+    Raises SettingsError for files of the same names that are no results.
+    """
+    if not (found := [name for name in (own, *others) if (folder / name).is_file()]):
+        return
+    try:
+        is_own = key in json.loads((folder / own).read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        is_own = False
+    another = "name another folder with --output."
+    if not is_own:
+        raise SettingsError(
+            f"{folder}: has files that are no results: {shorten(found)}. To keep them, {another}"
+        )
+    report(Note(f"Replaces the results in {folder}. To keep them, {another}"))
 
 
 def read_metrics(output: Path) -> dict[str, float]:
