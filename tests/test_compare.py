@@ -88,7 +88,7 @@ def test_models_on_partly_other_data_are_compared_on_what_they_share(trained, tm
     facts = {"compare": (trained.model, other), "num_workers": 0, "device": "cpu", "output": tmp_path / "out"}
     result = compare(EvalSettings.model_validate(facts), events.append)
     assert result.videos == result.first.metrics["videos"] == result.second.metrics["videos"] == 2
-    text = "Compared on the 2 videos that both models have; 1 of the first and 0 of the second are left out."
+    text = "Compared on the 2 videos that both models have; 1 of the first and 0 of the second left out."
     assert Note(text, "warning") in events
 
 

@@ -86,7 +86,9 @@ def _shared_videos(selections: Sequence[Selection], report: Report) -> list[Sele
     a, b = (len(selection.videos) - len(paths) for selection in selections)
     if a or b:
         count = plural(len(paths), "video")
-        text = f"Compared on the {count} that both models have; {a} of the first and {b} of the second are left out."
+        text = (
+            f"Compared on the {count} that both models have; {a} of the first and {b} of the second left out."
+        )
         report(Note(text, "warning"))
     return [replace(s, videos=tuple(v for v in s.videos if v.path in paths)) for s in selections]
 
