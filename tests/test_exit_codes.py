@@ -16,7 +16,7 @@ OK = [  # a command, and a word of its answer on stdout
     ("train --show-settings --lora-rank 3", "lora_rank"),
     ("train --show-settings --preset quickstart", "preset quickstart"),
     ("download --list", "ucf101"),
-    ("extract --check --num-workers 0 --path-to-data colours", "v_Red_g01_c01.avi"),
+    ("extract --check --verbose --num-workers 0 --path-to-data colours", "v_Red_g01_c01.avi"),
     ("extract --num-workers 0 --path-to-data colours --output store-new", "store-new"),
     ("predict colours/Red/v_Red_g01_c01.avi --model model", "score"),
     ("predict colours/Red --model model --json", '"predictions"'),

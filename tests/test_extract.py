@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from entry import run_python
 
-from tvit_cli.data.framestore import FrameStore
+from tvit_cli.data.framestore import FrameStore, find_store
 from tvit_cli.data.framestore_writer import shard_paths
 from tvit_cli.data.layout import VIDEO_SUFFIXES
 from tvit_cli.data.video import count_frames
@@ -497,19 +497,44 @@ def test_second_extraction_into_a_busy_store_is_refused(data):
     assert run(data).videos == 0
 
 
-def test_a_store_of_other_data_is_not_emptied_for_these(data, tmp_path):
+def write_manifests(data):
+    """Halves of the videos: first.csv and second.csv."""
     rows = [f"{path.relative_to(data)},{path.parent.name}" for path in sorted(data.glob("*/*.avi"))]
     for name, own in (("first", rows[::2]), ("second", rows[1::2])):
         (data / f"{name}.csv").write_text("\n".join(["path,label", *own]) + "\n")
-    folder = run(data / "first.csv").folder
+
+
+def test_two_manifests_in_one_folder_have_stores_of_their_own(data):
+    write_manifests(data)
+    for name in ("first", "second"):
+        result, manifest = run(data / f"{name}.csv"), data / f"{name}.csv"
+        assert (result.folder, result.videos) == (data / f"frames-{name}", GROUPS)
+        assert find_store(manifest) == result.folder
+        assert (
+            FrameStore(result.folder).header.command(result.folder)
+            == f"tvit extract --path-to-data {manifest}"
+        )
+    assert find_store(data) is None and run(data).folder == data / "frames"
+
+
+def test_a_manifest_keeps_the_store_that_it_has_in_frames(data):
+    write_manifests(data)
+    run(data / "first.csv", output=data / "frames")
+    assert run(data / "first.csv").folder == find_store(data / "first.csv") == data / "frames"
+    assert run(data / "second.csv").folder == data / "frames-second"
+
+
+def test_a_store_of_other_data_is_not_emptied_for_these(data, tmp_path):
+    write_manifests(data)
+    folder = run(data / "first.csv", output=data / "frames").folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(
         DataError, match=r"first\.csv; videos of .* would replace .*Make another with --output"
     ):
-        run(data / "second.csv")
+        run(data / "second.csv", output=folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert run(data / "second.csv", output=tmp_path / "other").videos == GROUPS
-    assert run(data / "second.csv", overwrite=True).videos == GROUPS
+    assert run(data / "second.csv", output=folder, overwrite=True).videos == GROUPS
     assert run(data).videos == GROUPS  # all that the store has, and more
     copied = tmp_path / "copied"
     shutil.copytree(data, copied)

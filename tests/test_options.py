@@ -195,6 +195,10 @@ def test_a_check_ends_with_what_it_found(tmp_path):
     spoilt = call(*words)
     assert spoilt.code == 1 and "error: 1 of 6 videos cannot be read." in spoilt.err
     assert "can be read." not in spoilt.out
+    assert "the file is empty" in spoilt.out and spoilt.out.count(".avi") == 1
+    for fact in ("clips    3 classes: ", "length   1.2 s; a video 0.24 to 0.24 s", "size     48x40 (5)"):
+        assert fact in spoilt.out
+    assert call(*words, "--verbose").out.count(".avi") == 6
 
 
 def test_a_screen_without_the_letters_of_a_name_is_shown_others(tmp_path):
