@@ -66,7 +66,7 @@ def test_other_results_of_train_and_extract_are_typed(train, clips, tmp_path):
 
 def test_train_reports_epochs_without_a_callback(train, capfd):
     train(epochs=1)
-    assert "epoch   1  loss" in capfd.readouterr().err
+    assert "epoch   1 loss" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

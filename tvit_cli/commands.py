@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from tvit_cli.errors import DataError, Interrupted, RunError, plural, size_text
+from tvit_cli.errors import DataError, Interrupted, RunError, plural, shorten, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,18 +82,54 @@ def _print_check(console: Console, scans: Sequence[Scan], *, as_json: bool) -> N
         for scan in scans:
             console.json_line({**asdict(scan), "path": str(scan.path)})
     else:
-        rows = []
+        rows: list[tuple[object, ...]] = []
         for s in scans:
             size = f"{s.width}x{s.height}" if s.is_readable else ""
             rate = f"{s.rate:.2f}" if s.rate else ""
             turn = f"{s.rotation} mirrored" if s.mirrored else s.rotation
             rows.append((s.path, s.codec, size, s.frames, f"{s.seconds:.2f}", rate, turn, s.problem))
-        console.table(["video", "codec", "size", "frames", "seconds", "fps", "rotation", "problem"], rows)
+        columns = ["video", "codec", "size", "frames", "seconds", "fps", "rotation", "problem"]
+        if not console.is_verbose:
+            columns, rows = ["video", "problem"], [(s.path, s.problem) for s in scans if s.problem]
+        if rows:
+            console.table(columns, rows)
+            console.print("")
+        console.table(["summary", ""], _check_summary(scans))
     total = plural(len(scans), "video")
     if bad := sum(not scan.is_readable for scan in scans):
         raise RunError(f"{bad} of {total} cannot be read.")
     if not as_json:
         console.print(f"{len(scans)} of {total} can be read.")
+
+
+def _check_summary(scans: Sequence[Scan]) -> list[tuple[str, str]]:
+    """Facts on the readable videos of a check, in one line each."""
+    from tvit_cli.console import duration
+
+    def count(values: Iterable[str], most: int = 4) -> str:
+        return shorten((f"{value} ({n})" for value, n in Counter(values).most_common()), most)
+
+    good = [scan for scan in scans if scan.is_readable]
+    classes = Counter(scan.label for scan in good).most_common()
+    labels = [f"{label} ({n})" for label, n in classes]
+    if len(labels) > 8:
+        labels = [*labels[:3], f"… {len(labels) - 6} more", *labels[-3:]]
+    rows = [("clips", f"{plural(len(classes), 'class')}: {', '.join(labels)}")]
+    if good:
+        seconds, frames = sorted(scan.seconds for scan in good), sorted(scan.frames for scan in good)
+        each = f"{seconds[0]:.3g} to {seconds[-1]:.3g} s, median {seconds[len(seconds) // 2]:.3g} s"
+        rows += [
+            ("length", f"{duration(sum(seconds))}; a video {each}"),
+            ("frames", f"{frames[0]:,} to {frames[-1]:,} in a video"),
+            ("size", count(f"{scan.width}x{scan.height}" for scan in good)),
+            ("rate", count(f"{scan.rate:.4g} fps" if scan.rate else "unknown" for scan in good)),
+            ("codec", count(scan.codec for scan in good)),
+        ]
+    if turned := [
+        f"{s.rotation}°{' mirrored' if s.mirrored else ''}" for s in good if s.rotation or s.mirrored
+    ]:
+        rows.append(("rotation", count(turned)))
+    return rows
 
 
 def train(loaded: Loaded[TrainSettings], console: Console) -> None:

@@ -98,6 +98,7 @@ class Console:
 
     def __init__(self, verbosity: Literal["quiet", "normal", "verbose"] = "normal") -> None:
         self._verbosity = verbosity
+        self.is_verbose = verbosity == "verbose"
         self._is_main = is_main_process()
         # Lines in a file or pipe are not wrapped, so that they can be searched.
         width = None if sys.stdout.isatty() else 10_000
@@ -161,7 +162,7 @@ class Console:
             case Note(level="warning"):
                 self.warn(event.text)
             case Note():
-                if event.level == "info" or self._verbosity == "verbose":
+                if event.level == "info" or self.is_verbose:
                     self._print_progress(_shown(event.text))
             case Progress():
                 text = size_text if event.unit == "bytes" else "{:,}".format
@@ -272,7 +273,7 @@ class Console:
 
     def _some(self, rows: Sequence[tuple[str | int, ...]]) -> list[tuple[str | int, ...]]:
         """The rows of a class table that are printed: of many classes, the largest and the smallest."""
-        if len(rows) <= MOST_CLASSES or self._verbosity == "verbose":
+        if len(rows) <= MOST_CLASSES or self.is_verbose:
             return list(rows)
         rows = sorted(rows, key=lambda row: -sum(n for n in row if isinstance(n, int)))
         half = MOST_CLASSES // 4

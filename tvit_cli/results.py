@@ -208,6 +208,7 @@ class Scan:
     mirrored: bool = False  # left to right, before the rotation
     problem: str = ""
     is_readable: bool = True  # a frame decodes
+    label: str = ""
 
 
 @dataclass(frozen=True)

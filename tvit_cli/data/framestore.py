@@ -125,12 +125,19 @@ class FrameStore:
 
 
 def find_store(root: Path) -> Path | None:
-    """The finished store beside the videos of a folder or manifest; the folder itself if it is one."""
+    """The finished store of a folder or manifest, else one of all videos beside a manifest; `root` if it is one."""
     base = root if root.is_dir() else root.parent
-    for folder in (base, base / form.FOLDER):
+    for folder in (base, own_store(root), base / form.FOLDER):
         if is_store(folder) and (folder / form.INDEX).is_file():
             return folder
     return None
+
+
+def own_store(data: Path) -> Path:
+    """The store that `tvit extract` writes by default; `frames` for a manifest that has its store there."""
+    shared = data.parent / form.FOLDER
+    is_older = data.is_file() and is_store(shared) and form.read_header(shared).data == str(data.absolute())
+    return shared if is_older else form.default_folder(data)
 
 
 def check_record(shard: Path, row: npt.NDArray[Any]) -> str:

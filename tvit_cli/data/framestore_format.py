@@ -33,7 +33,7 @@ VERSION = 1
 INDEX = "index.frames"
 SHARD = re.compile(r"shard-\d{5,}-\d{2,}\.frames")
 TEMPORARY = re.compile(r"\.shard-\d{5,}-\d{2,}\.part|\.unreadable-\d{2,}\.json")  # of a killed process
-FOLDER = "frames"  # beside the videos of the store
+FOLDER = "frames"  # beside the videos of the store; see default_folder
 NO_GROUP = -1
 
 FRAME = np.dtype([("crc32", "<u4"), ("bytes", "<u4"), ("index", "<u4"), ("pts_seconds", "<f8")])
@@ -84,8 +84,13 @@ class Header:
 
     def command(self, folder: Path, *more: str) -> str:
         """The command line that makes this store."""
-        output = [] if folder == Path(self.data) / FOLDER else ["--output", str(folder)]
+        output = [] if folder == default_folder(Path(self.data)) else ["--output", str(folder)]
         return " ".join(["tvit extract --path-to-data", self.data, *output, *more])
+
+
+def default_folder(data: Path) -> Path:
+    """The store of a folder of videos, or of a manifest. mine -> mine/frames; mine.csv -> frames-mine"""
+    return data.with_name(f"{FOLDER}-{data.stem}") if data.is_file() else data / FOLDER
 
 
 def write_header(folder: Path, header: Header) -> None:

@@ -7,14 +7,14 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from tvit_cli.data import framestore_format as form
 from tvit_cli.data import framestore_writer as store
-from tvit_cli.data.framestore import check_record
+from tvit_cli.data.framestore import check_record, own_store
 from tvit_cli.data.layout import Layout, Video, is_store, read_layout, split_choice
 from tvit_cli.data.video import COUNT_SLACK, count_frames, probe
 from tvit_cli.engine.dataset import find_or_make_data
@@ -45,7 +45,7 @@ def extract(
     if the disk is full, or, after the index is written, for more than `max_bad` unreadable videos.
     """
     layout, data = _read_data(settings, report)
-    folder = (layout.root / form.FOLDER) if settings.output is None else settings.output.expanduser()
+    folder = own_store(data) if settings.output is None else settings.output.expanduser()
     check_folder("--output", folder)
     began = time.perf_counter()
     parameters = form.Parameters(settings.frames_per_video, settings.quality, settings.short_side)
@@ -102,8 +102,8 @@ def check(settings: ExtractSettings, report: Report) -> tuple[Scan, ...]:
     layout, _ = _read_data(settings, report)
     scans: list[Scan] = []
     with closing(_map(settings, scan_video, layout.videos, failure=_unreadable)) as found:
-        for scan in found:
-            scans.append(scan)
+        for video, scan in zip(layout.videos, found, strict=True):
+            scans.append(replace(scan, label=video.label))
             report(Progress("checking", len(scans), len(layout.videos)))
     return tuple(scans)
 
@@ -134,7 +134,10 @@ def process_group() -> tuple[int, int, Callable[[], None]]:
 
 def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]:
     data = find_or_make_data(settings.path_to_data, report)
-    layout = read_layout(data, **split_choice(settings))
+    choice = split_choice(settings)
+    if settings.check:  # subsets have no effect
+        choice |= {"val_groups": "none", "test_groups": "none"}
+    layout = read_layout(data, need_training=not settings.check, **choice)
     for note in layout.notes:
         report(Note(note))
     return layout, data

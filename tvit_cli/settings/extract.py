@@ -17,7 +17,7 @@ class ExtractSettings(DataSettings):
 
     # fmt: off
     output: Path | None = setting(None, "Folder of the frame store", DATA,
-        default_text="frames/ beside the videos, where train and eval find it", essential=True)
+        default_text="frames/ beside the videos, frames-NAME/ for NAME.csv: train and eval find it", essential=True)
     frames_per_video: int = setting(32, "Evenly spaced frames per video; all frames of a shorter one", FRAMES,
         ge=1, le=65535, essential=True)
     quality: int = setting(90, "JPEG quality", FRAMES, ge=1, le=100)
@@ -31,8 +31,8 @@ class ExtractSettings(DataSettings):
         PROCESSING, ge=1)
     overwrite: bool = setting(False, "Replaces an existing store", PROCESSING, essential=True)
     repair: bool = setting(False, "Checks the whole store and extracts damaged clips again", PROCESSING)
-    check: bool = setting(False, "Decodes every video and reports properties and errors; writes nothing",
-        PROCESSING, essential=True)
+    check: bool = setting(False, "Decodes every video; prints problems and a summary, with -v all videos; writes "
+        "nothing", PROCESSING, essential=True)
     json_lines: bool = setting(False, "Prints one JSON object per video of --check", PROCESSING,
         flag="--json", printed=True)
     # fmt: on
