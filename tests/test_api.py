@@ -168,7 +168,9 @@ def test_importing_tvit_loads_nothing_and_lists_the_public_names():
     assert run_python("-c", code) == (0, "", "")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")], ids=lambda path: path.name
+)
 def test_examples_use_public_names_of_tvit_only(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
@@ -277,3 +279,13 @@ def test_load_model_opens_the_newest_without_a_name(tmp_path, monkeypatch):
         tvit_cli.load_model()
     make_model(tmp_path / "working_directory" / "mine" / "model", ("a", "b"))
     assert tvit_cli.load_model(device="cpu").labels == ("a", "b")
+
+
+def test_a_script_without_a_main_guard_checks_videos_once(clips, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, tvit_cli\nprint('once')\n"
+        f"print(len(tvit_cli.extract(path_to_data={str(clips)!r}, check=True, num_workers=1, quiet=True)))\n"
+        "print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    assert run_python(script).out == "once\n18\nPASSIVE\n"

@@ -172,6 +172,22 @@ def test_marked_commands_run_in_the_order_of_the_page(page, workspace, tmp_path)
     run_commands(folder, lines)
 
 
+PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.stem)
+def test_python_of_a_page_runs_in_its_order(page, workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(workspace, tmp_path / "work"))
+    for name, value in TINY.items():
+        if name != "TVIT_EPOCHS":  # given in each training
+            monkeypatch.setenv(name, value)
+    names = {}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(block.code.replace("epochs=30", "epochs=2"), names)
+    assert names["timeline"].segments
+
+
 def test_examples_of_help_run(workspace, tmp_path):
     folder = Path(shutil.copytree(workspace, tmp_path / "work"))
     shutil.rmtree(folder / "working_directory" / "mine")

@@ -328,25 +328,6 @@ def test_the_example_of_the_api_runs(trained, clip, monkeypatch, capsys):
     assert "Red" in lines[1] and lines[-1].strip().startswith("0.00 s to")
 
 
-def test_the_readmes_python_runs(trained, clip, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    with serving() as server:
-        url = server.add("/clip.avi", clip.read_bytes())
-        for said, meant in (
-            ("working_directory/ucf101-1", str(trained.run)),
-            ("https://example.org/clip.mp4", url),
-            ("clip.avi", str(clip)),
-            ("match.mp4", str(clip)),
-            ("clips/", str(clip.parent)),
-        ):
-            assert f'"{said}"' in code, said
-            code = code.replace(f'"{said}"', repr(meant))
-        names = {}
-        exec(code, names)
-    assert names["answer"].label == "Red" and len(names["answers"]) == 7 and names["timeline"].segments
-
-
 def test_embeddings_are_the_classifier_input_and_deterministic(trained, clip, tmp_path):
     again = tmp_path / "again.avi"
     again.write_bytes(clip.read_bytes())

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ _MODULES = (
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # See Note [Waiting threads sleep]
         for path in _MODULES:
             module = importlib.import_module(f"tvit_cli.{path}")
             if hasattr(module, name):

@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -13,6 +14,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -204,11 +207,27 @@ def _run_limited(seconds: float | None, work: Callable[[J], R], job: J) -> R:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+class _Worker(SpawnProcess):
+    """A process that does not import the main script: its jobs are tvit's own, and a script would run again."""
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return SpawnProcess._Popen(process)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Worker  # a fork would copy the locks of other threads
+
+
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes, which are killed where the block ends early, as by Ctrl-C."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
-    pool = ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_init_worker)
+    pool = ProcessPoolExecutor(max(1, workers), mp_context=_Context(), initializer=_init_worker)
     try:
         with suppress(BrokenProcessPool), later_interrupt():
             pool.submit(int).result()  # starts the processes, so that a job's time begins with the job
