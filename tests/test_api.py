@@ -92,14 +92,14 @@ def test_python_refuses_settings_as_the_command_line_does(verb, given, text):
     assert text in str(error.value)
 
 
-@pytest.mark.parametrize("verb", ["download", "extract", "train", "eval", "export"])
+@pytest.mark.parametrize("verb", ["download", "extract", "train", "eval", "predict", "export"])
 def test_the_command_line_calls_the_functions_of_the_api(verb, monkeypatch):
     def called(loaded, report):
         raise tvit_cli.RunError("from the API")
 
     name = {"eval": "evaluate"}.get(verb, verb)
     monkeypatch.setattr(api, f"run_{name}", called)
-    ended = tvit(verb, *(["motions"] if verb == "download" else []))
+    ended = tvit(verb, *{"download": ["motions"], "predict": ["a.mp4"]}.get(verb, []))
     assert ended.code == 1 and "from the API" in ended.err
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from tvit_cli.results import (
         AnswersStart,
+        ClassTable,
         Comparison,
         DryRun,
         EpochDone,
@@ -61,6 +62,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "AnswersStart",
     "CheckpointError",
+    "ClassTable",
     "Comparison",
     "DataError",
     "DownloadResult",

@@ -204,9 +204,9 @@ class Model:
         """
         return explanations.explain(self._trained, find_source(video), label, progress)
 
-    def write_explanation(self, path: Path, explanation: Explanation) -> None:
+    def write_explanation(self, path: str | Path, explanation: Explanation) -> None:
         """Writes an explanation of this model as a film strip, a PNG. Raises RunError."""
-        explanations.write_explanation(path, explanation, self._trained)
+        explanations.write_explanation(Path(path), explanation, self._trained)
 
     def draw_explanation(self, explanation: Explanation, *, dark: bool = False) -> bytes:
         """Returns the film strip of an explanation of this model as a PNG, in light or dark colours."""
