@@ -63,9 +63,8 @@ def test_videos_with_differing_true_classes_are_not_compared(trained, tmp_path):
     manifest = tmp_path / "swapped.csv"
     manifest.write_text("\n".join(["path,label,subset", *rows]) + "\n")
     other = copy_of(trained, tmp_path / "other" / "model", path_to_data=str(manifest), **NO_GROUPS)
-    with pytest.raises(
-        SettingsError, match=r"_g\d\d_c01.avi has the label Blue for the first model and Red for the second"
-    ):
+    said = r"_g\d\d_c01.avi has the label Blue for the first model and Red for the second"
+    with pytest.raises(SettingsError, match=said):
         compared(trained.model, other, output=tmp_path / "out")
 
 
@@ -142,9 +141,8 @@ def test_each_model_is_opened_once(trained, tmp_path, monkeypatch):
 
 def test_a_comparison_that_cannot_be_written_says_so(trained, tmp_path):
     (tmp_path / "comparison.json").mkdir()
-    with pytest.raises(
-        RunError, match=r"cannot be written \(Is a directory\). Free some space, or choose another"
-    ):
+    said = r"cannot be written \(Is a directory\). Free some space, or choose another"
+    with pytest.raises(RunError, match=said):
         compared(trained.model, trained.model, output=tmp_path)
 
 

@@ -1,21 +1,28 @@
-"""The demo in a headless browser."""
+"""The demo: its page in a browser, and the limits of a request."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from needs import need
 from tiny import make_model
 
 import tvit_cli
 from tvit_cli.data.motions import CLASSES
 from tvit_cli.data.video_writer import write_video
+from tvit_cli.engine.predict import load_model
+from tvit_cli.results import Segment
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -185,3 +192,102 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     need("gradio")
     said = start(temporary=tmp_path / "temporary").communicate(timeout=120)[0]
     assert said.startswith("error: working_directory: no trained model in it.") and "quickstart" in said
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("model") / "model", tuple(tiny.COLOURS))
+
+
+@pytest.fixture(scope="module")
+def gradio_page():
+    """The module of examples/gradio_demo.py."""
+    need("gradio")
+    path = Path(__file__).parents[1] / "examples" / "gradio_demo.py"
+    spec = importlib.util.spec_from_file_location("gradio_demo", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Endless:
+    """A model whose timelines never end by themselves."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = threading.Event(), threading.Event()
+
+    def timeline(self, path: Path, *, progress: Callable[..., None], **how: Any) -> None:
+        self.began.set()
+        try:
+            while True:
+                progress(1.0, None)
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("step", ["when", "write"])
+def test_a_timeline_of_the_demo_ends_when_its_client_leaves(step, gradio_page, make_video, tmp_path):
+    untrained = Endless()
+    page = gradio_page.Page(untrained, tmp_path)
+    request = getattr(page, step)(str(make_video(tmp_path / "a.mp4")), 2.0, 0.5)
+    next(request)
+    assert untrained.began.wait(60) and not untrained.ended.is_set()
+    request.close()  # by Gradio, for a client that has left
+    assert untrained.ended.wait(60)
+
+
+@pytest.mark.parametrize("step", ["when", "write"])
+def test_a_timeline_of_the_demo_ends_when_its_time_is_up(step, gradio_page, make_video, tmp_path):
+    untrained = Endless()
+    page = gradio_page.Page(untrained, tmp_path, max_seconds=0.1)
+    with pytest.raises(gradio_page.gr.Error, match=r"Stopped after 0\.1 s, the limit of one request"):
+        list(getattr(page, step)(str(make_video(tmp_path / "a.mp4")), 2.0, 0.5))
+    assert untrained.ended.is_set()
+
+
+def test_a_video_of_too_many_frames_is_refused_by_each_step_of_the_demo(
+    gradio_page, untrained, make_video, tmp_path
+):
+    page = gradio_page.Page(load_model(untrained, device="cpu"), tmp_path, max_frames=11)
+    video = str(make_video(tmp_path / "a.mp4", frames=12))
+    for step in (
+        lambda: page.label(video, 3),
+        lambda: page.explain(video, gradio_page.BEST_LABEL),
+        lambda: list(page.when(video, 2.0, 0.5)),
+        lambda: list(page.write(video, 2.0, 0.5)),
+    ):
+        said = r"a\.mp4: has 12 frames; this page takes videos of at most 11"
+        with pytest.raises(gradio_page.gr.Error, match=said):
+            step()
+
+
+def test_the_demo_gives_the_timeline_that_the_model_makes(gradio_page, untrained, make_video, tmp_path):
+    page = gradio_page.Page(load_model(untrained, device="cpu"), tmp_path)
+    video = make_video(tmp_path / "a.mp4", frames=40, rate=10)
+    *_, shown = page.when(str(video), 2.0, 0.5)
+    timeline = page.model.timeline(video, window=2.0, stride=0.5)
+    assert gradio_page.table(timeline) in shown[0]
+
+
+def test_the_demo_plays_nothing_that_is_no_video(gradio_page, tmp_path):
+    letter = tmp_path / "letter.mp4"
+    letter.write_text("Dear reader")
+    page = gradio_page.Page(None, tmp_path)
+    for nothing in (None, str(letter)):
+        assert [update["visible"] for update in page.play(nothing)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("segments", "text"),
+    [
+        ("aaab", "Mostly a, 0:03 of 0:04. Also b 0:01"),
+        ("abcb", "Mostly b, 0:02 of 0:04. Also a 0:01, c 0:01"),
+        ("abcde", "5 actions, so no label fits all 0:05: a 0:01, b 0:01, c 0:01, d 0:01, e 0:01"),
+        ("aaa", ""),
+    ],
+)
+def test_the_demo_calls_one_of_many_actions_mostly(gradio_page, segments, text):
+    timeline = SimpleNamespace(segments=[Segment(n, n + 1, label, 0.9) for n, label in enumerate(segments)])
+    assert gradio_page.summary(timeline) == (gradio_page.card(text) if text else "")

@@ -46,9 +46,8 @@ def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained)
     assert written["metrics"] == result.metrics
     assert result.intervals == {}  # three clips of one group are one observation
     rows = list(csv.DictReader((result.output / "scores.csv").read_text().splitlines()))
-    assert len(rows) == 3 and {row["group"] for row in rows} == {
-        answer.video.group for answer in result.answers
-    }
+    assert len(rows) == 3
+    assert {row["group"] for row in rows} == {answer.video.group for answer in result.answers}
     assert {row["group"] for row in rows} == set(load_card(trained.model).held_out["test"])
     header, *counts = csv.reader((result.output / "confusion.csv").read_text().splitlines())
     found = {(row[0], said): int(n) for row in counts for said, n in zip(header[1:], row[1:], strict=True)}
@@ -342,9 +341,8 @@ def test_eval_of_all_videos_notes_training_videos(trained, tmp_path):
 
 
 def test_groups_beside_all_videos_are_refused():
-    with pytest.raises(
-        SettingsError, match=r"--subset all scores every video\. Leave out --val-groups and --test"
-    ):
+    said = r"--subset all scores every video\. Leave out --val-groups and --test"
+    with pytest.raises(SettingsError, match=said):
         load(EvalSettings, flags={"subset": "all", "val_groups": "1", "test_groups": "1"}, environ={})
 
 
@@ -371,10 +369,8 @@ def test_two_models_are_compared_on_the_same_videos(trained, tmp_path):
     assert result.interval is not None and result.interval[1] < 0
     assert result.p_value == 2 / 2 ** len(result.lost)
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert (
-        len(written["lost"]) == len(result.lost)
-        and written["lost"][0]["first"] == written["lost"][0]["label"]
-    )
+    assert len(written["lost"]) == len(result.lost)
+    assert written["lost"][0]["first"] == written["lost"][0]["label"]
     with pytest.raises(SystemExit) as end:
         cli.run(["eval", "--compare", str(trained.model), str(worse), "--output", str(tmp_path / "cli")])
     assert end.value.code == 0

@@ -146,12 +146,8 @@ def test_an_evaluation_leaves_a_page_that_refers_to_nothing_outside_itself(resul
     assert shown.references and all(value.startswith("data:") for value in shown.references)
     assert not shown.tags & {"iframe", "object"} and shown.scripts == [html.SCRIPT]
     source = result.report.read_text(encoding="utf-8")
-    assert (
-        "url(" not in source
-        and "@import" not in source
-        and "http://" not in source
-        and "https://" not in source
-    )
+    assert "url(" not in source and "@import" not in source and "http://" not in source
+    assert "https://" not in source
     assert source.count("<img ") == 2 * source.count(' alt="Frames of ') == 2 * source.count(' alt="">')
     for name in COLOURS:
         assert name in shown.text
@@ -180,12 +176,9 @@ def test_its_figures_are_those_of_the_metrics_file(result):
         assert f"{plural(b['videos'], 'video')}: confidence {html.percent(b['confidence'])}" in text
 
 
-def test_a_browser_without_a_network_finds_nothing_wrong_with_it(result):
+def test_a_browser_finds_nothing_wrong_and_would_tell(result, tmp_path):
     assert result.report is not None
     assert trouble_in_chromium(result.report) == []
-
-
-def test_a_browser_would_tell_of_a_page_that_loads_something(tmp_path):
     page = tmp_path / "page.html"
     page.write_text('<main><img src="http://127.0.0.1:9/a.png"><script>console.error("no")</script></main>')
     trouble = trouble_in_chromium(page)
@@ -236,20 +229,17 @@ def test_a_page_of_many_videos_shows_few_of_them(trained, tmp_path, monkeypatch)
     assert sum(uri.startswith("data:image/jpeg") for uri in page_of(result).references) <= 2
 
 
-def test_draws_and_bins_are_those_of_the_computation(trained, tmp_path, monkeypatch):
+def test_the_page_has_its_draws_bins_and_drawings(result, trained, tmp_path, monkeypatch):
+    names = {path.name for path in (result.output / "plots").iterdir()}
+    assert names == {f"{n}.png" for n in ("confusion", "per_class", "reliability", "confidence", "coverage")}
+    with Image.open(result.output / "plots" / "confusion.png") as picture:
+        assert picture.format == "PNG" and picture.size[0] == picture.size[1] > 300
     shown = page_of(evaluate(settings(trained, subset="train", output=tmp_path))).text
     assert f"from {RESAMPLES:,} resamples" in shown and f"over {BINS} equal bins" in shown
     monkeypatch.setattr(evaluation, "RESAMPLES", 1234)
     monkeypatch.setattr(evaluation, "BINS", 9)
     text = written(made_up(tmp_path)).text
     assert "from 1,234 resamples of 2 groups" in text and "over 9 equal bins" in text
-
-
-def test_its_drawings_lie_beside_it(result):
-    names = {path.name for path in (result.output / "plots").iterdir()}
-    assert names == {f"{n}.png" for n in ("confusion", "per_class", "reliability", "confidence", "coverage")}
-    with Image.open(result.output / "plots" / "confusion.png") as picture:
-        assert picture.format == "PNG" and picture.size[0] == picture.size[1] > 300
 
 
 def test_videos_that_were_trained_on_are_named_as_a_leak(trained, tmp_path):

@@ -46,9 +46,8 @@ def test_relevance_adds_up_to_the_log_score():
     clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     clip[1:, :, 4:8, 8:12] += 2
     blank = blank_clip(clip)
-    assert blank.shape == clip.shape and blank[0, 1, 3, 4] == pytest.approx(
-        clip[:, 1].mean().item(), abs=1e-6
-    )
+    assert blank.shape == clip.shape
+    assert blank[0, 1, 3, 4] == pytest.approx(clip[:, 1].mean().item(), abs=1e-6)
     values = integrated_gradients(Spot(), clip, blank, 1, steps=64)
     patches = by_patch(values, 4)
     assert patches.shape == (4, 4, 4)

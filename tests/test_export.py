@@ -391,9 +391,8 @@ def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(where, trained, tm
 )
 def test_an_evaluation_that_cannot_be_read_is_named(text, tmp_path):
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(
-        DataError, match=r"metrics\.json: no metrics can be read .* Run the evaluation again, or remove"
-    ):
+    said = r"metrics\.json: no metrics can be read .* Run the evaluation again, or remove"
+    with pytest.raises(DataError, match=said):
         read_metrics(tmp_path)
 
 
@@ -514,7 +513,7 @@ def test_no_folder_of_this_machine_leaves_with_an_export(trained, copied, tmp_pa
         assert file.is_dir() or b"secret" not in file.read_bytes(), file
 
 
-def test_the_extra_is_named_where_it_is_missing(trained, tmp_path, monkeypatch):
+def test_missing_and_older_packages_are_named(trained, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find_spec(name, *a)
@@ -522,9 +521,6 @@ def test_the_extra_is_named_where_it_is_missing(trained, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r'needs onnxruntime, which .* install "tvit\[onnx\]"'):
         export(trained, tmp_path / "graph", format="onnx")
     assert not (tmp_path / "graph").exists()
-
-
-def test_an_older_transformers_is_refused(trained, tmp_path, monkeypatch):
     from tvit_cli.engine.export import huggingface
 
     monkeypatch.setattr(huggingface, "metadata", SimpleNamespace(version=lambda name: "4.57.1"))
@@ -600,9 +596,8 @@ def test_an_export_is_uploaded_whole(trained, tmp_path, monkeypatch):
 def test_nothing_private_is_uploaded_to_a_repository_that_is_public(tmp_path, monkeypatch):
     hub = Hub(private=False)
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
-    with pytest.raises(
-        RunError, match=r"--private: ada/colours is a public repository, so nothing was uploaded"
-    ):
+    said = r"--private: ada/colours is a public repository, so nothing was uploaded"
+    with pytest.raises(RunError, match=said):
         publish(tmp_path, "ada/colours", private=True)
     assert [(name, facts["names"]) for name, facts in hub.calls] == [
         ("create_repo", ("ada/colours",)),
@@ -620,10 +615,8 @@ def test_who_is_not_logged_in_is_told_how_before_anything_is_written(trained, tm
         export(trained, tmp_path / "plain", push_to_hub="ada/colours")
     assert not (tmp_path / "plain").exists()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub("upload_folder", OSError("cut off")))
-    with pytest.raises(
-        RunError,
-        match=r"the upload broke off \(cut off\). Continue with: .* The export is complete in .*plain",
-    ):
+    said = r"the upload broke off \(cut off\). Continue with: .* The export is complete in .*plain"
+    with pytest.raises(RunError, match=said):
         export(trained, tmp_path / "plain", push_to_hub="ada/colours")
     assert (tmp_path / "plain" / "parity.json").is_file()
 

@@ -278,12 +278,9 @@ def test_other_parameters_are_refused_unless_told_to_overwrite(data):
     assert (store.parameters.quality, store.parameters.short_side) == (50, 60)
 
 
-def test_quality_decides_the_size(data, tmp_path):
+def test_quality_decides_the_size_and_other_files_are_left_alone(data, tmp_path):
     sizes = [run(data, quality=q, output=tmp_path / str(q)).bytes for q in (50, 90)]
     assert sizes[0] < 0.6 * sizes[1]
-
-
-def test_a_folder_of_other_files_is_not_written_into(data, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
     with pytest.raises(DataError, match="contains other files"):
@@ -528,9 +525,8 @@ def test_a_store_of_other_data_is_not_emptied_for_these(data, tmp_path):
     write_manifests(data)
     folder = run(data / "first.csv", output=data / "frames").folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(
-        DataError, match=r"first\.csv; videos of .* would replace .*Make another with --output"
-    ):
+    said = r"first\.csv; videos of .* would replace .*Make another with --output"
+    with pytest.raises(DataError, match=said):
         run(data / "second.csv", output=folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert run(data / "second.csv", output=tmp_path / "other").videos == GROUPS

@@ -20,16 +20,10 @@ from tvit_cli.settings.base import Layer, load
 from tvit_cli.settings.train import TrainSettings
 
 
-@pytest.fixture(scope="module")
-def source(inputs, tmp_path_factory):
-    """A finished run of two epochs. Not to be changed."""
-    return run(**inputs, working_directory=tmp_path_factory.mktemp("runs"), experiment_name="mine")
-
-
 @pytest.fixture
-def go_on(source, clips, tmp_path):
-    """`go_on(**changes)`: settings of a run that goes on from `source`."""
-    own = {"path_to_data": str(clips), "working_directory": tmp_path, "from_": str(source.run)}
+def go_on(finished, clips, tmp_path):
+    """`go_on(**changes)`: settings of a run that goes on from `finished`."""
+    own = {"path_to_data": str(clips), "working_directory": tmp_path, "from_": str(finished.run)}
     return lambda **changes: settings(**{**own, **changes})
 
 
@@ -45,10 +39,12 @@ def other_classes(clips, tmp_path):
     return root
 
 
-def test_classifier_rows_of_known_classes_are_kept_by_name(go_on, source, other_classes):
+def test_classifier_rows_of_known_classes_are_kept_by_name(go_on, finished, other_classes):
     loop = set_up(go_on(path_to_data=str(other_classes)), silent)
-    fresh = set_up(go_on(path_to_data=str(other_classes), from_=None, hf_model_name=str(source.run)), silent)
-    before, labels = load_model(source.model)[0].classifier, load_card(source.model).labels
+    fresh = set_up(
+        go_on(path_to_data=str(other_classes), from_=None, hf_model_name=str(finished.run)), silent
+    )
+    before, labels = load_model(finished.model)[0].classifier, load_card(finished.model).labels
     now, anew = loop.plain_model.classifier, fresh.plain_model.classifier
     assert (loop.source.layout.labels, labels) == (("Green", "Pink", "red"), ("Blue", "Green", "Red"))
     for own, theirs in ((0, 1), (2, 2)):
@@ -73,20 +69,20 @@ def test_continuation_validates_as_its_source_before_a_step(inputs, tmp_path, fa
     assert found["loss"] == pytest.approx(before.best["val_loss"], abs=1e-5)
 
 
-def test_train_from_takes_over_settings_and_typed_ones_win(source, clips, tmp_path):
-    before = {name: (source.run / name).read_bytes() for name in files_below(source.run)}
-    words = ["train", "--from", source.run, "--working-directory", tmp_path, "--device", "cpu"]
+def test_train_from_takes_over_settings_and_typed_ones_win(finished, clips, tmp_path):
+    before = {name: (finished.run / name).read_bytes() for name in files_below(finished.run)}
+    words = ["train", "--from", finished.run, "--working-directory", tmp_path, "--device", "cpu"]
     ended = tvit(*words, "--epochs", 1, "--experiment-name", "more", "--num-workers", 0, "--frame-grid", 6)
     assert ended.code == 0, ended.err
-    said = f"{source.run}: weights, 4 frames of 32 px, of 6 evenly spaced ones; 3 of 3 classes"
+    said = f"{finished.run}: weights, 4 frames of 32 px, of 6 evenly spaced ones; 3 of 3 classes"
     assert said in ended.err and said in (tmp_path / "more" / "report.html").read_text()
     own = json.loads((tmp_path / "more" / "settings.json").read_text())
     assert (own["n_frames"], own["per_gpu_batch_size"], own["epochs"], own["frame_grid"]) == (4, 4, 1, 6)
-    assert (own["path_to_data"], own["hf_model_name"], own["from_"]) == (str(clips), None, str(source.run))
-    card, earlier = load_card(tmp_path / "more" / "model"), load_card(source.model)
-    assert (card.base.name, card.base.sha256) == (str(source.run), earlier.weights_sha256)
+    assert (own["path_to_data"], own["hf_model_name"], own["from_"]) == (str(clips), None, str(finished.run))
+    card, earlier = load_card(tmp_path / "more" / "model"), load_card(finished.model)
+    assert (card.base.name, card.base.sha256) == (str(finished.run), earlier.weights_sha256)
     assert card.held_out == earlier.held_out
-    assert before == {name: (source.run / name).read_bytes() for name in files_below(source.run)}
+    assert before == {name: (finished.run / name).read_bytes() for name in files_below(finished.run)}
 
 
 @pytest.mark.parametrize(
@@ -104,9 +100,9 @@ def test_settings_taken_over_yield_to_typed_ones_they_contradict(typed, expected
     assert {name: getattr(own, name) for name in expected} == expected
 
 
-def test_run_from_another_resumes_to_the_same_bits_without_it(go_on, source, tmp_path):
+def test_run_from_another_resumes_to_the_same_bits_without_it(go_on, finished, tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(source.run, copy)
+    shutil.copytree(finished.run, copy)
     facts = {"from_": str(copy), "lora_init": "pissa"}
     whole = train(go_on(**facts))
     half = train(go_on(**facts, experiment_name="half"))
@@ -114,7 +110,7 @@ def test_run_from_another_resumes_to_the_same_bits_without_it(go_on, source, tmp
     shutil.rmtree(half.model)
     shutil.rmtree(copy)
     with pytest.raises(CheckpointError, match=r"--from: .* -> .*mine"):
-        train(go_on(**facts | {"from_": str(source.run)}, experiment_name="half"))
+        train(go_on(**facts | {"from_": str(finished.run)}, experiment_name="half"))
     again = train(go_on(**facts, experiment_name="half"))
     assert same(last_weights(again), last_weights(whole)) and records(again) == records(whole)
     with pytest.raises(ModelError, match=r"--from .*copy: no such run in .* Runs there: .*half"):
@@ -133,25 +129,25 @@ def test_run_from_another_resumes_to_the_same_bits_without_it(go_on, source, tmp
         ({"from_": "VIT"}, ModelError, "no model that tvit trained.*--hf-model-name"),
     ],
 )
-def test_train_from_refuses(changes, error, sentence, go_on, source, pretrained, tmp_path):
+def test_train_from_refuses(changes, error, sentence, go_on, finished, pretrained, tmp_path):
     if changes.get("from_") == "SERIES":
         for seed in (0, 1):
-            shutil.copytree(source.model, tmp_path / "people" / f"seed{seed}-split1" / "model")
+            shutil.copytree(finished.model, tmp_path / "people" / f"seed{seed}-split1" / "model")
     names = {"SERIES": str(tmp_path / "people"), "VIT": str(pretrained)}
     changes = {**changes, **({"from_": names[changes["from_"]]} if "from_" in changes else {})}
     if "experiment_name" in changes:
-        changes["working_directory"] = source.run.parent
+        changes["working_directory"] = finished.run.parent
     with pytest.raises((error, ValueError), match=sentence):
         train(go_on(**changes))
 
 
-def test_finished_run_asked_for_more_epochs_names_the_command(source, inputs):
-    command = rf"tvit train --from {source.run} --epochs 3 --experiment-name mine-2 --working-directory"
-    facts = {**inputs, "working_directory": source.run.parent, "epochs": 5}
+def test_finished_run_asked_for_more_epochs_names_the_command(finished, inputs):
+    command = rf"tvit train --from {finished.run} --epochs 3 --experiment-name mine-2 --working-directory"
+    facts = {**inputs, "working_directory": finished.run.parent, "epochs": 5}
     with pytest.raises(SettingsError, match=rf"mine is finished\..*\n.*3 more epochs:\n  {command}"):
         run(**facts, experiment_name="mine")
     with pytest.raises(CheckpointError, match=command):
-        run(**facts, resume_from_checkpoint=str(source.run))
+        run(**facts, resume_from_checkpoint=str(finished.run))
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_differences_name_removed_added_and_changed():
     ]
 
 
-def test_frozen_environment_variables_are_known(monkeypatch):
+def test_frozen_variables_are_known_and_public_names_can_be_had(monkeypatch):
     variables = {row["variable"] for row in frozen()["options"].values() if "variable" in row}
     for name in variables:
         monkeypatch.setenv(name, "~")
@@ -192,15 +192,12 @@ def test_frozen_environment_variables_are_known(monkeypatch):
     refused = tvit("train", "--show-settings")
     assert refused.code == 2
     assert refused.err.count("unknown environment variable") == 1 and "TVIT_NOT_A_SETTING" in refused.err
+    assert all(hasattr(tvit_cli, name.partition(".")[0]) for name in frozen()["public"])
 
 
 @pytest.mark.parametrize("name", ["TvitError", "SettingsError", "DataError", "ModelError"])
 def test_error_classes_are_importable(name):
     assert issubclass(getattr(importlib.import_module("tvit_cli.errors"), name), Exception)
-
-
-def test_public_names_can_be_had():
-    assert all(hasattr(tvit_cli, name.partition(".")[0]) for name in frozen()["public"])
 
 
 def write_list():

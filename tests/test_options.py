@@ -91,14 +91,13 @@ def test_names_of_other_programs_are_suggested_by_meaning(line, names):
         assert name in ended.err
 
 
-def test_a_config_file_with_another_programs_name_gets_a_suggestion(tmp_path):
+def test_config_files_and_suggestions_know_every_setting(tmp_path):
     (tmp_path / "other.toml").write_text("lr = 0.1\n")
     assert "Did you mean learning_rate?" in call("train", "--config", tmp_path / "other.toml").err
-
-
-def test_every_suggestion_by_meaning_is_a_setting():
     keys = {p.name for verb in program().commands.values() for p in verb.params}
     assert {key for found in SYNONYMS.values() for key in found} <= keys
+    (tmp_path / "settings.json").write_text(json.dumps({"path_to_data": "nowhere"}))
+    assert "nowhere" in call("train", "--config", tmp_path / "settings.json").err
 
 
 @pytest.mark.parametrize(("verb", "function"), [("eval", "evaluate"), ("export", "export")])
@@ -149,11 +148,8 @@ def test_words_become_settings_with_underscores_or_hyphens(words, found, monkeyp
     assert {seen[0].origins[name] for name in found} == {"flag"}
 
 
-def test_version_is_the_packages():
+def test_version_is_the_packages_and_bad_flags_come_together():
     assert call("--version").out.strip() == f"tvit {tvit_cli.__version__}"
-
-
-def test_several_bad_flags_are_reported_together_with_exit_code_2():
     result = call("train", "--epochs", "none", "--lora-rank", "-1", "--resize", "stretch")
     assert result.code == 2 and "Traceback" not in result.err
     for name in ("--epochs: none", "--lora-rank: -1", "--resize: stretch"):
@@ -167,11 +163,6 @@ def test_without_data_train_says_what_to_do_and_leaves_nothing_behind(tmp_path, 
     assert list(tmp_path.iterdir()) == []
     debugged = run_python("-m", "tvit_cli", "train", cwd=tmp_path, TVIT_DEBUG="1")
     assert "Traceback" in debugged.err
-
-
-def test_json_settings_of_a_run_are_a_config_file(tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps({"path_to_data": "nowhere"}))
-    assert "nowhere" in call("train", "--config", tmp_path / "settings.json").err
 
 
 def test_a_download_that_failed_is_no_data_set(tmp_path, monkeypatch):

@@ -90,9 +90,8 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):
 
     whole, half = scores(), scores(mixed_precision="bf16")
     assert scores(mixed_precision="no") == whole
-    assert half == pytest.approx(whole, abs=0.05) and all(
-        a != b for a, b in zip(half[:4], whole[:4], strict=True)
-    )
+    assert half == pytest.approx(whole, abs=0.05)
+    assert all(a != b for a, b in zip(half[:4], whole[:4], strict=True))
     facts = {"paths": [str(clip)], "model": trained.model, "device": "cpu"}
     typed = [
         predict(PredictSettings(**facts, mixed_precision=precision)).predictions[0].labels[0][1]
@@ -105,11 +104,15 @@ def test_the_number_format_of_a_prediction_can_be_chosen(trained, clip):
         load(PredictSettings, flags={"paths": ["a.mp4"], "int8": True, "mixed_precision": "bf16"}, environ={})
 
 
-def test_a_clip_is_labelled_by_the_newest_model_with_nothing_else_said(trained, clip):
+def test_a_clip_is_labelled_with_nothing_else_said_but_a_clamped_top_k(trained, clip):
     result = tvit(trained, str(clip), "--top-k", "2")
     assert result.code == 0, result.err
     assert "Red" in result.out.splitlines()[1]
     assert len(result.out.strip().splitlines()) == 3  # a heading and two labels
+    result = tvit(trained, str(clip), "--top-k", "50")
+    assert result.code == 0
+    assert "--top-k 50" in result.err
+    assert "--top-k" not in tvit(trained, str(clip)).err  # the default
 
 
 def test_json_lines_are_the_same_bytes_from_run_to_run(trained):
@@ -161,7 +164,7 @@ def test_8_bits_give_the_same_labels_with_scores_that_differ_a_little(trained, m
         assert b == pytest.approx(a, abs=0.03)
 
 
-def test_8_bits_are_left_out_with_a_word_where_they_are_slower(trained, clip, monkeypatch):
+def test_8_bits_are_left_out_where_slower_and_refused_elsewhere(trained, clip, monkeypatch):
     monkeypatch.setattr(linear, "is_fast", lambda: False)
     said = []
     facts = {"paths": (str(clip),), "model": trained.model, "device": "cpu"}
@@ -169,36 +172,23 @@ def test_8_bits_are_left_out_with_a_word_where_they_are_slower(trained, clip, mo
     assert whole.predictions == asked.predictions
     warnings = [event.text for event in said if isinstance(event, Note) and event.level == "warning"]
     assert warnings == ["--int8: int8 matmul is slower than float32 on this CPU; using float32."]
-
-
-def test_8_bits_are_refused_where_they_would_run_on_another_device(trained, clip, monkeypatch):
     monkeypatch.setattr("tvit_cli.engine.predict.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(SettingsError, match=r"--int8: runs on CPUs only.*is cuda.*--device cpu"):
         predict(PredictSettings(paths=(str(clip),), model=trained.model, int8=True))
 
 
-def test_top_k_above_the_number_of_classes_is_clamped_and_said(trained, clip):
-    result = tvit(trained, str(clip), "--top-k", "50")
-    assert result.code == 0
-    assert "--top-k 50" in result.err
-    assert "--top-k" not in tvit(trained, str(clip)).err  # the default
-
-
-def test_what_a_mac_or_a_killed_writer_left_is_no_video(tmp_path):
-    for name in ("a.mp4", "._a.mp4", "__MACOSX/a.mp4", ".b/c.mp4", "d/e.mp4", "d/.f.mp4"):
-        (tmp_path / ".hidden" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / ".hidden" / name).touch()
-    root = tmp_path / ".hidden"  # where it lies itself does not count
-    assert find_videos([root]) == [root / "a.mp4", root / "d" / "e.mp4"]
-
-
-def test_folders_stand_for_the_videos_below_them(tmp_path, trained):
+def test_folders_stand_for_the_videos_below_them_not_for_leftovers(tmp_path, trained):
     found = find_videos([trained.run.parents[1] / "colours" / "Red"])
     assert len(found) == 6 and found == sorted(found)
     with pytest.raises(DataError, match="no video in this folder"):
         find_videos([tmp_path])
     with pytest.raises(DataError, match="no such file"):
         find_videos([tmp_path / "nowhere.avi"])
+    for name in ("a.mp4", "._a.mp4", "__MACOSX/a.mp4", ".b/c.mp4", "d/e.mp4", "d/.f.mp4"):
+        (tmp_path / ".hidden" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".hidden" / name).touch()
+    root = tmp_path / ".hidden"  # where it lies itself does not count
+    assert find_videos([root]) == [root / "a.mp4", root / "d" / "e.mp4"]
 
 
 def test_without_any_model_it_says_to_train_first(tmp_path, clip):
@@ -286,14 +276,11 @@ def test_predict_refuses_json_with_csv_and_timeline_options_alone():
     assert PredictSettings(paths=("a",), window="500ms").window == 0.5  # type: ignore[arg-type]
 
 
-def test_the_api_is_lazy_and_says_what_it_lacks():
+def test_the_api_is_lazy_and_answers_as_the_verb_does(trained, clip):
     code = "import sys, tvit_cli; assert not {'torch', 'av', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lead_model'"):
         _ = tvit_cli.lead_model
-
-
-def test_the_api_answers_as_the_verb_does(trained, clip):
     model = tvit_cli.load_model(str(trained.run))
     assert model.labels == ("Blue", "Green", "Red")
     (answer,) = predict(PredictSettings(paths=(str(clip),), model=trained.model, top_k=2)).predictions
@@ -301,6 +288,10 @@ def test_the_api_answers_as_the_verb_does(trained, clip):
     assert len(model.predict(clip, top_k=99).labels) == 3
     with pytest.raises(DataError, match="stands for 6 videos"):
         model.predict(clip.parent)
+    model = tvit_cli.load_model(trained.model, device="cpu")
+    for name in (clip, str(clip)):
+        assert [found.video for found in model.predict_many(name)] == [str(clip)]
+    assert len(model.predict_many(str(clip.parent))) == 6
 
 
 def test_odd_files_are_predicted_or_named(trained, tmp_path, make_video):
@@ -496,13 +487,6 @@ def test_python_arguments_are_checked_as_on_the_command_line(trained, clip):
     for name, value in (("window", 0), ("window", -2), ("stride", 0), ("smoothing", -1)):
         with pytest.raises(SettingsError, match=f"^{name}: {value}: it should be greater than or equal to 0"):
             model.timeline(clip, **{name: value})
-
-
-def test_predict_many_takes_one_name_without_a_list(trained, clip):
-    model = tvit_cli.load_model(trained.model, device="cpu")
-    for name in (clip, str(clip)):
-        assert [found.video for found in model.predict_many(name)] == [str(clip)]
-    assert len(model.predict_many(str(clip.parent))) == 6
 
 
 WINDOWS = ["--window", "0.2", "--stride", "0.04", "--smoothing", "0"]

@@ -245,7 +245,7 @@ def test_ticks_are_round_numbers_around_the_range(low, high, expected):
     assert ticks(low, high, 5) == expected
 
 
-def test_ticks_of_any_range_cover_it_evenly_with_few():
+def test_ticks_cover_any_range_and_long_curves_keep_their_extremes():
     for power in range(-9, 10):
         for high in (1.0, 1.7, 3.3, 9.9):
             found = ticks(0, high * 10.0**power, 5)
@@ -253,9 +253,6 @@ def test_ticks_of_any_range_cover_it_evenly_with_few():
             gaps = [b - a for a, b in pairwise(found)]
             assert max(gaps) == pytest.approx(min(gaps))
     assert ticks(0, 3, 8, whole=True) == [0, 1, 2, 3]
-
-
-def test_a_long_curve_keeps_its_ends_and_extremes():
     points = [(float(n), math.sin(n / 90)) for n in range(6000)]
     points[2345] = (2345.0, 50.0)
     (run_,) = thinned(points)
@@ -275,9 +272,8 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png():
     ]
     drawing = Drawing("all shapes", 40, 40, shapes)
     svg = to_svg(drawing)
-    assert (
-        svg.count("<polyline") == 2 and 'stroke-dasharray="4 4"' in svg and "<title>a &lt; b</title>" in svg
-    )
+    assert svg.count("<polyline") == 2 and 'stroke-dasharray="4 4"' in svg
+    assert "<title>a &lt; b</title>" in svg
     assert 'transform="rotate(-90 38 30)"' in svg
     assert 'text-anchor="end"' in svg and '<circle class="f-two" cx="30" cy="5" r="4"/>' in svg
     with Image.open(io.BytesIO(to_png(drawing, scale=2))) as picture:
@@ -296,14 +292,11 @@ def test_shapes_are_drawn_alike_as_svg_and_as_png():
         assert colour(10, 5) == PALETTE["bad"][1] and colour(30, 15) == PALETTE["paper"][1]
 
 
-def test_pixels_come_back_from_what_normalisation_made_of_them():
+def test_film_strips_show_the_frames_that_normalisation_was_given():
     card = Preprocessing(n_frames=3, frame_size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     clip = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     given = eval_transform([clip], preprocessing=card, device=torch.device("cpu"))[0]
     assert torch.equal(to_pixels(given, card), clip)
-
-
-def test_a_film_strip_shows_the_frames_side_by_side():
     card = Preprocessing(n_frames=3, frame_size=200, mean=(0, 0, 0), std=(1, 1, 1))
     clip = torch.stack([torch.full((3, 200, 200), level) for level in (0.0, 0.5, 1.0)])
     uri = film_strip(clip, card)

@@ -135,15 +135,12 @@ def test_a_single_runs_folder_is_not_taken_for_a_series(facts, tmp_path):
         seeds({**facts, "experiment_name": "other"}, tmp_path, 0, 1, resume_from_checkpoint="latest")
 
 
-def test_mean_and_deviation_are_those_of_a_sample():
-    runs = [{"a": 1.0, "b": 5.0}, {"a": 2.0}, {"a": 3.0, "b": 0.0}]
-    assert summarise(runs) == {"a": (2.0, 1.0)}
-
-
-def test_several_values_become_several_settings_in_order():
+def test_values_become_settings_in_order_with_mean_and_deviation():
     loaded = load(TrainSettings, flags={"seed": "3, 1", "split": "2,1"}, environ={})
     assert [(s.seed, s.split) for s in loaded.series] == [(3, 2), (3, 1), (1, 2), (1, 1)]
     assert load(TrainSettings, flags={"seed": "3"}, environ={}).series[0].seed == 3
+    runs = [{"a": 1.0, "b": 5.0}, {"a": 2.0}, {"a": 3.0, "b": 0.0}]
+    assert summarise(runs) == {"a": (2.0, 1.0)}
 
 
 @pytest.mark.parametrize(

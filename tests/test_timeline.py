@@ -1,28 +1,46 @@
-"""Timelines: sliding windows, smoothing, segments, files."""
+"""Timelines and live sources: sliding windows, smoothing, shot boundaries, segments, files."""
 
 import csv
 import io
 import itertools
 import json
 import math
+import os
+import re
+import runpy
+import sys
 import threading
 import time
 import tracemalloc
+import wave
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from loopback import rtsp_serving, serving
+from numpy.typing import NDArray
 from PIL import Image
+from tiny import make_model
 from torch import Tensor, nn
 
 from tvit_cli import commands
 from tvit_cli.console import Console
+from tvit_cli.data import live
+from tvit_cli.data.live import find_live
 from tvit_cli.data.video import TimedFrame, iter_frames, read_clip
 from tvit_cli.data.video_writer import write_video
-from tvit_cli.engine.predict import Model, folder_names, predict_timelines
+from tvit_cli.engine.predict import (
+    Model,
+    find_stream,
+    folder_names,
+    predict_stream,
+    predict_timelines,
+    stream,
+)
 from tvit_cli.engine.predict import timeline as timeline_module
 from tvit_cli.engine.predict.timeline import (
     SUBTITLES,
@@ -36,13 +54,13 @@ from tvit_cli.engine.predict.timeline import (
     write_timeline,
 )
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import DataError, VideoError
+from tvit_cli.errors import DataError, Interrupted, RunError, SettingsError, TvitError, VideoError
 from tvit_cli.model.folder import save_model
 from tvit_cli.portable.reading import segment_indices
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.report.drawing import PALETTE
 from tvit_cli.report.film import clock, timeline_png
-from tvit_cli.results import Segment, Span, Timeline, silent
+from tvit_cli.results import Note, Segment, Span, Timeline, WindowPrediction, silent
 from tvit_cli.settings.base import load
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.predict import PredictSettings
@@ -160,9 +178,8 @@ def test_frames_of_a_video_are_played_without_gaps(tmp_path, make_video, packed_
     path = make_video(tmp_path / "a.mp4", frames=9, rate=10)
     played = list(iter_frames(path))
     assert [p.start for p in played] == pytest.approx([n / 10 for n in range(9)])
-    assert all(a.end == b.start for a, b in itertools.pairwise(played)) and played[-1].end == pytest.approx(
-        0.9
-    )
+    assert all(a.end == b.start for a, b in itertools.pairwise(played))
+    assert played[-1].end == pytest.approx(0.9)
     clip = read_clip(path, lambda count: range(count))
     pictures = [p.picture() for p in iter_frames(path)]
     assert np.array_equal(np.stack(pictures), clip.frames)
@@ -260,21 +277,17 @@ def test_boundaries_are_found_within_a_stride_and_half_lie_on_either_side(day):
     assert [s.label for s in timeline.segments] == ["dark", "light", "grey"]
     found = [s.start for s in timeline.segments[1:]]
     assert found == pytest.approx([3, 7], abs=0.25)
-    assert timeline.segments[0].start == 0 and timeline.segments[-1].end == timeline.seconds == pytest.approx(
-        10
-    )
+    assert timeline.segments[0].start == 0
+    assert timeline.segments[-1].end == timeline.seconds == pytest.approx(10)
     assert timeline.scores.shape == (37, 3) and timeline.smoothed.shape == (40, 3)
     assert seen[-1] == (pytest.approx(10), pytest.approx(10, abs=0.2)) and len(seen) == 13
 
 
-def test_boundaries_lie_at_the_cuts_of_the_video(day):
+def test_boundaries_lie_at_cuts_in_any_batches_and_with_smoothing(day):
     timeline = model_of(FirstFrame()).timeline(day, window=2.0, stride=0.5)
     assert [(s.label, s.start) for s in timeline.segments] == [("dark", 0), ("light", 3), ("grey", 7)]
     blind, _ = segments(timeline.scores, window=2, stride=0.5, end=10, penalty=8)
     assert all(s.start >= at + 0.5 for s, at in zip(blind[1:], (3, 7), strict=True))  # without them
-
-
-def test_batches_change_nothing_and_smoothing_does(day):
     model = model_of(Brightness())
     one, many = (model.timeline(day, window=1.0, stride=0.2, batch_size=n) for n in (1, 16))
     assert one.segments == many.segments and np.array_equal(one.scores, many.scores)
@@ -282,7 +295,7 @@ def test_batches_change_nothing_and_smoothing_does(day):
     assert len(raw.segments) > len(one.segments)  # between dark and light lies a moment of grey
 
 
-def test_a_video_shorter_than_the_window_is_the_clip_that_predict_sees(day):
+def test_a_short_video_is_the_clip_that_predict_sees_or_an_error(day, tmp_path):
     model = model_of(Brightness(), n_frames=8)
     timeline = model.timeline(day, window=60.0)
     (segment,) = timeline.segments
@@ -290,9 +303,6 @@ def test_a_video_shorter_than_the_window_is_the_clip_that_predict_sees(day):
     assert segment.label == label and segment.score == pytest.approx(score, abs=1e-12)
     assert (segment.start, segment.end) == (0, timeline.seconds)
     assert timeline.window == timeline.stride == timeline.seconds
-
-
-def test_what_fails_while_decoding_is_raised_where_it_is_waited_for(tmp_path):
     (tmp_path / "none.mp4").write_text("nothing")
     with pytest.raises(VideoError, match=r"none.mp4"):
         model_of(Brightness()).timeline(tmp_path / "none.mp4")
@@ -414,9 +424,8 @@ def test_output_of_one_video_may_be_a_subtitle_file(folder, day, tmp_path):
 
     assert written(tmp_path / "day.VTT", day) == ["day.VTT"]
     assert (tmp_path / "day.VTT").read_text().startswith("WEBVTT\n\n1\n00:00:00.000 --> ")
-    with pytest.raises(
-        DataError, match=r"day\.srt: takes one video, 2 are named\. Name a folder: .*day/timel"
-    ):
+    said = r"day\.srt: takes one video, 2 are named\. Name a folder: .*day/timel"
+    with pytest.raises(DataError, match=said):
         written(tmp_path / "day.srt", day, day)
     made = [f"timeline.{suffix}" for suffix in ("csv", "png", "srt", "vtt")]
     assert written(tmp_path / "out", day) == ["day.VTT", *made]
@@ -442,3 +451,338 @@ def test_windows_stride_and_smoothing_are_as_asked_for(folder, day, monkeypatch)
     assert windows(stride="1s", smoothing="0") == 9
     assert [options["stride"] for options in given] == [0.5, 1.0]
     assert given[0]["smoothing"] != 0 and given[1]["smoothing"] == 0
+
+
+CUT_RATE = 12
+Picture = NDArray[np.uint8]
+
+
+def texture(seed, size=32):
+    """A soft texture, wider than the picture that looks at it."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (12, 12, 3))
+    return np.kron(coarse, np.ones((size // 4, size // 4, 1))).astype(np.uint8)
+
+
+def cuts_of(picture_at, frames, every=3):
+    """The detector after every third frame."""
+
+    def played():
+        for number in range(frames):
+            yield TimedFrame(
+                number / CUT_RATE, (number + 1) / CUT_RATE, None, lambda number=number: picture_at(number)
+            )
+
+    cuts = ShotBoundaries()
+    for number, frame in enumerate(cuts.watch(played())):
+        if number % every == every // 2:
+            assert np.array_equal(frame.picture(), picture_at(number))
+    return cuts
+
+
+def pan(number, seed=0, speed=1):
+    left = speed * number % 48
+    return texture(seed)[:32, left : left + 32]
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_a_cut_is_found_midway_between_the_pictures_that_differ(size):
+    first, second = texture(1, size), texture(2, size)
+    cuts = cuts_of(lambda n: (first if n < 24 else second)[n % 24 : size + n % 24, :size], 48)
+    assert cuts.finish() == pytest.approx([24 / CUT_RATE])
+    assert cuts.decided == pytest.approx(46.5 / CUT_RATE - 3 / CUT_RATE / 2 - 1 / CUT_RATE / 2, abs=0.2)
+
+
+def test_moving_flashing_and_repeated_pictures_are_no_cuts():
+    noise = np.random.default_rng(0).integers(-3, 4, (48, 32, 32, 3))
+    still = texture(3)[:32, :32].clip(3, 252)
+    assert cuts_of(pan, 48).finish() == []
+    assert cuts_of(lambda n: (still + noise[n]).astype(np.uint8), 48).finish() == []
+    white = np.full((32, 32, 3), 255, np.uint8)
+    assert cuts_of(lambda n: white if 24 <= n < 27 else still, 48).finish() == []
+    # every second one that is taken is the last one again
+    assert cuts_of(lambda n: pan(n // 6 * 6), 48).finish() == []
+    assert cuts_of(pan, 1).finish() == [] and cuts_of(pan, 48, every=99).finish() == []
+
+
+HTTP = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp2t\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model") / "model", LABELS)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Ten seconds of MPEG-TS, the bytes of a frame each."""
+    out, found = io.BytesIO(), [0]
+    with av.open(out, "w", format="mpegts", container_options={"flush_packets": "1"}) as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(10 * RATE):
+            picture = np.full((32, 48, 3), 60 + number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            found.append(out.tell())
+        container.mux(stream.encode(None))
+    return [out.getvalue()[a:b] for a, b in zip(found, [*found[1:], None], strict=True)]
+
+
+def asked(untrained, name, **changes):
+    flags = {"paths": [str(name)], "model": str(untrained), "window": "1s", "device": "cpu", **changes}
+    return load(PredictSettings, flags=flags, environ={})
+
+
+def watch(loaded, seen=lambda window: None):
+    """The windows of a source, the notes, and the result or the error at the end; `seen` gets each window."""
+    windows, notes = [], []
+
+    def report(event):
+        if isinstance(event, WindowPrediction):
+            windows.append(event)
+            seen(event)
+        elif isinstance(event, Note):
+            notes.append(event.text)
+
+    source = find_stream(loaded.settings)
+    assert source is not None
+    try:
+        return windows, notes, predict_stream(loaded.settings, source, report)
+    except RunError as error:
+        return windows, notes, error
+
+
+class Sent:
+    """Answers to requests: each of `parts` in turn, and then the last; `goes_on` is waited for at the end."""
+
+    def __init__(self, *parts, goes_on=None):
+        self.parts, self.goes_on, self.has_waited_in_vain = list(parts), goes_on, False
+
+    def __iter__(self):
+        yield HTTP + b"".join(self.parts.pop(0) if len(self.parts) > 1 else self.parts[0])
+        if self.goes_on is not None and not self.goes_on.wait(30):
+            self.has_waited_in_vain = True
+
+
+def test_a_stream_has_the_windows_and_scores_of_a_timeline():
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 255, (35, 40, 56, 3)).astype(np.uint8)
+    frames[10:20] //= 4
+    model = model_of(Brightness())
+    expected = model.timeline(frames, fps=RATE, window=1.0, stride=0.3, batch_size=1)
+    pairs = ((frame, n / RATE) for n, frame in enumerate(frames))
+    found = list(model.stream(pairs, window=1.0, stride=0.3, batch_size=1))
+    assert [w.start for w in found] == pytest.approx(expected.starts())
+    assert len(found) == 9 and np.array_equal([w.scores for w in found], expected.scores)
+    assert [w.label for w in found] == [LABELS[row.argmax()] for row in expected.scores]
+    assert found[0].score == found[0].scores.max() and found[0].end == 1.0 and found[0].time.tzinfo
+
+
+GREY = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(GREY[..., 0], 0)], r"frame 0: uint8 \(8, 8\)\. Give RGB"),
+        ([(GREY / 255, 0)], r"frame 0: float64 \(8, 8, 3\)"),
+        ([(GREY, 0), (GREY, 1.5), (GREY, 1.5)], r"frame 2: 1\.5 s is not after 1\.5 s"),
+        ([(GREY, -1)], "not a time from 0 on"),
+        ([(GREY, float("nan"))], "not a time"),
+    ],
+)
+def test_frames_of_a_stream_and_their_times_are_checked(pairs, message):
+    with pytest.raises(DataError, match=message):
+        list(model_of(Brightness()).stream(pairs))
+    with pytest.raises(SettingsError, match="window"):
+        model_of(Brightness()).stream(pairs, window=0)
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_windows_that_the_model_cannot_follow_are_dropped_if_live(is_live, monkeypatch):
+    monkeypatch.setattr(stream, "MOST", 8)
+    all_made = threading.Event()
+
+    class Slow(Brightness):
+        def forward(self, clips):
+            assert not is_live or all_made.wait(30)
+            return super().forward(clips)
+
+    def frames():
+        yield from ((GREY, n / RATE) for n in range(60 * RATE))
+        all_made.set()
+
+    found = list(model_of(Slow()).stream(frames(), window=1.0, stride=1.0, live=is_live))
+    dropped = sum(w.dropped for w in found)
+    assert len(found) + dropped == 60 and found[-1].end == 60
+    assert (dropped >= 60 - 8 - 8) if is_live else (dropped == 0)
+
+
+def test_ten_minutes_of_a_stream_take_bounded_memory(untrained):
+    from tvit_cli import load_model
+
+    model, taken, ahead = load_model(untrained, device="cpu"), [0.0], 0.0
+
+    def frames():
+        for n in range(600 * RATE):
+            taken[0] = n / RATE
+            yield np.full((32, 48, 3), n % 256, np.uint8), taken[0]
+
+    count = 0
+    for window in model.stream(frames(), window=2.0, stride=2.0, batch_size=4):
+        count, ahead = count + 1, max(ahead, taken[0] - window.start)
+    assert (
+        count == 300 and ahead <= 10 * 2.0 + 0.5
+    )  # at most 4 windows in a batch, 4 that wait, one that is open
+
+
+def test_first_answer_comes_within_two_windows_and_a_second(untrained, pieces):
+    answered = threading.Event()
+    sent = Sent(pieces[: 3 * RATE], goes_on=answered)  # windows of a second
+
+    def stop(window):
+        answered.set()
+        raise KeyboardInterrupt
+
+    with serving() as server:
+        windows, _, error = watch(asked(untrained, server.add("/camera", b"", raw=sent)), stop)
+    assert len(windows) == 1 and not sent.has_waited_in_vain
+    assert isinstance(error, Interrupted) and error.exit_code == 130
+
+
+def test_a_stream_that_is_cut_is_resumed_and_then_given_up(untrained, pieces, monkeypatch, tmp_path):
+    monkeypatch.setattr(live, "DELAYS", (0, 0))
+    parts = [pieces[:22]] * 3  # the first is for a look at the stream
+    with rtsp_serving(parts) as url:
+        windows, notes, error = watch(asked(untrained, url, output=str(tmp_path)))
+    first, second = windows[:5], windows[5:]
+    assert [w.start for w in first] == [0, 0.25, 0.5, 0.75, 1]
+    assert len(second) == 5 and second[0].start >= first[-1].end  # none lies over the cut
+    name = url.replace("user:secret@", "")
+    assert any(re.match(re.escape(name) + r": cut after 2\.\d s; attempt 1 of 2", note) for note in notes)
+    assert error.exit_code == 1 and f"{name}: cut after" in str(error) and "10 windows in" in str(error)
+    assert "2 attempts to open it again failed. cannot be opened" in str(error) and "2 cuts." in str(error)
+    rows = list(csv.DictReader((tmp_path / "live" / "timeline.csv").read_text().splitlines()))
+    assert len(rows) == 10 and list(rows[0]) == ["start", "end", "label", *LABELS, "time"]
+    assert rows[9]["label"] == windows[9].label and rows[9]["time"] == windows[9].time.isoformat()
+
+
+def test_a_growing_file_is_followed_until_it_grows_no_more(untrained, pieces, monkeypatch, tmp_path):
+    monkeypatch.setattr(live, "GROWTH_SECONDS", 1.0)
+    path = tmp_path / "recording.ts"
+    path.write_bytes(b"".join(pieces[:30]))
+    rest = [pieces[30:60], pieces[60:]]
+
+    def grow(window):
+        if rest:
+            with path.open("ab") as file:
+                file.write(b"".join(rest.pop(0)))
+
+    windows, _, result = watch(asked(untrained, path, stride="1s", follow=True), grow)
+    assert [w.end for w in windows] == pytest.approx(range(1, 11)) and result.windows == 10
+    assert (
+        find_stream(asked(untrained, path).settings) is None
+    )  # without --follow, it is a video as any other
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """`send(data)` puts bytes into a pipe that is stdin."""
+    end, begin = os.pipe()
+
+    def write(data):
+        with os.fdopen(begin, "wb") as file:
+            file.write(data)
+
+    with os.fdopen(end) as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        yield write
+
+
+@pytest.mark.parametrize("form", ["json_lines", "csv", "table"])
+def test_bytes_on_stdin_give_a_line_per_window(untrained, pieces, send, capsys, form):
+    send(b"".join(pieces[:35]))
+    changes = {} if form == "table" else {form: True}
+    commands.predict(asked(untrained, "-", stride="500ms", **changes), Console("normal"))
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert "-: 6 windows in 3.5 s." in captured.err
+    if form == "json_lines":
+        first = json.loads(lines[0])
+        assert first.keys() == {"video", "time", "start", "end", "label", "score", "dropped"}
+        assert [json.loads(line)["end"] for line in lines] == pytest.approx([1, 1.5, 2, 2.5, 3, 3.5])
+        return
+    rows = [re.split(",", line) if form == "csv" else re.split("  +", line.strip()) for line in lines]
+    assert len(rows) == 7 and rows[0] == ["time", "start", "end", "label", "score"]
+    assert rows[1][1:3] == ["0.00", "1.00"] and rows[6][2] == "3.50" and rows[1][3] in LABELS
+
+
+def silence():
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "changes", "message"),
+    [
+        ("0", b"", {}, r"^0: no such camera, .+ \(.+\)\. (No camera is attached|Cameras here: )"),
+        ("0", b"", {"window": None}, r"^0: is read as it comes, .+ Add --window"),
+        ("-", b"\x00" * 9, {}, r"^-: not a video that FFmpeg can read .+ Send MPEG-TS, Matroska"),
+        ("-", silence(), {}, r"^-: no video in this file, only audio\.$"),
+        ("rtsp://127.0.0.1:9/x", b"", {}, r"^rtsp://127.0.0.1:9/x: cannot be opened \(.+refused\)\. Check"),
+        ("none.ts", b"", {"follow": True}, r"^none\.ts: no such file to follow"),
+        ("udp://127.0.0.1:9", b"", {"paths": ["udp://127.0.0.1:9", "a.avi"]}, "2 videos are named. Name one"),
+        ("-", b"\x00", {"smoothing": "1"}, "^--smoothing applies to files"),
+    ],
+)
+def test_a_live_source_that_cannot_be_read_is_one_sentence(untrained, send, name, data, changes, message):
+    send(data)
+    with pytest.raises(TvitError, match=message) as raised:
+        commands.predict(asked(untrained, name, **changes), Console("quiet"))
+    assert raised.value.exit_code == 2 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Interrupted("", exit_code=143), 143)])
+def test_a_stopped_stream_keeps_its_windows(untrained, pieces, send, tmp_path, stop, code):
+    send(b"".join(pieces))
+
+    def third(window):
+        if window.end == 3:
+            raise stop
+
+    windows, _, error = watch(asked(untrained, "-", stride="1s", output=str(tmp_path)), third)
+    assert isinstance(error, Interrupted) and error.exit_code == code and "3 windows in 3.0 s" in str(error)
+    assert len((tmp_path / "stdin" / "timeline.csv").read_text().splitlines()) == 1 + len(windows) == 4
+
+
+def test_a_camera_without_times_gets_those_of_the_clock():
+    out = io.BytesIO()
+    with av.open(out, "w", format="mpjpeg") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        for _ in range(40):
+            container.mux(stream.encode(av.VideoFrame(48, 32, "yuvj420p")))
+    first = out.tell() // 20
+    pages = [out.getvalue()[:first], out.getvalue()[first:]]
+    with serving() as server:
+        url = server.add("/mjpg", b"", raw=[HTTP, *pages], seconds_per_chunk=0.3)
+        source = find_live(url)
+        assert source is not None and source.is_live()
+        steps = {round(f.start - n / 25, 2) for n, f in zip(range(40), source.frames(), strict=False)}
+        assert len(steps) > 1  # FFmpeg takes 25 frames per second for granted
+        assert find_live(server.add("/clip.mp4", b"")) is None
+
+
+def test_the_opencv_loop_prints_windows_and_names_a_missing_opencv(untrained, monkeypatch, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "use_opencv.py"))
+    example["frames"].__globals__["time"] = SimpleNamespace(monotonic=iter(range(9)).__next__)
+    pictures = iter([(True, GREY)] * 7 + [(False, None)])
+    capture = SimpleNamespace(isOpened=lambda: True, read=lambda: next(pictures))
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=lambda source: capture))
+    example["main"](str(untrained), "0")
+    assert re.fullmatch(r"(\d\d:\d\d:\d\d  \w+  0\.\d{3}\n){11}", capsys.readouterr().out)  # 7 s
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(SystemExit, match=r"not installed\. Run: python -m pip install"):
+        example["main"](str(untrained))

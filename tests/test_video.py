@@ -830,7 +830,6 @@ def test_an_endless_url_is_an_error_and_no_full_memory(noise, name, limit, said,
     with serving() as server:
         url = server.add("/a.avi", noise, no_length=True, ranges=False)
         for read in (lambda: read_clip(url, lambda count: [0]), lambda: list(iter_frames(url))):
-            with pytest.raises(
-                VideoError, match=rf"a\.avi: {said}.*without an end\? Add --window 2s --follow"
-            ):
+            words = rf"a\.avi: {said}.*without an end\? Add --window 2s --follow"
+            with pytest.raises(VideoError, match=words):
                 read()
