@@ -3,7 +3,10 @@
 import csv
 import dataclasses
 import json
+import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,18 @@ def test_it_scores_the_test_videos_of_the_training_and_writes_them_down(trained)
         scores = {label: float(row[label]) for label in ("Blue", "Green", "Red")}
         assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
         assert max(scores, key=lambda label: scores[label]) == row["predicted"]
+        assert row["label_score"] == row[row["label"]]
+
+
+def test_the_documented_search_lists_the_lowest_own_scores_first(trained):
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    command = re.search(r"^sort .*$", text, re.MULTILINE)[0]
+    output = evaluate(settings(trained, subset="train")).output
+    command = command.replace("working_directory/mine/eval/train", shlex.quote(str(output)))
+    header, *lines = subprocess.check_output(command, shell=True, text=True).splitlines()
+    assert header == "video,group,label,predicted,label_score" and len(lines) == 12
+    own = [float(line.split(",")[4]) for line in lines]
+    assert own == sorted(own)
 
 
 def test_scoring_twice_gives_the_same_bytes(trained, tmp_path):

@@ -64,7 +64,9 @@ def evaluation_page(result: EvalResult, context: Context, drawings: Mapping[str,
     others = (a for a in answers if a not in wrong)
     hard = sorted(others, key=lambda a: (a.scores[result.labels.index(a.video.label)], a.video.name))
     about_wrong = "Wrong predictions with the highest score. The label may be wrong as well."
-    about_hard = "Videos with the lowest score of their true class, other than those above."
+    about_hard = (
+        "Videos with the lowest score of their true class, other than those above: label_score in scores.csv."
+    )
     return render(
         "evaluation.html.j2",
         context,

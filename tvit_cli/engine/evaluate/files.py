@@ -47,15 +47,16 @@ def write_result(result: EvalResult, facts: Mapping[str, object]) -> None:
         "videos_per_second": round(result.metrics["videos"] / result.seconds, 3),
     }
     labels, counts = result.labels, result.counts
-    scores = (
-        (a.video.name, a.video.group or "", a.video.label, a.predicted, *(f"{s:.6f}" for s in a.scores))
-        for a in result.answers
-    )
+    scores: list[tuple[str, ...]] = []
+    for a in result.answers:
+        found = [f"{score:.6f}" for score in a.scores]
+        own = dict(zip(labels, found, strict=False)).get(a.video.label, "")
+        scores.append((a.video.name, a.video.group or "", a.video.label, a.predicted, own, *found))
     confusion = ((true, *(counts.get((true, predicted), 0) for predicted in labels)) for true in labels)
     write_json(result.output / METRICS_FILE, content)
     with _output_folder(result.output):
         for name, header, rows in (
-            ("scores.csv", ("video", "group", "label", "predicted", *labels), scores),
+            ("scores.csv", ("video", "group", "label", "predicted", "label_score", *labels), scores),
             ("confusion.csv", ("label", *labels), confusion),
         ):
             with (
