@@ -502,7 +502,7 @@ def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(inputs, tmp_pat
     cli.build_app()(["train", "--dry-run", "--device", "cpu", *words], standalone_mode=False)
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["batch"].strip() == "global batch 4 = 1 process × 4 clips × 1 accumulation"
-    assert shown["steps"].strip() == "2 epochs of 3"
+    assert shown["steps"].strip() == "2 epochs of 3 steps"
     assert not list(tmp_path.iterdir())
 
 

@@ -56,7 +56,7 @@ def test_a_run_leaves_a_model_folder_metrics_and_checkpoints(finished, clips):
 def test_a_frozen_model_of_tubelets_is_said_to_see_one_frame_of_each(pretrained, changes):
     events = []
     own = settings(hf_model_name=str(pretrained), **changes, tubelet_size=2)
-    build(own, num_classes=3, report=events.append)
+    build(own, labels=("a", "b", "c"), report=events.append)
     assert any("The model uses one frame of each tubelet of 2" in str(event) for event in events)
 
 
