@@ -15,6 +15,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import entry
@@ -29,6 +30,7 @@ from tiny import change_weights
 import tvit_cli
 from tvit_cli import cli, commands
 from tvit_cli.console import Console
+from tvit_cli.data import video
 from tvit_cli.data.clips import _begin_worker, hold_signals, later_interrupt
 from tvit_cli.data.video import read_clip
 from tvit_cli.data.video_writer import write_video
@@ -580,6 +582,20 @@ def test_a_decoding_process_prints_no_traceback_of_its_threads(capfd):
     child.start()
     child.join()
     assert child.exitcode == 0 and capfd.readouterr().err == ""
+
+
+def test_a_video_too_slow_to_decode_is_named_and_others_go_on(
+    trained, clip, make_video, tmp_path, monkeypatch
+):
+    slow = make_video(tmp_path / "slow.mp4", frames=40)
+    ticks = itertools.count()
+    monkeypatch.setattr(video, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 10))
+    ended = predict_while(lambda *_: None, monkeypatch, trained, [slow, clip], "--json", "--time-limit", "2")
+    first, second = map(json.loads, ended.out.splitlines())
+    assert first["error"].startswith(
+        "decoding takes more than 2 s (--time-limit). Raise the limit, label parts"
+    )
+    assert second["predictions"] and ended.code == 1 and "1 of 2 videos could not be read" in ended.err
 
 
 @pytest.mark.parametrize("hold", [later_interrupt, hold_signals])

@@ -105,6 +105,7 @@ class ClipDataset(Dataset[ClipItem]):
     store: FrameStore | None = None
     grid: int | None = None
     clips_per_video: int = 1
+    time_limit: float | None = None  # seconds to decode a video
     _frame_counts: dict[int, int] = field(default_factory=dict)  # of videos read so far, in this worker
 
     def __post_init__(self) -> None:
@@ -153,7 +154,9 @@ class ClipDataset(Dataset[ClipItem]):
         if self.store is not None:
             return self.store.read(video.name, choose, short_side=self.short_side)
         count = self._frame_counts.get(index)
-        return read_clip(video.source, choose, short_side=self.short_side, frame_count=count)
+        return read_clip(
+            video.source, choose, short_side=self.short_side, frame_count=count, time_limit=self.time_limit
+        )
 
 
 def collate(items: Sequence[ClipItem]) -> ClipBatch:

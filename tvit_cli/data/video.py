@@ -5,6 +5,7 @@ Every error of FFmpeg and PyAV becomes a VideoError that names the file. Letters
 
 from __future__ import annotations
 
+import math
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -440,6 +441,7 @@ def read_clip(
     *,
     short_side: int | None = None,
     frame_count: int | None = None,
+    time_limit: float | None = None,
 ) -> Clip[Frames]:
     """Decodes a video in order and converts the frames `choose(frame_count)` to RGB.
 
@@ -447,9 +449,11 @@ def read_clip(
     Frames wider and higher than `short_side` are scaled down to it, the long side in proportion. Packets that
     do not decode are skipped. A known `frame_count` saves decoding of the rest. See Note [Frame count].
 
-    Raises VideoError, `<path>: <reason>`, if no frame can be read.
+    Raises VideoError, `<path>: <reason>`, if no frame can be read, or after `time_limit` seconds of decoding.
     """
-    return read_frames(path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count)
+    return read_frames(
+        path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count, time_limit=time_limit
+    )
 
 
 def read_video(path: Path | str) -> tuple[Frames, float]:
@@ -469,6 +473,7 @@ def read_frames(
     *,
     short_side: int | None = None,
     frame_count: int | None = None,
+    time_limit: float | None = None,
 ) -> Clip[F]:
     """`read_clip` with another conversion, `convert(kept, indices)`."""
     if isinstance(path, FrameArray):
@@ -493,7 +498,12 @@ def read_frames(
             wanted = {index for count in counts for index in choose(count)}
             stop = max(wanted) + 1 if frame_count is not None else None
             kept, decoded = None, 0
+            end = math.inf if time_limit is None else time.monotonic() + time_limit
             for frame in islice(_decode(stream, packets), stop):
+                if time.monotonic() > end:
+                    limit = f"decoding takes more than {time_limit:g} s (--time-limit)"
+                    advice = "Raise the limit, label parts with --window, or encode the video smaller."
+                    raise VideoError(f"{path}: {limit}. {advice}")
                 kept = kept or KeptFrames(path, frame, short_side)
                 if decoded in wanted:
                     kept.keep(decoded, frame)

@@ -39,6 +39,8 @@ class PredictSettings(InferenceSettings):
         "int8 matrix products on CPUs where they are faster (up to 2 times); scores differ slightly", MODEL,
         flag="--int8")
 
+    time_limit: int = setting(600, "Seconds of decoding per video before it counts as unreadable", MODEL, ge=1)
+
     top_k: int = labels(5, "Labels per video", ge=1, essential=True)
     json_lines: bool = labels(False, "Prints one JSON object per video", flag="--json", essential=True,
         printed=True)
@@ -82,7 +84,7 @@ class PredictSettings(InferenceSettings):
             raise ValueError(f"--int8: not with --mixed-precision {self.mixed_precision}. Take one of them")
         if self.int8 and self.explain is not None:
             raise ValueError("--explain needs gradients, which int8 layers lack. Leave out --int8")
-        names: tuple[str, ...] = ("embeddings", "explain", "top_k")
+        names: tuple[str, ...] = ("embeddings", "explain", "time_limit", "top_k")
         scope = "whole videos. Leave out --window"
         if self.window is None:
             names, scope = (

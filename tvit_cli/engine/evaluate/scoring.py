@@ -217,14 +217,17 @@ def score_location_batches(
     *,
     features: bool = False,
     workers: int = 0,
+    time_limit: float | None = None,
 ) -> Generator[Scores, None, None]:
     """The scores of each batch as soon as it is done; `batches` are indices of files, URLs and arrays.
 
-    With `features`, each row of logits is (K + D,), see `WithFeatures`. Raises ModelError if the weights overflow.
+    With `features`, each row of logits is (K + D,), see `WithFeatures`. A video that takes `time_limit` seconds to
+    decode is unreadable. Raises ModelError if the weights overflow.
     """
     videos = [unlabelled_video(location, trained) for location in locations]
     model = WithFeatures(trained.model) if features else trained.model
     clips = clips_to_score(videos, trained.card.labels, trained.card.preprocessing)
+    clips.dataset.time_limit = time_limit
     made = score_batches(
         model, clips, batches, trained.device, workers=workers, autocast=trained.autocast
     )  # fmt: skip

@@ -144,6 +144,7 @@ class Model:
         top_k: int = 5,
         batch_size: int = BATCH_SIZE,
         embeds: bool = False,
+        time_limit: float | None = None,
         report: Report = silent,
     ) -> Generator[list[tuple[Prediction, Tensor | None]], None, None]:
         """Yields the predictions of each batch as soon as it is done, with `embeds` each video's embedding (D,).
@@ -158,7 +159,9 @@ class Model:
             done, size = done + size, min(2 * size, batch_size)
         has_arrays = any(isinstance(location, FrameArray) for location in locations)  # not sent to workers
         workers = 0 if has_arrays else min(default_worker_count(), len(videos) // VIDEOS_PER_WORKER)
-        made = score_location_batches(self._trained, locations, batches, features=embeds, workers=workers)
+        made = score_location_batches(
+            self._trained, locations, batches, features=embeds, workers=workers, time_limit=time_limit
+        )
         classes = len(self.labels)
         with closing(made):
             for scores in made:
@@ -358,6 +361,7 @@ def predict(settings: PredictSettings, report: Report = silent) -> PredictResult
             top_k=top_k,
             batch_size=settings.per_gpu_batch_size,
             embeds=settings.embeddings is not None,
+            time_limit=settings.time_limit,
             report=report,
         )
         try:
