@@ -141,6 +141,19 @@ def test_train_from_refuses(changes, error, sentence, go_on, finished, pretraine
         train(go_on(**changes))
 
 
+def test_series_goes_on_from_a_run_by_its_name(go_on, finished, tmp_path):
+    shutil.copytree(finished.run, tmp_path / "mine")
+    own = go_on(from_="mine", experiment_name="seed1-split1", working_directory=tmp_path / "people")
+    assert set_up(own, silent).built.origin.folder == tmp_path / "mine" / "model"
+
+
+def test_train_from_an_unfinished_run_says_to_resume_it(go_on, finished, tmp_path):
+    (tmp_path / "cut").mkdir()
+    shutil.copy(finished.run / "settings.json", tmp_path / "cut")
+    with pytest.raises(ModelError, match=r"has not ended.*--resume-from-checkpoint .*cut"):
+        train(go_on(from_="cut"))
+
+
 def test_finished_run_asked_for_more_epochs_names_the_command(finished, inputs):
     command = rf"tvit train --from {finished.run} --epochs 3 --experiment-name mine-2 --working-directory"
     facts = {**inputs, "working_directory": finished.run.parent, "epochs": 5}

@@ -14,11 +14,20 @@ from tvit_cli.engine.dataset import DataSource, find_data, video_root
 from tvit_cli.engine.evaluate.selection import choose_split, is_training_data
 from tvit_cli.engine.train.build import CHOSEN_SHAPE, class_rows
 from tvit_cli.engine.train.checkpoint import list_checkpoints
-from tvit_cli.engine.train.run_folder import Run, find_run, saved_settings
+from tvit_cli.engine.train.run_folder import Run, find_run, named_paths, saved_settings
 from tvit_cli.engine.trained import series_models
 from tvit_cli.errors import DataError, ModelError, RunError, plural, shorten
 from tvit_cli.files import sha256
-from tvit_cli.model.folder import BASE_FOLDER, CARD_FILE, WEIGHTS_FILE, load_card, load_config, replace_folder
+from tvit_cli.model.folder import (
+    BASE_FOLDER,
+    CARD_FILE,
+    MODEL_FOLDER,
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    load_card,
+    load_config,
+    replace_folder,
+)
 from tvit_cli.model.weights import WeightsSource, resolve_weights
 from tvit_cli.settings.base import Layer, Loaded, extra, read_config, suggestion
 from tvit_cli.settings.card import ModelCard
@@ -34,7 +43,7 @@ from tvit_cli.settings.train import SCRATCH_SHAPE, TrainSettings
 # for bit. The model is copied into the new run, as the base of its checkpoints and of its exported adapter.
 
 # Not taken over: choices of the run and of the machine, and numbers that the weights determine.
-_OWN = {"from_", "hf_model_name", "seed", "mixed_precision", "compile", *SCRATCH_SHAPE}
+_OWN = {"from_", "hf_model_name", "seed", "mixed_precision", "compile", "warmup_epochs", *SCRATCH_SHAPE}
 _SUBSETS = ("val", "test")
 
 
@@ -70,8 +79,8 @@ def find_origin(settings: TrainSettings) -> WeightsSource | None:
     if settings.resume_from_checkpoint is not None:
         folder = find_run(settings).folder
     elif settings.overwrite or not list_checkpoints(folder / settings.checkpoint_dir):
-        return _resolve(settings.from_, settings.working_directory)
-    return origin_copy(folder, settings) or _resolve(settings.from_, settings.working_directory)
+        return _resolve(settings, settings.from_)
+    return origin_copy(folder, settings) or _resolve(settings, settings.from_)
 
 
 def origin_copy(run: Path, settings: TrainSettings) -> WeightsSource | None:
@@ -81,18 +90,22 @@ def origin_copy(run: Path, settings: TrainSettings) -> WeightsSource | None:
     return replace(resolve_weights(str(run / BASE_FOLDER)), name=settings.from_)
 
 
-def _resolve(name: str, working_directory: Path) -> WeightsSource:
-    path = next((p for p in (Path(name).expanduser(), working_directory / name) if p.exists()), Path(name))
+def _resolve(settings: TrainSettings, name: str) -> WeightsSource:
+    given, in_root = named_paths(settings, name)
+    path = next((path for path in (given, in_root) if path.exists()), given)
     if models := series_models(path):
         scores = {run: load_card(folder).metrics.get("val_video_top1", 0.0) for run, folder in models.items()}
         best = path / max(scores, key=lambda run: scores[run])
         runs = ", ".join(f"{run} {score:.3f}" for run, score in scores.items())
         raise ModelError(f"--from {name}: a series (validation top-1 {runs}). Name one run, such as {best}.")
     if not path.exists() and path.absolute().parent.is_dir():
-        folder = path.parent if path.parent.name else working_directory
+        folder = path.parent if path.parent.name else in_root.parent
         names = sorted(p.name for p in folder.glob("*/")) if folder.is_dir() else []
         hint = suggestion(path.name, names) or f" Runs there: {shorten(names, 12) or 'none'}."
         raise ModelError(f"--from {name}: no such run in {folder}.{hint}")
+    if (path / SETTINGS_FILE).is_file() and not (path / MODEL_FOLDER).is_dir():
+        advice = f"Resume it first: tvit train --resume-from-checkpoint {path}"
+        raise ModelError(f"--from {name}: a run that has not ended, so it has no model. {advice}")
     source = resolve_weights(str(path))
     if not source.is_ours:
         advice = f"To train a new classifier on these weights: --hf-model-name {name}"

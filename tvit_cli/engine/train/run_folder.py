@@ -142,10 +142,18 @@ def check_replaceable(folder: Path, settings: TrainSettings) -> None:
     if settings.overwrite and (reason := why_not_replaced(folder)):
         raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name, or move them away.")
     for option, name in (("--hf-model-name", settings.hf_model_name), ("--from", settings.from_)):
-        paths = (Path(name).expanduser(), settings.working_directory / name) if name else ()
+        paths = named_paths(settings, name) if name else ()
         if any(path.absolute().resolve().is_relative_to(folder.absolute().resolve()) for path in paths):
             reason = f"{folder} holds the weights to start from, {option} {name}"
             raise SettingsError(f"--overwrite: {reason}. Take another --experiment-name.")
+
+
+def named_paths(settings: TrainSettings, name: str) -> tuple[Path, ...]:
+    """Possible paths of the value of --from: the path itself, and a run's below the working directory."""
+    root = settings.working_directory
+    if is_series_run(settings.experiment_name or ""):
+        root = root.parent
+    return Path(name).expanduser(), root / name
 
 
 def experiment_name(settings: TrainSettings) -> str:
