@@ -359,6 +359,15 @@ def test_a_second_export_to_a_folder_leaves_the_first_whole(trained, tmp_path, m
     export(trained, output)
     assert (output / "parity.json").is_file() and [p.name for p in tmp_path.iterdir()] == ["plain"]
 
+    def lock(*arguments, **keywords):  # another export ends just before
+        monkeypatch.undo()
+        export(trained, tmp_path / "late")
+        return engine.file_lock(*arguments, **keywords)
+
+    monkeypatch.setattr(engine, "file_lock", lock)
+    with pytest.raises(SettingsError, match="late: an export is there already"):
+        export(trained, tmp_path / "late")
+
 
 @pytest.mark.parametrize("where", ["the clips", "the proof", "the writing"])
 def test_a_file_that_cannot_be_read_is_not_called_a_full_disk(where, trained, tmp_path, monkeypatch):
