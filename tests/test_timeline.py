@@ -1,6 +1,7 @@
 """Timelines and live sources: sliding windows, smoothing, shot boundaries, segments, files."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -660,7 +661,8 @@ def test_a_stream_that_is_cut_is_resumed_and_then_given_up(untrained, pieces, mo
     name = url.replace("user:secret@", "")
     assert any(re.match(re.escape(name) + r": cut after 2\.\d s; attempt 1 of 2", note) for note in notes)
     assert error.exit_code == 1 and f"{name}: cut after" in str(error) and "10 windows in" in str(error)
-    assert "2 attempts to open it again failed. cannot be opened" in str(error) and "2 cuts." in str(error)
+    assert "2 attempts to open it again failed. The last: cannot be opened" in str(error)
+    assert "2 cuts." in str(error)
     rows = list(csv.DictReader((tmp_path / "live" / "timeline.csv").read_text().splitlines()))
     assert len(rows) == 10 and list(rows[0]) == ["start", "end", "label", *LABELS, "time"]
     assert rows[9]["label"] == windows[9].label and rows[9]["time"] == windows[9].time.isoformat()
@@ -727,7 +729,7 @@ def silence():
 @pytest.mark.parametrize(
     ("name", "data", "changes", "message"),
     [
-        ("0", b"", {}, r"^0: no such camera, .+ \(.+\)\. (No camera is attached|Cameras here: )"),
+        ("0", b"", {}, r"^0: camera .+ cannot be opened \(.+\)\. (No camera is found|Cameras here: )"),
         ("0", b"", {"window": None}, r"^0: is read as it comes, .+ Add --window"),
         ("-", b"\x00" * 9, {}, r"^-: not a video that FFmpeg can read .+ Send MPEG-TS, Matroska"),
         ("-", silence(), {}, r"^-: no video in this file, only audio\.$"),
@@ -757,17 +759,40 @@ def test_a_stopped_stream_keeps_its_windows(untrained, pieces, send, tmp_path, s
     assert len((tmp_path / "stdin" / "timeline.csv").read_text().splitlines()) == 1 + len(windows) == 4
 
 
+def test_a_full_disk_costs_the_table_of_a_stream_and_no_answer(
+    untrained, pieces, send, monkeypatch, tmp_path
+):
+    really = Path.open
+
+    def full(path, mode="r", **how):
+        if path.name == "timeline.csv":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return really(path, mode, **how)
+
+    send(b"".join(pieces[:35]))
+    monkeypatch.setattr(Path, "open", full)
+    windows, notes, result = watch(asked(untrained, "-", output=str(tmp_path)))
+    assert len(windows) == result.windows == 11 and notes.count(result.unwritten[0]) == 1
+    assert "timeline.csv: cannot be written (No space left on device). Free some" in result.unwritten[0]
+
+
+def test_a_stream_shorter_than_a_window_says_so(untrained, pieces, send):
+    send(b"".join(pieces[:20]))
+    assert watch(asked(untrained, "-", window="4s"))[1][-1] == "-: no window of 4 s was complete."
+
+
 def test_a_camera_without_times_gets_those_of_the_clock():
+    noise = np.random.default_rng(0).integers(0, 255, (32, 48, 3)).astype(np.uint8)
     out = io.BytesIO()
     with av.open(out, "w", format="mpjpeg") as container:
         stream = container.add_stream("mjpeg", rate=25)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
         for _ in range(40):
-            container.mux(stream.encode(av.VideoFrame(48, 32, "yuvj420p")))
-    first = out.tell() // 20
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+    first = out.tell() // 8  # 5 frames, more than FFmpeg reads to find the format
     pages = [out.getvalue()[:first], out.getvalue()[first:]]
     with serving() as server:
-        url = server.add("/mjpg", b"", raw=[HTTP, *pages], seconds_per_chunk=0.3)
+        url = server.add("/mjpg", b"", raw=[HTTP, *pages], seconds_per_chunk=0.4)
         source = find_live(url)
         assert source is not None and source.is_live()
         steps = {round(f.start - n / 25, 2) for n, f in zip(range(40), source.frames(), strict=False)}

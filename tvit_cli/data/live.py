@@ -129,7 +129,7 @@ class LiveSource:
                 self.cuts += 1
             if attempt == len(DELAYS):
                 text = f"cut after {end:.1f} s, and {plural(attempt, 'attempt')} to open it again failed"
-                raise RunError(f"{self.name}: {text}. {reason or 'Check it, and start again.'}")
+                raise RunError(f"{self.name}: {text}. {f'The last: {reason}' if reason else 'Check it.'}")
             delay, attempt = DELAYS[attempt], attempt + 1
             text = f"cut after {end:.1f} s; attempt {attempt} of {len(DELAYS)} to open it again in {delay} s"
             report(Note(f"{self.name}: {text}.", "warning"))
@@ -144,14 +144,14 @@ def find_live(name: str, *, follow: bool = False) -> LiveSource | None:
     path = Path(name)
     if _CAMERA.fullmatch(name) and (name.startswith("/") or not path.exists()):
         return LiveSource(name, _camera(name), reopens=True)
-    if scheme := re.match("([A-Za-z][A-Za-z0-9+.-]+)://", name):
+    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", name)
+    if scheme and scheme[1].lower() != "file":
         is_live = scheme[1].lower() in _SCHEMES or follow
         if not is_live and PurePosixPath(name.partition("?")[0]).suffix.lower() in VIDEO_SUFFIXES:
             return None
         live = Live(name, advice="Check the address, and that it sends.", options=_FAST)
-        return LiveSource(
-            re.sub("//[^/@]*@", "//", name), live, reopens=True, follows=follow, certain=is_live
-        )
+        shown = re.sub("//[^/@]*@", "//", name)
+        return LiveSource(shown, live, reopens=True, follows=follow, certain=is_live)
     if name == "-" or path.is_fifo():
         return _of_bytes(name, _Bytes(None if name == "-" else path), follow)
     if not follow:
@@ -169,13 +169,13 @@ def _of_bytes(name: str, source: Any, follow: bool) -> LiveSource:
 def _camera(name: str) -> Live:
     form = {"darwin": "avfoundation", "win32": "dshow"}.get(sys.platform, "v4l2")
     names: list[str] = []
-    with suppress(av.FFmpegError, ValueError):
+    with suppress(av.FFmpegError, AttributeError, ValueError):  # PyAV lists devices since 17
         names = [d.name for d in av.enumerate_input_devices(form) if "video" in (d.media_types or ["video"])]
     url = name if name.startswith("/") else f"/dev/video{name}"
     if form == "avfoundation":
         url = f"{name}:none"
     elif form == "dshow":
         url = f"video={names[int(name)] if int(name) < len(names) else name}"
-    advice = f"Cameras here: {', '.join(names)}." if names else "No camera is attached to this machine."
+    advice = f"Cameras here: {', '.join(names)}." if names else "No camera is found on this machine."
     options = {"framerate": "30"} if form == "avfoundation" else {}
-    return Live(url, f"no such camera, {url}", advice, form, options)
+    return Live(url, f"camera {url} cannot be opened", advice, form, options)

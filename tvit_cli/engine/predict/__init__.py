@@ -541,13 +541,15 @@ def predict_stream(settings: PredictSettings, source: LiveSource, report: Report
         folder = settings.output / next(folder_names(["stdin" if source.name == "-" else source.name]))
         check_writable("--output", settings.output, folder)
     model = open_model(settings, report)
-    table = WindowTable(folder, model.labels)
+    table = WindowTable(folder, model.labels, report)
     windows, dropped, end = 0, 0, 0.0
 
     def result() -> StreamResult:
         return StreamResult(source.name, windows, dropped, end, source.cuts, table.problems)
 
     def summary() -> str:
+        if not windows:
+            return f"{source.name}: no window of {settings.window:g} s was complete."
         text = f"{source.name}: {plural(windows, 'window')} in {end:.1f} s"
         text += f", {dropped} dropped because the model could not follow" if dropped else ""
         return text + (f", {plural(source.cuts, 'cut')}" if source.cuts else "") + "."
@@ -573,8 +575,6 @@ def predict_stream(settings: PredictSettings, source: LiveSource, report: Report
         raise Interrupted(f"Stopped by {signal}. {summary()}", exit_code=code, result=result()) from None
     except RunError as error:
         raise RunError(f"{error} {summary()}") from error
-    finally:
-        table.close()
     report(Note(summary(), "info" if windows and not dropped else "warning"))
     return result()
 

@@ -18,7 +18,6 @@ from contextlib import closing
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import av
 import numpy as np
@@ -34,7 +33,7 @@ from tvit_cli.engine.predict.timeline import (
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError
 from tvit_cli.files import csv_row
-from tvit_cli.results import WindowPrediction
+from tvit_cli.results import Note, Report, WindowPrediction
 
 LAG = 5.0  # seconds
 MOST, AHEAD = 32, 4  # windows
@@ -130,38 +129,32 @@ def stream_windows(
 class WindowTable:
     """timeline.csv of a stream in a folder (None: nothing is written), with a row for each window as it ends.
 
-    `problems` tell why a row could not be written; then no other is.
+    A row that cannot be written is the last; `problems` then tells why, and a warning at once.
     """
 
-    def __init__(self, folder: Path | None, labels: Sequence[str]) -> None:
+    def __init__(self, folder: Path | None, labels: Sequence[str], report: Report) -> None:
         self.problems: tuple[str, ...] = ()
         self._path = None if folder is None else folder / "timeline.csv"
-        self._file: IO[str] | None = None
-        self._write(["start", "end", "label", *labels, "time"])
+        self._report = report
+        self._write("w", ["start", "end", "label", *labels, "time"])
 
     def add(self, found: WindowPrediction) -> None:
         """Writes the row of a window."""
         scores = (f"{value:.6f}" for value in found.scores)
-        self._write([f"{found.start:.3f}", f"{found.end:.3f}", found.label, *scores, found.time.isoformat()])
+        times = f"{found.start:.3f}", f"{found.end:.3f}"
+        self._write("a", [*times, found.label, *scores, found.time.isoformat()])
 
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self, row: list[str]) -> None:
+    def _write(self, mode: str, row: list[str]) -> None:
         if self._path is None or self.problems:
             return
         try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w", encoding="utf-8", newline="")
-            csv.writer(self._file, lineterminator="\n").writerow(csv_row(row))
-            self._file.flush()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open(mode, encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(csv_row(row))
         except OSError as error:
-            self.problems = (
-                f"--output {self._path}: cannot be written ({error.strerror}). Free some space.",
-            )
+            problem = f"--output {self._path}: cannot be written ({error.strerror})"
+            self.problems = (f"{problem}. Free some space, or name another folder.",)
+            self._report(Note(self.problems[0], "warning"))
 
 
 def timed_frames(frames: Iterable[tuple[Frames, float]], *, short_side: int) -> Iterator[TimedFrame]:
