@@ -237,8 +237,9 @@ def run_extract(loaded: Loaded[ExtractSettings], report: Report) -> ExtractResul
 
 
 def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
-    """The settings of an earlier run beneath those of a training. See `engine.train.origin.settings_beneath`."""
-    if named.settings.from_ is None and named.settings.resume_from_checkpoint is None:
+    """Settings of an earlier run or of video weights beneath a training's. See `engine.train.origin`."""
+    default = named.settings.from_ is None and named.settings.resume_from_checkpoint is None
+    if default and named.origins["hf_model_name"] == "default":
         return None
     from tvit_cli.engine.train import origin
 

@@ -1,12 +1,14 @@
 """One training step of tvit beside transformers' video models with PEFT: the same width, depth, tokens and rank.
 
-    python tests/bench/peers.py [--rounds 3] [--threads 2] [--depth 4] [--dropout 0.1,0]
+    python tests/bench/peers.py [--rounds 3] [--threads 2] [--depth 4] [--dropout 0.1,0] [--only VideoMAE,…]
 
-VideoMAE and ViViT attend jointly over tubelets of 2 frames (16 frames of 224 pixels: 1,568 tokens), as `joint` with
-`--tubelet-size 2`; TimeSformer attends by `divided` over 8 single frames (1,568 tokens too). All have rank 4 on the
+VideoMAE and ViViT have tubelets of 2 frames (16 frames of 224 pixels: 1,568 tokens) and one table of positions, and
+so has tvit beside them, as it loads their weights; V-JEPA 2 has ViT-L's width, 16 frames of 256 pixels (2,048 tokens)
+and rotary positions; TimeSformer attends by `divided` over 8 single frames (1,568 tokens too). All have rank 4 on the
 layers that make queries, keys and values, those of attention over time included, and on both of the MLP. VideoMAE
-classifies the mean of the patches, and so does tvit beside it; the others the class token. Random weights, ViT-B's
-width, a slice of its depth; forward and backward, one clip. Steps are taken in turn, seconds are processor time (wall
+and tvit's V-JEPA 2 classify the mean of the patches, transformers' V-JEPA 2 by its own pooling blocks, which the
+benchmark leaves out; the others the class token. Random weights, a slice of the depth (half of it for V-JEPA 2);
+forward and backward, one clip. Steps are taken in turn, seconds are processor time (wall
 seconds stand beside them); memory is what autograd holds when the forward pass ends.
 """
 
@@ -33,18 +35,19 @@ from tvit_cli.model import lora
 from tvit_cli.portable.vit import ViTConfig, build_model
 
 WIDTH, HEADS, CLASSES = 768, 12, 101
-PEERS = {  # what tvit's model is like: attention, frames, tubelets, pooling
-    "VideoMAE": ("joint", 16, 2, "mean"),
-    "ViViT": ("joint", 16, 2, "class"),
-    "TimeSformer": ("divided", 8, 1, "class"),
+VIDEO = {"n_frames": 16, "tubelet_size": 2, "class_token": False, "pool": "mean"}
+PEERS: dict[str, dict[str, Any]] = {  # tvit's own network for each
+    "VideoMAE": {**VIDEO, "positions": "joint", "norm": "pooled"},
+    "V-JEPA 2": {**VIDEO, "positions": "rotary", "frame_size": 256, "width": 1024, "num_heads": 16},
+    "ViViT": {"n_frames": 16, "tubelet_size": 2, "positions": "joint", "activation": "gelu_tanh"},
+    "TimeSformer": {"n_frames": 8, "attention": "divided"},
 }
 
 
-def ours(attention: str, frames: int, tubelet: int, pool: str, depth: int, dropout: float) -> nn.Module:
+def ours(name: str, depth: int, dropout: float) -> nn.Module:
     config = ViTConfig(
-        num_classes=CLASSES, n_frames=frames, tubelet_size=tubelet, width=WIDTH, depth=depth, num_heads=HEADS,
-        attention=attention, pool=pool,
-    )  # fmt: skip
+        **{"num_classes": CLASSES, "width": WIDTH, "num_heads": HEADS, "depth": depth, **PEERS[name]}
+    )
     model = build_model(config, seed=0, from_scratch=True)
     lora.attach(model, lora.LoraSpec(RANK, RANK * SCALE, dropout, False, "none", TARGETS, ()), seed=0)
     return model.train()
@@ -67,6 +70,11 @@ def peer(name: str, depth: int, dropout: float) -> nn.Module:
     elif name == "ViViT":
         config = transformers.VivitConfig(num_frames=16, tubelet_size=[2, 16, 16], **shape)
         model = transformers.VivitForVideoClassification(config)
+    elif name == "V-JEPA 2":
+        config = transformers.VJEPA2Config(
+            frames_per_clip=16, hidden_size=1024, num_hidden_layers=depth, num_attention_heads=16, num_labels=CLASSES,
+        )  # fmt: skip
+        model, targets = MeanPooled(transformers.VJEPA2Model(config)), r".*(query|key|value|fc1|fc2)"
     else:
         config = transformers.TimesformerConfig(num_frames=8, patch_size=16, **shape)
         model = transformers.TimesformerForVideoClassification(config)
@@ -79,6 +87,18 @@ def peer(name: str, depth: int, dropout: float) -> nn.Module:
     return wrapped.train()
 
 
+class MeanPooled(nn.Module):
+    """A classifier of the mean of V-JEPA 2's tokens, without its predictor."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.classifier = nn.Linear(1024, CLASSES)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.encoder(clips).last_hidden_state.mean(1))
+
+
 def adapted(model: nn.Module) -> int:
     """Layers with an adapter."""
     return sum(name.endswith("lora_A.default") for name, _ in model.named_modules())
@@ -86,12 +106,10 @@ def adapted(model: nn.Module) -> int:
 
 def compare(name: str, depth: int, dropout: float, rounds: int) -> dict[str, Any]:
     """How many times faster tvit's step is than a peer's, by processor and by the clock, and what is held."""
-    attention, frames, tubelet, pool = PEERS[name]
-    clips = torch.randn(1, frames, 3, 224, 224)
-    models = {
-        "tvit": ours(attention, frames, tubelet, pool, depth, dropout),
-        "peer": peer(name, depth, dropout),
-    }
+    depth = depth // 2 if name == "V-JEPA 2" else depth
+    size = PEERS[name].get("frame_size", 224)
+    clips = torch.randn(1, PEERS[name]["n_frames"], 3, size, size)
+    models = {"tvit": ours(name, depth, dropout), "peer": peer(name, depth, dropout)}
     times = in_turn({kind: step_of(model, clips) for kind, model in models.items()}, rounds)
     pairs = list(zip(times["peer"], times["tvit"], strict=True))
     saved = {kind: forward_and_held(model, clips)[1] for kind, model in models.items()}
@@ -113,6 +131,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--dropout", default="0.1,0")
+    parser.add_argument("--only", default=",".join(PEERS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # transformers warns of optional packages
@@ -120,7 +139,7 @@ def main() -> None:
 
     results = {}
     for dropout in map(float, options.dropout.split(",")):
-        for name in PEERS:
+        for name in options.only.split(","):
             row = compare(name, options.depth, dropout, options.rounds)
             results[f"{name}, dropout {dropout:g}"] = row
             print(

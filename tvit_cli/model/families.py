@@ -1,4 +1,4 @@
-"""Families of pretrained image ViTs: their config values and tensor names, one row each."""
+"""Families of pretrained image and video ViTs: their config values and tensor names, one row each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
@@ -20,6 +21,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # timm's configs omit the number of attention heads: heads are 64 wide, in these models 80, 88, 104.
 TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 
+VIDEO = (
+    "class_token",
+    "positions",
+    "norm",
+    "last_norm_eps",
+)  # fields of ViTConfig, as in an image ViT if absent
 BLOCK = "norm1 attention.q attention.k attention.v attention.proj norm2 mlp.fc1 mlp.fc2"
 
 Config = dict[str, Any]
@@ -31,18 +38,20 @@ class Family:
     """Config values and tensor names of one family.
 
     The network's config is `defaults`, the file's own values (or those in its `section`), then `fixed`; `network`
-    derives further values from it and from the tensors. Its keys are those of Hugging Face's ViT, and
-    `extra_tokens`, `pre_norm`. `tensors` and `modules` (each a weight and a bias) map stored names, less `prefix`,
-    to parameters of TemporalViT or to one of these, which `pretrained` converts:
+    derives further values from it and from the tensors. Its keys are those of Hugging Face's ViT (`keys` maps them
+    to the file's), and `extra_tokens`, `pre_norm`; of a video ViT also `num_frames`, `tubelet_size` and the
+    fields of ViTConfig in VIDEO. `refused` keys must be false. `tensors` and `modules` (each a weight and a bias)
+    map stored names, less `prefix`, to parameters of TemporalViT or to one of these, which `pretrained` converts:
 
-        positions      one table: positions of the tokens before the patches, then of the patches
+        positions      one table: positions of the tokens before the patches, then of the patches; a video ViT
+                       with `sinusoid` stores none
         <layer>.scale  a LayerScale, folded into the layer before it
         <layer>.qkv    queries, keys and values in one layer
 
     `#` stands for a block's number. Of alternatives (`a|b`) the first that block 0 has stored is used, else the
     last; an empty last one makes the name optional, those of a block all together. Names that start with one of
     `unused` are ignored. `leading` lists possible numbers of rows before the patches' own in the position table.
-    `zeros` are set to 0 if absent.
+    `zeros` are set to 0 where the model has them.
     """
 
     prefix: str
@@ -53,6 +62,9 @@ class Family:
     fixed: Config = field(default_factory=dict)
     network: Callable[[Config, Mapping[str, Tensor]], Config] | None = None
     section: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    sinusoid: bool = False
     leading: tuple[int, ...] = (1,)
     antialias: bool = False
     zeros: tuple[str, ...] = ()
@@ -64,6 +76,7 @@ class Family:
         if self.section is not None:
             section = written.get(self.section)
             written = section if isinstance(section, dict) else {}
+        written = written | {ours: written[theirs] for ours, theirs in self.keys.items() if theirs in written}
         raw = {**self.defaults, **written, **self.fixed}
         return raw if self.network is None else self.network(raw, stored)
 
@@ -105,13 +118,17 @@ def find_family(config: Config, tensors: Collection[str]) -> Family | None:
     return FAMILIES[TIMM] if is_timm else None
 
 
+def _hidden_width(config: Config) -> int | None:
+    width, ratio = config["hidden_size"], config["mlp_ratio"]
+    is_number = type(width) is int and isinstance(ratio, int | float) and math.isfinite(ratio)
+    return int(width * ratio) if is_number else None
+
+
 def _dinov2(config: Config, tensors: Mapping[str, Tensor]) -> Config:
-    width, ratio, hidden = config["hidden_size"], config["mlp_ratio"], None
-    if type(width) is int and isinstance(ratio, int | float) and math.isfinite(ratio):
-        hidden = int(width * ratio)
-        if config["use_swiglu_ffn"]:
-            # Two thirds, rounded up to a multiple of 8: as many parameters as an MLP without a gate.
-            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    hidden = _hidden_width(config)
+    if hidden is not None and config["use_swiglu_ffn"]:
+        # Two thirds, rounded up to a multiple of 8: as many parameters as an MLP without a gate.
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     activation = {"hidden_act": "swiglu"} if config["use_swiglu_ffn"] else {}
     return config | {"intermediate_size": hidden, "extra_tokens": config["num_register_tokens"]} | activation
 
@@ -141,6 +158,31 @@ def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
         "extra_tokens": sum(tensors[n].numel() // width for n in ("reg_token", "dist_token") if n in tensors),
         "pre_norm": pre_norm,
     }
+
+
+def _videomae(config: Config, tensors: Mapping[str, Tensor]) -> Config:
+    """Fine-tuned models normalise the mean of the tokens, with torch's own epsilon; pretrained ones the tokens."""
+    pooled = {"norm": "pooled", "last_norm_eps": config["pooled_eps"] or config["layer_norm_eps"]}
+    hidden = {"intermediate_size": _hidden_width(config)} if "mlp_ratio" in config else {}
+    return config | hidden | (pooled if "fc_norm.weight" in tensors else {})
+
+
+def _vjepa2(config: Config, tensors: Mapping[str, Tensor]) -> Config:
+    return config | {"intermediate_size": _hidden_width(config)}
+
+
+def _vivit(config: Config, tensors: Mapping[str, Tensor]) -> Config:
+    sizes = config["tubelet_size"]
+    if isinstance(sizes, list) and len(sizes) == 3:
+        config = config | {"tubelet_size": sizes[0], "patch_size": sizes[1:]}
+    return config
+
+
+def sinusoids(count: int, width: int) -> Tensor:
+    """Fixed positions of VideoMAE's tokens, float32 (count, width): pairs of sine and cosine (arXiv:1706.03762)."""
+    pairs = torch.arange(width, dtype=torch.float64) // 2 * 2
+    angles = torch.arange(count, dtype=torch.float64).unsqueeze(1) / 10000 ** (pairs / width)
+    return torch.where(torch.arange(width) % 2 == 0, angles.sin(), angles.cos()).float()
 
 
 _VIT = Family(
@@ -193,6 +235,29 @@ _CLIP = Family(
     ),
     zeros=("patch_embed.bias",), mean=CLIP_MEAN, std=CLIP_STD,
 )  # fmt: skip
+_VIDEOMAE_BLOCK = "encoder.layer.#.attention.attention"
+_VIDEOMAE = Family(
+    prefix="videomae.",
+    defaults=_VIT.defaults | {  # transformers.VideoMAEConfig
+        "num_frames": 16, "tubelet_size": 2, "class_token": False, "positions": "joint", "pooled_eps": 1e-5,
+    },
+    keys={"qkv_bias": "qv_bias"}, network=_videomae, sinusoid=True,
+    tensors={
+        f"{_VIDEOMAE_BLOCK}.query.weight": "blocks.#.attention.q.weight",
+        f"{_VIDEOMAE_BLOCK}.key.weight": "blocks.#.attention.k.weight",
+        f"{_VIDEOMAE_BLOCK}.value.weight": "blocks.#.attention.v.weight",
+        f"{_VIDEOMAE_BLOCK}.q_bias": "blocks.#.attention.q.bias",
+        f"{_VIDEOMAE_BLOCK}.v_bias": "blocks.#.attention.v.bias",
+    },
+    modules={"embeddings.patch_embeddings.projection": "patch_embed", "fc_norm|layernorm": "norm"} | block_names(
+        "encoder.layer.#",
+        "layernorm_before attention.output.dense layernorm_after intermediate.dense output.dense",
+        "norm1 attention.proj norm2 mlp.fc1 mlp.fc2",
+    ),
+    # A key's bias adds the same to all scores of a query, which softmax ignores.
+    zeros=("blocks.#.attention.k.bias",),
+    unused=("decoder.", "encoder_to_decoder.", "mask_token", "classifier."),
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     "vit": _VIT,
     "deit": replace(
@@ -207,6 +272,52 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     ),
     "clip_vision_model": _CLIP,
     "clip": replace(_CLIP, unused=(*_CLIP.unused, "text_model."), section="vision_config"),
+    "videomae": _VIDEOMAE,
+    "VideoMAEv2_Base": Family(  # of all sizes
+        prefix="model.", section="model_config", refused=("cos_attn",), sinusoid=True, network=_videomae,
+        defaults=_VIDEOMAE.defaults | {
+            "mlp_ratio": 4, "layer_norm_eps": 1e-6, "pooled_eps": None, "num_frames": 16, "num_channels": 3,
+            **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")),
+        },
+        keys={
+            "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+            "image_size": "img_size", "num_channels": "in_chans",
+        },
+        tensors={
+            "blocks.#.attn.qkv.weight": "blocks.#.attention.qkv.weight",
+            "blocks.#.attn.q_bias": "blocks.#.attention.q.bias",
+            "blocks.#.attn.v_bias": "blocks.#.attention.v.bias",
+        },
+        modules={"patch_embed.proj": "patch_embed", "fc_norm|norm": "norm"} | block_names(
+            "blocks.#", "norm1 attn.proj norm2 mlp.fc1 mlp.fc2", "norm1 attention.proj norm2 mlp.fc1 mlp.fc2",
+        ),
+        zeros=_VIDEOMAE.zeros, unused=("head.",),
+    ),
+    "vjepa2": Family(
+        prefix="vjepa2.", network=_vjepa2,
+        defaults=_VIT.defaults | {  # transformers.VJEPA2Config
+            "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_ratio": 4,
+            "layer_norm_eps": 1e-6, "image_size": 256, "num_frames": 64, "tubelet_size": 2,
+            "class_token": False, "positions": "rotary",
+        },
+        keys={"image_size": "crop_size", "num_frames": "frames_per_clip", "num_channels": "in_chans"},
+        tensors={},
+        modules={
+            "encoder.embeddings.patch_embeddings.proj": "patch_embed", "encoder.layernorm": "norm",
+        } | block_names(
+            "encoder.layer.#", "norm1 attention.query attention.key attention.value attention.proj norm2 mlp.fc1 "
+            "mlp.fc2",
+        ),
+        unused=("predictor.", "pooler.", "classifier."),
+    ),
+    "vivit": replace(
+        _VIT, prefix="vivit.", network=_vivit,
+        mean=(0.75, 0.75, 0.75), std=(0.25, 0.25, 0.25),  # its processor's 0.5 and 0.5 after x / 127.5 - 1
+        defaults=_VIT.defaults | {
+            "hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "num_frames": 32, "tubelet_size": [2, 16, 16],
+            "positions": "joint",
+        },
+    ),
     TIMM: Family(
         prefix="", defaults={}, network=_timm,
         tensors={

@@ -1,27 +1,29 @@
-"""Pretrained weights, of an image ViT or of a model that tvit trained, loaded into the temporal ViT."""
+"""Pretrained weights, of an image or video ViT or of a model that tvit trained, loaded into the temporal ViT."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tvit_cli.model import families
-from tvit_cli.model.families import FAMILIES, POSITIONS, TIMM, Channels, Config, Family
+from tvit_cli.model.families import FAMILIES, POSITIONS, TIMM, VIDEO, Channels, Config, Family
 from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, empty_model, export_not_loadable, load_config
 from tvit_cli.model.weights import (
     PREPROCESSOR_FILE,
+    VIDEO_PREPROCESSOR_FILE,
     WeightsSource,
     check_match,
     check_tensor,
+    peek_config,
     resolve_weights,
 )
 from tvit_cli.portable.layers import resize_temporal
-from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid
+from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid, resize_joint
 from tvit_cli.settings.base import flag
 from tvit_cli.settings.card import IMAGENET_MEAN
 
@@ -31,7 +33,7 @@ SCHEME = ("attention", "temporal_depth", "temporal_index")  # fields that fix th
 
 ACTIVATIONS = {  # Hugging Face's name -> ours
     **{name: name for name in ("gelu", "quick_gelu", "relu", "silu", "swiglu")},
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
 }
 SIZES = {  # field of ViTConfig -> key of Hugging Face's config
     "width": "hidden_size",
@@ -41,7 +43,8 @@ SIZES = {  # field of ViTConfig -> key of Hugging Face's config
     "patch_size": "patch_size",
     "extra_tokens": "extra_tokens",
 }
-NETWORK = (*SIZES, "norm_eps", "activation", "qkv_bias", "pre_norm")  # fields that the weights fix
+NETWORK = (*SIZES, "norm_eps", "activation", "qkv_bias", "pre_norm", *VIDEO)  # fields that the weights fix
+_DEFAULTS = {item.name: item.default for item in fields(ViTConfig)}
 Notes = dict[str, None]  # an ordered set of notes for the user
 EXTRA_POSITIONS = "positions.extra_positions"  # added to positions.extra
 
@@ -58,10 +61,23 @@ class PretrainedConfig:
     mean: Channels
     std: Channels
     notes: tuple[str, ...] = ()
+    licence: str | None = None
+    clip: dict[str, Any] = field(default_factory=dict)  # of a video ViT: its own n_frames, tubelet_size, pool
+
+    @property
+    def n_tokens(self) -> int:
+        """Patches of a video ViT's own clips, T'*P."""
+        times = self.clip["n_frames"] // self.clip["tubelet_size"]
+        return int(times * (self.image_size // self.network["patch_size"]) ** 2)
 
     def vit_config(self, *, frame_size: int | None = None, **shape: Any) -> ViTConfig:
         """Config for these weights, by default at their frame size; `shape`: other fields. Raises ValueError."""
-        return ViTConfig(frame_size=frame_size or self.image_size, **shape, **self.network)
+        size = self.clip.get("tubelet_size")
+        if size is not None and (given := shape.get("tubelet_size", size)) != size:
+            raise ValueError(f"tubelet_size {given}: the weights have tubelets of {size} frames; use {size}")
+        return ViTConfig(
+            **{"frame_size": frame_size or self.image_size, **self.clip, **shape, **self.network}
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,8 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         check_match(source, source.tensors, own)  # before a network of these sizes is built
         network = {key: getattr(config, key) for key in NETWORK}
         mean, std = card.preprocessing.mean, card.preprocessing.std
-        return PretrainedConfig(*origin, config.frame_size, network, mean, std)
+        licence = None if card.base is None else card.base.licence
+        return PretrainedConfig(*origin, config.frame_size, network, mean, std, licence=licence)
     family, stored = _family(source)
     raw = family.config(source.read_json(CONFIG_FILE), stored)
     if family is FAMILIES[TIMM] and raw["num_attention_heads"] is None:
@@ -100,28 +117,65 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         raise source.error(f"num_channels is {raw['num_channels']!r}; frames of a video have 3.")
     if (activation := str(raw["hidden_act"])) not in ACTIVATIONS:
         raise source.error(f"hidden_act is {raw['hidden_act']!r}; tvit supports {', '.join(ACTIVATIONS)}.")
+    if refused := [key for key in family.refused if raw.get(key)]:
+        raise source.error(
+            f"{refused[0]} is {raw[refused[0]]!r}, which tvit does not support. Use other weights."
+        )
     norm_eps = raw["layer_norm_eps"]
     if not isinstance(norm_eps, float | int) or norm_eps <= 0:
         raise source.error(f"layer_norm_eps is {norm_eps!r}; it must be a number above 0.")
     mean, std, notes = _normalisation(source, family)
+
+    def number(key: str, *, least: int = 1) -> int:
+        return whole_number(source, raw, key, name=family.keys.get(key, key), least=least)
+
     network = {
-        **{k: whole_number(source, raw, key, least=int(k != "extra_tokens")) for k, key in SIZES.items()},
+        **{k: number(key, least=int(k != "extra_tokens")) for k, key in SIZES.items()},
         "norm_eps": float(norm_eps),
         "activation": ACTIVATIONS[activation],
         **{key: bool(raw[key]) for key in ("qkv_bias", "pre_norm")},
+        **{key: raw.get(key, _DEFAULTS[key]) for key in VIDEO},
     }
-    return PretrainedConfig(*origin, whole_number(source, raw, "image_size"), network, mean, std, notes)
+    clip: dict[str, Any] = {}
+    if "num_frames" in raw:
+        clip = {"n_frames": number("num_frames"), "tubelet_size": number("tubelet_size")}
+        clip |= {"pool": "class" if network["class_token"] else "mean"}
+    size, licence = number("image_size"), source.licence
+    return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip)
+
+
+def own_clips(name: str) -> dict[str, Any]:
+    """Settings that weights of a video ViT decide unless others are given: frames, tubelets, frame size, pooling.
+
+    Empty for other weights, and for a config that cannot be read: loading the weights reports that.
+    """
+    written = peek_config(name)
+    if written.get("positions", "grid") != "grid":  # a model that tvit trained
+        return {"img_size": written.get("frame_size")} | {
+            k: written.get(k) for k in ("n_frames", "tubelet_size", "pool")
+        }
+    family = FAMILIES.get(str(written.get("model_type")))
+    if family is None or "num_frames" not in family.defaults:
+        return {}
+    raw = family.config(written, {})
+    values = {
+        "n_frames": raw["num_frames"],
+        "tubelet_size": raw["tubelet_size"],
+        "img_size": raw["image_size"],
+    }
+    values = {key: value for key, value in values.items() if type(value) is int and value > 0}
+    return values | {"pool": "class" if raw.get("class_token", True) else "mean"}
 
 
 @torch.no_grad()
 def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
-    """Copies weights into the model, which at step 0 then equals the image ViT, or the model that tvit trained.
+    """Copies weights into the model, which at step 0 then equals the ViT, or the model that tvit trained.
 
-    Positions are interpolated bicubically to the model's grid (align_corners False, as in transformers). A
-    LayerScale is folded into the layer before it. Tubelets start by ViViT's central-frame initialisation
-    (arXiv:2103.15691). Of a model that tvit trained, all but the classifier is copied; between different
-    attention schemes, only the counterparts of an image ViT. Raises ModelError for tensors that are missing,
-    unexpected, stored twice, of the wrong shape or not finite.
+    Positions are interpolated bicubically to the model's grid (align_corners False, as in transformers), those of
+    a video ViT linearly to the model's times. A LayerScale is folded into the layer before it. On image weights,
+    tubelets start by ViViT's central-frame initialisation (arXiv:2103.15691). Of a model that tvit trained, all
+    but the classifier is copied; between different attention schemes, only the counterparts of an image ViT. Raises
+    ModelError for tensors that are missing, unexpected, stored twice, of the wrong shape or not finite.
     """
     config = read_config(source)
     for key, expected in config.network.items():
@@ -142,15 +196,20 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
     unused = tuple(name for name in stored if name.startswith(family.unused))
     check_match(source, {n: stored[n] for n in stored if n not in unused}, dict.fromkeys(names))
 
-    filled = set(family.zeros)
+    depths = map(str, range(config.network["depth"]))
+    filled = {zero.replace("#", number) for number in depths for zero in family.zeros} & parameters.keys()
     for name in filled:
         parameters[name].zero_()
-    later: dict[str, Tensor] = {}
     notes = dict.fromkeys(config.notes)
+    if family.sinusoid:
+        table = families.sinusoids(config.n_tokens, model.config.width)
+        parameters["positions.joint"].copy_(_joint_table(config, table, model.config, notes))
+        filled.add("positions.joint")
+    later: dict[str, Tensor] = {}
     for theirs, name in names.items():
         tensor = check_tensor(source, theirs, stored[theirs])
         tensor = _converted(tensor, model.norm.weight.dtype, notes)
-        for ours, value in _convert(source, family, name, tensor, model.config, notes).items():
+        for ours, value in _convert(source, family, config, name, tensor, model.config, notes).items():
             parameter = parameters.get(ours)
             shape: tuple[int, ...] = (model.config.width,) if parameter is None else tuple(parameter.shape)
             if ours == EXTRA_POSITIONS:
@@ -233,11 +292,13 @@ def _resize(
                 f"its tubelets are of {size} frames, {ours_too}. Give {flag('tubelet_size')} {size}."
             )
         return _inflate(tensor, ours.tubelet_size, notes)
+    times = ours.n_frames // ours.tubelet_size
+    if name == "positions.joint":
+        return resize_joint(tensor, times, (ours.grid, ours.grid))
     if name == "positions.spatial" and theirs.grid != ours.grid:
         before, after = (f"{config.grid} x {config.grid}" for config in (theirs, ours))
         notes[f"positions interpolated from {before} to {after} patches"] = None
         return resize_grid(tensor, (ours.grid, ours.grid))  # (1, P, D)
-    times = ours.n_frames // ours.tubelet_size
     if name in ("temporal.embedding", "summary.times.embedding") and tensor.shape[1] != times:
         notes[f"temporal embedding interpolated from {tensor.shape[1]} to {times} times"] = None
         return resize_temporal(tensor, times)
@@ -268,28 +329,41 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
     return family, stored
 
 
-def whole_number(source: WeightsSource, raw: Config, key: str, *, least: int = 1) -> int:
-    """A value of the config; of a list of equal values, the first. Raises ModelError."""
+def whole_number(
+    source: WeightsSource, raw: Config, key: str, *, name: str | None = None, least: int = 1
+) -> int:
+    """A value of the config, in the file called `name`; of a list of equal values, the first. Raises ModelError."""
     value = raw[key]
     if isinstance(value, list) and value and value.count(value[0]) == len(value):  # [224, 224]
         value = value[0]
     if type(value) is not int or value < least:
-        raise source.error(f"{key} is {value!r}; it must be a whole number, {least} or more.")
+        raise source.error(f"{name or key} is {value!r}; it must be a whole number, {least} or more.")
     return value
 
 
 def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Channels, tuple[str, ...]]:
-    """Mean and std of the channels, in [0, 1], and notes for the user."""
-    written, file_name = source.read_json(PREPROCESSOR_FILE), PREPROCESSOR_FILE
+    """Mean and std of the channels, in [0, 1], and notes for the user.
+
+    A `rescale_factor` other than 1 / 255 and ViViT's `offset` (1 is subtracted before the mean) are part of them.
+    """
+    has_own = (source.folder / PREPROCESSOR_FILE).is_file()
+    file_name = PREPROCESSOR_FILE if has_own else VIDEO_PREPROCESSOR_FILE
+    written = source.read_json(file_name)
     mean, std = written.get("image_mean", family.mean), written.get("image_std", family.std)
     if not written and isinstance(timm := source.read_json(CONFIG_FILE).get("pretrained_cfg"), dict):
         mean, std, file_name = timm.get("mean", family.mean), timm.get("std", family.std), CONFIG_FILE
     elif not written:
-        values = f"{'ImageNet' if family.mean == IMAGENET_MEAN else 'CLIP'}'s mean and std"
+        owners = {IMAGENET_MEAN: "ImageNet's mean and std", families.CLIP_MEAN: "CLIP's mean and std"}
+        values = owners.get(family.mean, f"mean {family.mean[0]:g} and std {family.std[0]:g}")
         note = f"no {PREPROCESSOR_FILE}: frames are normalised with {values}"
         return family.mean, family.std, (f"{note}; put it beside weights that have others",)
     if written.get("do_normalize") is False:
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), ()
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    factor = 1 / 255 if written.get("do_rescale") is False else written.get("rescale_factor", 1 / 255)
+    if not (isinstance(factor, float | int) and 0 < factor < 1):
+        raise source.error(
+            f"rescale_factor {factor!r} in {file_name} must be between 0 and 1. Fetch it again."
+        )
     try:
         (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
         levels, deviations = (red, green, blue), (red_std, green_std, blue_std)
@@ -301,15 +375,36 @@ def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Cha
             f"image_mean {mean} and image_std {std} in {file_name} must be three finite numbers each, the second "
             "above 0. Fetch the file again."
         )
+    offset, white = float(bool(written.get("offset"))), 255 * factor
+    if offset or not math.isclose(white, 1):
+        red, green, blue = ((level + offset) / white for level in levels)
+        red_std, green_std, blue_std = (deviation / white for deviation in deviations)
+        levels, deviations = (red, green, blue), (red_std, green_std, blue_std)
     return levels, deviations, ()
 
 
 def _convert(
-    source: WeightsSource, family: Family, name: str, tensor: Tensor, config: ViTConfig, notes: Notes
+    source: WeightsSource,
+    family: Family,
+    pretrained: PretrainedConfig,
+    name: str,
+    tensor: Tensor,
+    config: ViTConfig,
+    notes: Notes,
 ) -> dict[str, Tensor]:
     """Our parameters from one stored tensor: positions and fused layers are split, patch weights inflated."""
+    if name == "patch_embed.weight" and pretrained.clip:
+        if tensor.dim() == 5:  # (D, C, t, p, p) -> (D, t*C, p, p)
+            tensor = tensor.transpose(1, 2).flatten(1, 2)
+        return {name: tensor}
     if name == "patch_embed.weight" and config.tubelet_size > 1:
         return {name: _inflate(tensor, config.tubelet_size, notes)}
+    if name == POSITIONS and config.positions == "joint":
+        if tensor.shape != (shape := (1, pretrained.n_tokens + 1, config.width)):
+            problem = f"positions of the shape {tuple(tensor.shape)}, not {shape} as in its {CONFIG_FILE}"
+            raise source.error(f"{problem}. Fetch both again.")
+        joint = _joint_table(pretrained, tensor[0, 1:], config, notes)
+        return {"positions.class_position": tensor[:, :1], "positions.joint": joint}
     if name == POSITIONS:
         return _split_positions(source, family, tensor, config, notes)
     layer, fused, leaf = name.partition(".qkv.")
@@ -318,6 +413,19 @@ def _convert(
     if name == "positions.class_token" and tensor.shape == (config.width,):  # CLIP's
         tensor = tensor.view(1, 1, -1)
     return {name: tensor}
+
+
+def _joint_table(own: PretrainedConfig, table: Tensor, config: ViTConfig, notes: Notes) -> Tensor:
+    """Positions of a video ViT's own clips on those of the model, (T'*P, D) -> (1, T', P, D)."""
+    times, side = (
+        own.clip["n_frames"] // own.clip["tubelet_size"],
+        own.image_size // own.network["patch_size"],
+    )
+    ours = config.n_frames // config.tubelet_size
+    if (times, side) != (ours, config.grid):
+        before, after = f"{times} x {side} x {side}", f"{ours} x {config.grid} x {config.grid}"
+        notes[f"positions interpolated from {before} to {after} patches"] = None
+    return resize_joint(table.view(1, times, side**2, -1), ours, (config.grid, config.grid))
 
 
 def _split_positions(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
 
 from tvit_cli.errors import ModelError, shorten
@@ -23,8 +29,21 @@ from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, MODEL_FOLDER, PARITY_F
 PREPROCESSOR_FILE = "preprocessor_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+MOST_LICENCE = 80  # characters
+MOST_REQUESTS = 20  # pull requests of a repository that are searched for safetensors
 MERGED_FILE = "checkpoint_merged.safetensors"  # written by the reference implementation's training script
-HUB_FILES = (CARD_FILE, CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+VIDEO_PREPROCESSOR_FILE = "video_preprocessor_config.json"
+PREPROCESSORS = (PREPROCESSOR_FILE, VIDEO_PREPROCESSOR_FILE)
+README_FILE = "README.md"  # a hub repository's page, which begins with its licence
+HUB_FILES = (
+    README_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    *PREPROCESSORS,
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "model-*-of-*.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,17 @@ class WeightsSource:
         digests = [sha256(path) for path in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
+    @cached_property
+    def licence(self) -> str | None:
+        """Licence in the metadata of the repository's README.md, None where none is given. cc-by-nc-4.0"""
+        try:
+            lines = (self.folder / README_FILE).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return None
+        header = itertools.takewhile(lambda line: line != "---", lines[1:] if lines[:1] == ["---"] else [])
+        found = [line.partition(":")[2].strip() for line in header if line.startswith("license:")]
+        return found[0][:MOST_LICENCE] if found and found[0] else None
+
     def read_json(self, file_name: str) -> dict[str, Any]:
         """The JSON object in a file of the folder, empty if the file does not exist. Raises ModelError."""
         if not (self.folder / file_name).is_file():
@@ -88,9 +118,10 @@ class WeightsSource:
 def resolve_weights(name: str) -> WeightsSource:
     """The weights called `name`: a safetensors file, a local folder, or a Hugging Face repository.
 
-    A local folder may be a model folder of tvit or a run. A repository is taken from the cache or the hub; a name
-    that ends in .safetensors is always a file. Raises ModelError for a name that is none of them, for a repository
-    that is neither cached nor reachable, for a folder without config or safetensors, and for a pickle.
+    A local folder may be a model folder of tvit or a run. A repository is taken from the cache or the hub, at the
+    revision of NAME@REVISION; a name that ends in .safetensors is always a file. Raises ModelError for a name that
+    is none of them, for a repository that is neither cached nor reachable, for a folder without config or
+    safetensors, and for a pickle.
     """
     path, exists = Path(name).expanduser(), False
     with suppress(OSError):  # the name is too long for a file
@@ -99,7 +130,10 @@ def resolve_weights(name: str) -> WeightsSource:
         if path.suffix == SUFFIX:
             raise ModelError(f"{name}: no such file. Check the path.")
         folder = _fetch(name)
-        return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
+        try:
+            return WeightsSource(name, folder, _weights_files(name, folder), revision=folder.name)
+        except ModelError as error:
+            raise ModelError(f"{error}{_converted_revision(name)}") from error
     if path.is_dir():
         is_run = (path / MODEL_FOLDER / CARD_FILE).is_file() and not (path / CONFIG_FILE).is_file()
         path = path / MODEL_FOLDER if is_run else path
@@ -107,6 +141,29 @@ def resolve_weights(name: str) -> WeightsSource:
     if path.suffix != SUFFIX:
         raise ModelError(f"{name}: not a {SUFFIX} file. {_how_to_convert(str(path.parent))}")
     return WeightsSource(name, path.parent, (path,))
+
+
+def peek_config(name: str) -> dict[str, Any]:
+    """The config.json of weights (of a repository without the weights), or the `model` of tvit's card.
+
+    Empty where neither can be read.
+    """
+    path = Path(name).expanduser()
+    try:
+        if not path.exists() and path.suffix != SUFFIX:
+            repository, _, revision = name.partition("@")
+            path = Path(hf_hub_download(repository, CONFIG_FILE, revision=revision or None)).parent
+        source = WeightsSource(name, path if path.is_dir() else path.parent, ())
+        folders = (source.folder, source.folder / MODEL_FOLDER)
+        cards = [folder for folder in folders if (folder / CARD_FILE).is_file()]
+        config = source.read_json(CONFIG_FILE)
+        return (
+            dict(replace(source, folder=cards[0]).read_json(CARD_FILE)["model"])
+            if cards and not config
+            else config
+        )
+    except Exception:  # noqa: BLE001  (the hub's HTTP client, and so its errors, differ between hub versions)
+        return {}
 
 
 def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
@@ -120,9 +177,10 @@ def find_weights(path: Path, working_directory: Path) -> WeightsSource | None:
         if (path / MERGED_FILE).is_file() and not published:
             return resolve_weights(str(path / MERGED_FILE))
         return resolve_weights(str(path)) if (path / CONFIG_FILE).is_file() else None
-    is_name = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
+    repository = Path(path.as_posix().partition("@")[0])
+    is_name = not path.is_absolute() and len(repository.parts) == 2 and not repository.parent.exists()
     is_local = path.is_file() or path.suffix == SUFFIX
-    is_run = working_directory.absolute().is_relative_to(path.parent.absolute())
+    is_run = working_directory.absolute().is_relative_to(repository.parent.absolute())
     return resolve_weights(path.as_posix()) if is_local or (is_name and not is_run) else None
 
 
@@ -141,9 +199,14 @@ def weights_name(given: Path, source: WeightsSource) -> str:
 
 def _fetch(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        repository, _, revision = name.partition("@")
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except HFValidationError as error:
         raise ModelError(f"{name}: no such folder, and not a valid name of a hub repository.") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"{name}: the hub's repository has no such revision. Check what follows the @."
+        ) from error
     except RepositoryNotFoundError as error:
         problem = f"{name}: no such folder, and no such public repository on the Hugging Face hub"
         raise ModelError(f"{problem}. Check the name; for a private or gated one: hf auth login") from error
@@ -159,6 +222,19 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # the hub's HTTP client, and so its errors, differ between hub versions
         problem = f"cannot be fetched from the Hugging Face hub ({error})"
         raise ModelError(f"{name}: {problem}. Try again.") from error
+
+
+def _converted_revision(name: str) -> str:
+    """A sentence that names a pull request of the repository with safetensors; empty without one."""
+    repository, api = name.partition("@")[0], HfApi()
+    try:
+        requests = api.list_repo_refs(repository, include_pull_requests=True).pull_requests or []
+        for request in requests[:MOST_REQUESTS]:
+            if WEIGHTS_FILE in api.list_repo_files(repository, revision=request.ref):
+                return f" Or name the revision that has safetensors: {repository}@{request.ref}"
+    except Exception:  # noqa: BLE001  (the advice is beside the error: without the hub it is left out)
+        return ""
+    return ""
 
 
 def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 
 ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
+POSITIONS = ("grid", "joint", "rotary")
+NORMS = ("tokens", "pooled")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
 DIVISORS = {"frame_size": "patch_size", "n_frames": "tubelet_size", "width": "num_heads"}
 TEMPORAL_DEPTH = 2
@@ -22,6 +24,11 @@ class ViTConfig:
     other clips. `extra_tokens` follow the class token. `pre_norm` is a LayerNorm before the first block.
     `temporal_index` numbers the rows of the temporal embedding by frame, or by token as the reference does.
     `feature_norm` standardises features before the classifier.
+
+    Video ViTs differ from image ViTs in four fields. `class_token`: most have none. `positions`: one table over
+    space and time (joint) or rotary positions in every block (rotary) replace the spatial and temporal embeddings
+    (grid). `norm`: the last LayerNorm is applied to the tokens or to the pooled vector; `last_norm_eps` None is
+    `norm_eps`.
     """
 
     num_classes: int
@@ -44,6 +51,10 @@ class ViTConfig:
     pre_norm: bool = False
     temporal_index: str = "frame"
     feature_norm: bool = False
+    class_token: bool = True
+    positions: str = "grid"
+    norm: str = "tokens"
+    last_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         if self.mlp_width is None:
@@ -61,6 +72,7 @@ class ViTConfig:
                 raise ValueError(f"{problem}; use {nearest}")
         indices = ("frame", "token")
         known = {"activation": ACTIVATIONS, "attention": ATTENTIONS, "pool": POOLS, "temporal_index": indices}
+        known |= {"positions": POSITIONS, "norm": NORMS}
         for name, choices in known.items():
             if (choice := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} {choice!r} is not known; use one of {', '.join(choices)}")
@@ -72,6 +84,17 @@ class ViTConfig:
         if self.temporal_depth is not None and self.attention != "factorized":
             problem = f"{self.temporal_depth}: attention {self.attention} has no temporal blocks"
             raise ValueError(f"temporal_depth {problem}; leave it out, or use attention factorized")
+        if self.pool == "class" and not self.class_token:
+            raise ValueError("pool class needs a class token, and this network has none; use pool mean")
+        if self.positions != "grid" and self.attention != "joint":
+            problem = f"attention {self.attention}: a network with {self.positions} positions"
+            raise ValueError(f"{problem} attends over all tokens; use attention joint")
+        if not self.class_token and self.extra_tokens:
+            raise ValueError(
+                f"extra_tokens {self.extra_tokens}: they follow a class token; use extra_tokens 0"
+            )
+        if self.positions == "rotary" and (self.class_token or self.width // self.num_heads < 6):
+            raise ValueError("rotary positions need heads of 6 or more channels and no class token")
 
     @property
     def grid(self) -> int:

@@ -30,8 +30,11 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(width, width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
-        """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group are the queries (None: all)."""
+    def forward(self, tokens: Tensor, n_queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
+        """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group are the queries (None: all).
+
+        `rotation` is that of rotary positions, (2, B*G, 1, N, D/A): see `rotary_table`.
+        """
         # Cast once: autocast would make and keep a copy for each of the three layers.
         tokens = tokens.to(autocast_dtype(tokens.device) or tokens.dtype)
         # Contiguous: for strided rows torch's choice of matmul, and so the last bit of the result, depends on
@@ -40,12 +43,37 @@ class SelfAttention(nn.Module):
         q = self._split_heads(self.q(queries))  # (B*G, A, Q, D/A)
         k = self._split_heads(self.k(tokens))  # (B*G, A, N, D/A)
         v = self._split_heads(self.v(tokens))  # (B*G, A, N, D/A)
+        if rotation is not None:
+            q, k = rotate(q, rotation[:, :, :, : q.shape[2]]), rotate(k, rotation)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B*G, A, Q, D/A)
         return self.proj(attended.transpose(1, 2).reshape(queries.shape))  # (B, G, Q, D)
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         heads = tokens.reshape(-1, tokens.shape[2], self.num_heads, tokens.shape[3] // self.num_heads)
         return heads.transpose(1, 2)  # (B*G, N, A, D/A) -> (B*G, A, N, D/A)
+
+
+def rotary_table(n_times: int, grid: tuple[int, int], head_width: int, device: torch.device) -> Tensor:
+    """Cosines and signed sines of V-JEPA 2's rotary positions (arXiv:2506.09985), float32 (2, T'*P, D/A).
+
+    A third of a head's channels, rounded down to an even number, turns with the time, the next with the row, the
+    next with the column, at frequencies down to 1 / 10,000; the rest does not turn. The frequencies of a third are
+    in order, twice, while adjacent channels are a pair: V-JEPA 2 was trained so.
+    """
+    part = 2 * (head_width // 3 // 2)
+    frequencies = 10000 ** -(torch.arange(part // 2, device=device) / (part / 2))  # (part/2,)
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in (n_times, *grid)]
+    places = torch.cartesian_prod(*axes)  # (T'*P, 3)
+    angles = (places.unsqueeze(2) * frequencies).repeat(1, 1, 2).flatten(1)  # (T'*P, 3 part)
+    angles = F.pad(angles, (0, head_width - 3 * part))
+    signs = torch.arange(head_width, device=device) % 2 * 2 - 1  # -1, 1, -1, 1, …
+    return torch.stack((angles.cos(), signs * angles.sin()))
+
+
+def rotate(heads: Tensor, table: Tensor) -> Tensor:
+    """Turns pairs of adjacent channels, (B, A, N, D/A) and (2, B, 1, N, D/A) -> (B, A, N, D/A)."""
+    swapped = heads.reshape(*heads.shape[:3], -1, 2).flip(4).reshape(heads.shape)
+    return torch.addcmul(heads * table[0], swapped, table[1]).to(heads.dtype)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -122,9 +150,9 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, config.hidden_width, config.activation)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, n_queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group (None: all)."""
-        attended = self.attention(self.norm1(tokens), n_queries)  # (B, G, Q, D)
+        attended = self.attention(self.norm1(tokens), n_queries, rotation)  # (B, G, Q, D)
         tokens = tokens[:, :, :n_queries] + self.drop_path(attended)
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
@@ -141,9 +169,9 @@ class DividedBlock(Block):
         super().__init__(config, drop_path)
         self.temporal = TemporalAttention(config)
 
-    def forward(self, tokens: Tensor, n_queries: int | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, n_queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """(B, T', N, D) -> (B, T', Q, D)."""
-        return super().forward(tokens + self.drop_path(self.temporal(tokens)), n_queries)
+        return super().forward(tokens + self.drop_path(self.temporal(tokens)), n_queries, rotation)
 
 
 class TemporalAttention(nn.Module):

@@ -2,7 +2,8 @@
 
 Each tubelet of a clip (a patch over a few frames) becomes a token. Tokens get temporal and spatial embeddings and
 attend to each other in groups: the whole clip, or each frame. Pooling turns each group into one vector, by default
-its class token; a summary of the groups is classified.
+its class token; a summary of the groups is classified. Video ViTs have one table of positions over space and time,
+or rotary positions in their blocks.
 
 Letters: B clips, T frames, C channels, H W pixels, t frames per tubelet, T' = T/t, p pixels along a patch,
 P patches per frame, G groups (1 or T'), N tokens of a group, Q query tokens, D width, A heads, K classes.
@@ -29,11 +30,21 @@ from .layers import (
     TemporalEncoder,
     TokenIndexedEmbedding,
     autocast_dtype,
+    resize_temporal,
+    rotary_table,
     run_block,
     truncated_normal,
 )
 
-__all__ = ["Positions", "TemporalViT", "ViTConfig", "build_model", "init_layer", "resize_grid"]
+__all__ = [
+    "Positions",
+    "TemporalViT",
+    "ViTConfig",
+    "build_model",
+    "init_layer",
+    "resize_grid",
+    "resize_joint",
+]
 
 
 class ClassToken(nn.Module):
@@ -56,7 +67,7 @@ class MeanPatch(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.first = 1 + config.extra_tokens
+        self.first = int(config.class_token) + config.extra_tokens
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, G, N, D) -> (B, G, D)."""
@@ -160,31 +171,87 @@ class Positions(nn.Module):
     def __init__(self, config: ViTConfig, grouping: nn.Module, token_drop: nn.Module) -> None:
         super().__init__()
         self.grid = config.grid
-        self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.class_position = nn.Parameter(torch.empty(1, 1, config.width))
-        extra = nn.Parameter(torch.empty(1, config.extra_tokens, config.width))
-        self.extra = extra if config.extra_tokens else None
-        self.spatial = nn.Parameter(torch.empty(1, config.patches_per_frame, config.width))
+        self.class_token = self._token(config.width) if config.class_token else None
+        self.class_position = self._token(config.width) if config.class_token else None
+        self.extra = self._token(config.width, config.extra_tokens) if config.extra_tokens else None
+        self.add_table(config)
         self.grouping = grouping
         self.token_drop = token_drop
 
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, T', P, D) -> (B, G, N, D); `grid` is the number of patches of a frame, down and across."""
+    def add_table(self, config: ViTConfig) -> None:
+        """Makes the parameters that `place` reads."""
+        self.spatial = self._token(config.width, config.patches_per_frame)
+
+    def place(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Adds positions to patches, (B, T', P, D) -> (B, T', P, D)."""
         is_own = grid == (self.grid, self.grid)
-        spatial = self.spatial if is_own else resize_grid(self.spatial, grid)  # (1, P, D)
-        groups = self.token_drop(self.grouping(patches + spatial))  # (B, G, patches of a group, D)
+        return patches + (self.spatial if is_own else resize_grid(self.spatial, grid))  # (1, P, D)
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """(B, T', P, D) -> (B, G, N, D), and the rotation of rotary positions or None.
+
+        `grid` is the number of patches of a frame, down and across.
+        """
+        groups = self.token_drop(self.grouping(self.place(patches, grid)))  # (B, G, patches of a group, D)
+        if self.class_token is None or self.class_position is None:
+            return groups, None
         first = self.class_token + self.class_position  # (1, 1, D)
         if self.extra is not None:
             first = torch.cat([first, self.extra], dim=1)  # (1, 1 + extra, D)
-        return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2)
+        return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2), None
+
+    @staticmethod
+    def _token(width: int, count: int = 1) -> nn.Parameter:
+        return nn.Parameter(torch.empty(1, count, width))
+
+
+class JointPositions(Positions):
+    """One table over space and time; other frame sizes: bicubic, other numbers of frames: linear interpolation."""
+
+    def add_table(self, config: ViTConfig) -> None:
+        n_times = config.n_frames // config.tubelet_size
+        self.joint = nn.Parameter(torch.empty(1, n_times, config.patches_per_frame, config.width))
+
+    def place(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return patches + resize_joint(self.joint, patches.shape[1], grid)
+
+
+class RotaryPositions(Positions):
+    """Positions turn queries and keys in every block; patches stay as they are."""
+
+    def add_table(self, config: ViTConfig) -> None:
+        self.head_width = config.width // config.num_heads
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """(B, T', P, D) -> (B, 1, N, D), and each token's row of the rotary table, (2, B, 1, N, D/A)."""
+        table = rotary_table(patches.shape[1], grid, self.head_width, patches.device)  # (2, T'*P, D/A)
+        groups = self.grouping(patches)  # (B, 1, T'*P, D)
+        rows = table.transpose(0, 1).flatten(1).expand(len(groups), 1, -1, -1)  # (B, 1, T'*P, 2 D/A)
+        # Dropped together, so that tokens keep their positions.
+        both = self.token_drop(torch.cat([groups, rows], dim=3))
+        tokens, kept = both.split([groups.shape[3], rows.shape[3]], dim=3)
+        return tokens, torch.stack(kept.chunk(2, dim=3))
+
+
+POSITIONS = {"grid": Positions, "joint": JointPositions, "rotary": RotaryPositions}  # by ViTConfig.positions
 
 
 def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
-    """Interpolates a square grid bicubically as transformers does, (1, P, D) -> (1, P of the new grid, D)."""
+    """Interpolates a square grid bicubically as transformers does, (n, P, D) -> (n, P of the new grid, D)."""
     side = round(positions.shape[1] ** 0.5)
-    picture = positions.transpose(1, 2).reshape(1, -1, side, side)  # (1, D, side, side)
+    picture = positions.transpose(1, 2).reshape(len(positions), -1, side, side)  # (n, D, side, side)
     picture = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     return picture.flatten(2).transpose(1, 2)
+
+
+def resize_joint(table: Tensor, n_times: int, grid: tuple[int, int]) -> Tensor:
+    """A table over space and time, bicubic in space, linear in time: (1, T', P, D) -> (1, n_times, P new, D)."""
+    side = round(table.shape[2] ** 0.5)
+    if grid != (side, side):
+        table = resize_grid(table[0], grid).unsqueeze(0)
+    if n_times != table.shape[1]:
+        table = resize_temporal(table.flatten(2).unsqueeze(2), n_times).view(1, n_times, *table.shape[2:])
+    return table
 
 
 class TemporalViT(nn.Module):
@@ -210,15 +277,16 @@ class TemporalViT(nn.Module):
             n_channels = config.tubelet_size * config.num_channels
             self.patch_embed = nn.Conv2d(n_channels, width, kernel_size=patch_size, stride=patch_size)
             n_times = config.n_frames // config.tubelet_size
-            self.temporal = embedding(n_times, width) if scheme.has_embedding else nn.Identity()
+            has_embedding = scheme.has_embedding and config.positions == "grid"
+            self.temporal = embedding(n_times, width) if has_embedding else nn.Identity()
             drop = TokenDrop(token_drop, aligned=scheme.attends_over_time) if token_drop else nn.Identity()
-            self.positions = Positions(config, scheme.grouping(), drop)
+            self.positions = POSITIONS[config.positions](config, scheme.grouping(), drop)
             self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
             last = max(1, config.depth - 1)
             self.blocks = nn.ModuleList(
                 scheme.block(config, drop_path * n / last) for n in range(config.depth)
             )
-            self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+            self.norm = nn.LayerNorm(width, eps=config.last_norm_eps or config.norm_eps)
             self.pool = POOLING[config.pool](config)
             self.summary = TemporalEncoder(config) if scheme.has_encoder else MeanOverGroups()
             self.feature_norm = FeatureNorm(width) if config.feature_norm else nn.Identity()
@@ -243,13 +311,16 @@ class TemporalViT(nn.Module):
         patches = self.patch_embed(tubelets).flatten(2).transpose(1, 2)  # (B*T', P, D)
         patches = patches.reshape(n_clips, n_frames // tubelet_size, *patches.shape[1:])  # (B, T', P, D)
         grid = (height // patch_size, width // patch_size)
-        tokens = self.pre_norm(self.positions(self.temporal(patches), grid))  # (B, G, N, D)
+        tokens, rotation = self.positions(self.temporal(patches), grid)
+        tokens = self.pre_norm(tokens)  # (B, G, N, D)
+        options = {} if rotation is None else {"rotation": rotation}
         *blocks, last = self.blocks
         for block in blocks:
-            tokens = self.run_block(block, tokens)  # (B, G, N, D)
+            tokens = self.run_block(block, tokens, **options)  # (B, G, N, D)
         # The last block computes only the tokens that pooling reads.
-        tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries)  # (B, G, Q, D)
-        groups = self.pool(self.norm(tokens))  # (B, G, D)
+        tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries, **options)  # (B, G, Q, D)
+        is_pooled = self.config.norm == "pooled"
+        groups = self.norm(self.pool(tokens)) if is_pooled else self.pool(self.norm(tokens))  # (B, G, D)
         return self.feature_norm(self.summary(groups))  # (B, D)
 
     def classify(self, features: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class BaseWeights(BaseModel, frozen=True, extra="forbid"):
     name: str
     revision: str | None = None
     sha256: str | None = None
+    licence: str | None = None
 
 
 class ModelCard(BaseModel, frozen=True, extra="forbid"):

@@ -36,6 +36,7 @@ class TrainSettings(types.DataSettings):
 
     SERIES: ClassVar[tuple[str, ...]] = ("seed", "split")
     NAMING: ClassVar[tuple[str, ...]] = (
+        "hf_model_name",
         "from_",
         "resume_from_checkpoint",
         "experiment_name",

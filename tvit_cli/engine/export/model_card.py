@@ -31,6 +31,8 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
     header += "tags:\n- tvit\n- video-classification\n"
     if card.base is not None and "/" in card.base.name:  # a name on the hub, not a folder's
         header += f"base_model: {card.base.name}\n"
+    if card.base is not None and card.base.licence:
+        header += f"license: {card.base.licence}\n"
     inside = settings.with_preprocessing
     page = resources.files("tvit_cli.engine.export") / "use" / f"{settings.format}.md"
     usage = Template(page.read_text(encoding="utf-8")).substitute(
@@ -87,6 +89,7 @@ def _provenance(card: ModelCard) -> list[tuple[str, str]]:
     if card.base is not None:
         base = card.base.name + (f", revision {card.base.revision}" if card.base.revision else "")
         base += f", sha256 `{card.base.sha256}`" if card.base.sha256 else ""
+        base += f", licence {card.base.licence}" if card.base.licence else ""
     shape = ("attention", "pool", "width", "depth", "num_heads", "patch_size", "tubelet_size", "n_frames")
     adapter = ("lora_rank", "lora_alpha") if settings.get("train") == "lora" else ()
     training = ("train", *adapter, "epochs", "learning_rate", "per_gpu_batch_size", "seed")

@@ -18,6 +18,7 @@ from torch import nn
 from tvit_cli.data.layout import Video, matching_label
 from tvit_cli.errors import ModelError, RunError, SettingsError
 from tvit_cli.model import lora
+from tvit_cli.model.families import VIDEO
 from tvit_cli.model.folder import load_card
 from tvit_cli.model.pretrained import NETWORK, SCHEME, load_pretrained, read_config, resolve_weights
 from tvit_cli.model.weights import WeightsSource
@@ -54,7 +55,10 @@ class Built:
         if self.base is None:
             return {}
         normalisation = self.preprocessing.model_dump(mode="json", include={"mean", "std"})
-        return {name: getattr(self.config, name) for name in NETWORK} | normalisation
+        new = {
+            name for name in VIDEO if getattr(self.config, name) == getattr(ViTConfig, name)
+        }  # in older runs, too
+        return {name: getattr(self.config, name) for name in NETWORK if name not in new} | normalisation
 
 
 def build(
@@ -102,7 +106,14 @@ def build(
     base = None
     if source is not None:
         loaded = load_pretrained(model, source)
-        base = BaseWeights(name=pretrained.name, revision=pretrained.revision, sha256=pretrained.sha256)
+        base = BaseWeights(**{key: getattr(pretrained, key) for key in BaseWeights.model_fields})
+        if pretrained.clip:
+            own, side = pretrained.clip, pretrained.image_size
+            clip = f"{own['n_frames']} frames of {side} px in tubelets of {own['tubelet_size']}"
+            report(Note(f"{settings.pretrained}: a video ViT for clips of {clip}."))
+        if base.licence and "nc" in base.licence.lower().split("-"):
+            reason = f"licence {base.licence}: not for commercial use, nor is a model trained from it"
+            report(Note(f"{settings.pretrained}: {reason}.", "warning"))
         new, unused = ", ".join(loaded.new) or "none", ", ".join(loaded.unused) or "none"
         counts = f"{loaded.matched} tensors loaded; new: {new}; unused: {unused}"
         report(Note(f"{settings.pretrained}: {counts}", "detail"))
@@ -162,7 +173,7 @@ def _warnings(settings: TrainSettings, model: TemporalViT, source: WeightsSource
             yield f"--train {settings.train}: {text}. Train them with --train lora or last-1."
         patches = model.patch_embed.named_parameters()
         is_frozen = not any(p.requires_grad for name, p in patches if not name.endswith("bias"))
-        if model.config.tubelet_size > 1 and is_frozen:
+        if model.config.tubelet_size > 1 and model.config.positions == "grid" and is_frozen:
             text = f"The model uses one frame of each tubelet of {settings.tubelet_size}"
             advice = "Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
             yield f"{text}: the weights of the others stay at zero. {advice}"

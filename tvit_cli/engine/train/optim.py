@@ -58,7 +58,18 @@ def loss_share(losses: Tensor, targets: Targets, *, step_clips: int) -> Tensor:
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Learned tokens and positions are offsets, not weights of a linear map; DeiT does not decay them either.
 EMBEDDINGS = frozenset(
-    {"class_token", "class_position", "spatial", "embedding", "gate", "queries", "extra", "shift", "scale"}
+    {
+        "class_token",
+        "class_position",
+        "spatial",
+        "joint",
+        "embedding",
+        "gate",
+        "queries",
+        "extra",
+        "shift",
+        "scale",
+    }
 )
 MAGNITUDES = "lora_magnitude_vector"  # DoRA's magnitudes: decay would pull them to zero
 # Pretrained layers before the first block; without the temporal embedding, which starts at zero.

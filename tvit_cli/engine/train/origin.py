@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tvit_cli.data.layout import HeldOut, SplitChoice, matching_label, read_layout, same_class, split_choice
 from tvit_cli.engine.dataset import DataSource, find_data, video_root
@@ -28,6 +27,7 @@ from tvit_cli.model.folder import (
     load_config,
     replace_folder,
 )
+from tvit_cli.model.pretrained import own_clips
 from tvit_cli.model.weights import WeightsSource, resolve_weights
 from tvit_cli.settings.base import Layer, Loaded, extra, read_config, suggestion
 from tvit_cli.settings.card import ModelCard
@@ -48,7 +48,7 @@ _SUBSETS = ("val", "test")
 
 
 def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
-    """The settings of the run that is resumed, or those taken over from the model of --from.
+    """Settings of the run that is resumed, of the model of --from, or of a video ViT's weights.
 
     Raises CheckpointError or ModelError for a run or a model that cannot be used.
     """
@@ -56,13 +56,16 @@ def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
     if settings.resume_from_checkpoint is not None and len(named.series) == 1:
         return read_config(saved_settings(find_run(settings)))
     if (origin := find_origin(settings)) is None:
-        return None
+        values = own_clips(settings.hf_model_name) if settings.hf_model_name else {}
+        return (
+            Layer(f"weights {settings.hf_model_name}", values, "--hf-model-name, {key}") if values else None
+        )
     card, config = load_config(origin.folder)
     own = _OWN | {name for name, f in TrainSettings.model_fields.items() if extra(f).get("resume_safe")}
     if settings.path_to_data is not None and not _is_known(card, settings.path_to_data):
         own |= {"split", "val_groups", "test_groups"}
     kept = {k: v for k, v in card.settings.items() if k in TrainSettings.model_fields and k not in own}
-    values: dict[str, Any] = {**kept, "path_to_data": card.settings.get("path_to_data")}
+    values = {**kept, "path_to_data": card.settings.get("path_to_data")}
     values |= {key: getattr(config, key) for key in CHOSEN_SHAPE}
     values |= card.preprocessing.model_dump(include={"frame_grid", "resize"})
     return Layer(f"from {settings.from_}", {**values, "img_size": config.frame_size}, "--from, {key}")

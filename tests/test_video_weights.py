@@ -1,0 +1,433 @@
+"""Video ViTs against transformers, at step 0: VideoMAE, VideoMAE V2, V-JEPA 2, ViViT."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny import records
+
+import tvit_cli
+from tvit_cli.errors import ModelError
+from tvit_cli.model.lora import LoraSpec, set_trainable
+from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.portable.vit import build_model
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # transformers warns of its optional dependencies
+    import transformers
+
+SHAPE = {
+    "image_size": 32, "patch_size": 8, "num_frames": 4, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+DECODER = {
+    "decoder_num_hidden_layers": 1, "decoder_hidden_size": 16, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+}  # fmt: skip
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def videomae(**changes):
+    config = transformers.VideoMAEConfig(**SHAPE, use_mean_pooling=True, **changes)
+    return transformers.VideoMAEForVideoClassification(config)
+
+
+def videomae_pretrained(**changes):
+    config = transformers.VideoMAEConfig(**SHAPE, **DECODER, use_mean_pooling=False, **changes)
+    return transformers.VideoMAEForPreTraining(config)
+
+
+def vjepa2(kind=transformers.VJEPA2Model, size=32, **changes):
+    shape = {
+        "crop_size": size, "patch_size": 8, "frames_per_clip": 4, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "mlp_ratio": 2.0, "num_pooler_layers": 1, "pred_hidden_size": 48,
+        "pred_num_attention_heads": 4, "pred_num_hidden_layers": 1, **changes,
+    }  # fmt: skip
+    return kind(transformers.VJEPA2Config(**shape))
+
+
+def vivit(**changes):
+    shape = {key: value for key, value in SHAPE.items() if key != "patch_size"}
+    config = transformers.VivitConfig(**shape, tubelet_size=[2, 8, 8], **changes)
+    return transformers.VivitForVideoClassification(config)
+
+
+MODELS = {
+    "VideoMAE, fine-tuned": videomae,
+    "VideoMAE, pretrained": videomae_pretrained,
+    "VideoMAE without biases": lambda: videomae(qv_bias=False),
+    "V-JEPA 2": vjepa2,
+    "V-JEPA 2, classifier": lambda: vjepa2(transformers.VJEPA2ForVideoClassification),
+    "ViViT": vivit,
+}
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(name):
+        model = randomised(MODELS[name]())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(tmp_path / "weights")
+        return model, tmp_path / "weights"
+
+    return save
+
+
+def loaded(folder, **shape):
+    source = resolve_weights(str(folder))
+    config = read_config(source).vit_config(num_classes=3, **shape)
+    model = build_model(config, seed=0, from_scratch=False).eval()
+    return model, load_pretrained(model, source)
+
+
+def clips(n_frames=4, size=32):
+    return torch.randn(2, n_frames, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def features_of(model, frames, **how):
+    """Features that a classifier reads: of pretrained encoders the mean of the tokens."""
+    if hasattr(model, "fc_norm"):
+        return model.fc_norm(model.videomae(frames).last_hidden_state.mean(1))
+    if hasattr(model, "vivit"):
+        return model.vivit(frames, **how).last_hidden_state[:, 0]
+    if hasattr(model, "videomae"):
+        return model.videomae(frames).last_hidden_state.mean(1)
+    return getattr(model, "vjepa2", model).get_vision_features(frames).mean(1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_step_0_a_clip_gives_the_features_of_the_familys_own_model(name, saved):
+    theirs, folder = saved(name)
+    model, report = loaded(folder)
+    with torch.no_grad():
+        features, backwards = model.features(clips()), model.features(clips().flip(1))
+    torch.testing.assert_close(features, features_of(theirs, clips()), **CLOSE)
+    assert (features - backwards).abs().max() > 0.01  # it does depend on the order of frames
+    assert report.new == ("classifier.weight", "classifier.bias")
+    weights = model.classifier.weight.data = torch.randn(3, features.shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips()), F.linear(features_of(theirs, clips()), weights), **CLOSE)
+
+
+def test_videomae_v2_is_read_without_its_remote_code(saved):
+    theirs, folder = saved("VideoMAE, fine-tuned")
+    theirs.fc_norm.eps = 1e-6
+    for layer in theirs.videomae.encoder.layer:
+        layer.layernorm_before.eps = layer.layernorm_after.eps = 1e-6
+    tensors = {}
+    names = {
+        "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+        "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.attention": "attn",
+    }  # fmt: skip
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        own = name.removeprefix("videomae.").replace("encoder.layer", "blocks")
+        own = own.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
+        for ours, v2 in names.items():
+            own = own.replace(ours, v2)
+        tensors[f"model.{own}" if own.startswith(("blocks", "patch")) else own] = tensor
+    for block in ("model.blocks.0.attn", "model.blocks.1.attn"):
+        parts = [tensors.pop(f"{block}.{part}.weight") for part in ("query", "key", "value")]
+        tensors[f"{block}.qkv.weight"] = torch.cat(parts)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    save_file(tensors, folder / "model.safetensors")
+    values = {
+        "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5,
+        "qkv_bias": True, "init_values": 0.0, "use_learnable_pos_emb": False, "tubelet_size": 2, "num_frames": 4,
+        "use_mean_pooling": True, "cos_attn": False,
+    }  # fmt: skip
+    config = {"model_type": "VideoMAEv2_Base", "auto_map": {"AutoModel": "modeling_videomaev2.VideoMAEv2"}}
+
+    def write(**changes):
+        (folder / "config.json").write_text(json.dumps(config | {"model_config": values | changes}))
+
+    write()
+    model, report = loaded(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(model.features(clips()), features_of(theirs, clips()), **CLOSE)
+    assert report.new == ("classifier.weight", "classifier.bias")
+    for changes, problem in (
+        ({"cos_attn": True}, "cos_attn is True, which tvit does not support"),
+        ({"embed_dim": "32"}, "embed_dim is '32'; it must be a whole number"),
+        ({"depth": 3}, r"blocks\.2\.attn\.qkv\.weight is missing"),
+    ):
+        write(**changes)
+        with pytest.raises(ModelError, match=problem):
+            loaded(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="embed_dim is None; it must be a whole number"):
+        loaded(folder)
+
+
+def test_rotary_positions_take_any_size_as_transformers_does(saved):
+    theirs, folder = saved("V-JEPA 2")
+    larger = vjepa2(size=48).eval()
+    larger.load_state_dict(theirs.state_dict())
+    model, _ = loaded(folder, n_frames=2, frame_size=48)
+    with torch.no_grad():
+        features = model.features(clips(2, 48))
+    torch.testing.assert_close(features, features_of(larger, clips(2, 48)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "ViViT"])
+def test_other_clips_than_the_models_own_are_taken_as_if_loaded_for_them(name, saved):
+    # transformers has no interpolation for VideoMAE, and that for ViViT takes all its tokens for one square.
+    _, folder = saved(name)
+    native, other = loaded(folder)[0], loaded(folder, n_frames=2, frame_size=48)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(native.features(clips(2, 48)), other.features(clips(2, 48)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["VideoMAE, fine-tuned", "ViViT"])
+def test_positions_are_bicubic_in_space_and_linear_in_time(name, saved):
+    _, folder = saved(name)
+    own, resized = (
+        loaded(folder, **shape)[0].positions.joint for shape in ({}, {"n_frames": 6, "frame_size": 48})
+    )
+    assert own.shape == (1, 2, 16, 32) and resized.shape == (1, 3, 36, 32)
+    pictures = own[0].transpose(1, 2).unflatten(2, (4, 4))  # (T', D, 4, 4)
+    space = F.interpolate(pictures, (6, 6), mode="bicubic").flatten(2).transpose(1, 2)  # (T', P, D)
+    torch.testing.assert_close(resized[0], torch.stack([space[0], space.mean(0), space[1]]), **CLOSE)
+
+
+def test_videomaes_positions_are_pairs_of_sine_and_cosine(saved):
+    _, folder = saved("VideoMAE, fine-tuned")
+    place = torch.arange(32).view(-1, 1) / 10000 ** (torch.arange(0, 32, 2) / 32)
+    expected = torch.stack([place.sin(), place.cos()], dim=2).flatten(1)
+    joint = loaded(folder)[0].positions.joint
+    torch.testing.assert_close(joint.flatten(0, 2), expected, **CLOSE)
+
+
+def test_tokens_keep_their_rotary_positions_when_others_are_dropped(saved):
+    _, folder = saved("V-JEPA 2")
+    source = resolve_weights(str(folder))
+    model = build_model(
+        read_config(source).vit_config(num_classes=3), seed=0, from_scratch=False, token_drop=0.5
+    )
+    load_pretrained(model, source)
+    rotations = []
+    model.run_block = lambda block, tokens, rotation, **how: (
+        rotations.append(rotation) or block(tokens, rotation=rotation, **how)
+    )
+    whole, _ = model.eval().positions(torch.zeros(2, 2, 16, 64), (4, 4))
+    model(clips())
+    every = rotations.pop()[1, 0, 0]  # sines, (T'*P, D/A)
+    model.train()(clips())
+    kept = rotations[-1][1]  # (B, 1, half, D/A)
+    assert whole.shape[2] == 32 and kept.shape == (2, 1, 16, 16)
+    rows = (kept[:, 0].unsqueeze(2) == every).all(3)  # (B, half, T'*P)
+    assert rows.sum(2).eq(1).all() and rows.sum(1).max() == 1  # each is the position of one token
+    assert not torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "problem"),
+    [
+        (
+            "VideoMAE, fine-tuned",
+            {"tubelet_size": 1},
+            "tubelet_size 1: the weights have tubelets of 2 frames",
+        ),
+        (
+            "VideoMAE, fine-tuned",
+            {"n_frames": 15},
+            "n_frames 15 is not a multiple of tubelet_size 2; use 14 or 16",
+        ),
+        (
+            "ViViT",
+            {"attention": "divided"},
+            "attention divided: a network with joint positions attends over all",
+        ),
+        ("V-JEPA 2", {"attention": "factorized"}, "attention factorized: a network with rotary positions"),
+        (
+            "V-JEPA 2",
+            {"pool": "class"},
+            "pool class needs a class token, and this network has none; use pool mean",
+        ),
+    ],
+)
+def test_shapes_that_the_weights_forbid_are_refused(name, shape, problem, saved):
+    with pytest.raises(ValueError, match=problem):
+        loaded(saved(name)[1], **shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "problem"),
+    [
+        ("V-JEPA 2", {"num_attention_heads": 24}, "width 64 is not a multiple of num_heads 24"),
+        ("V-JEPA 2", {"num_attention_heads": 16}, "rotary positions need heads of 6 or more channels"),
+        ("V-JEPA 2", {"mlp_ratio": "4"}, "intermediate_size is None"),
+        ("ViViT", {"num_frames": 8}, r"positions of the shape \(1, 33, 32\), not \(1, 65, 32\)"),
+        ("ViViT", {"tubelet_size": [2, 8, 16]}, r"patch_size is \[8, 16\]"),
+        (
+            "VideoMAE, fine-tuned",
+            {"tubelet_size": 4},
+            r"has the shape \(32, 3, 2, 8, 8\), not \(32, 12, 8, 8\)",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights_is_refused(name, config, problem, saved):
+    _, folder = saved(name)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises((ModelError, ValueError), match=problem):
+        loaded(folder)
+
+
+def test_a_missing_query_bias_is_named(saved):
+    _, folder = saved("VideoMAE, fine-tuned")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["videomae.encoder.layer.1.attention.attention.q_bias"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layer\.1\.attention\.attention\.q_bias is missing"):
+        loaded(folder)
+
+
+def test_adapters_spare_the_patches_whose_tubelets_come_with_the_weights(saved):
+    model, _ = loaded(saved("V-JEPA 2")[1])
+    set_trainable(model, "lora", LoraSpec(2, 2, 0.0, False, "none", ("q",), ()), seed=0)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and all(".q." in name or name.startswith("classifier") for name in trained)
+
+
+def test_vivits_offset_and_scale_are_part_of_mean_and_std(saved):
+    _, folder = saved("ViViT")
+    processor = transformers.VivitImageProcessor(do_resize=False, do_center_crop=False)
+    frame = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor(processor([frame.numpy()]).pixel_values[0][0])
+    for write in (lambda: None, lambda: processor.save_pretrained(folder)):
+        write()
+        config = read_config(resolve_weights(str(folder)))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+        torch.testing.assert_close((frame / 255 - mean) / std, expected.view(3, 32, 32), **CLOSE)
+
+
+def test_a_video_preprocessor_config_is_read(saved):
+    _, folder = saved("V-JEPA 2")
+    path = folder / "video_preprocessor_config.json"
+    path.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
+    config = read_config(resolve_weights(str(folder)))
+    assert (config.mean, config.std, config.notes) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ())
+
+
+def train_and_export(data, weights, folder, formats, **how):
+    """Trains with the clips that the weights decide, resumes from the first checkpoint, and exports."""
+    how |= {
+        "path_to_data": str(data),
+        "hf_model_name": str(weights),
+        "working_directory": folder,
+        "num_workers": 0,
+    }
+    how |= {"device": "cpu", "quiet": True, "token_drop": 0.25}
+    whole = tvit_cli.train(experiment_name="mine", **how)
+    settings = json.loads((whole.run / "settings.json").read_text())
+    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": "mean"}
+    assert {key: settings[key] for key in own} == own
+    losses = [record["train_loss"] for record in records(whole)]
+    assert losses[-1] < losses[0]
+    state = (whole.model / "model.safetensors").read_bytes()
+    shutil.rmtree(whole.model)
+    checkpoint = min(path.name for path in (whole.run / "checkpoints").glob("step-*"))
+    for path in (whole.run / "checkpoints").glob("step-*"):
+        if path.name != checkpoint:
+            shutil.rmtree(path)
+    again = tvit_cli.train(resume_from_checkpoint="latest", experiment_name="mine", **how)
+    assert (again.model / "model.safetensors").read_bytes() == state
+    for name in formats:
+        result = tvit_cli.export(model=whole.run, format=name, output=folder / name, quiet=True)
+        assert result.parity.max_logit_difference < 1e-5
+        assert "license: cc-by-nc-4.0" in (folder / name / "README.md").read_text()
+    return whole
+
+
+@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "V-JEPA 2"])
+def test_a_video_vit_trains_resumes_bit_for_bit_and_exports(name, saved, inputs, tmp_path):
+    _, weights = saved(name)
+    (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags:\n- video\n---\n# Weights\n")
+    formats = ("huggingface", "onnx", "adapter") if name == "V-JEPA 2" else ("torch", "safetensors")
+    how = {"epochs": 3, "learning_rate": 0.01, "gradient_checkpointing": True}
+    run = train_and_export(inputs["path_to_data"], weights, tmp_path / "runs", formats, **how)
+    again = tvit_cli.train(
+        from_=str(run.run),
+        epochs=1,
+        working_directory=tmp_path / "runs",
+        quiet=True,
+        num_workers=0,
+        device="cpu",
+    )
+    assert json.loads((again.run / "settings.json").read_text())["tubelet_size"] == 2
+    if name == "V-JEPA 2":
+        where = {"model": str(tmp_path / "runs" / "huggingface"), "trust_remote_code": True}
+        classify = transformers.pipeline("video-classification", **where)
+        video = str(next(Path(inputs["path_to_data"]).rglob("*.avi")))
+        theirs = {answer["label"]: answer["score"] for answer in classify(video)}
+        labels = dict(tvit_cli.predict(video, model=run.run, quiet=True).predictions[0].labels)
+        assert theirs == pytest.approx(labels, abs=1e-5)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "V-JEPA 2"])
+def test_video_vits_train_on_people_walking_and_waving(name, saved, real_data, tmp_path):
+    _, weights = saved(name)
+    (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    how = {
+        "group_pattern": "^([a-z]+)_",
+        "test_groups": "daria,eli,moshe",
+        "val_groups": "ido,ira",
+        "epochs": 3,
+    }
+    how |= {"learning_rate": 0.01}
+    train_and_export(real_data / "weizmann", weights, tmp_path / "runs", ("huggingface", "adapter"), **how)
+
+
+def test_licences_that_forbid_commercial_use_are_said_at_the_start(saved, inputs, tmp_path):
+    _, weights = saved("V-JEPA 2")
+    for licence, warned in (("cc-by-nc-4.0", True), ("mit", False)):
+        (weights / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        events = []
+        how = {"path_to_data": inputs["path_to_data"], "hf_model_name": str(weights), "dry_run": True}
+        tvit_cli.train(**how, working_directory=tmp_path, num_workers=0, device="cpu", on_event=events.append)
+        texts = [event.text for event in events if getattr(event, "level", "") == "warning"]
+        assert any("licence cc-by-nc-4.0: not for commercial use" in text for text in texts) == warned
+
+
+class Hub:
+    """Stands in for huggingface_hub.HfApi: a repository of pickles with two pull requests."""
+
+    def list_repo_refs(self, name, include_pull_requests):
+        refs = [SimpleNamespace(ref=f"refs/pr/{n}") for n in (1, 3)]
+        return SimpleNamespace(pull_requests=refs)
+
+    def list_repo_files(self, name, revision):
+        return ["config.json", "model.safetensors" if revision == "refs/pr/3" else "pytorch_model.bin"]
+
+
+def test_a_repository_of_pickles_names_its_revision_with_safetensors(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "vivit"}')
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("tvit_cli.model.weights.snapshot_download", download)
+    monkeypatch.setattr("tvit_cli.model.weights.HfApi", Hub)
+    with pytest.raises(ModelError, match=r"safetensors: google/vivit-b-16x2@refs/pr/3$"):
+        resolve_weights("google/vivit-b-16x2")
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert resolve_weights("google/vivit-b-16x2@refs/pr/3").files == (tmp_path / "model.safetensors",)
+    assert asked == [("google/vivit-b-16x2", None), ("google/vivit-b-16x2", "refs/pr/3")]
