@@ -20,6 +20,7 @@ from documents import (
 )
 from entry import run_python, tvit
 from settings_page import PAGE, make_page
+from walk import ITEMS, existing_tests, tests_of
 
 from tvit_cli.cli import VERBS
 from tvit_cli.settings.base import load, presets
@@ -208,3 +209,7 @@ def test_readme_is_short_and_begins_with_its_two_commands():
     assert second == ['python -m pip install ".[test]"', "python -m pytest"]
     assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert set(re.findall(r"--preset (\w+)", TEXT)) <= set(presets())
+
+
+def test_the_walk_of_the_first_hour_names_tests_that_exist():
+    assert {test for item in ITEMS for test in tests_of(item)} <= existing_tests().keys()

@@ -315,7 +315,7 @@ def test_classes_and_their_doubts_are_reported_before_a_training(make_classes, t
         "No validation video of 1 of 3 classes: sit.",
         "No test video of 1 of 3 classes: sit.",
         "4 validation videos of 1 group, fewer than 30: one video is 25% of top-1",
-        "One step per epoch: a batch of 16 has all 5 training clips, so 2 epochs are as many steps.",
+        "One step per epoch: a batch of 16 has all 5 training clips, so 2 epochs take 2 steps.",
     ):
         assert any(warning.startswith(text) for warning in warnings), (text, warnings)
 

@@ -140,7 +140,12 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     if plan.steps_per_epoch == 1:
         text = f"One step per epoch: a batch of {plan.global_batch} has all {plural(plan.clips, 'training clip')}"
         advice = f"Take a smaller one (--per-gpu-batch-size {max(1, plan.clips // 4)}), or more --epochs."
-        report(Note(f"{text}, so {plural(plan.epochs, 'epoch')} are as many steps. {advice}", "warning"))
+        report(
+            Note(
+                f"{text}, so {plural(plan.epochs, 'epoch')} take {plural(plan.epochs, 'step')}. {advice}",
+                "warning",
+            )
+        )
     if standardises and settings.feature_norm and checkpoint is None and origin is None:
         with out_of_memory_errors(settings, accelerator.device):
             standardise_features(loop)
