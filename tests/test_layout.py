@@ -297,7 +297,11 @@ def test_a_missing_folder_is_named_with_its_likeliest_neighbour(tmp_path):
     ("classes", "message"),
     [
         ({}, "no videos found"),
-        ({"a/b/c": ["x.avi"]}, "no videos found"),
+        ({"a/b/c": ["x.avi"]}, "no videos found in class folders, but deeper, as a/b/c/x.avi"),
+        (
+            {"walk/clip1": ["1.jpg", "2.jpg"]},
+            "pictures, but no videos. Join the frames of a clip to a video (ffmpeg",
+        ),
         ({".": ["x.avi", "y.avi"]}, "videos, but no class folders"),
         ({"train": ["x.avi"], "test": ["y.avi"]}, "videos, but no class folders"),
         ({"run": ["x.avi"], "walk": []}, "walk: a class folder without videos; it contains nothing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -30,6 +31,8 @@ VIDEO_SUFFIXES = frozenset({
     ".mpeg", ".mpg", ".mts", ".mxf", ".ogg", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m",
 })
 # fmt: on
+PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MOST_SEARCHED = 10_000  # entries, for an error
 AUTO_SHARE = {"val": 0.15, "test": 0.20}  # of the groups in train at that moment; test is taken first
 _shorten = partial(shorten, most=12)
 
@@ -236,10 +239,25 @@ def _find(root: Path) -> tuple[list[Video], list[str]]:
         if _has_classes(base) and len(subsets) < len(folders):
             return _read_classes(base, root, "train", notes), notes
     loose = bool(_videos_in(root)) or _has_classes(root)
+    reason = "videos, but no class folders" if loose else _without_videos(root)
     raise DataError(
-        f"{root}: {'videos, but no class folders' if loose else 'no videos found'}. Move each class to a folder of "
-        "its own (<class>/*.avi), or give a CSV manifest with the columns path and label."
+        f"{root}: {reason}. Move each class to a folder of its own (<class>/*.avi), or give a CSV manifest with "
+        "the columns path and label."
     )
+
+
+def _without_videos(root: Path) -> str:
+    """Why no class folders were found: videos lie deeper, frames are pictures, or there is nothing."""
+    below = list(itertools.islice(root.rglob("*"), MOST_SEARCHED))
+    if deep := [path for path in below if path.suffix.lower() in VIDEO_SUFFIXES]:
+        return f"no videos found in class folders, but deeper, as {min(deep).relative_to(root).as_posix()}"
+    if pictures := [path for path in below if path.suffix.lower() in PICTURES]:
+        folder = min(pictures).parent
+        join = (
+            f"ffmpeg -framerate 25 -pattern_type glob -i '{folder}/*{pictures[0].suffix}' {folder.name}.mp4"
+        )
+        return f"pictures, but no videos. Join the frames of a clip to a video ({join})"
+    return "no videos found"
 
 
 def _has_classes(base: Path) -> bool:
