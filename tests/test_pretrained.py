@@ -608,6 +608,18 @@ Q_NORM = "blocks.0.attn.q_norm.weight"
 @pytest.mark.parametrize(
     ("name", "config", "spoil", "sentence"),
     [
+        (
+            "dino",
+            {"architecture": "vit_base_patch16_rope_224"},
+            lambda folder: None,
+            "vit_base_patch16_rope_224 has rotary positions",
+        ),
+        (
+            "dino",
+            {"model_args": {"use_rope": True, "num_heads": 4}},
+            lambda folder: None,
+            "has rotary positions",
+        ),
         ("dinov2", {}, drop("blocks.0.ls1.gamma", "blocks.1.ls1.gamma"), "blocks.0.ls1.gamma is missing"),
         ("dinov2", {}, drop("blocks.0.ls2.gamma", "blocks.1.ls2.gamma"), "blocks.0.ls2.gamma is missing"),
         ("dino", {"model_args": {}}, lambda folder: None, HEADS),

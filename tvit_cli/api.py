@@ -238,8 +238,9 @@ def run_extract(loaded: Loaded[ExtractSettings], report: Report) -> ExtractResul
 
 def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
     """Settings of an earlier run or of video weights beneath a training's. See `engine.train.origin`."""
-    default = named.settings.from_ is None and named.settings.resume_from_checkpoint is None
-    if default and named.origins["hf_model_name"] == "default":
+    settings = named.settings
+    has_weights = settings.hf_model_name is not None and named.origins["hf_model_name"] != "default"
+    if not has_weights and settings.from_ is None and settings.resume_from_checkpoint is None:
         return None
     from tvit_cli.engine.train import origin
 

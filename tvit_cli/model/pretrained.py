@@ -117,6 +117,14 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         raise source.error(f"num_channels is {raw['num_channels']!r}; frames of a video have 3.")
     if (activation := str(raw["hidden_act"])) not in ACTIVATIONS:
         raise source.error(f"hidden_act is {raw['hidden_act']!r}; tvit supports {', '.join(ACTIVATIONS)}.")
+    written = source.read_json(CONFIG_FILE)
+    if family is FAMILIES[TIMM] and any(
+        "rope" in str(written.get(key)) for key in ("architecture", "model_args")
+    ):
+        kind = written.get("architecture", "the network of its model_args")
+        raise source.error(
+            f"{kind} has rotary positions, which tvit does not read from timm. Use a plain ViT."
+        )
     if refused := [key for key in family.refused if raw.get(key)]:
         raise source.error(
             f"{refused[0]} is {raw[refused[0]]!r}, which tvit does not support. Use other weights."
