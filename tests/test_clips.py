@@ -430,6 +430,15 @@ def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
     assert ended.value.code == 1 and "decodes videos failed" in errors and "--shm-size" in errors
 
 
+def test_a_connection_that_a_dying_decoder_resets_is_its_death():
+    def cut():
+        yield 1
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker ended while it sent a batch"):
+        list(clips._received(cut()))
+
+
 @pytest.mark.parametrize("verb", ["eval", "predict"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_one_crash_of_a_decoder_loses_no_other_result(words, verb, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from documents import (
 )
 from entry import run_python, tvit
 from settings_page import PAGE, make_page
-from walk import ITEMS, existing_tests, tests_of
+from walk import ITEMS, existing_tests, names_of
 
 from tvit_cli.cli import VERBS
 from tvit_cli.settings.base import load, presets
@@ -212,4 +212,4 @@ def test_readme_is_short_and_begins_with_its_two_commands():
 
 
 def test_the_walk_of_the_first_hour_names_tests_that_exist():
-    assert {test for item in ITEMS for test in tests_of(item)} <= existing_tests().keys()
+    assert {test for item in ITEMS for test in names_of(item)} <= existing_tests().keys()

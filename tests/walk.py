@@ -79,7 +79,7 @@ ITEMS = {
 }
 
 
-def tests_of(item: str) -> list[str]:
+def names_of(item: str) -> list[str]:
     """Names of an item's tests."""
     return [f"test_{name}" for name in ITEMS[item].split()]
 
@@ -95,7 +95,7 @@ def main() -> None:
     words = sys.argv[1:]
     items = [item for item in ITEMS if not words or any(word.lower() in item.lower() for word in words)]
     where = existing_tests()
-    ids = [f"{where[test]}::{test}" for item in items for test in tests_of(item)]
+    ids = [f"{where[test]}::{test}" for item in items for test in names_of(item)]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run([sys.executable, "-m", "pytest", "-q", *ids, f"--junitxml={report}"], check=False)
@@ -107,7 +107,7 @@ def main() -> None:
             outcomes.setdefault(case.attrib["name"].partition("[")[0], []).append(outcome)
     failed = False
     for item in items:
-        found = [outcome for test in tests_of(item) for outcome in outcomes.get(test, ["error"])]
+        found = [outcome for test in names_of(item) for outcome in outcomes.get(test, ["error"])]
         is_bad = {"failure", "error"} & {*found}
         failed |= bool(is_bad)
         skipped = f", {found.count('skipped')} skipped" if "skipped" in found else ""

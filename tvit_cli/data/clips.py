@@ -334,12 +334,20 @@ def _by_processes(
             iterator = iter(loader)
         # Without the signal, torch notices a death within seconds, while it waits for a batch.
         with _unsignalled_deaths() if survives else nullcontext():
-            for batch in iterator:
+            for batch in _received(iterator):
                 yield batch.load() if isinstance(batch, _BatchFile) else batch
     finally:
         if iterator is not None:
             _end_workers(iterator)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _received(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The batches of worker processes; one that dies while it hands over a batch is a death as any other."""
+    try:
+        yield from iterator
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker ended while it sent a batch ({error})") from error
 
 
 @dataclass(frozen=True)
