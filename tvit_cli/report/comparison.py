@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tvit_cli.errors import natural_key, plural
+from tvit_cli.report import evaluation
 from tvit_cli.report.charts import Row, confusion_chart, rows_chart, short_name
 from tvit_cli.report.drawing import Drawing, Role
-from tvit_cli.report.evaluation import (
-    MOST_STRIPS,
-    Strip,
-    class_rows,
-    matrix,
-    metric_name,
-    page_title,
-    run_page,
-    strips,
-)
 from tvit_cli.report.html import Context, Tile, number, percent, render, write_pages
 from tvit_cli.results import RESAMPLES, ClassScore, Comparison, EvalResult, Pair, SeriesResult
 
@@ -28,9 +19,9 @@ def write_comparison_report(result: Comparison, context: Context) -> Path:
     """Writes comparison.html and plots/*.png into the comparison's folder; returns the page's path."""
     drawings = comparison_drawings(result)
     page = comparison_page(result, context, drawings)
-    links: dict[Path, str] = {}
-    for own in (result.first, result.second):
-        links |= {run_page(own): f"Training: {own.name}", own.output / "report.html": page_title(own)}
+    both = (result.first, result.second)
+    links = {evaluation.run_page(own): f"Training: {own.name}" for own in both}
+    links |= {own.output / "report.html": evaluation.page_title(own) for own in both}
     title = "Comparison: {1} against {0}".format(*result.names)
     # The second model's report.html may lie beside it.
     return write_pages(result.output, page, drawings, name="comparison.html", title=title, links=links)
@@ -74,7 +65,7 @@ def comparison_page(result: Comparison, context: Context, drawings: Mapping[str,
         tiles=_headline(result, names, both),
         draws=RESAMPLES,
         metrics=[
-            (metric_name(name), *(_shown(name, v, 4) for v in (a, b)), _shown(name, b - a, 4, "+"))
+            (evaluation.metric_name(name), *(_shown(name, v, 4) for v in (a, b)), _shown(name, b - a, 4, "+"))
             for name, a in first.metrics.items()
             if (b := second.metrics.get(name)) is not None
         ],
@@ -120,15 +111,15 @@ def _headline(result: Comparison, names: tuple[str, str], both: int) -> list[Til
 
 def _pair_strips(result: Comparison, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """Strips of the most confident predictions, of clips as the second model received them."""
-    rows: list[Strip] = []
-    for pair in sorted(pairs, key=lambda pair: -sum(_confidence(pair)))[:MOST_STRIPS]:
+    rows: list[evaluation.Strip] = []
+    for pair in sorted(pairs, key=lambda pair: -sum(_confidence(pair)))[: evaluation.MOST_STRIPS]:
         video, predictions = pair[1].video, [answer.predicted or "unreadable" for answer in pair]
         scores: list[tuple[str, float, Role]] = [
             (f"{short_name(run)}: {name}", score, "good" if name == video.label else "bad")
             for run, name, score in zip(result.names, predictions, _confidence(pair), strict=True)
         ]
         rows.append((video, predictions, scores))
-    return strips(result.second, rows, result.output)
+    return evaluation.strips(result.second, rows, result.output)
 
 
 def _confidence(pair: Pair) -> list[float]:
@@ -162,12 +153,12 @@ def write_series_report(result: SeriesResult, name: str, context: Context) -> Pa
         warnings=list(dict.fromkeys(warning for own in results for warning in own.warnings)),
         tiles=_series_headline(result),
         runs_chart=drawings["runs"],
-        columns=["run", *map(metric_name, result.summary)],
+        columns=["run", *map(evaluation.metric_name, result.summary)],
         rows=[*rows, ["mean ± sd", *spread]],
-        matrix=matrix(labels, answers, mistakes, result.folder),
-        classes=class_rows(_class_scores(results)),
+        matrix=evaluation.matrix(labels, answers, mistakes, result.folder),
+        classes=evaluation.class_rows(_class_scores(results)),
     )
-    links = {own.output / "report.html": page_title(own) for own in results}
+    links = {own.output / "report.html": evaluation.page_title(own) for own in results}
     title = f"Series: {name} · {results[0].subset}"
     return write_pages(result.folder, page, drawings, title=title, links=links)
 
@@ -199,6 +190,6 @@ def _series_headline(result: SeriesResult) -> list[Tile]:
         low, high = (pick(metrics[name] for metrics in runs) for pick in (min, max))
         value = f"{percent(mean)[:-2]} ± {percent(deviation)}"
         remark = f"from {percent(low)} to {percent(high)}"
-        found.append(Tile(metric_name(name), value, remark, (low, mean, high)))
+        found.append(Tile(evaluation.metric_name(name), value, remark, (low, mean, high)))
     videos = sum(metrics["videos"] for metrics in runs)
     return [*found, Tile("videos scored", f"{videos:,.0f}", f"in {plural(len(runs), 'run')}")]
