@@ -423,7 +423,7 @@ def words(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_verbs_say_that_a_worker_failed(words, verb, monkeypatch, capsys):
     monkeypatch.setattr(clips, "collate", no_space)
-    monkeypatch.setattr("tvit_cli.engine.predict.default_worker_count", lambda: 2)
+    monkeypatch.setattr("tvit_cli.engine.predict.model.default_worker_count", lambda: 2)
     with pytest.raises(SystemExit) as ended:
         cli.run(words[verb])
     errors = " ".join(capsys.readouterr().err.split())
@@ -452,7 +452,7 @@ def test_one_crash_of_a_decoder_loses_no_other_result(words, verb, monkeypatch, 
         return really(path, *arguments, **keywords)
 
     monkeypatch.setattr(clips, "read_clip", crash)
-    monkeypatch.setattr("tvit_cli.engine.predict.default_worker_count", lambda: 2)
+    monkeypatch.setattr("tvit_cli.engine.predict.model.default_worker_count", lambda: 2)
     with pytest.raises(SystemExit):
         cli.run([*words[verb], *(["--subset", "val"] if verb == "eval" else ["--csv"])])
     shown = capsys.readouterr()

@@ -174,7 +174,7 @@ def test_8_bits_are_left_out_where_slower_and_refused_elsewhere(trained, clip, m
     assert whole.predictions == asked.predictions
     warnings = [event.text for event in said if isinstance(event, Note) and event.level == "warning"]
     assert warnings == ["--int8: int8 matmul is slower than float32 on this CPU; using float32."]
-    monkeypatch.setattr("tvit_cli.engine.predict.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("tvit_cli.engine.predict.model.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(SettingsError, match=r"--int8: runs on CPUs only.*is cuda.*--device cpu"):
         predict(PredictSettings(paths=(str(clip),), model=trained.model, int8=True))
 

@@ -15,6 +15,7 @@ import time
 import tracemalloc
 import wave
 import weakref
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +44,7 @@ from tvit_cli.engine.predict import (
     stream,
 )
 from tvit_cli.engine.predict import timeline as timeline_module
+from tvit_cli.engine.predict.stream import StreamFiles
 from tvit_cli.engine.predict.timeline import (
     SUBTITLES,
     SegmentFinder,
@@ -757,6 +759,21 @@ def test_a_stopped_stream_keeps_its_windows(untrained, pieces, send, tmp_path, s
     windows, _, error = watch(asked(untrained, "-", stride="1s", output=str(tmp_path)), third)
     assert isinstance(error, Interrupted) and error.exit_code == code and "3 windows in 3.0 s" in str(error)
     assert len((tmp_path / "stdin" / "timeline.csv").read_text().splitlines()) == 1 + len(windows) == 4
+    cues = (tmp_path / "stdin" / "timeline.srt").read_text().split("\n\n")
+    assert (
+        cues[0].startswith("1\n00:00:00,000 --> ") and f"--> 00:00:03,000\n{windows[-1].label} " in cues[-1]
+    )
+
+
+def test_subtitles_of_a_stream_follow_its_labels(tmp_path):
+    files = StreamFiles(tmp_path, ("a", "b"), lambda event: None)
+    now = datetime.now().astimezone()
+    for start, label in ((0, "a"), (1, "a"), (2, "b"), (9, "b")):  # a gap after the third
+        files.add(WindowPrediction(start, start + 2, now, label, 0.5, np.array([0.5, 0.5]), 0))
+    files.close()
+    whole = [Segment(0, 2, "a", 0.5), Segment(2, 4, "b", 0.5), Segment(9, 11, "b", 0.5)]
+    for suffix in (".srt", ".vtt"):
+        assert (tmp_path / f"timeline{suffix}").read_text() == subtitles(whole, suffix)
 
 
 def test_a_full_disk_costs_the_table_of_a_stream_and_no_answer(

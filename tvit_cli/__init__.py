@@ -115,6 +115,7 @@ _MODULES = (
     "data.layout",
     "data.motions",
     "data.video",
+    "engine.predict.model",
     "engine.predict",
     "engine.export",
     "engine.download",

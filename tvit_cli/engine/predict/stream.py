@@ -10,6 +10,7 @@ waits at AHEAD windows, and none is dropped.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import threading
 from collections import deque
@@ -24,16 +25,18 @@ import numpy as np
 
 from tvit_cli.data.video import Frames, KeptFrames, TimedFrame, with_ends
 from tvit_cli.engine.predict.timeline import (
+    SUBTITLES,
     TOLERANCE,
     Window,
     frame_positions,
     score_windows,
     sliding_windows,
+    subtitles,
 )
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError
 from tvit_cli.files import csv_row
-from tvit_cli.results import Note, Report, WindowPrediction
+from tvit_cli.results import Note, Report, Segment, WindowPrediction
 
 LAG = 5.0  # seconds
 MOST, AHEAD = 32, 4  # windows
@@ -126,33 +129,64 @@ def stream_windows(
                 dropped = 0
 
 
-class WindowTable:
-    """timeline.csv of a stream in a folder (None: nothing is written), with a row for each window as it ends.
+class StreamFiles:
+    """timeline.csv, .srt and .vtt of a stream in a folder (None: nothing is written), which grow with it.
 
-    A row that cannot be written is the last; `problems` then tells why, and a warning at once.
+    The CSV has a row per window, at once. Successive windows of one label are one subtitle, written when the label
+    changes, at a gap, and by `close`. After a row that cannot be written nothing is; `problems` then tells why, and
+    a warning at once.
     """
 
     def __init__(self, folder: Path | None, labels: Sequence[str], report: Report) -> None:
         self.problems: tuple[str, ...] = ()
-        self._path = None if folder is None else folder / "timeline.csv"
+        self._folder = folder
         self._report = report
-        self._write("w", ["start", "end", "label", *labels, "time"])
+        self._run: list[WindowPrediction] = []  # the first window of a subtitle, and the last so far
+        self._scores: list[float] = []
+        self._cues = 0
+        for suffix in SUBTITLES:
+            self._write(suffix, "w", "")
+        self._row("w", ["start", "end", "label", *labels, "time"])
 
     def add(self, found: WindowPrediction) -> None:
-        """Writes the row of a window."""
+        """Writes the row of a window, and the subtitle that it ends."""
         scores = (f"{value:.6f}" for value in found.scores)
         times = f"{found.start:.3f}", f"{found.end:.3f}"
-        self._write("a", [*times, found.label, *scores, found.time.isoformat()])
+        self._row("a", [*times, found.label, *scores, found.time.isoformat()])
+        if self._run and (found.label != self._run[-1].label or found.start > self._run[-1].end + TOLERANCE):
+            self._cue(min(self._run[-1].end, found.start))
+        self._run = [self._run[0] if self._run else found, found]
+        self._scores.append(found.score)
 
-    def _write(self, mode: str, row: list[str]) -> None:
-        if self._path is None or self.problems:
+    def close(self) -> None:
+        """Writes the last subtitle."""
+        if self._run:
+            self._cue(self._run[-1].end)
+
+    def _cue(self, end: float) -> None:
+        score = sum(self._scores) / len(self._scores)
+        segment = Segment(self._run[0].start, end, self._run[0].label, score)
+        self._cues += 1
+        for suffix in SUBTITLES:
+            gap = "" if self._cues == 1 else "\n"
+            self._write(suffix, "a", gap + subtitles([segment], suffix, first=self._cues))
+        self._run, self._scores = [], []
+
+    def _row(self, mode: str, row: list[str]) -> None:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(csv_row(row))
+        self._write(".csv", mode, line.getvalue())
+
+    def _write(self, suffix: str, mode: str, text: str) -> None:
+        if self._folder is None or self.problems:
             return
+        path = self._folder / f"timeline{suffix}"
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open(mode, encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(csv_row(row))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open(mode, encoding="utf-8", newline="") as file:
+                file.write(text)
         except OSError as error:
-            problem = f"--output {self._path}: cannot be written ({error.strerror})"
+            problem = f"--output {path}: cannot be written ({error.strerror})"
             self.problems = (f"{problem}. Free some space, or name another folder.",)
             self._report(Note(self.problems[0], "warning"))
 

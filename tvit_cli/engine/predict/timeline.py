@@ -475,15 +475,18 @@ def write_timeline(path: Path, timeline: Timeline) -> None:
                 writer.writerow(csv_row([*times, best, *(f"{value:.6f}" for value in row)]))
 
 
-def subtitles(segments: Iterable[Segment], suffix: str) -> str:
-    """A cue of label and score per segment, as WebVTT (https://www.w3.org/TR/webvtt1/) or SubRip (.srt)."""
+def subtitles(segments: Iterable[Segment], suffix: str, *, first: int = 1) -> str:
+    """A cue of label and score per segment, as WebVTT (https://www.w3.org/TR/webvtt1/) or SubRip (.srt).
+
+    `first` is the number of the first cue; WebVTT's header comes before number 1.
+    """
     is_vtt = suffix == ".vtt"
     # SubRip has no escapes for its markup, so letters of full width stand for it.
     markup: dict[str, str | int | None] = (
         {"&": "&amp;", "<": "&lt;", ">": "&gt;"} if is_vtt else dict(zip("<>{}", _FULL_WIDTH, strict=True))
     )
-    cues = ["WEBVTT\n"] if is_vtt else []
-    for number, s in enumerate(segments, 1):
+    cues = ["WEBVTT\n"] if is_vtt and first == 1 else []
+    for number, s in enumerate(segments, first):
         start, end = (
             "{:02}:{:02}:{:02}{}{:03}".format(
                 ms // 3_600_000, ms // 60_000 % 60, ms // 1000 % 60, "." if is_vtt else ",", ms % 1000
