@@ -516,6 +516,9 @@ def test_failed_download_is_no_data_set(tmp_path, monkeypatch):
     ):
         with pytest.raises(DataError, match=f"{fault}.*Fetch it: tvit download weizmann"):
             find_data(name)
+    place(tmp_path / "my_videos", {"run": ["a.avi"]})
+    with pytest.raises(DataError, match=r"my_vids: no such folder or file\. Did you mean my_videos\?"):
+        find_data("my_vids")
 
 
 Make = Callable[..., Path]

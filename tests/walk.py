@@ -57,7 +57,7 @@ ITEMS = {
     "streams": "first_answer_comes_within_two_windows_and_a_second a_stream_that_is_cut_is_resumed_and_then_given_up "
     "ten_minutes_of_a_stream_take_bounded_memory windows_that_the_model_cannot_follow_are_dropped_if_live "
     "a_stream_has_the_windows_and_scores_of_a_timeline bytes_on_stdin_give_a_line_per_window",
-    "subtitles": "subtitles_have_valid_times_and_no_markup_of_labels output_of_one_video_may_be_a_subtitle_file",
+    "subtitles": "subtitles_of_a_stream_follow_its_labels subtitles_have_valid_times_and_no_markup_of_labels output_of_one_video_may_be_a_subtitle_file",
     "Ctrl-C": "ctrl_c_is_acknowledged_and_named ctrl_c_of_a_terminal_ends_a_training_with_workers_cleanly",
     # Help and words
     "help at 80 columns": "no_option_name_is_cut_at_80_columns names_of_other_programs_are_suggested_by_meaning "

@@ -223,8 +223,7 @@ def _find(root: Path) -> tuple[list[Video], list[str]]:
         rows = read_manifest(root, subsets=_ALIASES)
         return [Video(row.path, row.name, row.label, row.subset or "train", row.group) for row in rows], []
     if not root.is_dir():
-        siblings = [path.name for path in _visible(root.parent)] if root.parent.is_dir() else []
-        raise DataError(f"{root}: no such folder.{suggestion(root.name, siblings, most=3)}")
+        raise DataError(f"{root}: no such folder.{similar_names(root)}")
     notes: list[str] = []
     folders = _folders(root)
     named = [folder for folder in folders if folder.name.casefold() == "videos"]
@@ -258,6 +257,12 @@ def _without_videos(root: Path) -> str:
         )
         return f"pictures, but no videos. Join the frames of a clip to a video ({join})"
     return "no videos found"
+
+
+def similar_names(path: Path) -> str:
+    """A question with the entries beside a missing path that have similar names; "" without one."""
+    siblings = [entry.name for entry in _visible(path.parent)] if path.parent.is_dir() else []
+    return suggestion(path.name, siblings, most=3)
 
 
 def _has_classes(base: Path) -> bool:

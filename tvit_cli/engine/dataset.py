@@ -24,6 +24,7 @@ from tvit_cli.data.layout import (
     is_hidden,
     is_store,
     read_layout,
+    similar_names,
 )
 from tvit_cli.data.motions import is_motions, make_motions
 from tvit_cli.data.video import decode_first
@@ -141,10 +142,11 @@ def find_data(path_to_data: str | None) -> Path:
         return DATA_DIRECTORY / path.name
     if path.name == MOTIONS and path.absolute().parent == DATA_DIRECTORY.absolute():
         return path
+    near = "" if path.exists() else similar_names(path)
     others = f" Under {DATA_DIRECTORY}/: {', '.join(known)}." if known else ""
     fetch = f" Fetch it: tvit download {path.name}." if can_fetch else ""
     fault = "no videos in this folder" if path.exists() else "no such folder or file"
-    raise DataError(f"--path-to-data {path_to_data}: {fault}.{others}{fetch}")
+    raise DataError(f"--path-to-data {path_to_data}: {fault}.{near}{others}{fetch}")
 
 
 def _has_videos(folder: Path) -> bool:
