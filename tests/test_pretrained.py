@@ -18,7 +18,7 @@ from tvit_cli.errors import ModelError
 from tvit_cli.model import weights as weights_module
 from tvit_cli.model.families import CLIP_MEAN, FAMILIES
 from tvit_cli.model.lora import LoraSpec, merge, set_trainable
-from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrained import load_pretrained, own_clips, read_config, resolve_weights
 from tvit_cli.portable.config import ATTENTIONS
 from tvit_cli.portable.vit import TemporalViT, build_model, resize_grid
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD
@@ -447,6 +447,11 @@ def clip(**changes):
     return transformers.CLIPVisionModel(config)
 
 
+def siglip(**changes):
+    config = transformers.SiglipVisionConfig(**SHAPE, **EAGER, intermediate_size=48, **changes)
+    return transformers.SiglipVisionModel(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**SHAPE, **EAGER, intermediate_size=48)),
     "dino": lambda: transformers.ViTModel(
@@ -458,6 +463,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "dinov2 with registers": registers,
     "clip": clip,
     "clip with GELU": lambda: clip(hidden_act="gelu"),
+    "siglip": siglip,
 }
 
 
@@ -466,6 +472,8 @@ def theirs(model, images):
     kind = type(model).__name__
     interpolate = {} if images.shape[-1] == 32 or "Dinov2" in kind else {"interpolate_pos_encoding": True}
     output = model(pixel_values=images, **interpolate)
+    if "Siglip" in kind:
+        return output.last_hidden_state.mean(1)
     return output.pooler_output if "CLIP" in kind else output.last_hidden_state[:, 0]
 
 
@@ -476,8 +484,8 @@ def assert_equal_features(model, image_vit, size=32):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [32, 16, 56])
-def test_at_step_0_a_frame_gives_the_class_token_of_the_familys_own_model(name, size, tmp_path):
+@pytest.mark.parametrize("size", [32, 16, 48])
+def test_at_step_0_a_frame_gives_the_features_of_the_familys_own_model(name, size, tmp_path):
     image_vit = randomised(MODELS[name]())
     model, report = loaded(saved(image_vit, tmp_path), frame_size=size)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] in FAMILIES
@@ -488,7 +496,7 @@ def test_at_step_0_a_frame_gives_the_class_token_of_the_familys_own_model(name, 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_scheme_takes_every_family(name, tmp_path):
     image_vit = randomised(MODELS[name]())
-    model, _ = loaded(saved(image_vit, tmp_path), attention="divided", pool="class")
+    model, _ = loaded(saved(image_vit, tmp_path), attention="divided")
     frames = torch.stack([pictures(), pictures() + 1], dim=1)
     expected = (theirs(image_vit, pictures()) + theirs(image_vit, pictures() + 1)) / 2
     with torch.no_grad():
@@ -536,6 +544,29 @@ def test_the_vision_tower_of_a_whole_clip_loads_without_its_text_tower(tmp_path)
     assert all(
         n.startswith("text_") or n in ("visual_projection.weight", "logit_scale") for n in report.unused
     )
+
+
+@pytest.mark.parametrize("kind", [transformers.SiglipModel, transformers.SiglipForImageClassification])
+def test_siglip_loads_without_its_text_tower_and_heads(kind, tmp_path):
+    tower = {**SHAPE, "intermediate_size": 48}
+    text = {**tower, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "projection_size": 32}
+    text = {key: value for key, value in text.items() if key not in ("image_size", "patch_size")}
+    whole = randomised(kind(transformers.SiglipConfig(vision_config=tower, text_config=text)))
+    model, report = loaded(saved(whole, tmp_path))
+    assert_equal_features(model, whole.vision_model)
+    beside = ("text_model.", "head.", "logit_scale", "logit_bias", "classifier.")
+    assert report.unused and all(name.startswith(beside) for name in report.unused)
+    assert own_clips(str(tmp_path)) == {"pool": "mean"}
+    config = read_config(resolve_weights(str(tmp_path)))
+    assert config.mean == config.std == (0.5, 0.5, 0.5)
+    transformers.SiglipImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    assert read_config(resolve_weights(str(tmp_path))).mean == (0.1, 0.2, 0.3)
+
+
+def test_siglip_2_naflex_is_refused_with_the_next_step(tmp_path):
+    (saved(siglip(), tmp_path) / "config.json").write_text('{"model_type": "siglip2"}')
+    with pytest.raises(ModelError, match=r"NaFlex.*take one of a fixed size, such as google/siglip2-base"):
+        loaded(tmp_path)
 
 
 def test_clip_towers_load_with_clips_own_normalisation(tmp_path):
@@ -701,7 +732,7 @@ def test_tensors_of_a_family_that_do_not_fit_are_refused_by_name(spoil, sentence
         loaded(folder)
 
 
-@pytest.mark.parametrize("name", ["dinov2 with SwiGLU", "dinov2 with registers", "clip"])
+@pytest.mark.parametrize("name", ["dinov2 with SwiGLU", "dinov2 with registers", "clip", "siglip"])
 def test_adapters_on_a_family_train_and_merge(name, tmp_path):
     model, _ = loaded(saved(randomised(MODELS[name]()), tmp_path))
     names = list(model.state_dict())

@@ -18,6 +18,7 @@ REFERENCE = "temporal-vit"  # model_type of the reference implementation's video
 EXPORTED = "tvit"  # model_type of tvit's Hugging Face exports
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # arXiv:2103.00020's code, clip/clip.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
 # timm's configs omit the number of attention heads: heads are 64 wide, in these models 80, 88, 104.
 TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 
@@ -216,6 +217,10 @@ _DINOV2 = replace(
         "attention.output.dense norm2 mlp.weights_in|mlp.fc1 mlp.weights_out|mlp.fc2",
     ),
 )  # fmt: skip
+_CLIP_BLOCK = block_names(
+    "encoder.layers.#", "layer_norm1 self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj "
+    "layer_norm2 mlp.fc1 mlp.fc2",
+)  # fmt: skip
 _CLIP = Family(
     prefix="vision_model.",
     defaults=_VIT.defaults | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32},
@@ -225,15 +230,23 @@ _CLIP = Family(
         "embeddings.position_embedding.weight": POSITIONS,
         "embeddings.patch_embedding.weight": "patch_embed.weight",
     },
-    modules={"pre_layrnorm": "pre_norm", "post_layernorm": "norm"} | block_names(
-        "encoder.layers.#", "layer_norm1 self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj "
-        "layer_norm2 mlp.fc1 mlp.fc2",
-    ),
+    modules={"pre_layrnorm": "pre_norm", "post_layernorm": "norm"} | _CLIP_BLOCK,
     unused=(
         "embeddings.position_ids", "visual_projection.weight", "text_projection.weight", "logit_scale",
         "classifier.",
     ),
     zeros=("patch_embed.bias",), mean=CLIP_MEAN, std=CLIP_STD,
+)  # fmt: skip
+_SIGLIP = replace(  # and SigLIP 2 of a fixed size
+    _CLIP,
+    defaults=_VIT.defaults | {  # transformers.SiglipVisionConfig
+        "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "class_token": False,
+    },
+    fixed={},
+    tensors={"embeddings.position_embedding.weight": POSITIONS},
+    modules={"embeddings.patch_embedding": "patch_embed", "post_layernorm": "norm"} | _CLIP_BLOCK,
+    unused=("embeddings.position_ids", "head.", "logit_scale", "logit_bias", "classifier."),
+    leading=(0,), zeros=(), mean=HALF, std=HALF,
 )  # fmt: skip
 _VIDEOMAE_BLOCK = "encoder.layer.#.attention.attention"
 _VIDEOMAE = Family(
@@ -272,6 +285,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     ),
     "clip_vision_model": _CLIP,
     "clip": replace(_CLIP, unused=(*_CLIP.unused, "text_model."), section="vision_config"),
+    "siglip_vision_model": _SIGLIP,
+    "siglip": replace(_SIGLIP, unused=(*_SIGLIP.unused, "text_model."), section="vision_config"),
     "videomae": _VIDEOMAE,
     "VideoMAEv2_Base": Family(  # of all sizes
         prefix="model.", section="model_config", refused=("cos_attn",), sinusoid=True, network=_videomae,
@@ -333,3 +348,10 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
         unused=("head.", "head_dist."), leading=(1, 2, 0), zeros=("patch_embed.bias",), antialias=True,
     ),
 }  # fmt: skip
+NOT_READ = {  # model_type -> reason and next step
+    **dict.fromkeys(
+        ("siglip2", "siglip2_vision_model"),
+        "SigLIP 2 NaFlex, whose pictures have any shape; take one of a fixed size, such as "
+        "google/siglip2-base-patch16-224",
+    ),
+}

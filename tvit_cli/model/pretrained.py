@@ -62,7 +62,7 @@ class PretrainedConfig:
     std: Channels
     notes: tuple[str, ...] = ()
     licence: str | None = None
-    clip: dict[str, Any] = field(default_factory=dict)  # of a video ViT: its own n_frames, tubelet_size, pool
+    clip: dict[str, Any] = field(default_factory=dict)  # of a video ViT: its own n_frames and tubelet_size
 
     @property
     def n_tokens(self) -> int:
@@ -75,9 +75,8 @@ class PretrainedConfig:
         size = self.clip.get("tubelet_size")
         if size is not None and (given := shape.get("tubelet_size", size)) != size:
             raise ValueError(f"tubelet_size {given}: the weights have tubelets of {size} frames; use {size}")
-        return ViTConfig(
-            **{"frame_size": frame_size or self.image_size, **self.clip, **shape, **self.network}
-        )
+        own = {"frame_size": frame_size or self.image_size, "pool": own_pool(self.network), **self.clip}
+        return ViTConfig(**{**own, **shape, **self.network})
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,20 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
     clip: dict[str, Any] = {}
     if "num_frames" in raw:
         clip = {"n_frames": number("num_frames"), "tubelet_size": number("tubelet_size")}
-        clip |= {"pool": "class" if network["class_token"] else "mean"}
     size, licence = number("image_size"), source.licence
     return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip)
 
 
-def own_clips(name: str) -> dict[str, Any]:
-    """Settings that weights of a video ViT decide unless others are given: frames, tubelets, frame size, pooling.
+def own_pool(network: Config) -> str:
+    """Pooling of a network unless another is given: its class token, or without one the mean."""
+    return "class" if network.get("class_token", True) else "mean"
 
-    Empty for other weights, and for a config that cannot be read: loading the weights reports that.
+
+def own_clips(name: str) -> dict[str, Any]:
+    """Settings that weights decide unless others are given.
+
+    Of a video ViT frames, tubelets, frame size and pooling; of an image ViT without class token the pooling. Empty
+    for other weights, and for a config that cannot be read: loading the weights reports that.
     """
     written = peek_config(name)
     if written.get("positions", "grid") != "grid":  # a model that tvit trained
@@ -163,8 +167,9 @@ def own_clips(name: str) -> dict[str, Any]:
             k: written.get(k) for k in ("n_frames", "tubelet_size", "pool")
         }
     family = FAMILIES.get(str(written.get("model_type")))
+    raw = written if family is None else family.defaults
     if family is None or "num_frames" not in family.defaults:
-        return {}
+        return {} if own_pool(raw) == "class" else {"pool": raw.get("pool", "mean")}
     raw = family.config(written, {})
     values = {
         "n_frames": raw["num_frames"],
@@ -172,7 +177,7 @@ def own_clips(name: str) -> dict[str, Any]:
         "img_size": raw["image_size"],
     }
     values = {key: value for key, value in values.items() if type(value) is int and value > 0}
-    return values | {"pool": "class" if raw.get("class_token", True) else "mean"}
+    return values | {"pool": own_pool(raw)}
 
 
 @torch.no_grad()
@@ -327,6 +332,8 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
         known = ", ".join(name for name in FAMILIES if name != TIMM)
         absent = f"no {CONFIG_FILE} beside it names a model_type"
         problem = f"its model_type is {config['model_type']!r}" if "model_type" in config else absent
+        if reason := families.NOT_READ.get(str(config.get("model_type"))):
+            raise source.error(f"{problem}: {reason}.")
         raise source.error(f"{problem}; tvit reads {known}, and weights with timm's names.")
     stored: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
@@ -447,12 +454,13 @@ def _split_positions(
             break
     else:
         problem = f"positions of the shape {tuple(table.shape)} are no square grid"
-        raise source.error(f"{problem}. Use a ViT of square pictures with a class token.")
+        raise source.error(f"{problem}. Use a ViT of square pictures.")
     table = table.reshape(1, rows, config.width)
     own, spatial = table[:, :leading], table[:, leading:]  # (1, tokens before the patches, D), (1, P, D)
     if grid != config.grid:
         notes[f"positions interpolated from {grid} x {grid} to {config.grid} x {config.grid} patches"] = None
         spatial = resize_grid(spatial, (config.grid, config.grid), antialias=family.antialias)  # (1, P, D)
-    class_position = own[:, :1] if leading else torch.zeros_like(table[:, :1])
-    split = {"positions.class_position": class_position, "positions.spatial": spatial}
+    split = {"positions.spatial": spatial}
+    if config.class_token:
+        split["positions.class_position"] = own[:, :1] if leading else torch.zeros_like(table[:, :1])
     return split | ({EXTRA_POSITIONS: own[:, 1:]} if leading > 1 else {})
