@@ -19,7 +19,7 @@ from tvit_cli.engine.train.optim import (
 )
 from tvit_cli.engine.train.state import WeightAverage
 from tvit_cli.errors import ModelError
-from tvit_cli.model.lora import LoraSpec, attach
+from tvit_cli.model.lora import LoraSpec, attach, set_trainable
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
 
 TINY = ViTConfig(num_classes=2, frame_size=16, patch_size=8, n_frames=2, width=8, depth=1, num_heads=2)
@@ -143,6 +143,21 @@ def test_temporal_layers_have_their_own_learning_rate(attention):
         assert found["blocks.0.temporal.attention.q.weight"] == 0.5
     else:
         assert {"summary.times.embedding", "summary.temporal_blocks.0.attention.q.weight"} <= slow
+
+
+@pytest.mark.parametrize(
+    ("mode", "targets"),
+    [("lora", ("q",)), ("lora", ("q", "classifier")), ("all", ()), ("last-1", ()), ("classifier", ())],
+)
+def test_classifier_has_its_own_learning_rate_in_every_mode(mode, targets):
+    config = ViTConfig.from_dict({**TINY.to_dict(), "attention": "factorized", "pool": "attentive"})
+    model = TemporalViT(config)
+    set_trainable(model, mode, LoraSpec(2, 2.0, 0.0, False, "none", targets, ()), seed=0)
+    choices = {"layer_decay": 0.5, "temporal_rate": 0.3}
+    before, after = (scales(model, **choices, classifier_rate=rate) for rate in (1.0, 10.0))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith("classifier.")} != set()
+    assert {after[name] for name in changed} == {10.0}
 
 
 # Two classes; softmax of (0, ln 3) is (1/4, 3/4).

@@ -65,12 +65,15 @@ def test_resume_refuses_changed_settings_and_shows_the_difference(trained, mine)
 def test_a_checkpoint_from_before_a_setting_existed_is_resumed(trained, finished, mine):
     path = list_checkpoints(mine.run / "checkpoints")[0]
     state = json.loads((path / "state.json").read_text())
-    del state["identity"]["label_smoothing"], state["sha256"]["state.json"]
+    del state["identity"]["label_smoothing"], state["identity"]["classifier_rate"]
+    del state["sha256"]["state.json"]
     state["sha256"]["state.json"] = checkpoint._digest(state)
     (path / "state.json").write_text(json.dumps(state))
     assert same(last_weights(trained(resume_from_checkpoint=str(path))), last_weights(finished))
     with pytest.raises(CheckpointError, match=r"--label-smoothing: 0.0 -> 0.1"):
         trained(label_smoothing=0.1, resume_from_checkpoint=str(path))
+    with pytest.raises(CheckpointError, match=r"--classifier-rate: 1.0 -> 10.0"):
+        trained(classifier_rate=10.0, resume_from_checkpoint=str(path))
 
 
 def test_resuming_with_other_videos_is_refused(trained, clips, tmp_path):

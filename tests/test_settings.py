@@ -320,7 +320,7 @@ WEIGHTS = {
     "warmup_epochs": 1, "per_gpu_batch_size": 5, "learning_rate": 0.02, "weight_decay": 0.5, "label_smoothing": 0.2,
     "bias_weight_decay": True, "max_grad_norm": 0.01, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-2,
     "crop_scale_min": 1.0, "horizontal_flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.3,
-    "drop_path": 0.5, "token_drop": 0.5, "layer_decay": 0.5, "mixup": 0.8, "cutmix": 1.0, "randaugment": 2,
+    "drop_path": 0.5, "token_drop": 0.5, "layer_decay": 0.5, "classifier_rate": 10.0, "mixup": 0.8, "cutmix": 1.0, "randaugment": 2,
     "random_erasing": 1.0,
 }
 # fmt: on

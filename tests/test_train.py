@@ -189,7 +189,8 @@ def test_all_frames_of_a_tubelet_are_learnt_from_beside_pretrained_weights(train
 
 
 def test_the_rate_warms_up_in_epochs_and_falls_as_the_schedule_says(trained):
-    result = trained(warmup_epochs=1, epochs=3, learning_rate=0.01)
+    result = trained(warmup_epochs=1, epochs=3, learning_rate=0.01, classifier_rate=4)
+    assert "learning rate 0.01, of the classifier 0.04" in result.report.read_text()
     steps = records(result, "step")
     assert [record["step"] for record in steps] == list(range(1, 10))  # three of an epoch
     rates = [learning_rate_at(step, peak=0.01, warmup_steps=3, total_steps=9) for step in range(9)]

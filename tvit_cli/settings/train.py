@@ -185,6 +185,8 @@ class TrainSettings(types.DataSettings):
     temporal_rate: float | None = regularisation(None,
         "Learning rate of the temporal blocks of --attention factorized, relative to --learning-rate", gt=0,
         le=1, default_text="0.1 with --train lora on pretrained weights, else 1")
+    classifier_rate: float = regularisation(1.0,
+        "Learning rate of the classifier, relative to --learning-rate", gt=0)
     class_weights: Literal["none", "balanced"] = regularisation("none",
         "Class weights of the training loss; balanced gives rare classes more")
     balanced_sampling: bool = regularisation(False,

@@ -235,9 +235,9 @@ def _make_loop(
         find = partial(find_micro_batch, built=built, model=model, settings=settings, accelerator=accelerator)
         settings, global_batch = resolve_batch(settings, accelerator.num_processes, find=find)
     assert settings.per_gpu_batch_size != "auto"
-    shared = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay")
-    decays: dict[str, Any] = {name: getattr(settings, name) for name in shared}
-    groups = parameter_groups(built.model, temporal_rate=settings.temporal_share(), **decays)
+    shared = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay", "classifier_rate")
+    own: dict[str, Any] = {name: getattr(settings, name) for name in shared}
+    groups = parameter_groups(built.model, temporal_rate=settings.temporal_share(), **own)
     rate, betas = settings.learning_rate, (settings.adam_beta1, settings.adam_beta2)
     optimizer = adamw(groups, learning_rate=rate, betas=betas, epsilon=settings.adam_epsilon)
     classes = {label: number for number, label in enumerate(labels)}
@@ -357,13 +357,15 @@ def plan_facts(loop: Loop) -> dict[str, str]:
     counts = ", ".join(f"{len(source.readable(subset))} {subset}" for subset in SUBSETS)
     origin = loop.built.origin
     first = {} if origin is None else {"from": taken_over(settings, origin.labels, source.layout.labels)}
+    rate, factor = settings.learning_rate, settings.classifier_rate
+    rates = f"{rate:g}" if factor == 1 else f"{rate:g}, of the classifier {factor * rate:g}"
     return first | {
         "data": f"{source.root}: {plural(len(source.layout.labels), 'class')}, {counts} videos",
         "clips": f"{plural(settings.n_frames, 'frame')} of {settings.img_size}×{settings.img_size} pixels",
         "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
         "batch": str(plan),
         "schedule": f"{plural(settings.epochs, 'epoch')} of {plural(plan.steps_per_epoch, 'step')}, "
-        f"warm-up {settings.warmup():g} epochs, learning rate {settings.learning_rate:g}",
+        f"warm-up {settings.warmup():g} epochs, learning rate {rates}",
     }
 
 

@@ -84,19 +84,21 @@ def parameter_groups(
     norm_weight_decay: bool,
     layer_decay: float = 1.0,
     temporal_rate: float = 1.0,
+    classifier_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups of equal weight decay and equal `rate_scale` (see `set_rates`).
 
     Normalisation layers follow `norm_weight_decay`, all other biases `bias_weight_decay`; EMBEDDINGS and DoRA's
     magnitudes never decay. The scale is that of `layer_scale`, for temporal layers `temporal_rate`, for other
-    temporal modules 1.
+    temporal modules 1, for the classifier and its adapter `classifier_rate`.
     """
     added = model.added_modules().items()
-    temporal = {f"{path}.": temporal_rate if part.has_linear_layers else 1.0 for path, part in added}
+    scales = {f"{path}.": temporal_rate if part.has_linear_layers else 1.0 for path, part in added}
+    scales["classifier."] = classifier_rate
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for path, module in model.named_modules():
         own = layer_scale(path, depth=len(model.blocks), layer_decay=layer_decay)
-        scale = next((rate for prefix, rate in temporal.items() if f"{path}.".startswith(prefix)), own)
+        scale = next((rate for prefix, rate in scales.items() if f"{path}.".startswith(prefix)), own)
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, NORMS):
                 decays = norm_weight_decay
