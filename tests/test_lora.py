@@ -1,7 +1,9 @@
 """LoRA adapters and linear layers: targets, fused computation, merging, saving, int8."""
 
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +11,11 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_pretrained import MODELS as IMAGE_MODELS
+from test_pretrained import as_timm, loaded, randomised, saved
+from test_video_weights import MODELS as VIDEO_MODELS
+from test_video_weights import as_videomae_v2
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -644,6 +651,57 @@ def test_peft_itself_loads_a_saved_adapter_onto_the_bare_model(changes, tmp_path
         torch.testing.assert_close(loaded(clips()), model(clips()), atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == "backbone"
+
+
+BLOCK = r"(^layer|encoder\.layers?|blocks)\.\d\."
+STORED = {  # short name -> names of its weights in the files of all families
+    "patch_embed": r"(embeddings\.patch_embeddings?|patch_embed)\.((projection|proj)\.)?weight",
+    "q": BLOCK + r".*(query|q_proj|qkv)\.weight",
+    "k": BLOCK + r".*(key|k_proj|qkv)\.weight",
+    "v": BLOCK + r".*(value|v_proj|qkv)\.weight",
+    "proj": BLOCK + r"(attention\.output\.dense|self_attn\.out_proj|(attention|attn)\.(o_)?proj)\.weight",
+    "fc1": BLOCK + r"(intermediate\.dense|mlp\.(fc1|weights_in|up_proj))\.weight",
+    "fc2": BLOCK + r"(output\.dense|mlp\.(fc2|weights_out|down_proj))\.weight",
+}
+FAMILIES = {
+    name: lambda folder, make=make: saved(randomised(make()), folder)
+    for name, make in (IMAGE_MODELS | VIDEO_MODELS).items()
+}
+FAMILIES["timm"] = lambda folder: as_timm(randomised(IMAGE_MODELS["dino"]()), folder)
+FAMILIES["VideoMAE V2"] = lambda folder: as_videomae_v2(FAMILIES["VideoMAE, fine-tuned"](folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_names_reach_their_layers_in_every_family(family, tmp_path):
+    file = FAMILIES[family](tmp_path) / "model.safetensors"
+    stored, (model, _) = load_file(file), loaded(tmp_path)
+    reached = {}
+    for short, pattern in STORED.items():
+        changed = {name: tensor.clone() for name, tensor in stored.items()}
+        for tensor in (tensor for name, tensor in changed.items() if re.search(pattern, name)):
+            part = (
+                tensor.chunk(3)["qkv".index(short)]
+                if len(tensor) == 3 * tensor.shape[-1] and short in "qkv"
+                else tensor
+            )
+            part *= 2
+        save_file(changed, file)
+        state = loaded(tmp_path)[0].state_dict()
+        reached[short] = [
+            name.removesuffix(".weight")
+            for name, tensor in model.state_dict().items()
+            if not torch.equal(tensor, state[name])
+        ]
+        assert reached[short] == resolve_layers(model, [short], option="lora_target_modules"), short
+        assert len(reached[short]) == (1 if short == "patch_embed" else model.config.depth)
+    attach(model, spec(targets=LORA_TARGETS), seed=0)
+    assert trainable(model) >= adapter_of(*itertools.chain(*reached.values()), "classifier")
+    perturb(model)
+    size = model.config.frame_size
+    frames = torch.randn(2, model.config.n_frames, 3, size, size)
+    peft_model = loaded_by_peft(model.eval(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(peft_model(frames), model(frames), atol=1e-4, rtol=1e-4)
 
 
 def test_the_module_does_not_load_peft():

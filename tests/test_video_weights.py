@@ -124,11 +124,16 @@ def test_at_step_0_a_clip_gives_the_features_of_the_familys_own_model(name, save
         torch.testing.assert_close(model(clips()), F.linear(features_of(theirs, clips()), weights), **CLOSE)
 
 
-def test_videomae_v2_is_read_without_its_remote_code(saved):
-    theirs, folder = saved("VideoMAE, fine-tuned")
-    theirs.fc_norm.eps = 1e-6
-    for layer in theirs.videomae.encoder.layer:
-        layer.layernorm_before.eps = layer.layernorm_after.eps = 1e-6
+V2_VALUES = {
+    "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5,
+    "qkv_bias": True, "init_values": 0.0, "use_learnable_pos_emb": False, "tubelet_size": 2, "num_frames": 4,
+    "use_mean_pooling": True, "cos_attn": False,
+}  # fmt: skip
+V2_CONFIG = {"model_type": "VideoMAEv2_Base", "auto_map": {"AutoModel": "modeling_videomaev2.VideoMAEv2"}}
+
+
+def as_videomae_v2(folder):
+    """Gives the saved weights of a fine-tuned VideoMAE the names and the config of VideoMAE V2."""
     tensors = {}
     names = {
         "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
@@ -145,17 +150,17 @@ def test_videomae_v2_is_read_without_its_remote_code(saved):
         tensors[f"{block}.qkv.weight"] = torch.cat(parts)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
     save_file(tensors, folder / "model.safetensors")
-    values = {
-        "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5,
-        "qkv_bias": True, "init_values": 0.0, "use_learnable_pos_emb": False, "tubelet_size": 2, "num_frames": 4,
-        "use_mean_pooling": True, "cos_attn": False,
-    }  # fmt: skip
-    config = {"model_type": "VideoMAEv2_Base", "auto_map": {"AutoModel": "modeling_videomaev2.VideoMAEv2"}}
+    (folder / "config.json").write_text(json.dumps(V2_CONFIG | {"model_config": V2_VALUES}))
+    return folder
 
-    def write(**changes):
-        (folder / "config.json").write_text(json.dumps(config | {"model_config": values | changes}))
 
-    write()
+def test_videomae_v2_is_read_without_its_remote_code(saved):
+    theirs, folder = saved("VideoMAE, fine-tuned")
+    theirs.fc_norm.eps = 1e-6
+    for layer in theirs.videomae.encoder.layer:
+        layer.layernorm_before.eps = layer.layernorm_after.eps = 1e-6
+    as_videomae_v2(folder)
+
     model, report = loaded(folder)
     with torch.no_grad():
         torch.testing.assert_close(model.features(clips()), features_of(theirs, clips()), **CLOSE)
@@ -165,10 +170,10 @@ def test_videomae_v2_is_read_without_its_remote_code(saved):
         ({"embed_dim": "32"}, "embed_dim is '32'; it must be a whole number"),
         ({"depth": 3}, r"blocks\.2\.attn\.qkv\.weight is missing"),
     ):
-        write(**changes)
+        (folder / "config.json").write_text(json.dumps(V2_CONFIG | {"model_config": V2_VALUES | changes}))
         with pytest.raises(ModelError, match=problem):
             loaded(folder)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(V2_CONFIG))
     with pytest.raises(ModelError, match="embed_dim is None; it must be a whole number"):
         loaded(folder)
 
