@@ -10,22 +10,22 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import entry
 import pytest
 import torch
 from fuse import sitecustomize
-from tiny import make_clips, make_pretrained, run, settings
+from tiny import make_clips, make_pretrained, records, run, settings
 
 from tvit_cli import cli
 from tvit_cli.data.layout import read_layout
-from tvit_cli.engine import distributed, launch
+from tvit_cli.engine import launch
 from tvit_cli.engine.dataset import unreadable_videos
 from tvit_cli.engine.distributed import BUCKET_BYTES, _buckets, default_worker_count, local_processes
 from tvit_cli.engine.evaluate import scoring
-from tvit_cli.engine.launch import StopSignals, make_accelerator
+from tvit_cli.engine.launch import SHARDING, make_accelerator
 from tvit_cli.engine.train import batches
 from tvit_cli.errors import CheckpointError, ModelError, SettingsError
 from tvit_cli.settings.types import GROUP_PATTERN
@@ -54,7 +54,21 @@ def taken_port():
 
 def start(words, **variables):
     path = os.pathsep.join([str(ROOT / "tests" / "fuse"), str(ROOT)])
-    return entry.start("-m", *words, **{"PYTHONPATH": path, **variables})
+    first = () if str(words[0]).endswith(".py") else ("-m",)
+    return entry.start(*first, *words, **{"PYTHONPATH": path, **variables})
+
+
+def start_ranks(*words, count=2):
+    """Starts `python WORDS` in `count` processes of one group, as SLURM does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    place = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    return [start(words, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
 
 def in_float64(monkeypatch):
@@ -231,7 +245,7 @@ def test_cores_are_shared_by_the_processes_of_this_machine(monkeypatch, variable
 
 def test_processes_started_by_slurm_know_their_world_size(tmp_path):
     code = (
-        "import os\nfrom tvit_cli.engine.launch import make_accelerator\n"
+        "import os\nfrom tvit_cli.engine.launch import SHARDING, make_accelerator\n"
         "from tvit_cli.engine.distributed import local_processes\n"
         "for _ in range(2): make_accelerator(device='cpu', mixed_precision='no')\n"
         "print(local_processes(), flush=True)\n"
@@ -272,24 +286,58 @@ def test_a_clip_that_another_process_could_not_read_is_named(facts, tmp_path):
     assert one and one == two, outputs
 
 
-def test_what_processors_know_is_shared_between_processors(monkeypatch):
-    """Over NCCL each such number would be fetched from a GPU, when all that was asked of it before is done."""
+def test_cpu_ranks_finish_where_there_are_fewer_gpus_than_ranks(facts, tmp_path):
+    """Accelerate's barrier allocates on GPU number LOCAL_RANK, whatever device the processes use."""
+    own = settings(**{**facts, "epochs": 1, "working_directory": tmp_path})
+    store = {"path_to_data": facts["path_to_data"], "output": str(tmp_path / "store"), "num_workers": 0}
+    (tmp_path / "program.py").write_text(
+        "import torch, tvit_cli\n"
+        "from tvit_cli.engine.distributed import shutdown\n"
+        "from tvit_cli.engine.train import train\n"
+        "from tvit_cli.settings.train import TrainSettings\n"
+        "torch._C._get_accelerator = lambda *check: torch.device('cuda')\n"
+        f"tvit_cli.extract(**{store!r})\n"
+        f"train(TrainSettings.model_validate_json({own.model_dump_json()!r}))\n"
+        "shutdown(graceful=True)\n"
+    )
+    for child in start_ranks(tmp_path / "program.py"):
+        _, errors = child.communicate(timeout=100)
+        assert child.returncode == 0, errors
+    assert (tmp_path / "store" / "index.frames").is_file() and (tmp_path / "mine/model/card.json").is_file()
+
+
+def test_ranks_exchange_numbers_over_gloo_with_a_timeout_of_their_own(monkeypatch):
+    """Over NCCL each number would wait for all work of a GPU; its default timeout is 10 minutes."""
     made = []
-    used = []
-    backends = iter(("gloo", "nccl", "nccl", "nccl"))
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda: next(backends))
-    monkeypatch.setattr(distributed.dist, "new_group", lambda *, backend: made.append(backend) or "new")
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, how, group: used.append(group))
-    distributed._cpu_group.cache_clear()
-    two = SimpleNamespace(num_processes=2)
-    signals = StopSignals()
-    signals.received = "SIGTERM"
-    assert distributed.all_reduce_min(3, two) == 3
-    assert distributed.all_reduce_max([1, 4], two) == [1, 4]
-    assert distributed.any_rank(True, two)
-    assert signals.agreed(two, save_is_due=True) == ("SIGTERM", True)
-    assert (used, made) == ([None, "new", "new", "new"], ["gloo"])
-    distributed._cpu_group.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: made.extend(options["kwargs_handlers"]))
+    monkeypatch.setattr("accelerate.state.AcceleratorState._reset_state", lambda **options: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(launch, "pick_device", lambda name: torch.device(name))
+        monkeypatch.setattr(launch, "resolve_precision", lambda *given: "no")
+        make_accelerator(device=device, mixed_precision="no")
+    assert [group.backend for group in made] == ["gloo", "cpu:gloo,cuda:nccl"]
+    assert {group.timeout for group in made} == {timedelta(hours=1)}
+
+
+def test_second_training_in_a_process_uses_its_own_device(monkeypatch):
+    mps = torch.device("mps")
+    assert make_accelerator(device="cpu", mixed_precision="no").device.type == "cpu"
+    monkeypatch.setattr(launch, "pick_device", lambda name: mps)
+    monkeypatch.setattr("accelerate.PartialState.default_device", mps)
+    assert make_accelerator(device="mps", mixed_precision="no").device == mps
+    monkeypatch.undo()
+    assert make_accelerator(device="cpu", mixed_precision="no").device.type == "cpu"
+
+
+def test_gradients_are_not_divided_by_accelerates_accumulation(trained, monkeypatch, tmp_path):
+    norms = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        result = trained(epochs=1, working_directory=tmp_path / steps)
+        norms.append([record["grad_norm"] for record in records(result)])
+    assert norms[0] == norms[1]
 
 
 def test_gradients_are_summed_in_buckets_of_one_type():
@@ -367,9 +415,7 @@ def test_auto_precision_is_recorded_and_resumed_as_resolved(trained):
         trained(resume_from_checkpoint=path, mixed_precision="bf16")
 
 
-@pytest.mark.parametrize(
-    "variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"]
-)
+@pytest.mark.parametrize("variable", SHARDING)
 def test_a_model_split_between_processes_is_refused_with_the_reason(trained, monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, "true")
     said = f"{variable}=true: .*not supported: Accelerate silently ignores it on a CPU"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,10 +25,17 @@ from torch import Tensor, nn
 from tvit_cli.data.clips import later_interrupt
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: fast, and small beside the memory of a step
 PREFETCH = 4  # jobs per worker that start before their turn, so that one long video does not block the others
+BACKENDS = {
+    "cpu": "gloo",
+    "cuda": "cpu:gloo,cuda:nccl",
+}  # of one group: each tensor's collectives by its device
+TIMEOUT = timedelta(
+    hours=1
+)  # of a collective: NCCL's 10 minutes are too short for rank 0 to write to a slow disk
 SECONDS_TO_END_ITSELF = 5  # for a process that has reached the limit of its job
 J = TypeVar("J")
 R = TypeVar("R")
@@ -73,13 +80,12 @@ def any_rank(value: bool, accelerator: Accelerator) -> bool:
     return bool(all_reduce_max([value], accelerator)[0])
 
 
-def all_reduce_max(values: list[int], accelerator: Accelerator) -> list[int]:
+def all_reduce_max(values: list[int], accelerator: Accelerator | PartialState) -> list[int]:
     """The element-wise maximum over all ranks."""
     if accelerator.num_processes == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.int64)
-    group = None if dist.get_backend() == "gloo" else _cpu_group()
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    tensor = torch.tensor(values, dtype=torch.int64)  # on the CPU: gloo does not wait for a GPU's queue
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [int(value) for value in tensor]
 
 
@@ -88,10 +94,12 @@ def all_reduce_min(value: int, accelerator: Accelerator) -> int:
     return -all_reduce_max([-value], accelerator)[0]
 
 
-@functools.cache
-def _cpu_group() -> Any:
-    """All ranks over gloo: numbers that are on the CPU do not wait for a GPU's queue."""
-    return dist.new_group(backend="gloo")
+def barrier(state: Accelerator | PartialState) -> None:
+    """Waits until all ranks are here.
+
+    Accelerate's barrier allocates on GPU number LOCAL_RANK, which may not exist, even between CPU processes.
+    """
+    all_reduce_max([0], state)
 
 
 def shutdown(*, graceful: bool) -> None:
@@ -100,7 +108,6 @@ def shutdown(*, graceful: bool) -> None:
     Unless `graceful`, NCCL groups are left as they are: the other ranks may be waiting for this one.
     """
     if graceful or dist.get_backend() == "gloo":
-        _cpu_group.cache_clear()
         dist.destroy_process_group()
 
 

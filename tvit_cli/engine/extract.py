@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,13 @@ from tvit_cli.data.framestore import check_record, own_store
 from tvit_cli.data.layout import Layout, Video, is_store, read_layout, split_choice
 from tvit_cli.data.video import COUNT_SLACK, count_frames, probe
 from tvit_cli.engine.dataset import find_or_make_data
-from tvit_cli.engine.distributed import default_worker_count, map_in_order, preserve_process_count
+from tvit_cli.engine.distributed import (
+    BACKENDS,
+    barrier,
+    default_worker_count,
+    map_in_order,
+    preserve_process_count,
+)
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import check_folder, file_lock, is_writable
 from tvit_cli.results import ExtractResult, Note, Progress, Report, Scan
@@ -26,6 +33,7 @@ from tvit_cli.settings.extract import ExtractSettings
 from tvit_cli.settings.types import most_bad
 
 R = TypeVar("R")
+TIMEOUT = timedelta(days=30)  # of the barrier: the slowest rank may need hours longer than the others
 
 
 def extract(
@@ -128,8 +136,8 @@ def process_group() -> tuple[int, int, Callable[[], None]]:
     from accelerate import PartialState  # loads torch
 
     with preserve_process_count():
-        state = PartialState(cpu=True)
-    return state.process_index, state.num_processes, state.wait_for_everyone
+        state = PartialState(cpu=True, backend=BACKENDS["cpu"], timeout=TIMEOUT)
+    return state.process_index, state.num_processes, partial(barrier, state)
 
 
 def _read_data(settings: ExtractSettings, report: Report) -> tuple[Layout, Path]:

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import DistError
 
 from tvit_cli.data.clips import is_waiting
-from tvit_cli.engine.distributed import all_reduce_max, preserve_process_count
+from tvit_cli.engine.distributed import BACKENDS, TIMEOUT, all_reduce_max, preserve_process_count
 from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError, plural
 from tvit_cli.results import Event, Note, Report, silent
 from tvit_cli.settings.types import MixedPrecision
@@ -35,7 +35,12 @@ SECONDS_TO_GET_BATCH = 5  # limit of the wait for a batch after a stop signal
 SECONDS_TO_BE_ENDED = 3  # a launcher checks for dead processes several times a second
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 60  # limit for a stopped process to finish its step and write its checkpoint
-SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")  # libraries that shard a model across ranks
+SHARDING = {  # variables that `accelerate launch` sets: what shards tensors or samples across ranks
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (tensor, context or sequence parallelism)",
+}
 RESUME_LATEST = "Resume from the last checkpoint with --resume-from-checkpoint latest."
 
 
@@ -83,16 +88,25 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     chosen = pick_device(device)
     _refuse_sharding(chosen)
     _refuse_shared_gpus(chosen)
     # Else a second training in one process would keep the first's precision and, without a group, its device.
-    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    AcceleratorState._reset_state(reset_partial_state=is_alone)
     precision = resolve_precision(mixed_precision, chosen)
+    group = InitProcessGroupKwargs(backend=BACKENDS.get(chosen.type), timeout=TIMEOUT)
     try:
         with preserve_process_count():
-            return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
+            return Accelerator(
+                cpu=chosen.type == "cpu",
+                mixed_precision=precision,
+                # Else taken from the environment: gradients are divided by the clips of an update, not here.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                kwargs_handlers=[] if is_alone else [group],
+            )
     except NotImplementedError as error:  # GPUs without peer-to-peer communication in the installed driver
         raise SettingsError(f"Accelerate will not start here: {error}") from error
     except DistError as error:
@@ -109,8 +123,7 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
 def _refuse_sharding(device: torch.device) -> None:
     from accelerate.utils import parse_flag_from_env
 
-    for name in SHARDING:
-        variable = f"ACCELERATE_USE_{name.upper().replace('-', '_')}"  # set by `accelerate launch`
+    for variable, name in SHARDING.items():
         if parse_flag_from_env(variable):
             reason = "it shards tensors, and a checkpoint holds whole ones"
             if device.type == "cpu":

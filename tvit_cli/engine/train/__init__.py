@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 import tvit_cli
 from tvit_cli.data.layout import SUBSETS, Video, split_choice
 from tvit_cli.engine.dataset import ClipFormat, DataSource, open_dataset
-from tvit_cli.engine.distributed import broadcast_weights
+from tvit_cli.engine.distributed import barrier, broadcast_weights
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import write_page
 from tvit_cli.engine.evaluate.metrics import Tally
@@ -95,7 +95,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
             except (TvitError, OSError) as error:
                 write_report(loop, training_result(loop, problem=str(error)))
                 if isinstance(error, RunError) and error.by_all:
-                    loop.accelerator.wait_for_everyone()  # a rank that exits early ends rank 0 before it prints
+                    barrier(loop.accelerator)  # a rank that exits early ends rank 0 before it prints
                 raise
             finally:
                 loop.trackers.close()
@@ -330,7 +330,7 @@ def _finish(loop: Loop) -> TrainResult:
             metrics={k: v for k, v in loop.best.items() if k.startswith("val_") and math.isfinite(v)},
         )
         save_model(loop.run.model, lora.merged_state_dict(loop.plain_model), card)
-    loop.accelerator.wait_for_everyone()
+    barrier(loop.accelerator)
     if not settings.test_at_end:
         return result
     settings = settings.model_copy(update={"per_gpu_batch_size": loop.plan.batch_size})

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from tvit_cli.data.clips import ClipBatch, ClipDataset, load_batches, worker_errors
-from tvit_cli.engine.distributed import all_reduce_gradients, any_rank, worker_count
+from tvit_cli.engine.distributed import all_reduce_gradients, any_rank, barrier, worker_count
 from tvit_cli.engine.evaluate.metrics import Tally, class_counts, video_metrics
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals, signal_text
 from tvit_cli.engine.train.batches import BatchKeys, MicroBatch, make_inputs
@@ -217,7 +217,7 @@ def save(loop: Loop) -> Path:
             ema=None if loop.ema is None else loop.ema.tensors,
         )
         prune_checkpoints(loop.run.checkpoints, loop.settings.max_no_of_checkpoints, newest=loop.step)
-    loop.accelerator.wait_for_everyone()
+    barrier(loop.accelerator)
     loop.saved_step, loop.saved_at = loop.step, time.monotonic()
     return checkpoint_path(loop.run.checkpoints, loop.step)
 

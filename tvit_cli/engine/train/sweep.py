@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
+from tvit_cli.engine.distributed import barrier
 from tvit_cli.engine.evaluate import evaluate, files
 from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
 from tvit_cli.engine.train import score_test, train
@@ -113,7 +114,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
         finally:
             with suppress(OSError):
                 folder.rmdir()  # the claimed name of a series that failed before its first file
-    accelerator.wait_for_everyone()
+    barrier(accelerator)
     metrics = {run: _metrics(folder / run) for run in runs}
     result = SeriesResult(folder, metrics, summarise(list(metrics.values())))
     if accelerator.is_main_process:
