@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tvit_cli
 from tvit_cli.errors import ModelError
 from tvit_cli.model import weights as weights_module
 from tvit_cli.model.families import CLIP_MEAN, FAMILIES
@@ -452,6 +453,12 @@ def siglip(**changes):
     return transformers.SiglipVisionModel(config)
 
 
+def dinov3(**changes):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_register_tokens": 3, "layerscale_value": 0.7}
+    config = transformers.DINOv3ViTConfig(**{**SHAPE, **EAGER, **shape, **changes})
+    return transformers.DINOv3ViTModel(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**SHAPE, **EAGER, intermediate_size=48)),
     "dino": lambda: transformers.ViTModel(
@@ -464,13 +471,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "clip": clip,
     "clip with GELU": lambda: clip(hidden_act="gelu"),
     "siglip": siglip,
+    "dinov3": dinov3,
+    "dinov3, huge": lambda: dinov3(use_gated_mlp=True, hidden_act="silu", key_bias=True),
 }
 
 
 @torch.no_grad()
 def theirs(model, images):
     kind = type(model).__name__
-    interpolate = {} if images.shape[-1] == 32 or "Dinov2" in kind else {"interpolate_pos_encoding": True}
+    interpolate = (
+        {} if images.shape[-1] == 32 or "DINOV" in kind.upper() else {"interpolate_pos_encoding": True}
+    )
     output = model(pixel_values=images, **interpolate)
     if "Siglip" in kind:
         return output.last_hidden_state.mean(1)
@@ -493,10 +504,11 @@ def test_at_step_0_a_frame_gives_the_features_of_the_familys_own_model(name, siz
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
 
 
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "joint"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_scheme_takes_every_family(name, tmp_path):
+def test_every_scheme_takes_every_family(name, attention, tmp_path):
     image_vit = randomised(MODELS[name]())
-    model, _ = loaded(saved(image_vit, tmp_path), attention="divided")
+    model, _ = loaded(saved(image_vit, tmp_path), attention=attention)
     frames = torch.stack([pictures(), pictures() + 1], dim=1)
     expected = (theirs(image_vit, pictures()) + theirs(image_vit, pictures() + 1)) / 2
     with torch.no_grad():
@@ -561,6 +573,53 @@ def test_siglip_loads_without_its_text_tower_and_heads(kind, tmp_path):
     assert config.mean == config.std == (0.5, 0.5, 0.5)
     transformers.SiglipImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
     assert read_config(resolve_weights(str(tmp_path))).mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("attention", ["joint", "divided"])
+def test_dinov3s_tokens_keep_their_positions_when_others_are_dropped(attention, tmp_path):
+    saved(randomised(dinov3()), tmp_path)
+    source = resolve_weights(str(tmp_path))
+    config = read_config(source).vit_config(num_classes=3, n_frames=2, attention=attention)
+    model = build_model(config, seed=0, from_scratch=False, token_drop=0.5)
+    load_pretrained(model, source)
+    frames = torch.stack([pictures(), pictures() + 1], dim=1)
+    places = []
+    for is_training in (False, True):
+        patches = model.patch_embed(frames.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (2, 2))
+        tokens, rotation = model.train(is_training).positions(patches, (4, 4))
+        tokens, rotation = tokens.flatten(0, 1), rotation.squeeze(2)  # (B*G, N, D), (2, B*G, N, D/A)
+        assert (rotation[0, :, :4] == 1).all() and (rotation[1, :, :4] == 0).all()  # class token, registers
+        pairs = torch.cat([tokens, rotation[0], rotation[1]], dim=2)[:, 4:]
+        places.append({tuple(row) for row in pairs.flatten(0, 1).tolist()})
+    assert len(places[0]) == 64 and len(places[1]) == 32 and places[1] < places[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"rope_theta": 10000.0}, "rope_theta is 10000.0, which tvit does not support"),
+        ({"use_gated_mlp": True}, "hidden_act is 'gated gelu'"),
+        ({"num_attention_heads": 16}, "need heads of a multiple of 4 channels, not 2"),
+        ({"num_register_tokens": 2}, r"register_tokens has the shape \(1, 3, 32\), not \(1, 2, 32\)"),
+    ],
+)
+def test_a_dinov3_that_is_none_is_refused_with_the_reason(config, problem, tmp_path):
+    edit_json(saved(dinov3(), tmp_path) / "config.json", **config)
+    with pytest.raises((ModelError, ValueError), match=problem):
+        loaded(tmp_path)
+
+
+def test_dinov3_trains_and_exports_and_its_licence_is_in_each(inputs, tmp_path):
+    weights = str(saved(randomised(dinov3(use_gated_mlp=True, hidden_act="silu")), tmp_path / "weights"))
+    where = {"working_directory": tmp_path, "num_workers": 0, "device": "cpu", "quiet": True}
+    how = {"img_size": 48, "n_frames": 2, "attention": "divided", "epochs": 1, "token_drop": 0.25}
+    run = tvit_cli.train(path_to_data=inputs["path_to_data"], hf_model_name=weights, **where, **how)
+    assert json.loads((run.model / "card.json").read_text())["base"]["licence"] == "other (dinov3-license)"
+    for form in ("safetensors", "onnx"):
+        result = tvit_cli.export(model=run.run, format=form, output=tmp_path / form, quiet=True)
+        assert result.parity.max_logit_difference < 1e-5
+        readme = (tmp_path / form / "README.md").read_text()
+        assert "license: other\nlicense_name: dinov3-license\n" in readme
 
 
 def test_siglip_2_naflex_is_refused_with_the_next_step(tmp_path):
@@ -732,7 +791,9 @@ def test_tensors_of_a_family_that_do_not_fit_are_refused_by_name(spoil, sentence
         loaded(folder)
 
 
-@pytest.mark.parametrize("name", ["dinov2 with SwiGLU", "dinov2 with registers", "clip", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["dinov2 with SwiGLU", "dinov2 with registers", "clip", "siglip", "dinov3, huge"]
+)
 def test_adapters_on_a_family_train_and_merge(name, tmp_path):
     model, _ = loaded(saved(randomised(MODELS[name]()), tmp_path))
     names = list(model.state_dict())

@@ -41,8 +41,9 @@ class Family:
     The network's config is `defaults`, the file's own values (or those in its `section`), then `fixed`; `network`
     derives further values from it and from the tensors. Its keys are those of Hugging Face's ViT (`keys` maps them
     to the file's), and `extra_tokens`, `pre_norm`; of a video ViT also `num_frames`, `tubelet_size` and the
-    fields of ViTConfig in VIDEO. `refused` keys must be false. `tensors` and `modules` (each a weight and a bias)
-    map stored names, less `prefix`, to parameters of TemporalViT or to one of these, which `pretrained` converts:
+    fields of ViTConfig in VIDEO. Keys in `required` must have that value. `tensors` and `modules` (each a weight
+    and a bias) map stored names, less `prefix`, to parameters of TemporalViT or to one of these, which `pretrained`
+    converts:
 
         positions      one table: positions of the tokens before the patches, then of the patches; a video ViT
                        with `sinusoid` stores none
@@ -52,7 +53,9 @@ class Family:
     `#` stands for a block's number. Of alternatives (`a|b`) the first that block 0 has stored is used, else the
     last; an empty last one makes the name optional, those of a block all together. Names that start with one of
     `unused` are ignored. `leading` lists possible numbers of rows before the patches' own in the position table.
-    `zeros` are set to 0 where the model has them.
+    `zeros` are set to 0 where the model has them. `gate` is the layer of an MLP's gate and that of its values,
+    which are joined. `half_split`: rotary positions turn the pairs (i, i + half) of a head's channels. `licence` is
+    that of weights without a README.md.
     """
 
     prefix: str
@@ -64,10 +67,13 @@ class Family:
     network: Callable[[Config, Mapping[str, Tensor]], Config] | None = None
     section: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
-    refused: tuple[str, ...] = ()
+    required: Config = field(default_factory=dict)
     sinusoid: bool = False
     leading: tuple[int, ...] = (1,)
     antialias: bool = False
+    gate: tuple[str, str] | tuple[()] = ()
+    half_split: bool = False
+    licence: str | None = None
     zeros: tuple[str, ...] = ()
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
@@ -132,6 +138,14 @@ def _dinov2(config: Config, tensors: Mapping[str, Tensor]) -> Config:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     activation = {"hidden_act": "swiglu"} if config["use_swiglu_ffn"] else {}
     return config | {"intermediate_size": hidden, "extra_tokens": config["num_register_tokens"]} | activation
+
+
+def _dinov3(config: Config, tensors: Mapping[str, Tensor]) -> Config:
+    activation = config["hidden_act"]
+    if config["use_gated_mlp"]:
+        activation = "swiglu" if activation == "silu" else f"gated {activation}"
+    network = {"qkv_bias": config["query_bias"], "extra_tokens": config["num_register_tokens"]}
+    return config | network | {"hidden_act": activation}
 
 
 def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
@@ -283,13 +297,34 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
         _DINOV2, prefix="dinov2_with_registers.", defaults=_DINOV2.defaults | {"num_register_tokens": 4},
         antialias=True,
     ),
+    "dinov3_vit": Family(
+        prefix="model.", network=_dinov3, half_split=True, gate=("gate_proj", "up_proj"),
+        licence="other (dinov3-license)",
+        defaults=_VIT.defaults | {  # transformers.DINOv3ViTConfig
+            "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5,
+            "use_gated_mlp": False, "num_register_tokens": 0, "query_bias": True, "positions": "rotary_2d",
+        },
+        required={"rope_theta": 100, "proj_bias": True, "mlp_bias": True},
+        tensors={
+            "embeddings.cls_token": "positions.class_token", "embeddings.register_tokens": "positions.extra",
+            "layer.#.attention.k_proj.weight": "blocks.#.attention.k.weight",
+            "layer.#.attention.k_proj.bias|": "blocks.#.attention.k.bias",
+            "layer.#.layer_scale1.lambda1": "blocks.#.attention.proj.scale",
+            "layer.#.layer_scale2.lambda1": "blocks.#.mlp.fc2.scale",
+        },
+        modules={"embeddings.patch_embeddings": "patch_embed", "norm": "norm"} | block_names(
+            "layer.#", "norm1 attention.q_proj attention.v_proj attention.o_proj norm2 mlp.up_proj mlp.down_proj",
+            "norm1 attention.q attention.v attention.proj norm2 mlp.fc1 mlp.fc2",
+        ),
+        unused=("embeddings.mask_token",), zeros=("blocks.#.attention.k.bias", "positions.class_position"),
+    ),
     "clip_vision_model": _CLIP,
     "clip": replace(_CLIP, unused=(*_CLIP.unused, "text_model."), section="vision_config"),
     "siglip_vision_model": _SIGLIP,
     "siglip": replace(_SIGLIP, unused=(*_SIGLIP.unused, "text_model."), section="vision_config"),
     "videomae": _VIDEOMAE,
     "VideoMAEv2_Base": Family(  # of all sizes
-        prefix="model.", section="model_config", refused=("cos_attn",), sinusoid=True, network=_videomae,
+        prefix="model.", section="model_config", required={"cos_attn": False}, sinusoid=True, network=_videomae,
         defaults=_VIDEOMAE.defaults | {
             "mlp_ratio": 4, "layer_norm_eps": 1e-6, "pooled_eps": None, "num_frames": 16, "num_channels": 3,
             **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")),

@@ -66,7 +66,7 @@ def attach(model: TemporalViT, spec: LoraSpec, *, seed: int) -> None:
     assert not adapted_layers(model), "adapters are attached once"
     excluded = resolve_layers(model, spec.exclude, option="lora_exclude_modules")
     wanted = resolve_layers(model, spec.targets, option="lora_target_modules")
-    is_inflated = model.config.tubelet_size > 1 and model.config.positions == "grid"  # not a video ViT's own
+    is_inflated = model.config.tubelet_size > 1 and not model.config.is_video  # not a video ViT's own
     if is_inflated and PATCHES not in wanted and spec.init not in LINEAR_ONLY:
         wanted.append(PATCHES)
     targets = [name for name in wanted if name not in excluded] if spec.rank else []

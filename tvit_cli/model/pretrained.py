@@ -124,7 +124,7 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         raise source.error(
             f"{kind} has rotary positions, which tvit does not read from timm. Use a plain ViT."
         )
-    if refused := [key for key in family.refused if raw.get(key)]:
+    if refused := [key for key, value in family.required.items() if raw.get(key, value) != value]:
         raise source.error(
             f"{refused[0]} is {raw[refused[0]]!r}, which tvit does not support. Use other weights."
         )
@@ -146,7 +146,7 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
     clip: dict[str, Any] = {}
     if "num_frames" in raw:
         clip = {"n_frames": number("num_frames"), "tubelet_size": number("tubelet_size")}
-    size, licence = number("image_size"), source.licence
+    size, licence = number("image_size"), source.licence or family.licence
     return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip)
 
 
@@ -162,7 +162,7 @@ def own_clips(name: str) -> dict[str, Any]:
     for other weights, and for a config that cannot be read: loading the weights reports that.
     """
     written = peek_config(name)
-    if written.get("positions", "grid") != "grid":  # a model that tvit trained
+    if written.get("positions") in ("joint", "rotary"):  # a model that tvit trained
         return {"img_size": written.get("frame_size")} | {
             k: written.get(k) for k in ("n_frames", "tubelet_size", "pool")
         }
@@ -341,6 +341,11 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
         if short in stored:
             raise source.error(f"{short} is stored twice. Fetch the weights again.")
         stored[short] = tensor
+    gates = [name for name in stored if family.gate and family.gate[0] in name]
+    for gate in gates:
+        values = gate.replace(*family.gate)
+        if values in stored and stored[values].shape == stored[gate].shape:
+            stored[values] = torch.cat([stored.pop(gate), stored[values]])
     return family, stored
 
 
@@ -425,9 +430,22 @@ def _convert(
     layer, fused, leaf = name.partition(".qkv.")
     if fused and tensor.shape[0] % 3 == 0:
         return {f"{layer}.{n}.{leaf}": part for n, part in zip("qkv", tensor.chunk(3), strict=True)}
+    if family.half_split and (".attention.q." in name or ".attention.k." in name):
+        return {name: _adjacent(tensor, config)}
     if name == "positions.class_token" and tensor.shape == (config.width,):  # CLIP's
         tensor = tensor.view(1, 1, -1)
     return {name: tensor}
+
+
+def _adjacent(rows: Tensor, config: ViTConfig) -> Tensor:
+    """Rows of a query or key layer, so that the rotated pairs (i, i + half) of each head are adjacent channels.
+
+    Scores stay the same: queries and keys are reordered alike.
+    """
+    if len(rows) != config.width:
+        return rows
+    heads = rows.reshape(config.num_heads, 2, -1, *rows.shape[1:])  # (A, 2, D/2A, …)
+    return heads.transpose(1, 2).reshape(rows.shape)
 
 
 def _joint_table(own: PretrainedConfig, table: Tensor, config: ViTConfig, notes: Notes) -> Tensor:

@@ -82,14 +82,18 @@ class WeightsSource:
 
     @cached_property
     def licence(self) -> str | None:
-        """Licence in the metadata of the repository's README.md, None where none is given. cc-by-nc-4.0"""
+        """Licence in the metadata of the repository's README.md, None where none is given. cc-by-nc-4.0
+
+        A licence that the hub has no name for is given by its `license_name`: other (dinov3-license)
+        """
         try:
             lines = (self.folder / README_FILE).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             return None
         header = itertools.takewhile(lambda line: line != "---", lines[1:] if lines[:1] == ["---"] else [])
-        found = [line.partition(":")[2].strip() for line in header if line.startswith("license:")]
-        return found[0][:MOST_LICENCE] if found and found[0] else None
+        given = {key: value.strip() for key, _, value in (line.partition(":") for line in header)}
+        licence, own = given.get("license", ""), given.get("license_name")
+        return (f"other ({own})" if licence == "other" and own else licence)[:MOST_LICENCE] or None
 
     def read_json(self, file_name: str) -> dict[str, Any]:
         """The JSON object in a file of the folder, empty if the file does not exist. Raises ModelError."""

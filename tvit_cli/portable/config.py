@@ -8,7 +8,7 @@ from typing import Any
 
 ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
-POSITIONS = ("grid", "joint", "rotary")
+POSITIONS = ("grid", "joint", "rotary", "rotary_2d")
 NORMS = ("tokens", "pooled")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
 DIVISORS = {"frame_size": "patch_size", "n_frames": "tubelet_size", "width": "num_heads"}
@@ -25,10 +25,10 @@ class ViTConfig:
     `temporal_index` numbers the rows of the temporal embedding by frame, or by token as the reference does.
     `feature_norm` standardises features before the classifier.
 
-    Video ViTs differ from image ViTs in four fields. `class_token`: most have none. `positions`: one table over
-    space and time (joint) or rotary positions in every block (rotary) replace the spatial and temporal embeddings
-    (grid). `norm`: the last LayerNorm is applied to the tokens or to the pooled vector; `last_norm_eps` None is
-    `norm_eps`.
+    `class_token`: video ViTs and SigLIP have none. `positions`: a spatial embedding (grid) or rotary positions of
+    rows and columns in every block (rotary_2d), beside a temporal embedding; of video ViTs one table over space
+    and time (joint) or rotary positions of times, rows and columns (rotary). `norm`: the last LayerNorm is applied
+    to the tokens or to the pooled vector; `last_norm_eps` None is `norm_eps`.
     """
 
     num_classes: int
@@ -86,20 +86,29 @@ class ViTConfig:
             raise ValueError(f"temporal_depth {problem}; leave it out, or use attention factorized")
         if self.pool == "class" and not self.class_token:
             raise ValueError("pool class needs a class token, and this network has none; use pool mean")
-        if self.positions != "grid" and self.attention != "joint":
+        if self.is_video and self.attention != "joint":
             problem = f"attention {self.attention}: a network with {self.positions} positions"
             raise ValueError(f"{problem} attends over all tokens; use attention joint")
         if not self.class_token and self.extra_tokens:
             raise ValueError(
                 f"extra_tokens {self.extra_tokens}: they follow a class token; use extra_tokens 0"
             )
-        if self.positions == "rotary" and (self.class_token or self.width // self.num_heads < 6):
-            raise ValueError("rotary positions need heads of 6 or more channels and no class token")
+        head_width = self.width // self.num_heads
+        if self.positions == "rotary" and head_width < 6:
+            raise ValueError(f"rotary positions need heads of 6 or more channels, not {head_width}")
+        if self.positions == "rotary_2d" and head_width % 4:
+            problem = f"heads of a multiple of 4 channels, not {head_width}"
+            raise ValueError(f"rotary positions of rows and columns need {problem}")
 
     @property
     def grid(self) -> int:
         """Patches along one side of a frame."""
         return self.frame_size // self.patch_size
+
+    @property
+    def is_video(self) -> bool:
+        """Whether positions cover time, as those of a video ViT do; others get a temporal embedding."""
+        return self.positions in ("joint", "rotary")
 
     @property
     def patches_per_frame(self) -> int:

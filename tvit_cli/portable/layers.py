@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
     def forward(self, tokens: Tensor, n_queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group are the queries (None: all).
 
-        `rotation` is that of rotary positions, (2, B*G, 1, N, D/A): see `rotary_table`.
+        `rotation` is that of rotary positions, (2, B*G, 1, N, D/A): see `rotary_table` and `rotary_table_2d`.
         """
         # Cast once: autocast would make and keep a copy for each of the three layers.
         tokens = tokens.to(autocast_dtype(tokens.device) or tokens.dtype)
@@ -65,8 +65,26 @@ def rotary_table(n_times: int, grid: tuple[int, int], head_width: int, device: t
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in (n_times, *grid)]
     places = torch.cartesian_prod(*axes)  # (T'*P, 3)
     angles = (places.unsqueeze(2) * frequencies).repeat(1, 1, 2).flatten(1)  # (T'*P, 3 part)
-    angles = F.pad(angles, (0, head_width - 3 * part))
-    signs = torch.arange(head_width, device=device) % 2 * 2 - 1  # -1, 1, -1, 1, …
+    return _cosines_and_sines(F.pad(angles, (0, head_width - 3 * part)))
+
+
+def rotary_table_2d(grid: tuple[int, int], head_width: int, device: torch.device) -> Tensor:
+    """Cosines and signed sines of DINOv3's rotary positions (arXiv:2508.10104), float32 (2, P, D/A).
+
+    Half of a head's channels turns with the row, half with the column. Centres of patches lie between -1 and 1,
+    whatever the grid is; from 0 to 1, pairs turn once, and less down to 1 / 100 of a turn. Adjacent channels are a
+    pair.
+    """
+    frequencies = 2 * math.pi * 100 ** -(torch.arange(head_width // 4, device=device) / (head_width / 4))
+    axes = [(torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n * 2 - 1 for n in grid]
+    centres = torch.cartesian_prod(*axes)  # (P, 2)
+    angles = (centres.unsqueeze(2) * frequencies).flatten(1).repeat_interleave(2, dim=1)  # (P, D/A)
+    return _cosines_and_sines(angles)
+
+
+def _cosines_and_sines(angles: Tensor) -> Tensor:
+    """Of the first channel of each pair the sine is negative, (P, D/A) -> (2, P, D/A)."""
+    signs = torch.arange(angles.shape[1], device=angles.device) % 2 * 2 - 1  # -1, 1, -1, 1, …
     return torch.stack((angles.cos(), signs * angles.sin()))
 
 

@@ -3,7 +3,7 @@
 Each tubelet of a clip (a patch over a few frames) becomes a token. Tokens get temporal and spatial embeddings and
 attend to each other in groups: the whole clip, or each frame. Pooling turns each group into one vector, by default
 its class token; a summary of the groups is classified. Video ViTs have one table of positions over space and time,
-or rotary positions in their blocks.
+or, as some image ViTs, rotary positions in their blocks.
 
 Letters: B clips, T frames, C channels, H W pixels, t frames per tubelet, T' = T/t, p pixels along a patch,
 P patches per frame, G groups (1 or T'), N tokens of a group, Q query tokens, D width, A heads, K classes.
@@ -32,6 +32,7 @@ from .layers import (
     autocast_dtype,
     resize_temporal,
     rotary_table,
+    rotary_table_2d,
     run_block,
     truncated_normal,
 )
@@ -192,13 +193,16 @@ class Positions(nn.Module):
 
         `grid` is the number of patches of a frame, down and across.
         """
-        groups = self.token_drop(self.grouping(self.place(patches, grid)))  # (B, G, patches of a group, D)
+        return self.prepend(self.token_drop(self.grouping(self.place(patches, grid)))), None
+
+    def prepend(self, groups: Tensor) -> Tensor:
+        """Class token and extra tokens before the patches of each group, (B, G, patches, D) -> (B, G, N, D)."""
         if self.class_token is None or self.class_position is None:
-            return groups, None
+            return groups
         first = self.class_token + self.class_position  # (1, 1, D)
         if self.extra is not None:
             first = torch.cat([first, self.extra], dim=1)  # (1, 1 + extra, D)
-        return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2), None
+        return torch.cat([first.expand(*groups.shape[:2], -1, -1), groups], dim=2)
 
     @staticmethod
     def _token(width: int, count: int = 1) -> nn.Parameter:
@@ -217,23 +221,42 @@ class JointPositions(Positions):
 
 
 class RotaryPositions(Positions):
-    """Positions turn queries and keys in every block; patches stay as they are."""
+    """Positions turn the patches' queries and keys in every block; tokens stay as they are."""
 
     def add_table(self, config: ViTConfig) -> None:
         self.head_width = config.width // config.num_heads
+        self.n_first = int(config.class_token) + config.extra_tokens
+
+    def table(self, n_times: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """Cosines and signed sines, (2, T', P, D/A)."""
+        table = rotary_table(n_times, grid, self.head_width, device)  # (2, T'*P, D/A)
+        return table.reshape(2, n_times, -1, self.head_width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """(B, T', P, D) -> (B, 1, N, D), and each token's row of the rotary table, (2, B, 1, N, D/A)."""
-        table = rotary_table(patches.shape[1], grid, self.head_width, patches.device)  # (2, T'*P, D/A)
-        groups = self.grouping(patches)  # (B, 1, T'*P, D)
-        rows = table.transpose(0, 1).flatten(1).expand(len(groups), 1, -1, -1)  # (B, 1, T'*P, 2 D/A)
+        """(B, T', P, D) -> (B, G, N, D), and each token's row of the rotary table, (2, B*G, 1, N, D/A)."""
+        table = self.table(patches.shape[1], grid, patches.device)  # (2, T', P, D/A)
+        rows = table.movedim(0, 2).flatten(2).expand(len(patches), -1, -1, -1)  # (B, T', P, 2 D/A)
         # Dropped together, so that tokens keep their positions.
-        both = self.token_drop(torch.cat([groups, rows], dim=3))
-        tokens, kept = both.split([groups.shape[3], rows.shape[3]], dim=3)
-        return tokens, torch.stack(kept.chunk(2, dim=3))
+        both = self.token_drop(self.grouping(torch.cat([patches, rows], dim=3)))
+        groups, kept = both.split([patches.shape[3], rows.shape[3]], dim=3)
+        cosines, sines = kept.flatten(0, 1).unsqueeze(1).chunk(2, dim=3)  # (B*G, 1, patches, D/A)
+        before = (0, 0, self.n_first, 0)  # class token and extra tokens are not turned
+        return self.prepend(groups), torch.stack((F.pad(cosines, before, value=1.0), F.pad(sines, before)))
 
 
-POSITIONS = {"grid": Positions, "joint": JointPositions, "rotary": RotaryPositions}  # by ViTConfig.positions
+class RotaryPositions2d(RotaryPositions):
+    """Rotary positions of an image ViT: those of a row and a column, the same at all times."""
+
+    def table(self, n_times: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        return rotary_table_2d(grid, self.head_width, device).unsqueeze(1).expand(-1, n_times, -1, -1)
+
+
+POSITIONS = {  # by ViTConfig.positions
+    "grid": Positions,
+    "joint": JointPositions,
+    "rotary": RotaryPositions,
+    "rotary_2d": RotaryPositions2d,
+}
 
 
 def resize_grid(positions: Tensor, grid: tuple[int, int], *, antialias: bool = False) -> Tensor:
@@ -277,7 +300,7 @@ class TemporalViT(nn.Module):
             n_channels = config.tubelet_size * config.num_channels
             self.patch_embed = nn.Conv2d(n_channels, width, kernel_size=patch_size, stride=patch_size)
             n_times = config.n_frames // config.tubelet_size
-            has_embedding = scheme.has_embedding and config.positions == "grid"
+            has_embedding = scheme.has_embedding and not config.is_video
             self.temporal = embedding(n_times, width) if has_embedding else nn.Identity()
             drop = TokenDrop(token_drop, aligned=scheme.attends_over_time) if token_drop else nn.Identity()
             self.positions = POSITIONS[config.positions](config, scheme.grouping(), drop)

@@ -32,7 +32,8 @@ def readme(job: Job, form: Format, parity: Parity) -> str:
     if card.base is not None and "/" in card.base.name:  # a name on the hub, not a folder's
         header += f"base_model: {card.base.name}\n"
     if card.base is not None and card.base.licence:
-        header += f"license: {card.base.licence}\n"
+        licence, _, name = card.base.licence.partition(" (")  # other (dinov3-license)
+        header += f"license: {licence}\n" + (f"license_name: {name.rstrip(')')}\n" if name else "")
     inside = settings.with_preprocessing
     page = resources.files("tvit_cli.engine.export") / "use" / f"{settings.format}.md"
     usage = Template(page.read_text(encoding="utf-8")).substitute(

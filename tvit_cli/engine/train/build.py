@@ -114,6 +114,11 @@ def build(
         if base.licence and "nc" in base.licence.lower().split("-"):
             reason = f"licence {base.licence}: not for commercial use, nor is a model trained from it"
             report(Note(f"{settings.pretrained}: {reason}.", "warning"))
+        elif base.licence and base.licence.startswith("other"):
+            reason = (
+                f"licence {base.licence}: its terms hold for a model trained from it, too. Read them first"
+            )
+            report(Note(f"{settings.pretrained}: {reason}.", "warning"))
         new, unused = ", ".join(loaded.new) or "none", ", ".join(loaded.unused) or "none"
         counts = f"{loaded.matched} tensors loaded; new: {new}; unused: {unused}"
         report(Note(f"{settings.pretrained}: {counts}", "detail"))
@@ -173,7 +178,7 @@ def _warnings(settings: TrainSettings, model: TemporalViT, source: WeightsSource
             yield f"--train {settings.train}: {text}. Train them with --train lora or last-1."
         patches = model.patch_embed.named_parameters()
         is_frozen = not any(p.requires_grad for name, p in patches if not name.endswith("bias"))
-        if model.config.tubelet_size > 1 and model.config.positions == "grid" and is_frozen:
+        if model.config.tubelet_size > 1 and not model.config.is_video and is_frozen:
             text = f"The model uses one frame of each tubelet of {settings.tubelet_size}"
             advice = "Leave --tubelet-size out, or take --train lora with a rank and --lora-init default."
             yield f"{text}: the weights of the others stay at zero. {advice}"
