@@ -622,6 +622,42 @@ def test_dinov3_trains_and_exports_and_its_licence_is_in_each(inputs, tmp_path):
         assert "license: other\nlicense_name: dinov3-license\n" in readme
 
 
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("name", ["dinov3", "dinov3, huge"])
+def test_timms_names_of_dinov3_give_the_same(name, biases, tmp_path):
+    huge = {"use_gated_mlp": True, "hidden_act": "silu"} if "huge" in name else {}
+    image_vit = dinov3(query_bias=biases, value_bias=biases, **huge)
+    state = load_file(saved(randomised(image_vit), tmp_path) / "model.safetensors")
+    names = {
+        "embeddings.cls_token": "cls_token", "embeddings.register_tokens": "reg_token", "layer.": "blocks.",
+        "embeddings.patch_embeddings": "patch_embed.proj", "attention.o_proj": "attn.proj",
+        "layer_scale1.lambda1": "gamma_1", "layer_scale2.lambda1": "gamma_2", "mlp.gate_proj": "mlp.fc1_g",
+        "mlp.up_proj": "mlp.fc1_x" if "huge" in name else "mlp.fc1", "mlp.down_proj": "mlp.fc2",
+    }  # fmt: skip
+    timm = {}
+    for key, tensor in state.items():
+        for theirs, ours_too in names.items():
+            key = re.sub(rf"^{re.escape(theirs)}|(?<=\.){re.escape(theirs)}", ours_too, key)
+        timm[key] = tensor
+    for block in ("blocks.0", "blocks.1"):
+        parts = {
+            leaf: [timm.pop(f"{block}.attention.{n}_proj.{leaf}", None) for n in "qkv"]
+            for leaf in ("weight", "bias")
+        }
+        timm[f"{block}.attn.qkv.weight"] = torch.cat(parts["weight"])
+        if biases:
+            timm |= {f"{block}.attn.q_bias": parts["bias"][0], f"{block}.attn.v_bias": parts["bias"][2]}
+    timm.pop("embeddings.mask_token")
+    save_file(timm, tmp_path / "model.safetensors")
+    facts = {"architecture": "vit_small_patch16_dinov3_qkvb", "model_args": {"num_heads": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    for size in (32, 48):
+        model, report = loaded(tmp_path, frame_size=size)
+        assert_equal_features(model, image_vit, size)
+    assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
+    assert read_config(resolve_weights(str(tmp_path))).licence == "other (dinov3-license)"
+
+
 def test_siglip_2_naflex_is_refused_with_the_next_step(tmp_path):
     (saved(siglip(), tmp_path) / "config.json").write_text('{"model_type": "siglip2"}')
     with pytest.raises(ModelError, match=r"NaFlex.*take one of a fixed size, such as google/siglip2-base"):

@@ -118,11 +118,13 @@ def block_names(layer: str, theirs: str, ours: str = BLOCK) -> dict[str, str]:
 
 
 def find_family(config: Config, tensors: Collection[str]) -> Family | None:
-    """The family of a config's model_type; without one, timm's if the tensors have its names."""
+    """The family of a config's model_type; without one, timm's of its architecture, if the tensors fit it."""
     if config.get("model_type", TIMM) != TIMM:
         return FAMILIES.get(str(config["model_type"]))
-    is_timm = {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= set(tensors)
-    return FAMILIES[TIMM] if is_timm else None
+    architecture, family = str(config.get("architecture")), FAMILIES[TIMM]
+    family = next((own for name, own in TIMM_ROTARY.items() if name in architecture), family)
+    needed = {"cls_token", "patch_embed.proj.weight"} | ({"pos_embed"} & family.tensors.keys())
+    return family if needed <= set(tensors) else None
 
 
 def _hidden_width(config: Config) -> int | None:
@@ -150,10 +152,13 @@ def _dinov3(config: Config, tensors: Mapping[str, Tensor]) -> Config:
 
 def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     """The network's shape from its tensors: timm's config describes the preprocessing alone."""
-    patch, positions = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
+    patch, positions = tensors["patch_embed.proj.weight"], tensors.get("pos_embed")
     width, patch_size = int(patch.shape[0]), int(patch.shape[-1])
     fc1, fc2 = (tensors.get(f"blocks.0.mlp.{layer}.weight", patch) for layer in ("fc1", "fc2"))
-    swiglu = fc1.shape[0] == 2 * fc2.shape[-1]
+    swiglu = fc1.shape[0] == 2 * fc2.shape[-1] or "blocks.0.mlp.fc1_x.weight" in tensors
+    # Leading rows of the table do not reach the next square. Without a table any size is as good: timm's of DINOv3.
+    grid = 256 // patch_size if positions is None else math.isqrt(positions.shape[-2])
+    rotary: Config = {key: config[key] for key in ("positions", "rotary_grid") if key in config}
     quick_gelu = "quickgelu" in str(config.get("architecture", ""))
     pre_norm = "norm_pre.weight" in tensors  # CLIP's, which has torch's own epsilon
     arguments = config.get("model_args")
@@ -161,17 +166,17 @@ def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     return {
         "hidden_size": width,
         "num_hidden_layers": sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in tensors),
-        "num_attention_heads": heads or TIMM_HEADS.get(width),
+        "num_attention_heads": heads or (width // 64 if rotary else TIMM_HEADS.get(width)),
         "intermediate_size": int(fc2.shape[-1]),
         "patch_size": patch_size,
-        # Leading rows do not reach the next square.
-        "image_size": patch_size * math.isqrt(positions.shape[-2]),
+        "image_size": patch_size * grid,
         "num_channels": int(patch.shape[1]),
         "hidden_act": "swiglu" if swiglu else "quick_gelu" if quick_gelu else "gelu",
-        "layer_norm_eps": 1e-5 if pre_norm else 1e-6,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "layer_norm_eps": 1e-5 if pre_norm or rotary else 1e-6,
+        "qkv_bias": not tensors.keys().isdisjoint({"blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias"}),
         "extra_tokens": sum(tensors[n].numel() // width for n in ("reg_token", "dist_token") if n in tensors),
         "pre_norm": pre_norm,
+        **rotary,
     }
 
 
@@ -230,6 +235,27 @@ _DINOV2 = replace(
         "encoder.layer.#", "norm1 attention.attention.query attention.attention.key attention.attention.value "
         "attention.output.dense norm2 mlp.weights_in|mlp.fc1 mlp.weights_out|mlp.fc2",
     ),
+)  # fmt: skip
+_DINOV3 = Family(
+    prefix="model.", network=_dinov3, half_split=True, gate=("gate_proj", "up_proj"),
+    licence="other (dinov3-license)",
+    defaults=_VIT.defaults | {  # transformers.DINOv3ViTConfig
+        "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5,
+        "use_gated_mlp": False, "num_register_tokens": 0, "query_bias": True, "positions": "rotary_2d",
+    },
+    required={"rope_theta": 100, "proj_bias": True, "mlp_bias": True},
+    tensors={
+        "embeddings.cls_token": "positions.class_token", "embeddings.register_tokens": "positions.extra",
+        "layer.#.attention.k_proj.weight": "blocks.#.attention.k.weight",
+        "layer.#.attention.k_proj.bias|": "blocks.#.attention.k.bias",
+        "layer.#.layer_scale1.lambda1": "blocks.#.attention.proj.scale",
+        "layer.#.layer_scale2.lambda1": "blocks.#.mlp.fc2.scale",
+    },
+    modules={"embeddings.patch_embeddings": "patch_embed", "norm": "norm"} | block_names(
+        "layer.#", "norm1 attention.q_proj attention.v_proj attention.o_proj norm2 mlp.up_proj mlp.down_proj",
+        "norm1 attention.q attention.v attention.proj norm2 mlp.fc1 mlp.fc2",
+    ),
+    unused=("embeddings.mask_token",), zeros=("blocks.#.attention.k.bias", "positions.class_position"),
 )  # fmt: skip
 _CLIP_BLOCK = block_names(
     "encoder.layers.#", "layer_norm1 self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj "
@@ -297,27 +323,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
         _DINOV2, prefix="dinov2_with_registers.", defaults=_DINOV2.defaults | {"num_register_tokens": 4},
         antialias=True,
     ),
-    "dinov3_vit": Family(
-        prefix="model.", network=_dinov3, half_split=True, gate=("gate_proj", "up_proj"),
-        licence="other (dinov3-license)",
-        defaults=_VIT.defaults | {  # transformers.DINOv3ViTConfig
-            "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5,
-            "use_gated_mlp": False, "num_register_tokens": 0, "query_bias": True, "positions": "rotary_2d",
-        },
-        required={"rope_theta": 100, "proj_bias": True, "mlp_bias": True},
-        tensors={
-            "embeddings.cls_token": "positions.class_token", "embeddings.register_tokens": "positions.extra",
-            "layer.#.attention.k_proj.weight": "blocks.#.attention.k.weight",
-            "layer.#.attention.k_proj.bias|": "blocks.#.attention.k.bias",
-            "layer.#.layer_scale1.lambda1": "blocks.#.attention.proj.scale",
-            "layer.#.layer_scale2.lambda1": "blocks.#.mlp.fc2.scale",
-        },
-        modules={"embeddings.patch_embeddings": "patch_embed", "norm": "norm"} | block_names(
-            "layer.#", "norm1 attention.q_proj attention.v_proj attention.o_proj norm2 mlp.up_proj mlp.down_proj",
-            "norm1 attention.q attention.v attention.proj norm2 mlp.fc1 mlp.fc2",
-        ),
-        unused=("embeddings.mask_token",), zeros=("blocks.#.attention.k.bias", "positions.class_position"),
-    ),
+    "dinov3_vit": _DINOV3,
     "clip_vision_model": _CLIP,
     "clip": replace(_CLIP, unused=(*_CLIP.unused, "text_model."), section="vision_config"),
     "siglip_vision_model": _SIGLIP,
@@ -381,6 +387,23 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
             "norm1 attention.qkv attention.proj norm2 mlp.fc1 mlp.fc2",
         ),
         unused=("head.", "head_dist."), leading=(1, 2, 0), zeros=("patch_embed.bias",), antialias=True,
+    ),
+}  # fmt: skip
+TIMM_ROTARY = {  # by the name in timm's architecture
+    "_dinov3": replace(
+        FAMILIES[TIMM], defaults={"positions": "rotary_2d"}, half_split=True, gate=("fc1_g", "fc1_x"),
+        tensors={
+            "cls_token": "positions.class_token", "reg_token": "positions.extra",
+            "blocks.#.attn.qkv.weight": "blocks.#.attention.qkv.weight",
+            "blocks.#.attn.q_bias|": "blocks.#.attention.q.bias",
+            "blocks.#.attn.v_bias|": "blocks.#.attention.v.bias",
+            "blocks.#.gamma_1": "blocks.#.attention.proj.scale", "blocks.#.gamma_2": "blocks.#.mlp.fc2.scale",
+        },
+        modules={"patch_embed.proj": "patch_embed", "norm": "norm"} | block_names(
+            "blocks.#", "norm1 attn.proj norm2 mlp.fc1_x|mlp.fc1 mlp.fc2",
+            "norm1 attention.proj norm2 mlp.fc1 mlp.fc2",
+        ),
+        zeros=_DINOV3.zeros, licence=_DINOV3.licence,
     ),
 }  # fmt: skip
 NOT_READ = {  # model_type -> reason and next step

@@ -428,13 +428,15 @@ def _convert(
     if name == POSITIONS:
         return _split_positions(source, family, tensor, config, notes)
     layer, fused, leaf = name.partition(".qkv.")
+    parts = {name: tensor}
     if fused and tensor.shape[0] % 3 == 0:
-        return {f"{layer}.{n}.{leaf}": part for n, part in zip("qkv", tensor.chunk(3), strict=True)}
-    if family.half_split and (".attention.q." in name or ".attention.k." in name):
-        return {name: _adjacent(tensor, config)}
+        parts = {f"{layer}.{n}.{leaf}": part for n, part in zip("qkv", tensor.chunk(3), strict=True)}
+    if family.half_split:
+        turned = {n: rows for n, rows in parts.items() if ".attention.q." in n or ".attention.k." in n}
+        parts |= {n: _adjacent(rows, config) for n, rows in turned.items()}
     if name == "positions.class_token" and tensor.shape == (config.width,):  # CLIP's
-        tensor = tensor.view(1, 1, -1)
-    return {name: tensor}
+        return {name: tensor.view(1, 1, -1)}
+    return parts
 
 
 def _adjacent(rows: Tensor, config: ViTConfig) -> Tensor:
