@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import records
 
 import tvit_cli
-from tvit_cli.errors import ModelError
+from tvit_cli.errors import ModelError, TvitError
 from tvit_cli.model.lora import LoraSpec, set_trainable
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.portable.vit import build_model
@@ -165,17 +165,56 @@ def test_videomae_v2_is_read_without_its_remote_code(saved):
     with torch.no_grad():
         torch.testing.assert_close(model.features(clips()), features_of(theirs, clips()), **CLOSE)
     assert report.new == ("classifier.weight", "classifier.bias")
-    for changes, problem in (
-        ({"cos_attn": True}, "cos_attn is True, which tvit does not support"),
-        ({"embed_dim": "32"}, "embed_dim is '32'; it must be a whole number"),
-        ({"depth": 3}, r"blocks\.2\.attn\.qkv\.weight is missing"),
-    ):
-        (folder / "config.json").write_text(json.dumps(V2_CONFIG | {"model_config": V2_VALUES | changes}))
-        with pytest.raises(ModelError, match=problem):
-            loaded(folder)
-    (folder / "config.json").write_text(json.dumps(V2_CONFIG))
-    with pytest.raises(ModelError, match="embed_dim is None; it must be a whole number"):
+
+
+WRONG: dict[str, tuple[object, str]] = {
+    "other attention": (V2_VALUES | {"cos_attn": True}, "cos_attn is True, which tvit does not support"),
+    "text": (V2_VALUES | {"embed_dim": "32"}, "embed_dim is '32'; it must be a whole number"),
+    "more blocks": (V2_VALUES | {"depth": 3}, r"blocks\.2\.attn\.qkv\.weight is missing"),
+    "no heads": (V2_VALUES | {"num_heads": 0}, "num_heads is 0; it must be a whole number"),
+    "heads": (V2_VALUES | {"num_heads": 5}, "width 32 is not a multiple of num_heads 5"),
+    "NaN": (V2_VALUES | {"mlp_ratio": float("nan")}, "intermediate_size is None"),
+    "tubelets": (V2_VALUES | {"tubelet_size": 4}, r"the shape \(32, 3, 2, 8, 8\), not \(32, 12, 8, 8\)"),
+    "a list": ([V2_VALUES], "embed_dim is None; it must be a whole number"),
+    "null": (None, "embed_dim is None; it must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_model_config_of_videomae_v2_is_refused(case, saved):
+    values, problem = WRONG[case]
+    folder = as_videomae_v2(saved("VideoMAE, fine-tuned")[1])
+    (folder / "config.json").write_text(json.dumps(V2_CONFIG | {"model_config": values}))
+    with pytest.raises((ModelError, ValueError), match=problem):
         loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        (
+            False,
+            r"someone/net: model\.safetensors missing\. The network is remote code, which tvit does not run",
+        ),
+        (True, "its model_type is 'internvideo_next', remote code that tvit does not run; tvit reads vit, "),
+    ],
+    ids=["no weights", "weights"],
+)
+def test_a_repository_of_remote_code_alone_is_refused(weights, problem, tmp_path, monkeypatch):
+    config = {
+        "model_type": "internvideo_next",
+        "auto_map": {"AutoModel": "modeling_net.Net"},
+        "model_config": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "modeling_net.py").write_text("raise SystemExit")
+    if weights:
+        save_file({"model.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("tvit_cli.model.weights.snapshot_download", lambda name, **how: str(tmp_path))
+    monkeypatch.setattr("tvit_cli.model.weights.HfApi", Hub)
+    with pytest.raises(ModelError, match=problem) as caught:
+        read_config(resolve_weights("someone/net"))
+    assert caught.value.exit_code == 2 and "AutoModel" not in str(caught.value)
 
 
 def test_rotary_positions_take_any_size_as_transformers_does(saved):
@@ -300,6 +339,27 @@ def test_a_missing_query_bias_is_named(saved):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"layer\.1\.attention\.attention\.q_bias is missing"):
         loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "settings", "problem"),
+    [
+        ("VideoMAE, fine-tuned", {}, {"n_frames": 15}, "--n-frames 15: .* multiple of --tubelet-size 2"),
+        ("V-JEPA 2", {"num_attention_heads": 24}, {}, "width 64 is not a multiple of num_heads 24"),
+        ("V-JEPA 2", {"num_attention_heads": 16}, {}, "rotary positions need heads of 6 or more channels"),
+        ("VideoMAE, fine-tuned", {"model_type": "VideoMAEv2_Base"}, {}, "embed_dim is None"),
+    ],
+)
+def test_training_refuses_bad_video_weights_before_it_writes(
+    name, config, settings, problem, saved, inputs, tmp_path
+):
+    _, weights = saved(name)
+    path = weights / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    where = {"hf_model_name": str(weights), "working_directory": tmp_path / "runs", "device": "cpu"}
+    with pytest.raises(TvitError, match=problem) as caught:
+        tvit_cli.train(path_to_data=inputs["path_to_data"], **where, **settings, quiet=True)
+    assert caught.value.exit_code == 2 and not (tmp_path / "runs").exists()
 
 
 def test_adapters_spare_the_patches_whose_tubelets_come_with_the_weights(saved):

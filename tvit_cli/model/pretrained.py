@@ -334,6 +334,8 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
         problem = f"its model_type is {config['model_type']!r}" if "model_type" in config else absent
         if reason := families.NOT_READ.get(str(config.get("model_type"))):
             raise source.error(f"{problem}: {reason}.")
+        if "auto_map" in config:
+            problem += ", remote code that tvit does not run"
         raise source.error(f"{problem}; tvit reads {known}, and weights with timm's names.")
     stored: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():

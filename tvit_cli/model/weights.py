@@ -254,6 +254,9 @@ def _weights_files(name: str, folder: Path) -> tuple[Path, ...]:
         if (folder / PARITY_FILE).is_file():
             raise model_folder.export_not_loadable(name)
         next_step = f"{INDEX_FILE} lists them; fetch them." if has_index else _how_to_convert(name)
+        if not has_index and "auto_map" in WeightsSource(name, folder, ()).read_json(CONFIG_FILE):
+            reason = "The network is remote code, which tvit does not run"
+            next_step = f"{reason}. Name weights that it reads (docs/training.md)."
         raise ModelError(f"{name}: {shorten(absent)} missing. {next_step}")
     return files
 
