@@ -21,7 +21,6 @@ import torch
 from entry import start
 from stores import LABELS, make_store
 from tiny import make_clips, make_pretrained
-from torch.utils.data import DataLoader
 
 from tvit_cli import cli
 from tvit_cli.data import clips
@@ -149,25 +148,58 @@ def test_a_batch_keeps_each_clip_in_its_size_and_is_pinned_whole(make_video, tmp
     assert pinned.errors == batch.errors
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_give_the_same_clips_as_none(method, videos):
+def test_worker_processes_give_the_same_clips_as_none(videos):
     keys = [[(epoch, index) for index in range(4)] for epoch in range(2)]
 
     def run(workers):
-        context = method if workers else None
-        loader = DataLoader(
-            dataset(videos),
-            batch_sampler=keys,  # type: ignore[arg-type]  # keys are (epoch, index), not numbers
-            collate_fn=collate,
-            num_workers=workers,
-            multiprocessing_context=context,
-        )
-        return list(loader)
+        return list(load_batches(dataset(videos), keys, workers=workers))
 
     for here, there in zip(run(0), run(1), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(here.clips, there.clips, strict=True))
         assert torch.equal(here.labels, there.labels)
         assert all(clip.is_contiguous(memory_format=torch.channels_last) for clip in there.clips)
+
+
+UNGUARDED = """
+import json, multiprocessing, os, pathlib, sys, time, torch
+from tvit_cli.data.clips import ClipDataset, load_batches
+from tvit_cli.data.layout import Video
+
+def forked():
+    raise RuntimeError("forked")
+
+torch.cuda.is_initialized = lambda: True
+os.register_at_fork(before=forked)  # raises no error, but is printed
+video = Video(pathlib.Path(sys.argv[1]), "0.avi", "A", "train", None)
+data = ClipDataset([video], ["A"], n_frames=2, short_side=24, seed=0, training=True)
+batches = load_batches(data, [[(epoch, 0)] for epoch in range(8)], workers=2)
+same = torch.equal(next(batches).clips[0], data[0, 0].frames)
+print(json.dumps([same, *[worker.pid for worker in multiprocessing.active_children()]]), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_workers_beside_cuda_are_not_forked_and_end_with_their_parent(videos, tmp_path):
+    """The main script, without a guard, must not run again in a worker; a killed parent ends none itself."""
+    (tmp_path / "program.py").write_text(UNGUARDED)
+    with start(tmp_path / "program.py", videos[0].path) as child:
+        same, *pids = json.loads(child.stdout.readline())
+        child.kill()
+        errors = child.communicate(timeout=60)[1]
+    assert same and len(pids) == 2 and "forked" not in errors, errors
+    until = time.monotonic() + 20
+    while alive := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True).stdout[:1] != b"Z"
 
 
 def test_segments_are_taken_at_centres_offsets_and_the_last_frame():

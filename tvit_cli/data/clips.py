@@ -5,6 +5,7 @@ Letters: B clips, T frames, C channels, H W pixels.
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.queues
 import os
 import shutil
@@ -18,10 +19,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
@@ -38,12 +42,18 @@ from tvit_cli.portable.reading import Key, clip_offsets, segment_indices
 # CPU time per clip, 6 ms with threads (docs/negative-results.md). libjpeg-turbo, zlib and the file system release
 # Python's lock, so threads run in parallel. Videos are decoded by processes: FFmpeg may crash on a damaged file.
 
+# Note [Workers are not forked]
+# A fork copies the locks of NCCL's, gloo's and CUDA's threads: workers would deadlock (DistributedDataParallel's
+# documentation). Where one of them runs, workers are forked from a server process that has only imported torch.
+# Like spawned ones, they must not import the main script: it would run again.
+
 # Note [Small shared memory]
 # Docker gives a container 64 MB of /dev/shm. torch moves tensors there in a thread of the worker's queue, where an
 # error is printed and lost, and the main process waits forever. So a worker moves its batch itself and uses at
 # most half of the free bytes: the rest is for semaphores and other workers. A batch that does not fit becomes a
 # temporary file. An error in the queue's thread is sent instead of the batch.
 _SHARED_MEMORY = Path("/dev/shm")
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _SECONDS_TO_END = 5  # before worker processes are killed
 
 _is_waiting = False
@@ -327,10 +337,12 @@ def _by_processes(
         worker_init_fn=_begin_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else iterating draws from the global one
+        multiprocessing_context=(context := _context()),
     )
     iterator: Any = None
     try:
-        with later_interrupt():
+        is_forked = context.get_start_method() == "fork"
+        with later_interrupt(), nullcontext() if is_forked else hidden_main():
             iterator = iter(loader)
         # Without the signal, torch notices a death within seconds, while it waits for a batch.
         with _unsignalled_deaths() if survives else nullcontext():
@@ -340,6 +352,39 @@ def _by_processes(
         if iterator is not None:
             _end_workers(iterator)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _context() -> BaseContext:
+    """How worker processes start. See Note [Workers are not forked]."""
+    is_safe = not (torch.cuda.is_initialized() or (dist.is_available() and dist.is_initialized()))  # type: ignore[no-untyped-call]
+    if is_safe or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not in each worker
+    return context
+
+
+@contextmanager
+def hidden_main() -> Iterator[None]:
+    """Hides the main script from processes that start within the block. See Note [Workers are not forked]."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, which cannot stop workers once killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _received(iterator: Iterator[Any]) -> Iterator[Any]:
@@ -393,11 +438,11 @@ def _free_shared_memory() -> float:
 
 @contextmanager
 def later_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back while worker processes start: a worker that does not ignore it yet prints a traceback."""
+    """Holds stop signals back while worker processes start, which do not ignore them yet."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the workers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # inherited by the workers
     try:
         yield
     finally:
@@ -425,10 +470,10 @@ def hold_signals() -> Iterator[None]:
 def _begin_worker(worker: int) -> None:
     """Ignores stop signals, sends errors of the queue's thread to the parent, and prints none."""
     # Terminals and most schedulers signal the whole process group. The parent needs the worker to finish its step
-    # and save; if the parent is gone, torch ends the worker.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # and save.
+    for stop in _STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    end_with_parent()
 
     # A thread that shares tensors prints a traceback if the parent has ended the connection.
     sys.excepthook = lambda *error: None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -15,14 +12,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.context import SpawnContext, SpawnProcess
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tvit_cli.data.clips import later_interrupt
+from tvit_cli.data.clips import end_with_parent, hidden_main, later_interrupt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -215,16 +211,12 @@ def _run_limited(seconds: float | None, work: Callable[[J], R], job: J) -> R:
 
 
 class _Worker(SpawnProcess):
-    """A process that does not import the main script: its jobs are tvit's own, and a script would run again."""
+    """A process that does not import the main script. See Note [Workers are not forked]."""
 
     @staticmethod
     def _Popen(process: Any) -> Any:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
+        with hidden_main():
             return SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = main
 
 
 class _Context(SpawnContext):
@@ -252,13 +244,6 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 
 def _init_worker() -> None:
-    """Ignores Ctrl-C, which the parent handles, and ends with the parent, which cannot stop workers once killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
+    """Ignores Ctrl-C, which the parent handles, and ends with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
