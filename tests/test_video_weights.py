@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import records
 
 import tvit_cli
+from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import ModelError, TvitError
 from tvit_cli.model.lora import LoraSpec, set_trainable
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
@@ -400,7 +401,7 @@ def train_and_export(data, weights, folder, formats, **how):
     how |= {"device": "cpu", "quiet": True, "token_drop": 0.25}
     whole = tvit_cli.train(experiment_name="mine", **how)
     settings = json.loads((whole.run / "settings.json").read_text())
-    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": "mean"}
+    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": how.get("pool", "mean")}
     assert {key: settings[key] for key in own} == own
     losses = [record["train_loss"] for record in records(whole)]
     assert losses[-1] < losses[0]
@@ -419,12 +420,14 @@ def train_and_export(data, weights, folder, formats, **how):
     return whole
 
 
-@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "V-JEPA 2"])
+@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "V-JEPA 2", "V-JEPA 2, classifier"])
 def test_a_video_vit_trains_resumes_bit_for_bit_and_exports(name, saved, inputs, tmp_path):
     _, weights = saved(name)
     (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags:\n- video\n---\n# Weights\n")
-    formats = ("huggingface", "onnx", "adapter") if name == "V-JEPA 2" else ("torch", "safetensors")
+    formats = {"V-JEPA 2": ("huggingface", "adapter"), "V-JEPA 2, classifier": ("onnx",)}
+    formats = formats.get(name, ("torch", "safetensors"))
     how = {"epochs": 3, "learning_rate": 0.01, "gradient_checkpointing": True}
+    how |= {"pool": "attentive", "learning_rate": 0.003} if name.endswith("classifier") else {}
     run = train_and_export(inputs["path_to_data"], weights, tmp_path / "runs", formats, **how)
     again = tvit_cli.train(
         from_=str(run.run),
@@ -502,3 +505,101 @@ def test_a_repository_of_pickles_names_its_revision_with_safetensors(tmp_path, m
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert resolve_weights("google/vivit-b-16x2@refs/pr/3").files == (tmp_path / "model.safetensors",)
     assert asked == [("google/vivit-b-16x2", None), ("google/vivit-b-16x2", "refs/pr/3")]
+
+
+CLASSIFIERS = {
+    "VideoMAE": videomae,
+    "VideoMAE, first patch": lambda **how: transformers.VideoMAEForVideoClassification(
+        transformers.VideoMAEConfig(**SHAPE, use_mean_pooling=False, **how)
+    ),
+    "V-JEPA 2": lambda **how: vjepa2(
+        transformers.VJEPA2ForVideoClassification, **{"num_pooler_layers": 2, **how}
+    ),
+    "V-JEPA 2, shallow": lambda **how: CLASSIFIERS["V-JEPA 2"](num_pooler_layers=0, **how),
+    "ViViT": vivit,
+}
+COLOURS = ("blue", "green", "red")
+
+
+def published(name, folder, labels=COLOURS):
+    """A classifier as its authors publish it, with its processor."""
+    model = randomised(CLASSIFIERS[name](id2label=dict(enumerate(labels))))
+    size = {"size": {"shortest_edge": 36 if name.startswith("V-JEPA") else 40}, "crop_size": 32}
+    processor = transformers.VivitImageProcessor if name == "ViViT" else transformers.VideoMAEImageProcessor
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+        processor(**size).save_pretrained(folder)
+    if name.startswith("V-JEPA"):  # its processor needs torchvision
+        (folder / "preprocessor_config.json").rename(folder / "video_preprocessor_config.json")
+    return model
+
+
+def opened(folder):
+    return open_trained(folder, working_directory=Path("runs"), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_published_classifier_gives_transformers_logits_and_labels(name, tmp_path, inputs):
+    theirs = published(name, tmp_path / "weights")
+    trained = opened(tmp_path / "weights")
+    with torch.no_grad():
+        torch.testing.assert_close(trained.model(clips()), theirs(clips()).logits, **CLOSE)
+    asked = trained.card.preprocessing
+    sizes = (asked.n_frames, asked.frame_size, asked.resize, asked.scale_to)
+    assert sizes == (4, 32, "crop", 36 if name.startswith("V-JEPA") else 40)
+    assert asked.mean == ((0.75 if name == "ViViT" else 0.5),) * 3
+    video = next(Path(inputs["path_to_data"]).rglob("*.avi"))
+    found = tvit_cli.predict(video, model=tmp_path / "weights", quiet=True).predictions[0]
+    assert sorted(label for label, _ in found.labels) == sorted(COLOURS)
+
+
+def test_a_published_classifier_is_evaluated_and_exported(tmp_path, inputs):
+    published("V-JEPA 2", tmp_path / "weights")
+    how = {"model": tmp_path / "weights", "working_directory": tmp_path, "quiet": True}
+    result = tvit_cli.evaluate(path_to_data=inputs["path_to_data"], num_workers=0, device="cpu", **how)
+    assert result.labels == COLOURS
+    exported = tvit_cli.export(format="safetensors", output=tmp_path / "export", **how)
+    assert exported.parity.max_logit_difference < 1e-5
+    assert tvit_cli.load_model(tmp_path / "export", device="cpu").labels == COLOURS
+
+
+def test_classes_that_a_published_classifier_does_not_name_are_numbered(tmp_path):
+    published("ViViT", tmp_path / "weights", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    trained = opened(tmp_path / "weights")
+    assert trained.card.labels == ("class 0", "class 1", "class 2")
+    assert trained.named_by(COLOURS).card.labels == COLOURS
+    assert any("do not name their 3 classes" in note for note in trained.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "problem"),
+    [
+        ("VideoMAE", {"id2label": {"0": "a", "1": "b"}}, "classifier.weight has 3 classes, .* names 2"),
+        ("V-JEPA 2", {"num_pooler_layers": 3}, r"self_attention_layers\.2\.layer_norm1\.weight is missing"),
+        ("ViViT", {"num_frames": 5}, "n_frames 5 is not a multiple of tubelet_size 2"),
+    ],
+)
+def test_a_published_classifier_that_is_not_its_configs_is_refused(name, config, problem, tmp_path):
+    published(name, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ModelError, match=problem):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "V-JEPA 2"])
+def test_an_encoder_without_a_classifier_names_the_command_to_train_it(name, saved):
+    _, folder = saved(name)
+    with pytest.raises(ModelError, match=f"without a classifier .* tvit train --hf-model-name {folder}"):
+        opened(folder)
+
+
+def test_an_attentive_pool_starts_from_the_pooler_of_the_weights(tmp_path):
+    theirs = published("V-JEPA 2", tmp_path)
+    model, report = loaded(tmp_path, pool="attentive")
+    with torch.no_grad():
+        features = theirs.pooler(theirs.vjepa2.get_vision_features(clips()))
+        torch.testing.assert_close(model.features(clips()), features, **CLOSE)
+    assert report.new == ("classifier.weight", "classifier.bias")
+    assert not any(name.startswith("pooler.") for name in report.unused)

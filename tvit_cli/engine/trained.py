@@ -86,7 +86,8 @@ def open_trained(
 ) -> Trained:
     """Loads a model folder, or that of a run's folder; without one, the newest of the working directory.
 
-    `given` may also be a name on the Hugging Face hub, or a model of the reference implementation. Raises
+    `given` may also be a name on the Hugging Face hub, a video classifier saved by transformers, or a model of the
+    reference implementation. Raises
     ModelError for a missing, incomplete or damaged model, SettingsError for a precision that the device lacks.
     """
     precision = resolve_precision(mixed_precision, device)
@@ -95,14 +96,14 @@ def open_trained(
         folder = folder / MODEL_FOLDER
     results, local = None, folder
     if not (folder / CARD_FILE).is_file():
-        from tvit_cli.model.reference import load_reference  # imports huggingface_hub
+        from tvit_cli.model.published import load_published  # imports huggingface_hub
         from tvit_cli.model.weights import find_weights, weights_name
 
         if source := find_weights(folder, working_directory):
             results = working_directory / weights_name(folder, source)
             local = source.folder
             if not source.is_model_folder:
-                found = load_reference(source)
+                found = load_published(source)
                 model, guessed = found.model.to(device), found.labels_are_guessed
                 return Trained(model, found.card, folder, device, results, guessed, found.notes, precision)
     model, card = load_model(local, device=device)

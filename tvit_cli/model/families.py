@@ -52,10 +52,10 @@ class Family:
 
     `#` stands for a block's number. Of alternatives (`a|b`) the first that block 0 has stored is used, else the
     last; an empty last one makes the name optional, those of a block all together. Names that start with one of
-    `unused` are ignored. `leading` lists possible numbers of rows before the patches' own in the position table.
-    `zeros` are set to 0 where the model has them. `gate` is the layer of an MLP's gate and that of its values,
-    which are joined. `half_split`: rotary positions turn the pairs (i, i + half) of a head's channels. `licence` is
-    that of weights without a README.md.
+    `unused` are ignored; modules of `pooler` are read by --pool attentive. `leading` lists possible numbers of rows
+    before the patches' own in the position table. `zeros` are set to 0 where the model has them. `gate` is the
+    layer of an MLP's gate and that of its values, which are joined. `half_split`: rotary positions turn the pairs
+    (i, i + half) of a head's channels. `licence` is that of weights without a README.md.
     """
 
     prefix: str
@@ -74,6 +74,7 @@ class Family:
     gate: tuple[str, str] | tuple[()] = ()
     half_split: bool = False
     licence: str | None = None
+    pooler: dict[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
@@ -109,10 +110,10 @@ def expand_names(
     return names
 
 
-def block_names(layer: str, theirs: str, ours: str = BLOCK) -> dict[str, str]:
+def block_names(layer: str, theirs: str, ours: str = BLOCK, *, place: str = "blocks.#") -> dict[str, str]:
     """Table of a block's modules. ("enc.#", "ln|ln_1", "norm1") -> {"enc.#.ln|enc.#.ln_1": "blocks.#.norm1"}"""
     return {
-        "|".join(f"{layer}.{name}" for name in names.split("|")): f"blocks.#.{our}"
+        "|".join(f"{layer}.{name}" for name in names.split("|")): f"{place}.{our}"
         for names, our in zip(theirs.split(), ours.split(), strict=True)
     }
 
@@ -311,6 +312,13 @@ _VIDEOMAE = Family(
     zeros=("blocks.#.attention.k.bias",),
     unused=("decoder.", "encoder_to_decoder.", "mask_token", "classifier."),
 )  # fmt: skip
+_VJEPA2_POOLER = block_names(
+    "pooler.self_attention_layers.#", "layer_norm1 self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+    "self_attn.out_proj layer_norm2 mlp.fc1 mlp.fc2", place="pool.layers.#",
+) | block_names(
+    "pooler.cross_attention_layer", "layer_norm1 cross_attn.q_proj cross_attn.k_proj cross_attn.v_proj layer_norm2 "
+    "mlp.fc1 mlp.fc2", "norm1 cross.q cross.k cross.v norm2 mlp.fc1 mlp.fc2", place="pool",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     "vit": _VIT,
     "deit": replace(
@@ -354,7 +362,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
         defaults=_VIT.defaults | {  # transformers.VJEPA2Config
             "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_ratio": 4,
             "layer_norm_eps": 1e-6, "image_size": 256, "num_frames": 64, "tubelet_size": 2,
-            "class_token": False, "positions": "rotary",
+            "class_token": False, "positions": "rotary", "num_pooler_layers": 3,
         },
         keys={"image_size": "crop_size", "num_frames": "frames_per_clip", "num_channels": "in_chans"},
         tensors={},
@@ -364,7 +372,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
             "encoder.layer.#", "norm1 attention.query attention.key attention.value attention.proj norm2 mlp.fc1 "
             "mlp.fc2",
         ),
-        unused=("predictor.", "pooler.", "classifier."),
+        unused=("predictor.", "pooler.", "classifier."), pooler=_VJEPA2_POOLER,
     ),
     "vivit": replace(
         _VIT, prefix="vivit.", network=_vivit,

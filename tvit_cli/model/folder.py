@@ -131,13 +131,13 @@ def load_config(folder: Path) -> tuple[ModelCard, ViTConfig]:
     card = load_card(folder)
     try:
         config = ViTConfig.from_dict(card.model)
-        _check_clips(card.preprocessing, config)
+        check_clips(card.preprocessing, config)
         return card, config
     except ValueError as error:
         raise ModelError(f"{folder / CARD_FILE}: model: {error}. Copy the folder again.") from error
 
 
-def _check_clips(preprocessing: Preprocessing, config: ViTConfig) -> None:
+def check_clips(preprocessing: Preprocessing, config: ViTConfig) -> None:
     """Raises ValueError if the network cannot take the clips, or if they exceed MOST_VALUES or MOST_TOKENS."""
     for name in ("n_frames", "frame_size"):
         value, divisor = getattr(preprocessing, name), getattr(config, DIVISORS[name])
@@ -161,7 +161,7 @@ def empty_model(card: Path, config: ViTConfig, weights: Mapping[str, Tensor]) ->
 
     Raises ModelError for a network with more blocks than there are weights, or with sizes that overflow.
     """
-    blocks = config.depth + (config.temporal_depth or 0)
+    blocks = config.depth + (config.temporal_depth or 0) + (config.pool_depth or 0)
     if blocks > len(weights):
         raise ModelError(f"{card}: model: {blocks} blocks for {len(weights)} tensors. Copy the folder again.")
     try:

@@ -22,6 +22,7 @@ from tvit_cli.model.weights import (
     peek_config,
     resolve_weights,
 )
+from tvit_cli.portable.config import POOLS
 from tvit_cli.portable.layers import resize_temporal
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, resize_grid, resize_joint
 from tvit_cli.settings.base import flag
@@ -46,6 +47,7 @@ SIZES = {  # field of ViTConfig -> key of Hugging Face's config
 NETWORK = (*SIZES, "norm_eps", "activation", "qkv_bias", "pre_norm", *VIDEO)  # fields that the weights fix
 _DEFAULTS = {item.name: item.default for item in fields(ViTConfig)}
 Notes = dict[str, None]  # an ordered set of notes for the user
+QUERY = "pooler.query_tokens"  # of V-JEPA 2's attentive pooler
 EXTRA_POSITIONS = "positions.extra_positions"  # added to positions.extra
 
 
@@ -63,6 +65,7 @@ class PretrainedConfig:
     notes: tuple[str, ...] = ()
     licence: str | None = None
     clip: dict[str, Any] = field(default_factory=dict)  # of a video ViT: its own n_frames and tubelet_size
+    pool_depth: int | None = None  # of the attentive pooler that the weights bring
 
     @property
     def n_tokens(self) -> int:
@@ -76,7 +79,10 @@ class PretrainedConfig:
         if size is not None and (given := shape.get("tubelet_size", size)) != size:
             raise ValueError(f"tubelet_size {given}: the weights have tubelets of {size} frames; use {size}")
         own = {"frame_size": frame_size or self.image_size, "pool": own_pool(self.network), **self.clip}
-        return ViTConfig(**{**own, **shape, **self.network})
+        values = {**own, **shape, **self.network}
+        if values["pool"] == "attentive" and self.pool_depth is not None:
+            values["pool_depth"] = self.pool_depth
+        return ViTConfig(**values)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         network = {key: getattr(config, key) for key in NETWORK}
         mean, std = card.preprocessing.mean, card.preprocessing.std
         licence = None if card.base is None else card.base.licence
-        return PretrainedConfig(*origin, config.frame_size, network, mean, std, licence=licence)
+        size, depth = config.frame_size, config.pool_depth
+        return PretrainedConfig(*origin, size, network, mean, std, licence=licence, pool_depth=depth)
     family, stored = _family(source)
     raw = family.config(source.read_json(CONFIG_FILE), stored)
     if family is FAMILIES[TIMM] and raw["num_attention_heads"] is None:
@@ -147,7 +154,8 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
     if "num_frames" in raw:
         clip = {"n_frames": number("num_frames"), "tubelet_size": number("tubelet_size")}
     size, licence = number("image_size"), source.licence or family.licence
-    return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip)
+    pool_depth = number("num_pooler_layers", least=0) if family.pooler and QUERY in stored else None
+    return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip, pool_depth)
 
 
 def own_pool(network: Config) -> str:
@@ -163,9 +171,9 @@ def own_clips(name: str) -> dict[str, Any]:
     """
     written = peek_config(name)
     if written.get("positions") in ("joint", "rotary"):  # a model that tvit trained
-        return {"img_size": written.get("frame_size")} | {
-            k: written.get(k) for k in ("n_frames", "tubelet_size", "pool")
-        }
+        pool = written.get("pool") if written.get("pool") in POOLS else own_pool(written)
+        own = {k: written.get(k) for k in ("n_frames", "tubelet_size")}
+        return own | {"img_size": written.get("frame_size"), "pool": pool}
     family = FAMILIES.get(str(written.get("model_type")))
     raw = written if family is None else family.defaults
     if family is None or "num_frames" not in family.defaults:
@@ -181,13 +189,16 @@ def own_clips(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
+def load_pretrained(
+    model: TemporalViT, source: WeightsSource, *, classifier: str | None = None
+) -> LoadReport:
     """Copies weights into the model, which at step 0 then equals the ViT, or the model that tvit trained.
 
     Positions are interpolated bicubically to the model's grid (align_corners False, as in transformers), those of
     a video ViT linearly to the model's times. A LayerScale is folded into the layer before it. On image weights,
     tubelets start by ViViT's central-frame initialisation (arXiv:2103.15691). Of a model that tvit trained, all
-    but the classifier is copied; between different attention schemes, only the counterparts of an image ViT. Raises
+    but the classifier is copied; between different attention schemes, only the counterparts of an image ViT. An
+    attentive pooler is copied where the model has one, and the classifier that is stored as `classifier`. Raises
     ModelError for tensors that are missing, unexpected, stored twice, of the wrong shape or not finite.
     """
     config = read_config(source)
@@ -206,7 +217,12 @@ def load_pretrained(model: TemporalViT, source: WeightsSource) -> LoadReport:
         for theirs, ours in names.items()
         if ours.replace(".scale", ".weight").replace(".qkv.", ".q.") in own
     }
-    unused = tuple(name for name in stored if name.startswith(family.unused))
+    if model.config.pool_depth is not None and config.pool_depth is not None:
+        query = {QUERY: "pool.query"}
+        names |= families.expand_names(query, family.pooler, config.pool_depth, stored)
+    if classifier is not None:
+        names |= {f"{classifier}.{leaf}": f"classifier.{leaf}" for leaf in ("weight", "bias")}
+    unused = tuple(name for name in stored if name.startswith(family.unused) and name not in names)
     check_match(source, {n: stored[n] for n in stored if n not in unused}, dict.fromkeys(names))
 
     depths = map(str, range(config.network["depth"]))
@@ -363,14 +379,19 @@ def whole_number(
     return value
 
 
+def preprocessor(source: WeightsSource) -> tuple[Config, str]:
+    """The config of the weights' own preprocessing, empty without one, and the name of its file."""
+    has_own = (source.folder / PREPROCESSOR_FILE).is_file()
+    file_name = PREPROCESSOR_FILE if has_own else VIDEO_PREPROCESSOR_FILE
+    return source.read_json(file_name), file_name
+
+
 def _normalisation(source: WeightsSource, family: Family) -> tuple[Channels, Channels, tuple[str, ...]]:
     """Mean and std of the channels, in [0, 1], and notes for the user.
 
     A `rescale_factor` other than 1 / 255 and ViViT's `offset` (1 is subtracted before the mean) are part of them.
     """
-    has_own = (source.folder / PREPROCESSOR_FILE).is_file()
-    file_name = PREPROCESSOR_FILE if has_own else VIDEO_PREPROCESSOR_FILE
-    written = source.read_json(file_name)
+    written, file_name = preprocessor(source)
     mean, std = written.get("image_mean", family.mean), written.get("image_std", family.std)
     if not written and isinstance(timm := source.read_json(CONFIG_FILE).get("pretrained_cfg"), dict):
         mean, std, file_name = timm.get("mean", family.mean), timm.get("std", family.std), CONFIG_FILE

@@ -88,7 +88,7 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
     config = _config(source, raw)
     model = TemporalViT(config, initialise=False)
     model.load_state_dict(_state(source, raw, stored, model), assign=True)
-    labels, notes = _named_labels(source, written, config.num_classes), []
+    labels, notes = named_labels(source, written, config.num_classes), []
     labels_are_guessed = labels is None
     if labels is None:
         labels, assumption = UCF101, "UCF101's are assumed, in sorted order."
@@ -117,7 +117,7 @@ def load_reference(source: WeightsSource) -> ReferenceModel:
     return ReferenceModel(model.eval(), card, labels_are_guessed, tuple(notes))
 
 
-def _named_labels(source: WeightsSource, written: Config, count: int) -> tuple[str, ...] | None:
+def named_labels(source: WeightsSource, written: Config, count: int) -> tuple[str, ...] | None:
     """The config's class names; None without names or with transformers' placeholders, LABEL_0 …"""
     named = written.get("id2label", {})
     names = {str(name) for name in named.values()} if isinstance(named, dict) else set()

@@ -8,6 +8,7 @@ from typing import Any
 
 ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
+FIRST = "first"  # pool of VideoMAE classifiers that transformers trained without use_mean_pooling
 POSITIONS = ("grid", "joint", "rotary", "rotary_2d")
 NORMS = ("tokens", "pooled")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
@@ -23,7 +24,9 @@ class ViTConfig:
     `n_frames` and `frame_size` set the sizes of the temporal and spatial embeddings, which are interpolated for
     other clips. `extra_tokens` follow the class token. `pre_norm` is a LayerNorm before the first block.
     `temporal_index` numbers the rows of the temporal embedding by frame, or by token as the reference does.
-    `feature_norm` standardises features before the classifier.
+    `feature_norm` standardises features before the classifier. `pool_depth` is the number of self-attention blocks
+    in an attentive pooler (see `AttentivePooler`); None is a mean with learned weights (`AttentivePool`). `pool`
+    first takes the first token, as if it were a class token.
 
     `class_token`: video ViTs and SigLIP have none. `positions`: a spatial embedding (grid) or rotary positions of
     rows and columns in every block (rotary_2d), beside a temporal embedding; of video ViTs one table over space
@@ -55,6 +58,7 @@ class ViTConfig:
     positions: str = "grid"
     norm: str = "tokens"
     last_norm_eps: float | None = None
+    pool_depth: int | None = None
 
     def __post_init__(self) -> None:
         if self.mlp_width is None:
@@ -71,7 +75,12 @@ class ViTConfig:
                 problem = f"{name} {value} is not a multiple of {divisor_name} {divisor}"
                 raise ValueError(f"{problem}; use {nearest}")
         indices = ("frame", "token")
-        known = {"activation": ACTIVATIONS, "attention": ATTENTIONS, "pool": POOLS, "temporal_index": indices}
+        known = {
+            "activation": ACTIVATIONS,
+            "attention": ATTENTIONS,
+            "pool": (*POOLS, FIRST),
+            "temporal_index": indices,
+        }
         known |= {"positions": POSITIONS, "norm": NORMS}
         for name, choices in known.items():
             if (choice := getattr(self, name)) not in choices:
@@ -84,6 +93,9 @@ class ViTConfig:
         if self.temporal_depth is not None and self.attention != "factorized":
             problem = f"{self.temporal_depth}: attention {self.attention} has no temporal blocks"
             raise ValueError(f"temporal_depth {problem}; leave it out, or use attention factorized")
+        if self.pool_depth is not None and self.pool != "attentive":
+            problem = f"{self.pool_depth}: pool {self.pool} has no blocks"
+            raise ValueError(f"pool_depth {problem}; leave it out, or use pool attentive")
         if self.pool == "class" and not self.class_token:
             raise ValueError("pool class needs a class token, and this network has none; use pool mean")
         if self.is_video and self.attention != "joint":
@@ -140,7 +152,7 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     kind = annotation.removesuffix(" | None")
     if value is None and kind != annotation:
         return
-    least = int(name != "extra_tokens")
+    least = int(name not in ("extra_tokens", "pool_depth"))
     is_valid, wanted = {
         "int": (type(value) is int and value >= least, f"a whole number, {least} or more"),
         "float": (isinstance(value, int | float) and value > 0, "a number above 0"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,24 +23,33 @@ from .config import ViTConfig
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of each group."""
 
-    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True, has_output: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(width, width, bias=qkv_bias)
         self.k = nn.Linear(width, width, bias=qkv_bias)
         self.v = nn.Linear(width, width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width) if has_output else nn.Identity()
 
-    def forward(self, tokens: Tensor, n_queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        n_queries: int | None = None,
+        rotation: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
         """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group are the queries (None: all).
 
         `rotation` is that of rotary positions, (2, B*G, 1, N, D/A): see `rotary_table` and `rotary_table_2d`.
+        `queries` of other tokens, (B, G, Q, D), make it cross-attention.
         """
         # Cast once: autocast would make and keep a copy for each of the three layers.
-        tokens = tokens.to(autocast_dtype(tokens.device) or tokens.dtype)
+        dtype = autocast_dtype(tokens.device) or tokens.dtype
+        tokens = tokens.to(dtype)
         # Contiguous: for strided rows torch's choice of matmul, and so the last bit of the result, depends on
         # which weights are frozen.
-        queries = tokens[:, :, :n_queries].contiguous()  # (B, G, Q, D)
+        own = tokens[:, :, :n_queries].contiguous()
+        queries = own if queries is None else queries.to(dtype)  # (B, G, Q, D)
         q = self._split_heads(self.q(queries))  # (B*G, A, Q, D/A)
         k = self._split_heads(self.k(tokens))  # (B*G, A, N, D/A)
         v = self._split_heads(self.v(tokens))  # (B*G, A, N, D/A)
@@ -326,6 +336,50 @@ class FeatureNorm(AddedModule):
         # Otherwise all clips are the same one: the batch size alone changes float32 features by up to 1e-6.
         if deviation.mean() > 1e-5 * features.abs().mean():
             self.scale.copy_(1 / deviation.clamp_min(0.1 * float(deviation.mean())))
+
+
+class AttentivePooler(AddedModule):
+    """Attentive probe: self-attention blocks, then one cross-attention block with a learned query.
+
+    V-JEPA 2's pooler (arXiv:2506.09985; `VJEPA2AttentivePooler` in transformers): the cross-attention has no output
+    layer. VideoPrism's (arXiv:2402.13217) is one cross-attention block, too. Beside weights without a pooler it
+    starts as the mean of the normalised tokens.
+    """
+
+    has_linear_layers = True
+    n_queries = None
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width, depth = config.width, config.pool_depth
+        assert depth is not None
+        # Biases and the width of the MLPs do not depend on those of the encoder.
+        config = replace(config, qkv_bias=True, mlp_width=4 * width)
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        self.layers = nn.ModuleList(Block(config) for _ in range(depth))
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.cross = SelfAttention(width, config.num_heads, has_output=False)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(width, config.hidden_width, config.activation)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, G, N, D) -> (B, G, D)."""
+        for layer in self.layers:
+            tokens = layer(tokens)  # (B, G, N, D)
+        query = self.query.expand(*tokens.shape[:2], -1, -1)  # (B, G, 1, D)
+        pooled = query + self.cross(self.norm1(tokens), queries=query)
+        return (pooled + self.mlp(self.norm2(pooled))).squeeze(2)
+
+    def reset_parameters(self, *, generator: torch.Generator | None, from_scratch: bool) -> None:
+        truncated_normal(self.query, generator)
+        if from_scratch:
+            return
+        nn.init.zeros_(self.query)
+        nn.init.eye_(self.cross.v.weight)
+        nn.init.zeros_(self.mlp.fc2.weight)
+        for layer in self.layers:
+            for last in ("attention.proj", "mlp.fc2"):
+                nn.init.zeros_(layer.get_submodule(last).get_parameter("weight"))
 
 
 def truncated_normal(parameter: Tensor, generator: torch.Generator | None) -> None:

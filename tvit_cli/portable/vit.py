@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .config import ViTConfig
 from .layers import (
     AddedModule,
+    AttentivePooler,
     Block,
     DividedBlock,
     FeatureNorm,
@@ -100,10 +101,12 @@ class AttentivePool(AddedModule):
         nn.init.zeros_(self.queries)
 
 
-POOLING: dict[str, type[ClassToken] | type[MeanPatch] | type[AttentivePool]] = {  # by ViTConfig.pool
+Pool = ClassToken | MeanPatch | AttentivePool | AttentivePooler
+POOLING: dict[str, Callable[[ViTConfig], Pool]] = {  # by ViTConfig.pool
     "class": ClassToken,
     "mean": MeanPatch,
-    "attentive": AttentivePool,
+    "attentive": lambda config: (AttentivePool if config.pool_depth is None else AttentivePooler)(config),
+    "first": ClassToken,
 }
 
 

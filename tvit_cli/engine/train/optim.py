@@ -66,6 +66,7 @@ EMBEDDINGS = frozenset(
         "embedding",
         "gate",
         "queries",
+        "query",
         "extra",
         "shift",
         "scale",
