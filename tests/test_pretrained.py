@@ -399,6 +399,10 @@ def test_without_a_network_and_with_nothing_cached_the_way_out_is_said(tmp_path,
     ("error", "sentence"),
     [
         (huggingface_hub.errors.RepositoryNotFoundError, "no such public repository .* hf auth login"),
+        (
+            huggingface_hub.errors.GatedRepoError,
+            "Accept its terms at .*co/someone/vit, then run: hf auth login",
+        ),
         (ConnectionResetError, "cannot be fetched from the Hugging Face hub"),
     ],
 )

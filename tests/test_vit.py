@@ -515,6 +515,14 @@ def test_the_model_exports_whole_with_a_free_number_of_clips(attention, pool):
     torch.testing.assert_close(exported.module()(clips(3)), model(clips(3)), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("positions", "pool"), [("rotary", "mean"), ("rotary_2d", "class")])
+def test_rotary_models_export_with_a_free_number_of_clips(positions, pool):
+    model = build("joint", positions=positions, class_token=pool == "class", pool=pool, depth=1)
+    shapes = {"clips": {0: torch.export.Dim("clips", min=1, max=64)}}
+    exported = torch.export.export(model, (clips(2),), dynamic_shapes=shapes)
+    torch.testing.assert_close(exported.module()(clips(3)), model(clips(3)), atol=1e-5, rtol=1e-4)
+
+
 @every_scheme
 def test_a_model_folder_gives_every_scheme_back_bit_for_bit(attention, tmp_path):
     model = moved(build(attention, pool="attentive"))

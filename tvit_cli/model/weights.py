@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -211,9 +212,12 @@ def _fetch(name: str) -> Path:
         raise ModelError(
             f"{name}: the hub's repository has no such revision. Check what follows the @."
         ) from error
+    except GatedRepoError as error:
+        terms = f"https://huggingface.co/{repository}"
+        raise ModelError(f"{name}: gated. Accept its terms at {terms}, then run: hf auth login") from error
     except RepositoryNotFoundError as error:
         problem = f"{name}: no such folder, and no such public repository on the Hugging Face hub"
-        raise ModelError(f"{problem}. Check the name; for a private or gated one: hf auth login") from error
+        raise ModelError(f"{problem}. Check the name; for a private one: hf auth login") from error
     except LocalEntryNotFoundError as error:
         paths = {path.parents[1] for path in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")}
         cached = sorted(path.name.removeprefix("models--").replace("--", "/", 1) for path in paths)

@@ -238,7 +238,8 @@ class RotaryPositions(Positions):
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """(B, T', P, D) -> (B, G, N, D), and each token's row of the rotary table, (2, B*G, 1, N, D/A)."""
         table = self.table(patches.shape[1], grid, patches.device)  # (2, T', P, D/A)
-        rows = table.movedim(0, 2).flatten(2).expand(len(patches), -1, -1, -1)  # (B, T', P, 2 D/A)
+        # Not len(patches): torch.export would fix the number of clips.
+        rows = table.movedim(0, 2).flatten(2).expand(patches.shape[0], -1, -1, -1)  # (B, T', P, 2 D/A)
         # Dropped together, so that tokens keep their positions.
         both = self.token_drop(self.grouping(torch.cat([patches, rows], dim=3)))
         groups, kept = both.split([patches.shape[3], rows.shape[3]], dim=3)
