@@ -1013,3 +1013,21 @@ def test_int8_applies_to_every_linear_layer_but_the_classifier(attention):
         after = model(clips)
     assert [path for path, part in model.named_modules() if isinstance(part, nn.Linear)] == ["classifier"]
     assert 0 < (after - before).norm() / before.norm() < 0.1
+
+
+def test_bfloat16_gradients_of_adapters_are_summed_in_float32(monkeypatch):
+    """In chunks on a CPU: the sum is as exact as that in one piece, which no chunk is added to in bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(*size, generator=random) for size in ((4096, 16), (16, 16), (16,), (2, 16), (16, 2))
+    ]
+    inputs[0] += 1  # values of one sign add up
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    (right,) = gradients(lora_linear(*exact, scale=1.0), [exact[3]])
+    errors = []
+    for size in (2**18, 2**8):
+        monkeypatch.setattr(linear, "CHUNK", size)
+        low = [tensor.bfloat16().requires_grad_() for tensor in inputs]
+        (found,) = gradients(lora_linear(*low, scale=1.0), [low[3]])
+        errors.append(float((found.double() - right).norm() / right.norm()))
+    assert errors[1] < 1.1 * errors[0]

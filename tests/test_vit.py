@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +15,7 @@ from tvit_cli.model.folder import load_model, save_model
 from tvit_cli.model.lora import LoraSpec, merge, set_trainable, trainable_tensors
 from tvit_cli.portable.config import ACTIVATIONS as ACTIVATION_NAMES
 from tvit_cli.portable.config import ATTENTIONS, POOLS
-from tvit_cli.portable.layers import ACTIVATIONS, DropPath, over_time
+from tvit_cli.portable.layers import ACTIVATIONS, DropPath, attend, over_time
 from tvit_cli.portable.vit import POOLING, SCHEMES, TemporalViT, TokenDrop, ViTConfig, build_model
 from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
@@ -379,6 +380,24 @@ def test_attention_over_time_looks_along_one_place():
     attention = build("joint").blocks[0].attention
     by_hand = torch.stack([attention(frames[:, None, :, n])[:, 0] for n in range(9)], dim=2)
     torch.testing.assert_close(over_time(attention, frames), by_hand, atol=1e-6, rtol=1e-5)
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+def test_attention_over_more_groups_than_a_cuda_grid_has_is_cut(monkeypatch):
+    """As `divided` attention over the time of 257 clips of 256 places each is; here in numbers of a CPU."""
+    whole, sizes = F.scaled_dot_product_attention, []
+    q, k, v = torch.randn(3, 257 * 256, 1, 2, 4, generator=torch.Generator().manual_seed(0)).as_subclass(
+        OnCuda
+    )
+    expected = whole(q, k, v)
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *kv: sizes.append(len(q)) or whole(q, *kv)
+    )
+    torch.testing.assert_close(attend(q, k, v), expected)
+    assert sizes == [65_535, 257]
 
 
 def test_an_attentive_pool_starts_as_the_mean_and_then_weighs():

@@ -140,13 +140,19 @@ class _LoraLinear(torch.autograd.Function):
             if needs_x or needs_a:
                 product = (lora_b.t() @ grad.t()).mul_(ctx.scale)  # (r, N): the gradient at A's output
             if needs_a:
-                grad_a = grad.new_zeros(product.shape[0], ctx.shape[-1])  # (r, I)
+                # In float32: chunk by chunk in bfloat16, the sum would lose the last chunks.
+                kind = torch.float32 if grad.dtype.itemsize < 4 else grad.dtype
+                grad_a = grad.new_zeros(product.shape[0], ctx.shape[-1], dtype=kind)  # (r, I)
             before: Any = None if x is None else x.reshape(-1, x.shape[-1])  # (N, I)
             for part in _chunks(grad_x if before is None else before) if needs_x or needs_a else ():
                 if needs_a:
                     rows = before[part]
                     rows = rows if ctx.gelu is None else F.gelu(rows, approximate=ctx.gelu)
-                    grad_a.addmm_(product[:, part], _dropped(rows, keep, part))
+                    rows = _dropped(rows, keep, part)
+                    if grad_a.dtype == rows.dtype:
+                        grad_a.addmm_(product[:, part], rows)
+                    else:
+                        grad_a += product[:, part] @ rows
                 if needs_x:
                     gradient = grad_x[part]
                     if keep is None:

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ViTConfig
 
+MAX_GROUPS = 65_535  # blocks in the second and third dimension of a CUDA grid (CUDA programming guide)
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of each group."""
@@ -55,12 +57,23 @@ class SelfAttention(nn.Module):
         v = self._split_heads(self.v(tokens))  # (B*G, A, N, D/A)
         if rotation is not None:
             q, k = rotate(q, rotation[:, :, :, : q.shape[2]]), rotate(k, rotation)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B*G, A, Q, D/A)
+        attended = attend(q, k, v)  # (B*G, A, Q, D/A)
         return self.proj(attended.transpose(1, 2).reshape(queries.shape))  # (B, G, Q, D)
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         heads = tokens.reshape(-1, tokens.shape[2], self.num_heads, tokens.shape[3] // self.num_heads)
         return heads.transpose(1, 2)  # (B*G, N, A, D/A) -> (B*G, A, N, D/A)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, (B, A, Q, D) and twice (B, A, N, D) -> (B, A, Q, D), for any B.
+
+    Kernels on CUDA take a batch as the second dimension of their grid, which has at most MAX_GROUPS blocks.
+    """
+    if not q.is_cuda or q.shape[0] <= MAX_GROUPS:
+        return F.scaled_dot_product_attention(q, k, v)
+    parts = zip(*(torch.split(x, MAX_GROUPS) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
 def rotary_table(n_times: int, grid: tuple[int, int], head_width: int, device: torch.device) -> Tensor:
