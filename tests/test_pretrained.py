@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub.errors
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tvit_cli
@@ -660,6 +661,77 @@ def test_timms_names_of_dinov3_give_the_same(name, biases, tmp_path):
         assert_equal_features(model, image_vit, size)
     assert report.new == ("temporal.embedding", "classifier.weight", "classifier.bias")
     assert read_config(resolve_weights(str(tmp_path))).licence == "other (dinov3-license)"
+
+
+def pe_core(folder):
+    """Random weights of the Perception Encoder under timm's names, and its class token after timm's eva.py."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"cls_token": (1, 1, 32), "pos_embed": (1, 17, 32), "patch_embed.proj.weight": (32, 3, 8, 8)}
+    layers = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (48, 32), "mlp.fc2": (32, 48)}
+    names = {"norm_pre": (32,), "norm": (32,), "head": (5, 32), "attn_pool.q": (32, 32)}
+    names |= {
+        f"blocks.{n}.{name}": shape
+        for n in (0, 1)
+        for name, shape in {**layers, "norm1": (32,), "norm2": (32,)}.items()
+    }
+    for name, shape in names.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    w = {name: torch.randn(shape, generator=generator) / 4 for name, shape in shapes.items()}
+    save_file(w, folder / "model.safetensors")
+    config = {"architecture": "vit_pe_core_base_patch16_224", "model_args": {"num_heads": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def linear(name, x):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, (32,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def class_token_of(images):
+        n = images.shape[-1] // 8
+        patches = F.conv2d(images, w["patch_embed.proj.weight"], stride=8).flatten(2).transpose(1, 2)
+        first, table = w["pos_embed"][:, :1], w["pos_embed"][:, 1:]
+        table = resize_grid(table, (n, n), antialias=True)
+        x = torch.cat([(w["cls_token"] + first).expand(len(images), -1, -1), patches + table], dim=1)
+        x = norm("norm_pre", x)
+        places = torch.arange(1, n + 1) / n * 4  # from 1, scaled to the weights' own 4 x 4 patches
+        rows, columns = torch.meshgrid(places, places, indexing="ij")
+        speeds = 10000 ** (-torch.arange(2) / 2)
+        angles = torch.cat([columns.reshape(-1, 1) * speeds, rows.reshape(-1, 1) * speeds], dim=1)  # (P, 4)
+        turns = torch.polar(torch.ones(n * n + 1, 4), F.pad(angles, (0, 0, 1, 0)))  # the class token's is 1
+        for block in ("blocks.0", "blocks.1"):
+            q, k, v = (
+                linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x))
+                .unflatten(2, (3, 4, 8))
+                .permute(2, 0, 3, 1, 4)
+            )
+            q, k = (
+                torch.view_as_real(
+                    torch.view_as_complex(h.unflatten(3, (4, 2)).contiguous()) * turns
+                ).flatten(3)
+                for h in (q, k)
+            )
+            seen = (q @ k.transpose(2, 3) / 8**0.5).softmax(3) @ v
+            x = x + linear(f"{block}.attn.proj", seen.transpose(1, 2).flatten(2))
+            x = x + linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x))))
+        return norm("norm", x)[:, 0]
+
+    return class_token_of
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_perception_encoder_of_timm_equals_its_formulas(size, tmp_path):
+    class_token_of = pe_core(tmp_path)
+    expected = class_token_of(pictures(size))
+    for attention in ATTENTIONS:
+        model, report = loaded(tmp_path, frame_size=size, attention=attention)
+        torch.testing.assert_close(ours(model, pictures(size)), expected, **CLOSE)
+    assert (expected - expected[:1]).abs().max() > 0.01
+    assert set(report.unused) == {
+        f"{n}.{leaf}" for n in ("attn_pool.q", "head") for leaf in ("bias", "weight")
+    }
+    config = read_config(resolve_weights(str(tmp_path)))
+    assert (config.mean, config.image_size, config.network["rotary_grid"]) == ((0.5, 0.5, 0.5), 32, 4)
 
 
 def test_siglip_2_naflex_is_refused_with_the_next_step(tmp_path):

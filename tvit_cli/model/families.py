@@ -27,6 +27,7 @@ VIDEO = (
     "positions",
     "norm",
     "last_norm_eps",
+    "rotary_grid",
 )  # fields of ViTConfig, as in an image ViT if absent
 BLOCK = "norm1 attention.q attention.k attention.v attention.proj norm2 mlp.fc1 mlp.fc2"
 
@@ -159,7 +160,9 @@ def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     swiglu = fc1.shape[0] == 2 * fc2.shape[-1] or "blocks.0.mlp.fc1_x.weight" in tensors
     # Leading rows of the table do not reach the next square. Without a table any size is as good: timm's of DINOv3.
     grid = 256 // patch_size if positions is None else math.isqrt(positions.shape[-2])
-    rotary: Config = {key: config[key] for key in ("positions", "rotary_grid") if key in config}
+    rotary: Config = {key: config[key] for key in ("positions",) if key in config}
+    if positions is not None and rotary:
+        rotary |= {"rotary_grid": grid}
     quick_gelu = "quickgelu" in str(config.get("architecture", ""))
     pre_norm = "norm_pre.weight" in tensors  # CLIP's, which has torch's own epsilon
     arguments = config.get("model_args")
@@ -412,6 +415,10 @@ TIMM_ROTARY = {  # by the name in timm's architecture
             "norm1 attention.proj norm2 mlp.fc1 mlp.fc2",
         ),
         zeros=_DINOV3.zeros, licence=_DINOV3.licence,
+    ),
+    "vit_pe_core": replace(
+        FAMILIES[TIMM], defaults={"positions": "grid_rotary_2d"}, mean=HALF, std=HALF,
+        unused=(*FAMILIES[TIMM].unused, "attn_pool."),
     ),
 }  # fmt: skip
 NOT_READ = {  # model_type -> reason and next step

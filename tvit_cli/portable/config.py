@@ -9,7 +9,7 @@ from typing import Any
 ATTENTIONS = ("joint", "divided", "factorized", "space")
 POOLS = ("class", "mean", "attentive")
 FIRST = "first"  # pool of VideoMAE classifiers that transformers trained without use_mean_pooling
-POSITIONS = ("grid", "joint", "rotary", "rotary_2d")
+POSITIONS = ("grid", "joint", "rotary", "rotary_2d", "grid_rotary_2d")
 NORMS = ("tokens", "pooled")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu")
 DIVISORS = {"frame_size": "patch_size", "n_frames": "tubelet_size", "width": "num_heads"}
@@ -29,9 +29,10 @@ class ViTConfig:
     first takes the first token, as if it were a class token.
 
     `class_token`: video ViTs and SigLIP have none. `positions`: a spatial embedding (grid) or rotary positions of
-    rows and columns in every block (rotary_2d), beside a temporal embedding; of video ViTs one table over space
-    and time (joint) or rotary positions of times, rows and columns (rotary). `norm`: the last LayerNorm is applied
-    to the tokens or to the pooled vector; `last_norm_eps` None is `norm_eps`.
+    rows and columns in every block (rotary_2d) or both (grid_rotary_2d), beside a temporal embedding; of video ViTs
+    one table over space and time (joint) or rotary positions of times, rows and columns (rotary). `rotary_grid`:
+    patches along a side that the rotary positions of grid_rotary_2d were trained for. `norm`: the last LayerNorm is
+    applied to the tokens or to the pooled vector; `last_norm_eps` None is `norm_eps`.
     """
 
     num_classes: int
@@ -59,6 +60,7 @@ class ViTConfig:
     norm: str = "tokens"
     last_norm_eps: float | None = None
     pool_depth: int | None = None
+    rotary_grid: int | None = None
 
     def __post_init__(self) -> None:
         if self.mlp_width is None:
@@ -108,7 +110,11 @@ class ViTConfig:
         head_width = self.width // self.num_heads
         if self.positions == "rotary" and head_width < 6:
             raise ValueError(f"rotary positions need heads of 6 or more channels, not {head_width}")
-        if self.positions == "rotary_2d" and head_width % 4:
+        if (self.positions == "grid_rotary_2d") != (self.rotary_grid is not None):
+            raise ValueError(
+                f"rotary_grid {self.rotary_grid} with positions {self.positions}; give both or none"
+            )
+        if self.positions.endswith("rotary_2d") and head_width % 4:
             problem = f"heads of a multiple of 4 channels, not {head_width}"
             raise ValueError(f"rotary positions of rows and columns need {problem}")
 

@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """(B, G, N, D) -> (B, G, Q, D): the first `n_queries` tokens of each group are the queries (None: all).
 
-        `rotation` is that of rotary positions, (2, B*G, 1, N, D/A): see `rotary_table` and `rotary_table_2d`.
+        `rotation` is that of rotary positions, (2, B*G, 1, N, D/A): see `rotary_table`.
         `queries` of other tokens, (B, G, Q, D), make it cross-attention.
         """
         # Cast once: autocast would make and keep a copy for each of the three layers.
@@ -100,9 +100,23 @@ def rotary_table_2d(grid: tuple[int, int], head_width: int, device: torch.device
     """
     frequencies = 2 * math.pi * 100 ** -(torch.arange(head_width // 4, device=device) / (head_width / 4))
     axes = [(torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n * 2 - 1 for n in grid]
-    centres = torch.cartesian_prod(*axes)  # (P, 2)
-    angles = (centres.unsqueeze(2) * frequencies).flatten(1).repeat_interleave(2, dim=1)  # (P, D/A)
-    return _cosines_and_sines(angles)
+    return _table_2d(torch.cartesian_prod(*axes), frequencies)
+
+
+def rotary_table_pe(grid: tuple[int, int], own: int, head_width: int, device: torch.device) -> Tensor:
+    """Cosines and signed sines of the Perception Encoder's rotary positions, float32 (2, P, D/A). arXiv:2504.13181
+
+    Half of a head's channels turns with the column, half with the row, at frequencies down to 1 / 10,000. Places
+    are counted from 1, scaled to the weights' own grid of `own` x `own` patches. Adjacent channels are a pair.
+    """
+    frequencies = 10000 ** -(torch.arange(head_width // 4, device=device) / (head_width / 4))
+    axes = [torch.arange(1, n + 1, dtype=torch.float32, device=device) / n * own for n in grid]
+    return _table_2d(torch.cartesian_prod(*axes).flip(1), frequencies)
+
+
+def _table_2d(places: Tensor, frequencies: Tensor) -> Tensor:
+    """(P, 2) and (D/4A,) -> (2, P, D/A)."""
+    return _cosines_and_sines((places.unsqueeze(2) * frequencies).flatten(1).repeat_interleave(2, dim=1))
 
 
 def _cosines_and_sines(angles: Tensor) -> Tensor:

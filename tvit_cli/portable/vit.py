@@ -34,6 +34,7 @@ from .layers import (
     resize_temporal,
     rotary_table,
     rotary_table_2d,
+    rotary_table_pe,
     run_block,
     truncated_normal,
 )
@@ -231,17 +232,20 @@ class RotaryPositions(Positions):
         self.n_first = int(config.class_token) + config.extra_tokens
 
     def table(self, n_times: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Cosines and signed sines, (2, T', P, D/A)."""
+        """Cosines and signed sines, (2, T', P, D/A), or (2, 1, P, D/A) if they are the same at all times."""
         table = rotary_table(n_times, grid, self.head_width, device)  # (2, T'*P, D/A)
         return table.reshape(2, n_times, -1, self.head_width)
 
+    def place(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return patches
+
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """(B, T', P, D) -> (B, G, N, D), and each token's row of the rotary table, (2, B*G, 1, N, D/A)."""
-        table = self.table(patches.shape[1], grid, patches.device)  # (2, T', P, D/A)
-        # Not len(patches): torch.export would fix the number of clips.
-        rows = table.movedim(0, 2).flatten(2).expand(patches.shape[0], -1, -1, -1)  # (B, T', P, 2 D/A)
+        n_clips, n_times = patches.shape[:2]  # not len(patches): torch.export would fix the number of clips
+        table = self.table(n_times, grid, patches.device)  # (2, T' or 1, P, D/A)
+        rows = table.movedim(0, 2).flatten(2).expand(n_clips, n_times, -1, -1)  # (B, T', P, 2 D/A)
         # Dropped together, so that tokens keep their positions.
-        both = self.token_drop(self.grouping(torch.cat([patches, rows], dim=3)))
+        both = self.token_drop(self.grouping(torch.cat([self.place(patches, grid), rows], dim=3)))
         groups, kept = both.split([patches.shape[3], rows.shape[3]], dim=3)
         cosines, sines = kept.flatten(0, 1).unsqueeze(1).chunk(2, dim=3)  # (B*G, 1, patches, D/A)
         before = (0, 0, self.n_first, 0)  # class token and extra tokens are not turned
@@ -252,7 +256,23 @@ class RotaryPositions2d(RotaryPositions):
     """Rotary positions of an image ViT: those of a row and a column, the same at all times."""
 
     def table(self, n_times: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        return rotary_table_2d(grid, self.head_width, device).unsqueeze(1).expand(-1, n_times, -1, -1)
+        return rotary_table_2d(grid, self.head_width, device).unsqueeze(1)
+
+
+class GridRotaryPositions(RotaryPositions):
+    """Spatial embedding and rotary positions of the Perception Encoder, the same at all times."""
+
+    def add_table(self, config: ViTConfig) -> None:
+        super().add_table(config)
+        Positions.add_table(self, config)
+        assert config.rotary_grid is not None
+        self.own_grid = config.rotary_grid
+
+    def place(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return Positions.place(self, patches, grid)
+
+    def table(self, n_times: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        return rotary_table_pe(grid, self.own_grid, self.head_width, device).unsqueeze(1)
 
 
 POSITIONS = {  # by ViTConfig.positions
@@ -260,6 +280,7 @@ POSITIONS = {  # by ViTConfig.positions
     "joint": JointPositions,
     "rotary": RotaryPositions,
     "rotary_2d": RotaryPositions2d,
+    "grid_rotary_2d": GridRotaryPositions,
 }
 
 
