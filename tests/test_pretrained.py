@@ -880,7 +880,7 @@ def test_configs_that_name_timm_or_no_ratio_are_told_by_their_tensors(tmp_path):
     folder = saved(MODELS["dinov2"](), tmp_path)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"mlp_ratio": ', '"mlp_ratio": NaN, "was": '))
-    with pytest.raises(ModelError, match="intermediate_size is None; it must be a whole number"):
+    with pytest.raises(ModelError, match="mlp_ratio is nan; it must be a number above 0"):
         loaded(folder)
 
 

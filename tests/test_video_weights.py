@@ -174,10 +174,16 @@ WRONG: dict[str, tuple[object, str]] = {
     "more blocks": (V2_VALUES | {"depth": 3}, r"blocks\.2\.attn\.qkv\.weight is missing"),
     "no heads": (V2_VALUES | {"num_heads": 0}, "num_heads is 0; it must be a whole number"),
     "heads": (V2_VALUES | {"num_heads": 5}, "width 32 is not a multiple of num_heads 5"),
-    "NaN": (V2_VALUES | {"mlp_ratio": float("nan")}, "intermediate_size is None"),
+    "NaN": (V2_VALUES | {"mlp_ratio": float("nan")}, "mlp_ratio is nan; it must be a number above 0"),
+    "ratio 0": (V2_VALUES | {"mlp_ratio": 0}, "mlp_ratio is 0; it must be a number above 0"),
+    "learned positions": (
+        V2_VALUES | {"use_learnable_pos_emb": True},
+        "use_learnable_pos_emb is True, which",
+    ),
+    "LayerScale": (V2_VALUES | {"init_values": 0.1}, "init_values is 0.1, which tvit does not support"),
     "tubelets": (V2_VALUES | {"tubelet_size": 4}, r"the shape \(32, 3, 2, 8, 8\), not \(32, 12, 8, 8\)"),
-    "a list": ([V2_VALUES], "embed_dim is None; it must be a whole number"),
-    "null": (None, "embed_dim is None; it must be a whole number"),
+    "a list": ([V2_VALUES], r"model_config\.embed_dim is None; it must be a whole number"),
+    "null": (None, r"model_config\.embed_dim is None; it must be a whole number"),
 }
 
 
@@ -315,7 +321,7 @@ def test_shapes_that_the_weights_forbid_are_refused(name, shape, problem, saved)
     [
         ("V-JEPA 2", {"num_attention_heads": 24}, "width 64 is not a multiple of num_heads 24"),
         ("V-JEPA 2", {"num_attention_heads": 16}, "rotary positions need heads of 6 or more channels"),
-        ("V-JEPA 2", {"mlp_ratio": "4"}, "intermediate_size is None"),
+        ("V-JEPA 2", {"mlp_ratio": "4"}, "mlp_ratio is '4'; it must be"),
         ("ViViT", {"num_frames": 8}, r"positions of the shape \(1, 33, 32\), not \(1, 65, 32\)"),
         ("ViViT", {"tubelet_size": [2, 8, 16]}, r"patch_size is \[8, 16\]"),
         (

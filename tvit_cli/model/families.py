@@ -131,7 +131,7 @@ def find_family(config: Config, tensors: Collection[str]) -> Family | None:
 
 def _hidden_width(config: Config) -> int | None:
     width, ratio = config["hidden_size"], config["mlp_ratio"]
-    is_number = type(width) is int and isinstance(ratio, int | float) and math.isfinite(ratio)
+    is_number = type(width) is int and isinstance(ratio, int | float) and 0 < ratio < math.inf
     return int(width * ratio) if is_number else None
 
 
@@ -341,7 +341,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     "siglip": replace(_SIGLIP, unused=(*_SIGLIP.unused, "text_model."), section="vision_config"),
     "videomae": _VIDEOMAE,
     "VideoMAEv2_Base": Family(  # of all sizes
-        prefix="model.", section="model_config", required={"cos_attn": False}, sinusoid=True, network=_videomae,
+        prefix="model.", section="model_config", sinusoid=True, network=_videomae,
+        required={"cos_attn": False, "init_values": 0, "use_learnable_pos_emb": False},
         defaults=_VIDEOMAE.defaults | {
             "mlp_ratio": 4, "layer_norm_eps": 1e-6, "pooled_eps": None, "num_frames": 16, "num_channels": 3,
             **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")),

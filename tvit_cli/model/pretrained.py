@@ -141,7 +141,13 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
     mean, std, notes = _normalisation(source, family)
 
     def number(key: str, *, least: int = 1) -> int:
-        return whole_number(source, raw, key, name=family.keys.get(key, key), least=least)
+        name = family.keys.get(key, key)
+        return whole_number(
+            source, raw, key, name=f"{family.section}.{name}" if family.section else name, least=least
+        )
+
+    if raw["intermediate_size"] is None and type(raw["hidden_size"]) is int:
+        raise source.error(f"mlp_ratio is {raw.get('mlp_ratio')!r}; it must be a number above 0.")
 
     network = {
         **{k: number(key, least=int(k != "extra_tokens")) for k, key in SIZES.items()},
@@ -375,7 +381,8 @@ def whole_number(
     if isinstance(value, list) and value and value.count(value[0]) == len(value):  # [224, 224]
         value = value[0]
     if type(value) is not int or value < least:
-        raise source.error(f"{name or key} is {value!r}; it must be a whole number, {least} or more.")
+        problem = f"{name or key} is {value!r}; it must be a whole number, {least} or more"
+        raise source.error(f"{problem}. Fetch {CONFIG_FILE} again.")
     return value
 
 
