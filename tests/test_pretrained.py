@@ -818,6 +818,24 @@ Q_NORM = "blocks.0.attn.q_norm.weight"
         ),
         (
             "dino",
+            {"architecture": "vit_small_patch16_rope_224"},
+            drop("pos_embed"),
+            "rope_224 has rotary positions of a kind that tvit does not read. Use a plain ViT, or DINOv3",
+        ),
+        (
+            "dino",
+            {"architecture": "eva02_tiny_patch14_224"},
+            drop("norm.weight"),
+            "eva02.* has rotary positions",
+        ),
+        (
+            "dino",
+            {"architecture": "vit_pe_spatial_base_patch16_512"},
+            lambda folder: None,
+            "rotary positions",
+        ),
+        (
+            "dino",
             {"model_args": {"use_rope": True, "num_heads": 4}},
             lambda folder: None,
             "has rotary positions",

@@ -19,6 +19,8 @@ EXPORTED = "tvit"  # model_type of tvit's Hugging Face exports
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # arXiv:2103.00020's code, clip/clip.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
+# In the architecture, or the names of arguments, of timm's networks with rotary positions.
+TIMM_ROTARY_MARKS = ("rope", "rot_pos", "eva02", "_pe_")
 # timm's configs omit the number of attention heads: heads are 64 wide, in these models 80, 88, 104.
 TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 

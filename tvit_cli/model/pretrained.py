@@ -123,14 +123,6 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
         raise source.error(f"num_channels is {raw['num_channels']!r}; frames of a video have 3.")
     if (activation := str(raw["hidden_act"])) not in ACTIVATIONS:
         raise source.error(f"hidden_act is {raw['hidden_act']!r}; tvit supports {', '.join(ACTIVATIONS)}.")
-    written = source.read_json(CONFIG_FILE)
-    if family is FAMILIES[TIMM] and any(
-        "rope" in str(written.get(key)) for key in ("architecture", "model_args")
-    ):
-        kind = written.get("architecture", "the network of its model_args")
-        raise source.error(
-            f"{kind} has rotary positions, which tvit does not read from timm. Use a plain ViT."
-        )
     if refused := [key for key, value in family.required.items() if raw.get(key, value) != value]:
         raise source.error(
             f"{refused[0]} is {raw[refused[0]]!r}, which tvit does not support. Use other weights."
@@ -350,6 +342,11 @@ def _family(source: WeightsSource) -> tuple[Family, dict[str, Tensor]]:
         )
     if config.get("model_type") == families.EXPORTED:
         raise export_not_loadable(source.name)
+    facts = f"{config.get('architecture')} {config.get('model_args')}"
+    if family in (None, FAMILIES[TIMM]) and any(mark in facts for mark in families.TIMM_ROTARY_MARKS):
+        kind = config.get("architecture", "the network of its model_args")
+        problem = f"{kind} has rotary positions of a kind that tvit does not read"
+        raise source.error(f"{problem}. Use a plain ViT, or DINOv3.")
     if family is None:
         known = ", ".join(name for name in FAMILIES if name != TIMM)
         absent = f"no {CONFIG_FILE} beside it names a model_type"
