@@ -62,6 +62,8 @@ def clips_for(config, *, n_clips=2, n_frames=None, seed=0):
         ),
         ({"attention": "joint", "temporal_depth": 1}, "attention joint has no temporal blocks"),
         ({"attention": "factorized", "temporal_depth": 0}, "temporal_depth is 0; it must be a whole number"),
+        ({"rotary_grid": 14}, "rotary_grid 14 with positions grid; give both or none"),
+        ({"positions": "grid_rotary_2d"}, "rotary_grid None with positions grid_rotary_2d"),
         ({"widht": 3}, "unknown keys 'widht'; known are num_classes, frame_size"),
     ],
 )
@@ -534,9 +536,12 @@ def test_the_model_exports_whole_with_a_free_number_of_clips(attention, pool):
     torch.testing.assert_close(exported.module()(clips(3)), model(clips(3)), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("positions", "pool"), [("rotary", "mean"), ("rotary_2d", "class")])
+@pytest.mark.parametrize(
+    ("positions", "pool"), [("rotary", "mean"), ("rotary_2d", "class"), ("grid_rotary_2d", "class")]
+)
 def test_rotary_models_export_with_a_free_number_of_clips(positions, pool):
-    model = build("joint", positions=positions, class_token=pool == "class", pool=pool, depth=1)
+    own = {"rotary_grid": 2} if positions == "grid_rotary_2d" else {}
+    model = build("joint", positions=positions, class_token=pool == "class", pool=pool, depth=1, **own)
     shapes = {"clips": {0: torch.export.Dim("clips", min=1, max=64)}}
     exported = torch.export.export(model, (clips(2),), dynamic_shapes=shapes)
     torch.testing.assert_close(exported.module()(clips(3)), model(clips(3)), atol=1e-5, rtol=1e-4)
