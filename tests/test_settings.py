@@ -247,9 +247,10 @@ def test_presets_have_the_values_and_the_panels_that_they_promise():
     assert len(panel) >= 10
     preset = read(preset="reference").settings
     assert {name: getattr(preset, name) for name in panel} == panel
-    preset = read(preset="ucf101").settings
-    assert preset.global_batch_size is not None and isinstance(preset.per_gpu_batch_size, int)
-    assert preset.global_batch_size % preset.per_gpu_batch_size == 0
+    for name in ("video", "ucf101"):
+        preset = read(preset=name).settings
+        assert preset.global_batch_size is not None and isinstance(preset.per_gpu_batch_size, int)
+        assert preset.global_batch_size % preset.per_gpu_batch_size == 0
     assert preset.ema_decay == 0.999 and preset.randaugment == 2 and preset.frame_grid == 32
 
 

@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny import records
 
 import tvit_cli
+from tvit_cli.engine.train.origin import settings_beneath
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import ModelError, TvitError
 from tvit_cli.model.lora import LoraSpec, set_trainable
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.portable.vit import build_model
+from tvit_cli.settings.base import load
+from tvit_cli.settings.train import TrainSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # transformers warns of its optional dependencies
@@ -483,6 +486,17 @@ def test_licences_with_conditions_are_said_at_the_start(saved, inputs, tmp_path)
         texts = [event.text for event in events if getattr(event, "level", "") == "warning"]
         texts = [text for text in texts if "licence" in text]
         assert len(texts) == bool(said) and all(said in text for text in texts)
+
+
+@pytest.mark.parametrize("name", ["V-JEPA 2", "VideoMAE, pretrained"])
+def test_the_video_preset_leaves_size_and_pooling_to_the_weights(name, saved, inputs, tmp_path):
+    how = {"hf_model_name": str(saved(name)[1]), "working_directory": tmp_path, "device": "cpu"}
+    own = load(TrainSettings, flags=how, environ={}, preset="video", beneath=settings_beneath).settings
+    assert (own.n_frames, own.tubelet_size, own.img_size, own.pool) == (16, 2, 32, "mean")
+    if name == "V-JEPA 2":
+        how |= {"path_to_data": inputs["path_to_data"], "epochs": 1, "num_workers": 0}
+        plan = tvit_cli.train(**how, global_batch_size=8, preset="video", dry_run=True, quiet=True)
+        assert plan.micro_batch == 8
 
 
 class Hub:
