@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import records
+from tiny import records, settings
 
 import tvit_cli
+from tvit_cli.engine.train.build import build
 from tvit_cli.engine.train.origin import settings_beneath
 from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import ModelError, TvitError
-from tvit_cli.model.lora import LoraSpec, set_trainable
+from tvit_cli.model.lora import LoraSpec, set_trainable, trainable_tensors
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
 from tvit_cli.portable.vit import build_model
 from tvit_cli.settings.base import load
@@ -399,7 +400,7 @@ def test_a_video_preprocessor_config_is_read(saved):
     assert (config.mean, config.std, config.notes) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ())
 
 
-def train_and_export(data, weights, folder, formats, **how):
+def train_and_export(data, weights, folder, formats, *, pool="mean", **how):
     """Trains with the clips that the weights decide, resumes from the first checkpoint, and exports."""
     how |= {
         "path_to_data": str(data),
@@ -410,7 +411,7 @@ def train_and_export(data, weights, folder, formats, **how):
     how |= {"device": "cpu", "quiet": True, "token_drop": 0.25}
     whole = tvit_cli.train(experiment_name="mine", **how)
     settings = json.loads((whole.run / "settings.json").read_text())
-    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": how.get("pool", "mean")}
+    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": how.get("pool", pool)}
     assert {key: settings[key] for key in own} == own
     losses = [record["train_loss"] for record in records(whole)]
     assert losses[-1] < losses[0]
@@ -454,6 +455,54 @@ def test_a_video_vit_trains_resumes_bit_for_bit_and_exports(name, saved, inputs,
         theirs = {answer["label"]: answer["score"] for answer in classify(video)}
         labels = dict(tvit_cli.predict(video, model=run.run, quiet=True).predictions[0].labels)
         assert theirs == pytest.approx(labels, abs=1e-5)
+
+
+def test_a_probe_trains_resumes_bit_for_bit_and_exports(saved, inputs, tmp_path):
+    _, weights = saved("V-JEPA 2")
+    (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    how = {"epochs": 2, "learning_rate": 0.01, "train": "probe"}
+    run = train_and_export(
+        inputs["path_to_data"], weights, tmp_path / "runs", ("huggingface",), pool="attentive", **how
+    )
+    before, after = load_file(weights / "model.safetensors"), load_file(run.model / "model.safetensors")
+    assert torch.equal(after["norm.weight"], before["encoder.layernorm.weight"])
+    assert after["pool.query"].abs().min() > 0  # it starts at zero
+
+
+@pytest.mark.parametrize("name", ["V-JEPA 2", "V-JEPA 2, classifier", "image ViT"])
+def test_a_probe_is_a_cross_attention_block_or_the_weights_pooler(name, saved, inputs):
+    folder = inputs["hf_model_name"] if name == "image ViT" else saved(name)[1]
+    frozen = settings(
+        hf_model_name=str(folder), train="probe", lora_rank=0, tubelet_size=1 + (name != "image ViT")
+    )
+    model = build(frozen, labels=("a", "b"), report=lambda event: None).model.train()
+    assert len(model.pool.layers) == int(name == "V-JEPA 2, classifier")
+    parts = {key.partition(".")[0] for key in trainable_tensors(model)}
+    assert parts == {"pool", "classifier"}
+    seen = []
+    for part in (model.blocks[-1], model.pool):
+        part.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    model(clips()).sum().backward()
+    assert seen == [False, True]  # no backpropagation through the encoder
+    with torch.no_grad():
+        model.pool.query.zero_()
+        tokens = model.encode(clips())  # (B, 1, N, D)
+    start = model.pool.norm1(tokens).mean(2)
+    is_mean = torch.allclose(model.pool(tokens), start, atol=1e-5)
+    assert is_mean == (name != "V-JEPA 2, classifier")
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ({"pool": "mean"}, "--train probe: it trains an attentive pooler, not --pool mean. Leave --pool out"),
+        ({"hf_model_name": None}, "--train probe: an encoder with random weights has no features. Give"),
+        ({"drop_path": 0.1}, "--drop-path 0.1: --train probe trains no block. Leave one of them out"),
+    ],
+)
+def test_settings_that_contradict_a_probe_are_refused(how, problem):
+    with pytest.raises(ValueError, match=problem):
+        settings(train="probe", **how)
 
 
 @pytest.mark.real

@@ -21,7 +21,7 @@ from tvit_cli.model.folder import save_tensors, tensor_mismatches
 from tvit_cli.model.linear import lora_layer
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.base import flag
-from tvit_cli.settings.train import LORA_TARGETS, LoraInit
+from tvit_cli.settings.train import FROZEN, LORA_TARGETS, LoraInit
 
 ADAPTER = "default"  # the adapter's name inside PEFT
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -243,14 +243,17 @@ def set_trainable(model: TemporalViT, mode: str, spec: LoraSpec, *, seed: int) -
     lora        those of `attach`: adapters, classifier, added modules
     all         every parameter
     classifier  the classifier, the attentive pool, and the feature norm
+    probe       the same; the pool is an attentive one
     last-N      the last N blocks, everything after them, and all added modules
 
-    Raises ModelError for a name in the spec that is no layer of the model, and for more blocks than there are.
+    In modes that train no block the encoder runs without autograd. Raises ModelError for a name in the spec that is
+    no layer of the model, and for more blocks than there are.
     """
     if mode == "lora":
         attach(model, spec, seed=seed)
         return
     model.requires_grad_(mode == "all")
+    model.encoder_grad = mode not in FROZEN
     trained: list[nn.Module] = [model.pool, model.feature_norm, model.classifier]
     if mode.startswith("last-"):
         count = int(mode.removeprefix("last-"))

@@ -12,6 +12,7 @@ P patches per frame, G groups (1 or T'), N tokens of a group, Q query tokens, D 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,7 +309,8 @@ class TemporalViT(nn.Module):
     With pretrained weights, before training, frame-wise schemes give the mean over times of the image ViT's class
     token; `joint` gives it for one frame. `initialise=False` leaves all parameters uninitialised. `drop_path` is of
     the last block; it rises linearly from 0 in the first, as in DeiT (arXiv:2012.12877). `token_drop` is the share
-    of patches dropped in training. `run_block` calls a block: `recompute_block` is gradient checkpointing.
+    of patches dropped in training. `run_block` calls a block: `recompute_block` is gradient checkpointing. Without
+    `encoder_grad` no gradient flows into the layers before the pool.
     """
 
     run_block: Callable[..., Tensor]
@@ -319,6 +321,7 @@ class TemporalViT(nn.Module):
         super().__init__()
         self.config = config
         self.run_block = run_block
+        self.encoder_grad = True
         scheme, width, patch_size = SCHEMES[config.attention], config.width, config.patch_size
         embedding = TokenIndexedEmbedding if config.temporal_index == "token" else TemporalEmbedding
         with _SkipInit():
@@ -353,6 +356,14 @@ class TemporalViT(nn.Module):
         multiples of p.
         """
         self._check_shape(clips)
+        with nullcontext() if self.encoder_grad else torch.no_grad():
+            tokens = self.encode(clips)
+        is_pooled = self.config.norm == "pooled"
+        groups = self.norm(self.pool(tokens)) if is_pooled else self.pool(tokens)  # (B, G, D)
+        return self.feature_norm(self.summary(groups))  # (B, D)
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Tokens of the last block that pooling reads, (B, T, C, H, W) -> (B, G, Q, D)."""
         n_clips, n_frames, n_channels, height, width = clips.shape
         tubelet_size, patch_size = self.config.tubelet_size, self.config.patch_size
         tubelets = clips.reshape(-1, tubelet_size * n_channels, height, width)  # (B*T', t*C, H, W)
@@ -367,9 +378,7 @@ class TemporalViT(nn.Module):
             tokens = self.run_block(block, tokens, **options)  # (B, G, N, D)
         # The last block computes only the tokens that pooling reads.
         tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries, **options)  # (B, G, Q, D)
-        is_pooled = self.config.norm == "pooled"
-        groups = self.norm(self.pool(tokens)) if is_pooled else self.pool(self.norm(tokens))  # (B, G, D)
-        return self.feature_norm(self.summary(groups))  # (B, D)
+        return tokens if self.config.norm == "pooled" else self.norm(tokens)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits, (B, D) -> (B, K), without autocast: in bf16 the logits of likely classes would tie."""

@@ -20,6 +20,7 @@ regularisation, checkpoints = (partial(setting, panel=p) for p in ("Regularisati
 LoraInit = Literal["default", "gaussian", "pissa", "olora", "orthogonal"]
 LORA_TARGETS = ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2", "classifier")
 DEFAULT_MICRO_BATCH = 8
+FROZEN = ("classifier", "probe")  # modes of --train that train no block
 # Note [Joint attention is the default]
 # On Weizmann with people held out (90 test clips over three folds) divided has 82 right, joint and space (single
 # frames) 81, factorized 78. With --token-drop 0.5 and twice the epochs joint has 86, 84 and 80 (three seeds), space
@@ -44,6 +45,7 @@ class TrainSettings(types.DataSettings):
         "checkpoint_dir",
         "overwrite",
         "path_to_data",
+        "train",  # a probe does not take the pooling of its weights
         *SERIES,
     )
 
@@ -110,9 +112,10 @@ class TrainSettings(types.DataSettings):
 
     train: types.TrainMode = lora("lora",
         "Trained weights: adapters (lora), everything (all), the classifier with its pooling and "
-        "normalisation (classifier), or the last N blocks and all later layers (last-N). lora and last-N "
-        "also train temporal modules without pretrained weights; lora also trains the classifier",
-        metavar="lora|all|classifier|last-N", default_text="lora; from scratch all", essential=True)
+        "normalisation (classifier), the same with an attentive pooler (probe), or the last N blocks and all "
+        "later layers (last-N). lora and last-N also train temporal modules without pretrained weights; lora "
+        "also trains the classifier",
+        metavar="lora|all|classifier|probe|last-N", default_text="lora; from scratch all", essential=True)
     lora_rank: int = lora(8, "Rank of the adapters; 0 attaches none", ge=0, le=1024, reference="8",
         essential=True)
     lora_alpha: float = lora(8, "Scale of the adapters: alpha / rank", gt=0, reference="8")
@@ -234,6 +237,8 @@ class TrainSettings(types.DataSettings):
     @classmethod
     def _defaults_depend_on_weights(cls, values: Any) -> Any:
         """A frozen backbone with random weights is useless, so another default holds from scratch."""
+        if isinstance(values, dict) and values.get("train") == "probe":
+            values = {"pool": "attentive", **values}
         if isinstance(values, dict) and values.get("from_") is not None:
             return {"hf_model_name": None, **values}
         from_scratch = isinstance(values, dict) and values.get("hf_model_name", "") is None
@@ -273,7 +278,14 @@ class TrainSettings(types.DataSettings):
             yield f"{fixed}. Leave out, or train from scratch with --hf-model-name none"
         if self.feature_norm and self.pretrained is None:
             yield "--feature-norm: untrained features have no useful statistics. Give --hf-model-name"
-        attention, is_frozen = f"--attention {self.attention}", self.train == "classifier"
+        attention, is_frozen = f"--attention {self.attention}", self.train in FROZEN
+        if self.train == "probe" and self.pool != "attentive":
+            advice = (
+                "Leave --pool out" if self.from_ is None else f"Give --hf-model-name {self.from_}, not --from"
+            )
+            yield f"--train probe: it trains an attentive pooler, not --pool {self.pool}. {advice}"
+        if self.train == "probe" and self.pretrained is None:
+            yield "--train probe: an encoder with random weights has no features. Give --hf-model-name"
         if self.attention == "space" and self.tubelet_size > 1:
             yield f"{attention}: a tubelet contains the order of its frames. Take --tubelet-size 1"
         if self.attention != "factorized" or is_frozen:
@@ -285,7 +297,7 @@ class TrainSettings(types.DataSettings):
                 yield f"--temporal-depth {self.temporal_depth}: {attention} has no temporal blocks. {advice}"
         for name, neutral in (("drop_path", 0), ("layer_decay", 1)):
             if is_frozen and (value := getattr(self, name)) != neutral:
-                yield f"{flag(name)} {value:g}: --train classifier trains no block. Leave one of them out"
+                yield f"{flag(name)} {value:g}: --train {self.train} trains no block. Leave one of them out"
         if self.lora_use_dora and self.lora_init in ("pissa", "olora"):
             yield f"--lora-init {self.lora_init}: it changes the weights that --lora-use-dora splits. Take one"
 

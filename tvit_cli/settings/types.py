@@ -52,8 +52,10 @@ def _count_or_auto(value: Any) -> Any:
 
 
 def _is_train_mode(value: str) -> str:
-    if not re.fullmatch(r"lora|all|classifier|last-[1-9][0-9]*", value):
-        raise ValueError("it should be lora, all, classifier, or last-N (the last N blocks), as in last-2")
+    if not re.fullmatch(r"lora|all|classifier|probe|last-[1-9][0-9]*", value):
+        raise ValueError(
+            "it should be lora, all, classifier, probe, or last-N (the last N blocks), as in last-2"
+        )
     return value
 
 

@@ -76,6 +76,8 @@ def build(
     preprocessing = Preprocessing(frame_size=settings.img_size, **own)
     shape: dict[str, Any] = {"num_classes": len(labels), "frame_size": settings.img_size}
     shape |= {key: getattr(settings, key) for key in CHOSEN_SHAPE}
+    if settings.train == "probe" and origin is None:
+        shape["pool_depth"] = 0  # one cross-attention block, unless the weights bring a pooler
     try:
         if source is None:
             shape |= {key: getattr(settings, key) or value for key, value in SCRATCH_SHAPE.items()}

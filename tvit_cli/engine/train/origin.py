@@ -57,6 +57,8 @@ def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
         return read_config(saved_settings(find_run(settings)))
     if (origin := find_origin(settings)) is None:
         values = own_clips(settings.hf_model_name) if settings.hf_model_name else {}
+        if settings.train == "probe":  # whose pooling is its own
+            values.pop("pool", None)
         return (
             Layer(f"weights {settings.hf_model_name}", values, "--hf-model-name, {key}") if values else None
         )
