@@ -42,7 +42,11 @@ preprocess = onnxruntime.InferenceSession(outside) if outside.exists() else None
 for video in videos:
     try:
         clips = read_clip(
-            video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+            video,
+            n_frames=facts["n_frames"],
+            short_side=facts["scale_to"],
+            frame_grid=facts["frame_grid"],
+            clip_seconds=facts["clip_seconds"],
         )[None]
     except (OSError, ValueError) as error:  # it names the video
         print(f"error: {error}.", file=sys.stderr)

@@ -31,7 +31,11 @@ model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
 for video in videos:
     try:
         frames = read_clip(
-            video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+            video,
+            n_frames=facts["n_frames"],
+            short_side=facts["scale_to"],
+            frame_grid=facts["frame_grid"],
+            clip_seconds=facts["clip_seconds"],
         )
     except (OSError, ValueError) as error:  # it names the video
         print(f"error: {error}.", file=sys.stderr)

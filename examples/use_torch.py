@@ -28,7 +28,11 @@ preprocess = torch.export.load(outside).module() if outside.exists() else None
 for video in videos:
     try:
         frames = read_clip(
-            video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+            video,
+            n_frames=facts["n_frames"],
+            short_side=facts["scale_to"],
+            frame_grid=facts["frame_grid"],
+            clip_seconds=facts["clip_seconds"],
         )
     except (OSError, ValueError) as error:  # it names the video
         print(f"error: {error}.", file=sys.stderr)

@@ -117,9 +117,9 @@ def test_the_exact_count_is_remembered_after_the_first_read(videos, monkeypatch)
     asked = []
     read = clips.read_clip
 
-    def spy(*args, frame_count, **how):
-        asked.append(frame_count)
-        return read(*args, frame_count=frame_count, **how)
+    def spy(*args, known, **how):
+        asked.append(known)
+        return read(*args, known=known, **how)
 
     monkeypatch.setattr(clips, "read_clip", spy)
     data = dataset(videos)

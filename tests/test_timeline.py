@@ -121,12 +121,19 @@ def day(tmp_path_factory):
     return path
 
 
+def card(n_frames, grid=None):
+    return Preprocessing(n_frames=n_frames, frame_grid=grid, frame_size=8)
+
+
 @pytest.mark.parametrize(
     ("frames", "n_frames", "grid"), [(24, 8, None), (30, 4, None), (17, 5, None), (32, 4, 8)]
 )
 def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(frames, n_frames, grid):
     (window,) = sliding_windows(
-        film(frames / 12, 12), length=frames / 12, stride=1e3, positions=frame_positions(n_frames, grid)
+        film(frames / 12, 12),
+        length=frames / 12,
+        stride=1e3,
+        positions=frame_positions(card(n_frames, grid), frames / 12),
     )
     expected = segment_indices(frames, n_frames, grid=grid)
     assert window.frames()[:, 0, 0, 0].tolist() == expected
@@ -134,7 +141,7 @@ def test_a_window_as_long_as_the_video_has_the_frames_of_the_evaluation(frames, 
 
 
 def test_windows_begin_every_stride_and_end_within_the_video():
-    windows = list(sliding_windows(film(5), length=2, stride=0.5, positions=frame_positions(4, None)))
+    windows = list(sliding_windows(film(5), length=2, stride=0.5, positions=frame_positions(card(4), 2)))
     assert [w.start for w in windows] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     for w in windows:
         assert w.frames()[:, 0, 0, 0].tolist() == [round(RATE * w.start) + n for n in (2, 7, 12, 17)]
@@ -153,7 +160,7 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only():
         most = max(most, len(alive))
 
     for window in sliding_windows(
-        film(3600, converted=converted), length=2, stride=0.5, positions=frame_positions(4, None)
+        film(3600, converted=converted), length=2, stride=0.5, positions=frame_positions(card(4), 2)
     ):
         count += 1
         assert len(window.pictures) == 4
@@ -166,7 +173,7 @@ def test_an_hour_is_converted_once_and_held_for_a_window_only():
 def test_a_frame_that_is_shown_for_years_fills_no_memory():
     grey = np.full((1, 1, 3), 7, np.uint8)
     played = [TimedFrame(0, 3e8, 3e8, lambda: grey)]
-    windows = sliding_windows(played, length=2, stride=0.5, positions=frame_positions(4, None))
+    windows = sliding_windows(played, length=2, stride=0.5, positions=frame_positions(card(4), 2))
     tracemalloc.start()
     try:
         found = list(itertools.islice(windows, 1000))

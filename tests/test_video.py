@@ -56,7 +56,7 @@ CODECS = [
 
 
 def decode_all(path):
-    return read_clip(path, lambda n: range(n), frame_count=None).frames
+    return read_clip(path, lambda n: range(n), known=None).frames
 
 
 def write_packets(path, change):
@@ -138,11 +138,11 @@ def test_known_false_and_repeated_counts_give_exact_frames(tmp_path, make_video,
     path = make_video(tmp_path / "video.avi", frames=20, codec="mjpeg", pixel_format="yuvj420p")
     first = read_clip(path, lambda n: [0, n // 4])
     write_packets(path, lambda number, packet: b"junk" * 8 if number > 10 else bytes(packet))
-    again = read_clip(path, lambda n: [0, n // 4], frame_count=20)
+    again = read_clip(path, lambda n: [0, n // 4], known=20)
     assert again.frame_count == 20
     assert np.array_equal(first.frames, again.frames)
     path = make_video(tmp_path / "video.avi", frames=10)
-    clip = read_clip(path, lambda n: [0, n - 1], frame_count=30)
+    clip = read_clip(path, lambda n: [0, n - 1], known=30)
     assert clip.frame_count == 10
     assert read_numbers(clip.frames) == [0, 9]
     path = make_video(tmp_path / "video.avi", frames=3)
@@ -163,7 +163,7 @@ def test_the_short_side_is_scaled_down_and_never_up(height, width, short_side, s
 def test_frames_scaled_down_a_lot_are_the_same_as_those_kept_raw(tmp_path, make_video):
     path = make_video(tmp_path / "video.avi", frames=6, height=256, width=320)
     clip = read_clip(path, lambda n: [1, 4], short_side=16)
-    single = read_clip(path, lambda n: [4], short_side=16, frame_count=6)
+    single = read_clip(path, lambda n: [4], short_side=16, known=6)
     assert clip.frames.shape == (2, 16, 20, 3)
     assert np.array_equal(clip.frames[1], single.frames[0])
 
@@ -491,12 +491,12 @@ def test_a_thousand_reads_leave_no_file_open_and_no_memory_behind(make_video, tm
 
 def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clip(packed_xvid, monkeypatch):
     small = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
-    counted = []
-    once = video.count_packets
+    opened = []
+    once = video.open_video
     monkeypatch.setattr(video, "_PACKET_BYTES", packed_xvid.stat().st_size - 1)
-    monkeypatch.setattr(video, "count_packets", lambda path: counted.append(path) or once(path))
+    monkeypatch.setattr(video, "open_video", lambda path: opened.append(path) or once(path))
     clip = read_clip(packed_xvid, lambda n: segment_indices(n, 8))
-    assert counted == [packed_xvid]
+    assert opened == [packed_xvid] * 2
     assert (clip.indices, clip.pts_seconds, clip.frame_count) == (small.indices, small.pts_seconds, 39)
     assert np.array_equal(clip.frames, small.frames)
 

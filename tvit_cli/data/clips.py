@@ -5,6 +5,7 @@ Letters: B clips, T frames, C channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -33,9 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 from tvit_cli.data.augment import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.video import Clip, Frames, read_clip
+from tvit_cli.data.video import ByTime, Choice, Clip, Frames, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
-from tvit_cli.portable.reading import Key, clip_offsets, segment_indices
+from tvit_cli.portable.reading import Key, Times, clip_offsets, dense_indices, segment_indices
 
 # Note [Threads for frame stores]
 # Between processes, a clip of 18 frames of 320x240 (4 MB) costs a thousand fresh pages of shared memory: 15 ms of
@@ -97,8 +98,10 @@ class ClipDataset(Dataset[ClipItem]):
 
     In training, frames are drawn within their segments from (seed, epoch, index) alone: clips depend neither on a
     resume nor on the number of workers. Otherwise `clips_per_video` clips are taken at even offsets within the
-    segments (one: their centres) and concatenated. `shuffle_frames` permutes the frames, the same way in every
-    epoch (ablation). An unreadable video becomes black frames of weight 0: all ranks keep the same number of steps.
+    segments (one: their centres) and concatenated. With `clip_seconds`, a clip is that part of the video, from a
+    place drawn in the same way, or from even places (see `dense_indices`). `shuffle_frames` permutes the frames,
+    the same way in every epoch (ablation). An unreadable video becomes black frames of weight 0: all ranks keep
+    the same number of steps.
 
     Frames come from the `store` if given, else from the videos. `grid` restricts both to the frames of a store with
     that many frames per video: the choice is identical. Without it, the store gives its nearest frames.
@@ -114,9 +117,11 @@ class ClipDataset(Dataset[ClipItem]):
     shuffle_frames: bool = False
     store: FrameStore | None = None
     grid: int | None = None
+    clip_seconds: float | None = None
     clips_per_video: int = 1
     time_limit: float | None = None  # seconds to decode a video
-    _frame_counts: dict[int, int] = field(default_factory=dict)  # of videos read so far, in this worker
+    # Number or times of the frames of videos read so far, in this worker.
+    _known: dict[int, int | Times] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.clips_per_video == 1 or not self.training
@@ -133,15 +138,22 @@ class ClipDataset(Dataset[ClipItem]):
             clip = self._read(epoch, index)
         except VideoError as error:
             return self.unreadable(key, str(error).removeprefix(f"{video.source}: "))
-        self._frame_counts[index] = clip.frame_count
-        frames = torch.from_numpy(clip.frames)  # (T * clips, H, W, C): by segment, then by clip
-        if self.clips_per_video > 1:
+        self._known[index] = clip.frame_count if clip.times is None else clip.times
+        note = clip.note
+        wanted, length = self.clip_seconds, math.inf if clip.times is None else clip.times.end
+        if wanted is not None and length < wanted:
+            short = f"lasts {length:.2f} s, less than a clip of {wanted:.3g} s: its last frame is repeated"
+            note = "; ".join(filter(None, (note, short)))
+        frames = torch.from_numpy(
+            clip.frames
+        )  # (T * clips, H, W, C): dense clips, or by segment, then by clip
+        if self.clips_per_video > 1 and self.clip_seconds is None:
             frames = frames.view(-1, self.clips_per_video, *frames.shape[1:]).transpose(0, 1).flatten(0, 1)
         if self.shuffle_frames:
             order = torch.from_numpy(draw_generator(self.seed, Kind.ORDER, index).permutation(self.n_frames))
             frames = frames.view(-1, self.n_frames, *frames.shape[1:])[:, order].flatten(0, 1)
         # (clips * T, C, H, W)
-        return ClipItem(frames.permute(0, 3, 1, 2), label, epoch, index, 1.0, "", clip.note)
+        return ClipItem(frames.permute(0, 3, 1, 2), label, epoch, index, 1.0, "", note)
 
     def unreadable(self, key: Key, reason: str) -> ClipItem:
         """Black frames of weight 0 for a video that cannot be read."""
@@ -151,6 +163,26 @@ class ClipDataset(Dataset[ClipItem]):
         return ClipItem(black, self._numbers[self.videos[index].label], epoch, index, 0.0, reason)
 
     def _read(self, epoch: int, index: int) -> Clip[Frames]:
+        video, choice = self.videos[index], self._choice(epoch, index)
+        if self.store is not None:
+            return self.store.read(video.name, choice, short_side=self.short_side)
+        known = self._known.get(index)
+        return read_clip(
+            video.source, choice, short_side=self.short_side, known=known, time_limit=self.time_limit
+        )
+
+    def _choice(self, epoch: int, index: int) -> Choice:
+        if (seconds := self.clip_seconds) is not None:
+            places = clip_offsets(self.clips_per_video)
+            if self.training:
+                places = [draw_generator(self.seed, Kind.OFFSETS, epoch, index).random()]
+            whole = not self.training
+
+            def by_time(times: Times) -> list[int]:
+                clips = [dense_indices(times, self.n_frames, seconds, p, whole_steps=whole) for p in places]
+                return [index for clip in clips for index in clip]
+
+            return ByTime(by_time)
         if self.training:
             offsets = [draw_generator(self.seed, Kind.OFFSETS, epoch, index).random(self.n_frames).tolist()]
         else:
@@ -160,13 +192,7 @@ class ClipDataset(Dataset[ClipItem]):
             clips = [segment_indices(frame_count, self.n_frames, o, grid=self.grid) for o in offsets]
             return [index for segment in zip(*clips, strict=True) for index in segment]  # ascending
 
-        video = self.videos[index]
-        if self.store is not None:
-            return self.store.read(video.name, choose, short_side=self.short_side)
-        count = self._frame_counts.get(index)
-        return read_clip(
-            video.source, choose, short_side=self.short_side, frame_count=count, time_limit=self.time_limit
-        )
+        return choose
 
 
 def collate(items: Sequence[ClipItem]) -> ClipBatch:

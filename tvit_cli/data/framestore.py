@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import simplejpeg
 
 from tvit_cli.data import framestore_format as form
 from tvit_cli.data.layout import SUBSETS, Layout, Video, is_store
-from tvit_cli.data.video import Clip, Frames
+from tvit_cli.data.video import ByTime, Choice, Clip, Frames
 from tvit_cli.errors import DataError, VideoError
+from tvit_cli.portable.reading import Times
 
 MOST_OPEN_SHARDS = 128  # of 1,024 files that a process may usually open
 
@@ -83,7 +84,14 @@ class FrameStore:
     def short_of(self, n_frames: int) -> int:
         """Number of clips stored with fewer than `n_frames` frames although their videos have more."""
         clips = self._index.clips
-        return int((clips["stored"] < np.minimum(clips["frame_count"], n_frames)).sum())
+        stored = clips["stored"] - int(self.parameters.fps is not None)  # the row of the end
+        return int((stored < np.minimum(clips["frame_count"], n_frames)).sum())
+
+    def seconds(self, index: int) -> float:
+        """Length of a clip's video; 0 if its frames are not stored by time. Raises VideoError, OSError."""
+        row = self._index.clips[index]
+        end = _split(_read_frame_rows(self._open_shard(int(row["shard"])), row))[1]
+        return 0.0 if end is None else end
 
     def smaller_than(self, frame_size: int) -> int:
         """Number of clips possibly scaled down to a short side below `frame_size` pixels."""
@@ -91,10 +99,10 @@ class FrameStore:
         shortest = np.minimum(clips["height"], clips["width"])
         return int((shortest == limit).sum()) if limit < frame_size else 0
 
-    def read(
-        self, clip: int | str, choose: Callable[[int], Sequence[int]], *, short_side: int | None = None
-    ) -> Clip[Frames]:
+    def read(self, clip: int | str, choose: Choice, *, short_side: int | None = None) -> Clip[Frames]:
         """The stored frames nearest to the source frames `choose(frame_count)`; of two as near, the earlier.
+
+        With ByTime, which needs a store of frames by time (fps), the stored frames are all there is to choose from.
 
         The result has the indices of the frames it contains. Frames have their stored size, or a half, quarter
         or eighth of it with a short side of at least `short_side`.
@@ -111,8 +119,13 @@ class FrameStore:
         file = self._open_shard(int(row["shard"]))
         again = f"Make the record again with `{self.header.command(self.folder, '--repair')}`."
         try:
-            frames = _read_frame_rows(file, row)
-            chosen = nearest(frames["index"], choose(int(row["frame_count"])))
+            frames, end = _split(_read_frame_rows(file, row))
+            times = None if end is None else Times(frames["pts_seconds"].tolist(), end)
+            if isinstance(choose, ByTime):
+                assert times is not None
+                chosen = list(choose.choose(times))
+            else:
+                chosen = nearest(frames["index"], choose(int(row["frame_count"])))
             jpegs = _read_jpegs(file, row, frames, chosen)
             pixels = _decode(jpegs, chosen, int(row["height"]), int(row["width"]), short_side)
         except ValueError as error:
@@ -121,7 +134,7 @@ class FrameStore:
             reason = f"{file.path} cannot be read there ({error.strerror}). Check the disk."
             raise VideoError(f"{name}: {reason} {again}") from error
         indices, seconds = frames["index"][chosen].tolist(), frames["pts_seconds"][chosen].tolist()
-        return Clip(pixels, tuple(indices), tuple(seconds), int(row["frame_count"]))
+        return Clip(pixels, tuple(indices), tuple(seconds), int(row["frame_count"]), times=times)
 
 
 def find_store(root: Path) -> Path | None:
@@ -144,7 +157,7 @@ def check_record(shard: Path, row: npt.NDArray[Any]) -> str:
     """The fault of a record, after reading all of it; empty if every checksum matches."""
     file = _File(shard)
     try:
-        frames = _read_frame_rows(file, row)
+        frames, _ = _split(_read_frame_rows(file, row))
         _read_jpegs(file, row, frames, list(range(len(frames))))
     except (ValueError, OSError) as error:
         return str(error)
@@ -203,6 +216,11 @@ def _read_frame_rows(file: _File, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.frombuffer(head[:size], form.FRAME)
 
 
+def _split(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], float | None]:
+    """The rows of frames, and the end of the video in seconds where they are stored by time."""
+    return (rows, None) if rows["bytes"][-1] else (rows[:-1], float(rows["pts_seconds"][-1]))
+
+
 def _read_jpegs(
     file: _File, row: npt.NDArray[Any], frames: npt.NDArray[Any], chosen: Sequence[int]
 ) -> dict[int, memoryview]:
@@ -210,7 +228,7 @@ def _read_jpegs(
     ends = np.cumsum(frames["bytes"], dtype=np.int64)
     starts = ends - frames["bytes"]
     first = int(starts[min(chosen)])
-    body = int(row["offset"]) + frames.nbytes + form.CRC.size
+    body = int(row["offset"]) + int(row["stored"]) * form.FRAME.itemsize + form.CRC.size
     span = file.read(body + first, int(ends[max(chosen)]) - first)
     jpegs = {n: span[int(starts[n]) - first : int(ends[n]) - first] for n in dict.fromkeys(chosen)}
     for n, jpeg in jpegs.items():

@@ -5,8 +5,9 @@
       shard-00000-00.frames     records, then a table of them; numbered by shard and by the writer's rank
       index.frames              one table of all clips in the order of their names; readers open it
 
-A record is a row of FRAME for each stored frame, the CRC-32 of these rows, then the frames as JPEG. Numbers
-are little-endian. A shard's last TRAILER.size bytes are the offset of its table: a complete shard can be read
+A record is a row of FRAME for each stored frame, the CRC-32 of these rows, then the frames as JPEG. If frames are
+stored by time (fps), a last row without bytes has the number of frames and the end of the video. Numbers are
+little-endian. A shard's last TRAILER.size bytes are the offset of its table: a complete shard can be read
 without any other file.
 """
 
@@ -30,6 +31,7 @@ from tvit_cli.data.layout import STORE_FORMAT, STORE_HEADER
 from tvit_cli.errors import DataError
 
 VERSION = 1
+BY_TIME = 2  # version of a store of frames by time
 INDEX = "index.frames"
 SHARD = re.compile(r"shard-\d{5,}-\d{2,}\.frames")
 TEMPORARY = re.compile(r"\.shard-\d{5,}-\d{2,}\.part|\.unreadable-\d{2,}\.json")  # of a killed process
@@ -69,9 +71,11 @@ class Parameters:
     frames_per_video: int
     quality: int  # of JPEG, 1 to 100
     short_side: int  # pixels; larger frames are scaled down to it
+    fps: float | None = None  # frames shown every 1 / fps seconds, instead of frames_per_video, which is 0
 
     def __str__(self) -> str:
         frames = f"{self.frames_per_video} frames per video"
+        frames = frames if self.fps is None else f"{self.fps:g} frames per second"
         return f"{frames}, short side up to {self.short_side}, quality {self.quality}"
 
 
@@ -95,7 +99,11 @@ def default_folder(data: Path) -> Path:
 
 def write_header(folder: Path, header: Header) -> None:
     """Writes `store.json` atomically; a new folder appears together with it. Raises OSError."""
-    text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **asdict(header)}, indent=2)
+    fields: dict[str, Any] = {"format": STORE_FORMAT, "version": BY_TIME, **asdict(header)}
+    if header.parameters.fps is None:  # older versions of tvit read it
+        fields["version"] = VERSION
+        del fields["parameters"]["fps"]
+    text = json.dumps(fields, indent=2)
     target = folder / STORE_HEADER
     if not folder.is_dir():  # a folder without its header would be read as a class without videos
         target = folder.with_name(f".{folder.name}.{os.getpid()}.part") / STORE_HEADER
@@ -112,9 +120,9 @@ def read_header(folder: Path) -> Header:
     path = folder / STORE_HEADER
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["version"] > VERSION:
+        if fields["version"] > BY_TIME:
             raise DataError(
-                f"{path}: the frame store has version {fields['version']}, this tvit reads up to {VERSION}. "
+                f"{path}: the frame store has version {fields['version']}, this tvit reads up to {BY_TIME}. "
                 "Update tvit, or make the store again with `tvit extract --overwrite`."
             )
         return Header(Parameters(**fields["parameters"]), fields["data"])

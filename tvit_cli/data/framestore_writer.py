@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,10 @@ import simplejpeg
 
 from tvit_cli.data import framestore_format as form
 from tvit_cli.data.layout import SUBSETS, Layout
-from tvit_cli.data.video import Planes, read_frames
+from tvit_cli.data.video import ByTime, Choice, Planes, read_frames
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import rename, sha256, sync
-from tvit_cli.portable.reading import grid_indices
+from tvit_cli.portable.reading import TOLERANCE, Times, grid_indices, shown_at
 
 # Note [Frames are stored as YUV 4:2:0]
 # Most videos are 4:2:0, as JPEG is. Planes copied to JPEG, apart from range and size, cost half as much time as
@@ -36,12 +37,15 @@ class Packed:
 
 
 def pack_video(path: Path, parameters: form.Parameters) -> Packed:
-    """Decodes a video once and packs the frames of its grid. Raises VideoError."""
+    """Decodes a video once and packs the frames of its grid, or by time. Raises VideoError."""
+    choose: Choice = lambda count: grid_indices(count, parameters.frames_per_video)  # noqa: E731
+    if (fps := parameters.fps) is not None:
+        choose = ByTime(lambda times: by_rate(times, fps))
     try:
         source = path.stat()
         clip = read_frames(
             path,
-            lambda count: grid_indices(count, parameters.frames_per_video),
+            choose,
             lambda kept, indices: [_jpeg(planes, parameters.quality) for planes in kept.planes(indices)],
             short_side=parameters.short_side,
         )
@@ -49,15 +53,25 @@ def pack_video(path: Path, parameters: form.Parameters) -> Packed:
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror}).") from error
     jpegs = clip.frames
-    frames = zip(map(zlib.crc32, jpegs), map(len, jpegs), clip.indices, clip.pts_seconds, strict=True)
-    head = np.array(list(frames), form.FRAME).tobytes()
+    frames = list(zip(map(zlib.crc32, jpegs), map(len, jpegs), clip.indices, clip.pts_seconds, strict=True))
+    if clip.times is not None:
+        frames.append((0, 0, clip.frame_count, clip.times.end))
+    head = np.array(frames, form.FRAME).tobytes()
     record = b"".join([head, form.CRC.pack(zlib.crc32(head)), *jpegs])
     row = np.zeros((), form.CLIP)
-    row["bytes"], row["stored"], row["frame_count"] = len(record), len(jpegs), clip.frame_count
+    row["bytes"], row["stored"], row["frame_count"] = len(record), len(frames), clip.frame_count
     row["height"], row["width"] = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
     row["source_bytes"], row["source_mtime_ns"] = source.st_size, source.st_mtime_ns
     row["source_sha256"] = np.frombuffer(digest, np.uint8)
     return Packed(record, row)
+
+
+def by_rate(times: Times, fps: float) -> list[int]:
+    """The frames shown every 1 / fps seconds, each once, and the last. 5 at 50 per second, 25 -> [0, 2, 4]."""
+    count = max(1, math.ceil((times.end - TOLERANCE) * fps))
+    return list(
+        dict.fromkeys(shown_at(times.starts, [*(number / fps for number in range(count)), times.end]))
+    )
 
 
 def is_unchanged(path: Path, row: npt.NDArray[Any]) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import stat
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -30,18 +31,23 @@ from av.video.stream import VideoStream
 from tvit_cli.errors import TvitError, VideoError, size_text
 from tvit_cli.files import FrameArray, Location, Source
 from tvit_cli.portable.reading import (
+    ASSUMED_RATE,
     MOST_PIXELS,
     PLANE_SCALING,
     SCALING,
+    Times,
+    default_step,
     matrix_of,
     orientation_of,
     size_fault,
+    to_times,
+    with_ends,
+    with_starts,
 )
 
 Frames = npt.NDArray[np.uint8]
 Packet: TypeAlias = "av.Packet[VideoStream] | None"  # None flushes the decoder
 F = TypeVar("F")
-T = TypeVar("T")
 
 # Protocols that a URL may lead to, such as by a playlist: the network, never local files.
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtsp,rtmp,rtmps,rtmpt,srt,ftp,sftp,crypto,data"
@@ -49,8 +55,6 @@ URL_TIMEOUT = 30.0  # seconds without an answer
 URL_SECONDS = 1800.0  # of waiting for one URL
 LIVE_TIMEOUT = 10.0  # seconds without data, after which a live source counts as cut
 URL_BYTES = 1 << 30  # of a URL whose server states no larger size
-ASSUMED_RATE = 25.0  # frames per second, of files without any usable time
-MOST_SHOWN = 10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold
 
 _LOST = "Try again, or download the video first."
 _ENDLESS = "Is it a stream without an end? Add --window 2s --follow."
@@ -60,10 +64,11 @@ DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
 
 # Note [Frame count]
 # Fewer frames may decode than there are packets: up to two in UCF101's XviD files with packed B-frames, and one for
-# each broken packet. `choose` needs the true count, which only decoding to the end gives. So one pass keeps the
-# frames that `choose` selects for the packet count and for up to COUNT_SLACK fewer; if it is further off, a second
-# pass is made. Packets are counted first and kept in memory; those of a larger file are read twice. Seeking was
-# rejected: AVI's index is unreliable for frames, and with a key frame every 300 it decodes as much.
+# each broken packet. `choose` needs the true count or times, which only decoding to the end gives. So one pass
+# keeps the frames that `choose` selects for the packets' count or times and for up to COUNT_SLACK fewer; if these
+# are further off, a second pass is made. Packets are counted first and kept in memory; those of a larger file are
+# read twice. Seeking was rejected: AVI's index is unreliable for frames, and with a key frame every 300 it decodes
+# as much.
 COUNT_SLACK = 3
 _PACKET_BYTES = 64 << 20  # size of the largest file whose packets are kept
 
@@ -86,6 +91,16 @@ class VideoInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ByTime:
+    """A choice of frames by their times, for `read_frames`, instead of by their number."""
+
+    choose: Callable[[Times], Sequence[int]]
+
+
+Choice: TypeAlias = Callable[[int], Sequence[int]] | ByTime
+
+
+@dataclass(frozen=True, slots=True)
 class Clip(Generic[F]):
     """Selected frames of one video, by default RGB as uint8 (T, H, W, 3)."""
 
@@ -94,6 +109,7 @@ class Clip(Generic[F]):
     pts_seconds: tuple[float, ...]
     frame_count: int  # of the whole video
     note: str = ""  # as in VideoInfo
+    times: Times | None = None  # of the whole video, if frames were chosen by time
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +384,22 @@ def count_packets(path: Location) -> int:
         return sum(map(_is_shown, demux(path, container, stream)))
 
 
+def _promised_times(packets: Iterable[Packet], default: float) -> Times:
+    """The times of frames by their packets: those of the decoded frames, but for damaged and unusual files."""
+    stamps = [
+        None if packet.pts is None or packet.time_base is None else float(packet.pts * packet.time_base)
+        for packet in packets
+        if packet is not None and _is_shown(packet)
+    ]
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    return to_times([(None, stamp) for stamp in (known if len(known) == len(stamps) else stamps)], default)
+
+
+def stamped(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, float | None]]:
+    """Frames with their time stamps in seconds."""
+    return ((frame, frame.time) for frame in frames)
+
+
 def count_frames(path: Path, most: int | None = None) -> int:
     """Number of frames that decode, at least 1; reads no further than `most` of them. Raises VideoError."""
     with open_video(path) as (container, stream):
@@ -430,6 +462,14 @@ def probe(path: Path) -> VideoInfo:
     return VideoInfo(path, codec, width, height, packets, seconds, rate, 90 * turns, mirrored, note, promised)
 
 
+def stated_seconds(path: Path) -> float:
+    """Length of a video by its header, 0 if that has none. Raises VideoError."""
+    with open_video(path) as (container, stream):
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+        return (container.duration or 0) / av.time_base
+
+
 def decode_first(path: Path) -> None:
     """Decodes the first frame and reads no further. Raises VideoError, `<path>: <reason>`, if there is none."""
     count_frames(path, 1)
@@ -437,22 +477,23 @@ def decode_first(path: Path) -> None:
 
 def read_clip(
     path: Source,
-    choose: Callable[[int], Sequence[int]],
+    choose: Choice,
     *,
     short_side: int | None = None,
-    frame_count: int | None = None,
+    known: int | Times | None = None,
     time_limit: float | None = None,
 ) -> Clip[Frames]:
-    """Decodes a video in order and converts the frames `choose(frame_count)` to RGB.
+    """Decodes a video in order and converts the frames that `choose` names to RGB.
 
-    `choose` is a pure function from the number of frames to indices in ascending order (repeats allowed).
-    Frames wider and higher than `short_side` are scaled down to it, the long side in proportion. Packets that
-    do not decode are skipped. A known `frame_count` saves decoding of the rest. See Note [Frame count].
+    `choose` is a pure function from the number of frames to indices in ascending order (repeats allowed), or from
+    their times (ByTime; any order). Frames wider and higher than `short_side` are scaled down to it, the long side
+    in proportion. Packets that do not decode are skipped. The number or times of frames, where they are `known`,
+    save decoding of the rest. See Note [Frame count].
 
     Raises VideoError, `<path>: <reason>`, if no frame can be read, or after `time_limit` seconds of decoding.
     """
     return read_frames(
-        path, choose, KeptFrames.rgb, short_side=short_side, frame_count=frame_count, time_limit=time_limit
+        path, choose, KeptFrames.rgb, short_side=short_side, known=known, time_limit=time_limit
     )
 
 
@@ -468,54 +509,81 @@ def read_video(path: Path | str) -> tuple[Frames, float]:
 
 def read_frames(
     path: Source,
-    choose: Callable[[int], Sequence[int]],
+    choose: Choice,
     convert: Callable[[KeptFrames, Sequence[int]], F],
     *,
     short_side: int | None = None,
-    frame_count: int | None = None,
+    known: int | Times | None = None,
     time_limit: float | None = None,
 ) -> Clip[F]:
     """`read_clip` with another conversion, `convert(kept, indices)`."""
+    by_time = isinstance(choose, ByTime)
     if isinstance(path, FrameArray):
         count = len(path.frames)
-        indices = tuple(choose(count))
+        times = Times([index / path.fps for index in range(count)], count / path.fps)
+        indices = _chosen(choose, times if by_time else count)
         chosen = KeptFrames(path, _frame_of(path, 0), short_side)
         for index in set(indices):
             chosen.keep(index, _frame_of(path, index))
-        return Clip(convert(chosen, indices), indices, tuple(index / path.fps for index in indices), count)
+        seconds = tuple(times.starts[index] for index in indices)
+        return Clip(convert(chosen, indices), indices, seconds, count, times=times)
     for _ in range(2):
         with open_video(path) as (container, stream):
             packets: Iterable[Packet] = demux(path, container, stream)
-            if frame_count is not None:
-                counts = [frame_count]
-            else:
+            step = default_step(stream)
+            guesses: list[int | Times] = [] if known is None else [known]
+            if known is None:
                 if container.size <= _PACKET_BYTES:  # negative if a server does not state it
                     packets = list(packets)
-                    count = sum(map(_is_shown, packets))
+                    promised = _promised_times(packets, step)
                 else:
-                    count = count_packets(path)
-                counts = list(range(count, max(count - COUNT_SLACK - 1, 0), -1))
-            wanted = {index for count in counts for index in choose(count)}
-            stop = max(wanted) + 1 if frame_count is not None else None
-            kept, decoded = None, 0
-            end = math.inf if time_limit is None else time.monotonic() + time_limit
-            for frame in islice(_decode(stream, packets), stop):
-                if time.monotonic() > end:
-                    limit = f"decoding takes more than {time_limit:g} s (--time-limit)"
+                    with open_video(path) as again:
+                        promised = _promised_times(demux(path, *again), step)
+                count = len(promised.starts)
+                counts = range(count, max(count - COUNT_SLACK - 1, 0), -1)
+                guesses = [_first_of(promised, n) if by_time else n for n in counts]
+            wanted = {index for guess in guesses for index in _chosen(choose, guess)}
+            stop = max(wanted) + 1 if known is not None else None
+            kept, starts, last = None, array("d"), 0.0
+            limit = math.inf if time_limit is None else time.monotonic() + time_limit
+            decoded = _decode(stream, packets)
+            timed = with_ends(with_starts(stamped(decoded), step), step)
+            for frame, start, end in islice(timed if by_time else ((f, 0.0, 0.0) for f in decoded), stop):
+                if time.monotonic() > limit:
+                    fault = f"decoding takes more than {time_limit:g} s (--time-limit)"
                     advice = "Raise the limit, label parts with --window, or encode the video smaller."
-                    raise VideoError(f"{path}: {limit}. {advice}")
+                    raise VideoError(f"{path}: {fault}. {advice}")
                 kept = kept or KeptFrames(path, frame, short_side)
-                if decoded in wanted:
-                    kept.keep(decoded, frame)
-                decoded += 1
+                if len(starts) in wanted:
+                    kept.keep(len(starts), frame)
+                starts.append(start)
+                last = end
             if kept is None:
                 raise _no_frame_error(path)
-            frame_count = counts[0] if decoded == stop else decoded
-            indices = tuple(choose(frame_count))
+            if known is None or len(starts) != stop:
+                known = Times(starts, last) if by_time else len(starts)
+            indices = _chosen(choose, known)
             if kept.frames.keys() >= set(indices):
-                seconds = kept.seconds(indices, stream.average_rate)
-                return Clip(convert(kept, indices), indices, seconds, frame_count, kept.orientation.note)
+                count, shown = (known, None) if isinstance(known, int) else (len(known.starts), known)
+                rate = stream.average_rate
+                seconds = (
+                    kept.seconds(indices, rate) if shown is None else tuple(shown.starts[i] for i in indices)
+                )
+                return Clip(convert(kept, indices), indices, seconds, count, kept.orientation.note, shown)
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
+
+
+def _chosen(choose: Choice, seen: int | Times) -> tuple[int, ...]:
+    if isinstance(choose, ByTime):
+        assert isinstance(seen, Times)
+        return tuple(choose.choose(seen))
+    assert isinstance(seen, int)
+    return tuple(choose(seen))
+
+
+def _first_of(times: Times, count: int) -> Times:
+    """The times of the first `count` frames."""
+    return Times(times.starts[:count], [*times.starts, times.end][count])
 
 
 def _frame_of(array: FrameArray, index: int) -> av.VideoFrame:
@@ -527,9 +595,7 @@ def iter_frames(
 ) -> Iterator[TimedFrame]:
     """Decodes a video once, in order, and yields every frame with its time.
 
-    A frame is shown until the next one. A step of more than MOST_SHOWN is a gap: the frame before it lasts as long
-    as its predecessor. Where times are missing or decrease, as with packed B-frames, the rate gives the duration;
-    where one jumps ahead and the next comes back, the frame before it does. Memory does not grow with the video.
+    Times are those of `with_starts` and `with_ends`. Memory does not grow with the video.
 
     With `live`, that is read under the name `path`, and it ends where it is cut.
 
@@ -545,54 +611,14 @@ def iter_frames(
             yield TimedFrame(index / fps, (index + 1) / fps, count / fps, picture)
         return
     with open_video(path, live) as (container, stream):
-        default = min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
+        default = default_step(stream)
         length = None if container.duration is None else container.duration / av.time_base
         kept: KeptFrames | None = None
-        frames = _with_starts(_decode(stream, demux(path, container, stream, bounded=live is None)), default)
-        for frame, start, end in with_ends(frames, None if live else default):
+        frames = stamped(_decode(stream, demux(path, container, stream, bounded=live is None)))
+        for frame, start, end in with_ends(with_starts(frames, default), None if live else default):
             kept = kept or KeptFrames(path, frame, short_side)
             yield TimedFrame(start, end, length, partial(kept.upright, frame), kept.orientation.note)
         if kept is None and live:
             raise VideoError(f"{path}: ended before a frame could be decoded. {live.advice}".strip())
         if kept is None:
             raise _no_frame_error(path)
-
-
-def with_ends(
-    frames: Iterable[tuple[T, float]], default: float | None = None
-) -> Iterator[tuple[T, float, float]]:
-    """Frames with their start and end in seconds. See `iter_frames` for gaps.
-
-    `default` is the duration of the last frame and of one before a gap; None: that of its predecessor.
-    """
-    step = 1 / ASSUMED_RATE if default is None else default
-    for (frame, start), following in _with_next(frames):
-        end = start + (step if default is None else default) if following is None else following[1]
-        if end - start > MOST_SHOWN:
-            default = step  # the average rate counts the gap
-            end = start + default
-        step = end - start
-        yield frame, start, end
-
-
-def _with_starts(frames: Iterable[av.VideoFrame], default: float) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Frames with their strictly increasing start times in seconds. See `iter_frames`."""
-    first: float | None = None
-    start, step = -default, default
-    for frame, following in _with_next(frames):
-        first = frame.time if first is None else first
-        at = start if frame.time is None or first is None else frame.time - first
-        after = None if following is None else following.time
-        if at <= start:
-            at = start + default
-        elif at - start <= MOST_SHOWN:
-            step = at - start
-        elif after is not None and after < frame.time:
-            at = start + step
-        yield frame, at
-        start = at
-
-
-def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
-    """Each item with its successor, None after the last."""
-    return pairwise(chain(items, (None,)))  # type: ignore[arg-type]  # no pair begins with None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -27,7 +28,7 @@ from tvit_cli.data.layout import (
     similar_names,
 )
 from tvit_cli.data.motions import is_motions, make_motions
-from tvit_cli.data.video import decode_first
+from tvit_cli.data.video import decode_first, stated_seconds
 from tvit_cli.errors import START, DataError, VideoError, size_text
 from tvit_cli.files import atomic_write
 from tvit_cli.results import Note, Progress, Report
@@ -40,11 +41,16 @@ MOTIONS = "motions"
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """Frames of a clip, frame size in pixels, and frame grid of a model's input."""
+    """Frames of a clip, frame size in pixels, frame grid, and seconds of a clip of a model's input.
+
+    `by_weights`: the seconds are those of pretrained weights, and give way to videos that are all shorter.
+    """
 
     n_frames: int = 1
     frame_size: int = 1
     frame_grid: int | None = None
+    clip_seconds: float | None = None
+    by_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class DataSource:
     layout: Layout
     unreadable: Mapping[str, str]  # video name -> reason
     store: FrameStore | None = None  # replaces the videos as source of frames
+    clip_seconds: float | None = None  # that the clips show
 
     def readable(self, subset: str) -> tuple[Video, ...]:
         """The readable videos of a subset."""
@@ -75,8 +82,10 @@ def open_dataset(
     A frame store is used if it has all frames that a `clip` needs. Frames that are too small, or off the frame
     grid, cause a warning.
 
-    Raises DataError without data or, with `need_training`, for a class without readable training video.
+    Raises DataError without data or, with `need_training`, for a class without readable training video, and for
+    clips longer than every video.
     """
+    clip = clip or ClipFormat()
     root = find_or_make_data(path_to_data, report)
     videos = video_root(root)
     if videos is None:
@@ -88,7 +97,9 @@ def open_dataset(
         layout = read_layout(videos, need_training=need_training, need_test=need_test, **choice)
     for note in layout.notes:
         report(Note(note))
-    store = _usable_store(root, layout, clip or ClipFormat(), report, has_videos=videos is not None)
+    if need_training:
+        clip = _fitting(clip, layout, None if videos else FrameStore(root), report)
+    store = _usable_store(root, layout, clip, report, has_videos=videos is not None)
     if store is None:
         unreadable = unreadable_videos(
             layout.videos,
@@ -101,12 +112,35 @@ def open_dataset(
         unreadable = {name: why for name, why in store.unreadable.items() if videos is None or name in names}
     for name, reason in unreadable.items():
         report(Note(f"set aside: {name}: {reason}", "warning"))
-    source = DataSource(root, layout, unreadable, store)
+    source = DataSource(root, layout, unreadable, store, clip.clip_seconds)
     missing = sorted(set(layout.labels) - {video.label for video in source.readable("train")})
     if need_training and missing:
         fault = f"no readable training video of class {missing[0]}"
         raise DataError(f"{layout.root}: {fault}. Repair or remove the class, or hold fewer groups out.")
     return source
+
+
+def _fitting(clip: ClipFormat, layout: Layout, store: FrameStore | None, report: Report) -> ClipFormat:
+    """The clip, of the whole video where all videos are shorter than pretrained weights ask for."""
+    if (seconds := clip.clip_seconds) is None:
+        return clip
+    longest = 0.0
+    for video in layout.videos:
+        with suppress(VideoError, OSError):  # unreadable ones are reported later
+            index = None if store is None else store.find(video.name)
+            length = stated_seconds(video.path) if store is None or index is None else store.seconds(index)
+            longest = max(longest, length)
+        if longest >= seconds:
+            return clip
+    if not longest:  # no header has a length
+        return clip
+    fault = f"longer than every video of {layout.root}; the longest lasts {longest:.2f} s"
+    if not clip.by_weights:
+        most = math.floor(longest * 100) / 100
+        advice = f"Take at most --clip-seconds {most:g}s, or leave it out: clips show whole videos"
+        raise DataError(f"--clip-seconds {seconds:g}: {fault}. {advice}.")
+    report(Note(f"The weights' clips of {seconds:.3g} s are {fault}. So clips show whole videos.", "warning"))
+    return replace(clip, clip_seconds=None)
 
 
 def find_or_make_data(path_to_data: str | None, report: Report) -> Path:
@@ -202,10 +236,23 @@ def _usable_store(
             f"Update it with `{command}`."
         )
         return None
-    stored, size = store.parameters.frames_per_video, store.parameters.short_side
-    command += f" --frames-per-video {max(stored, clip.n_frames)} --short-side {max(size, clip.frame_size)}"
+    stored, size, fps = store.parameters.frames_per_video, store.parameters.short_side, store.parameters.fps
+    if clip.clip_seconds is not None:
+        needed = clip.n_frames / clip.clip_seconds
+        command += f" --fps {max(fps or 0, 2 * needed):.4g}"  # twice as many places for a clip to begin
+    else:
+        command += f" --frames-per-video {max(stored, clip.n_frames)}"
+    command += f" --short-side {max(size, clip.frame_size)}"
     command += f" --quality {store.parameters.quality} --overwrite"
-    if short := store.short_of(clip.n_frames):
+    if clip.clip_seconds is not None and (fps is None or fps < needed * (1 - 1e-6)):
+        has = f"it has {store.parameters}"
+        asks = f"clips of {clip.n_frames} frames in {clip.clip_seconds:.4g} s need {needed:.4g} per second, by time"
+        if has_videos:
+            warn(f"not used: {has}; {asks}. Replace it with `{command}`.")
+            return None
+        advice = "The videos are gone, so restore them first, or take --clip-seconds none"
+        raise DataError(f"{folder}: {has}; {asks}. Replace it with `{command}`. {advice}.")
+    if clip.clip_seconds is None and (short := store.short_of(clip.n_frames)):
         warn(
             f"not used: it has {stored} frames of {short} of its {len(store)} videos, {clip.n_frames} are needed. "
             f"Replace it with `{command}`."
@@ -219,6 +266,8 @@ def _usable_store(
             f"{small} of its {len(store)} videos have {size} pixels and are scaled up: the model takes "
             f"{clip.frame_size}. Replace it with `{command}`."
         )
+    if fps is not None and clip.clip_seconds is None and store.short_of(2**32 - 1):
+        warn(f"frames of the whole video are the nearest of its {fps:g} per second.")
     if clip.frame_grid not in (None, stored) and store.short_of(2**32 - 1):  # some frames are not stored
         warn(f"--frame-grid {clip.frame_grid} takes the nearest of its {stored} frames per video.")
     return store

@@ -56,7 +56,8 @@ def extract(
     folder = own_store(data) if settings.output is None else settings.output.expanduser()
     check_folder("--output", folder)
     began = time.perf_counter()
-    parameters = form.Parameters(settings.frames_per_video, settings.quality, settings.short_side)
+    count = settings.frames_per_video if settings.fps is None else 0
+    parameters = form.Parameters(count, settings.quality, settings.short_side, settings.fps)
     with _lock(folder) if rank == 0 else nullcontext():
         if rank == 0:
             header = form.Header(parameters, str(data.absolute()))

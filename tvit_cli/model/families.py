@@ -81,6 +81,14 @@ class Family:
     zeros: tuple[str, ...] = ()
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
+    rate: float | None = None  # of a video ViT: frames per second in its training
+
+    def clip_seconds(self, name: str, frames: int) -> float | None:
+        """Seconds that a clip showed in the training of a video ViT; None: the whole video, or unknown.
+
+        VideoMAE's models for Something-Something V2 take a frame of each segment of the video.
+        """
+        return None if self.rate is None or "ssv2" in name.lower() else frames / self.rate
 
     def config(self, written: Config, stored: Mapping[str, Tensor]) -> Config:
         """The network's config from that of the file."""
@@ -301,6 +309,7 @@ _VIDEOMAE = Family(
         "num_frames": 16, "tubelet_size": 2, "class_token": False, "positions": "joint", "pooled_eps": 1e-5,
     },
     keys={"qkv_bias": "qv_bias"}, network=_videomae, sinusoid=True,
+    rate=7.5,  # every fourth frame of Kinetics at 30 per second (arXiv:2203.12602)
     tensors={
         f"{_VIDEOMAE_BLOCK}.query.weight": "blocks.#.attention.q.weight",
         f"{_VIDEOMAE_BLOCK}.key.weight": "blocks.#.attention.k.weight",
@@ -343,7 +352,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     "siglip": replace(_SIGLIP, unused=(*_SIGLIP.unused, "text_model."), section="vision_config"),
     "videomae": _VIDEOMAE,
     "VideoMAEv2_Base": Family(  # of all sizes
-        prefix="model.", section="model_config", sinusoid=True, network=_videomae,
+        prefix="model.", section="model_config", sinusoid=True, network=_videomae, rate=_VIDEOMAE.rate,
         required={"cos_attn": False, "init_values": 0, "use_learnable_pos_emb": False},
         defaults=_VIDEOMAE.defaults | {
             "mlp_ratio": 4, "layer_norm_eps": 1e-6, "pooled_eps": None, "num_frames": 16, "num_channels": 3,
@@ -365,6 +374,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     ),
     "vjepa2": Family(
         prefix="vjepa2.", network=_vjepa2,
+        rate=4,  # arXiv:2506.09985
         defaults=_VIT.defaults | {  # transformers.VJEPA2Config
             "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_ratio": 4,
             "layer_norm_eps": 1e-6, "image_size": 256, "num_frames": 64, "tubelet_size": 2,
@@ -382,6 +392,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json
     ),
     "vivit": replace(
         _VIT, prefix="vivit.", network=_vivit,
+        rate=12.5,  # every second of 25 per second (arXiv:2103.15691)
         mean=(0.75, 0.75, 0.75), std=(0.25, 0.25, 0.25),  # its processor's 0.5 and 0.5 after x / 127.5 - 1
         defaults=_VIT.defaults | {
             "hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "num_frames": 32, "tubelet_size": [2, 16, 16],

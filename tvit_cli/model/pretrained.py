@@ -66,6 +66,7 @@ class PretrainedConfig:
     licence: str | None = None
     clip: dict[str, Any] = field(default_factory=dict)  # of a video ViT: its own n_frames and tubelet_size
     pool_depth: int | None = None  # of the attentive pooler that the weights bring
+    clip_seconds: float | None = None  # of a video that a clip showed in the weights' training, where known
 
     @property
     def n_tokens(self) -> int:
@@ -151,9 +152,10 @@ def read_config(source: WeightsSource) -> PretrainedConfig:
     clip: dict[str, Any] = {}
     if "num_frames" in raw:
         clip = {"n_frames": number("num_frames"), "tubelet_size": number("tubelet_size")}
+    seconds = family.clip_seconds(source.name, clip["n_frames"]) if clip else None
     size, licence = number("image_size"), source.licence or family.licence
     pool_depth = number("num_pooler_layers", least=0) if family.pooler and QUERY in stored else None
-    return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip, pool_depth)
+    return PretrainedConfig(*origin, size, network, mean, std, notes, licence, clip, pool_depth, seconds)
 
 
 def own_pool(network: Config) -> str:
@@ -161,11 +163,12 @@ def own_pool(network: Config) -> str:
     return "class" if network.get("class_token", True) else "mean"
 
 
-def own_clips(name: str) -> dict[str, Any]:
-    """Settings that weights decide unless others are given.
+def own_clips(name: str, n_frames: int | None = None) -> dict[str, Any]:
+    """Settings that weights decide unless others are given, such as `n_frames`.
 
-    Of a video ViT frames, tubelets, frame size and pooling; of an image ViT without class token the pooling. Empty
-    for other weights, and for a config that cannot be read: loading the weights reports that.
+    Of a video ViT frames and seconds of a clip, tubelets, frame size and pooling; of an image ViT without class
+    token the pooling. Empty for other weights, and for a config that cannot be read: loading the weights reports
+    that.
     """
     written = peek_config(name)
     if written.get("positions") in ("joint", "rotary"):  # a model that tvit trained
@@ -183,6 +186,10 @@ def own_clips(name: str) -> dict[str, Any]:
         "img_size": raw["image_size"],
     }
     values = {key: value for key, value in values.items() if type(value) is int and value > 0}
+    if "n_frames" in values:
+        # Rotary positions count frames, so fewer frames last shorter; tables are interpolated over the clip.
+        frames = (n_frames or values["n_frames"]) if raw.get("positions") == "rotary" else values["n_frames"]
+        values["clip_seconds"] = family.clip_seconds(name, frames)
     return values | {"pool": own_pool(raw)}
 
 

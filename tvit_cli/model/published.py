@@ -88,6 +88,7 @@ def _preprocessing(source: WeightsSource, own: PretrainedConfig, config: ViTConf
         scale_to = max(scale_to, whole_number(source, sides, key))
     return Preprocessing(
         n_frames=config.n_frames,
+        clip_seconds=own.clip_seconds,
         frame_size=config.frame_size,
         resize="crop" if key == "shortest_edge" else "squash",
         scale_to=scale_to,

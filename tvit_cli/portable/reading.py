@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice, pairwise
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -16,11 +17,16 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 
+T = TypeVar("T")
 # (epoch, video index): seeds the sampling and augmentation of a clip. A clip that is read again in one epoch gets
 # the number of an epoch after the last, so that it differs from the first reading.
 Key = tuple[int, int]
 CENTRE = 0.5  # of a segment: the offset of evaluation
+TOLERANCE = 1e-6  # seconds; times are sums of fractions
+ASSUMED_RATE = 25.0  # frames per second, of files without any usable time
+MOST_SHOWN = 10.0  # seconds; a longer step between time stamps is a gap, as FFmpeg's -dts_delta_threshold
 
 
 def segment_indices(
@@ -58,6 +64,91 @@ def clip_offsets(clips: int) -> list[float]:
 def grid_indices(frame_count: int, grid: int) -> list[int]:
     """Frames in a frame store: the centres of `grid` segments, or all frames of a shorter video."""
     return segment_indices(frame_count, min(grid, frame_count))
+
+
+class Times(NamedTuple):
+    """The start of each frame, increasing, and the end of the last, in seconds since the first."""
+
+    starts: Sequence[float]
+    end: float
+
+
+def shown_at(starts: Sequence[float], times: Sequence[float]) -> list[int]:
+    """The frame shown at each time: the last that has started. Starts 0, 0.5, 1; times 0.4, 0.5, 9 -> [0, 1, 2]."""
+    return [max(0, bisect_right(starts, time + TOLERANCE) - 1) for time in times]
+
+
+def dense_indices(
+    times: Times, n_frames: int, seconds: float, place: float = CENTRE, *, whole_steps: bool = True
+) -> list[int]:
+    """Indices of the frames of a clip of `seconds`: those shown every seconds / n_frames from its start.
+
+    `place`, in [0, 1), is the share of the rest of the video that lies before the clip. With `whole_steps`, the
+    start is rounded down to a multiple of the step. A video shorter than the clip is shown from its start, and its
+    last frame then repeated.
+    4 frames of 0.8 s in the middle of 10 s at 25 per second -> [115, 120, 125, 130].
+    """
+    step = seconds / n_frames
+    first = place * max(0.0, times.end - seconds) / step
+    if whole_steps:
+        first = math.floor(first + TOLERANCE)
+    return shown_at(times.starts, [(first + number) * step for number in range(n_frames)])
+
+
+def with_starts(frames: Iterable[tuple[T, float | None]], default: float) -> Iterator[tuple[T, float]]:
+    """Frames and their time stamps -> frames and their increasing starts, in seconds since the first.
+
+    Where stamps are missing or decrease, as with packed B-frames, a frame lasts `default` seconds; where one jumps
+    ahead and the next comes back, as long as the frame before it.
+    """
+    first: float | None = None
+    start, step = -default, default
+    for (frame, time), following in _with_next(frames):
+        first = time if first is None else first
+        at = start if time is None or first is None else time - first
+        after = None if following is None else following[1]
+        if at <= start:
+            at = start + default
+        elif at - start <= MOST_SHOWN:
+            step = at - start
+        elif after is not None and time is not None and after < time:
+            at = start + step
+        yield frame, at
+        start = at
+
+
+def with_ends(
+    frames: Iterable[tuple[T, float]], default: float | None = None
+) -> Iterator[tuple[T, float, float]]:
+    """Frames with their start and end in seconds: a frame is shown until the next starts.
+
+    Before a gap of more than MOST_SHOWN, and at the end, it is shown for `default` seconds; None: as long as its
+    predecessor.
+    """
+    step = 1 / ASSUMED_RATE if default is None else default
+    for (frame, start), following in _with_next(frames):
+        end = start + (step if default is None else default) if following is None else following[1]
+        if end - start > MOST_SHOWN:
+            default = step  # the average rate counts the gap
+            end = start + default
+        step = end - start
+        yield frame, start, end
+
+
+def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item with its successor, None after the last."""
+    return pairwise(chain(items, (None,)))  # type: ignore[arg-type]  # no pair begins with None
+
+
+def default_step(stream: VideoStream) -> float:
+    """Seconds that a frame without usable time stamps is shown, by the stream's rate."""
+    return min(1 / float(stream.average_rate or ASSUMED_RATE), MOST_SHOWN)
+
+
+def to_times(frames: Iterable[tuple[Any, float | None]], default: float) -> Times:
+    """The times of frames by their time stamps."""
+    shown = [(start, end) for _, start, end in with_ends(with_starts(frames, default), default)]
+    return Times([start for start, _ in shown], shown[-1][1] if shown else 0.0)
 
 
 # Between YUV formats of one matrix. To RGB, without FULL_CHR_H_INT, swscale uses truncating tables: white is 253.
@@ -147,18 +238,29 @@ def _display_matrix(frame: VideoFrame) -> tuple[float, float, float, float]:
 
 
 def read_clip(
-    path: str | PathLike[str], *, n_frames: int, short_side: int, frame_grid: int | None = None
+    path: str | PathLike[str],
+    *,
+    n_frames: int,
+    short_side: int,
+    frame_grid: int | None = None,
+    clip_seconds: float | None = None,
 ) -> np.ndarray[Any, Any]:
     """A video's clip as RGB, uint8 (T, H, W, 3), in the file's orientation.
 
-    Frames larger than `short_side` are scaled down to it in proportion. The video is decoded twice: the frame count
-    is exact only after a whole pass. Raises OSError for a missing file or one that is no video, ValueError where
-    no frame can be decoded, or for a size that `size_fault` refuses.
+    Frames are those of `segment_indices`, with `clip_seconds` those of `dense_indices`. Frames larger than
+    `short_side` are scaled down to it in proportion. The video is decoded twice: the frame count is exact only
+    after a whole pass. Raises OSError for a missing file or one that is no video, ValueError where no frame can be
+    decoded, or for a size that `size_fault` refuses.
     """
-    count = sum(1 for _ in decoded(path))
-    if not count:
+    with _open(str(path)) as container:
+        step = default_step(container.streams.video[0]) if container.streams.video else 1 / ASSUMED_RATE
+    times = to_times(((None, frame.time) for frame in decoded(path)), step)
+    if not times.starts:
         raise ValueError(f"{path}: no frame of it can be decoded")
-    chosen = segment_indices(count, n_frames, grid=frame_grid)
+    if clip_seconds is None:
+        chosen = segment_indices(len(times.starts), n_frames, grid=frame_grid)
+    else:
+        chosen = dense_indices(times, n_frames, clip_seconds)
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray[Any, Any]] = {}
     width, height, orientation = 0, 0, Orientation()

@@ -21,6 +21,9 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
 
     n_frames: int = Field(ge=1, description="Frames per clip, one from each segment")
     frame_grid: int | None = Field(default=None, ge=1, description="Evenly spaced frames to sample from")
+    clip_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Seconds of a video that a clip shows; None: all of it"
+    )
     frame_size: int = Field(ge=1, description="Height and width of a frame, in pixels")
     resize: ResizeMode = "crop"  # crop: short side to scale_to; squash: both sides
     scale_to: int = Field(

@@ -20,6 +20,8 @@ class ExtractSettings(DataSettings):
         default_text="frames/ beside the videos, frames-NAME/ for NAME.csv: train and eval find it", essential=True)
     frames_per_video: int = setting(32, "Evenly spaced frames per video; all frames of a shorter one", FRAMES,
         ge=1, le=65535, essential=True)
+    fps: float | None = setting(None, "Stores frames by time, this many per second, instead: for models of "
+        "--clip-seconds", FRAMES, gt=0, le=1000)
     quality: int = setting(90, "JPEG quality", FRAMES, ge=1, le=100)
     short_side: int = setting(256, "Short side in pixels; larger frames are scaled down to it", FRAMES, ge=16,
         le=8192, essential=True)
@@ -41,6 +43,8 @@ class ExtractSettings(DataSettings):
     def _settings_agree(self) -> ExtractSettings:
         if self.json_lines and not self.check:
             raise ValueError("--json: prints the results of --check. Add --check, or leave --json out")
+        if self.fps is not None and "frames_per_video" in self.model_fields_set:
+            raise ValueError("--fps and --frames-per-video: two choices of frames. Take one of them")
         unused = [flag(name) for name in ("overwrite", "repair") if getattr(self, name)]
         if self.check and unused:
             raise ValueError(f"--check writes nothing. Leave out {' and '.join(unused)}")

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from tvit_cli.settings.base import flag, setting
-from tvit_cli.settings.types import MODEL, InferenceSettings, seconds
+from tvit_cli.settings.types import MODEL, InferenceSettings, Seconds
 
 labels, timeline = (partial(setting, panel=p) for p in ("Output", "Timelines of long videos"))
 files = partial(setting, None, panel="Files", default_text="nothing is written", metavar="FILE")
@@ -21,7 +21,6 @@ Named = Annotated[
     StringConstraints(strip_whitespace=False),
     BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
 ]
-Seconds = Annotated[float | None, BeforeValidator(seconds)]
 SHORTEST = 0.001  # seconds, a thousand times the resolution at which times are compared
 
 ENDINGS = {"embeddings": (".safetensors",), "explain": (".png",), "annotate": (".mp4", ".mov", ".mkv")}

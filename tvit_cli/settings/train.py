@@ -46,6 +46,8 @@ class TrainSettings(types.DataSettings):
         "overwrite",
         "path_to_data",
         "train",  # a probe does not take the pooling of its weights
+        "n_frames",
+        "frame_grid",
         *SERIES,
     )
 
@@ -76,6 +78,9 @@ class TrainSettings(types.DataSettings):
     frame_grid: int | None = data(None,
         "Samples from this many evenly spaced frames of each video only, as in a frame store", ge=1,
         resettable=True)
+    clip_seconds: types.Seconds = data(None,
+        "Takes the frames evenly from this many seconds of the video, such as 2s, from a random place in training",
+        metavar="SECONDS", resettable=True, gt=0, default_text="the whole video; video ViTs: as they were trained")
     img_size: int = data(224, "Height and width of input frames, in pixels", ge=1, le=4096, reference="224")
     resize: ResizeMode = data("crop",
         "Square frames by a centre crop of the resized frame (crop) or by distortion (squash)")
@@ -258,6 +263,9 @@ class TrainSettings(types.DataSettings):
             yield f"--gradient-accumulation-steps {accumulation}: --global-batch-size sets it. Leave one out"
         if self.frame_grid is not None and self.frame_grid < self.n_frames:
             yield f"--frame-grid {self.frame_grid}: it should be at least --n-frames {self.n_frames}"
+        if self.frame_grid is not None and self.clip_seconds is not None:
+            advice = "Leave one out (--clip-seconds none takes the whole video)"
+            yield f"--frame-grid {self.frame_grid}: not with --clip-seconds, which takes frames by time. {advice}"
         if self.n_frames % self.tubelet_size:
             yield f"--n-frames {self.n_frames}: it should be a multiple of --tubelet-size {self.tubelet_size}"
         micro_batch = DEFAULT_MICRO_BATCH if self.per_gpu_batch_size == "auto" else self.per_gpu_batch_size

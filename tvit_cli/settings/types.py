@@ -95,6 +95,9 @@ def seconds(value: Any) -> Any:
     return float(match[1]) * _UNITS[match[2]]
 
 
+Seconds = Annotated[float | None, BeforeValidator(seconds)]
+
+
 def most_bad(value: str, videos: int) -> int:
     """Unreadable videos that `value` allows of `videos`; `3 or 1%` of 1,000 is 10."""
     most = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from tvit_cli.engine.evaluate.scoring import Scores, Views, clips_to_score, scor
 from tvit_cli.engine.evaluate.selection import choose_split, find_bias, is_training_data
 from tvit_cli.engine.launch import ProcessGroup, join_process_group
 from tvit_cli.engine.trained import Trained, open_trained
-from tvit_cli.errors import DataError, RunError, SettingsError, shorten
+from tvit_cli.errors import DataError, RunError, SettingsError, plural, shorten
 from tvit_cli.files import check_writable
 from tvit_cli.results import EvalResult, Note, Progress, Report, VideoPrediction, silent, working
 from tvit_cli.settings.eval import EvalSettings
+
+MOST_NOTES = 5  # on single videos that are shown
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ def evaluate(
     for index, reason in scores.errors.items():
         if videos[index].name not in source.unreadable:
             report(Note(f"left out: {videos[index].name}: {reason}", "warning"))
-    for index, note in scores.notes.items():
+    for index, note in islice(scores.notes.items(), MOST_NOTES):
         report(Note(f"{videos[index].name}: {note}.", "warning"))
+    if (more := len(scores.notes) - MOST_NOTES) > 0:
+        report(Note(f"Notes of this kind on {plural(more, 'more video')} are left out.", "warning"))
     warnings = (*trained.notes, *bias, *leaks)
     result = replace(
         _result(settings, trained, videos, scores, seconds), clips=clips, warnings=warnings, leaks=leaks
@@ -129,7 +134,12 @@ def select_videos(settings: EvalSettings, trained: Trained, report: Report) -> S
     source = open_dataset(
         settings.path_to_data or trained.card.settings.get("path_to_data"),
         report,
-        clip=ClipFormat(preprocessing.n_frames, preprocessing.scale_to, preprocessing.frame_grid),
+        clip=ClipFormat(
+            preprocessing.n_frames,
+            preprocessing.scale_to,
+            preprocessing.frame_grid,
+            preprocessing.clip_seconds,
+        ),
         need_training=False,
         **choice,
     )

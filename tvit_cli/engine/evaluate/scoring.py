@@ -105,6 +105,7 @@ def clips_to_score(
         shuffle_frames=shuffle_seed is not None,
         store=store,
         grid=preprocessing.frame_grid,
+        clip_seconds=preprocessing.clip_seconds,
         clips_per_video=views.clips_per_video,
     )
     return ScoredClips(dataset, preprocessing, views)

@@ -133,7 +133,11 @@ def import_source(folder: Path) -> Iterator[Callable[[str], ModuleType]]:
 def read_frames(source: Callable[[str], ModuleType], video: Path, facts: dict[str, Any]) -> np.ndarray:
     """A batch of one clip, uint8 (1, T, H, W, 3), read by the export's own `reading.py`."""
     frames: np.ndarray = source("reading").read_clip(
-        video, n_frames=facts["n_frames"], short_side=facts["scale_to"], frame_grid=facts["frame_grid"]
+        video,
+        n_frames=facts["n_frames"],
+        short_side=facts["scale_to"],
+        frame_grid=facts["frame_grid"],
+        clip_seconds=facts["clip_seconds"],
     )
     return frames[None]
 

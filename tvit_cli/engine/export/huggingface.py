@@ -63,7 +63,8 @@ def write_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> N
         "auto_map": {"AutoVideoProcessor": "processing_tvit.TvitVideoProcessor"},
         "video_processor_type": "TvitVideoProcessor",
         **{
-            key: getattr(facts, key) for key in ("n_frames", "frame_grid", "frame_size", "resize", "scale_to")
+            key: getattr(facts, key)
+            for key in ("n_frames", "frame_grid", "clip_seconds", "frame_size", "resize", "scale_to")
         },
         "image_mean": facts.mean,
         "image_std": facts.std,

@@ -77,8 +77,11 @@ def _input(facts: Preprocessing) -> str:
     if crops or to > size:
         how += f" and {size} x {size} cropped from the centre"
     mean, std = (", ".join(map("{:g}".format, values)) for values in (facts.mean, facts.std))
+    where = f"the middle one of each of {facts.n_frames} equal shares of the video"
+    if facts.clip_seconds is not None:
+        where = f"evenly spaced over {facts.clip_seconds:g} s in the middle of the video"
     return (
-        f"{facts.n_frames} frames{grid}, the middle one of each of {facts.n_frames} equal shares of the video, in "
+        f"{facts.n_frames} frames{grid}, {where}, in "
         f"RGB; {how} (bilinear, antialiased, in 8 bits); divided by 255, then normalised with mean {mean} and "
         f"standard deviation {std}.\n"
     )

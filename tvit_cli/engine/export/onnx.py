@@ -24,7 +24,8 @@ INPUTS = {
 SAMPLING = (
     "The frame in the middle of each of n_frames equal shares of the video: of N frames, share s gives frame "
     "floor((s + 1/2) N / n_frames). With fewer frames than n_frames: all, then the last again. With frame_grid G: "
-    "the same, of the G frames that this rule chooses first."
+    "the same, of the G frames that this rule chooses first. With clip_seconds S: those shown, by time stamps, "
+    "every S / n_frames seconds from the largest multiple of this step before the middle S seconds."
 )
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tvit_cli.data.clips import hold_signals
 from tvit_cli.data.live import LiveSource, find_live
-from tvit_cli.data.video import MOST_SHOWN
 from tvit_cli.engine.predict import timeline as timelines
 from tvit_cli.engine.predict.model import Model, load_model, open_model
 from tvit_cli.engine.predict.paths import find_videos, output_file, require_single_video
@@ -23,6 +22,7 @@ from tvit_cli.engine.predict.stream import StreamFiles, stream_windows
 from tvit_cli.errors import DataError, Interrupted, RunError, SettingsError, VideoError, plural
 from tvit_cli.files import Location, check_file, check_writable, collect_errors
 from tvit_cli.model.folder import save_tensors
+from tvit_cli.portable.reading import MOST_SHOWN
 from tvit_cli.results import (
     AnswersStart,
     Note,

@@ -189,7 +189,7 @@ class Model:
         video: Video,
         *,
         fps: float = 25.0,
-        window: float = 2.0,
+        window: float | None = None,
         stride: float | None = None,
         smoothing: float = 2.0,
         batch_size: int = BATCH_SIZE,
@@ -197,9 +197,11 @@ class Model:
     ) -> Timeline:
         """Returns segments of a long video, from windows of `window` seconds every `stride` (default: a quarter).
 
-        `fps` is the rate of an array. `progress` gets the seconds done and, where the file names it, the length.
-        Memory is bounded by a window. Raises VideoError for an unreadable video, SettingsError for a bad argument.
+        The default `window` is the model's clip, 2 s for a model of whole videos. `fps` is the rate of an array.
+        `progress` gets the seconds done and, where the file names it, the length. Memory is bounded by a window.
+        Raises VideoError for an unreadable video, SettingsError for a bad argument.
         """
+        window = self._window(window)
         check_arguments(
             PredictSettings,
             ANY_VIDEO,
@@ -222,7 +224,7 @@ class Model:
         self,
         frames: Iterable[tuple[Frames, float]],
         *,
-        window: float = 2.0,
+        window: float | None = None,
         stride: float | None = None,
         live: bool = False,
         batch_size: int = BATCH_SIZE,
@@ -235,6 +237,7 @@ class Model:
 
         Raises SettingsError for a bad argument, DataError for a bad frame or a time that does not increase.
         """
+        window = self._window(window)
         check_arguments(PredictSettings, ANY_VIDEO, window=window, stride=stride, batch_size=batch_size)
         return stream_windows(
             self._trained,
@@ -244,6 +247,9 @@ class Model:
             batch_size=batch_size,
             drops=lambda: live,
         )
+
+    def _window(self, window: float | None) -> float:
+        return (self.card.preprocessing.clip_seconds or 2.0) if window is None else window
 
     def draw_timeline(self, timeline: Timeline, *, dark: bool = False) -> bytes:
         """Returns the chart of a timeline as a PNG, in light or dark colours."""

@@ -23,10 +23,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tvit_cli.data.video import Frames, KeptFrames, TimedFrame, with_ends
+from tvit_cli.data.video import Frames, KeptFrames, TimedFrame
 from tvit_cli.engine.predict.timeline import (
     SUBTITLES,
-    TOLERANCE,
     Window,
     frame_positions,
     score_windows,
@@ -36,6 +35,7 @@ from tvit_cli.engine.predict.timeline import (
 from tvit_cli.engine.trained import Trained
 from tvit_cli.errors import DataError
 from tvit_cli.files import csv_row
+from tvit_cli.portable.reading import TOLERANCE, with_ends
 from tvit_cli.results import Note, Report, Segment, WindowPrediction
 
 LAG = 5.0  # seconds
@@ -115,7 +115,7 @@ def stream_windows(
         frames,
         length=window,
         stride=stride,
-        positions=frame_positions(card.preprocessing.n_frames, card.preprocessing.frame_grid),
+        positions=frame_positions(card.preprocessing, window),
     )
     with closing(_Waiting(windows, drops)) as waiting:
         while (found := waiting.take(batch_size))[0]:

@@ -37,16 +37,16 @@ from tvit_cli.data.video_writer import video_writer
 from tvit_cli.engine.evaluate.scoring import score_locations
 from tvit_cli.engine.predict.paths import output_file
 from tvit_cli.engine.trained import Trained
-from tvit_cli.errors import DataError, Interrupted, VideoError
+from tvit_cli.errors import DataError, Interrupted, SettingsError, VideoError
 from tvit_cli.files import Source, csv_row
-from tvit_cli.portable.reading import CENTRE, segment_indices
+from tvit_cli.portable.reading import CENTRE, TOLERANCE, segment_indices
 from tvit_cli.results import Report, Segment, Span, Timeline, seconds_done, silent
+from tvit_cli.settings.card import Preprocessing
 
 Scores = NDArray[np.float64]
 Choice = NDArray[np.int64]
 T = TypeVar("T")
 
-TOLERANCE = 1e-6  # seconds; times are sums of fractions
 WHOLE = float("inf")  # end of a segment of the whole video
 SUBTITLES = (".srt", ".vtt")
 _FULL_WIDTH = "\uff1c\uff1e\uff5b\uff5d"
@@ -117,12 +117,22 @@ class Window:
         return np.stack(self.pictures)
 
 
-def frame_positions(n_frames: int, grid: int | None) -> list[float]:
-    """Positions of the frames in a window, as shares of its length: centres of equal segments, as in evaluation.
+def frame_positions(card: Preprocessing, window: float) -> list[float]:
+    """Positions of a clip's frames in a window of `window` seconds, as shares of its length, as in evaluation.
 
-    With a grid, positions on the grid, as in `segment_indices`. 4 frames -> 1/8, 3/8, 5/8, 7/8.
+    They are the centres of equal segments; with a grid, positions on the grid, as in `segment_indices`. With
+    `clip_seconds`, the clip is in the middle of the window. 4 frames -> 1/8, 3/8, 5/8, 7/8; 4 frames of a clip as
+    long as the window -> 0, 1/4, 1/2, 3/4. Raises SettingsError for a window shorter than the clip.
     """
-    grid = grid or n_frames
+    n_frames = card.n_frames
+    if (seconds := card.clip_seconds) is not None:
+        if window < seconds - TOLERANCE:
+            reason = f"the model takes clips of {seconds:g} s. Take a window of at least that"
+            raise SettingsError(
+                f"--window {window:g}: {reason}: --window {math.ceil(seconds * 100) / 100:g}s."
+            )
+        return [((window - seconds) / 2 + n * seconds / n_frames) / window for n in range(n_frames)]
+    grid = card.frame_grid or n_frames
     return [(position + CENTRE) / grid for position in segment_indices(grid, n_frames)]
 
 
@@ -329,7 +339,7 @@ def make_timeline(
         cuts.watch(clock.watch(iter_frames(location, short_side=preprocessing.scale_to))),
         length=window,
         stride=stride,
-        positions=frame_positions(preprocessing.n_frames, preprocessing.frame_grid),
+        positions=frame_positions(preprocessing, window),
     )
     rows: list[Scores] = []
     finders: list[SegmentFinder] = []  # of each span

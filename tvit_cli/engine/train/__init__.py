@@ -45,6 +45,7 @@ from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural, shorten
 from tvit_cli.model import lora
 from tvit_cli.model.folder import load_card, save_model
+from tvit_cli.model.pretrained import own_clips
 from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
@@ -122,10 +123,11 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     source = open_dataset(
         settings.path_to_data,
         report,
-        clip=ClipFormat(settings.n_frames, settings.img_size, settings.frame_grid),
+        clip=_clip_format(settings),
         need_test=settings.test_at_end,
         **(split_choice(settings) if card is None else split_after(settings, card)),
     )
+    settings = settings.model_copy(update={"clip_seconds": source.clip_seconds})
     test_videos = digest(video.name for video in source.readable("test"))
     own = {**result_settings(settings), **data_fingerprint(source), "test videos": test_videos}
     check_ranks_agree(gather_object([own]))
@@ -155,6 +157,16 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     if checkpoint is not None:
         restore(loop, checkpoint)
     return loop
+
+
+def _clip_format(settings: TrainSettings) -> ClipFormat:
+    seconds, name = settings.clip_seconds, settings.hf_model_name
+    by_weights = (
+        seconds is not None
+        and name is not None
+        and own_clips(name, settings.n_frames).get("clip_seconds") == seconds
+    )
+    return ClipFormat(settings.n_frames, settings.img_size, settings.frame_grid, seconds, by_weights)
 
 
 def _check_data(

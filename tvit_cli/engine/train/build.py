@@ -72,7 +72,7 @@ def build(
     source = origin
     if source is None and settings.hf_model_name is not None:
         source = resolve_weights(settings.hf_model_name)
-    own = {name: getattr(settings, name) for name in ("n_frames", "frame_grid", "resize")}
+    own = {name: getattr(settings, name) for name in ("n_frames", "frame_grid", "clip_seconds", "resize")}
     preprocessing = Preprocessing(frame_size=settings.img_size, **own)
     shape: dict[str, Any] = {"num_classes": len(labels), "frame_size": settings.img_size}
     shape |= {key: getattr(settings, key) for key in CHOSEN_SHAPE}
@@ -112,6 +112,7 @@ def build(
         if pretrained.clip:
             own, side = pretrained.clip, pretrained.image_size
             clip = f"{own['n_frames']} frames of {side} px in tubelets of {own['tubelet_size']}"
+            clip += f", {seconds:.3g} s" if (seconds := pretrained.clip_seconds) else ""
             report(Note(f"{settings.pretrained}: a video ViT for clips of {clip}."))
         if base.licence and "nc" in base.licence.lower().split("-"):
             reason = f"licence {base.licence}: not for commercial use, nor is a model trained from it"

@@ -305,6 +305,7 @@ def _batches(loop: Loop) -> Iterator[ClipBatch]:
         training=True,
         store=loop.source.store,
         grid=settings.frame_grid,
+        clip_seconds=settings.clip_seconds,
     )
     keys, workers = BatchKeys(loop.plan, loop.step), worker_count(settings.num_workers)
     return load_batches(dataset, keys, workers=workers, pin_memory=loop.device.type == "cuda")

@@ -56,9 +56,12 @@ def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
     if settings.resume_from_checkpoint is not None and len(named.series) == 1:
         return read_config(saved_settings(find_run(settings)))
     if (origin := find_origin(settings)) is None:
-        values = own_clips(settings.hf_model_name) if settings.hf_model_name else {}
+        given = settings.n_frames if "n_frames" in settings.model_fields_set else None
+        values = own_clips(settings.hf_model_name, given) if settings.hf_model_name else {}
         if settings.train == "probe":  # whose pooling is its own
             values.pop("pool", None)
+        if settings.frame_grid is not None:
+            values.pop("clip_seconds", None)
         return (
             Layer(f"weights {settings.hf_model_name}", values, "--hf-model-name, {key}") if values else None
         )
@@ -69,7 +72,7 @@ def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
     kept = {k: v for k, v in card.settings.items() if k in TrainSettings.model_fields and k not in own}
     values = {**kept, "path_to_data": card.settings.get("path_to_data")}
     values |= {key: getattr(config, key) for key in CHOSEN_SHAPE}
-    values |= card.preprocessing.model_dump(include={"frame_grid", "resize"})
+    values |= card.preprocessing.model_dump(include={"frame_grid", "clip_seconds", "resize"})
     return Layer(f"from {settings.from_}", {**values, "img_size": config.frame_size}, "--from, {key}")
 
 
@@ -139,7 +142,8 @@ def taken_over(settings: TrainSettings, theirs: Sequence[str], ours: Sequence[st
     """The model of --from and its part in a training, in one line."""
     rows = class_rows(theirs, ours)
     grid = "" if settings.frame_grid is None else f", of {settings.frame_grid} evenly spaced ones"
-    frames = f"{settings.n_frames} frames of {settings.img_size} px{grid}"
+    dense = "" if settings.clip_seconds is None else f" in {settings.clip_seconds:g} s"
+    frames = f"{settings.n_frames} frames of {settings.img_size} px{grid}{dense}"
     text = f"{settings.from_}: weights, {frames}; {len(rows)} of {len(ours)} classes"
     changes = {
         "new": [label for n, label in enumerate(ours) if n not in rows],
