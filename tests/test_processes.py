@@ -52,23 +52,21 @@ def taken_port():
         yield server.getsockname()[1]
 
 
-def start(words, **variables):
+def start(words, cwd=None, **variables):
     path = os.pathsep.join([str(ROOT / "tests" / "fuse"), str(ROOT)])
     first = () if str(words[0]).endswith(".py") else ("-m",)
-    return entry.start(*first, *words, **{"PYTHONPATH": path, **variables})
+    return entry.start(*first, *words, cwd=cwd, **{"PYTHONPATH": path, **variables})
 
 
-def start_ranks(*words, count=2):
-    """Starts `python WORDS` in `count` processes of one group, as SLURM does."""
+def start_ranks(*words, cwds=(None, None)):
+    """Starts `python WORDS` in a process per folder, of one group, as SLURM does."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    place = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }
-    return [start(words, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    place = {"WORLD_SIZE": str(len(cwds)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(words, cwd=cwd, **place, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+        for rank, cwd in enumerate(cwds)
+    ]
 
 
 def in_float64(monkeypatch):
@@ -304,6 +302,27 @@ def test_cpu_ranks_finish_where_there_are_fewer_gpus_than_ranks(facts, tmp_path)
         _, errors = child.communicate(timeout=100)
         assert child.returncode == 0, errors
     assert (tmp_path / "store" / "index.frames").is_file() and (tmp_path / "mine/model/card.json").is_file()
+
+
+@pytest.mark.parametrize("changes", [{}, {"resume_from_checkpoint": "latest"}], ids=["new", "resumed"])
+def test_machines_without_a_shared_folder_are_told_so_before_a_step(facts, mine, tmp_path, changes):
+    """Two machines: each process starts in a folder of its own."""
+    own = settings(**{**facts, "experiment_name": None, **changes}, working_directory="runs")
+    (tmp_path / "c.json").write_text(own.model_dump_json(exclude_unset=True))
+    (tmp_path / "0" / "runs").mkdir(parents=True)
+    (tmp_path / "1" / "runs").mkdir(parents=True)
+    mine.run.rename(tmp_path / "0" / "runs" / "mine")
+    words = ["tvit_cli", "train", "--config", str(tmp_path / "c.json")]
+    both = start_ranks(*words, cwds=[tmp_path / "0", tmp_path / "1"])
+    errors = both[bool(changes)].communicate(timeout=100)[1]
+    both[0].kill()  # its launcher would: one that resumes waits for the other
+    for child in both:
+        child.communicate(timeout=100)
+    assert both[1].returncode, errors
+    assert re.search(
+        r"rocess 1, on .*All processes read checkpoints.*that all machines share\.$", errors, re.M
+    ), errors
+    assert "Traceback" not in errors and len(list((tmp_path / "0" / "runs").iterdir())) == 1
 
 
 def test_ranks_exchange_numbers_over_gloo_with_a_timeout_of_their_own(monkeypatch):

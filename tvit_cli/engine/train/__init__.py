@@ -39,7 +39,7 @@ from tvit_cli.engine.train.memory import (
 )
 from tvit_cli.engine.train.optim import adamw, parameter_groups
 from tvit_cli.engine.train.origin import find_origin, find_reuse, keep_copy, split_after, taken_over
-from tvit_cli.engine.train.run_folder import Run, choose_run, claim, run_lock, write_settings
+from tvit_cli.engine.train.run_folder import Run, check_shared, choose_run, claim, run_lock, write_settings
 from tvit_cli.engine.train.state import Loop, WeightAverage, standardise_features
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural, shorten
@@ -117,6 +117,7 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     accelerator = make_accelerator(device=settings.device, mixed_precision=settings.mixed_precision)
     if not accelerator.is_main_process:
         report = silent
+    check_shared(settings.working_directory, ProcessGroup.of(accelerator))
     settings = settings.model_copy(update={"mixed_precision": accelerator.mixed_precision})
     origin = find_origin(settings)
     card = None if origin is None else load_card(origin.folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 
 from tvit_cli.data.layout import HeldOut, SplitChoice, matching_label, read_layout, same_class, split_choice
 from tvit_cli.engine.dataset import DataSource, find_data, video_root
@@ -15,7 +17,7 @@ from tvit_cli.engine.train.build import CHOSEN_SHAPE, class_rows
 from tvit_cli.engine.train.checkpoint import list_checkpoints
 from tvit_cli.engine.train.run_folder import Run, find_run, named_paths, saved_settings
 from tvit_cli.engine.trained import series_models
-from tvit_cli.errors import DataError, ModelError, RunError, plural, shorten
+from tvit_cli.errors import CheckpointError, DataError, ModelError, RunError, plural, shorten
 from tvit_cli.files import sha256
 from tvit_cli.model.folder import (
     BASE_FOLDER,
@@ -54,7 +56,13 @@ def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
     """
     settings = named.settings
     if settings.resume_from_checkpoint is not None and len(named.series) == 1:
-        return read_config(saved_settings(find_run(settings)))
+        try:
+            return read_config(saved_settings(find_run(settings)))
+        except CheckpointError as error:
+            if (rank := os.environ.get("RANK", "0")) == "0":
+                raise
+            advice = "All processes read checkpoints: name a --working-directory that all machines share."
+            raise CheckpointError(f"Process {rank}, on {gethostname()}: {error} {advice}") from error
     if (origin := find_origin(settings)) is None:
         given = settings.n_frames if "n_frames" in settings.model_fields_set else None
         values = own_clips(settings.hf_model_name, given) if settings.hf_model_name else {}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import gethostname
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING
 
 from tvit_cli.engine.dataset import data_name, find_data
 from tvit_cli.engine.evaluate.files import METRICS_FILE
@@ -19,6 +22,9 @@ from tvit_cli.files import file_lock, files_below, foreign_files, remove_files
 from tvit_cli.model.folder import BASE_FOLDER, MODEL_FOLDER, SETTINGS_FILE, load_card, own_files
 from tvit_cli.settings.train import TrainSettings
 from tvit_cli.settings.types import RUNS
+
+if TYPE_CHECKING:
+    from tvit_cli.engine.launch import ProcessGroup
 
 LOCK_FILE = ".lock"
 TEST = Path("eval", "test")  # evaluation of the test subset
@@ -95,6 +101,30 @@ def train_further(folder: Path, settings: TrainSettings) -> str:
     words = ["tvit", "train", "--from", str(folder), "--epochs", str(more), "--experiment-name", new]
     words += [] if root == RUNS else ["--working-directory", str(root)]
     return f"\nTo train it for {more} more {'epoch' if more == 1 else 'epochs'}:\n  {shlex.join(words)}"
+
+
+def check_shared(folder: Path, group: ProcessGroup) -> None:
+    """Raises RunError on all ranks unless all see the files of rank 0 in the working directory."""
+    if group.processes == 1:
+        return
+    paths = (folder.absolute(), *folder.absolute().parents)
+    depth = next(i for i, path in enumerate(paths) if path.is_dir())
+    with ExitStack() as stack:
+        marker = ""
+        if group.is_main:
+            with suppress(OSError):  # a folder that cannot be written is named later
+                marker = Path(
+                    stack.enter_context(NamedTemporaryFile(prefix=".tvit-", dir=paths[depth])).name
+                ).name
+        depth, marker = group.gather((depth, marker))[0]
+        sees = not marker or (depth < len(paths) and (paths[depth] / marker).exists())
+        for rank, (machine, its, sees_it) in enumerate(group.gather((gethostname(), str(paths[0]), sees))):
+            if not sees_it:
+                raise RunError(
+                    f"--working-directory {its}: process {rank}, on {machine}, does not see the files of process 0 "
+                    "there. All processes read checkpoints and models: name a folder that all machines share.",
+                    by_all=True,
+                )
 
 
 def claim(run: Run, settings: TrainSettings) -> Run:

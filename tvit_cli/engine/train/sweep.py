@@ -15,7 +15,14 @@ from tvit_cli.engine.evaluate import evaluate, files
 from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
 from tvit_cli.engine.train import score_test, train
 from tvit_cli.engine.train.fingerprint import check_finished_settings
-from tvit_cli.engine.train.run_folder import TEST, Run, check_replaceable, claim, experiment_name
+from tvit_cli.engine.train.run_folder import (
+    TEST,
+    Run,
+    check_replaceable,
+    check_shared,
+    claim,
+    experiment_name,
+)
 from tvit_cli.errors import Interrupted, SettingsError
 from tvit_cli.model.folder import MODEL_FOLDER, SETTINGS_FILE, load_card
 from tvit_cli.report.comparison import write_series_report
@@ -81,6 +88,7 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
             "it out and name the series with --experiment-name: finished runs are kept, a stopped run resumes."
         )
     accelerator = make_accelerator(device=first.device, mixed_precision="no")
+    check_shared(first.working_directory, ProcessGroup.of(accelerator))
     folder = first.working_directory / experiment_name(first)
     claimed = claim(Run(folder, folder, None), first).folder if accelerator.is_main_process else None
     folder = broadcast_object_list([claimed])[0]
