@@ -159,11 +159,15 @@ def as_videomae_v2(folder):
     return folder
 
 
+def with_eps(videomae, eps):
+    videomae.fc_norm.eps = eps
+    for layer in videomae.videomae.encoder.layer:
+        layer.layernorm_before.eps = layer.layernorm_after.eps = eps
+
+
 def test_videomae_v2_is_read_without_its_remote_code(saved):
     theirs, folder = saved("VideoMAE, fine-tuned")
-    theirs.fc_norm.eps = 1e-6
-    for layer in theirs.videomae.encoder.layer:
-        layer.layernorm_before.eps = layer.layernorm_after.eps = 1e-6
+    with_eps(theirs, 1e-6)
     as_videomae_v2(folder)
 
     model, report = loaded(folder)
@@ -621,6 +625,18 @@ def test_a_published_classifier_gives_transformers_logits_and_labels(name, tmp_p
     video = next(Path(inputs["path_to_data"]).rglob("*.avi"))
     found = tvit_cli.predict(video, model=tmp_path / "weights", quiet=True).predictions[0]
     assert sorted(label for label, _ in found.labels) == sorted(COLOURS)
+
+
+def test_a_classifier_of_videomae_v2_is_read(saved):
+    theirs, folder = saved("VideoMAE, fine-tuned")
+    with_eps(theirs, 1e-6)
+    as_videomae_v2(folder)
+    head = {f"model.head.{leaf}": getattr(theirs.classifier, leaf).data for leaf in ("weight", "bias")}
+    save_file(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
+    trained = opened(folder)
+    assert trained.card.labels == ("class 0", "class 1") and trained.labels_are_guessed
+    with torch.no_grad():
+        torch.testing.assert_close(trained.model(clips()), theirs(clips()).logits, **CLOSE)
 
 
 def test_a_published_classifier_is_evaluated_and_exported(tmp_path, inputs):
