@@ -116,10 +116,9 @@ class TrainSettings(types.DataSettings):
         "Draws layers without pretrained weights from a truncated normal, sd 0.02", reference="False")
 
     train: types.TrainMode = lora("lora",
-        "Trained weights: adapters (lora), everything (all), the classifier with its pooling and "
-        "normalisation (classifier), the same with an attentive pooler (probe), or the last N blocks and all "
-        "later layers (last-N). lora and last-N also train temporal modules without pretrained weights; lora "
-        "also trains the classifier",
+        "Trained weights: adapters (lora), everything (all), the classifier (classifier), that and an attentive "
+        "pooler (probe), or the last N blocks and all later layers (last-N). lora and last-N also train temporal "
+        "modules without pretrained weights; lora also trains the classifier",
         metavar="lora|all|classifier|probe|last-N", default_text="lora; from scratch all", essential=True)
     lora_rank: int = lora(8, "Rank of the adapters; 0 attaches none", ge=0, le=1024, reference="8",
         essential=True)
