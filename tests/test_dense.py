@@ -21,7 +21,7 @@ from tvit_cli.engine.dataset import ClipFormat, open_dataset
 from tvit_cli.engine.predict.timeline import frame_positions, sliding_windows
 from tvit_cli.errors import DataError, SettingsError
 from tvit_cli.files import FrameArray
-from tvit_cli.model.pretrained import own_clips
+from tvit_cli.model.pretrained_config import own_clips
 from tvit_cli.portable import reading
 from tvit_cli.settings.card import Preprocessing
 

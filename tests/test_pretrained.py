@@ -20,7 +20,8 @@ from tvit_cli.errors import ModelError
 from tvit_cli.model import weights as weights_module
 from tvit_cli.model.families import CLIP_MEAN, FAMILIES
 from tvit_cli.model.lora import LoraSpec, merge, set_trainable
-from tvit_cli.model.pretrained import load_pretrained, own_clips, read_config, resolve_weights
+from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrained_config import own_clips
 from tvit_cli.portable.config import ATTENTIONS
 from tvit_cli.portable.vit import TemporalViT, build_model, resize_grid
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tvit_cli
 from tvit_cli.model.families import FAMILIES, Config
 from tvit_cli.model.folder import CONFIG_FILE, check_clips, empty_model
-from tvit_cli.model.pretrained import (
+from tvit_cli.model.pretrained import load_pretrained
+from tvit_cli.model.pretrained_config import (
     PretrainedConfig,
-    load_pretrained,
     own_pool,
     preprocessor,
     read_config,

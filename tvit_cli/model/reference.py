@@ -23,7 +23,7 @@ from torch import Tensor
 import tvit_cli
 from tvit_cli.model.families import EXPORTED, REFERENCE, Config, block_names, expand_names
 from tvit_cli.model.folder import CARD_FILE, CONFIG_FILE, export_not_loadable
-from tvit_cli.model.pretrained import whole_number
+from tvit_cli.model.pretrained_config import whole_number
 from tvit_cli.model.weights import MERGED_FILE, WeightsSource, check_match, check_tensor
 from tvit_cli.portable.vit import TemporalViT, ViTConfig
 from tvit_cli.settings.card import BaseWeights, ModelCard, Preprocessing

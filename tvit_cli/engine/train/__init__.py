@@ -45,7 +45,7 @@ from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural, shorten
 from tvit_cli.model import lora
 from tvit_cli.model.folder import load_card, save_model
-from tvit_cli.model.pretrained import own_clips
+from tvit_cli.model.pretrained_config import own_clips
 from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context

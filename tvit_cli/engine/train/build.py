@@ -20,7 +20,8 @@ from tvit_cli.errors import ModelError, RunError, SettingsError
 from tvit_cli.model import lora
 from tvit_cli.model.families import VIDEO
 from tvit_cli.model.folder import load_card
-from tvit_cli.model.pretrained import NETWORK, SCHEME, load_pretrained, read_config, resolve_weights
+from tvit_cli.model.pretrained import SCHEME, load_pretrained, resolve_weights
+from tvit_cli.model.pretrained_config import NETWORK, read_config
 from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.vit import TemporalViT, ViTConfig, build_model
 from tvit_cli.results import Note, Report

@@ -29,7 +29,7 @@ from tvit_cli.model.folder import (
     load_config,
     replace_folder,
 )
-from tvit_cli.model.pretrained import own_clips
+from tvit_cli.model.pretrained_config import own_clips
 from tvit_cli.model.weights import WeightsSource, resolve_weights
 from tvit_cli.settings.base import Layer, Loaded, extra, read_config, suggestion
 from tvit_cli.settings.card import ModelCard
