@@ -404,7 +404,7 @@ def test_a_video_preprocessor_config_is_read(saved):
     assert (config.mean, config.std, config.notes) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ())
 
 
-def train_and_export(data, weights, folder, formats, *, pool="mean", **how):
+def train_and_export(data, weights, folder, formats, *, expected_pool="mean", **how):
     """Trains with the clips that the weights decide, resumes from the first checkpoint, and exports."""
     how |= {
         "path_to_data": str(data),
@@ -415,7 +415,7 @@ def train_and_export(data, weights, folder, formats, *, pool="mean", **how):
     how |= {"device": "cpu", "quiet": True, "token_drop": 0.25}
     whole = tvit_cli.train(experiment_name="mine", **how)
     settings = json.loads((whole.run / "settings.json").read_text())
-    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": how.get("pool", pool)}
+    own = {"n_frames": 4, "tubelet_size": 2, "img_size": 32, "pool": how.get("pool", expected_pool)}
     assert {key: settings[key] for key in own} == own
     losses = [record["train_loss"] for record in records(whole)]
     assert losses[-1] < losses[0]
@@ -466,7 +466,7 @@ def test_a_probe_trains_resumes_bit_for_bit_and_exports(saved, inputs, tmp_path)
     (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     how = {"epochs": 2, "learning_rate": 0.01, "train": "probe"}
     run = train_and_export(
-        inputs["path_to_data"], weights, tmp_path / "runs", ("huggingface",), pool="attentive", **how
+        inputs["path_to_data"], weights, tmp_path / "runs", ("huggingface",), expected_pool="attentive", **how
     )
     before, after = load_file(weights / "model.safetensors"), load_file(run.model / "model.safetensors")
     assert torch.equal(after["norm.weight"], before["encoder.layernorm.weight"])
