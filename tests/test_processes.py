@@ -325,19 +325,44 @@ def test_machines_without_a_shared_folder_are_told_so_before_a_step(facts, mine,
     assert "Traceback" not in errors and len(list((tmp_path / "0" / "runs").iterdir())) == 1
 
 
-def test_ranks_exchange_numbers_over_gloo_with_a_timeout_of_their_own(monkeypatch):
-    """Over NCCL each number would wait for all work of a GPU; its default timeout is 10 minutes."""
-    made = []
+def test_ranks_exchange_numbers_over_gloo_and_join_within_minutes(monkeypatch):
+    """Over NCCL each number would wait for all work of a GPU; collectives get longer than the start."""
+    made, limits = [], []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.Accelerator", lambda **options: made.extend(options["kwargs_handlers"]))
     monkeypatch.setattr("accelerate.state.AcceleratorState._reset_state", lambda **options: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(launch, "resolve_precision", lambda *given: "no")
+    monkeypatch.setattr(launch, "set_timeout", limits.append)
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(launch, "pick_device", lambda name: torch.device(name))
-        monkeypatch.setattr(launch, "resolve_precision", lambda *given: "no")
         make_accelerator(device=device, mixed_precision="no")
     assert [group.backend for group in made] == ["gloo", "cpu:gloo,cuda:nccl"]
-    assert {group.timeout for group in made} == {timedelta(hours=1)}
+    assert {group.timeout for group in made} == {timedelta(minutes=10)}
+    assert limits == [timedelta(hours=1)] * 2
+
+
+def test_unreachable_first_process_is_named_before_data_is_read(facts, tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import datetime\n"
+        "from tvit_cli.cli import run\n"
+        "from tvit_cli.engine import launch\n"
+        "launch.JOIN_TIMEOUT = datetime.timedelta(seconds=1)\n"
+        "run(['train', '--path-to-data', 'nothing'])\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    place = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    with start([tmp_path / "program.py"], **place) as child:
+        _, errors = child.communicate(timeout=50)
+    assert child.returncode == 1 and "Traceback" not in errors, errors
+    assert re.search(rf"could not connect at 127.0.0.1, port {port}: .* Check MASTER_ADDR", errors), errors
 
 
 def test_second_training_in_a_process_uses_its_own_device(monkeypatch):

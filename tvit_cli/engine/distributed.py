@@ -25,13 +25,9 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: fast, and small beside the memory of a step
 PREFETCH = 4  # jobs per worker that start before their turn, so that one long video does not block the others
-BACKENDS = {
-    "cpu": "gloo",
-    "cuda": "cpu:gloo,cuda:nccl",
-}  # of one group: each tensor's collectives by its device
-TIMEOUT = timedelta(
-    hours=1
-)  # of a collective: NCCL's 10 minutes are too short for rank 0 to write to a slow disk
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # one group: the device of a tensor chooses
+JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+TIMEOUT = timedelta(hours=1)  # of a collective, while rank 0 writes to a slow disk; NCCL's default is 10 min
 SECONDS_TO_END_ITSELF = 5  # for a process that has reached the limit of its job
 J = TypeVar("J")
 R = TypeVar("R")
@@ -88,6 +84,12 @@ def all_reduce_max(values: list[int], accelerator: Accelerator | PartialState) -
 def all_reduce_min(value: int, accelerator: Accelerator) -> int:
     """The minimum over all ranks."""
     return -all_reduce_max([-value], accelerator)[0]
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Sets the time that a collective of the process group may take; its start has had JOIN_TIMEOUT."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 def barrier(state: Accelerator | PartialState) -> None:

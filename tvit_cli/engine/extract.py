@@ -21,10 +21,12 @@ from tvit_cli.data.video import COUNT_SLACK, count_frames, probe
 from tvit_cli.engine.dataset import find_or_make_data
 from tvit_cli.engine.distributed import (
     BACKENDS,
+    JOIN_TIMEOUT,
     barrier,
     default_worker_count,
     map_in_order,
     preserve_process_count,
+    set_timeout,
 )
 from tvit_cli.errors import DataError, RunError, VideoError
 from tvit_cli.files import check_folder, file_lock, is_writable
@@ -137,7 +139,8 @@ def process_group() -> tuple[int, int, Callable[[], None]]:
     from accelerate import PartialState  # loads torch
 
     with preserve_process_count():
-        state = PartialState(cpu=True, backend=BACKENDS["cpu"], timeout=TIMEOUT)
+        state = PartialState(cpu=True, backend=BACKENDS["cpu"], timeout=JOIN_TIMEOUT)
+    set_timeout(TIMEOUT)
     return state.process_index, state.num_processes, partial(barrier, state)
 
 

@@ -19,7 +19,14 @@ import torch
 from torch.distributed import DistError
 
 from tvit_cli.data.clips import is_waiting
-from tvit_cli.engine.distributed import BACKENDS, TIMEOUT, all_reduce_max, preserve_process_count
+from tvit_cli.engine.distributed import (
+    BACKENDS,
+    JOIN_TIMEOUT,
+    TIMEOUT,
+    all_reduce_max,
+    preserve_process_count,
+    set_timeout,
+)
 from tvit_cli.errors import Interrupted, ModelError, RunError, SettingsError, plural
 from tvit_cli.results import Event, Note, Report, silent
 from tvit_cli.settings.types import MixedPrecision
@@ -97,16 +104,17 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     AcceleratorState._reset_state(reset_partial_state=is_alone)
     precision = resolve_precision(mixed_precision, chosen)
-    group = InitProcessGroupKwargs(backend=BACKENDS.get(chosen.type), timeout=TIMEOUT)
+    group = InitProcessGroupKwargs(backend=BACKENDS.get(chosen.type), timeout=JOIN_TIMEOUT)
     try:
         with preserve_process_count():
-            return Accelerator(
+            accelerator = Accelerator(
                 cpu=chosen.type == "cpu",
                 mixed_precision=precision,
                 # Else taken from the environment: gradients are divided by the clips of an update, not here.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 kwargs_handlers=[] if is_alone else [group],
             )
+        set_timeout(TIMEOUT)
     except NotImplementedError as error:  # GPUs without peer-to-peer communication in the installed driver
         raise SettingsError(f"Accelerate will not start here: {error}") from error
     except DistError as error:
@@ -118,6 +126,7 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
                 "--main_process_port) to a free one, or let --num-processes choose it."
             )
         raise RunError(f"The processes could not connect at {host}, port {port}: {reason}") from error
+    return accelerator
 
 
 def _refuse_sharding(device: torch.device) -> None:
