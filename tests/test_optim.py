@@ -147,8 +147,11 @@ def test_temporal_layers_have_their_own_learning_rate(attention):
 
 @pytest.mark.parametrize(
     ("mode", "targets"),
-    [("lora", ("q",)), ("lora", ("q", "classifier")), ("all", ()), ("last-1", ()), ("classifier", ())],
-)
+    [
+        ("lora", ("q",)), ("lora", ("q", "classifier")), ("all", ()), ("last-1", ()), ("classifier", ()),
+        ("probe", ()),
+    ],
+)  # fmt: skip
 def test_classifier_has_its_own_learning_rate_in_every_mode(mode, targets):
     config = ViTConfig.from_dict({**TINY.to_dict(), "attention": "factorized", "pool": "attentive"})
     model = TemporalViT(config)
