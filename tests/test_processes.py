@@ -424,6 +424,14 @@ def test_what_accelerate_cannot_start_on_is_said_in_its_words(monkeypatch):
         make_accelerator(device="cpu", mixed_precision="no")
 
 
+def test_hidden_gpus_are_told_from_missing_ones(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ModelError, match=r"--device cuda: no GPU .* CUDA_VISIBLE_DEVICES=''\. Unset it"):
+        launch.pick_device("cuda")
+
+
 def test_precision_without_hardware_for_it_is_refused_or_kept_exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert launch.resolve_precision("no", torch.device("cuda")) == "no"

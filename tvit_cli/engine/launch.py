@@ -57,6 +57,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind in has if has[kind]))
     if not has.get(name.partition(":")[0], True):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if name.startswith("cuda") and visible is not None and torch.version.cuda is not None:
+            raise ModelError(
+                f"--device {name}: no GPU can be used with CUDA_VISIBLE_DEVICES={visible!r}. Unset it, or name one "
+                "that nvidia-smi lists. Else take --device cpu."
+            )
         raise ModelError(
             f"--device {name}: this machine has none that PyTorch {torch.__version__} can use. "
             "Take --device cpu, or install a PyTorch build for your GPU."
