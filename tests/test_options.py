@@ -69,6 +69,7 @@ def test_help_of_the_program_starts_own_videos_in_three_commands(monkeypatch):
     ("line", "names"),
     [
         ("train --lr 1e-3", ["--lr", "--learning-rate"]),
+        ("train --frame-stride 4", ["--frame-stride", "--clip-seconds"]),
         ("train --batch_size 4", ["--batch-size", "--global-batch-size or --per-gpu-batch-size"]),
         ("eval --batch-size 4", ["--batch-size", "--per-gpu-batch-size"]),
         ("train --model vit", ["--model", "--hf-model-name"]),

@@ -49,6 +49,7 @@ SYNONYMS = {
     **dict.fromkeys(("name", "run_name"), ("experiment_name",)),
     **dict.fromkeys(("resolution", "image_size", "size"), ("img_size", "short_side")),
     **dict.fromkeys(("frames", "num_frames", "clip_length"), ("n_frames", "frames_per_video")),
+    **dict.fromkeys(("frame_stride", "sampling_rate", "clip_duration"), ("clip_seconds",)),
     **dict.fromkeys(("workers", "jobs"), ("num_workers",)),
     **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node"), ("num_processes",)),
     **dict.fromkeys(("amp", "fp16", "bf16", "precision"), ("mixed_precision",)),

@@ -374,7 +374,8 @@ def plan_facts(loop: Loop) -> dict[str, str]:
     rates = f"{rate:g}" if factor == 1 else f"{rate:g}, of the classifier {factor * rate:g}"
     return first | {
         "data": f"{source.root}: {plural(len(source.layout.labels), 'class')}, {counts} videos",
-        "clips": f"{plural(settings.n_frames, 'frame')} of {settings.img_size}×{settings.img_size} pixels",
+        "clips": f"{plural(settings.n_frames, 'frame')} of {settings.img_size}×{settings.img_size} pixels"
+        + ("" if settings.clip_seconds is None else f" in {settings.clip_seconds:.3g} s"),
         "device": f"{loop.device} × {plan.processes}, {settings.mixed_precision} mixed precision",
         "batch": str(plan),
         "schedule": f"{plural(settings.epochs, 'epoch')} of {plural(plan.steps_per_epoch, 'step')}, "
