@@ -19,11 +19,14 @@ from tvit_cli.data.layout import Video, split_choice
 from tvit_cli.data.video import KeptFrames, iter_frames, read_frames
 from tvit_cli.engine.dataset import ClipFormat, open_dataset
 from tvit_cli.engine.predict.timeline import frame_positions, sliding_windows
+from tvit_cli.engine.train.origin import settings_beneath
 from tvit_cli.errors import DataError, SettingsError
 from tvit_cli.files import FrameArray
 from tvit_cli.model.pretrained_config import own_clips
 from tvit_cli.portable import reading
+from tvit_cli.settings.base import load
 from tvit_cli.settings.card import Preprocessing
+from tvit_cli.settings.train import TrainSettings
 
 TICKS = 90_000  # per second
 RATES = {
@@ -244,6 +247,15 @@ def test_weights_bring_the_seconds_of_their_training(tmp_path):
     assert own("vjepa2", 16, model_type="vjepa2") == 4  # positions count frames
     assert own("vivit", model_type="vivit") == 2.56
     assert own("vit", model_type="vit") is None
+    name = {"hf_model_name": str(tmp_path / "vjepa2")}
+    beside = [
+        load(TrainSettings, flags={**name, **given}, beneath=settings_beneath)
+        for given in ({}, {"frame_grid": 64})
+    ]
+    assert [loaded.settings.clip_seconds for loaded in beside] == [
+        16,
+        None,
+    ]  # of a grid, frames are no seconds
 
 
 def test_seconds_of_weights_give_way_to_shorter_videos(inputs):

@@ -313,7 +313,8 @@ STANDSTILL = {"epochs": 4, "learning_rate": 1e-30}
 # fmt: off
 # setting -> a value with which a run ends with other weights than the default run
 WEIGHTS = {
-    "seed": 5, "n_frames": 2, "img_size": 48, "frame_grid": 4, "resize": "squash", "hf_model_name": None,
+    "seed": 5, "n_frames": 2, "img_size": 48, "frame_grid": 4, "clip_seconds": 0.2, "resize": "squash",
+    "hf_model_name": None,
     "attention": "divided", "pool": "attentive", "feature_norm": True, "custom_weight_init": True,
     "train": "classifier", "lora_rank": 4, "lora_alpha": 32, "lora_rank_pattern": {"q": 2},
     "lora_alpha_pattern": {"q": 32}, "lora_use_rslora": True, "lora_use_dora": True, "lora_init": "gaussian",

@@ -31,7 +31,8 @@ ENVIRONMENT_PREFIX = "TVIT_"
 RESERVED_VARIABLES = frozenset({"TVIT_DEBUG", "TVIT_TEST_DATA"})
 PYTHON_NAMES = {"batch_size": "per_gpu_batch_size"}  # arguments of the Python API with shorter names
 MOST_BYTES = 2**20  # of a config file
-YIELDING = ("from ", "preset ")  # names of layers whose settings yield to higher ones that they contradict
+# Names of layers whose settings, or those named here, yield to others that they contradict.
+YIELDING: dict[str, set[str] | None] = {"weights ": {"clip_seconds"}, "from ": None, "preset ": None}
 PRESETS = resources.files("tvit_cli.settings") / "presets"
 # Names of other programs and the settings of the same meaning; a verb suggests those that it has.
 SYNONYMS = {
@@ -273,8 +274,8 @@ def _yielding(problems: Iterable[str], origins: Mapping[str, str]) -> set[str]:
     for line in itertools.chain.from_iterable(map(str.splitlines, problems)):
         words = set(re.findall(r"--[a-z][a-z0-9-]*", line))
         named = {key: origins[key] for key in origins if flag(key) in words and origins[key] != "default"}
-        for kind in YIELDING:
-            lower = {key for key, name in named.items() if name.startswith(kind)}
+        for kind, keys in YIELDING.items():
+            lower = {k for k, name in named.items() if name.startswith(kind) and (keys is None or k in keys)}
             if lower and len(lower) < len(named):
                 found |= lower
                 break
@@ -283,9 +284,11 @@ def _yielding(problems: Iterable[str], origins: Mapping[str, str]) -> set[str]:
 
 def _without(layer: Layer, keys: set[str]) -> Layer:
     """A layer that yields, without some keys; other layers as they are."""
-    if not layer.name.startswith(YIELDING):
-        return layer
-    return replace(layer, values={key: value for key, value in layer.values.items() if key not in keys})
+    for kind, own in YIELDING.items():
+        if layer.name.startswith(kind):
+            gone = keys if own is None else keys & own
+            return replace(layer, values={key: v for key, v in layer.values.items() if key not in gone})
+    return layer
 
 
 def _combinations(

@@ -47,7 +47,6 @@ class TrainSettings(types.DataSettings):
         "path_to_data",
         "train",  # a probe does not take the pooling of its weights
         "n_frames",
-        "frame_grid",
         *SERIES,
     )
 

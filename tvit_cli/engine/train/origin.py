@@ -68,8 +68,6 @@ def settings_beneath(named: Loaded[TrainSettings]) -> Layer | None:
         values = own_clips(settings.hf_model_name, given) if settings.hf_model_name else {}
         if settings.train == "probe":  # whose pooling is its own
             values.pop("pool", None)
-        if settings.frame_grid is not None:
-            values.pop("clip_seconds", None)
         return (
             Layer(f"weights {settings.hf_model_name}", values, "--hf-model-name, {key}") if values else None
         )
