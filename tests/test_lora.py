@@ -889,6 +889,7 @@ def test_the_input_a_byte_mask_and_the_narrow_product_are_all_that_is_kept():
     assert kept() == 4 * (x.numel() + product)
     assert kept(dropout=0.1) == kept() + x.numel()
     assert kept(F.gelu) - kept(gelu="none") == 4 * x.numel()  # one that is taken over keeps nothing
+    assert kept(layers.BlockNorm(256)) == kept() + 4 * (2 * 64 + 2 * 256)  # mean, deviation, weights
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert kept() == 2 * (x.numel() + product + lora_a + lora_b)  # no copy of the frozen weight
     with torch.no_grad():

@@ -19,7 +19,7 @@ from tvit_cli.engine.trained import open_trained
 from tvit_cli.errors import ModelError, TvitError
 from tvit_cli.model.lora import LoraSpec, set_trainable, trainable_tensors
 from tvit_cli.model.pretrained import load_pretrained, read_config, resolve_weights
-from tvit_cli.portable.vit import build_model
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.settings.base import load
 from tvit_cli.settings.train import TrainSettings
 
@@ -382,6 +382,32 @@ def test_adapters_spare_the_patches_whose_tubelets_come_with_the_weights(saved):
     set_trainable(model, "lora", LoraSpec(2, 2, 0.0, False, "none", ("q",), ()), seed=0)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained and all(".q." in name or name.startswith("classifier") for name in trained)
+
+
+@pytest.mark.parametrize(("dropout", "early"), [(0.0, True), (0.1, False)])
+def test_pooling_before_the_last_layer_changes_no_gradient(dropout, early):
+    config = ViTConfig(
+        num_classes=3, n_frames=4, frame_size=32, patch_size=8, width=32, depth=2, num_heads=4, tubelet_size=2,
+        class_token=False, pool="mean", positions="joint", norm="pooled",
+    )  # fmt: skip
+    model = build_model(config, seed=0, from_scratch=True)
+    assert model.pools_in_last
+    set_trainable(
+        model, "lora", LoraSpec(2, 2, dropout, False, "none", ("q", "fc2"), (), init="gaussian"), seed=0
+    )
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    assert model.pools_in_last is early  # dropout acts on each token
+
+    def step():
+        logits = model.eval()(clips())
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        return [logits, *torch.autograd.grad(logits.square().sum(), trained)]
+
+    if early:
+        results = step()
+        model.pools_in_last = False
+        torch.testing.assert_close(results, step(), **CLOSE)
 
 
 def test_vivits_offset_and_scale_are_part_of_mean_and_std(saved):

@@ -4,8 +4,9 @@ Note [Memory of a LoRA layer]. Autograd stores the dropped input and its mask, e
 This function stores the input (shared by layers that read the same tokens), the r-wide product, and a byte per
 number of the mask. Under autocast the frozen weight is cast again in the backward pass. The dropped input is
 computed a few rows at a time, which fits the CPU's cache. A layer after a GELU computes the GELU itself, so that
-its output, four times as wide as the tokens, is never stored. Narrow products are (r, N), as (N, r) takes a CPU up
-to eight times as long. Timings, and attempts without effect: docs/negative-results.md.
+its output, four times as wide as the tokens, is never stored. After a BlockNorm the norm's input, which the norm
+stores, is kept in place of its output, which the backward pass computes again. Narrow products are (r, N), as
+(N, r) takes a CPU up to eight times as long. Timings, and attempts without effect: docs/negative-results.md.
 
 Letters: N rows (tokens of all clips), I and O the layer's inputs and outputs, r the rank.
 """
@@ -50,9 +51,10 @@ def lora_linear(
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, lora_a, lora_b))
+    norm_of = getattr(x, "norm_of", None)
     keep = draw_mask(x.numel(), dropout, x.device).view(-1, x.shape[-1]) if dropout else None
     return _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_a, lora_b, keep, scale / (1 - dropout), gelu
+        x, weight, bias, lora_a, lora_b, keep, scale / (1 - dropout), gelu, norm_of
     )
 
 
@@ -99,6 +101,7 @@ class _LoraLinear(torch.autograd.Function):
         keep: Tensor | None,
         scale: float,
         gelu: str | None,
+        norm_of: tuple[Tensor, nn.LayerNorm] | None,
     ) -> Tensor:
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
@@ -110,7 +113,9 @@ class _LoraLinear(torch.autograd.Function):
                 torch.mm(lora_a, _dropped(rows[part], keep, part).t(), out=product[:, part])
             product *= scale
             output.addmm_(product.t(), lora_b.t())
-        ctx.scale, ctx.gelu, ctx.shape = scale, gelu, x.shape
+        ctx.scale, ctx.gelu, ctx.shape, ctx.norm = scale, gelu, x.shape, None
+        if norm_of is not None and needs_x:
+            x, ctx.norm = norm_of[0].detach(), norm_of[1]
         ctx.save_for_backward(
             x if needs_a or (gelu is not None and needs_x) else None,
             weight if needs_x else None,
@@ -146,7 +151,7 @@ class _LoraLinear(torch.autograd.Function):
             before: Any = None if x is None else x.reshape(-1, x.shape[-1])  # (N, I)
             for part in _chunks(grad_x if before is None else before) if needs_x or needs_a else ():
                 if needs_a:
-                    rows = before[part]
+                    rows = before[part] if ctx.norm is None else _normed(before[part], ctx.norm)
                     rows = rows if ctx.gelu is None else F.gelu(rows, approximate=ctx.gelu)
                     rows = _dropped(rows, keep, part)
                     if grad_a.dtype == rows.dtype:
@@ -163,13 +168,17 @@ class _LoraLinear(torch.autograd.Function):
                         gelu_backward(gradient, before[part], approximate=ctx.gelu, grad_input=gradient)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK // rows.shape[1]) if rows.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], size):
         yield slice(start, start + size)
+
+
+def _normed(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _dropped(rows: Tensor, keep: Tensor | None, part: slice) -> Tensor:

@@ -167,6 +167,9 @@ def _inject(model: TemporalViT, targets: list[str], spec: LoraSpec, seed: int) -
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         act = getattr(parent, "act", None)
         computes_gelu = name.endswith(".fc2") and not spec.use_dora and type(layer) is ours
+        if name == f"blocks.{len(model.blocks) - 1}.mlp.fc2" and model.pools_in_last:
+            model.pools_in_last = not spec.dropout  # a mean cannot be dropped token by token
+            computes_gelu = computes_gelu and not model.pools_in_last
         if computes_gelu and isinstance(act, nn.GELU):  # See Note [Memory of a LoRA layer]
             layer.gelu, parent.act = act.approximate, nn.Identity()
 

@@ -322,6 +322,7 @@ class TemporalViT(nn.Module):
         self.config = config
         self.run_block = run_block
         self.encoder_grad = True
+        self.pools_in_last = config.norm == "pooled" and config.pool == "mean"  # see Block
         scheme, width, patch_size = SCHEMES[config.attention], config.width, config.patch_size
         embedding = TokenIndexedEmbedding if config.temporal_index == "token" else TemporalEmbedding
         with _SkipInit():
@@ -358,12 +359,12 @@ class TemporalViT(nn.Module):
         self._check_shape(clips)
         with nullcontext() if self.encoder_grad else torch.no_grad():
             tokens = self.encode(clips)
-        is_pooled = self.config.norm == "pooled"
-        groups = self.norm(self.pool(tokens)) if is_pooled else self.pool(tokens)  # (B, G, D)
+        groups = tokens if self.pools_in_last else self.pool(tokens)  # (B, G, D)
+        groups = self.norm(groups) if self.config.norm == "pooled" else groups
         return self.feature_norm(self.summary(groups))  # (B, D)
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Tokens of the last block that pooling reads, (B, T, C, H, W) -> (B, G, Q, D)."""
+        """Tokens of the last block that pooling reads, (B, T, C, H, W) -> (B, G, Q, D), or their mean, (B, G, D)."""
         n_clips, n_frames, n_channels, height, width = clips.shape
         tubelet_size, patch_size = self.config.tubelet_size, self.config.patch_size
         tubelets = clips.reshape(-1, tubelet_size * n_channels, height, width)  # (B*T', t*C, H, W)
@@ -372,12 +373,13 @@ class TemporalViT(nn.Module):
         grid = (height // patch_size, width // patch_size)
         tokens, rotation = self.positions(self.temporal(patches), grid)
         tokens = self.pre_norm(tokens)  # (B, G, N, D)
-        options = {} if rotation is None else {"rotation": rotation}
+        options: dict[str, Any] = {} if rotation is None else {"rotation": rotation}
         *blocks, last = self.blocks
         for block in blocks:
             tokens = self.run_block(block, tokens, **options)  # (B, G, N, D)
-        # The last block computes only the tokens that pooling reads.
-        tokens = self.run_block(last, tokens, n_queries=self.pool.n_queries, **options)  # (B, G, Q, D)
+        # The last block computes only the tokens that pooling reads, or their mean alone.
+        options |= {"pool": self.pool} if self.pools_in_last else {"n_queries": self.pool.n_queries}
+        tokens = self.run_block(last, tokens, **options)  # (B, G, Q, D) or (B, G, D)
         return tokens if self.config.norm == "pooled" else self.norm(tokens)
 
     def classify(self, features: Tensor) -> Tensor:
