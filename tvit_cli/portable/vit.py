@@ -364,7 +364,7 @@ class TemporalViT(nn.Module):
         return self.feature_norm(self.summary(groups))  # (B, D)
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Tokens of the last block that pooling reads, (B, T, C, H, W) -> (B, G, Q, D), or their mean, (B, G, D)."""
+        """Tokens that pooling reads, (B, T, C, H, W) -> (B, G, Q, D), or their mean, (B, G, D)."""
         n_clips, n_frames, n_channels, height, width = clips.shape
         tubelet_size, patch_size = self.config.tubelet_size, self.config.patch_size
         tubelets = clips.reshape(-1, tubelet_size * n_channels, height, width)  # (B*T', t*C, H, W)
