@@ -487,6 +487,17 @@ def test_a_video_vit_trains_resumes_bit_for_bit_and_exports(name, saved, inputs,
         assert theirs == pytest.approx(labels, abs=1e-5)
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["VideoMAE, pretrained", "V-JEPA 2"])
+def test_a_tiny_video_vit_learns_real_clips_and_exports_to_every_format(name, saved, real_data, tmp_path):
+    _, weights = saved(name)
+    (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    how = {"epochs": 3, "learning_rate": 0.01, "per_gpu_batch_size": 16}
+    how |= {"group_pattern": "^([a-z]+)_", "test_groups": "daria"}
+    formats = ("torch", "safetensors", "onnx", "huggingface", "adapter")
+    train_and_export(real_data / "weizmann", weights, tmp_path / "runs", formats, **how)
+
+
 def test_a_probe_trains_resumes_bit_for_bit_and_exports(saved, inputs, tmp_path):
     _, weights = saved("V-JEPA 2")
     (weights / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
