@@ -144,9 +144,7 @@ class ClipDataset(Dataset[ClipItem]):
         if wanted is not None and length < wanted:
             short = f"lasts {length:.2f} s, less than a clip of {wanted:.3g} s: its last frame is repeated"
             note = "; ".join(filter(None, (note, short)))
-        frames = torch.from_numpy(
-            clip.frames
-        )  # (T * clips, H, W, C): dense clips, or by segment, then by clip
+        frames = torch.from_numpy(clip.frames)  # (T * clips, H, W, C): clip by clip, else by segment
         if self.clips_per_video > 1 and self.clip_seconds is None:
             frames = frames.view(-1, self.clips_per_video, *frames.shape[1:]).transpose(0, 1).flatten(0, 1)
         if self.shuffle_frames:

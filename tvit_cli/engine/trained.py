@@ -87,8 +87,8 @@ def open_trained(
     """Loads a model folder, or that of a run's folder; without one, the newest of the working directory.
 
     `given` may also be a name on the Hugging Face hub, a video classifier saved by transformers, or a model of the
-    reference implementation. Raises
-    ModelError for a missing, incomplete or damaged model, SettingsError for a precision that the device lacks.
+    reference implementation. Raises ModelError for a missing, incomplete or damaged model, SettingsError for a
+    precision that the device lacks.
     """
     precision = resolve_precision(mixed_precision, device)
     folder = find_newest_model(working_directory) if given is None else given

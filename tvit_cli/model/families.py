@@ -170,7 +170,7 @@ def _timm(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     swiglu = fc1.shape[0] == 2 * fc2.shape[-1] or "blocks.0.mlp.fc1_x.weight" in tensors
     # Leading rows of the table do not reach the next square. Without a table any size is as good: timm's of DINOv3.
     grid = 256 // patch_size if positions is None else math.isqrt(positions.shape[-2])
-    rotary: Config = {key: config[key] for key in ("positions",) if key in config}
+    rotary: Config = {"positions": config["positions"]} if "positions" in config else {}
     if positions is not None and rotary:
         rotary |= {"rotary_grid": grid}
     quick_gelu = "quickgelu" in str(config.get("architecture", ""))

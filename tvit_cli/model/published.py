@@ -47,8 +47,9 @@ def load_published(source: WeightsSource) -> ReferenceModel:
         advice = f'"id2label" in a {CONFIG_FILE} beside the weights names them.'
         notes.append(f"The weights do not name their {classes} classes: they are numbered. {advice}")
     own = read_config(source)
-    if own.licence and "nc" in own.licence.lower().split("-"):
-        notes.append(f"{source.name}: licence {own.licence}: not for commercial use.")
+    base = BaseWeights(**{key: getattr(own, key) for key in BaseWeights.model_fields})
+    if base.terms:
+        notes.append(f"{source.name}: {base.terms}.")
     try:
         config = _network(own, len(labels))
         preprocessing = _preprocessing(source, own, config)
@@ -63,7 +64,7 @@ def load_published(source: WeightsSource) -> ReferenceModel:
         labels=labels,
         model=config.to_dict(),
         preprocessing=preprocessing,
-        base=BaseWeights(**{key: getattr(own, key) for key in BaseWeights.model_fields}),
+        base=base,
         weights_sha256=source.sha256,
     )
     return ReferenceModel(model.eval(), card, labels_are_guessed, (*own.notes, *notes))

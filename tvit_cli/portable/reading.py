@@ -253,7 +253,8 @@ def read_clip(
     decoded, or for a size that `size_fault` refuses.
     """
     with _open(str(path)) as container:
-        step = default_step(container.streams.video[0]) if container.streams.video else 1 / ASSUMED_RATE
+        stream = _video_stream(container)
+        step = 0.0 if stream is None else default_step(stream)
     times = to_times(((None, frame.time) for frame in decoded(path)), step)
     if not times.starts:
         raise ValueError(f"{path}: no frame of it can be decoded")
@@ -282,25 +283,30 @@ def read_clip(
 def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
     """Every frame that decodes, in order; packets that do not decode are skipped."""
     with _open(str(path)) as container:
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams:
+        stream = _video_stream(container)
+        if stream is None:
             return
-        context = streams[0].codec_context
+        context = stream.codec_context
         context.thread_count = 1  # with more, the remains of a damaged picture vary
         context.options = {"max_pixels": str(MOST_PIXELS)}
         context.flags |= Flags.unaligned  # exact crop of H.264, also on the left
         _check_size(path, context.width, context.height)
-        packets = container.demux(streams[0])
+        packets = container.demux(stream)
         while True:
             packet = None
             with suppress(*_DAMAGED):  # the file is truncated
                 packet = next(packets, None)
             frames: list[VideoFrame] = []
             with suppress(*_DAMAGED):
-                frames = streams[0].decode(packet)
+                frames = stream.decode(packet)
             yield from frames
             if packet is None:
                 return
+
+
+def _video_stream(container: InputContainer) -> VideoStream | None:
+    """The first video stream that is no cover picture."""
+    return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
 
 
 def _check_size(path: str | PathLike[str], width: int, height: int) -> None:

@@ -49,6 +49,16 @@ class BaseWeights(BaseModel, frozen=True, extra="forbid"):
     sha256: str | None = None
     licence: str | None = None
 
+    @property
+    def terms(self) -> str:
+        """The licence as a sentence, where it does not allow every use of a model trained from the weights."""
+        licence = self.licence or ""
+        if "nc" in licence.lower().split("-"):
+            return f"licence {licence}: not for commercial use, nor is a model trained from it"
+        if licence.startswith("other"):
+            return f"licence {licence}: its terms hold for a model trained from it, too. Read them first"
+        return ""
+
 
 class ModelCard(BaseModel, frozen=True, extra="forbid"):
     """`card.json` of a model folder."""

@@ -20,7 +20,7 @@ class ExtractSettings(DataSettings):
         default_text="frames/ beside the videos, frames-NAME/ for NAME.csv: train and eval find it", essential=True)
     frames_per_video: int = setting(32, "Evenly spaced frames per video; all frames of a shorter one", FRAMES,
         ge=1, le=65535, essential=True)
-    fps: float | None = setting(None, "Stores frames by time, this many per second, instead: for models of "
+    fps: float | None = setting(None, "Frames per second, by time, instead of --frames-per-video: for models with "
         "--clip-seconds", FRAMES, gt=0, le=1000)
     quality: int = setting(90, "JPEG quality", FRAMES, ge=1, le=100)
     short_side: int = setting(256, "Short side in pixels; larger frames are scaled down to it", FRAMES, ge=16,

@@ -78,7 +78,7 @@ class TrainSettings(types.DataSettings):
         "Samples from this many evenly spaced frames of each video only, as in a frame store", ge=1,
         resettable=True)
     clip_seconds: types.Seconds = data(None,
-        "Takes the frames evenly from this many seconds of the video, such as 2s, from a random place in training",
+        "Spreads the frames over a part of the video of this length, such as 2s, at a random place in training",
         metavar="SECONDS", resettable=True, gt=0, default_text="the whole video; video ViTs: as they were trained")
     img_size: int = data(224, "Height and width of input frames, in pixels", ge=1, le=4096, reference="224")
     resize: ResizeMode = data("crop",

@@ -81,9 +81,8 @@ def _input(facts: Preprocessing) -> str:
     if facts.clip_seconds is not None:
         where = f"evenly spaced over {facts.clip_seconds:g} s in the middle of the video"
     return (
-        f"{facts.n_frames} frames{grid}, {where}, in "
-        f"RGB; {how} (bilinear, antialiased, in 8 bits); divided by 255, then normalised with mean {mean} and "
-        f"standard deviation {std}.\n"
+        f"{facts.n_frames} frames{grid}, {where}, in RGB; {how} (bilinear, antialiased, in 8 bits); divided by "
+        f"255, then normalised with mean {mean} and standard deviation {std}.\n"
     )
 
 

@@ -115,14 +115,8 @@ def build(
             clip = f"{own['n_frames']} frames of {side} px in tubelets of {own['tubelet_size']}"
             clip += f", {seconds:.3g} s" if (seconds := pretrained.clip_seconds) else ""
             report(Note(f"{settings.pretrained}: a video ViT for clips of {clip}."))
-        if base.licence and "nc" in base.licence.lower().split("-"):
-            reason = f"licence {base.licence}: not for commercial use, nor is a model trained from it"
-            report(Note(f"{settings.pretrained}: {reason}.", "warning"))
-        elif base.licence and base.licence.startswith("other"):
-            reason = (
-                f"licence {base.licence}: its terms hold for a model trained from it, too. Read them first"
-            )
-            report(Note(f"{settings.pretrained}: {reason}.", "warning"))
+        if base.terms:
+            report(Note(f"{settings.pretrained}: {base.terms}.", "warning"))
         new, unused = ", ".join(loaded.new) or "none", ", ".join(loaded.unused) or "none"
         counts = f"{loaded.matched} tensors loaded; new: {new}; unused: {unused}"
         report(Note(f"{settings.pretrained}: {counts}", "detail"))
