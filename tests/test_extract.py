@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,9 @@ def data(source, tmp_path):
 
 
 def settings(data, **changes):
-    facts = {"frames_per_video": 12, "num_workers": 0, "shard_mib": 1, "path_to_data": str(data), **changes}
+    facts = {"num_workers": 0, "shard_mib": 1, "path_to_data": str(data), **changes}
+    if "fps" not in facts:
+        facts = {"frames_per_video": 12, **facts}
     return ExtractSettings.model_validate(facts)
 
 
@@ -509,9 +512,18 @@ def test_two_manifests_in_one_folder_have_stores_of_their_own(data):
         assert find_store(manifest) == result.folder
         assert (
             FrameStore(result.folder).header.command(result.folder)
-            == f"tvit extract --path-to-data {manifest}"
+            == f"tvit extract --path-to-data {manifest} --frames-per-video 12"
         )
     assert find_store(data) is None and run(data).folder == data / "frames"
+
+
+def test_the_command_of_a_warning_updates_a_store_with_its_own_parameters(data):
+    for own in ({"short_side": 64}, {"fps": 2, "quality": 80}):
+        folder = run(data, overwrite=True, **own).folder
+        words = FrameStore(folder).header.command(folder).split()[2:]
+        given = {name.removeprefix("--").replace("-", "_"): value for name, value in pairwise(words)}
+        options = {key: value for key, value in given.items() if key in ExtractSettings.model_fields}
+        assert extract(ExtractSettings(**options, num_workers=0), silent).skipped == len(FrameStore(folder))
 
 
 def test_a_manifest_keeps_the_store_that_it_has_in_frames(data):
@@ -586,5 +598,10 @@ def test_a_store_that_has_less_than_is_asked_for_is_not_used_or_said_to(data):
     assert is_used and "8 of its 8 videos have 100 pixels and are scaled up: the model takes 101" in said
     is_used, said = opened(frame_grid=14)
     assert is_used and "--frame-grid 14 takes the nearest" in said
+    run(data, fps=2, overwrite=True)
+    is_used, said = opened(n_frames=13)
+    assert not is_used and "it has 2 frames per second of 8 of its 8 videos, 13 are needed" in said
+    is_used, said = opened()
+    assert is_used and "a clip takes the nearest of its 2 frames per second" in said
     run(data, short_side=300, frames_per_video=20, overwrite=True)  # all that there is
     assert opened(n_frames=64, frame_size=512, frame_grid=9) == (True, "")

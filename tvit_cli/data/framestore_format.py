@@ -66,17 +66,20 @@ _BLOCK = 1 << 20  # bytes per read in the checksum test: tables may be larger th
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Parameters of the stored frames."""
+    """Parameters of the stored frames; the defaults are those of `tvit extract`."""
 
-    frames_per_video: int
-    quality: int  # of JPEG, 1 to 100
-    short_side: int  # pixels; larger frames are scaled down to it
+    frames_per_video: int = 32
+    quality: int = 90  # of JPEG, 1 to 100
+    short_side: int = 256  # pixels; larger frames are scaled down to it
     fps: float | None = None  # frames shown every 1 / fps seconds, instead of frames_per_video, which is 0
 
     def __str__(self) -> str:
         frames = f"{self.frames_per_video} frames per video"
         frames = frames if self.fps is None else f"{self.fps:g} frames per second"
         return f"{frames}, short side up to {self.short_side}, quality {self.quality}"
+
+
+_DEFAULTS = asdict(Parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,11 @@ class Header:
     def command(self, folder: Path, *more: str) -> str:
         """The command line that makes this store."""
         output = [] if folder == default_folder(Path(self.data)) else ["--output", str(folder)]
-        return " ".join(["tvit extract --path-to-data", self.data, *output, *more])
+        given = {key: value for key, value in asdict(self.parameters).items() if value != _DEFAULTS[key]}
+        if self.parameters.fps is not None:
+            del given["frames_per_video"]
+        options = [f"--{key.replace('_', '-')} {value:g}" for key, value in given.items()]
+        return " ".join(["tvit extract --path-to-data", self.data, *output, *options, *more])
 
 
 def default_folder(data: Path) -> Path:

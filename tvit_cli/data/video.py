@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 from av.codec.context import Flags
 from av.container import InputContainer
-from av.stream import Disposition
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
@@ -37,6 +36,7 @@ from tvit_cli.portable.reading import (
     SCALING,
     Times,
     default_step,
+    find_video_stream,
     matrix_of,
     orientation_of,
     size_fault,
@@ -297,15 +297,14 @@ def file_url(path: Path) -> str:
 def _video_stream(path: Location, container: InputContainer) -> VideoStream:
     if container.format.name == "tty":  # FFmpeg renders any .txt as terminal art
         raise VideoError(f"{path}: not a video but a text file.")
-    # FFmpeg reads a song's cover as a video stream of one picture.
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
+    stream = find_video_stream(container)
+    if stream is None:
         kinds = {"a picture" if s.type == "video" else s.type for s in container.streams}
         found = " and ".join(sorted(kinds)) or "an empty container"
         raise VideoError(f"{path}: no video in this file, only {found}.")
-    if streams[0].codec_context is None:
+    if stream.codec_context is None:
         raise VideoError(f"{path}: this build of FFmpeg has no decoder for its video stream.")
-    return streams[0]
+    return stream
 
 
 def demux(

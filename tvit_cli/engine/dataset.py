@@ -16,7 +16,7 @@ import av
 
 from tvit_cli.data.catalog import CATALOG, find
 from tvit_cli.data.framestore import FrameStore, find_store
-from tvit_cli.data.framestore_format import read_header
+from tvit_cli.data.framestore_format import Parameters, read_header
 from tvit_cli.data.layout import (
     VIDEO_SUFFIXES,
     Layout,
@@ -229,14 +229,15 @@ def _usable_store(
     def warn(text: str) -> None:
         report(Note(f"{folder}: {text}", "warning"))
 
-    command = store.header.command(folder)
     if outdated := store.outdated(layout.videos):
         warn(
             f"not used: {len(outdated)} of {len(layout.videos)} videos (such as {outdated[0]}) are new or changed. "
-            f"Update it with `{command}`."
+            f"Update it with `{store.header.command(folder)}`."
         )
         return None
     stored, size, fps = store.parameters.frames_per_video, store.parameters.short_side, store.parameters.fps
+    has = f"{stored} frames" if fps is None else f"{fps:g} frames per second"
+    command = replace(store.header, parameters=Parameters()).command(folder)
     if clip.clip_seconds is not None:
         needed = clip.n_frames / clip.clip_seconds
         command += f" --fps {max(fps or 0, 2 * needed):.4g}"  # twice as many places for a clip to begin
@@ -245,16 +246,17 @@ def _usable_store(
     command += f" --short-side {max(size, clip.frame_size)}"
     command += f" --quality {store.parameters.quality} --overwrite"
     if clip.clip_seconds is not None and (fps is None or fps < needed * (1 - 1e-6)):
-        has = f"it has {store.parameters}"
         asks = f"clips of {clip.n_frames} frames in {clip.clip_seconds:.4g} s need {needed:.4g} per second, by time"
         if has_videos:
-            warn(f"not used: {has}; {asks}. Replace it with `{command}`.")
+            warn(f"not used: it has {store.parameters}; {asks}. Replace it with `{command}`.")
             return None
         advice = "The videos are gone, so restore them first, or take --clip-seconds none"
-        raise DataError(f"{folder}: {has}; {asks}. Replace it with `{command}`. {advice}.")
+        raise DataError(
+            f"{folder}: it has {store.parameters}; {asks}. Replace it with `{command}`. {advice}."
+        )
     if clip.clip_seconds is None and (short := store.short_of(clip.n_frames)):
         warn(
-            f"not used: it has {stored} frames of {short} of its {len(store)} videos, {clip.n_frames} are needed. "
+            f"not used: it has {has} of {short} of its {len(store)} videos, {clip.n_frames} are needed. "
             f"Replace it with `{command}`."
         )
         if has_videos:
@@ -266,10 +268,10 @@ def _usable_store(
             f"{small} of its {len(store)} videos have {size} pixels and are scaled up: the model takes "
             f"{clip.frame_size}. Replace it with `{command}`."
         )
-    if fps is not None and clip.clip_seconds is None and store.short_of(2**32 - 1):
-        warn(f"frames of the whole video are the nearest of its {fps:g} per second.")
-    if clip.frame_grid not in (None, stored) and store.short_of(2**32 - 1):  # some frames are not stored
-        warn(f"--frame-grid {clip.frame_grid} takes the nearest of its {stored} frames per video.")
+    is_own = clip.frame_grid in (None, stored) if fps is None else clip.clip_seconds is not None
+    if not is_own and store.short_of(2**32 - 1):  # some frames are not stored
+        grid = "a clip" if clip.frame_grid is None else f"--frame-grid {clip.frame_grid}"
+        warn(f"{grid} takes the nearest of its {has}{' per video' * (fps is None)}.")
     return store
 
 

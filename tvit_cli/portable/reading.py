@@ -253,7 +253,7 @@ def read_clip(
     decoded, or for a size that `size_fault` refuses.
     """
     with _open(str(path)) as container:
-        stream = _video_stream(container)
+        stream = find_video_stream(container)
         step = 0.0 if stream is None else default_step(stream)
     times = to_times(((None, frame.time) for frame in decoded(path)), step)
     if not times.starts:
@@ -283,7 +283,7 @@ def read_clip(
 def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
     """Every frame that decodes, in order; packets that do not decode are skipped."""
     with _open(str(path)) as container:
-        stream = _video_stream(container)
+        stream = find_video_stream(container)
         if stream is None:
             return
         context = stream.codec_context
@@ -304,8 +304,8 @@ def decoded(path: str | PathLike[str]) -> Iterator[VideoFrame]:
                 return
 
 
-def _video_stream(container: InputContainer) -> VideoStream | None:
-    """The first video stream that is no cover picture."""
+def find_video_stream(container: InputContainer) -> VideoStream | None:
+    """The first video stream that is no still picture, as which FFmpeg reads a song's cover; None without one."""
     return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
 
 
