@@ -1,6 +1,6 @@
 """Speed of reading and augmenting clips beside a plain baseline; in turn, medians and ratios.
 
-    python tests/bench/data.py [--clips 12] [--rounds 5] [--workers 0,1,2] [--only augmentation]
+    python tests/bench/data.py [--clips 12] [--rounds 5] [--workers 0,1,2] [--only augmentation|readers]
 
 The baseline does what most training scripts do: decode every frame, make a PIL image of the chosen ones, and crop,
 flip, jitter (hue included) and normalise frame by frame, to float. T=18 frames at 224 px from clips of 180 frames
@@ -8,6 +8,10 @@ of 320×240 in MPEG-4 with B-frames that weigh what UCF101's do: about 2.5 kB pe
 over uint8 frames, to be augmented where the model is: on a GPU. Its augmentation is measured by itself, and added in
 the rows "augmented as well", which are what a training on the same CPU has of it. What one process does alone is timed
 by processor, which other work on the machine disturbs least; what several do together, by the clock.
+
+Last, a training step of many short kernels (forward and backward of a tiny ViT with LoRA, one thread) beside one reader
+of the store, over the step alone: such a step stands for the launches of a GPU's kernels, which need Python's lock as
+the readers do. It takes a batch after each step, which is not counted.
 """
 
 import argparse
@@ -16,15 +20,23 @@ import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import av
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
+from step import TARGETS, step_of
 from torch.utils.data import DataLoader, Dataset
 
 from tvit_cli.data.augment import Augmentation, train_transform
@@ -34,6 +46,8 @@ from tvit_cli.data.layout import Video
 from tvit_cli.data.video import count_frames
 from tvit_cli.data.video_writer import write_video
 from tvit_cli.engine.extract import extract
+from tvit_cli.model import lora
+from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.results import silent
 from tvit_cli.settings.card import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tvit_cli.settings.extract import ExtractSettings
@@ -210,6 +224,37 @@ def compare_augmentation(rounds: int) -> tuple[float, float]:
     return ratio, own
 
 
+def compare_step_beside(store: FrameStore, videos: list[Video], rounds: int) -> dict[str, float]:
+    """The time of a step beside a reader, over that of the step alone: of medians, and of the fastest tenths."""
+    config = ViTConfig(num_classes=2, n_frames=2, frame_size=64, width=192, depth=12, num_heads=3)
+    model = build_model(config, seed=0, from_scratch=True)
+    lora.attach(model, lora.LoraSpec(8, 8, 0.0, False, "none", TARGETS, ()), seed=0)
+    step = step_of(model.train(), torch.randn(1, 2, 3, 64, 64))
+    dataset = ClipDataset(videos, ("a", "b"), n_frames=8, short_side=240, seed=0, training=True, store=store)
+    batches = [[(n, i % len(videos)) for i in range(8)] for n in range(100_000)]
+    kinds: dict[str, dict[str, Any]] = {"alone": {}, "threads": {}}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with ExitStack() as open_ones:
+        read = {kind: load_batches(dataset, batches, workers=1, **how) for kind, how in kinds.items()}
+        for made in read.values():
+            open_ones.enter_context(closing(made))
+        for number in range(rounds + 1):
+            for kind in kinds:
+                time.sleep(0.3)  # in which the other readers have read ahead as far as they may
+                for _ in range(12):
+                    if kind != "alone":
+                        next(read[kind])
+                    took = timed(step)
+                    times[kind] += [took] if number else []
+    ratios = {}
+    for name, of in (("median", 0.5), ("fastest tenth", 0.1)):
+        own = {kind: float(np.quantile(values, of)) for kind, values in times.items()}
+        for kind in kinds:
+            ratios[f"step beside reader {kind}, {name}"] = own[kind] / own["alone"]
+            print(f"step, {name:13} {kind:10} {own[kind] * 1e3:6.1f} ms   x {own[kind] / own['alone']:.2f}")
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,25 +262,30 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", default="0,1,2")
-    parser.add_argument("--only", choices=("augmentation",))
+    parser.add_argument("--only", choices=("augmentation", "readers"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, float] = {}
-    results["augmentation"], augmenting = compare_augmentation(options.rounds)
-    if options.only is None:
+    if options.only != "readers":
+        results["augmentation"], augmenting = compare_augmentation(options.rounds)
+    if options.only != "augmentation":
         with tempfile.TemporaryDirectory() as name:
             root = Path(name) / "clips"
             videos = make_clips(root, options.clips)
             settings = ExtractSettings(
                 path_to_data=str(root), num_workers=0, val_groups="none", test_groups="none", overwrite=True
             )
-            results |= compare_extraction(settings, videos, options.rounds)
-            ratios, alone = compare_reading(root, videos, options)
-        results |= ratios
-        for kind in ("video", "store"):
-            ratio = alone["baseline"] / (alone[kind] + augmenting)
-            results[f"{kind}, augmented as well"] = ratio
-            print(f"{kind:9} augmented on the same core   x {ratio:.1f}")
+            if options.only is None:
+                results |= compare_extraction(settings, videos, options.rounds)
+                ratios, alone = compare_reading(root, videos, options)
+                results |= ratios
+                for kind in ("video", "store"):
+                    ratio = alone["baseline"] / (alone[kind] + augmenting)
+                    results[f"{kind}, augmented as well"] = ratio
+                    print(f"{kind:9} augmented on the same core   x {ratio:.1f}")
+            else:
+                extract(settings, silent)
+            results |= compare_step_beside(FrameStore(root / "frames"), videos, options.rounds)
     machine = {"torch": torch.__version__, "av": av.__version__, "python": platform.python_version()}
     print(json.dumps({"benchmark": "data", "cores": os.cpu_count(), **machine, "ratios": results}))
 
