@@ -2,20 +2,25 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from entry import tvit
 from tiny import MIXED, last_weights, records, same, settings
 
-from tvit_cli.engine.train import checkpoint, run_folder, set_up
+from tvit_cli.engine.launch import deterministic_algorithms
+from tvit_cli.engine.train import checkpoint, loop, run_folder, set_up
 from tvit_cli.engine.train.checkpoint import list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.fingerprint import check_fingerprint, check_ranks_agree
 from tvit_cli.engine.train.run_folder import next_name, run_lock
+from tvit_cli.engine.train.state import Loop
 from tvit_cli.errors import CheckpointError, RunError, SettingsError
+from tvit_cli.results import silent
 
 
 @pytest.mark.parametrize(
@@ -278,3 +283,63 @@ def test_a_file_system_without_locks_is_trained_on(trained, tmp_path, monkeypatc
     (tmp_path / "mine" / "settings.json").write_text(settings().model_dump_json())  # begun, or still busy
     with pytest.raises(SettingsError, match=r"there are no locks here .* Take another --experiment-name"):
         trained(experiment_name="mine", epochs=1)
+
+
+def torch_modes():
+    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    modes = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+    return torch.are_deterministic_algorithms_enabled(), *modes
+
+
+def before_update(monkeypatch, act):
+    real = loop.update
+    monkeypatch.setattr(loop, "update", lambda state: (act(), real(state))[1])
+
+
+def test_deterministic_modes_hold_while_training_and_are_restored(trained, finished, monkeypatch):
+    seen, before = [], torch_modes()
+    before_update(monkeypatch, lambda: seen.append(torch_modes()))
+    result = trained(deterministic=True)
+    assert set(seen) == {(True, True, False, False)}
+    assert torch_modes() == before and same(last_weights(result), last_weights(finished))
+
+
+def test_an_operation_without_a_deterministic_form_is_named(trained, monkeypatch):
+    before = torch_modes()
+    before_update(monkeypatch, lambda: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    said = r"--deterministic: PyTorch \S+ has no deterministic put_ on cpu\. Leave it out, or the option"
+    with pytest.raises(RunError, match=said):
+        trained(deterministic=True)
+    assert torch_modes() == before
+    trained(epochs=1)
+
+
+def test_deterministic_sets_the_cublas_variable_before_cublas_starts(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic_algorithms(enabled=True, device="cpu"):
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    with (
+        pytest.raises(SettingsError, match=r"CUBLAS_WORKSPACE_CONFIG unset\. Set it to :4096:8 before"),
+        deterministic_algorithms(enabled=True, device="cuda"),
+    ):
+        pass
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    for _ in range(2):  # runs of a series
+        with deterministic_algorithms(enabled=True, device="cuda"):
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+
+
+def test_a_resume_on_a_gpu_keeps_the_deterministic_setting(inputs, tmp_path, monkeypatch):
+    own = settings(
+        **inputs, working_directory=tmp_path, deterministic=True, mixed_precision="no", device="cpu"
+    )
+    state = set_up(own, silent)
+    assert "deterministic" not in state.fingerprint()
+    monkeypatch.setattr(Loop, "device", torch.device("cuda"))
+    now = state.fingerprint()
+    with pytest.raises(CheckpointError, match="--deterministic: False -> True\n"):
+        check_fingerprint({k: v for k, v in now.items() if k != "deterministic"}, now)

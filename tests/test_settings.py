@@ -387,6 +387,7 @@ TESTED_ELSEWHERE = {
     "dry_run": "test_a_dry_run_says_what_a_training_takes_and_writes_nothing",
     "gradient_checkpointing": "test_gradient_checkpointing_has_the_same_bits_with_less_memory",
     "compile": "test_compiled_run_compiles_each_size_once_and_keeps_names",
+    "deterministic": "test_deterministic_modes_hold_while_training_and_are_restored",
     "from_": "test_classifier_rows_of_known_classes_are_kept_by_name",
     "show_settings": "test_print_settings_shows_sources_and_trains_nothing",
     "overwrite": "test_overwrite_replaces_a_run_with_all_that_tvit_left",

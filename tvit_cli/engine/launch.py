@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # importing Accelerate takes longer than labelling a few vide
     from accelerate import Accelerator
 
 Precision = Literal["no", "bf16", "fp16"]
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # with these values cuBLAS is deterministic (its documentation, 2.1.4)
+WORKSPACES = (":4096:8", ":16:8")
 FAST_BF16 = (8, 0)  # CUDA compute capability of the first tensor cores with bfloat16 (Ampere white paper)
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75}  # 75: EX_TEMPFAIL, "requeue" for job queues
 HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none
@@ -91,6 +93,44 @@ def resolve_precision(given: MixedPrecision, device: torch.device) -> Precision:
 # `auto` is bfloat16 on GPUs with hardware for it, else float32. bfloat16 has float32's range, so no run needs loss
 # scaling or overflows. On CPUs it is slower, or a fifth faster with AVX512-BF16 (docs/negative-results.md).
 # float16 on older GPUs is no default: it is fast, but an overflow of its small range ends a run after hours.
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool, device: str) -> Iterator[None]:
+    """With `enabled`, PyTorch uses deterministic algorithms only within the block: equal inputs give equal bits.
+
+    Raises SettingsError if cuBLAS may have started with another workspace, RunError for an operation without such
+    an algorithm. On CUDA the variable for cuBLAS stays set, as cuBLAS reads it once per process.
+    """
+    if not enabled:
+        yield
+        return
+    chosen, workspace = pick_device(device), os.environ.get(WORKSPACE)
+    if chosen.type == "cuda" and workspace not in WORKSPACES:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            raise SettingsError(
+                f"--deterministic: this process has used a GPU with {WORKSPACE} {workspace or 'unset'}. "
+                f"Set it to {WORKSPACES[0]} before the process starts."
+            )
+        os.environ[WORKSPACE] = WORKSPACES[0]
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    before = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    memory.fill_uninitialized_memory = False  # for debugging: it writes all new memory once more
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        text = f"PyTorch {torch.__version__} has no deterministic {operation} on {chosen.type}"
+        raise RunError(f"--deterministic: {text}. Leave it out, or the option that needs this.") from error
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = before
 
 
 def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Accelerator:

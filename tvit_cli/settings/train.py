@@ -171,6 +171,9 @@ class TrainSettings(types.DataSettings):
     adam_epsilon: float = optimisation(1e-8, "AdamW's epsilon", gt=0, reference="1e-8")
     mixed_precision: types.MixedPrecision = optimisation("auto", types.PRECISION_TEXT)
     compile: bool = optimisation(False, "Compiles the model with torch.compile")
+    deterministic: bool = optimisation(False,
+        "Deterministic algorithms only: a resumed run has the same bits on a GPU, too, but is slower; on a CPU it "
+        "has them anyway", resume_safe=True)
 
     crop_scale_min: float = augmentation(0.5, "Smallest share of the frame's area in a random crop", gt=0, le=1)
     horizontal_flip: float = augmentation(0.5,

@@ -24,7 +24,13 @@ from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import write_page
 from tvit_cli.engine.evaluate.metrics import Tally
 from tvit_cli.engine.evaluate.selection import find_leaks
-from tvit_cli.engine.launch import ImmediateStop, ProcessGroup, lost_rank_errors, make_accelerator
+from tvit_cli.engine.launch import (
+    ImmediateStop,
+    ProcessGroup,
+    deterministic_algorithms,
+    lost_rank_errors,
+    make_accelerator,
+)
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
 from tvit_cli.engine.train.build import build, compile_errors, compile_model
 from tvit_cli.engine.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
@@ -81,6 +87,7 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
     report = once(report)
     with (
         lost_rank_errors(),
+        deterministic_algorithms(settings.deterministic, settings.device),
         ImmediateStop("Nothing is lost; start again with the same command.", report) as signals,
     ):
         release_memory()  # of the model of an earlier run of a series

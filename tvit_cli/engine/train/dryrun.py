@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tvit_cli.engine.dataset import MOTIONS, find_data, make_demo_data
 from tvit_cli.engine.distributed import any_rank, local_processes
-from tvit_cli.engine.launch import ImmediateStop, lost_rank_errors
+from tvit_cli.engine.launch import ImmediateStop, deterministic_algorithms, lost_rank_errors
 from tvit_cli.engine.train import plan_facts, set_up
 from tvit_cli.engine.train.build import clips_to_standardise, compile_errors
 from tvit_cli.engine.train.loop import forward_backward, remaining_batches, update
@@ -41,6 +41,7 @@ def dry_run(settings: TrainSettings, report: Report = silent) -> DryRun:
     """
     with (
         lost_rank_errors(),
+        deterministic_algorithms(settings.deterministic, settings.device),
         ImmediateStop("Nothing was written.", report),
         _data(settings, report) as changed,
     ):

@@ -132,8 +132,10 @@ class Loop:
     def fingerprint(self) -> dict[str, object]:
         """Settings, data, base weights and processes, compared on resume and across ranks."""
         base = self.built.base
+        modes = {"deterministic": self.settings.deterministic} if self.device.type == "cuda" else {}
         return {
             **result_settings(self.settings),
+            **modes,
             **data_fingerprint(self.source),
             f"{BASE} weights": None if base is None else base.sha256,
             **{f"{BASE} {name}": value for name, value in self.built.network().items()},
