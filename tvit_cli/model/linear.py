@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class _LoraLinear(torch.autograd.Function):
         norm_of: tuple[Tensor, nn.LayerNorm] | None,
     ) -> Tensor:
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             rows = x.reshape(-1, x.shape[-1])  # (N, I)
             rows = rows if gelu is None else F.gelu(rows, approximate=gelu)
             output = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
@@ -135,7 +136,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x: Any = None
         grad_a: Any = None
         grad_bias = grad_b = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device):
             if needs_bias:
                 grad_bias = grad.sum(0)
             if needs_b:
@@ -169,6 +170,11 @@ class _LoraLinear(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    is_on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
