@@ -351,6 +351,7 @@ EFFECTS = {
     "temporal_depth": ({"attention": "factorized"}, 1, weights_differ),
     "temporal_rate": ({"attention": "factorized"}, 1.0, weights_differ),
     "epochs": ({}, 2, counts_differ),
+    "clip_passes": ({}, 40, weights_differ),
     "gradient_accumulation_steps": ({}, 2, counts_differ),
     "global_batch_size": ({}, 8, counts_differ),
     "mixed_precision": ({"test_at_end": True}, "bf16", formats_differ),

@@ -403,7 +403,7 @@ def _common(*, with_preset: bool) -> dict[str, Any]:
     config = _option(["--config"], "Settings from a TOML file or a run's settings.json.", panel, "FILE")
     verbose = _option(["--verbose", "-v"], "Prints details.", panel)
     quiet = _option(["--quiet", "-q"], "Prints results, warnings and errors only.", panel)
-    preset = _option(["--preset"], f"Presets: {', '.join(names)}.", panel, "NAME", names)
+    preset = _option(["--preset"], f"{', '.join(names)}.", panel, "NAME", names)
     options: dict[str, Any] = {"config": Annotated[str | None, config]}
     options |= {"verbose": Annotated[bool, verbose], "quiet": Annotated[bool, quiet]}
     every = _option(["--help-all"], "Shows all options.", panel, callback=_print_help)

@@ -143,6 +143,9 @@ class TrainSettings(types.DataSettings):
         reference="None", default_text="none")
 
     epochs: int = optimisation(300, "Passes over the training videos", ge=1, reference="300", essential=True)
+    clip_passes: int | None = optimisation(None,
+        "Training budget in clips: epochs and other settings left out are chosen from the data, as by --preset "
+        "finetune", ge=1)
     warmup_epochs: float | None = optimisation(None, "Epochs of linear learning-rate warm-up", ge=0,
         reference="30", why="30 of 300; a short run would never leave the warm-up",
         default_text="min(30, epochs / 10)")
@@ -279,6 +282,9 @@ class TrainSettings(types.DataSettings):
             yield "--class-weights balanced and --balanced-sampling correct class imbalance twice. Take one"
 
     def _model_problems(self) -> Iterator[str]:
+        if self.clip_passes is not None and self.from_ is not None:
+            reason = f"--from {self.from_} takes over the settings of its run"
+            yield f"--clip-passes {self.clip_passes}: {reason}. Leave one out"
         given = [flag(key) for key in SCRATCH_SHAPE if getattr(self, key) is not None]
         if self.from_ is not None and self.hf_model_name is not None:
             yield f"--hf-model-name {self.hf_model_name}: --from {self.from_} has other weights. Leave one out"

@@ -31,6 +31,7 @@ from tvit_cli.engine.launch import (
     lost_rank_errors,
     make_accelerator,
 )
+from tvit_cli.engine.train.adapt import FEW_CLIPS, FEW_VIDEOS, fit_to_data
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
 from tvit_cli.engine.train.build import build, compile_errors, compile_model
 from tvit_cli.engine.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
@@ -70,10 +71,6 @@ from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 from tvit_cli.settings.types import most_bad
-
-FEW_VIDEOS = (
-    30  # below which a validation set is called too small: a 95 % interval of top-1 is up to ±18 points
-)
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -126,6 +123,7 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
         report = silent
     check_shared(settings.working_directory, ProcessGroup.of(accelerator))
     settings = settings.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+    settings = fit_to_data(settings, report)
     origin = find_origin(settings)
     card = None if origin is None else load_card(origin.folder)
     source = open_dataset(
@@ -140,6 +138,10 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     own = {**result_settings(settings), **data_fingerprint(source), "test videos": test_videos}
     check_ranks_agree(gather_object([own]))
     _check_data(settings, source, report, card)
+    clips = len(source.readable("train"))
+    if not {"epochs", "clip_passes"} & settings.model_fields_set and origin is None and clips < FEW_CLIPS:
+        text = f"{plural(clips, 'training clip')}, and {settings.epochs} epochs as in the reference"
+        report(Note(f"{text}. --preset finetune chooses epochs and rates for few clips."))
     run: Run = broadcast_object_list([choose_run(settings) if accelerator.is_main_process else None])[0]
     report(Note(f"Run: {run.folder}"))
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)

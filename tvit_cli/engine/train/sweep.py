@@ -14,6 +14,7 @@ from tvit_cli.engine.distributed import barrier
 from tvit_cli.engine.evaluate import evaluate, files
 from tvit_cli.engine.launch import ProcessGroup, join_process_group, make_accelerator
 from tvit_cli.engine.train import score_test, train
+from tvit_cli.engine.train.adapt import fit_to_data
 from tvit_cli.engine.train.fingerprint import check_finished_settings
 from tvit_cli.engine.train.run_folder import (
     TEST,
@@ -88,6 +89,8 @@ def train_series(series: Sequence[TrainSettings], report: Report = silent) -> Se
             "it out and name the series with --experiment-name: finished runs are kept, a stopped run resumes."
         )
     accelerator = make_accelerator(device=first.device, mixed_precision="no")
+    said = report if accelerator.is_main_process else silent
+    series = [fit_to_data(settings, said) for settings in series]
     check_shared(first.working_directory, ProcessGroup.of(accelerator))
     folder = first.working_directory / experiment_name(first)
     claimed = claim(Run(folder, folder, None), first).folder if accelerator.is_main_process else None
