@@ -2,7 +2,7 @@
 
 Note [Memory of a LoRA layer]. Autograd stores the dropped input and its mask, each in the input's size and dtype.
 This function stores the input (shared by layers that read the same tokens), the r-wide product, and a byte per
-number of the mask. Under autocast the frozen weight is cast again in the backward pass. The dropped input is
+number of the mask. The dropped input is
 computed a few rows at a time, which fits the CPU's cache. A layer after a GELU computes the GELU itself, so that
 its output, four times as wide as the tokens, is never stored. After a BlockNorm the norm's input, which the norm
 stores, is kept in place of its output, which the backward pass computes again. Narrow products are (r, N), as
@@ -14,7 +14,7 @@ Letters: N rows (tokens of all clips), I and O the layer's inputs and outputs, r
 from __future__ import annotations
 
 import timeit
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,20 +42,20 @@ def lora_linear(
     scale: float,
     dropout: float = 0.0,
     gelu: str | None = None,
+    cast: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`linear(x) + scale * drop(x) A' B'`, (..., I) -> (..., O), with lora_a (r, I) and lora_b (O, r).
 
     `weight` (O, I) is frozen and gets no gradient; `bias` (O) may be trained. Dropout on the adapter's input
     has the probability `dropout` and draws from torch's global generator. With `gelu`, an approximation of
-    `F.gelu`, the layer's input is gelu(x). Under autocast all is computed in its dtype.
+    `F.gelu`, the layer's input is gelu(x). Under autocast all is computed in its dtype; `cast` are the adapter's
+    matrices in it, if they are there already.
     """
-    dtype = autocast_dtype(x.device)
-    if dtype is not None:
-        x, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, lora_a, lora_b))
+    x = x.to(autocast_dtype(x.device) or x.dtype)
     norm_of = getattr(x, "norm_of", None)
     keep = draw_mask(x.numel(), dropout, x.device).view(-1, x.shape[-1]) if dropout else None
     return _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_a, lora_b, keep, scale / (1 - dropout), gelu, norm_of
+        x, weight, bias, lora_a, lora_b, keep, scale / (1 - dropout), gelu, norm_of, cast
     )
 
 
@@ -103,8 +103,12 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         gelu: str | None,
         norm_of: tuple[Tensor, nn.LayerNorm] | None,
+        cast: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        if cast is None or cast[0].dtype != x.dtype:  # the classifier computes without autocast
+            cast = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        lora_a, lora_b = cast
         with _without_autocast(x.device):
             rows = x.reshape(-1, x.shape[-1])  # (N, I)
             rows = rows if gelu is None else F.gelu(rows, approximate=gelu)
@@ -145,20 +149,19 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x = grad @ weight.to(grad.dtype)  # (N, I)
             if needs_x or needs_a:
                 product = (lora_b.t() @ grad.t()).mul_(ctx.scale)  # (r, N): the gradient at A's output
-            if needs_a:
-                # In float32: chunk by chunk in bfloat16, the sum would lose the last chunks.
-                kind = torch.float32 if grad.dtype.itemsize < 4 else grad.dtype
-                grad_a = grad.new_zeros(product.shape[0], ctx.shape[-1], dtype=kind)  # (r, I)
+            if needs_a and grad.dtype.itemsize >= 4:
+                grad_a = grad.new_zeros(product.shape[0], ctx.shape[-1])  # (r, I)
             before: Any = None if x is None else x.reshape(-1, x.shape[-1])  # (N, I)
             for part in _chunks(grad_x if before is None else before) if needs_x or needs_a else ():
                 if needs_a:
                     rows = before[part] if ctx.norm is None else _normed(before[part], ctx.norm)
                     rows = rows if ctx.gelu is None else F.gelu(rows, approximate=ctx.gelu)
                     rows = _dropped(rows, keep, part)
-                    if grad_a.dtype == rows.dtype:
+                    if rows.dtype.itemsize >= 4:
                         grad_a.addmm_(product[:, part], rows)
-                    else:
-                        grad_a += product[:, part] @ rows
+                    else:  # summed in float32: chunk by chunk in bfloat16, the last chunks would be lost
+                        own = product[:, part] @ rows
+                        grad_a = own if grad_a is None else grad_a.float().add_(own)
                 if needs_x:
                     gradient = grad_x[part]
                     if keep is None:
@@ -169,7 +172,7 @@ class _LoraLinear(torch.autograd.Function):
                         gelu_backward(gradient, before[part], approximate=ctx.gelu, grad_input=gradient)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None, None
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -201,6 +204,7 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
 
     class LoraLinear(parent):  # type: ignore[misc, valid-type]
         gelu: str | None = None
+        cast: tuple[Tensor, Tensor] | None = None  # see cast_adapters
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             name = None if args or kwargs or torch.compiler.is_compiling() else self._plain_adapter(x)
@@ -210,7 +214,8 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
             base, dropout = self.base_layer, self.lora_dropout[name]
             weights = (base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
             share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            return lora_linear(x, *weights, scale=self.scaling[name], dropout=share, gelu=self.gelu)
+            options = {"scale": self.scaling[name], "dropout": share, "gelu": self.gelu, "cast": self.cast}
+            return lora_linear(x, *weights, **options)
 
         def _plain_adapter(self, x: Tensor) -> str | None:
             """The only active adapter, or None where `parent` computes."""
@@ -222,11 +227,53 @@ def lora_layer(parent: type[nn.Module]) -> type[nn.Module]:
             name: str = active[0]
             if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
                 return None
-            dtype = base.weight.dtype
-            same = self.lora_A[name].weight.dtype == dtype
-            return name if same and (x.dtype == dtype or autocast_dtype(x.device) is not None) else None
+            own, dtype = self.lora_A[name].weight.dtype, autocast_dtype(x.device)
+            same = base.weight.dtype in (own, dtype) and (x.dtype == own or dtype is not None)
+            return name if same else None
 
     return LoraLinear
+
+
+def cast_adapters(model: nn.Module, name: str) -> None:
+    """Makes each pass of a model under autocast cast all adapters of this name at once, not layer by layer.
+
+    The copies live until the end of the forward pass; a recomputed block (gradient checkpointing) casts its own.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "cast")]
+
+    def cast(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        dtype = autocast_dtype(inputs[0].device)
+        if dtype is None or not layers:
+            return
+        weights = [part[name].weight.detach() for layer in layers for part in (layer.lora_A, layer.lora_B)]
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        for layer, a, b in zip(layers, copies[::2], copies[1::2], strict=True):
+            layer.cast = a, b
+
+    def forget(*args: Any) -> None:
+        for layer in layers:
+            layer.cast = None
+
+    model.register_forward_pre_hook(cast)
+    model.register_forward_hook(forget, always_call=True)
+
+
+@torch.no_grad()
+def hold_frozen(model: nn.Module, dtype: torch.dtype, *, exclude: Iterable[nn.Module]) -> None:
+    """Keeps frozen weights and biases of linear layers and convolutions in autocast's dtype, in place.
+
+    Autocast would cast them in each pass: the results have the same bits, with half of the memory and without the
+    casts. Layers in `exclude` stay, as do those whose weights an adapter reads or changes (DoRA, PiSSA, OLoRA).
+    """
+    without = {id(module) for module in exclude}
+    for layer in model.modules():
+        if getattr(layer, "lora_variant", None) or getattr(layer, "start", None):
+            without.add(id(layer.base_layer))
+        if type(layer) in (nn.Linear, nn.Conv2d) and id(layer) not in without:
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
 
 
 # Note [8-bit products]

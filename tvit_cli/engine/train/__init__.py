@@ -49,9 +49,10 @@ from tvit_cli.engine.train.origin import find_origin, find_reuse, keep_copy, spl
 from tvit_cli.engine.train.run_folder import Run, check_shared, choose_run, claim, run_lock, write_settings
 from tvit_cli.engine.train.state import Loop, WeightAverage, standardise_features
 from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
-from tvit_cli.errors import DataError, RunError, SettingsError, TvitError, plural, shorten
+from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, TvitError, plural, shorten
 from tvit_cli.model import lora
 from tvit_cli.model.folder import load_card, save_model
+from tvit_cli.model.linear import cast_adapters, hold_frozen
 from tvit_cli.model.pretrained_config import own_clips
 from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.layers import recompute_block
@@ -71,6 +72,8 @@ from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.eval import EvalSettings
 from tvit_cli.settings.train import TrainSettings
 from tvit_cli.settings.types import most_bad
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's name of the mixed precision
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -250,6 +253,10 @@ def _make_loop(
         built = build(settings, labels=labels, report=report, origin=origin)
         built.model.to(accelerator.device)
     broadcast_weights(built.model, accelerator)
+    if (dtype := AUTOCAST.get(accelerator.mixed_precision)) is not None:
+        hold_frozen(built.model, dtype, exclude=built.model.classifier.modules())
+        if not settings.compile:  # hooks would break the graph, and PEFT's layers compute
+            cast_adapters(built.model, lora.ADAPTER)
     if settings.gradient_checkpointing:
         built.model.run_block = recompute_block
     model = compile_model(built.model, accelerator.device) if settings.compile else built.model
@@ -340,6 +347,7 @@ def _finish(loop: Loop) -> TrainResult:
     best = loop.validated_tensors() if loop.best_tensors is None else loop.best_tensors
     lora.load_trainable(loop.plain_model, best)
     if loop.accelerator.is_main_process:
+        reload_frozen(loop)
         card = ModelCard(
             tvit_version=tvit_cli.__version__,
             labels=layout.labels,
@@ -358,6 +366,21 @@ def _finish(loop: Loop) -> TrainResult:
     settings = settings.model_copy(update={"per_gpu_batch_size": loop.plan.batch_size})
     test = score_test(loop.run.model, settings, loop.report, ProcessGroup.of(loop.accelerator))
     return replace(result, test=test)
+
+
+def reload_frozen(loop: Loop) -> None:
+    """Gives weights that `hold_frozen` rounded their values in float32, read again, for adapters to be merged."""
+    weights = loop.plain_model.named_parameters()
+    rounded = {name: weight for name, weight in weights if weight.dtype != torch.float32}
+    if not rounded:
+        return
+    built = build(loop.settings, labels=loop.source.layout.labels, report=silent, origin=loop.built.origin)
+    if built.base != loop.built.base:
+        problem = "the file has changed since the training started, and adapters are merged into its weights"
+        raise ModelError(f"{loop.settings.pretrained}: {problem}. Restore it, then resume the run.")
+    exact = built.model.state_dict()
+    for name, weight in rounded.items():
+        weight.data = exact[name].to(weight.device)
 
 
 def score_test(model: Path, settings: TrainSettings, report: Report, group: ProcessGroup) -> EvalResult:
