@@ -214,6 +214,44 @@ def test_a_gpu_waits_for_data_only_when_it_is_fed_too_slowly(monkeypatch):
     assert wait_share(Gpu(monkeypatch), batch_every=0.05, step=0.03) == pytest.approx(0.4, abs=0.02)
 
 
+@pytest.mark.parametrize(("step", "launching", "expected"), [(0.05, 0.02, 0.0), (0.01, 0.02, 1.0)])
+def test_a_gpu_faster_than_the_launches_is_host_bound(step, launching, expected, monkeypatch):
+    gpu = Gpu(monkeypatch)
+    clock = Clock(gpu.mark)
+    for _ in range(20):
+        clock.wait_ended()
+        for _ in range(4):  # the pass is launched piece by piece
+            gpu.work(step / 4)
+            gpu.now += launching / 4
+        clock.update_started()
+        gpu.work(0.001)
+        gpu.now += 0.002
+        clock.update_ended()
+        if clock.report_is_due():  # the loss is read: the queue is empty afterwards
+            gpu.now = max(gpu.now, gpu.busy_until)
+        clock.wait_started()
+    assert clock.facts()["host_bound"] == expected
+    assert "host_bound" not in Clock().facts()
+
+
+@pytest.mark.parametrize(("compile", "advice"), [(False, ", or --compile"), (True, "size.")])
+def test_host_bound_epoch_is_said_once(compile, advice, tmp_path, monkeypatch):
+    real = Clock.facts
+    monkeypatch.setattr(Clock, "facts", lambda self: {**real(self), "host_bound": 0.9})
+    if compile:
+        monkeypatch.setattr("tvit_cli.engine.train.compile_model", lambda model, device: model)
+    events = []
+    own = settings(
+        path_to_data=str(make_clips(tmp_path / "data")),
+        working_directory=tmp_path,
+        compile=compile,
+        **SCRATCH,
+    )
+    train(own, events.append)
+    notes = [e.text for e in events if isinstance(e, Note) and "waits for Python" in e.text]
+    assert len(notes) == 1 and notes[0].endswith(advice if compile else f"{advice}.")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_clock_counts_waiting_for_slow_data_only(tmp_path, monkeypatch, workers):
     """A clip takes 20 ms to read and more, and a step of eight clips is made to take 300 ms and more."""

@@ -42,6 +42,7 @@ from tvit_cli.errors import CheckpointError, Interrupted, RunError, plural, shor
 from tvit_cli.model.lora import load_trainable, start_tensors, trainable_tensors
 from tvit_cli.results import EpochDone, Note, StepDone
 
+MOST_HOST_BOUND = 0.5  # share of steps, above which a warning is due
 RECORDS_PER_EPOCH = 20  # of kind "step" in metrics.jsonl
 
 
@@ -69,7 +70,10 @@ def fit(loop: Loop) -> None:
                     _halve_micro_batch(loop)
                     attempt, tally, step_loss = Attempt(), tally.clone(), torch.zeros_like(step_loss)
                 elif planned.ends_step:
+                    clock.update_started()
                     grad_norm = update(loop)
+                    if loop.accelerator.scaler is None:  # which waits for the device
+                        clock.update_ended()
                     loop.step += 1
                     _report_step(loop, planned, step_loss, grad_norm, clock)
                     step_loss = torch.zeros_like(step_loss)
@@ -143,6 +147,11 @@ def end_epoch(loop: Loop, epoch: int, grad_norm: Tensor, clock: Clock) -> None:
         text = f"Epoch {epoch + 1}: no training video could be read. Check that the disk is still mounted."
         raise RunError(text, by_all=True)
     throughput = clock.facts()
+    if throughput.get("host_bound", 0.0) > MOST_HOST_BOUND:
+        advice = "a larger --per-gpu-batch-size" + ("" if loop.settings.compile else ", or --compile")
+        loop.report(
+            Note(f"In most steps the GPU waits for Python to launch its kernels. Give {advice}.", "warning")
+        )
     metrics: dict[str, float] = {
         "train_loss": loss / clips,
         "train_clip_top1": right / clips,

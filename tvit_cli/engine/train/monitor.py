@@ -30,6 +30,8 @@ MOST_NAMES = 8  # clips named in an error
 # and the loop may wait while the GPU still works: there only the time with an empty queue counts. An event is
 # recorded when the loop begins to wait, another when the batch arrives. The time between them on the GPU is the
 # time that it was idle. Events are read once they have completed, so nothing is synchronised.
+# The queue is also empty if Python launches kernels slower than the GPU computes them. So an event is recorded
+# before each update: if it has completed when the update is launched, the GPU has nothing left to do.
 
 
 class Clock:
@@ -41,6 +43,7 @@ class Clock:
         self._make_event = make_event
         self._waits: deque[tuple[Any, Any]] = deque()
         self._reported = self._waited = 0.0
+        self._updates = self._late = 0
         self.wait_started()
 
     @classmethod
@@ -60,6 +63,16 @@ class Clock:
         else:
             self._waited += time.perf_counter() - self._waiting_since
 
+    def update_started(self) -> None:
+        """Marks the start of an update's launches."""
+        self._before_update = self._record()
+
+    def update_ended(self) -> None:
+        """Marks their end: the update is late if the device has already done all work before it."""
+        if self._before_update is not None:
+            self._updates += 1
+            self._late += self._before_update.query()
+
     def report_is_due(self) -> bool:
         """Whether SECONDS_BETWEEN_REPORTS have passed since the last report; a report is then assumed."""
         now = time.perf_counter()
@@ -68,13 +81,17 @@ class Clock:
         return due
 
     def facts(self) -> dict[str, float]:
-        """Seconds, clips per second, and `data_wait`: share of the time that the model waited for data."""
+        """Seconds, clips per second, and `data_wait`: share of the time that the model waited for data.
+
+        On a GPU also `host_bound`: share of the steps whose update was launched late.
+        """
         seconds = max(1e-9, time.perf_counter() - self.started)
         while self._waits and self._waits[0][1].query():
             before, arrival = self._waits.popleft()
             self._waited += before.elapsed_time(arrival) / 1000
         rate, wait = self.clips / seconds, self._waited / seconds
-        return {"seconds": seconds, "clips_per_second": rate, "data_wait": wait}
+        late = {"host_bound": self._late / self._updates} if self._updates else {}
+        return {"seconds": seconds, "clips_per_second": rate, "data_wait": wait, **late}
 
     def _record(self) -> Any:
         if self._make_event is None:
