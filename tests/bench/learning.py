@@ -13,10 +13,13 @@ motions          each scheme with the quickstart's recipe; its test clips in ord
 test/fold2, 3    the other two thirds of the people
 select           schemes and recipes on two of the six training people; the test people are not in the data
 test, seeds      the two best of `select` on the people left out, with more seeds
+sets             with --sets FOLDER: each of its folders with fold1.csv to fold3.csv (path, label, subset, group) by the
+                 preset finetune and by other recipes; test clips in order and with shuffled frames
 """
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
@@ -38,6 +41,7 @@ import torch
 from tvit_cli import __version__
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.train import train
+from tvit_cli.engine.train.adapt import fit_to_data
 from tvit_cli.engine.train.build import build
 from tvit_cli.engine.train.dryrun import count_flops
 from tvit_cli.errors import Interrupted
@@ -62,6 +66,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "base": {"token_drop": 0.0, "epochs": 16},
 }
 RECIPE, PROBE = "half", "linear probe"  # all but the probe, whose features do not learn, have this recipe
+# Recipe on the folds of --sets -> preset, or none for the config, and what it changes of that. Only the preset chooses.
+NAIVE = {"learning_rate": 5e-5, "epochs": 30, "token_drop": 0.0, "feature_norm": False, "crop_scale_min": 0.5}
+SETS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "preset finetune": ("finetune", {}),
+    "linear probe": (None, {**METHODS["linear probe"], "token_drop": 0.0}),
+    "naive": (None, {**NAIVE, "train": "all"}),  # all weights at one rate, as in transformers' video guide
+    "space": (None, {"attention": "space", "token_drop": 0.0, "epochs": 16}),
+    "full, joint": (None, METHODS["full, joint"]),
+    "reference": ("reference", {"img_size": 98, "epochs": 32, "log_wandb": False}),
+}
 VIEWS = {"clips_per_video": 4, "flip": True}  # what every model is scored from besides one view
 TRIED_FURTHER = 2  # schemes that `select` tries every recipe with
 FINALISTS, SEEDS = 2, (0, 1, 2)
@@ -118,6 +132,16 @@ def jobs(rows: dict[str, Row]) -> Iterator[Job]:
         yield from (on(fold, "test", scheme, recipe, seed) for seed in seeds for fold in folds)
 
 
+def set_jobs(folder: Path) -> Iterator[Job]:
+    """Runs on the folds of all sets in a folder: of every set the first fold, then the others, then more seeds."""
+    sets = sorted(path.parent.name for path in folder.glob("*/fold1.csv"))
+    folds = range(1, len(FOLDS) + 1)
+    for fold in folds:
+        yield from (Job(name, m, SETS[m][1], "set", fold=fold) for name in sets for m in SETS)
+    for seed in SEEDS[1:]:
+        yield from (Job(n, "preset finetune", {}, "set", seed, fold) for n in sets for fold in folds)
+
+
 def recipe_of(method: str) -> str:
     """The recipe of a method among all others."""
     return "base" if method == PROBE else RECIPE
@@ -153,6 +177,14 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Row:
     flags |= {} if options.epochs is None else {"epochs": options.epochs, "warmup_epochs": 0}
     if job.part == "motions":
         settings = load(TrainSettings, preset="quickstart", flags=flags, environ={}).settings
+    elif job.recipe == "set":
+        manifest_of_fold = options.sets / job.part / f"fold{job.fold}.csv"
+        flags |= {"hf_model_name": str(options.weights), "path_to_data": str(manifest_of_fold)}
+        flags |= {} if job.method == "preset finetune" else {"val_groups": "none", "test_groups": "auto"}
+        preset = SETS[job.method][0]
+        config = CONFIG if preset is None else None
+        settings = load(TrainSettings, preset=preset, config=config, flags=flags, environ={}).settings
+        settings = fit_to_data(settings)
     else:
         flags |= {
             "hf_model_name": str(options.weights),
@@ -161,7 +193,8 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Row:
         flags |= {"test_groups": "auto"}
         settings = load(TrainSettings, config=CONFIG, flags=flags, environ={}).settings
     settings = settings.model_copy(update={"save_checkpoint_interval": settings.epochs})
-    built = build(settings, num_classes=8 if job.part == "motions" else 10, report=silent)
+    labels = tuple(map(str, range(8 if job.part == "motions" else 10)))
+    built = build(settings, labels=labels, report=silent)
     trainable, total = trainable_report(built.model)
     losses: list[float] = []
 
@@ -177,7 +210,8 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Row:
     row: Row = {
         "key": job.key, "part": job.part, "method": job.method, "recipe": job.recipe, "seed": job.seed,
         "fold": job.fold, "people": job.test_people, "top1": result.test.metrics["video_top1"],
-        "loss": result.test.metrics["loss"], "train_losses": losses, "right": right(result.test),
+        "loss": result.test.metrics["loss"], "train_losses": losses,
+        "right": right(result.test, whole_names=job.recipe == "set"),
         "minutes": wall / 60, "cpu_minutes": cpu / 60, "trainable": trainable, "parameters": total,
         "flops": count_flops(built.config), "changes": job.changes, "epochs": settings.epochs,
         "learning_rate": settings.learning_rate, "threads": torch.get_num_threads(),
@@ -186,9 +220,13 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Row:
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
     again = {"model": result.model, "device": "cpu", "num_workers": 0}
-    if job.part == "motions":
+    if job.part == "motions" or job.recipe == "set":
         shuffled = evaluate(EvalSettings.model_validate({**again, "shuffle_frames": True}))
         row["shuffled_top1"] = shuffled.metrics["video_top1"]
+        if job.recipe == "set":
+            row["class_accuracy"] = result.test.metrics["mean_class_accuracy"]
+            row["groups"] = {answer.video.name: answer.video.unit for answer in result.test.answers}
+            row["trainable"], row["parameters"] = result.parameters
     else:
         views = evaluate(EvalSettings.model_validate({**again, **VIEWS}))
         row["views_top1"], row["views_right"] = views.metrics["video_top1"], right(views)
@@ -209,9 +247,10 @@ def manifest(job: Job, data: Path, folder: Path) -> Path:
     return path
 
 
-def right(result: EvalResult) -> dict[str, int]:
-    """Whether each video's best score is its label's: file name -> 1 or 0."""
-    return {Path(answer.video.name).stem: int(answer.is_right) for answer in result.answers}
+def right(result: EvalResult, *, whole_names: bool = False) -> dict[str, int]:
+    """Whether each video's best score is its label's: file name, or name with its class folder -> 1 or 0."""
+    names = {a.video.name if whole_names else Path(a.video.name).stem: a.is_right for a in result.answers}
+    return {name: int(is_right) for name, is_right in names.items()}
 
 
 def commit() -> str:
@@ -259,7 +298,47 @@ def tables(rows: dict[str, Row]) -> str:
     final = [row for row in tested if recipes.get(row["method"]) == row["recipe"]]
     if len(final) > len(recipes) * len(FOLDS):
         parts.append("### Selected, several seeds\n\n" + people_table(final, list(recipes)))
+    names = sorted({row["part"] for row in rows.values() if row["recipe"] == "set"})
+    parts += [
+        f"### {name}\n\n" + set_table([r for r in rows.values() if r["part"] == name]) for name in names
+    ]
     return "\n\n".join(parts)
+
+
+def set_table(rows: Sequence[Row]) -> str:
+    """A line per recipe on one set: means over folds, intervals over groups, paired with the preset's same clips."""
+    lines = [
+        "| recipe | runs | top-1 | 95 % | minus preset | 95 % | mean class | shuffled | trainable | processor minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = [row for row in rows if row["seed"] == SEEDS[0]]
+    preset = {(r["fold"], clip): right for r in first if r["method"] == "preset finetune"
+              for clip, right in r["right"].items()}  # fmt: skip
+    for method in SETS:
+        own = [row for row in rows if row["method"] == method]
+        answers: dict[str, list[float]] = {}
+        paired: dict[str, list[float]] = {}
+        for row in own:
+            for clip, right in row["right"].items():
+                answers.setdefault(row["groups"][clip], []).append(right)
+                if (row["fold"], clip) in preset and row["seed"] == SEEDS[0]:
+                    paired.setdefault(row["groups"][clip], []).append(right - preset[row["fold"], clip])
+        if not own:
+            continue
+        low, high = interval(answers)
+        cells = ["", ""]
+        if paired and method != "preset finetune":
+            below, above = interval(paired)
+            values = [value for group in paired.values() for value in group]
+            cells = [f"{sum(values) / len(values):+.3f}", f"{below:+.3f} … {above:+.3f}"]
+        figures = (
+            f"{mean(own, 'class_accuracy'):.3f} | {mean(own, 'shuffled_top1'):.3f} | {own[0]['trainable']:,}"
+        )
+        lines.append(
+            f"| {method} | {len(own)} | {mean(own, 'top1'):.3f} | {low:.3f} … {high:.3f} | {cells[0]} | {cells[1]} "
+            f"| {figures} | {mean(own, 'cpu_minutes'):.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def people_table(rows: Sequence[Row], methods: Sequence[str]) -> str:
@@ -325,6 +404,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="folder of Weizmann's ten classes")
     parser.add_argument("--weights", type=Path, help="folder of a pretrained ViT")
+    parser.add_argument("--sets", type=Path, help="folder of data sets with fold1.csv to fold3.csv")
     parser.add_argument("--output", type=Path, default=Path("learning.jsonl"))
     parser.add_argument("--only", default="", help="make only runs whose key contains this text")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's, to see whether all runs")
@@ -333,13 +413,15 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=10)
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
     options = parser.parse_args()
-    if not options.table and (options.data is None or options.weights is None):
-        parser.error("--data and --weights are needed, except with --table")
+    if not options.table and (options.weights is None or (options.data or options.sets) is None):
+        parser.error("--weights and --data or --sets are needed, except with --table")
     torch.set_num_threads(options.threads)
     os.nice(0 if options.table else options.nice)
     while not options.table:
         rows = read_rows(options.output)
-        job = next((j for j in jobs(rows) if j.key not in rows and options.only in j.key), None)
+        every = [] if options.data is None else jobs(rows)
+        wanted = itertools.chain(every, [] if options.sets is None else set_jobs(options.sets))
+        job = next((j for j in wanted if j.key not in rows and options.only in j.key), None)
         if job is None:
             break
         print(job.key, file=sys.stderr, flush=True)
