@@ -182,3 +182,24 @@ def test_adapters_cast_together_are_cast_anew_in_each_pass(inputs, tmp_path):
         for layer in layers:
             layer.lora_B[lora.ADAPTER].weight.data.fill_(0.1)
     assert not torch.equal(logits(), before) and all(layer.cast is None for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("precision", "speedup", "says"), [("auto", 3.0, 1), ("auto", 1.9, 0), ("no", 3.0, 0)]
+)
+def test_bf16_is_proposed_where_the_processor_is_faster(
+    precision, speedup, says, inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(package, "bf16_speedup", lambda width: speedup)
+    events = []
+    own = settings(**inputs, working_directory=tmp_path, mixed_precision=precision)
+    assert set_up(own, events.append).settings.mixed_precision == "no"
+    assert sum("--mixed-precision bf16 shortens the steps" in getattr(e, "text", "") for e in events) == says
+
+
+def test_bf16_speedup_compares_products_and_leaves_narrow_models_out(monkeypatch):
+    def seconds(product, **how):
+        return [9.0, 1.0 if product.args[0].dtype == torch.bfloat16 else 4.0]
+
+    monkeypatch.setattr(linear.timeit, "repeat", seconds)
+    assert linear.bf16_speedup(192) == 4.0 and linear.bf16_speedup(191) == 1.0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import timeit
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tvit_cli.portable.layers import autocast_dtype
 
 CHUNK = 2**18  # numbers per chunk on a CPU: 1 MB of float32, about a core's own cache
 BYTE = 256  # values of a random byte
+LEAST_WIDTH = 192  # of a model whose steps bfloat16 can shorten
 LARGEST = 127  # of a signed byte; without -128 both signs have the same range
 
 gelu_backward = torch.ops.aten.gelu_backward.grad_input  # may write over its input
@@ -317,6 +319,21 @@ def is_fast() -> bool:
         for product in (lambda: torch._int_mm(byte_rows, byte_weight), lambda: rows @ weight)
     )
     return int8_s < float_s
+
+
+def bf16_speedup(width: int) -> float:
+    """Speed of a bfloat16 matmul of an MLP's shape on this CPU, as a multiple of float32's, by a few ms of timing.
+
+    1 for narrow models: their steps are mostly other work, which bfloat16 slows down.
+    """
+    if width < LEAST_WIDTH:
+        return 1.0
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = torch.ones(512, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
+        product = partial(F.linear, rows, weight)
+        times.append(min(timeit.repeat(product, number=1, repeat=4)))  # the first also fills caches
+    return times[0] / times[1]
 
 
 def to_int8(model: nn.Module, *, exclude: str) -> int:
