@@ -4,7 +4,8 @@ Each prints medians and ratios of what it runs in turn, then a line of JSON with
 `--json FILE` appends that line to a file, with the group, the commit, the date, the processor, and how many cores
 others kept busy meanwhile; `tests/speed_table.py` makes the speed tables of README.md and docs/benchmarks.md from results.jsonl.
 Options after `--` go to the programs: `python tests/bench step -- --rounds 5`. What needs data, weights or a trained
-model of its own is a program by itself: `python tests/bench/NAME.py --help` (learning, kills, timeline). Figures are in docs/benchmarks.md.
+model of its own is a program by itself: `python tests/bench/NAME.py --help` (decoders, learning, kills, timeline). Figures are
+in docs/benchmarks.md.
 """
 
 import argparse
