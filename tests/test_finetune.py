@@ -53,6 +53,8 @@ def test_batches_crops_and_frame_size_follow_from_clips_and_device():
 
 def test_rates_are_those_of_the_trained_weights_and_their_family():
     assert chosen()["learning_rate"] == 5e-4 and chosen()["token_drop"] == 0.5
+    assert "fc1" in chosen()["lora_target_modules"] and chosen()["lora_dropout"] == 0
+    assert not {"lora_target_modules", "lora_dropout"} & chosen(hf_model_name="none").keys()
     assert chosen(hf_model_name="none")["learning_rate"] == 1.5e-3
     assert chosen(train="classifier")["learning_rate"] == 5e-3
     assert chosen(train="all")["layer_decay"] < 1
