@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from entry import start
-from tiny import last_weights, make_clips, records, run_in, same, settings
+from tiny import last_weights, make_clips, records, same, settings
 from torch import nn
+from torch.distributed import DistError
 
 from tvit_cli import cli
 from tvit_cli.engine.launch import make_accelerator
@@ -279,42 +280,24 @@ def test_out_of_memory_elsewhere_ends_with_advice(trained, monkeypatch):
         trained(gradient_checkpointing=True, train="all")
 
 
-IN_RANK_1 = """
-import os, sys, torch
-from tvit_cli import cli
-from tvit_cli.portable.vit import TemporalViT
-
-real = TemporalViT.features
-
-def fails(gradient):
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-def features(self, clips):
-    features = real(self, clips)
-    if self.training and len(clips) > 2 and os.environ["RANK"] == "1":
-        features.register_hook(fails)  # in the backward pass
-    return features
-
-TemporalViT.features = features
-cli.run(sys.argv[1:])
-"""
+def test_smallest_recorded_micro_batch_counts_and_is_reported_once(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    assert memory.micro_batch_limit(checkpoints) == math.inf
+    for clips in (4, 2):
+        memory.limit_micro_batch(checkpoints, clips)
+    with pytest.raises(DistError):  # on which a process waits for its launcher to end it
+        memory.limit_micro_batch(checkpoints, 4)
+    (checkpoints / ".micro-batch-0").touch()
+    assert memory.micro_batch_limit(checkpoints) == 2
 
 
-def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(trained, inputs, tmp_path):
-    one = trained(per_gpu_batch_size=8, lora_dropout=0.0, epochs=3)
-    own = settings(**inputs, working_directory=tmp_path, lora_dropout=0.0, epochs=3, num_workers=0)
-    (tmp_path / "c.json").write_text(own.model_dump_json())
-    (tmp_path / "script.py").write_text(IN_RANK_1)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "script.py")
-    words = ("--config", tmp_path / "c.json", "--experiment-name", "two", "--gradient-checkpointing")
-    child = start(*launcher, "train", *words)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    assert errors.count("out of memory with 4 clips per forward pass. From here on there are 2") == 1
-    two = run_in(tmp_path / "two")
-    a, b = last_weights(one), last_weights(two)
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-    assert records(one, "")[-1]["train_loss"] == pytest.approx(records(two, "")[-1]["train_loss"], rel=1e-4)
+def test_named_run_without_checkpoint_begins_again_with_recorded_size(trained, mine):
+    for name in ("model", "checkpoints", "plots"):
+        shutil.rmtree(mine.run / name)
+    (mine.run / "report.html").unlink()
+    memory.limit_micro_batch(mine.run / "checkpoints", 3)
+    again = trained(experiment_name="mine", per_gpu_batch_size=6)
+    assert load_checkpoint(list_checkpoints(again.run / "checkpoints")[-1]).state.micro_batch == 3
 
 
 @needs_gpu

@@ -157,7 +157,7 @@ def test_finished_run_without_test_scores_is_scored_on_resume(trained):
         trained(**facts)
 
 
-def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monkeypatch):
+def test_run_of_several_processes_resumes_with_its_own_number(trained, tmp_path, monkeypatch):
     own = trained(experiment_name="mine", num_processes=2)
     last = list_checkpoints(own.run / "checkpoints")[-1]
     started = []
@@ -168,9 +168,7 @@ def test_a_run_of_several_processes_goes_on_with_as_many(trained, tmp_path, monk
     assert tvit("train", "--resume-from-checkpoint", last, "--num-processes", 3).code == 0
     assert started == [2, 3]
     found = load_checkpoint(last).state.identity
-    said = r"processes: 2 -> 1\n.*\nIt needs 2 processes: set --num-processes"
-    with pytest.raises(CheckpointError, match=said):
-        check_fingerprint({**found, "processes": 2}, found)
+    check_fingerprint({**found, "processes": 2}, found)
     with pytest.raises(CheckpointError, match="was trained on videos: move the frame store away"):
         check_fingerprint(found, {**found, "frames": "store, of 32 frames"})
 

@@ -206,6 +206,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     TVIT_DEBUG=1 shows tracebacks.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # See Note [Waiting threads sleep]
+    if "WORLD_SIZE" in os.environ:  # else DistributedDataParallel warns of what make_accelerator gives it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # characters outside the terminal's encoding
     words = sys.argv[1:] if arguments is None else arguments

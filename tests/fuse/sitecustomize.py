@@ -34,7 +34,7 @@ class Fuse:
 
     phase: str
     nth: int
-    how: str  # SIGKILL, SIGTERM, SIGINT, SIGUSR1, or "disk full"
+    how: str  # SIGKILL, SIGTERM, SIGINT, SIGUSR1, "disk full", or "out of memory"
     target: str  # self: the process that is there; top: the one that was started; group: all of its group
     marker: str  # written when it blows, once: the checkpoints that were whole then
     folder: str  # what is on the disk that gets full
@@ -63,6 +63,10 @@ class Fuse:
         if self.how == "disk full":
             self._fill()
             return
+        if self.how == "out of memory":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         number = signal.Signals[self.how]
         top = int(os.environ["FUSE_TOP"])
         if self.target == "self":
@@ -147,6 +151,7 @@ def _fuse_in_checkpoint(fuse: Fuse, module: ModuleType) -> None:
 
 def _fuse_in_loop(fuse: Fuse, module: ModuleType) -> None:
     module.update = _before(fuse, "step", module.update)
+    module.loss_share = _before(fuse, "pass", module.loss_share)
 
 
 def _fuse_in_loopstate(fuse: Fuse, module: ModuleType) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from tvit_cli.data.clips import end_with_parent, hidden_main, later_interrupt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: fast, and small beside the memory of a step
 PREFETCH = 4  # jobs per worker that start before their turn, so that one long video does not block the others
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # one group: the device of a tensor chooses
 JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to start
@@ -31,40 +29,6 @@ TIMEOUT = timedelta(hours=1)  # of a collective, while rank 0 writes to a slow d
 SECONDS_TO_END_ITSELF = 5  # for a process that has reached the limit of its job
 J = TypeVar("J")
 R = TypeVar("R")
-
-
-@torch.no_grad()
-def broadcast_weights(model: nn.Module, accelerator: Accelerator) -> None:
-    """Copies the parameters and buffers of rank 0 to all ranks."""
-    if accelerator.num_processes > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
-
-
-@torch.no_grad()
-def all_reduce_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Sums each parameter's gradient over all ranks; a gradient that is None must be None on all ranks."""
-    if accelerator.num_processes == 1:
-        return
-    for bucket in _buckets(parameter.grad for parameter in parameters if parameter.grad is not None):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        for gradient, total in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
-            gradient.copy_(total.view_as(gradient))
-
-
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of gradients of one dtype and of at most BUCKET_BYTES (or a single tensor)."""
-    bucket: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        size += gradient.nbytes
-        if bucket and (size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], gradient.nbytes
-        bucket.append(gradient)
-    if bucket:
-        yield bucket
 
 
 def any_rank(value: bool, accelerator: Accelerator) -> bool:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -141,7 +142,11 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
 
     chosen = pick_device(device)
     _refuse_sharding(chosen)
@@ -151,6 +156,14 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
     AcceleratorState._reset_state(reset_partial_state=is_alone)
     precision = resolve_precision(mixed_precision, chosen)
     group = InitProcessGroupKwargs(backend=BACKENDS.get(chosen.type), timeout=JOIN_TIMEOUT)
+    # Buckets are filled anew in the order of the first backward pass unless unused parameters are looked for. A
+    # resumed training would then sum other pieces than one that was not interrupted, with other last digits.
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
+    warnings.filterwarnings(
+        "ignore", "`broadcast_buffers` is deprecated"
+    )  # its successor is new in PyTorch 2.13
     try:
         with preserve_process_count():
             accelerator = Accelerator(
@@ -158,7 +171,7 @@ def make_accelerator(*, device: str, mixed_precision: MixedPrecision) -> Acceler
                 mixed_precision=precision,
                 # Else taken from the environment: gradients are divided by the clips of an update, not here.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-                kwargs_handlers=[] if is_alone else [group],
+                kwargs_handlers=[] if is_alone else [group, ddp],
             )
         set_timeout(TIMEOUT)
     except NotImplementedError as error:  # GPUs without peer-to-peer communication in the installed driver

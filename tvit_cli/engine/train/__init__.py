@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 import tvit_cli
 from tvit_cli.data.layout import SUBSETS, Video, split_choice
 from tvit_cli.engine.dataset import ClipFormat, DataSource, open_dataset
-from tvit_cli.engine.distributed import barrier, broadcast_weights
+from tvit_cli.engine.distributed import barrier
 from tvit_cli.engine.evaluate import evaluate
 from tvit_cli.engine.evaluate.files import write_page
 from tvit_cli.engine.evaluate.metrics import Tally
@@ -34,11 +34,12 @@ from tvit_cli.engine.launch import (
 from tvit_cli.engine.train.adapt import FEW_CLIPS, FEW_VIDEOS, fit_to_data
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
 from tvit_cli.engine.train.build import build, compile_errors, compile_model
-from tvit_cli.engine.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from tvit_cli.engine.train.checkpoint import Checkpoint, checkpoint_path, list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.fingerprint import check_ranks_agree, data_fingerprint, digest, result_settings
 from tvit_cli.engine.train.loop import fit, how_to_resume, restore
 from tvit_cli.engine.train.memory import (
     find_micro_batch,
+    micro_batch_limit,
     out_of_memory_errors,
     release_memory,
     resolve_batch,
@@ -152,7 +153,7 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
         settings = reuse_batch_settings(settings, checkpoint.state.identity, accelerator.num_processes)
-    loop = _make_loop(settings, accelerator, run, source, report, origin)
+    loop = _make_loop(settings, accelerator, run, source, report, origin, checkpoint)
     plan = loop.plan
     is_new = is_auto and loop.device.type == "cpu" and checkpoint is None
     if is_new and (speedup := bf16_speedup(loop.built.config.width)) >= WORTHWHILE:
@@ -175,6 +176,11 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     check_ranks_agree(gather_object([loop.fingerprint()]))
     if checkpoint is not None:
         restore(loop, checkpoint)
+    if run.resume_from is not None or run.begins_again:
+        limit = min(loop.plan.batch_size, micro_batch_limit(run.checkpoints))
+        if limit < loop.plan.batch_size:
+            loop.plan = replace(loop.plan, batch_size=int(limit))
+            loop.report(Note(f"Memory ran out with more than {plural(int(limit), 'clip')} per forward pass."))
     return loop
 
 
@@ -253,12 +259,12 @@ def _make_loop(
     source: DataSource,
     report: Report,
     origin: WeightsSource | None,
+    checkpoint: Checkpoint | None,
 ) -> Loop:
     labels = source.layout.labels
     with out_of_memory_errors(settings, accelerator.device):
         built = build(settings, labels=labels, report=report, origin=origin)
         built.model.to(accelerator.device)
-    broadcast_weights(built.model, accelerator)
     if (dtype := AUTOCAST.get(accelerator.mixed_precision)) is not None:
         hold_frozen(built.model, dtype, exclude=built.model.classifier.modules())
         if not settings.compile:  # hooks would break the graph, and PEFT's layers compute
@@ -268,7 +274,12 @@ def _make_loop(
     model = compile_model(built.model, accelerator.device) if settings.compile else built.model
     with compile_errors(settings.compile):
         find = partial(find_micro_batch, built=built, model=model, settings=settings, accelerator=accelerator)
-        settings, global_batch = resolve_batch(settings, accelerator.num_processes, find=find)
+        processes = accelerator.num_processes
+        if checkpoint is not None:
+            processes = checkpoint.state.identity.get("processes", processes)
+        settings, global_batch = resolve_batch(settings, processes, find=find)
+    if checkpoint is not None and checkpoint.state.global_batch:
+        global_batch = checkpoint.state.global_batch
     assert settings.per_gpu_batch_size != "auto"
     shared = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay", "classifier_rate")
     own: dict[str, Any] = {name: getattr(settings, name) for name in shared}
@@ -289,6 +300,7 @@ def _make_loop(
         pairs=settings.mixup > 0 or settings.cutmix > 0,
         repeats=settings.repeats,
     )
+    model, prepared = accelerator.prepare(model, optimizer)
     is_uniform = settings.class_weights == "none"
     weights = [1.0] * len(labels) if is_uniform else class_weights(targets, len(labels))
     return Loop(
@@ -298,7 +310,7 @@ def _make_loop(
         source,
         built,
         model,
-        accelerator.prepare_optimizer(optimizer),
+        prepared,
         plan,
         trackers=Trackers(run.folder if accelerator.is_main_process else None),
         report=report,

@@ -51,6 +51,7 @@ class State:
 
     step: Count
     micro_batch: Count = 0  # clips per forward pass, halved when memory ran out; 0: as in the settings
+    global_batch: Count = 0  # clips per update; 0: as in the settings
     tally: tuple[float, ...] = ()  # running sums of an incomplete epoch
     best_step: Count = 0  # last step of the best epoch; 0: none yet
     best: dict[str, float] = field(default_factory=dict)

@@ -50,19 +50,17 @@ def check_fingerprint(before: dict[str, Any], now: dict[str, Any], *, more_epoch
     A setting that is newer than the checkpoint counts with its default. The name of base weights may differ if the
     weights and the network are the same: they may have moved.
     """
-    before = {**_DEFAULTS, **before}
+    before = {**_DEFAULTS, **before, "processes": now["processes"]}
     if all(before.get(key) == now[key] for key in now if key.startswith(f"{BASE} ")):
         before["hf_model_name"] = now["hf_model_name"]
     if not (lines := _differences(before, now)):
         return
     lines.append("Resume with the run's own settings, or start a new run.")
-    frames, processes = before.get("frames"), before.get("processes")
+    frames = before.get("frames")
     if frames == "videos" and now["frames"] != "videos":
         lines.append("The run was trained on videos: move the frame store away until it has ended.")
     elif frames != now["frames"]:
         lines.append("The run was trained on a frame store: make the store as it was with `tvit extract`.")
-    if processes != now["processes"]:
-        lines.append(f"It needs {processes} processes: set --num-processes, or the launcher.")
     if before.get("epochs") != now["epochs"] and more_epochs:
         lines.append(more_epochs.strip())
     heading = "The checkpoint was written with other settings, and resuming would mix two runs:"

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from tvit_cli.data.clips import ClipBatch, ClipDataset, load_batches, worker_errors
-from tvit_cli.engine.distributed import all_reduce_gradients, any_rank, barrier, worker_count
+from tvit_cli.engine.distributed import barrier, worker_count
 from tvit_cli.engine.evaluate.metrics import Tally, class_counts, video_metrics
 from tvit_cli.engine.launch import EXIT_CODES, StopSignals, signal_text
 from tvit_cli.engine.train.batches import BatchKeys, MicroBatch, make_inputs
@@ -27,13 +27,14 @@ from tvit_cli.engine.train.checkpoint import (
     Checkpoint,
     State,
     checkpoint_path,
+    list_checkpoints,
     load_optimizer,
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
 )
 from tvit_cli.engine.train.fingerprint import check_fingerprint
-from tvit_cli.engine.train.memory import Attempt, memory_advice
+from tvit_cli.engine.train.memory import Attempt, limit_micro_batch, memory_advice
 from tvit_cli.engine.train.monitor import Clock, non_finite_names
 from tvit_cli.engine.train.optim import Targets, clip_losses, loss_share, set_rates
 from tvit_cli.engine.train.run_folder import train_further
@@ -65,7 +66,9 @@ def fit(loop: Loop) -> None:
                 if loss is not None:
                     step_loss = step_loss + loss
                     clock.clips += planned.real * loop.plan.processes
-                if planned.ends_step and any_rank(attempt.failed, loop.accelerator):
+                if attempt.failed and loop.plan.processes > 1:
+                    _end_to_halve(loop)
+                elif attempt.failed and planned.ends_step:
                     loop.tally.sums = tally
                     _halve_micro_batch(loop)
                     attempt, tally, step_loss = Attempt(), tally.clone(), torch.zeros_like(step_loss)
@@ -110,13 +113,15 @@ def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tenso
     )
     if loop.samples.are_wanted:
         _keep_samples(loop, planned, batch, clips, targets)
-    with loop.accelerator.autocast():
-        logits = loop.model(clips)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     smoothing = settings.label_smoothing
-    losses = clip_losses(logits, targets, class_weights=loop.class_weights, label_smoothing=smoothing)
-    loss = loss_share(losses, targets, step_clips=planned.step_clips)
-    loop.accelerator.backward(loss)
+    # The last pass of a step sums the gradients over all ranks, while they are computed.
+    with nullcontext() if planned.ends_step else loop.accelerator.no_sync(loop.model):
+        with loop.accelerator.autocast():
+            logits = loop.model(clips)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        losses = clip_losses(logits, targets, class_weights=loop.class_weights, label_smoothing=smoothing)
+        loss = loss_share(losses, targets, step_clips=planned.step_clips)
+        loop.accelerator.backward(loss * loop.plan.processes)  # DistributedDataParallel divides by it
     loop.watch.add(planned, losses)
     loop.tally.add(logits.detach(), losses.detach(), targets.main, targets.weights)
     return loss.detach()
@@ -125,7 +130,6 @@ def forward_backward(loop: Loop, planned: MicroBatch, batch: ClipBatch) -> Tenso
 def update(loop: Loop) -> Tensor:
     """One optimizer update with clipped gradients; returns the gradient norm before clipping."""
     settings = loop.settings
-    all_reduce_gradients(loop.plain_model.parameters(), loop.accelerator)
     set_rates(loop.optimizer, loop.learning_rate(loop.step))
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     norm: Tensor = loop.accelerator.clip_grad_norm_(loop.model.parameters(), limit)
@@ -214,6 +218,7 @@ def save(loop: Loop) -> Path:
             state=State(
                 step=loop.step,
                 micro_batch=loop.plan.batch_size,
+                global_batch=loop.plan.global_batch,
                 tally=tuple(sums),
                 best_step=loop.best_step,
                 best=loop.best,
@@ -252,6 +257,10 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> None:
         loop.tally.sums += torch.tensor(state.tally, dtype=loop.tally.sums.dtype, device=loop.device)
     done = f"{loop.step} of {loop.plan.total_steps} steps done"
     loop.report(Note(f"Resuming from {checkpoint.path.name} ({done})."))
+    before, now = state.identity.get("processes", 0), loop.plan.processes
+    if before != now:
+        text = f"The checkpoint was written by {plural(before, 'process')}, and this is {now}"
+        loop.report(Note(f"{text}: updates are the same up to rounding and the draws of dropout.", "warning"))
 
 
 def _check_state(loop: Loop, checkpoint: Checkpoint) -> None:
@@ -327,10 +336,26 @@ def _halve_micro_batch(loop: Loop) -> None:
     clips = plural(loop.plan.batch_size, "clip")
     text = f"Step {loop.step + 1}: out of memory with {clips} per forward pass."
     if loop.plan.batch_size == 1:
-        raise RunError(f"{text} {memory_advice(loop.settings, loop.device)}", by_all=True)
+        raise RunError(f"{text} {memory_advice(loop.settings, loop.device)}")
     loop.plan = loop.plan.halved()
     smaller = f"From here on there are {loop.plan.batch_size}, and updates are the same: {loop.plan}."
     loop.report(Note(f"{text} {smaller}", "warning"))
+
+
+def _end_to_halve(loop: Loop) -> NoReturn:
+    """Ends one of several processes that is out of memory; the resumed run has half the micro-batch."""
+    clips = plural(loop.plan.batch_size, "clip")
+    text = f"Step {loop.step + 1}: process {loop.plan.rank} is out of memory with {clips} per forward pass."
+    if loop.plan.batch_size == 1:
+        raise RunError(f"{text} {memory_advice(loop.settings, loop.device)}")
+    smaller = loop.plan.halved()
+    limit_micro_batch(loop.run.checkpoints, smaller.batch_size)
+    whole = list_checkpoints(loop.run.checkpoints)
+    size, total = f"--per-gpu-batch-size {smaller.batch_size}", f"--global-batch-size {smaller.global_batch}"
+    again = how_to_resume(whole[-1]) if whole else f"Start again with {size} {total}."
+    error = RunError(f"{text} With {smaller.batch_size}, updates are the same. {again}")
+    error.exit_code = EXIT_CODES["SIGUSR1"]
+    raise error
 
 
 def _seed_dropout(loop: Loop, planned: MicroBatch) -> None:

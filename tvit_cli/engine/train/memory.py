@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +28,7 @@ from tvit_cli.results import MemoryModel
 from tvit_cli.settings.train import DEFAULT_MICRO_BATCH, TrainSettings
 
 MOMENTS = 2  # of AdamW: means of each gradient and of its square (arXiv:1711.05101)
+LIMIT = ".micro-batch-"  # a file beside the checkpoints: see Note [Out of memory]
 CPU_SHARE = 0.5  # of the free memory; the rest is for loader workers and the page cache
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -136,12 +139,11 @@ OUT_OF_MEMORY = re.compile(
 
 # Note [Out of memory]
 # ~~~~~~~~~~~~~~~~~~~~
-# A step that does not fit is discarded on all ranks and repeated with half the micro-batch, which later checkpoints
-# record. Its clips and its dropout are the same (engine/train/batches.py), and so is its update.
-# No rank may wait in a collective while another has failed, so gradients are summed after all ranks have reported
-# success. DistributedDataParallel sums them within the last backward pass and was rejected: a rank that fails there
-# leaves the others waiting until a timeout, and it keeps a second copy of the gradients. It would hide the
-# communication of 340 MB per step with `--train all` on ViT-B, and of 2 MB with LoRA.
+# A step that does not fit is discarded and repeated with half the micro-batch, which later checkpoints record. Its
+# clips are the same (engine/train/batches.py), and so is its update.
+# With several processes the run ends instead, with the exit code that has job queues start it again: the others may
+# wait in DistributedDataParallel's sum of gradients, which cannot be left. A file beside the checkpoints has the
+# smaller micro-batch for the run that resumes. The process that makes the file reports; others that fail do not.
 # Memory that runs out in the update, in validation or in the machine itself ends the run; its checkpoint is whole.
 
 
@@ -149,6 +151,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error reports that a device or the machine has no memory left."""
     is_message = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     return is_message or isinstance(error, torch.OutOfMemoryError)
+
+
+def limit_micro_batch(checkpoints: Path, clips: int) -> None:
+    """Records the micro-batch for the run that resumes. Raises DistError if another process has done so."""
+    try:
+        checkpoints.mkdir(exist_ok=True)
+        (checkpoints / f"{LIMIT}{clips}").touch(exist_ok=False)
+    except FileExistsError:
+        raise DistError("another process has reported it") from None
+
+
+def micro_batch_limit(checkpoints: Path) -> float:
+    """The smallest recorded micro-batch of a run; infinite without a record."""
+    sizes = (path.name.removeprefix(LIMIT) for path in checkpoints.glob(f"{LIMIT}*"))
+    return min((int(size) for size in sizes if size.isdecimal() and int(size)), default=math.inf)
 
 
 class Attempt:
@@ -246,6 +263,8 @@ def reuse_batch_settings(settings: TrainSettings, before: Mapping[str, Any], pro
 
     Raises CheckpointError if it has found no valid number.
     """
+
+    processes = before.get("processes", processes)
 
     def find(share: int) -> int:
         size = before.get("per_gpu_batch_size")

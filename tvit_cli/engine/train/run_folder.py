@@ -39,6 +39,7 @@ _OWN_FILES = rf"""(?x)
     |wandb-id|wandb/(latest-run|wandb-resume\.json|debug[^/]*\.log|(offline-)?run-[^/]+(/.+)?)
     |tensorboard/(.+/)?events\.out\.[^/]+
     |{_PAGE}
+    |CHECKPOINTS/\.micro-batch-\d+
     |CHECKPOINTS/\.?step-\d{{6,}}(\.writing|\.removing)?/({CHECKPOINT_FILES.pattern})
     |export/\.[^/]+\.lock
     |(model|base|\.(model|base)\.writing/(new|old))/(card\.json|model\.safetensors)
