@@ -177,22 +177,37 @@ def test_the_interval_is_over_people_and_cut_lines_are_not_read(learning, tmp_pa
 BENCH = Path(__file__).parent / "bench"
 
 
-def test_every_part_of_it_runs_on_a_cpu(tmp_path):
-    small = "--device cpu --precision no --width 64 --depth 1 --size 32 --schemes joint,space --frames 2 --batch 2"
+def test_check_of_a_gpu_runs_on_a_cpu(tmp_path):
+    sections = ["facts", "parity", "pixels", "waits", "fed", "trace"]
     command = [
-        sys.executable, str(BENCH), "gpu", "--json", str(tmp_path / "found.jsonl"), "--", *small.split(),
-    ]  # fmt: skip
+        sys.executable,
+        str(BENCH),
+        "gpu-check",
+        "--",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--only",
+        ",".join(sections),
+    ]
     done = subprocess.run(
-        [*command, "--rounds", "1", "--clips", "4"], capture_output=True, text=True, check=False
+        [*command, "--out", str(tmp_path / "lines")], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.jsonl").read_text())["results"]
-    for scheme in ("joint", "space"):
-        row = found[f"{scheme}, 2 frames"]
-        assert row["clips_per_second"] > 0
-        assert row["gigaflops_per_clip"] > 0
-        assert 0 < row["of_matmul_rate"] < 1
-    assert found["augmentation, 2 frames"]["clips_per_second"] > 0
-    fed = found["joint, 2 frames, from a frame store"]
-    assert fed["clips_per_second"] > 0
-    assert 0 <= fed["data_wait"] < 1
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert list(dict.fromkeys(line["section"] for line in lines)) == sections
+    checks = [line for line in lines if "check" in line]
+    assert len(checks) == 4 * 3 + 3 + 1 and all(line["ok"] for line in checks)
+    assert next(line for line in lines if line["section"] == "fed")["clips_per_second"] > 0
+
+
+def test_section_of_the_check_that_fails_does_not_end_the_others(load_bench, monkeypatch, capsys):
+    def fail(check):
+        raise ValueError("no kernel")
+
+    gpu = load_bench("gpu")
+    monkeypatch.setitem(gpu.SECTIONS, "facts", fail)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--only", "facts,pixels"])
+    assert gpu.main() == 1
+    said = capsys.readouterr().out
+    assert "no kernel" in said and "section pixels" in said and json.loads(said.splitlines()[-1])["bad"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tvit_cli.settings.card import ModelCard, Preprocessing
 from tvit_cli.settings.train import TrainSettings
 
 Run = Callable[..., TrainResult]  # the fixture `trained`
+DEVICE = os.environ.get("TVIT_TEST_DEVICE", "cpu")
 COLOURS = {"Blue": (40, 60, 200), "Green": (50, 190, 60), "Red": (200, 50, 40)}
 WIDTH = 16
 SCRATCH = {"hf_model_name": None, "width": 16, "depth": 1, "num_heads": 2, "train": "all"}
@@ -107,8 +109,10 @@ def settings(**changes: Any) -> TrainSettings:
     """Settings for a run of a second; paths and the pretrained model come in `changes`."""
     facts: dict[str, Any] = {
         "img_size": 32, "n_frames": 4, "epochs": 2, "per_gpu_batch_size": 4, "num_workers": 0,
-        "device": "cpu", "learning_rate": 0.01, "top_k": 2, "val_groups": "1", "test_groups": "1", **changes,
+        "device": DEVICE, "learning_rate": 0.01, "top_k": 2, "val_groups": "1", "test_groups": "1", **changes,
     }  # fmt: skip
+    if facts["device"] != "cpu":  # else equal runs would not have equal bits
+        facts = {"deterministic": True, "mixed_precision": "no", **facts}
     return TrainSettings.model_validate(facts)
 
 

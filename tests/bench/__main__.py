@@ -29,7 +29,7 @@ GROUPS = {
     "peers": ("a step beside transformers' video models with PEFT", ["peers.py"]),
     "infer": ("tvit predict on one clip, whole process", ["predict.py"]),
     "startup": ("help and mistakes, whole process", ["startup.py"]),
-    "gpu": ("on an accelerator: steps per scheme and frame count, training from a frame store", ["gpu.py"]),
+    "gpu-check": ("on a GPU: parity, training under faults, speed", ["gpu.py"]),
 }
 
 
