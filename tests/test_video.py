@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
@@ -53,10 +53,83 @@ CODECS = [
     pytest.param(".mkv", {"codec": "ffv1"}, id="ffv1"),
     pytest.param(".gif", {"codec": "gif", "pixel_format": "gray"}, id="gif"),
 ]
+CHOSEN = [30], [0, 13, 14, 39], [5, 5, 11, 36]
 
 
 def decode_all(path):
     return read_clip(path, lambda n: range(n), known=None).frames
+
+
+def x264(more):
+    return {"codec": "libx264", "options": {"bf": "3", "crf": "20", "x264-params": more}}
+
+
+ORDERED = [
+    *(
+        pytest.param(*case.values, count, id=case.id)
+        for case, count in zip(CODECS, (110, 50, 30, 30, 30, 35), strict=False)
+    ),
+    pytest.param(".mp4", x264("open-gop=1"), 70, id="h264, open groups"),
+    pytest.param(".mp4", x264("tff=1"), 45, id="h264, interlaced"),
+    pytest.param(".mkv", {**x264("bframes=3"), "pixel_format": "yuv444p"}, 75, id="h264, 4:4:4"),
+    pytest.param(".mp4", {"codec": "libx265", "options": {"x265-params": "log-level=0"}}, 45, id="hevc"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "how", "most"), ORDERED)
+def test_later_readings_decode_what_their_frames_need(suffix, how, most, make_video, tmp_path, monkeypatch):
+    how = {**how, "options": {**how.get("options", {}), "g": "12"}}
+    path = make_video(tmp_path / f"clip{suffix}", frames=40, **how)
+    first = read_clip(path, range)
+    whole = [read_clip(path, lambda n, c=c: c, known=40) for c in CHOSEN]
+    decoded, decode = [], video._decode
+    monkeypatch.setattr(
+        video, "_decode", lambda *args: (decoded.append(frame) or frame for frame in decode(*args))
+    )
+    for chosen, same in zip(CHOSEN, whole, strict=True):
+        later = read_clip(path, lambda n, c=chosen: c, known=first.order)
+        assert later.order is first.order is not None
+        assert later.frame_count == 40 and later.indices == tuple(chosen)
+        assert np.array_equal(later.frames, first.frames[chosen]) and later.pts_seconds == same.pts_seconds
+    assert most // 2 < len(decoded) <= most
+
+
+def test_order_is_not_used_for_a_file_damaged_since(make_video, tmp_path):
+    path = make_video(tmp_path / "clip.mp4", frames=40, **x264("keyint=250"))
+    order = read_clip(path, range).order
+    assert order is not None
+    with av.open(path) as container:
+        packet = next(islice(container.demux(video=0), 10, None))
+    content, half = bytearray(path.read_bytes()), packet.size // 2
+    content[packet.pos + half : packet.pos + packet.size] = b"\xa5" * (packet.size - half)
+    path.write_bytes(content)
+    again = read_clip(path, lambda n: [n - 1], known=order)
+    assert again.order is None
+    assert np.array_equal(again.frames, read_clip(path, lambda n: [n - 1]).frames)
+
+
+def test_order_is_left_where_parameters_change_within_the_video(make_video, tmp_path):
+    parts = [
+        make_video(
+            tmp_path / f"{preset}.h264", frames=24, codec="libx264", options={"preset": preset, "g": "12"}
+        )
+        for preset in ("medium", "ultrafast")
+    ]
+    path = tmp_path / "joined.h264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert read_clip(parts[0], range).order is not None
+    assert read_clip(path, range).order is None
+
+
+def test_order_is_left_where_frames_and_packets_differ(make_video, tmp_path):
+    path = make_video(tmp_path / "clip.avi", frames=40)
+    order = read_clip(path, range).order
+    assert order is not None
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size * 3 // 4)
+    again = read_clip(path, lambda n: [n - 1], known=order)
+    assert again.order is None
+    assert np.array_equal(again.frames, read_clip(path, lambda n: [n - 1]).frames)
 
 
 def write_packets(path, change):

@@ -88,7 +88,7 @@ def tvit_later() -> Reader:
 
     def read(path: str, n: int) -> np.ndarray:
         clip = read_clip(Path(path), lambda count: segment_indices(count, n), known=known.get(path))
-        known[path] = clip.frame_count
+        known[path] = clip.order or clip.frame_count
         return clip.frames
 
     return read

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tvit_cli.data.augment import Kind, draw_generator
 from tvit_cli.data.framestore import FrameStore
 from tvit_cli.data.layout import Video
-from tvit_cli.data.video import ByTime, Choice, Clip, Frames, read_clip
+from tvit_cli.data.video import ByTime, Choice, Clip, Frames, Order, read_clip
 from tvit_cli.errors import RunError, TvitError, VideoError
 from tvit_cli.portable.reading import Key, Times, clip_offsets, dense_indices, segment_indices
 
@@ -120,8 +120,8 @@ class ClipDataset(Dataset[ClipItem]):
     clip_seconds: float | None = None
     clips_per_video: int = 1
     time_limit: float | None = None  # seconds to decode a video
-    # Number or times of the frames of videos read so far, in this worker.
-    _known: dict[int, int | Times] = field(default_factory=dict)
+    # Number, times or order of the frames of videos read so far, in this worker.
+    _known: dict[int, int | Times | Order] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.clips_per_video == 1 or not self.training
@@ -138,7 +138,7 @@ class ClipDataset(Dataset[ClipItem]):
             clip = self._read(epoch, index)
         except VideoError as error:
             return self.unreadable(key, str(error).removeprefix(f"{video.source}: "))
-        self._known[index] = clip.frame_count if clip.times is None else clip.times
+        self._known[index] = clip.order or clip.times or clip.frame_count
         note = clip.note
         wanted, length = self.clip_seconds, math.inf if clip.times is None else clip.times.end
         if wanted is not None and length < wanted:

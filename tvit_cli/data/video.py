@@ -9,6 +9,7 @@ import math
 import stat
 import time
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -69,7 +70,21 @@ DAMAGED = (av.FFmpegError, ArithmeticError, LookupError, ValueError)
 # are further off, a second pass is made. Packets are counted first and kept in memory; those of a larger file are
 # read twice. Seeking was rejected: AVI's index is unreliable for frames, and with a key frame every 300 it decodes
 # as much.
+#
+# Later readings of the video decode only the packets that the wanted frames depend on (Order). Its index is that of
+# the first reading, whose frames named their packets: no time stamp and no seeking of a demuxer is trusted.
 COUNT_SLACK = 3
+_DROPPABLE = (
+    "h264",
+    "mpeg4",
+)  # codecs whose skip_frame=NONREF leaves out only frames that no other one refers to
+_SEEKABLE = (
+    "h264",
+    "hevc",
+    "vp8",
+    "vp9",
+)  # codecs whose key frames, in H.264 IDR, make earlier packets needless
+_SETS = {"h264": (7, 8), "hevc": (32, 33, 34)}  # types of NAL units with parameters of later pictures
 _PACKET_BYTES = 64 << 20  # size of the largest file whose packets are kept
 
 
@@ -97,6 +112,20 @@ class ByTime:
     choose: Callable[[Times], Sequence[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The packets of an undamaged video, from decoding all of it: `read_frames` then decodes only those needed.
+
+    `count` is the number of frames or their times, `packets` the number of each frame's packet, `keys` the packets
+    at which decoding may begin.
+    """
+
+    count: int | Times
+    packets: Sequence[int]
+    keys: Sequence[int]
+    has_droppable: bool
+
+
 Choice: TypeAlias = Callable[[int], Sequence[int]] | ByTime
 
 
@@ -110,6 +139,7 @@ class Clip(Generic[F]):
     frame_count: int  # of the whole video
     note: str = ""  # as in VideoInfo
     times: Times | None = None  # of the whole video, if frames were chosen by time
+    order: Order | None = None  # of an undamaged video whose first reading this is
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,11 +393,13 @@ def _within_bounds(url: str, size: int, packets: Iterator[Packet]) -> Iterator[P
         yield packet
 
 
-def _decode(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
+def _decode(
+    stream: VideoStream, packets: Iterable[Packet], ignored: tuple[type[Exception], ...] = DAMAGED
+) -> Iterator[av.VideoFrame]:
     """All frames that decode, in the decoder's order, which is that of presentation."""
     for packet in packets:
         frames: list[av.VideoFrame] = []
-        with suppress(*DAMAGED):
+        with suppress(*ignored):
             frames = stream.decode(packet)
         yield from frames
 
@@ -479,7 +511,7 @@ def read_clip(
     choose: Choice,
     *,
     short_side: int | None = None,
-    known: int | Times | None = None,
+    known: int | Times | Order | None = None,
     time_limit: float | None = None,
 ) -> Clip[Frames]:
     """Decodes a video in order and converts the frames that `choose` names to RGB.
@@ -487,7 +519,7 @@ def read_clip(
     `choose` is a pure function from the number of frames to indices in ascending order (repeats allowed), or from
     their times (ByTime; any order). Frames wider and higher than `short_side` are scaled down to it, the long side
     in proportion. Packets that do not decode are skipped. The number or times of frames, where they are `known`,
-    save decoding of the rest. See Note [Frame count].
+    save decoding of the rest; an earlier clip's `order` saves more. See Note [Frame count].
 
     Raises VideoError, `<path>: <reason>`, if no frame can be read, or after `time_limit` seconds of decoding.
     """
@@ -512,7 +544,7 @@ def read_frames(
     convert: Callable[[KeptFrames, Sequence[int]], F],
     *,
     short_side: int | None = None,
-    known: int | Times | None = None,
+    known: int | Times | Order | None = None,
     time_limit: float | None = None,
 ) -> Clip[F]:
     """`read_clip` with another conversion, `convert(kept, indices)`."""
@@ -526,9 +558,21 @@ def read_frames(
             chosen.keep(index, _frame_of(path, index))
         seconds = tuple(times.starts[index] for index in indices)
         return Clip(convert(chosen, indices), indices, seconds, count, times=times)
-    for _ in range(2):
+    order = known if isinstance(known, Order) else None
+    is_first = known is None
+    for _ in range(2 if order is None else 3):
         with open_video(path) as (container, stream):
-            packets: Iterable[Packet] = demux(path, container, stream)
+            kept: KeptFrames | None
+            packets: Iterable[Packet]
+            if isinstance(known, Order):
+                indices = _chosen(choose, known.count)
+                packets = _in_time(path, demux(path, container, stream), time_limit)
+                kept = _read_few(path, stream, packets, known, indices, short_side)
+                if kept is not None:
+                    return _clip(kept, indices, convert, known.count, stream.average_rate, order)
+                known = order = None
+                continue
+            packets = demux(path, container, stream)
             step = default_step(stream)
             guesses: list[int | Times] = [] if known is None else [known]
             if known is None:
@@ -544,14 +588,10 @@ def read_frames(
             wanted = {index for guess in guesses for index in _chosen(choose, guess)}
             stop = max(wanted) + 1 if known is not None else None
             kept, starts, last = None, array("d"), 0.0
-            limit = math.inf if time_limit is None else time.monotonic() + time_limit
-            decoded = _decode(stream, packets)
+            numbered = _Numbered(stream, _in_time(path, packets, time_limit))
+            decoded = numbered.frames()
             timed = with_ends(with_starts(stamped(decoded), step), step)
             for frame, start, end in islice(timed if by_time else ((f, 0.0, 0.0) for f in decoded), stop):
-                if time.monotonic() > limit:
-                    fault = f"decoding takes more than {time_limit:g} s (--time-limit)"
-                    advice = "Raise the limit, label parts with --window, or encode the video smaller."
-                    raise VideoError(f"{path}: {fault}. {advice}")
                 kept = kept or KeptFrames(path, frame, short_side)
                 if len(starts) in wanted:
                     kept.keep(len(starts), frame)
@@ -561,15 +601,158 @@ def read_frames(
                 raise _no_frame_error(path)
             if known is None or len(starts) != stop:
                 known = Times(starts, last) if by_time else len(starts)
+            if stop is None and is_first:
+                order = numbered.order(known)
             indices = _chosen(choose, known)
             if kept.frames.keys() >= set(indices):
-                count, shown = (known, None) if isinstance(known, int) else (len(known.starts), known)
-                rate = stream.average_rate
-                seconds = (
-                    kept.seconds(indices, rate) if shown is None else tuple(shown.starts[i] for i in indices)
-                )
-                return Clip(convert(kept, indices), indices, seconds, count, kept.orientation.note, shown)
+                return _clip(kept, indices, convert, known, stream.average_rate, order)
     raise VideoError(f"{path}: one reading gives more frames than the next. Is the file still being written?")
+
+
+def _clip(
+    kept: KeptFrames,
+    indices: tuple[int, ...],
+    convert: Callable[[KeptFrames, Sequence[int]], F],
+    known: int | Times,
+    rate: Fraction | None,
+    order: Order | None,
+) -> Clip[F]:
+    count, times = (known, None) if isinstance(known, int) else (len(known.starts), known)
+    seconds = kept.seconds(indices, rate) if times is None else tuple(times.starts[i] for i in indices)
+    return Clip(convert(kept, indices), indices, seconds, count, kept.orientation.note, times, order)
+
+
+def _in_time(path: Source, packets: Iterable[Packet], seconds: float | None) -> Iterator[Packet]:
+    """The packets. Raises VideoError where they take longer than so many seconds."""
+    limit = math.inf if seconds is None else time.monotonic() + seconds
+    for packet in packets:
+        yield packet
+        if time.monotonic() > limit:
+            fault = f"decoding takes more than {seconds:g} s (--time-limit)"
+            advice = "Raise the limit, label parts with --window, or encode the video smaller."
+            raise VideoError(f"{path}: {fault}. {advice}")
+
+
+class _Numbered:
+    """Decoding of all packets, whose frames name their packet, as an Order needs it."""
+
+    def __init__(self, stream: VideoStream, packets: Iterable[Packet]) -> None:
+        self._stream, self._packets = stream, packets
+        self._of_frames, self._keys = array("i"), array("i")
+        self._shown = 0  # packets that promise a frame
+        self._first: tuple[Any, ...] = ()
+        self._is_regular = True  # every frame names a packet, and nothing changes its form
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """As `_decode`."""
+        codec, extra = self._stream.codec_context.name, self._stream.codec_context.extradata or b""
+        entries, first_sets = set(), b""
+        for number, packet in enumerate(_number(self._stream, self._packets)):
+            if packet is not None and _is_shown(packet):
+                self._shown += 1
+                is_entry, sets = _entry(packet, codec, extra)
+                first_sets = sets if self._shown == 1 else first_sets
+                is_same = sets in (b"", first_sets) and not packet.has_sidedata("new_extradata")
+                self._is_regular &= is_same and not packet.is_corrupt
+                if is_entry and sets == first_sets:
+                    entries.add(number)
+            for frame in _decode(self._stream, [packet]):
+                form = frame.width, frame.height, frame.interlaced_frame, frame.format.name
+                self._first = self._first or (*form, orientation_of(frame))
+                of_packet = _packet_of(frame)
+                self._is_regular &= of_packet >= 0 and form == self._first[:4] and not frame.is_corrupt
+                if frame.key_frame:
+                    self._is_regular &= orientation_of(frame) == self._first[4]
+                    if of_packet in entries:
+                        self._keys.append(of_packet)
+                self._of_frames.append(of_packet)
+                yield frame
+
+    def order(self, count: int | Times) -> Order | None:
+        """The order after all frames; None where it would save nothing or packets and frames differ in number."""
+        packets, codec = self._of_frames, self._stream.codec_context.name
+        has_droppable = codec in _DROPPABLE and not self._first[2]
+        if not self._is_regular or not len(set(packets)) == len(packets) == self._shown:
+            return None
+        # x264 before build 151 is decoded in its own way at 4:4:4, and only the first packet names the build.
+        keys = () if codec == "h264" and "444" in self._first[3] else self._keys
+        return Order(count, packets, keys, has_droppable) if has_droppable or keys else None
+
+
+def _number(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[Packet]:
+    """The packets, each with its number in `opaque`, which the decoder hands on to its frame."""
+    stream.codec_context.flags |= Flags.copy_opaque
+    for number, packet in enumerate(packets):
+        if packet is not None:
+            packet.opaque = (number,)  # a new object: PyAV knows it by its address
+        yield packet
+
+
+def _packet_of(frame: av.VideoFrame) -> int:
+    """The number of a frame's packet, -1 if the decoder does not tell it."""
+    return frame.opaque[0] if isinstance(frame.opaque, tuple) else -1
+
+
+def _entry(packet: av.Packet[VideoStream], codec: str, extra: bytes) -> tuple[bool, bytes]:
+    """Whether decoding may begin at a packet that gives a key frame, and the packet's parameter sets.
+
+    Sources: ITU-T H.264 and H.265, 7.3.1; `extra` is the stream's extradata, avcC or hvcC in MP4 and Matroska.
+    """
+    if codec not in _SETS:
+        return packet.is_keyframe and codec in _SEEKABLE, b""
+    data, is_h264, units, at = bytes(packet), codec == "h264", [], 0
+    if extra[:1] == b"\x01" and (size := extra[4:5] if is_h264 else extra[21:22]):
+        wide = (size[0] & 3) + 1
+        while at + wide < len(data):
+            end = at + wide + int.from_bytes(data[at : at + wide], "big")
+            units.append(data[at + wide : end])
+            at = end
+    else:
+        units = [unit.rstrip(b"\0") for unit in data.split(b"\0\0\1")[1:]]
+    kinds = [(unit[0] & 31 if is_h264 else unit[0] >> 1 & 63, unit) for unit in units if unit]
+    is_entry = packet.is_keyframe and (not is_h264 or any(kind == 5 for kind, _ in kinds))
+    return is_entry, b"".join(unit for kind, unit in kinds if kind in _SETS[codec])
+
+
+def _read_few(
+    path: Location,
+    stream: VideoStream,
+    packets: Iterable[Packet],
+    order: Order,
+    indices: Sequence[int],
+    short_side: int | None,
+) -> KeptFrames | None:
+    """The frames of the indices, decoded from as few packets as they need; None if one does not come.
+
+    From a key frame on that is shown no later than a frame, all packets are decoded until that frame is there.
+    """
+    keys, index_of = order.keys, {packet: index for index, packet in enumerate(order.packets)}
+    starts = {}  # by the index of a missing frame
+    for index in set(indices):
+        earlier = keys[: bisect_right(keys, order.packets[index])]
+        starts[index] = next((key for key in reversed(earlier) if index_of[key] <= index), 0)
+    begins, context, kept = set(starts.values()), stream.codec_context, None
+    context.options = {**context.options, "err_detect": "explode"}  # concealment may need the other packets
+    is_decoding = False
+    for number, packet in enumerate(_number(stream, packets)):
+        if not is_decoding and number in begins:
+            context.flush_buffers()
+        is_decoding = any(start <= number for start in starts.values())
+        if not is_decoding:
+            continue
+        if order.has_droppable:
+            context.skip_frame = "DEFAULT" if index_of.get(number) in starts else "NONREF"
+        try:
+            frames = list(_decode(stream, [packet], ()))
+        except DAMAGED:
+            return None
+        for frame in frames:
+            kept = kept or KeptFrames(path, frame, short_side)
+            if starts.pop(index_of.get(_packet_of(frame), -1), None) is not None:
+                kept.keep(index_of[_packet_of(frame)], frame)
+        if not starts:
+            return kept
+    return None
 
 
 def _chosen(choose: Choice, seen: int | Times) -> tuple[int, ...]:
