@@ -1,5 +1,6 @@
 """Training steps on an accelerator: no read of a device value, few launches, frozen weights in autocast's format."""
 
+import json
 import shutil
 from collections import Counter
 from contextlib import closing
@@ -15,12 +16,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tvit_cli.engine.train as package
+from tvit_cli.engine.evaluate import evaluate
+from tvit_cli.engine.predict.model import open_model
 from tvit_cli.engine.train import set_up
 from tvit_cli.engine.train.loop import forward_backward, remaining_batches, update
 from tvit_cli.errors import ModelError
 from tvit_cli.model import linear, lora
 from tvit_cli.portable.vit import ViTConfig, build_model
 from tvit_cli.results import silent
+from tvit_cli.settings.eval import EvalSettings
+from tvit_cli.settings.predict import PredictSettings
 
 MODEL = "model.safetensors"
 # Operations that launch nothing: memory is reserved, or seen with another shape.
@@ -187,14 +192,42 @@ def test_adapters_cast_together_are_cast_anew_in_each_pass(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "speedup", "says"), [("auto", 3.0, 1), ("auto", 1.9, 0), ("no", 3.0, 0)]
 )
-def test_bf16_is_proposed_where_the_processor_is_faster(
+def test_auto_is_bf16_on_processors_that_multiply_it_faster(
     precision, speedup, says, inputs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(package, "bf16_speedup", lambda width: speedup)
     events = []
     own = settings(**inputs, working_directory=tmp_path, mixed_precision=precision)
-    assert set_up(own, events.append).settings.mixed_precision == "no"
-    assert sum("--mixed-precision bf16 shortens the steps" in getattr(e, "text", "") for e in events) == says
+    chosen = set_up(own, events.append)
+    assert chosen.settings.mixed_precision == chosen.accelerator.mixed_precision == ("bf16" if says else "no")
+    assert (
+        sum("times as fast as float32: --mixed-precision bf16." in getattr(e, "text", "") for e in events)
+        == says
+    )
+
+
+@pytest.mark.parametrize("first", ["bf16", "no"])
+def test_auto_resumes_in_the_format_of_the_checkpoint(first, trained, monkeypatch):
+    begun = trained(epochs=1, mixed_precision=first, experiment_name="mine")
+    (begun.run / "model").rename(begun.run / "gone")
+    monkeypatch.setattr(package, "bf16_speedup", lambda width: 1.0 if first == "bf16" else 9.0)
+    trained(epochs=1, mixed_precision="auto", resume_from_checkpoint=str(begun.run))
+    assert json.loads((begun.run / "settings.json").read_text())["mixed_precision"] == first
+
+
+@pytest.mark.parametrize(
+    ("given", "speedup", "expected"), [("auto", 3.0, "bf16"), ("auto", 1.9, "no"), ("no", 3.0, "no")]
+)
+def test_scores_and_predictions_take_the_faster_format_too(
+    given, speedup, expected, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tvit_cli.engine.trained.bf16_speedup", lambda width: speedup)
+    facts = {"model": finished.model, "device": "cpu", "mixed_precision": given}
+    evaluate(EvalSettings.model_validate({**facts, "output": tmp_path / "eval", "num_workers": 0}))
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["mixed_precision"] == expected
+    quick = PredictSettings.model_validate({**facts, "paths": ["clip.avi"]})
+    assert open_model(quick, silent)._trained.precision == expected
+    assert open_model(quick.model_copy(update={"int8": True}), silent)._trained.precision == "no"
 
 
 def test_bf16_speedup_compares_products_and_leaves_narrow_models_out(monkeypatch):

@@ -16,6 +16,7 @@ from tvit_cli.data.layout import matching_label
 from tvit_cli.engine.launch import Precision, resolve_precision
 from tvit_cli.errors import ModelError
 from tvit_cli.model.folder import CARD_FILE, MODEL_FOLDER, find_newest_model, load_model
+from tvit_cli.model.linear import WORTHWHILE, bf16_speedup
 from tvit_cli.portable.vit import TemporalViT
 from tvit_cli.settings.card import ModelCard
 from tvit_cli.settings.types import MixedPrecision
@@ -91,6 +92,7 @@ def open_trained(
     precision that the device lacks.
     """
     precision = resolve_precision(mixed_precision, device)
+    is_auto = mixed_precision == "auto" and device.type == "cpu"
     folder = find_newest_model(working_directory) if given is None else given
     if (folder / MODEL_FOLDER / CARD_FILE).is_file():
         folder = folder / MODEL_FOLDER
@@ -105,9 +107,16 @@ def open_trained(
             if not source.is_model_folder:
                 found = load_published(source)
                 model, guessed = found.model.to(device), found.labels_are_guessed
+                precision = faster_precision(found.model.config.width) if is_auto else precision
                 return Trained(model, found.card, folder, device, results, guessed, found.notes, precision)
     model, card = load_model(local, device=device)
+    precision = faster_precision(model.config.width) if is_auto else precision
     return Trained(model.eval(), card, folder, device, results, precision=precision)
+
+
+def faster_precision(width: int) -> Precision:
+    """The number format of forward passes that `auto` means on this CPU for a model of this width."""
+    return "bf16" if bf16_speedup(width) >= WORTHWHILE else "no"
 
 
 def run_name(model: Path) -> str:

@@ -29,6 +29,7 @@ from tvit_cli.portable.layers import autocast_dtype
 CHUNK = 2**18  # numbers per chunk on a CPU: 1 MB of float32, about a core's own cache
 BYTE = 256  # values of a random byte
 LEAST_WIDTH = 192  # of a model whose steps bfloat16 can shorten
+WORTHWHILE = 2.0  # speed of bfloat16 products, from which a whole step is faster, too
 LARGEST = 127  # of a signed byte; without -128 both signs have the same range
 
 gelu_backward = torch.ops.aten.gelu_backward.grad_input  # may write over its input

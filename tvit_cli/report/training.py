@@ -158,12 +158,12 @@ def _setting_rows(settings: TrainSettings, device: str) -> list[tuple[tuple[str,
     fields = TrainSettings.model_fields
     own = TrainSettings(hf_model_name=settings.hf_model_name)  # some defaults depend on it
     defaults = own.model_dump(mode="json") | {"hf_model_name": fields["hf_model_name"].default}
-    chosen = {"mixed_precision": "bf16" if device == "cuda" else "no"}  # by auto
+    chosen = {"mixed_precision": ("bf16",) if device == "cuda" else ("no", "bf16")}  # by auto
     rows = []
     for name, value in settings.model_dump(mode="json").items():
         default = extra(fields[name]).get("default_text") or defaults[name]
         row = (flag(name), _shown(value), _shown(default))
-        is_changed = value not in (defaults[name], chosen.get(name, defaults[name])) and row[1] != row[2]
+        is_changed = value not in (defaults[name], *chosen.get(name, ())) and row[1] != row[2]
         rows.append((row, is_changed))
     return rows
 

@@ -76,7 +76,7 @@ DATA_TEXT = "Folder of videos, CSV manifest, or name of a known data set"
 SPLIT_TEXT = "Official split, for data with the three split lists of UCF101"
 RUNS_TEXT = "Folder of all runs"
 DEVICE_TEXT = "Device of the model"
-PRECISION_TEXT = "Mixed precision of the forward pass; auto is bf16 on GPUs where it is fast, else no"
+PRECISION_TEXT = "Mixed precision of the forward pass; auto is bf16 where it is fast, else no"
 PROCESSES_TEXT = "Processes on this machine, one per GPU"
 RUNS = Path("working_directory")
 

@@ -76,6 +76,8 @@ def evaluate(
     views = Views(settings.clips_per_video, crops, settings.flip)
     selection = selection or select_videos(settings, trained, report)
     trained, source, videos = selection.trained, selection.source, selection.videos
+    # On a CPU, `auto` times products, and ranks may differ.
+    trained = replace(trained, precision=group.gather(trained.precision)[0])
     bias, leaks = find_bias(settings, trained, source)
     for warning in (*bias, *leaks):
         report(Note(warning, "warning"))

@@ -286,7 +286,7 @@ def load_model(
     """Opens a model folder, or the folder of its run, on a device: auto, cpu, cuda (cuda:1 is the second) or mps.
 
     Without `path`, the newest model below working_directory/ is opened.
-    `mixed_precision` auto computes in bf16 on GPUs that support it. Raises ModelError for an incomplete folder, or
+    `mixed_precision` auto computes in bf16 where that is fast. Raises ModelError for an incomplete folder, or
     a device that the machine does not have, SettingsError for a bad argument.
     """
     kind = str(device).partition(":")[0]
@@ -313,7 +313,7 @@ def open_model(settings: PredictSettings, report: Report) -> Model:
         settings.model,
         working_directory=settings.working_directory,
         device=device,
-        mixed_precision=settings.mixed_precision,
+        mixed_precision="no" if settings.int8 else settings.mixed_precision,
     )
     report(Note(f"Model: {trained.folder}"))
     if settings.int8 and linear.is_fast():

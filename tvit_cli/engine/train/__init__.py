@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from tvit_cli.engine.evaluate.metrics import Tally
 from tvit_cli.engine.evaluate.selection import find_leaks
 from tvit_cli.engine.launch import (
     ImmediateStop,
+    Precision,
     ProcessGroup,
     deterministic_algorithms,
     lost_rank_errors,
@@ -33,7 +34,7 @@ from tvit_cli.engine.launch import (
 )
 from tvit_cli.engine.train.adapt import FEW_CLIPS, FEW_VIDEOS, fit_to_data
 from tvit_cli.engine.train.batches import BatchPlan, class_weights
-from tvit_cli.engine.train.build import build, compile_errors, compile_model
+from tvit_cli.engine.train.build import Built, build, compile_errors, compile_model
 from tvit_cli.engine.train.checkpoint import Checkpoint, checkpoint_path, list_checkpoints, load_checkpoint
 from tvit_cli.engine.train.fingerprint import check_ranks_agree, data_fingerprint, digest, result_settings
 from tvit_cli.engine.train.loop import fit, how_to_resume, restore
@@ -53,9 +54,8 @@ from tvit_cli.engine.train.trackers import Trackers, require_tensorboard
 from tvit_cli.errors import DataError, ModelError, RunError, SettingsError, TvitError, plural, shorten
 from tvit_cli.model import lora
 from tvit_cli.model.folder import load_card, save_model
-from tvit_cli.model.linear import bf16_speedup, cast_adapters, hold_frozen
+from tvit_cli.model.linear import WORTHWHILE, bf16_speedup, cast_adapters, hold_frozen
 from tvit_cli.model.pretrained_config import own_clips
-from tvit_cli.model.weights import WeightsSource
 from tvit_cli.portable.layers import recompute_block
 from tvit_cli.report.html import Context
 from tvit_cli.results import (
@@ -75,7 +75,6 @@ from tvit_cli.settings.train import TrainSettings
 from tvit_cli.settings.types import most_bad
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's name of the mixed precision
-WORTHWHILE = 2.0  # speed of bfloat16 products, from which a whole step is faster, too
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -153,12 +152,14 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
         settings = reuse_batch_settings(settings, checkpoint.state.identity, accelerator.num_processes)
-    loop = _make_loop(settings, accelerator, run, source, report, origin, checkpoint)
+    with out_of_memory_errors(settings, accelerator.device):
+        built = build(settings, labels=source.layout.labels, report=report, origin=origin)
+    if is_auto and accelerator.device.type == "cpu":
+        chosen = _cpu_precision(built, checkpoint, report)
+        settings = settings.model_copy(update={"mixed_precision": chosen})
+        accelerator = make_accelerator(device="cpu", mixed_precision=chosen)
+    loop = _make_loop(settings, accelerator, run, source, report, built, checkpoint)
     plan = loop.plan
-    is_new = is_auto and loop.device.type == "cpu" and checkpoint is None
-    if is_new and (speedup := bf16_speedup(loop.built.config.width)) >= WORTHWHILE:
-        fact = f"This processor multiplies bfloat16 {speedup:.1f} times as fast as float32"
-        report(Note(f"{fact}: --mixed-precision bf16 shortens the steps."))
     if plan.steps_per_epoch == 1:
         text = f"One step per epoch: a batch of {plan.global_batch} has all {plural(plan.clips, 'training clip')}"
         advice = f"Take a smaller one (--per-gpu-batch-size {max(1, plan.clips // 4)}), or more --epochs."
@@ -182,6 +183,18 @@ def set_up(settings: TrainSettings, report: Report, *, standardises: bool = True
             loop.plan = replace(loop.plan, batch_size=int(limit))
             loop.report(Note(f"Memory ran out with more than {plural(int(limit), 'clip')} per forward pass."))
     return loop
+
+
+def _cpu_precision(built: Built, checkpoint: Checkpoint | None, report: Report) -> Precision:
+    """The number format that `auto` means on a CPU: the one that is faster there, or that of the checkpoint."""
+    if checkpoint is not None:
+        return cast(Precision, checkpoint.state.identity.get("mixed_precision", "no"))
+    speedup = float(broadcast_object_list([bf16_speedup(built.config.width)])[0])
+    if speedup < WORTHWHILE:
+        return "no"
+    fact = f"This processor multiplies bfloat16 {speedup:.1f} times as fast as float32"
+    report(Note(f"{fact}: --mixed-precision bf16."))
+    return "bf16"
 
 
 def _clip_format(settings: TrainSettings) -> ClipFormat:
@@ -258,12 +271,11 @@ def _make_loop(
     run: Run,
     source: DataSource,
     report: Report,
-    origin: WeightsSource | None,
+    built: Built,
     checkpoint: Checkpoint | None,
 ) -> Loop:
     labels = source.layout.labels
     with out_of_memory_errors(settings, accelerator.device):
-        built = build(settings, labels=labels, report=report, origin=origin)
         built.model.to(accelerator.device)
     if (dtype := AUTOCAST.get(accelerator.mixed_precision)) is not None:
         hold_frozen(built.model, dtype, exclude=built.model.classifier.modules())
